@@ -1,0 +1,250 @@
+"""The reference model: a Llama-style decoder in Flax NNX, layers stacked.
+
+Weights are stored once, `[L, out, in]`, and read from there both by this
+reference and by the fused kernel of `pallas_kernels`. Matrix products take
+inputs in the dtype of the weights and accumulate in float32; norms, RoPE,
+softmax, the residual stream and logits are float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from ffjax.cache import KVCache
+from ffjax.config import ModelConfig
+from ffjax.rope import apply_rope, inverse_frequencies
+
+__all__ = ["Layers", "Transformer", "rms_norm"]
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) in float32.
+
+    Args:
+        x: `[..., D]`.
+        weight: `[D]`.
+        eps: added to the mean square.
+
+    Returns:
+        float32 `[..., D]`.
+    """
+    x = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x * scale * weight.astype(jnp.float32)
+
+
+def _einsum(spec: str, a: Array, b: Array) -> Array:
+    """An einsum accumulated and returned in float32."""
+
+    def dot(a, b):
+        # Without "highest" a GPU would round float32 operands to tf32.
+        return jnp.einsum(
+            spec, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+
+    def dot_upcast(a, b):
+        return dot(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    # XLA on CPUs has no bfloat16 product with a float32 result for every
+    # shape; products of upcast operands are the same numbers.
+    return lax.platform_dependent(a, b, cpu=dot_upcast, default=dot)
+
+
+def _linear(x: Array, weight: Array, dtype=None) -> Array:
+    """`x[..., in] @ weight[out, in].T`, accumulated in float32, returned in `dtype`."""
+    out = _einsum("...i,oi->...o", x.astype(weight.dtype), weight)
+    return out.astype(dtype or weight.dtype)
+
+
+def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
+    """Softmax attention of T queries over S slots, grouped-query.
+
+    Args:
+        q: `[B, T, N, H]`.
+        k: `[B, K, S, H]`.
+        v: `[B, K, S, H]`.
+        visible: bool `[B, T, S]`, the slots a query may see.
+
+    Returns:
+        `[B, T, N * H]` in q's dtype.
+    """
+    b, t, n, h = q.shape
+    heads_kv = k.shape[1]
+    q = q.reshape(b, t, heads_kv, n // heads_kv, h)
+    scores = _einsum("btkgh,bksh->bkgts", q, k) / math.sqrt(h)
+    mask = visible[:, None, None]
+    scores = jnp.where(mask, scores, -jnp.inf)
+    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    # A slot that no query sees may hold anything, also NaN: 0 * NaN is NaN.
+    seen = visible.any(axis=1)[:, None, :, None]
+    out = _einsum("bkgts,bksh->btkgh", probs, jnp.where(seen, v, 0))
+    return out.reshape(b, t, n * h).astype(q.dtype)
+
+
+class Layers(nnx.Module):
+    """The weights of all L layers, stacked.
+
+    Attributes:
+        attn_norm: `[L, D]`.
+        qkv: `[L, (N + 2K) * H, D]`, rows of queries, then keys, then values.
+        attn_out: `[L, D, N * H]`.
+        mlp_norm: `[L, D]`.
+        gate_up: `[L, 2F, D]`, rows of the gate, then of the up projection.
+        down: `[L, D, F]`.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
+        c = config
+        qkv_dim = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        attn_dim = c.num_heads * c.head_dim
+
+        def weight(out: int, inner: int) -> nnx.Param:
+            shape = (c.num_layers, out, inner)
+            scale = jnp.asarray(1 / math.sqrt(inner), dtype)
+            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+
+        self.attn_norm = nnx.Param(jnp.ones((c.num_layers, c.model_dim), dtype))
+        self.qkv = weight(qkv_dim, c.model_dim)
+        self.attn_out = weight(c.model_dim, attn_dim)
+        self.mlp_norm = nnx.Param(jnp.ones((c.num_layers, c.model_dim), dtype))
+        self.gate_up = weight(2 * c.ffw_dim, c.model_dim)
+        self.down = weight(c.model_dim, c.ffw_dim)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer.
+
+    Attributes:
+        config: its sizes.
+        embed: `[V, D]`.
+        layers: the stacked layers.
+        final_norm: `[D]`.
+        head: `[V, D]`, or None when the embedding serves as head.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
+        """Random weights: normal, of standard deviation 1/sqrt(in) (0.02 for the embedding)."""
+        vocab_shape = (config.vocab_size, config.model_dim)
+
+        def table(std: float) -> nnx.Param:
+            noise = jax.random.normal(rngs.params(), vocab_shape, dtype)
+            return nnx.Param(noise * jnp.asarray(std, dtype))
+
+        self.config = config
+        self.embed = table(0.02)
+        self.layers = Layers(config, rngs=rngs, dtype=dtype)
+        self.final_norm = nnx.Param(jnp.ones((config.model_dim,), dtype))
+        self.head = None if config.tied_embeddings else table(1 / math.sqrt(config.model_dim))
+
+    @property
+    def dtype(self):
+        """The dtype of the weights and of the inputs to matrix products."""
+        return self.embed[...].dtype
+
+    @property
+    def head_weight(self) -> Array:
+        """`[V, D]`: the head, or the embedding when they are tied."""
+        return (self.embed if self.head is None else self.head)[...]
+
+    def __call__(
+        self, tokens: Array, cache: KVCache | None = None, *, num_tokens: Array | None = None
+    ) -> Array | tuple[Array, KVCache]:
+        """Logits of every token, and the cache grown by the tokens when one is given.
+
+        Args:
+            tokens: int `[B, T]`. Without a cache they are positions 0 to T - 1;
+                with one they follow each sequence's live positions.
+            cache: what came before, or None.
+            num_tokens: int `[B]`, how many of each row's T tokens count; the rest
+                of a row is padding, which leaves no trace in the cache's live
+                part and whose logits mean nothing. None: all T. Needs a cache.
+
+        Returns:
+            float32 `[B, T, V]`; with a cache, the pair of it and the new cache.
+            A sequence that would outgrow the cache gets NaN logits.
+
+        Raises:
+            ValueError: tokens are not `[B, T]`, or the cache has another batch.
+            TypeError: tokens are not integers, or the cache has another dtype.
+        """
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2:
+            raise ValueError(f"Tokens come as [B, T], got shape {tokens.shape}.")
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise TypeError(f"Tokens are integers, got {tokens.dtype}.")
+        if cache is None and num_tokens is not None:
+            raise ValueError("num_tokens marks padding for a cache; without a cache leave it out.")
+        batch, count = tokens.shape
+        if cache is None:
+            store = KVCache.create(self.config, batch, count, self.dtype)
+        else:
+            store = cache
+            if cache.batch != batch:
+                raise ValueError(f"The cache holds {cache.batch} sequences, got tokens for {batch}.")
+            if cache.k.dtype != self.dtype:
+                raise TypeError(
+                    f"Cache and weights share a dtype, got {cache.k.dtype} and {self.dtype}."
+                )
+        logits, store = self._forward(tokens, store, num_tokens)
+        return logits if cache is None else (logits, store)
+
+    def _forward(
+        self, tokens: Array, cache: KVCache, num_tokens: Array | None
+    ) -> tuple[Array, KVCache]:
+        batch, count = tokens.shape
+        lengths = cache.lengths + (count if num_tokens is None else num_tokens)
+        positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, T]
+        slots = jnp.arange(cache.capacity)
+        visible = slots <= positions[..., None]  # [B, T, S]
+        inv_freq = inverse_frequencies(self.config)
+        x = self.embed[...][tokens].astype(jnp.float32)  # [B, T, D]
+
+        def layer(carry, weights):
+            x, k, v, index = carry
+            x, k, v = self._layer(weights, x, k, v, index, positions, visible, inv_freq)
+            return (x, k, v, index + 1), None
+
+        stacked = {name: param[...] for name, param in vars(self.layers).items()
+                   if isinstance(param, nnx.Param)}
+        carry = (x, cache.k, cache.v, jnp.int32(0))
+        (x, k, v, _), _ = lax.scan(layer, carry, stacked)
+        x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
+        logits = _linear(x, self.head_weight, jnp.float32)
+        fits = positions < cache.capacity
+        logits = jnp.where(fits[..., None], logits, jnp.nan)
+        return logits, KVCache(k=k, v=v, lengths=lengths, counters=cache.counters)
+
+    def _layer(
+        self,
+        w: dict[str, Array],
+        x: Array,
+        k_cache: Array,
+        v_cache: Array,
+        index: Array,
+        positions: Array,
+        visible: Array,
+        inv_freq: np.ndarray,
+    ) -> tuple[Array, Array, Array]:
+        c = self.config
+        batch, count, _ = x.shape
+        h = rms_norm(x, w["attn_norm"], c.norm_eps)
+        qkv = _linear(h, w["qkv"]).reshape(batch, count, -1, c.head_dim)
+        q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+        q = apply_rope(q, positions, inv_freq).astype(self.dtype)
+        k = apply_rope(k, positions, inv_freq).astype(self.dtype)
+        rows = jnp.arange(batch)[:, None]
+        # A position past the capacity is dropped, never wrapped onto another.
+        k_cache = k_cache.at[index, rows, :, positions].set(k, mode="drop")
+        v_cache = v_cache.at[index, rows, :, positions].set(v, mode="drop")
+        k_all = lax.dynamic_index_in_dim(k_cache, index, keepdims=False)
+        v_all = lax.dynamic_index_in_dim(v_cache, index, keepdims=False)
+        x = x + _linear(_attend(q, k_all, v_all, visible), w["attn_out"])
+        h = rms_norm(x, w["mlp_norm"], c.norm_eps)
+        gate, up = jnp.split(_linear(h, w["gate_up"]), 2, axis=-1)
+        return x + _linear(jax.nn.silu(gate) * up, w["down"]), k_cache, v_cache
