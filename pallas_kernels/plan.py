@@ -1,0 +1,214 @@
+"""The plan of a decode step: who computes what, in tiles of what shape.
+
+A plan is data, free of any backend. The kernel's phases read it when they are
+traced; diagnosis and benchmarks read the bytes off it.
+
+How a mat-vec is cut. P programs share the rows of a weight matrix `[out, in]`
+in groups of 8. One tile covers 8 rows and up to 2048 inputs. Seen as a
+row-major `[64, 256]` matrix it holds, for each row, 8 chunks of 256 inputs; its
+product with a `[256, 8 * B]` operand, whose column (c, b) is chunk c of sequence
+b's activations, contains every chunk's dot product with its own activations on a
+diagonal (and 7 products nobody wants: tensor cores pad a width of 1 to 8 anyway).
+Summing that diagonal gives 8 finished rows, so that no program ever needs
+another's partial sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.dims import Dims, ceil_div, next_power_of_2
+
+__all__ = ["AttentionPlan", "Phase", "Plan", "Tile", "make_plan"]
+
+# Tensor cores multiply in steps of 16 along the inner dimension.
+MIN_DEPTH = 16
+MAX_DEPTH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The shape of a weight tile: `rows` rows of `chunks` times `depth` inputs.
+
+    Attributes:
+        inner: inputs of the mat-vec, K of the matrix product.
+        rows: output rows of a tile.
+        chunks: pieces a row's inputs are cut into.
+        depth: inputs of a piece.
+    """
+
+    inner: int
+    rows: int = 8
+    chunks: int = 8
+    depth: int = MAX_DEPTH
+
+    @property
+    def span(self) -> int:
+        """Inputs a tile covers."""
+        return self.chunks * self.depth
+
+    @property
+    def blocks(self) -> int:
+        """Tiles along the inputs."""
+        return ceil_div(self.inner, self.span)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last tile along the inputs reaches beyond them."""
+        return self.inner % self.span != 0
+
+    @classmethod
+    def for_inner(cls, inner: int) -> Tile:
+        """The deepest tile of which at most an eighth of the work is padding."""
+        depth = MAX_DEPTH
+        while depth > MIN_DEPTH:
+            tile = cls(inner, depth=depth)
+            if tile.blocks * tile.span * 8 <= inner * 9:
+                return tile
+            depth //= 2
+        return cls(inner, depth=MIN_DEPTH)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """How attention over the cache is cut.
+
+    A sequence's positions are split into at most `max_splits` equal spans, a
+    multiple of `block` each, and every (sequence, key/value head, span) is one
+    program's work. The cut depends on the length alone, not on the batch.
+
+    Attributes:
+        block: positions of one tile of keys or values.
+        max_splits: spans at most.
+    """
+
+    block: int
+    max_splits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of the step, for reports.
+
+    Attributes:
+        name: the file in `phases/` it stands in.
+        per_layer: whether every layer has it.
+        weight_bytes: bytes of weights it reads, once a step or layer.
+        reads: buffers it reads.
+        writes: buffers it writes.
+    """
+
+    name: str
+    per_layer: bool
+    weight_bytes: int
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything about a step that is decided before it is traced.
+
+    Attributes:
+        dims: the sizes.
+        programs: P, the grid; all of them must be resident at once.
+        num_warps: warps of a program.
+        num_stages: tiles in flight in a streaming loop, plus one.
+        padded_batch: B, rounded up to a power of two.
+        qkv: tile of the fused query, key and value projection.
+        attn_out: tile of the attention's output projection.
+        gate_up: tile of the gate and up projections.
+        down: tile of the down projection.
+        head: tile of the head.
+        attention: how attention is cut.
+        phases: the phases in order.
+    """
+
+    dims: Dims
+    programs: int
+    num_warps: int
+    num_stages: int
+    padded_batch: int
+    qkv: Tile
+    attn_out: Tile
+    gate_up: Tile
+    down: Tile
+    head: Tile
+    attention: AttentionPlan
+    phases: tuple[Phase, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights a step reads: each once, one embedding row a sequence."""
+        return sum(
+            p.weight_bytes * (self.dims.num_layers if p.per_layer else 1) for p in self.phases
+        )
+
+    def cache_bytes(self, lengths: list[int]) -> int:
+        """Bytes of keys and values a step reads for sequences of these lengths."""
+        d = self.dims
+        return 2 * 2 * d.num_layers * d.num_kv_heads * d.head_dim * sum(lengths)
+
+
+def make_plan(dims: Dims, programs: int, *, num_warps: int = 4, num_stages: int = 5) -> Plan:
+    """The plan for a step of these sizes on a grid of `programs`."""
+    d = dims
+    wide = Tile.for_inner(d.model_dim)
+    two = 2  # bytes of a bfloat16
+
+    def matrix(out: int, inner: int) -> int:
+        return two * out * inner
+
+    norm = two * d.model_dim
+    phases = (
+        Phase(
+            "embed", False, two * d.batch * d.model_dim, ("embed",), ("x", "x_operand", "x_squares")
+        ),
+        Phase(
+            "qkv", True, norm + matrix(d.qkv_dim, d.model_dim), ("x_operand", "x_squares"), ("qkv",)
+        ),
+        Phase("attention", True, 0, ("qkv", "k", "v"), ("k", "v", "attn_operand")),
+        Phase(
+            "attn_out",
+            True,
+            norm + matrix(d.model_dim, d.attn_dim),
+            ("attn_operand", "x"),
+            ("x", "x_operand", "x_squares"),
+        ),
+        Phase(
+            "gate_up",
+            True,
+            matrix(2 * d.ffw_dim, d.model_dim),
+            ("x_operand", "x_squares"),
+            ("ffw_operand",),
+        ),
+        Phase(
+            "down",
+            True,
+            matrix(d.model_dim, d.ffw_dim),
+            ("ffw_operand", "x"),
+            ("x", "x_operand", "x_squares"),
+        ),
+        Phase(
+            "head",
+            False,
+            matrix(d.vocab_size, d.model_dim),
+            ("x_operand", "x_squares"),
+            ("logits", "token", "lengths"),
+        ),
+    )
+    splits = max(1, min(64, programs // d.num_kv_heads))
+    return Plan(
+        dims=dims,
+        programs=programs,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        padded_batch=next_power_of_2(d.batch),
+        qkv=wide,
+        attn_out=Tile.for_inner(d.attn_dim),
+        gate_up=wide,
+        down=Tile.for_inner(d.ffw_dim),
+        head=wide,
+        attention=AttentionPlan(block=64, max_splits=1 << (splits.bit_length() - 1)),
+        phases=phases,
+    )
