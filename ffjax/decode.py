@@ -1,32 +1,186 @@
-"""One decode step, by the fused kernel or by the reference."""
+"""One decode step, by the fused kernel or by the reference: the selector."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
+import logging
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ffjax.cache import KVCache
 from ffjax.model import Transformer
+from ffjax.rope import inverse_frequencies
+from pallas_kernels.dims import DecodeWeights, Dims
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.launch import StepState, launch_step
+from pallas_kernels.plan import make_plan
+from pallas_kernels.support import why_not
 
-__all__ = ["DecodeOutput", "Implementation", "decode_step"]
+__all__ = [
+    "DecodeOutput",
+    "Implementation",
+    "decode_step",
+    "fused_step",
+    "resolve_implementation",
+    "why_not_fused",
+]
 
 Implementation = Literal["pallas", "xla"]
+
+_log = logging.getLogger("ffjax")
 
 
 class DecodeOutput(NamedTuple):
     """What a decode step returns.
 
+    The cache comes first so that, when it is donated to a jitted function that
+    returns this, its buffers become the new cache and not another output of the
+    same shape.
+
     Attributes:
+        cache: the cache, one position longer.
         logits: float32 `[B, V]`.
         token: int32 `[B]`, the greedy choice, the lowest id of equal logits.
-        cache: the cache, one position longer.
     """
 
+    cache: KVCache
     logits: Array
     token: Array
-    cache: KVCache
+
+
+def decode_weights(model: Transformer) -> DecodeWeights:
+    """The model's own arrays, as the fused kernel takes them: a view, no copy."""
+    layers = model.layers
+    return DecodeWeights(
+        embed=model.embed[...],
+        attn_norm=layers.attn_norm[...],
+        qkv=layers.qkv[...],
+        attn_out=layers.attn_out[...],
+        mlp_norm=layers.mlp_norm[...],
+        gate_up=layers.gate_up[...],
+        down=layers.down[...],
+        final_norm=model.final_norm[...],
+        head=model.head_weight,
+        inv_freq=jnp.asarray(inverse_frequencies(model.config)),
+    )
+
+
+def _dims(model: Transformer, batch: int, capacity: int) -> Dims:
+    c = model.config
+    return Dims(
+        batch=batch,
+        vocab_size=c.vocab_size,
+        num_layers=c.num_layers,
+        model_dim=c.model_dim,
+        ffw_dim=c.ffw_dim,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        capacity=capacity,
+        norm_eps=c.norm_eps,
+    )
+
+
+def _default_device() -> Any:
+    """The device a jitted function runs on when its arguments do not say."""
+    default = jax.config.jax_default_device
+    return default if default is not None and not isinstance(default, str) else jax.devices()[0]
+
+
+def why_not_fused(model: Transformer, batch: int, capacity: int) -> str | None:
+    """Why the fused kernel cannot run this step on the default device; None if it can.
+
+    Args:
+        model: the model.
+        batch: B.
+        capacity: S, slots of the cache.
+    """
+    device = _default_device()
+    found = f"{device.device_kind} ({device.platform})"
+    return why_not(_dims(model, batch, capacity), model.dtype, Gpu.of(device), found)
+
+
+@functools.lru_cache
+def _say_once(message: str) -> None:
+    _log.info(message)
+
+
+def resolve_implementation(
+    model: Transformer, cache: KVCache, implementation: Implementation | None = None
+) -> Implementation:
+    """Which implementation a decode step will use.
+
+    Args:
+        model: the model.
+        cache: the cache.
+        implementation: a name, or None for the best that can run.
+
+    Raises:
+        ValueError: the name is unknown.
+        NotImplementedError: the named implementation cannot run here; the message
+            says why and what to do.
+    """
+    names = get_args(Implementation)
+    if implementation is not None and implementation not in names:
+        raise ValueError(
+            f"implementation is one of {', '.join(map(repr, names))} or None, "
+            f"got {implementation!r}."
+        )
+    if implementation == "xla":
+        return "xla"
+    reason = why_not_fused(model, cache.batch, cache.capacity)
+    if reason is None:
+        if implementation is None:
+            _say_once("decode_step uses 'pallas': the fused kernel can run here.")
+        return "pallas"
+    if implementation == "pallas":
+        raise NotImplementedError(reason)
+    _say_once(f"decode_step uses 'xla': {reason}")
+    return "xla"
+
+
+def fused_step(
+    model: Transformer, cache: KVCache, tokens: Array, *, interpret: bool = False
+) -> DecodeOutput:
+    """A decode step by the fused kernel, whatever the selector would say.
+
+    Args:
+        model: the model.
+        cache: the cache.
+        tokens: int `[B]`.
+        interpret: run the kernel's body on a CPU, with one program, in Pallas's
+            interpret mode: slow, for tests of its numerics.
+    """
+    gpu = INTERPRETER if interpret else Gpu.of(_default_device())
+    dims = _dims(model, cache.batch, cache.capacity)
+    if (reason := why_not(dims, model.dtype, gpu)) is not None or gpu is None:
+        raise NotImplementedError(reason)
+    state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
+    logits, token, state = launch_step(
+        make_plan(dims, gpu),
+        decode_weights(model),
+        state,
+        tokens.astype(jnp.int32),
+        interpret=interpret,
+    )
+    return DecodeOutput(KVCache(*state), logits, token)
+
+
+def reference_step(model: Transformer, cache: KVCache, tokens: Array) -> DecodeOutput:
+    """A decode step by the reference model.
+
+    Args:
+        model: the model.
+        cache: the cache.
+        tokens: int `[B]`.
+    """
+    tokens = jnp.clip(tokens, 0, model.config.vocab_size - 1)
+    logits, cache = model(tokens[:, None], cache)
+    logits = logits[:, 0]
+    return DecodeOutput(cache, logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
 def decode_step(
@@ -36,6 +190,39 @@ def decode_step(
     *,
     implementation: Implementation | None = None,
 ) -> DecodeOutput:
-    """Feeds one token to each sequence and returns the logits of the next."""
-    logits, cache = model(tokens[:, None], cache)
-    return DecodeOutput(logits[:, 0], jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), cache)
+    """Feeds one token to each sequence; returns logits and greedy choice of the next.
+
+    Call it under `jax.jit` or `nnx.jit`, with the cache donated: the fused kernel then
+    updates it in place, and the step is one kernel launch. Token ids outside the
+    vocabulary are clamped into it (`generate` refuses them with a sentence). A
+    sequence whose cache is full gets NaN logits.
+
+    Args:
+        model: the model.
+        cache: the cache; each sequence's token goes to position `lengths[b]`.
+        tokens: int `[B]`.
+        implementation: "pallas", the fused kernel; "xla", the reference; None, the
+            fused kernel where it can run, else the reference, said once by logging.
+
+    Returns:
+        Cache, logits and greedy token.
+
+    Raises:
+        ValueError: the implementation's name is unknown, or the tokens are not `[B]`.
+        TypeError: the tokens are no integers, or cache and weights differ in dtype.
+        NotImplementedError: the named implementation cannot run here.
+    """
+    tokens = jnp.asarray(tokens)
+    if tokens.shape != (cache.batch,):
+        raise ValueError(
+            f"A decode step takes one token a sequence, shape [{cache.batch}], got {tokens.shape}."
+        )
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"Tokens are integers, got {tokens.dtype}.")
+    if cache.k.dtype != model.dtype:
+        raise TypeError(
+            f"Cache and weights share a dtype, got {cache.k.dtype} and {model.dtype}."
+        )
+    if resolve_implementation(model, cache, implementation) == "pallas":
+        return fused_step(model, cache, tokens)
+    return reference_step(model, cache, tokens)

@@ -16,14 +16,19 @@ another's partial sums.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from pallas_kernels.dims import Dims, ceil_div, next_power_of_2
+from pallas_kernels.gpu import Gpu
 
 __all__ = ["AttentionPlan", "Phase", "Plan", "Tile", "make_plan"]
 
 # Tensor cores multiply in steps of 16 along the inner dimension.
 MIN_DEPTH = 16
 MAX_DEPTH = 256
+# Left for what the compiler keeps in shared memory besides the tiles in flight:
+# operands and products on their way from one register layout to another.
+RESERVED_SHARED_MEMORY = 32 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +155,35 @@ class Plan:
         return 2 * 2 * d.num_layers * d.num_kv_heads * d.head_dim * sum(lengths)
 
 
-def make_plan(dims: Dims, programs: int, *, num_warps: int = 4, num_stages: int = 5) -> Plan:
-    """The plan for a step of these sizes on a grid of `programs`."""
-    d = dims
+def _stages(plan: Plan, shared_memory: int) -> int:
+    """As many stages as the widest streaming loop has shared memory for, 5 at most.
+
+    A stage holds a weight tile and, where a mat-vec has several blocks of inputs, the
+    block's operand. Of n stages n - 1 lie in shared memory, or all n where products 16 or
+    more columns wide let tensor cores read their operands there while the loop goes on.
+    """
+    widest = 0
+    for tile in (plan.qkv, plan.attn_out, plan.gate_up, plan.down, plan.head):
+        weights = 2 * tile.rows * tile.span
+        operand = 2 * tile.span * plan.padded_batch if tile.blocks > 1 else 0
+        widest = max(widest, weights + operand)
+    extra = 1 if plan.head.chunks * plan.padded_batch < 16 else 0
+    return max(2, min(5, extra + (shared_memory - RESERVED_SHARED_MEMORY) // widest))
+
+
+@functools.lru_cache
+def make_plan(
+    dims: Dims, gpu: Gpu, *, num_warps: int = 4, num_stages: int | None = None
+) -> Plan:
+    """The plan for a step of these sizes on a GPU: one program a multiprocessor.
+
+    Args:
+        dims: the sizes.
+        gpu: the device.
+        num_warps: warps of a program.
+        num_stages: overrides the number that fits shared memory.
+    """
+    d, programs = dims, gpu.cores
     wide = Tile.for_inner(d.model_dim)
     two = 2  # bytes of a bfloat16
 
@@ -198,11 +229,11 @@ def make_plan(dims: Dims, programs: int, *, num_warps: int = 4, num_stages: int 
         ),
     )
     splits = max(1, min(64, programs // d.num_kv_heads))
-    return Plan(
+    plan = Plan(
         dims=dims,
         programs=programs,
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=num_stages or 0,
         padded_batch=next_power_of_2(d.batch),
         qkv=wide,
         attn_out=Tile.for_inner(d.attn_dim),
@@ -212,3 +243,6 @@ def make_plan(dims: Dims, programs: int, *, num_warps: int = 4, num_stages: int 
         attention=AttentionPlan(block=64, max_splits=1 << (splits.bit_length() - 1)),
         phases=phases,
     )
+    if num_stages is None:
+        plan = dataclasses.replace(plan, num_stages=_stages(plan, gpu.shared_memory))
+    return plan

@@ -40,12 +40,12 @@ def _trap_if_over(polls: Array, limit: int) -> Array:
     """Returns `polls`; ends the launch in an error where they exceed `limit`."""
     [out] = plgpu.elementwise_inline_asm(
         f"{{ .reg .pred p; setp.gt.s32 p, $1, {limit}; @p trap; mov.u32 $0, $1; }}",
-        args=[polls],
+        args=[jnp.full((1,), polls)],  # inline assembly takes arrays only
         constraints="=r,r",
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct((), jnp.int32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
     )
-    return out
+    return jnp.sum(out)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,8 +165,9 @@ def _attend(env: Env, layer: Array, part: _Part) -> tuple[Array, Array, Array]:
     key, value = _append(env, layer, part)
     has_new = part.index == part.parts - 1
     top = jnp.where(has_new, jnp.sum(q * key[None, :], axis=1), LOWEST)
-    total = jnp.where(has_new, 1.0, 0.0) + jnp.zeros((QUERY_ROWS,), jnp.float32)
-    out = jnp.where(has_new, value[None, :], 0.0) + jnp.zeros(q.shape, jnp.float32)
+    nothing = jnp.zeros((QUERY_ROWS,), jnp.float32)
+    total = jnp.where(has_new, jnp.ones_like(nothing), nothing)
+    out = jnp.where(has_new, jnp.broadcast_to(value[None, :], q.shape), jnp.zeros_like(q))
 
     def tile(i, state):
         top, total, out = state

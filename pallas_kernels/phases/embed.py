@@ -14,13 +14,15 @@ __all__ = ["embed"]
 
 
 def embed(env: Env) -> None:
-    """x[b] = embed[tokens[b]], for this program's groups of elements."""
+    """x[b] = embed[tokens[b]], for this program's groups of elements.
+
+    Ids outside the vocabulary are clamped: no token makes the kernel read elsewhere.
+    """
     rows_in_group = env.plan.down.rows
     shape = (rows_in_group, env.plan.padded_batch)
     column = iota((env.plan.padded_batch,), 0)
-    tokens = plgpu.load(
-        env["tokens"].at[jnp.minimum(column, env.dims.batch - 1)],
-    )
+    tokens = plgpu.load(env["tokens"].at[jnp.minimum(column, env.dims.batch - 1)])
+    tokens = jnp.clip(tokens, 0, env.dims.vocab_size - 1)
 
     def group_step(j, carry):
         group = env.program + j * env.plan.programs

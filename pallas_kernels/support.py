@@ -1,0 +1,71 @@
+"""Why a decode step cannot run fused: one function, one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.dims import Dims
+from pallas_kernels.gpu import Gpu
+
+__all__ = ["MAX_BATCH", "why_not"]
+
+MAX_BATCH = 8
+_HEAD_DIMS = (32, 64, 128, 256)
+_MAX_GROUP = 16
+_MAX_MODEL_DIM = 16_384
+
+
+def why_not(dims: Dims, dtype: Any, gpu: Gpu | None, found: str = "") -> str | None:
+    """None when the fused kernel can run the step, else a sentence that says why not.
+
+    Args:
+        dims: the sizes.
+        dtype: dtype of weights and cache.
+        gpu: the device, or None when it is not a supported GPU.
+        found: what was found instead of a GPU, for the sentence.
+    """
+    d = dims
+    if gpu is None:
+        return (
+            "The fused kernel runs on NVIDIA GPUs of compute capability 8.0 or newer; this is "
+            f"{found or 'another device'}. Use implementation='xla' here."
+        )
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return (
+            f"The fused kernel reads bfloat16 weights; these are {jnp.dtype(dtype).name}. "
+            "Load the model in bfloat16, or use implementation='xla'."
+        )
+    if d.batch > MAX_BATCH:
+        return (
+            f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are {d.batch}. "
+            "Split the batch, or use implementation='xla'."
+        )
+    if d.head_dim not in _HEAD_DIMS:
+        return (
+            f"The fused kernel's heads have {', '.join(map(str, _HEAD_DIMS))} elements; "
+            f"these have {d.head_dim}. Use implementation='xla'."
+        )
+    if d.q_per_kv > _MAX_GROUP:
+        return (
+            f"The fused kernel shares a key/value head among at most {_MAX_GROUP} query heads; "
+            f"here {d.q_per_kv} share one. Use implementation='xla'."
+        )
+    for what, size in (("model_dim", d.model_dim), ("ffw_dim", d.ffw_dim)):
+        if size % 16:
+            return (
+                f"The fused kernel loads 16 weights at a time: {what} must be a multiple of 16; "
+                f"it is {size}. Use implementation='xla'."
+            )
+    if d.model_dim > _MAX_MODEL_DIM:
+        return (
+            f"The fused kernel takes a model_dim of at most {_MAX_MODEL_DIM}; it is "
+            f"{d.model_dim}. Use implementation='xla'."
+        )
+    if d.vocab_size < 8:
+        return (
+            f"The fused kernel computes 8 logits at a time; the vocabulary has {d.vocab_size}. "
+            "Use implementation='xla'."
+        )
+    return None
