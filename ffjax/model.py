@@ -153,7 +153,12 @@ class Transformer(nnx.Module):
         return (self.embed if self.head is None else self.head)[...]
 
     def __call__(
-        self, tokens: Array, cache: KVCache | None = None, *, num_tokens: Array | None = None
+        self,
+        tokens: Array,
+        cache: KVCache | None = None,
+        *,
+        num_tokens: Array | None = None,
+        last_only: bool = False,
     ) -> Array | tuple[Array, KVCache]:
         """Logits of every token, and the cache grown by the tokens when one is given.
 
@@ -164,9 +169,13 @@ class Transformer(nnx.Module):
             num_tokens: int `[B]`, how many of each row's T tokens count; the rest
                 of a row is padding, which leaves no trace in the cache's live
                 part and whose logits mean nothing. None: all T. Needs a cache.
+            last_only: compute only the logits of each row's last token that counts:
+                a prefill needs no others, and `[B, T, V]` is large. A row of which
+                no token counts gets logits that mean nothing.
 
         Returns:
-            float32 `[B, T, V]`; with a cache, the pair of it and the new cache.
+            float32 `[B, T, V]`, or `[B, V]` where last_only; with a cache, the pair
+            of it and the new cache.
             A sequence that would outgrow the cache gets NaN logits.
 
         Raises:
@@ -191,11 +200,11 @@ class Transformer(nnx.Module):
                 raise TypeError(
                     f"Cache and weights share a dtype, got {cache.k.dtype} and {self.dtype}."
                 )
-        logits, store = self._forward(tokens, store, num_tokens)
+        logits, store = self._forward(tokens, store, num_tokens, last_only)
         return logits if cache is None else (logits, store)
 
     def _forward(
-        self, tokens: Array, cache: KVCache, num_tokens: Array | None
+        self, tokens: Array, cache: KVCache, num_tokens: Array | None, last_only: bool
     ) -> tuple[Array, KVCache]:
         batch, count = tokens.shape
         lengths = cache.lengths + (count if num_tokens is None else num_tokens)
@@ -214,10 +223,15 @@ class Transformer(nnx.Module):
                    if isinstance(param, nnx.Param)}
         carry = (x, cache.k, cache.v, jnp.int32(0))
         (x, k, v, _), _ = lax.scan(layer, carry, stacked)
+        if last_only:
+            last = jnp.maximum(lengths - cache.lengths - 1, 0)[:, None]  # [B, 1]
+            x = jnp.take_along_axis(x, last[..., None], axis=1)  # [B, 1, D]
+            positions = jnp.take_along_axis(positions, last, axis=1)
         x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
         logits = _linear(x, self.head_weight, jnp.float32)
         fits = positions < cache.capacity
         logits = jnp.where(fits[..., None], logits, jnp.nan)
+        logits = logits[:, 0] if last_only else logits
         return logits, KVCache(k=k, v=v, lengths=lengths, counters=cache.counters)
 
     def _layer(

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import Dims
 from pallas_kernels.plan import Plan
 from pallas_kernels.sync import GridSync
 
-__all__ = ["Env"]
+__all__ = ["Env", "Wait", "no_wait"]
+
+# Waits for the phase before: a phase calls it once, before it reads what others wrote.
+Wait = Callable[[], None]
+
+
+def no_wait() -> None:
+    """For a phase whose inputs are already there, as when phases run one launch each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +34,7 @@ class Env:
         refs: the arrays by name: weights, cache, scratch, outputs.
         program: this program's number, int32. Read once, at the top of the kernel:
             interpret mode knows it nowhere else.
+        lengths: each sequence's live positions before this step, int32 scalars.
         sync: how programs wait for each other.
         interpret: whether the kernel is interpreted on a CPU.
     """
@@ -31,6 +42,7 @@ class Env:
     plan: Plan
     refs: dict[str, Any]
     program: Array
+    lengths: tuple[Array, ...]
     sync: GridSync
     interpret: bool
 
@@ -50,6 +62,20 @@ class Env:
         p = self.plan.programs
         items = jnp.asarray(items, jnp.int32)
         return lax.div(items - self.program + (p - 1), jnp.int32(p))
+
+    def discard(self, words: Array) -> Array:
+        """Waits for loaded words and drops them. The result, 0, must be used."""
+        if self.interpret:
+            return jnp.int32(0)
+        # To the compiler the result depends on the words.
+        [zero] = plgpu.elementwise_inline_asm(
+            "mov.u32 $0, 0;",
+            args=[words.astype(jnp.int32)],
+            constraints="=r,r",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.int32)],
+        )
+        return jnp.sum(zero)
 
     def dot(self, a: Array, b: Array, *, transpose_b: bool = False) -> Array:
         """`a @ b` (or `a @ b.T`) of bfloat16 tiles, summed in float32."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -17,23 +19,29 @@ from pallas_kernels.phases.qkv import qkv
 __all__ = ["LAYER_PHASES", "decode_kernel"]
 
 LAYER_PHASES = (qkv, attention, attn_out, gate_up, down)
+# Every phase waits once.
+WAITS = len(LAYER_PHASES)
 
 
 def decode_kernel(env: Env) -> None:
     """One whole decode step, as every program runs it.
 
-    Behind every phase stands a barrier: the next phase reads what all programs
-    stored in this one. The same barrier protects what is overwritten: a buffer's
-    next writer comes two phases or more after its last reader.
+    After every phase a program counts itself in, and inside the next one, before it
+    touches what others have written, it waits until all have. What it can do without
+    them it does in between: load what is its own, and ask for the weights it will read.
+
+    The same wait protects what is overwritten: a buffer's next writer comes two phases or
+    more after its last reader.
     """
     embed(env)
-    env.sync.barrier(1)
+    env.sync.arrive()
 
     def layer_step(layer, carry):
         for index, phase in enumerate(LAYER_PHASES):
-            phase(env, layer)
-            env.sync.barrier(2 + layer * len(LAYER_PHASES) + index)
+            phase(env, layer, functools.partial(env.sync.wait, 1 + layer * WAITS + index))
+            env.sync.arrive()
         return carry
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(env.dims.num_layers), layer_step, 0)
-    head(env)
+    layers = env.dims.num_layers
+    lax.fori_loop(jnp.int32(0), jnp.int32(layers), layer_step, 0)
+    head(env, functools.partial(env.sync.wait, 1 + layers * WAITS))

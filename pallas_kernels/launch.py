@@ -96,8 +96,15 @@ def run_kernel(
         refs_out = refs[first_updated + len(updated) :]
         named = dict(zip(inputs, refs_in, strict=True)) | dict(zip(outputs, refs_out, strict=True))
         sync = GridSync(named["counters"], plan.programs, interpret)
-        program = pl.program_id(0)
-        body(Env(plan=plan, refs=named, program=program, sync=sync, interpret=interpret))
+        env = Env(
+            plan=plan,
+            refs=named,
+            program=pl.program_id(0),
+            lengths=tuple(named["lengths"][b] for b in range(d.batch)),
+            sync=sync,
+            interpret=interpret,
+        )
+        body(env)
 
     call = pl.pallas_call(
         kernel,

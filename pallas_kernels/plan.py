@@ -4,13 +4,13 @@ A plan is data, free of any backend. The kernel's phases read it when they are
 traced; diagnosis and benchmarks read the bytes off it.
 
 How a mat-vec is cut. P programs share the rows of a weight matrix `[out, in]`
-in groups of 8. One tile covers 8 rows and up to 2048 inputs. Seen as a
+in groups, of 8 say. One tile then covers 8 rows and up to 2048 inputs. Seen as a
 row-major `[64, 256]` matrix it holds, for each row, 8 chunks of 256 inputs; its
 product with a `[256, 8 * B]` operand, whose column (c, b) is chunk c of sequence
 b's activations, contains every chunk's dot product with its own activations on a
 diagonal (and 7 products nobody wants: tensor cores pad a width of 1 to 8 anyway).
 Summing that diagonal gives 8 finished rows, so that no program ever needs
-another's partial sums.
+another's partial sums, and rows are shared out evenly among many programs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,19 @@ __all__ = ["AttentionPlan", "Phase", "Plan", "Tile", "make_plan"]
 # Tensor cores multiply in steps of 16 along the inner dimension.
 MIN_DEPTH = 16
 MAX_DEPTH = 256
+# A tile is multiplied as a matrix of so many rows, and by default holds so many outputs.
+MATRIX_ROWS = 64
+TILE_ROWS = 8
+# Columns of the operand: tensor cores have at least 8; beyond 64 the product fills registers.
+MIN_COLUMNS = 8
+MAX_COLUMNS = 64
 # Left for what the compiler keeps in shared memory besides the tiles in flight:
 # operands and products on their way from one register layout to another.
 RESERVED_SHARED_MEMORY = 32 * 1024
+# More tiles in flight than this gained nothing on an H200.
+MAX_STAGES = 4
+# Words of a tile of keys or values: 64 registers of 128 threads.
+ATTENTION_TILE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +72,50 @@ class Tile:
         """Whether the last tile along the inputs reaches beyond them."""
         return self.inner % self.span != 0
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a tile of bfloat16 weights."""
+        return 2 * self.rows * self.span
+
+    def operand_bytes(self, padded_batch: int) -> int:
+        """Bytes of the operand that streams beside each tile; one block's stays in place."""
+        return 0 if self.blocks == 1 else 2 * self.span * padded_batch
+
     @classmethod
-    def for_inner(cls, inner: int) -> Tile:
-        """The deepest tile of which at most an eighth of the work is padding."""
-        depth = MAX_DEPTH
-        while depth > MIN_DEPTH:
-            tile = cls(inner, depth=depth)
-            if tile.blocks * tile.span * 8 <= inner * 9:
-                return tile
-            depth //= 2
-        return cls(inner, depth=MIN_DEPTH)
+    def choose(cls, inner: int, out: int, programs: int, padded_batch: int) -> Tile:
+        """The tile that moves the fewest bytes through the busiest program.
+
+        Args:
+            inner: inputs of the mat-vec.
+            out: its output rows.
+            programs: P, which share the rows.
+            padded_batch: B, rounded up to a power of two.
+        """
+        depth = _depth(inner)
+
+        def cost(tile: Tile) -> tuple[int, int]:
+            tiles = ceil_div(ceil_div(out, tile.rows), programs) * tile.blocks
+            moved = tile.weight_bytes + tile.operand_bytes(padded_batch)
+            return tiles * moved, abs(tile.rows - TILE_ROWS)
+
+        tiles = [cls(inner, rows, MATRIX_ROWS // rows, depth) for rows in (4, 8, 16, 32)]
+        fitting = [
+            tile
+            for tile in tiles
+            if MIN_COLUMNS <= tile.chunks * padded_batch <= MAX_COLUMNS and out % tile.rows == 0
+        ]
+        return min(fitting or [cls(inner, depth=depth)], key=cost)
+
+
+def _depth(inner: int) -> int:
+    """The deepest piece with which at most an eighth of a default tile's work is padding."""
+    depth = MAX_DEPTH
+    while depth > MIN_DEPTH:
+        tile = Tile(inner, depth=depth)
+        if tile.blocks * tile.span * 8 <= inner * 9:
+            break
+        depth //= 2
+    return depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +128,13 @@ class AttentionPlan:
 
     Attributes:
         block: positions of one tile of keys or values.
+        min_span: positions of a span at least, a multiple of `block`: shorter ones would
+            cost more to combine than they save.
         max_splits: spans at most.
     """
 
     block: int
+    min_span: int
     max_splits: int
 
 
@@ -156,19 +203,18 @@ class Plan:
 
 
 def _stages(plan: Plan, shared_memory: int) -> int:
-    """As many stages as the widest streaming loop has shared memory for, 5 at most.
+    """As many stages as the widest streaming loop has shared memory for, `MAX_STAGES` at most.
 
     A stage holds a weight tile and, where a mat-vec has several blocks of inputs, the
     block's operand. Of n stages n - 1 lie in shared memory, or all n where products 16 or
     more columns wide let tensor cores read their operands there while the loop goes on.
     """
-    widest = 0
-    for tile in (plan.qkv, plan.attn_out, plan.gate_up, plan.down, plan.head):
-        weights = 2 * tile.rows * tile.span
-        operand = 2 * tile.span * plan.padded_batch if tile.blocks > 1 else 0
-        widest = max(widest, weights + operand)
-    extra = 1 if plan.head.chunks * plan.padded_batch < 16 else 0
-    return max(2, min(5, extra + (shared_memory - RESERVED_SHARED_MEMORY) // widest))
+    tiles = (plan.qkv, plan.attn_out, plan.gate_up, plan.down, plan.head)
+    widest = max(tile.weight_bytes + tile.operand_bytes(plan.padded_batch) for tile in tiles)
+    wide_product = plan.padded_batch * max(t.chunks for t in tiles) >= 16
+    kept = max([2 * t.span * plan.padded_batch for t in tiles if t.blocks == 1], default=0)
+    free = shared_memory - RESERVED_SHARED_MEMORY - (kept if wide_product else 0)
+    return max(2, min(MAX_STAGES, free // widest + (0 if wide_product else 1)))
 
 
 @functools.lru_cache
@@ -184,7 +230,6 @@ def make_plan(
         num_stages: overrides the number that fits shared memory.
     """
     d, programs = dims, gpu.cores
-    wide = Tile.for_inner(d.model_dim)
     two = 2  # bytes of a bfloat16
 
     def matrix(out: int, inner: int) -> int:
@@ -196,9 +241,9 @@ def make_plan(
             "embed", False, two * d.batch * d.model_dim, ("embed",), ("x", "x_operand", "x_squares")
         ),
         Phase(
-            "qkv", True, norm + matrix(d.qkv_dim, d.model_dim), ("x_operand", "x_squares"), ("qkv",)
+            "qkv", True, norm + matrix(d.qkv_dim, d.model_dim), ("x_operand", "x_squares"), ("q", "k", "v")
         ),
-        Phase("attention", True, 0, ("qkv", "k", "v"), ("k", "v", "attn_operand")),
+        Phase("attention", True, 0, ("q", "k", "v"), ("attn_operand",)),
         Phase(
             "attn_out",
             True,
@@ -228,19 +273,26 @@ def make_plan(
             ("logits", "token", "lengths"),
         ),
     )
+    bp = next_power_of_2(d.batch)
     splits = max(1, min(64, programs // d.num_kv_heads))
+    down = Tile.choose(d.ffw_dim, d.model_dim, programs, bp)
     plan = Plan(
         dims=dims,
         programs=programs,
         num_warps=num_warps,
         num_stages=num_stages or 0,
-        padded_batch=next_power_of_2(d.batch),
-        qkv=wide,
-        attn_out=Tile.for_inner(d.attn_dim),
-        gate_up=wide,
-        down=Tile.for_inner(d.ffw_dim),
-        head=wide,
-        attention=AttentionPlan(block=64, max_splits=1 << (splits.bit_length() - 1)),
+        padded_batch=bp,
+        qkv=Tile.choose(d.model_dim, d.qkv_dim, programs, bp),
+        # Both write the residual: a program owns the same elements in both.
+        attn_out=dataclasses.replace(down, inner=d.attn_dim, depth=_depth(d.attn_dim)),
+        gate_up=Tile.choose(d.model_dim, 2 * d.ffw_dim, programs, bp),
+        down=down,
+        head=Tile.choose(d.model_dim, d.vocab_size, programs, bp),
+        attention=AttentionPlan(
+            block=ATTENTION_TILE // d.head_dim,
+            min_span=256,
+            max_splits=1 << (splits.bit_length() - 1),
+        ),
         phases=phases,
     )
     if num_stages is None:

@@ -24,8 +24,8 @@ def scratch_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
 
     x: float32 residual stream. x_operand: the residual times the next norm's
     weights, not yet divided by its root mean square. x_squares: sums of squares of
-    8 residuals each, from which readers take the root mean square. qkv: the
-    projections before RoPE, float32. attn_operand, ffw_operand: operands of the
+    a group's residuals, from which readers take the root mean square. q: queries after
+    RoPE, float32. attn_operand, ffw_operand: operands of the
     output and down projections. part_*: maximum, sum and weighted values of one
     span of attention. best_*: each program's best logit and its token.
     """
@@ -43,7 +43,7 @@ def scratch_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
         "x": f32(d.batch, d.model_dim),
         "x_operand": operand(plan.qkv),
         "x_squares": f32(next_power_of_2(groups), bp),
-        "qkv": f32(d.batch, d.qkv_dim),
+        "q": f32(d.batch, d.attn_dim),
         "attn_operand": operand(plan.attn_out),
         "ffw_operand": operand(plan.down),
         "part_max": f32(heads, splits, d.q_per_kv),

@@ -76,21 +76,27 @@ class GridSync:
         if not self.interpret:
             plgpu.debug_barrier()
 
-    def barrier(self, number: Array | int) -> None:
-        """Waits until all programs have come to the `number`-th barrier of the launch (from 1).
+    def arrive(self) -> None:
+        """Counts this program in, once a number: what it has stored before is then done."""
+        if self.interpret:
+            return
+        self.fence()
+        self._add(_BARRIER, 1)
 
-        What any program stored before it is seen by every program after it.
+    def wait(self, number: Array | int) -> None:
+        """Waits until all programs have arrived for the `number`-th time (from 1).
+
+        What any program stored before it arrived is then seen by this one.
         """
         if self.interpret:
             return
         target = jnp.int32(number) * self.programs
-        self.fence()
-        count = self._add(_BARRIER, 1) + 1
 
         def poll(state):
             _, polls = state
             return self._add(_BARRIER, 0), _trap_if_over(polls + 1, MAX_POLLS)
 
+        count = self._add(_BARRIER, 0)
         lax.while_loop(
             lambda state: (state[0] < target) & (state[1] >= 0), poll, (count, jnp.int32(0))
         )

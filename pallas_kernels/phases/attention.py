@@ -1,4 +1,4 @@
-"""RoPE, the cache's new position, and attention over the live cache.
+"""Attention over the live cache, the new position included.
 
 Work is dealt out in parts: a part is one sequence, one key/value head with the G query
 heads that share it, and one span of positions (`plan.AttentionPlan`). Softmax is taken
@@ -6,13 +6,12 @@ online over the tiles of a span (Milakov and Gimelshein, arXiv 1805.02867). Wher
 has several parts, each leaves its maximum, sum and weighted values in scratch, and the
 part that arrives last combines them in the order of their spans, whoever it is.
 
-The new position's key and value never come back from memory: the head's last part takes
-them straight from the projections, rounded as the cache stores them.
+A program loads the first tile of its span before it waits for the phase before: all but
+the new position lie in the cache already. The new one is added by the head's last part.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
-from pallas_kernels.env import Env
+from pallas_kernels.env import Env, Wait, no_wait
 from pallas_kernels.matvec import iota
 
 __all__ = ["attention"]
@@ -50,15 +49,16 @@ def _cdiv(a: Array, b: int) -> Array:
     return lax.div(a + (b - 1), jnp.int32(b))
 
 
-def _lengths(env: Env) -> list[Array]:
-    """Each sequence's live positions; a full cache's new position is not stored."""
-    return [jnp.minimum(env["lengths"][b], env.dims.capacity) for b in range(env.dims.batch)]
-
-
 def _span(env: Env, length: Array) -> Array:
     """Positions of a span, for a sequence of `length` positions and a new one."""
     cut = env.plan.attention
-    return jnp.maximum(_cdiv(_cdiv(length + 1, cut.max_splits), cut.block), 1) * cut.block
+    equal = _cdiv(_cdiv(length + 1, cut.max_splits), cut.block) * cut.block
+    return jnp.maximum(equal, cut.min_span)
+
+
+def _lengths(env: Env) -> list[Array]:
+    """Each sequence's live positions; a full cache's new position is not stored."""
+    return [jnp.minimum(length, env.dims.capacity) for length in env.lengths]
 
 
 def _total_parts(env: Env) -> Array:
@@ -96,64 +96,20 @@ def _part(env: Env, number: Array) -> _Part:
     )
 
 
-def _rotated(env: Env, part: _Part, head: Array, real: Array | None = None) -> Array:
-    """Projected heads `[..., H]` after RoPE at the new position, float32.
-
-    Args:
-        env: the program's view.
-        part: the part.
-        head: which heads of the fused projection, int32 `[..., H]`, equal along H.
-        real: bool of the same shape: which to load; the others are 0.
-    """
-    h = env.dims.head_dim
-    element = iota(head.shape, head.ndim - 1)
-    half = jnp.int32(h // 2)
-    partner = lax.rem(element + half, jnp.int32(h))
-    pair = lax.rem(element, half)
-    angle = part.length.astype(jnp.float32) * env["inv_freq"][pair]
-    row = env["qkv"].at
-
-    def load(column):
-        return plgpu.load(
-            row[part.sequence, head * h + column],
-            mask=real,
-            other=None if real is None else 0.0,
-        )
-
-    sign = jnp.where(element < half, -1.0, 1.0)
-    return load(element) * jnp.cos(angle) + sign * load(partner) * jnp.sin(angle)
+def _load_tile(env: Env, layer: Array, part: _Part, i: Array) -> tuple[Array, Array]:
+    """Keys and values of the i-th tile of the part's span, `[block, H]`; 0 beyond it."""
+    shape = (env.plan.attention.block, env.dims.head_dim)
+    position = part.start + i * shape[0] + iota(shape, 0)
+    live = position < part.stop
+    where = (layer, part.sequence, part.head, position, iota(shape, 1))
+    keys = plgpu.load(env["k"].at[where], mask=live, other=0.0)
+    values = plgpu.load(env["v"].at[where], mask=live, other=0.0)
+    return keys, values
 
 
-def _queries(env: Env, part: _Part) -> Array:
-    """The part's query heads after RoPE, scaled for a softmax in base 2: `[16, H]`."""
-    d = env.dims
-    shape = (QUERY_ROWS, d.head_dim)
-    g = iota(shape, 0)
-    # Rows of padding repeat the last head; nobody stores what comes of them.
-    head = part.head * d.q_per_kv + jnp.minimum(g, d.q_per_kv - 1)
-    return _rotated(env, part, head) * (math.log2(math.e) / math.sqrt(d.head_dim))
-
-
-def _append(env: Env, layer: Array, part: _Part) -> tuple[Array, Array]:
-    """Stores the new position's key and value; returns them as stored, float32 `[H]`."""
-    d = env.dims
-    element = iota((d.head_dim,), 0)
-    head = jnp.zeros((d.head_dim,), jnp.int32) + (d.num_heads + part.head)
-    key = _rotated(env, part, head).astype(jnp.bfloat16)
-    column = (d.num_heads + d.num_kv_heads + part.head) * d.head_dim + element
-    value = env["qkv"][part.sequence, column].astype(jnp.bfloat16)
-    owner = (part.index == part.parts - 1) & (part.length < d.capacity)
-
-    @pl.when(owner)
-    def _():
-        where = (layer, part.sequence, part.head, part.length)
-        env["k"][where] = key
-        env["v"][where] = value
-
-    return key.astype(jnp.float32), value.astype(jnp.float32)
-
-
-def _attend(env: Env, layer: Array, part: _Part) -> tuple[Array, Array, Array]:
+def _attend(
+    env: Env, layer: Array, part: _Part, first_tile: tuple[Array, Array]
+) -> tuple[Array, Array, Array]:
     """Softmax attention over the part's span.
 
     Returns:
@@ -161,25 +117,24 @@ def _attend(env: Env, layer: Array, part: _Part) -> tuple[Array, Array, Array]:
         weighted values `[16, H]`, float32; padding rows hold copies.
     """
     d, block = env.dims, env.plan.attention.block
-    q = _queries(env, part)
-    key, value = _append(env, layer, part)
+    shape = (QUERY_ROWS, d.head_dim)
+    # Rows of padding repeat the last head; nobody stores what comes of them.
+    head = part.head * d.q_per_kv + jnp.minimum(iota(shape, 0), d.q_per_kv - 1)
+    q = plgpu.load(env["q"].at[part.sequence, head * d.head_dim + iota(shape, 1)])
+    # The new position, in every row. A full cache has none: its logits are NaN anyway.
+    new = (layer, part.sequence, part.head, jnp.minimum(part.length, d.capacity - 1))
+    key = plgpu.load(env["k"].at[(*new, iota(shape, 1))]).astype(jnp.float32)
+    value = plgpu.load(env["v"].at[(*new, iota(shape, 1))]).astype(jnp.float32)
     has_new = part.index == part.parts - 1
-    top = jnp.where(has_new, jnp.sum(q * key[None, :], axis=1), LOWEST)
+    top = jnp.where(has_new, jnp.sum(q * key, axis=1), LOWEST)
     nothing = jnp.zeros((QUERY_ROWS,), jnp.float32)
     total = jnp.where(has_new, jnp.ones_like(nothing), nothing)
-    out = jnp.where(has_new, jnp.broadcast_to(value[None, :], q.shape), jnp.zeros_like(q))
+    out = jnp.where(has_new, value, jnp.zeros_like(q))
 
-    def tile(i, state):
+    def add_tile(i, keys, values, state):
         top, total, out = state
-        first = part.start + i * block
-        shape = (block, d.head_dim)
-        position = first + iota(shape, 0)
-        live = position < part.stop
-        where = (layer, part.sequence, part.head, position, iota(shape, 1))
-        keys = plgpu.load(env["k"].at[where], mask=live, other=0.0)
-        values = plgpu.load(env["v"].at[where], mask=live, other=0.0)
         scores = env.dot_split(q, keys, transpose_b=True)  # [16, block]
-        seen = first + iota(scores.shape, 1) < part.stop
+        seen = part.start + i * block + iota(scores.shape, 1) < part.stop
         scores = jnp.where(seen, scores, LOWEST)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - new_top[:, None])
@@ -189,8 +144,12 @@ def _attend(env: Env, layer: Array, part: _Part) -> tuple[Array, Array, Array]:
         out = out * shrink[:, None] + env.dot_split(weights, values)
         return new_top, total, out
 
+    def tile_step(i, state):
+        return add_tile(i, *_load_tile(env, layer, part, i), state)
+
+    state = add_tile(jnp.int32(0), *first_tile, (top, total, out))
     tiles = _cdiv(part.stop - part.start, block)
-    return lax.fori_loop(jnp.int32(0), tiles, tile, (top, total, out))
+    return lax.fori_loop(jnp.int32(1), tiles, tile_step, state)
 
 
 def _store_heads(env: Env, part: _Part, g: Array, element: Array, out: Array, real: Array) -> None:
@@ -231,13 +190,26 @@ def _combine(env: Env, part: _Part, slot: Array) -> None:
         )
 
 
-def attention(env: Env, layer: Array) -> None:
-    """This program's parts of the layer's attention, and the cache's new position."""
+def attention(env: Env, layer: Array, wait: Wait = no_wait) -> None:
+    """This program's parts of the layer's attention."""
     d = env.dims
+    mine = env.share(_total_parts(env))
 
-    def part_step(j, carry):
-        part = _part(env, env.program + j * env.plan.programs)
-        top, total, out = _attend(env, layer, part)
+    def part_of(j):
+        return _part(env, env.program + j * env.plan.programs)
+
+    def first_tile(j):
+        part = part_of(j)
+        # A program without a j-th part loads nothing.
+        part = part._replace(stop=jnp.where(j < mine, part.stop, 0))
+        return _load_tile(env, layer, part, jnp.int32(0))
+
+    ahead = first_tile(jnp.int32(0))
+    wait()
+
+    def part_step(j, tile):
+        part = part_of(j)
+        top, total, out = _attend(env, layer, part, tile)
         g, element = iota(out.shape, 0), iota(out.shape, 1)
         real = g < d.q_per_kv
 
@@ -259,6 +231,6 @@ def attention(env: Env, layer: Array) -> None:
             def _():
                 _combine(env, part, slot)
 
-        return carry
+        return first_tile(j + 1)
 
-    lax.fori_loop(jnp.int32(0), env.share(_total_parts(env)), part_step, 0)
+    lax.fori_loop(jnp.int32(0), mine, part_step, ahead)

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from jax import Array
 
-from pallas_kernels.env import Env
-from pallas_kernels.matvec import iota, stream_rows
-from pallas_kernels.phases.residual import load_residual, store_residual
+from pallas_kernels.env import Env, Wait, no_wait
+from pallas_kernels.phases.residual import add_to_residual, residual_stream
 
 __all__ = ["attn_out"]
 
 
-def attn_out(env: Env, layer: Array) -> None:
+def attn_out(env: Env, layer: Array, wait: Wait = no_wait) -> None:
     """x[b] += W_o @ attention[b]."""
     tile = env.plan.attn_out
+    stream = residual_stream(env, env["w_attn_out"], layer, tile, env["attn_operand"])
 
-    def rows_of(group):
-        return group * tile.rows + iota((tile.rows,), 0)
+    def norm_weight_of(element):
+        return env["mlp_norm"][layer, element]
 
-    def finish(group, sums, carry):
-        rows = rows_of(group)
-        x = load_residual(env, rows) + sums
-        store_residual(env, group, rows, x, env["mlp_norm"][layer, rows])
-        return carry
-
-    stream_rows(
-        env,
-        weight=env["w_attn_out"],
-        layer=layer,
-        groups=env.dims.model_dim // tile.rows,
-        rows_of=rows_of,
-        tile=tile,
-        operand=env["attn_operand"],
-        finish=finish,
-    )
+    add_to_residual(env, stream, wait, norm_weight_of)

@@ -5,36 +5,19 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.env import Env
-from pallas_kernels.matvec import iota, stream_rows
-from pallas_kernels.phases.residual import load_residual, store_residual
+from pallas_kernels.env import Env, Wait, no_wait
+from pallas_kernels.phases.residual import add_to_residual, residual_stream
 
 __all__ = ["down"]
 
 
-def down(env: Env, layer: Array) -> None:
+def down(env: Env, layer: Array, wait: Wait = no_wait) -> None:
     """x[b] += W_down @ hidden[b]; what follows is the next layer, or the head."""
-    tile = env.plan.down
+    stream = residual_stream(env, env["w_down"], layer, env.plan.down, env["ffw_operand"])
     last = env.dims.num_layers - 1
 
-    def rows_of(group):
-        return group * tile.rows + iota((tile.rows,), 0)
+    def norm_weight_of(element):
+        following = env["attn_norm"][jnp.minimum(layer + 1, last), element]
+        return jnp.where(layer == last, env["final_norm"][element], following)
 
-    def finish(group, sums, carry):
-        rows = rows_of(group)
-        x = load_residual(env, rows) + sums
-        following = env["attn_norm"][jnp.minimum(layer + 1, last), rows]
-        norm_weight = jnp.where(layer == last, env["final_norm"][rows], following)
-        store_residual(env, group, rows, x, norm_weight)
-        return carry
-
-    stream_rows(
-        env,
-        weight=env["w_down"],
-        layer=layer,
-        groups=env.dims.model_dim // tile.rows,
-        rows_of=rows_of,
-        tile=tile,
-        operand=env["ffw_operand"],
-        finish=finish,
-    )
+    add_to_residual(env, stream, wait, norm_weight_of)

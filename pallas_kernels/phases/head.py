@@ -8,8 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import ceil_div, next_power_of_2
-from pallas_kernels.env import Env
-from pallas_kernels.matvec import iota, stream_rows
+from pallas_kernels.env import Env, Wait, no_wait
+from pallas_kernels.matvec import PREFETCH, RowStream, iota
 from pallas_kernels.phases.residual import rms_scale
 
 __all__ = ["head"]
@@ -24,13 +24,12 @@ def _best(logit: Array, token: Array) -> tuple[Array, Array]:
     return top, winner
 
 
-def head(env: Env) -> None:
+def head(env: Env, wait: Wait = no_wait) -> None:
     """logits[b] = W_head @ rmsnorm(x[b]); token[b] = argmax; lengths[b] += 1.
 
     A sequence whose cache was full gets NaN logits, like in the reference.
     """
     tile, d, bp = env.plan.head, env.dims, env.plan.padded_batch
-    scale = rms_scale(env)
     column = iota((bp,), 0)
     length = plgpu.load(env["lengths"].at[jnp.minimum(column, d.batch - 1)])
     fits = length < d.capacity
@@ -41,7 +40,13 @@ def head(env: Env) -> None:
         first = jnp.minimum(group * tile.rows, d.vocab_size - tile.rows)
         return first + iota((tile.rows,), 0)
 
-    def finish(group, sums, carry):
+    groups = ceil_div(d.vocab_size, tile.rows)
+    stream = RowStream(env, env["w_head"], None, groups, rows_of, tile, env["x_operand"])
+    prefetched = stream.prefetch(PREFETCH)
+    wait()
+    scale = rms_scale(env)
+
+    def finish(j, group, sums, carry):
         best_logit, best_token = carry
         b = iota(sums.shape, 1)
         token = jnp.broadcast_to(rows_of(group)[:, None], sums.shape)
@@ -54,17 +59,7 @@ def head(env: Env) -> None:
 
     shape = (tile.rows, bp)
     nothing = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, _NO_TOKEN, jnp.int32))
-    best_logit, best_token = stream_rows(
-        env,
-        weight=env["w_head"],
-        layer=None,
-        groups=ceil_div(d.vocab_size, tile.rows),
-        rows_of=rows_of,
-        tile=tile,
-        operand=env["x_operand"],
-        finish=finish,
-        carry=nothing,
-    )
+    best_logit, best_token = stream.run(finish, nothing, prefetched=prefetched)
     top, winner = _best(best_logit, best_token)
     program = env.program
     env["best_logit"][program, :] = top

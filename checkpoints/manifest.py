@@ -1,0 +1,133 @@
+"""The manifest: what a checkpoint says of itself, in JSON beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ffjax.config import ModelConfig
+
+__all__ = ["DTYPES", "FORMAT", "FORMAT_VERSION", "MANIFEST", "CheckpointError", "Manifest"]
+
+FORMAT = "ffjax-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+# The dtypes in which a model's weights are kept.
+DTYPES = ("bfloat16", "float32")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message says why in a sentence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        config: the model's configuration.
+        dtype: of all its weights, one of `DTYPES`.
+        source: where the weights come from, JSON-able, or None if nobody said.
+        files: bytes of every file of the weights, by its path within the checkpoint:
+            a copy that was cut short is noticed before anything is read.
+    """
+
+    config: ModelConfig
+    dtype: str
+    source: dict[str, Any] | None
+    files: dict[str, int]
+
+    def write(self, directory: Path) -> None:
+        """Writes the manifest into a checkpoint's directory.
+
+        Raises:
+            TypeError: the source is not JSON-able.
+        """
+        (directory / MANIFEST).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The manifest's text.
+
+        Raises:
+            TypeError: the source is not JSON-able.
+        """
+        data = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "dtype": self.dtype,
+            "source": self.source,
+            "files": dict(sorted(self.files.items())),
+        }
+        try:
+            return json.dumps(data, indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"A checkpoint's source is kept as JSON, and this cannot be: {error}. "
+                "Give it as dicts, lists, strings and finite numbers."
+            ) from None
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Reads the manifest of the checkpoint in `directory`.
+
+        Raises:
+            FileNotFoundError: there is nothing at that path.
+            CheckpointError: what is there is no checkpoint, a damaged one, or one that a
+                newer version wrote.
+        """
+        if not directory.exists():
+            raise FileNotFoundError(f"There is no checkpoint at {directory}: no such directory.")
+        file = directory / MANIFEST
+        if not file.is_file():
+            raise CheckpointError(
+                f"A checkpoint is a directory with a {MANIFEST}; {directory} has none. "
+                "Give the directory that ffjax.save wrote."
+            )
+        try:
+            data = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(
+                f"The checkpoint at {directory} is damaged: its {MANIFEST} is not JSON ({error}). "
+                "Copy or save it again."
+            ) from None
+        return cls._from_data(data, directory)
+
+    @classmethod
+    def _from_data(cls, data: Any, directory: Path) -> Manifest:
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{directory} is not a checkpoint of ffjax: its {MANIFEST} does not say "
+                f'"format": "{FORMAT}".'
+            )
+        version = data.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"The checkpoint at {directory} has format version {version}; this ffjax reads "
+                f"versions up to {FORMAT_VERSION}. Update ffjax to read it."
+            )
+        damaged = f"The checkpoint at {directory} is damaged: its {MANIFEST}"
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{damaged} gives {version!r} as its format version.")
+        config, dtype, source, files = (
+            data.get(key) for key in ("config", "dtype", "source", "files")
+        )
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"{damaged} gives {dtype!r} as dtype of the weights; it is one of "
+                f"{', '.join(DTYPES)}."
+            )
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{damaged} holds no model configuration.")
+        if not isinstance(files, dict) or not files:
+            raise CheckpointError(f"{damaged} lists no files of weights.")
+        try:
+            made = ModelConfig.from_dict(config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{damaged} describes no possible model: {str(error).rstrip('.')}."
+            ) from None
+        return cls(config=made, dtype=dtype, source=source, files=files)

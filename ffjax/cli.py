@@ -1,0 +1,72 @@
+"""The command line: picks the subcommand, turns errors into sentences and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import io
+import sys
+from collections.abc import Sequence
+
+from ffjax.commands import generate
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {"generate": generate}
+
+# What the library raises for bad input and for what cannot run here. Anything else is a
+# defect of ours and keeps its traceback.
+_USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError)
+
+_BAD_INPUT = 2
+_INTERRUPTED = 128 + 2  # as a shell reports a process ended by SIGINT
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ffjax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: run from its sources)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ffjax", description="Text from transformers in JAX, a kernel launch a token."
+    )
+    parser.add_argument("--version", action="version", version=f"ffjax {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        sub = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        argv: the arguments after the program's name. None: those of this process.
+
+    Returns:
+        The exit code: 0; 2 after bad input, with a sentence on stderr; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: argparse has printed help, the version, or what is wrong with the
+            arguments (code 2).
+    """
+    args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model may say any character, a terminal may not know it.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        code = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        return 0  # whoever read our output has left, as `head` does
+    except _USER_ERRORS as error:
+        print(f"ffjax {args.command}: {error}", file=sys.stderr)
+        return _BAD_INPUT

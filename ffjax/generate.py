@@ -1,0 +1,168 @@
+"""Generation: prompts in, tokens out, the whole decode loop on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from ffjax.decode import Implementation
+from ffjax.loop import BLOCK, Loop
+from ffjax.model import Transformer
+from ffjax.requests import Request
+from pallas_kernels.dims import ceil_div
+
+__all__ = ["FinishReason", "GenerateOutput", "Replies", "blocks_for", "generate"]
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOutput:
+    """What a generation made, and how.
+
+    Attributes:
+        tokens: the new token ids of each sequence, without the prompt and without
+            the stop token.
+        finish_reasons: of each sequence: "stop", it came to the stop token; "length",
+            it has as many tokens as were asked for; None, it was broken off.
+        implementation: which one ran the decode steps, "pallas" or "xla".
+        steps: decode steps the device ran.
+        compile_seconds: spent on compiling, next to nothing once a like request has
+            been served; the other times do not contain it.
+        prefill_seconds: from the start to the first new token.
+        decode_seconds: from there to the last token.
+    """
+
+    tokens: list[list[int]]
+    finish_reasons: list[FinishReason | None]
+    implementation: Implementation
+    steps: int
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all sequences made by decode steps, a second; 0 if there were none."""
+        made = sum(max(len(row) - 1, 0) for row in self.tokens)
+        return made / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+class Replies:
+    """The tokens that have come back, sequence by sequence."""
+
+    def __init__(self, request: Request):
+        """Starts without a token."""
+        self._request = request
+        self.tokens: list[list[int]] = [[] for _ in request.prompts]
+        self.finish_reasons: list[FinishReason | None] = [None for _ in request.prompts]
+
+    @property
+    def finished(self) -> bool:
+        """Whether no sequence takes another token."""
+        return None not in self.finish_reasons
+
+    def add(self, row: Iterable[int]) -> list[int | None]:
+        """Takes the device's next token of each sequence, `[B]`.
+
+        Returns:
+            The same, with None for a sequence that has ended or ends with it.
+        """
+        taken: list[int | None] = []
+        for b, token in enumerate(row):
+            mine = self.tokens[b]
+            if self.finish_reasons[b] is None and token == self._request.stop_token:
+                self.finish_reasons[b] = "stop"
+            if self.finish_reasons[b] is not None:
+                taken.append(None)
+                continue
+            mine.append(int(token))
+            taken.append(int(token))
+            if len(mine) == self._request.max_new_tokens:
+                self.finish_reasons[b] = "length"
+        return taken
+
+
+def blocks_for(request: Request) -> int:
+    """Blocks of decode steps a request may need: its first token comes with the prefill."""
+    return ceil_div(request.max_new_tokens - 1, BLOCK)
+
+
+def generate(
+    model: Transformer,
+    prompts: Any,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int | Sequence[int] = 0,
+    stop_token: int | None = None,
+    capacity: int | None = None,
+    implementation: Implementation | None = None,
+) -> GenerateOutput:
+    """Continues each prompt by up to `max_new_tokens` tokens.
+
+    The prompts are fed through the reference model. The decode loop then runs on the
+    device within one jitted call that updates the cache in place.
+
+    Args:
+        model: the model.
+        prompts: token ids, a list for each of the B sequences; lengths may differ. A
+            flat list, or a one-dimensional array, is a single prompt.
+        max_new_tokens: how many tokens each sequence gets at most.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from
+            `softmax(logits / temperature)`.
+        seed: of the draws: one for the call, or one for each prompt. A prompt with a
+            seed of its own draws the same tokens in whatever batch it is.
+        stop_token: the token that ends a sequence, or None.
+        capacity: positions of the cache to make, at least what the longest prompt and
+            the new tokens need. Give the same to requests of different lengths, and
+            they share their compiled programs. None: what this one needs, rounded up.
+        implementation: of the decode steps: "pallas", "xla" or None for the best that
+            can run; see `ffjax.decode_step`.
+
+    Returns:
+        The tokens, why each sequence ended, and the times it took.
+
+    Raises:
+        ValueError: there is no prompt, a prompt is empty, a token id or the stop token is
+            outside the vocabulary, prompt and new tokens need more positions than the
+            model or the capacity has, "pallas" is named for more than 8 prompts, or an
+            option is out of range.
+        TypeError: an argument is of the wrong kind.
+        NotImplementedError: the named implementation cannot run here.
+    """
+    request = Request.checked(
+        model.config, prompts, max_new_tokens, temperature, seed, stop_token, capacity
+    )
+    loop = Loop(model, request, implementation)
+    replies = Replies(request)
+    made, steps = np.zeros((0, request.batch), np.int32), 0
+    start = time.perf_counter()
+    first = loop.prefill()
+    if (blocks := blocks_for(request)) > 0:
+        # Ordered before the first token is waited for, so that the device does not idle.
+        on_device, index = loop.decode(blocks)
+        jax.block_until_ready(first)
+        prefilled = time.perf_counter()
+        steps = int(index) - 1
+        made = np.asarray(on_device)[:steps]
+    else:
+        jax.block_until_ready(first)
+        prefilled = time.perf_counter()
+    end = time.perf_counter()
+    for row in (np.asarray(first), *made):
+        replies.add(row.tolist())
+    return GenerateOutput(
+        tokens=replies.tokens,
+        finish_reasons=replies.finish_reasons,
+        implementation=loop.implementation,
+        steps=steps,
+        compile_seconds=loop.compile_seconds,
+        prefill_seconds=prefilled - start,
+        decode_seconds=end - prefilled if steps else 0.0,
+    )

@@ -1,0 +1,173 @@
+"""What a generation is asked for, checked before anything is allocated or compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ffjax.config import ModelConfig
+
+__all__ = ["Request"]
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is an integer, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return int(value)
+
+
+def _token_id(name: str, value: Any, config: ModelConfig) -> int:
+    token = _integer(name, value, 0)
+    if token >= config.vocab_size:
+        raise ValueError(
+            f"{name} must be in the vocabulary of {config.name}, 0 to {config.vocab_size - 1}; "
+            f"got {token}."
+        )
+    return token
+
+
+def _prompt(which: str, prompt: Any, config: ModelConfig) -> np.ndarray:
+    """One prompt as int32 `[n]`, n at least 1, every id inside the vocabulary."""
+    if isinstance(prompt, str | bytes):
+        raise TypeError(
+            f"A prompt is a list of token ids; {which} is {type(prompt).__name__}. "
+            "Encode it with the model's tokenizer first."
+        )
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # numpy's own message speaks of inhomogeneous shapes
+        raise TypeError(
+            f"A prompt is a list of token ids; {which} nests lists of different lengths."
+        ) from None
+    if ids.size == 0:
+        raise ValueError(
+            f"A prompt needs at least one token; {which} is empty. Start it with a "
+            "begin- or end-of-text token if there is nothing to say."
+        )
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(
+            f"A prompt is a flat list of integer token ids; {which} has shape {ids.shape} "
+            f"and dtype {ids.dtype}."
+        )
+    outside = np.flatnonzero((ids < 0) | (ids >= config.vocab_size))
+    if outside.size:
+        first = int(outside[0])
+        raise ValueError(
+            f"Token ids of {config.name} are 0 to {config.vocab_size - 1}; {which} has "
+            f"{int(ids[first])} at index {first}. Is it another model's tokenizer?"
+        )
+    return ids.astype(np.int32)
+
+
+def _prompts(prompts: Any, config: ModelConfig) -> tuple[np.ndarray, ...]:
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        rows = [prompts]
+    else:
+        rows = list(prompts)
+        # A flat list or array is one prompt.
+        if rows and (isinstance(rows[0], numbers.Number) or getattr(rows[0], "ndim", 1) == 0):
+            rows = [prompts]
+    if not rows:
+        raise ValueError("Generation needs at least one prompt; the list of prompts is empty.")
+    if len(rows) == 1:
+        return (_prompt("the prompt", rows[0], config),)
+    return tuple(_prompt(f"prompt {i}", row, config) for i, row in enumerate(rows))
+
+
+def _seed(seed: Any, batch: int) -> int | tuple[int, ...]:
+    if isinstance(seed, Sequence):
+        if len(seed) != batch:
+            raise ValueError(
+                f"Seeds come as one for all prompts or one for each; there are {len(seed)} "
+                f"for {batch} prompts."
+            )
+        return tuple(_integer("A seed", one, 0) for one in seed)
+    return _integer("seed", seed, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A generation, as asked for.
+
+    Attributes:
+        prompts: one int32 `[n]` a sequence, n at least 1.
+        max_new_tokens: at least 1.
+        temperature: 0 for greedy.
+        seed: one for all sequences, or one for each.
+        stop_token: the id that ends a sequence, or None.
+        capacity: positions the cache must have room for.
+    """
+
+    prompts: tuple[np.ndarray, ...]
+    max_new_tokens: int
+    temperature: float
+    seed: int | tuple[int, ...]
+    stop_token: int | None
+    capacity: int
+
+    @property
+    def batch(self) -> int:
+        """B, the number of sequences."""
+        return len(self.prompts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt) for prompt in self.prompts)
+
+    @classmethod
+    def checked(
+        cls,
+        config: ModelConfig,
+        prompts: Any,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int | Sequence[int],
+        stop_token: int | None,
+        capacity: int | None,
+    ) -> Request:
+        """A request that a model of this configuration can serve.
+
+        The arguments are those of `ffjax.generate`.
+
+        Raises:
+            ValueError: a value is out of range; the message says which, and the range.
+            TypeError: an argument is of the wrong kind.
+        """
+        rows = _prompts(prompts, config)
+        new = _integer("max_new_tokens", max_new_tokens, 1)
+        if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
+            raise TypeError(f"temperature is a number, got {temperature!r}.")
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or a positive number, got {temperature}."
+            )
+        if stop_token is not None:
+            stop_token = _token_id("stop_token", stop_token, config)
+        longest = max(len(row) for row in rows)
+        need = longest + new
+        needs = f"A prompt of {longest} tokens and {new} new ones need {need} positions; "
+        if need > config.max_context:
+            raise ValueError(
+                f"{needs}{config.name} was made for {config.max_context}. "
+                "Shorten the prompt or ask for fewer tokens."
+            )
+        if capacity is None:
+            capacity = need
+        elif need > _integer("capacity", capacity, 1):
+            raise ValueError(f"{needs}the capacity given is {capacity}. Raise it or ask for less.")
+        return cls(
+            prompts=rows,
+            max_new_tokens=new,
+            temperature=float(temperature),
+            seed=_seed(seed, len(rows)),
+            stop_token=stop_token,
+            capacity=int(capacity),
+        )

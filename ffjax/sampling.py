@@ -1,0 +1,58 @@
+"""Choosing the next token: greedy, or drawn at a temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = ["sample", "sequence_keys", "step_keys"]
+
+
+def sequence_keys(seed: int | Sequence[int], batch: int) -> Array:
+    """One random key a sequence, typed key array `[B]`.
+
+    Args:
+        seed: one seed for the call, from which sequence b gets the b-th key; or
+            one a sequence. A sequence with a seed of its own draws the same
+            tokens in whatever batch it is.
+        batch: B.
+    """
+    if isinstance(seed, int):
+        key = jax.random.key(seed)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    return jnp.stack([jax.random.fold_in(jax.random.key(one), 0) for one in seed])
+
+
+def step_keys(keys: Array, index: Array | int) -> Array:
+    """The keys `[B]` for the index-th new token (from 0) of each sequence.
+
+    Derived from the index alone: how the steps are cut into blocks does not matter.
+    """
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+
+
+def sample(logits: Array, keys: Array, temperature: Array | float) -> Array:
+    """Draws a token of each sequence from `softmax(logits / temperature)`.
+
+    By the Gumbel-max trick: `argmax(logits + temperature * g)`, with g standard
+    Gumbel noise, is distributed so (Maddison et al., arXiv 1411.0030). Written this
+    way nothing is divided by the temperature, and 0 is greedy: the lowest id of the
+    greatest logits.
+
+    Args:
+        logits: float32 `[B, V]`.
+        keys: typed keys `[B]`; row b depends on key b and logits b alone.
+        temperature: 0 or more.
+
+    Returns:
+        int32 `[B]`.
+    """
+
+    def noise(key: Array) -> Array:
+        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+
+    noisy = logits + temperature * jax.vmap(noise)(keys)
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)

@@ -1,0 +1,54 @@
+"""What every test runs under, and the skipping of those that need a GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+
+import pytest
+
+# The oldest NVIDIA GPUs the fused kernel supports.
+_OLDEST = (8, 0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tests run as users do: in float32, whatever the shell says. With x64 on, a constant that
+    # should have a dtype of its own would go unnoticed.
+    os.environ["JAX_ENABLE_X64"] = "0"
+    # Some tests start a process that needs the same GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+@functools.cache
+def _why_no_gpu() -> str | None:
+    """Why tests marked gpu cannot run here; None if they can."""
+    import jax  # here, so that collecting tests starts no backend
+
+    device = jax.devices()[0]
+    found = f"JAX's default device is {device.device_kind} ({device.platform})"
+    rule = f"needs an NVIDIA GPU of compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer"
+    # GPUs of other makers have names there, or nothing.
+    capability = str(getattr(device, "compute_capability", ""))
+    number = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    if device.platform != "gpu" or number is None:
+        return f"{rule}; {found}"
+    if (int(number[1]), int(number[2])) < _OLDEST:
+        return f"{rule}; {found} of capability {capability}"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := _why_no_gpu()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_jax_as_it_was():
+    """A test that changes JAX's global numerics would change those that follow."""
+    yield
+    import jax
+
+    assert not jax.config.jax_enable_x64, "A test left 64-bit types enabled."
+    precision = jax.config.jax_default_matmul_precision
+    assert precision is None, f"A test left the default matmul precision at {precision}."

@@ -1,0 +1,141 @@
+"""The models that the tests of the reference run: small, random, of sizes that share nothing."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from oracle import LayerWeights, Weights
+
+from ffjax.config import ModelConfig, RopeScaling
+from ffjax.model import Transformer
+
+__all__ = [
+    "CONFIGS",
+    "DTYPES",
+    "filled_model",
+    "oracle_weights",
+    "random_model",
+    "random_tokens",
+]
+
+DTYPES = ("float32", "bfloat16")
+
+# Of the 7 frequencies of heads of 14, a context of 24 positions keeps one, interpolates one
+# and stretches five.
+_SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=3.0, original_context=24)
+
+
+def _config(**sizes) -> ModelConfig:
+    """Prime sizes where possible: a swapped axis cannot hide."""
+    defaults = {
+        "vocab_size": 101,
+        "num_layers": 3,
+        "model_dim": 37,
+        "ffw_dim": 53,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 14,
+        "rope_theta": 300.0,
+        # Far from a rounding error, so that a norm that leaves it out is found out.
+        "norm_eps": 1e-2,
+    }
+    return ModelConfig(**(defaults | sizes))
+
+
+CONFIGS: dict[str, ModelConfig] = {
+    "grouped, untied": _config(),
+    "grouped, tied, stretched rope": _config(tied_embeddings=True, rope_scaling=_SCALING),
+    "every head its own": _config(num_heads=3, num_kv_heads=3, rope_scaling=_SCALING),
+    "one key/value head for all, tied": _config(
+        num_heads=5, num_kv_heads=1, head_dim=22, tied_embeddings=True
+    ),
+}
+
+
+def filled_model(config: ModelConfig, weights: dict[str, np.ndarray], dtype: str) -> Transformer:
+    """A model of the weights given, by dotted path, rounded to dtype.
+
+    Its own random ones are never drawn: that would take longer than the test.
+    """
+    skeleton = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(skeleton)
+    flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    assert set(flat) == set(weights)
+    filled = []
+    for name, (path, leaf) in flat.items():
+        assert leaf.shape == weights[name].shape, name
+        filled.append((path, leaf.replace(jnp.asarray(weights[name], jnp.dtype(dtype)))))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@functools.cache
+def random_model(name: str, dtype: str, seed: int = 0) -> Transformer:
+    """A model of one of CONFIGS, every weight random.
+
+    Norms of ones would hide a norm mistaken for another. The embedding's rows are as large as
+    what a layer adds to them: smaller ones would hide a residual that is left out.
+    """
+    c, rng = CONFIGS[name], np.random.default_rng(seed)
+    queries, kvs = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+    def matrix(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+    def norm(*shape: int) -> np.ndarray:
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+
+    weights = {
+        "embed": matrix(c.vocab_size, c.model_dim) * np.float32(np.sqrt(c.model_dim)),
+        "layers.attn_norm": norm(c.num_layers, c.model_dim),
+        "layers.qkv": matrix(c.num_layers, queries + 2 * kvs, c.model_dim),
+        "layers.attn_out": matrix(c.num_layers, c.model_dim, queries),
+        "layers.mlp_norm": norm(c.num_layers, c.model_dim),
+        "layers.gate_up": matrix(c.num_layers, 2 * c.ffw_dim, c.model_dim),
+        "layers.down": matrix(c.num_layers, c.model_dim, c.ffw_dim),
+        "final_norm": norm(c.model_dim),
+    }
+    if not c.tied_embeddings:
+        weights["head"] = matrix(c.vocab_size, c.model_dim)
+    return filled_model(c, weights, dtype)
+
+
+def random_tokens(config: ModelConfig, batch: int, count: int, seed: int = 5) -> np.ndarray:
+    """Token ids, int32 `[B, T]`."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, config.vocab_size, (batch, count), dtype=np.int32)
+
+
+def oracle_weights(model: Transformer) -> Weights:
+    """The model's weights as the oracle takes them, not rounded."""
+    c = model.config
+
+    def f64(param: nnx.Param) -> np.ndarray:
+        return np.asarray(param[...]).astype(np.float64)
+
+    stacked = {n: f64(p) for n, p in vars(model.layers).items() if isinstance(p, nnx.Param)}
+    queries, kvs = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    unstacked = []
+    for i in range(c.num_layers):
+        qkv, gate_up = stacked["qkv"][i], stacked["gate_up"][i]
+        unstacked.append(
+            LayerWeights(
+                attn_norm=stacked["attn_norm"][i],
+                query=qkv[:queries],
+                key=qkv[queries : queries + kvs],
+                value=qkv[queries + kvs :],
+                output=stacked["attn_out"][i],
+                mlp_norm=stacked["mlp_norm"][i],
+                gate=gate_up[: c.ffw_dim],
+                up=gate_up[c.ffw_dim :],
+                down=stacked["down"][i],
+            )
+        )
+    return Weights(
+        embedding=f64(model.embed),
+        layers=unstacked,
+        final_norm=f64(model.final_norm),
+        head=None if model.head is None else f64(model.head),
+    )

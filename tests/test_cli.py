@@ -1,0 +1,213 @@
+"""The command line: text, JSON, sentences, exit codes."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from flax import nnx
+
+import checkpoints
+from ffjax.cli import main
+from ffjax.config import ModelConfig
+from ffjax.generate import generate
+from ffjax.model import Transformer
+from ffjax.streaming import Stream
+from ffjax.tokenizer import ByteTokenizer
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+CONFIG = ModelConfig(
+    name="tiny-bytes",
+    vocab_size=257,
+    num_layers=1,
+    model_dim=32,
+    ffw_dim=48,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    max_context=40_000,
+)
+PROMPT = "x = 1\n"
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return Transformer(CONFIG, rngs=nnx.Rngs(2))
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    checkpoints.save(model, path)
+    return str(path)
+
+
+def _expected(model, **options) -> list[int]:
+    prompt = TOKENIZER.encode(PROMPT)
+    return generate(model, [prompt], 40, stop_token=TOKENIZER.eot_id, **options).tokens[0]
+
+
+def _arguments(path, *more) -> list[str]:
+    return ["generate", "--model", path, "--prompt", PROMPT, "--max-new-tokens", "40", *more]
+
+
+def test_text_goes_to_stdout_and_figures_to_stderr(model, path, capsys):
+    assert main(_arguments(path)) == 0
+    out, err = capsys.readouterr()
+    assert out == PROMPT + TOKENIZER.decode(_expected(model)) + "\n"
+    assert "tiny-bytes: 40 tokens, " in err
+    assert "tokens/s with 'xla' on " in err
+
+
+def test_json_is_one_object_and_nothing_else(model, path, capsys):
+    assert main(_arguments(path, "--json", "--implementation", "xla")) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    expected = _expected(model)
+    assert err == ""
+    assert report["tokens"] == expected
+    assert report["text"] == TOKENIZER.decode(expected)
+    assert (report["implementation"], report["model"]) == ("xla", "tiny-bytes")
+    assert (report["prompt_tokens"], report["finish_reason"]) == (len(PROMPT), "length")
+    assert report["device"]
+    assert report["seconds"] == report["prefill_seconds"] + report["decode_seconds"] > 0
+    assert report["tokens_per_second"] == pytest.approx(39 / report["decode_seconds"])
+
+
+def test_temperature_and_seed_reach_the_draws(model, path, capsys):
+    for seed in (3, 4):
+        assert main(_arguments(path, "--json", "--temperature", "1.5", "--seed", str(seed))) == 0
+        tokens = json.loads(capsys.readouterr().out)["tokens"]
+        assert tokens == _expected(model, temperature=1.5, seed=seed)
+
+
+def test_the_shipped_model_is_the_default(capsys):
+    assert main(["generate", "--prompt", "import ", "--max-new-tokens", "3", "--json"]) == 0
+    shipped = checkpoints.load(checkpoints.SHIPPED_MODEL)
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"] == shipped.config.name
+    assert report["tokens"] == generate(shipped, TOKENIZER.encode("import "), 3).tokens[0]
+
+
+def test_a_character_of_several_bytes_is_shown_whole(path, capsys, monkeypatch):
+    tokens = [[byte] for byte in "né".encode()]
+    monkeypatch.setattr(Stream, "__next__", lambda self: tokens.pop(0) if tokens else _stop())
+    assert main(_arguments(path)) == 0
+    assert capsys.readouterr().out == PROMPT + "né\n"
+
+
+def _stop():
+    raise StopIteration
+
+
+def test_a_terminal_that_lacks_a_character_shows_another(path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["generate", "--model", path, "--prompt", "né", "--max-new-tokens", "1"]) == 0
+    assert terminal.buffer.getvalue().startswith(b"n?")
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--prompt", ""], "A prompt needs at least one token; the prompt is empty."),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0."),
+        (["--max-new-tokens", "40000"], "need 40006 positions; tiny-bytes was made for 40000."),
+        (["--temperature", "-1"], "temperature must be 0 (greedy) or a positive number"),
+        (["--seed", "-1"], "seed must be at least 0, got -1."),
+        (["--model", "no/such/checkpoint"], "no/such/checkpoint"),
+    ],
+)
+def test_bad_input_is_a_sentence_on_stderr_and_code_2(path, capsys, more, sentence):
+    assert main(_arguments(path, *more)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ffjax generate: ")
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_a_model_of_another_vocabulary_is_refused(capsys, tmp_path):
+    config = dataclasses.replace(CONFIG, name="words", vocab_size=100)
+    checkpoints.save(Transformer(config, rngs=nnx.Rngs(0)), tmp_path / "words")
+    assert main(_arguments(str(tmp_path / "words"))) == 2
+    assert "needs a vocabulary of 257; words has 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", "x", "--implementation", "cuda"], "invalid choice: 'cuda'"),
+        (["generate", "--prompt", "x", "--max-new-tokens", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_arguments_that_do_not_parse_end_with_code_2(capsys, arguments, words):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("ffjax ")
+
+
+def test_a_defect_keeps_its_traceback(path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(checkpoints, "load", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        main(_arguments(path))
+
+
+# `python -m ffjax`, also where this process ignores Ctrl-C, as a shell's background jobs do:
+# ignored signals are inherited.
+_MODULE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("ffjax", run_name="__main__", alter_sys=True)
+"""
+
+
+def _start(path, count: int) -> subprocess.Popen:
+    arguments = ["generate", "--model", path, "--prompt", PROMPT, "--max-new-tokens", str(count)]
+    return subprocess.Popen(
+        [sys.executable, "-c", _MODULE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_ends_with_130_and_no_traceback(path):
+    with _start(path, 39_000) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"x"  # the prompt is out: the stream runs
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"Interrupted." in err
+    assert b"Traceback" not in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes end otherwise elsewhere")
+def test_a_reader_that_leaves_early_is_no_error(path):
+    with _start(path, 39_000) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1) == b"x"
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(timeout=120) == 0
+    assert b"Traceback" not in err
+    assert b"BrokenPipe" not in err

@@ -1,0 +1,122 @@
+"""The decode step compiles for a GPU without one, to one kernel that fits."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from decode_cases import dims_of
+
+from ffjax.config import preset
+from pallas_kernels import compile as compile_module
+from pallas_kernels.compile import CompileError, compile_for, main, why_no_compiler
+from pallas_kernels.targets import target, target_names
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+needs_compiler = pytest.mark.skipif(
+    why_no_compiler() is not None, reason=why_no_compiler() or "it is there"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("config", "gpu", "batch"),
+    [
+        ("llama3.2-1b", "h200", 1),
+        ("llama3.2-1b", "h200", 8),
+        ("llama3.1-8b", "h200", 1),
+        ("python-bytes-3m", "h100", 3),
+        ("python-bytes-3m", "a100", 2),
+    ],
+)
+def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, gpu, batch):
+    # Whoever calls it may be anywhere, and know the package from its own path only.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert main(["--config", config, "--gpu", gpu, "--batch", str(batch), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    asked = {"config": config, "gpu": gpu, "batch": batch, "capacity": 16_384}
+    assert {name: report[name] for name in asked} == asked
+    assert report["kernels"] == 1
+    assert report["thunks"] == ["kCustomKernel"]
+    wanted = target(gpu).gpu
+    assert report["programs"] == wanted.cores
+    assert 1024 < report["shared_memory_bytes"] <= wanted.shared_memory
+    # 65536 registers a multiprocessor: all programs are resident, one on each.
+    assert 32 <= report["registers"] <= min(255, 65_536 // (32 * report["num_warps"]))
+    # Some registers spilled are cheaper than fewer tiles in flight; many are a mistake.
+    assert 0 <= report["spill_bytes"] <= 4096
+    assert report["num_stages"] >= 2
+    # Scratch alone: no weight and no cache has a copy.
+    assert 0 < report["temp_bytes"] < 8 * 2**20
+    assert report["arch"] == {"8.0": "sm_80", "9.0": "sm_90a"}[wanted.capability]
+    assert {"jax", "ptxas"} < set(report["versions"])
+    assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+def test_the_command_without_json_prints_a_line_a_field():
+    command = [sys.executable, "-m", "pallas_kernels.compile", "--config", "python-bytes-3m"]
+    checkout = pathlib.Path(compile_module.__file__).parent.parent
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+    assert re.search(r"^kernels +1$", done.stdout, re.MULTILINE)
+    assert re.search(r"^gpu +h200$", done.stdout, re.MULTILINE)
+
+
+def test_copies_and_fills_count_as_launches(tmp_path):
+    """A list of launches as XLA writes it for a step whose cache was not donated."""
+    line = "kCustomKernel [source] ffjax_decode_step grid: [132, 1, 1] shared_memory: 512 bytes"
+    (tmp_path / "module_0001.jit_decode_step.thunk_sequence.txt").write_text(
+        f"000: kCommandBuffer [source | sink]\n  001: kCopy [source] kCopy\n  002: {line}\n"
+    )
+    assert compile_module._read_thunks(tmp_path) == (["kCopy", "kCustomKernel"], 512)
+
+
+@pytest.mark.parametrize("missing", ["_plugin", "_ptxas"])
+def test_a_missing_compiler_names_the_extra(capsys, monkeypatch, missing):
+    monkeypatch.setattr(compile_module, "_plugin", lambda: "a plugin")
+    monkeypatch.setattr(compile_module, "_ptxas", lambda: "/bin/ptxas")
+    monkeypatch.setattr(compile_module, missing, lambda: None)
+    assert main(["--config", "llama3.2-1b", "--json"]) == 1
+    told = capsys.readouterr()
+    assert not told.out
+    assert "pip install 'ffjax[compile]'" in told.err
+    assert {"_plugin": "XLA's CUDA plugin", "_ptxas": "ptxas"}[missing] in told.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "gpt-5"], "No preset is called 'gpt-5'; there are llama3.2-1b"),
+        (["--config", "llama3.2-1b", "--gpu", "v100"], "called 'v100'; there are a100, h100, h200"),
+        (["--config", "llama3.2-1b", "--batch", "9"], "takes 1 to 8 sequences; there are 9"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(capsys, arguments, message):
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["--batch", "--capacity"])
+def test_sizes_are_positive(capsys, name):
+    with pytest.raises(SystemExit):
+        main(["--config", "llama3.2-1b", name, "0"])
+    assert f"{name} is a positive number, got 0" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_a_failing_compiler_is_quoted(monkeypatch):
+    monkeypatch.setattr(compile_module.compile_worker, "__name__", "pallas_kernels.no_such_module")
+    with pytest.raises(CompileError, match=r"did not compile(.|\n)*No module named"):
+        compile_for("h200", dims_of(preset("python-bytes-3m"), 1, 64))
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_a_target_agrees_with_the_table_of_gpus(name):
+    found = target(name)
+    assert f"shared_memory_per_block_optin: {found.gpu.shared_memory}" in found.config
+    assert f"core_count: {found.gpu.cores}" in found.config
+    assert name in found.gpu.name.lower()

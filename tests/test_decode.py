@@ -1,0 +1,136 @@
+"""The selector, and what a step shares with the model and the cache: their buffers."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import filled_cache, random_model, random_tokens, small_config
+from flax import nnx
+
+from ffjax import decode
+from ffjax.cache import KVCache
+from ffjax.decode import decode_step, decode_weights, fused_step, why_not_fused
+from pallas_kernels.gpu import INTERPRETER
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU cannot do")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(small_config())
+
+
+@pytest.fixture
+def cache(model):
+    return filled_cache(model.config, [5, 0], 20)
+
+
+@pytest.fixture
+def tokens(model):
+    return random_tokens(model.config, 2)
+
+
+@on_cpu
+def test_without_a_name_a_cpu_takes_the_reference_and_says_so_once(model, cache, tokens, caplog):
+    decode._say_once.cache_clear()  # another test may have made it speak
+    with caplog.at_level(logging.INFO, logger="ffjax"):
+        got = decode_step(model, cache, tokens)
+        decode_step(model, cache, tokens)
+    [message] = [record.getMessage() for record in caplog.records if record.name == "ffjax"]
+    assert message.startswith("decode_step uses 'xla': The fused kernel runs on NVIDIA GPUs")
+    assert "this is cpu (cpu)" in message
+    want = decode_step(model, cache, tokens, implementation="xla")
+    assert got.logits.tolist() == want.logits.tolist()
+
+
+@on_cpu
+def test_a_named_kernel_that_cannot_run_raises_the_reason(model, cache, tokens):
+    with pytest.raises(NotImplementedError, match=r"NVIDIA GPUs of .* this is cpu.*Use impl") as e:
+        decode_step(model, cache, tokens, implementation="pallas")
+    assert str(e.value) == why_not_fused(model, cache.batch, cache.capacity)
+    with pytest.raises(NotImplementedError, match="runs on NVIDIA GPUs"):
+        fused_step(model, cache, tokens)
+
+
+def test_a_device_that_can_takes_the_kernel(model, cache, tokens, caplog, monkeypatch):
+    took = object()
+    monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
+    monkeypatch.setattr(decode, "fused_step", lambda *arguments: took)
+    decode._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="ffjax"):
+        assert decode_step(model, cache, tokens) is took
+    assert "uses 'pallas'" in caplog.text
+    assert decode_step(model, cache, tokens, implementation="pallas") is took
+    assert decode_step(model, cache, tokens, implementation="xla") is not took
+
+
+def test_a_limit_of_the_kernel_is_raised_on_any_device(tokens):
+    wide = random_model(small_config(head_dim=48))
+    with pytest.raises(NotImplementedError, match="these have 48"):
+        fused_step(wide, filled_cache(wide.config, [0, 0], 8), tokens, interpret=True)
+
+
+def test_an_unknown_name_is_refused(model, cache, tokens):
+    with pytest.raises(ValueError, match="one of 'pallas', 'xla' or None, got 'cuda'"):
+        decode_step(model, cache, tokens, implementation="cuda")  # pyright: ignore[reportArgumentType]
+
+
+def test_inputs_that_do_not_fit_are_refused(model, cache, tokens):
+    with pytest.raises(ValueError, match=r"shape \[2\], got \(3,\)"):
+        decode_step(model, cache, jnp.zeros((3,), jnp.int32))
+    with pytest.raises(ValueError, match=r"shape \[2\], got \(2, 1\)"):
+        decode_step(model, cache, tokens[:, None])
+    with pytest.raises(TypeError, match="Tokens are integers, got float32"):
+        decode_step(model, cache, tokens.astype(jnp.float32))
+    wide = KVCache.create(model.config, 2, 8, jnp.float32)
+    with pytest.raises(TypeError, match="share a dtype, got float32 and bfloat16"):
+        decode_step(model, wide, tokens)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_kernel_reads_the_models_own_buffers(tied):
+    model = random_model(small_config(tied_embeddings=tied))
+    weights = decode_weights(model)
+    own = {
+        "embed": model.embed,
+        "attn_norm": model.layers.attn_norm,
+        "qkv": model.layers.qkv,
+        "attn_out": model.layers.attn_out,
+        "mlp_norm": model.layers.mlp_norm,
+        "gate_up": model.layers.gate_up,
+        "down": model.layers.down,
+        "final_norm": model.final_norm,
+        "head": model.embed if model.head is None else model.head,
+    }
+    assert set(own) == set(weights._fields) - {"inv_freq"}
+    for name, param in own.items():
+        view = getattr(weights, name)
+        assert view.unsafe_buffer_pointer() == param[...].unsafe_buffer_pointer(), name
+    # And there is no weight that the kernel is not given.
+    assert len(jax.tree.leaves(nnx.state(model))) == len(own) - tied
+
+
+@pytest.mark.parametrize("implementation", ["fused", "xla"])
+def test_a_donated_cache_is_updated_in_place(model, tokens, implementation):
+    graph, params = nnx.split(model)
+
+    def step(params, cache, tokens):
+        model = nnx.merge(graph, params)
+        if implementation == "fused":
+            return fused_step(model, cache, tokens, interpret=True)
+        return decode_step(model, cache, tokens, implementation="xla")
+
+    cache = filled_cache(model.config, [5, 0], 20)
+    kept = jax.tree.map(jnp.copy, cache)
+    before = [x.unsafe_buffer_pointer() for x in (cache.k, cache.v)]
+    out = jax.jit(step, donate_argnames="cache")(params, cache, tokens)
+    assert [x.unsafe_buffer_pointer() for x in (out.cache.k, out.cache.v)] == before
+    assert cache.k.is_deleted()
+    assert cache.v.is_deleted()
+    live = np.arange(20)[:, None] < np.asarray(kept.lengths)[:, None, None, None]
+    for new, old in ((out.cache.k, kept.k), (out.cache.v, kept.v)):
+        assert np.where(live, new, 0).tobytes() == np.where(live, old, 0).tobytes()

@@ -1,0 +1,208 @@
+"""The fused kernel on a GPU: at the sizes of real models, against the reference."""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import dims_of, filled_cache, random_model
+from flax import nnx
+from numerics import TOLERANCES, assert_close, assert_same_choice
+
+from checkpoints.store import SHIPPED_MODEL, load
+from ffjax.cache import KVCache
+from ffjax.config import ModelConfig, preset
+from ffjax.decode import DecodeOutput, Implementation, decode_step
+from ffjax.generate import generate
+from ffjax.model import Transformer
+from ffjax.tokenizer import ByteTokenizer
+from pallas_kernels.gpu import Gpu
+from pallas_kernels.plan import make_plan
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error")]
+
+CAPACITY = 16_384
+# The first; around the edge of a tile of keys; far; nearly full.
+POSITIONS = (1, 127, 128, 129, 4096, 16_000)
+STEPS = 1000
+
+
+class Split(NamedTuple):
+    """A model in the parts that jit takes: its structure, static, and its arrays."""
+
+    config: ModelConfig
+    graph: Any
+    params: Any
+
+
+@pytest.fixture(scope="module", params=["llama3.2-1b", "llama3.1-8b"])
+def model(request) -> Iterator[Split]:
+    """Random weights of a real model's shapes, made on the device; one model at a time."""
+    config = preset(request.param)
+    # Not the cached one: nothing may hold 16 GB of weights after the last test with them.
+    split = Split(config, *nnx.split(random_model.__wrapped__(config)))
+    yield split
+    for array in jax.tree.leaves(split.params):
+        array.delete()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
+def one_step(
+    implementation: Implementation, graph, params, cache: KVCache, tokens: jax.Array
+) -> DecodeOutput:
+    model = nnx.merge(graph, params)
+    return decode_step(model, cache, tokens, implementation=implementation)
+
+
+def mixed_lengths(batch: int) -> list[list[int]]:
+    """Every position in every row once, and different ones within a batch."""
+    count = len(POSITIONS)
+    return [[POSITIONS[(i + b) % count] for b in range(batch)] for i in range(count)]
+
+
+def newest(cache: KVCache) -> np.ndarray:
+    """Keys and values of each sequence's newest position: `[2, B, L, K, H]`."""
+    row, slot = jnp.arange(cache.batch), cache.lengths - 1
+    return np.asarray(jnp.stack([x[:, row, :, slot] for x in (cache.k, cache.v)]))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_a_step_matches_the_reference(model, batch):
+    tokens = jax.random.randint(jax.random.key(batch), (batch,), 0, model.config.vocab_size)
+
+    def run(implementation, lengths):
+        cache = filled_cache(model.config, lengths, CAPACITY)  # NaN where nobody may read
+        out = one_step(implementation, model.graph, model.params, cache, tokens)
+        small = out.logits, out.token, newest(out.cache), out.cache.lengths, out.cache.counters
+        return [np.asarray(x) for x in small]
+
+    for lengths in mixed_lengths(batch):
+        got, again = run("pallas", lengths), run("pallas", lengths)
+        want = run("xla", lengths)
+        assert [x.tobytes() for x in got] == [x.tobytes() for x in again], lengths
+        logits, token, appended, new_lengths, counters = got
+        assert_close(logits, want[0], "fused_vs_model_deep")
+        assert_same_choice(logits, want[0], "fused_vs_model_deep")
+        assert token.tolist() == logits.argmax(axis=-1).tolist()
+        assert_close(appended, want[2], "fused_vs_model_deep")
+        assert new_lengths.tolist() == [n + 1 for n in lengths]
+        assert not counters.any()
+
+
+def test_a_thousand_steps_in_a_row(model):
+    batch, starts = 3, [0, 100, CAPACITY - STEPS]
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+    def run(graph, params, cache, tokens):
+        model = nnx.merge(graph, params)
+
+        def step(carry, _):
+            cache, tokens, finite = carry
+            out = decode_step(model, cache, tokens, implementation="pallas")
+            finite &= jnp.isfinite(out.logits).all()
+            return (out.cache, out.token, finite), out.token
+
+        carry = (cache, tokens, jnp.bool_(True))
+        (cache, _, finite), made = jax.lax.scan(step, carry, length=STEPS)
+        return cache, made, finite
+
+    made = []
+    for _ in range(2):
+        cache = filled_cache(model.config, starts, CAPACITY)
+        first = jnp.arange(batch, dtype=jnp.int32)
+        cache, tokens, finite = run(model.graph, model.params, cache, first)
+        assert finite
+        assert cache.lengths.tolist() == [n + STEPS for n in starts]
+        assert not cache.counters.any()
+        made.append(np.asarray(tokens))
+    assert made[0].shape == (STEPS, batch)
+    np.testing.assert_array_equal(made[0], made[1])
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_compiled_step_is_one_kernel_and_copies_nothing(model, batch):
+    cache = jax.eval_shape(lambda: KVCache.create(model.config, batch, CAPACITY))
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    lowered = one_step.lower("pallas", model.graph, model.params, cache, tokens)
+    compiled = lowered.compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
+    [entry] = re.findall(r"^ENTRY [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    kinds = re.findall(r"^\s+(?:ROOT )?\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", entry, re.MULTILINE)
+    # What is left out here runs nothing on the GPU.
+    idle = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+    assert [kind for kind in kinds if kind not in idle] == ["custom-call"]
+    # Scratch alone; the cache is updated in place.
+    assert memory.temp_size_in_bytes < 8 * 2**20
+    plan = make_plan(dims_of(model.config, batch, CAPACITY), gpu_here())
+    assert memory.alias_size_in_bytes >= plan.cache_bytes([CAPACITY] * batch)
+
+
+def gpu_here() -> Gpu:
+    gpu = Gpu.of(jax.devices()[0])
+    assert gpu is not None
+    return gpu
+
+
+PROMPTS = (
+    "import os\nimport sys\n",
+    "def main():\n",
+    "class TestCase(unittest.TestCase):\n    def setUp(self):\n",
+    "    for i in range(",
+    "if __name__ == ",
+    "try:\n    import json\nexcept ImportError:\n",
+    "    return self._",
+    '"""Utilities for ',
+    "from collections import ",
+    "# This module implements",
+    "    def __init__(self, name, value=None):\n",
+    "with open(filename, 'rb') as f:\n    data = ",
+    "    raise ValueError(",
+    "x",
+    "assert isinstance(",
+    "    while True:\n        line = ",
+    "lambda x: ",
+    "@property\n    def ",
+    "    elif isinstance(obj, ",
+    "print(f'{",
+    "async def read(self, n=-1):\n",
+    "logging.getLogger(__name__)",
+    "    yield from ",
+    "0123456789" * 15,
+)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_shipped_model_says_the_same_both_ways(batch):
+    model = load(SHIPPED_MODEL)
+    prompts = [ByteTokenizer().encode(text) for text in PROMPTS]
+    assert len(prompts) >= 20
+    for first in range(0, len(prompts), batch):
+        some = prompts[first : first + batch]
+        fused, plain = (
+            generate(model, some, max_new_tokens=100, capacity=512, implementation=name)
+            for name in ("pallas", "xla")
+        )
+        assert (fused.implementation, plain.implementation) == ("pallas", "xla")
+        for prompt, ours, theirs in zip(some, fused.tokens, plain.tokens, strict=True):
+            if ours != theirs:
+                check_near_tie(model, prompt, ours, theirs)
+
+
+def check_near_tie(model: Transformer, prompt: list[int], ours: list[int], theirs: list[int]):
+    """Where two generations part, the reference must hardly tell their tokens apart."""
+    same = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    logits = model(jnp.array([prompt + theirs[:same]]))
+    assert isinstance(logits, jax.Array)
+    logits = np.asarray(logits[0, -1], np.float64)
+    rms = np.sqrt(np.mean(logits**2))
+    gap = abs(logits[theirs[same]] - logits[ours[same]])
+    best = logits.max() - max(logits[theirs[same]], logits[ours[same]])
+    allowed = 2 * TOLERANCES["fused_vs_model"].worst * rms
+    assert gap <= allowed, f"after {prompt} and {theirs[:same]}: {gap} apart, {allowed} allowed"
+    assert best <= allowed
