@@ -77,8 +77,17 @@ def run_kernel(
 
     Returns:
         The state, logits float32 `[B, V]`, token int32 `[B]` and the scratch, by name.
+
+    Raises:
+        ValueError: the programs cannot all be on the device at once.
     """
     d = plan.dims
+    if plan.programs > plan.resident and not interpret:
+        raise ValueError(
+            "Programs wait for each other, so all of a launch must be on the device at once: "
+            f"this plan has {plan.programs}, the device holds {plan.resident}. "
+            "Take the plan from make_plan for this device."
+        )
     made: dict[str, Any] = {
         "logits": jax.ShapeDtypeStruct((d.batch, d.vocab_size), jnp.float32),
         "token": jax.ShapeDtypeStruct((d.batch,), jnp.int32),

@@ -46,9 +46,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _leaves_jax_as_it_was():
     """A test that changes JAX's global numerics would change those that follow."""
-    yield
     import jax
 
-    assert not jax.config.jax_enable_x64, "A test left 64-bit types enabled."
-    precision = jax.config.jax_default_matmul_precision
-    assert precision is None, f"A test left the default matmul precision at {precision}."
+    def precision():
+        return jax.config.values["jax_default_matmul_precision"]
+
+    before = precision()
+    yield
+    assert not jax.config.values["jax_enable_x64"], "A test left 64-bit types enabled."
+    assert precision() == before, f"A test left the matmul precision at {precision()}."

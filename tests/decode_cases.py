@@ -17,6 +17,7 @@ from pallas_kernels.dims import Dims
 from pallas_kernels.launch import StepState
 
 __all__ = [
+    "QUICK_COMPILE",
     "dims_of",
     "filled_cache",
     "kernel_inputs",
@@ -24,6 +25,10 @@ __all__ = [
     "random_tokens",
     "small_config",
 ]
+
+
+# For what runs once or twice: LLVM's optimisations would take longer than they save.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def small_config(**sizes) -> ModelConfig:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from flax import nnx
 from jax.core import Tracer
 
 import checkpoints
+from checkpoints.interrupts import interrupts_held_back
 from ffjax.config import ModelConfig, RopeScaling
 from ffjax.model import Transformer
 
@@ -343,6 +345,40 @@ def test_a_checkpoint_comes_back_if_the_new_one_cannot_take_its_place(copy, monk
             checkpoints.save(build(seed=1), copy, overwrite=True)
     assert os.listdir(copy.parent) == [copy.name]
     assert_same(checkpoints.load(copy), build())
+
+
+def test_ctrl_c_waits_for_the_threads_that_write(copy, monkeypatch):
+    write, written = ocp.Checkpointer.save, []
+
+    def interrupted(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        write(self, *args, **kwargs)
+        written.append(True)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(build(seed=1), copy, overwrite=True)
+    assert written == [True]
+    assert os.listdir(copy.parent) == [copy.name]
+    assert_same(checkpoints.load(copy), build())
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    reached = []
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interrupts_held_back():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the first")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the second")
+    assert reached == ["after the first"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_thread_can_save_too(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(checkpoints.save, build(), tmp_path / "model").result()
+    assert_same(checkpoints.load(tmp_path / "model"), build())
 
 
 _SAVES = """

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_cases import filled_cache, random_model, random_tokens, small_config
+from decode_cases import QUICK_COMPILE, filled_cache, random_model, random_tokens, small_config
 from flax import nnx
 
 from ffjax import decode
@@ -127,7 +127,8 @@ def test_a_donated_cache_is_updated_in_place(model, tokens, implementation):
     cache = filled_cache(model.config, [5, 0], 20)
     kept = jax.tree.map(jnp.copy, cache)
     before = [x.unsafe_buffer_pointer() for x in (cache.k, cache.v)]
-    out = jax.jit(step, donate_argnames="cache")(params, cache, tokens)
+    jitted = jax.jit(step, donate_argnames="cache", compiler_options=QUICK_COMPILE)
+    out = jitted(params, cache, tokens)
     assert [x.unsafe_buffer_pointer() for x in (out.cache.k, out.cache.v)] == before
     assert cache.k.is_deleted()
     assert cache.v.is_deleted()

@@ -133,6 +133,4 @@ def test_records_were_made_from_todays_recipe():
         np.testing.assert_array_equal(recorded(name)["tokens"], model.tokens(), err_msg=name)
         for weight in model.weights().values():
             assert weight.dtype == np.float32
-            np.testing.assert_array_equal(
-                jnp.asarray(weight).astype(jnp.bfloat16).astype(jnp.float32), weight
-            )
+            np.testing.assert_array_equal(weight.astype(jnp.bfloat16).astype(np.float32), weight)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_cases import (
+    QUICK_COMPILE,
     dims_of,
     filled_cache,
     kernel_inputs,
@@ -59,12 +60,12 @@ CASES = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
 def _fused(graph, params, cache: KVCache, tokens) -> DecodeOutput:
     return fused_step(nnx.merge(graph, params), cache, tokens, interpret=True)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
 def _reference(graph, params, cache: KVCache, tokens) -> DecodeOutput:
     return reference_step(nnx.merge(graph, params), cache, tokens)
 
@@ -167,6 +168,8 @@ def test_scratch_may_hold_anything(step):
     model, cache, tokens, together = step
     plan = make_plan(dims_of(model.config, cache.batch, cache.capacity), INTERPRETER)
     weights, state = kernel_inputs(model, cache)
+    run = functools.partial(run_kernel, decode_kernel, plan, interpret=True)
+    launch = jax.jit(run, compiler_options=QUICK_COMPILE)
     for poison in (np.nan, np.inf):
         shapes = scratch_shapes(plan) | {
             "logits": together.logits,
@@ -177,9 +180,7 @@ def test_scratch_may_hold_anything(step):
             name: jnp.full(x.shape, poison if jnp.issubdtype(x.dtype, jnp.floating) else 7, x.dtype)
             for name, x in shapes.items()
         }
-        got = run_kernel(
-            decode_kernel, plan, weights, state, tokens, scratch=scratch, interpret=True
-        )
+        got = launch(weights, state, tokens, scratch=scratch)
         assert bits([got[name] for name in ("logits", "token", "k", "v")]) == bits(
             [together.logits, together.token, together.cache.k, together.cache.v]
         )

@@ -72,9 +72,7 @@ def one_layer(model, index, x):
     visible = jnp.arange(count) <= positions[..., None]
     cache = empty_cache(model, count, jnp.nan)
     frequencies = inverse_frequencies(model.config)
-    out, k, v = model._layer(
-        weights, x, cache.k, cache.v, index, positions, visible, frequencies
-    )
+    out, k, v = model._layer(weights, x, cache.k, cache.v, index, positions, visible, frequencies)
     return out, *(jnp.swapaxes(kept[index], 1, 2) for kept in (k, v))
 
 
@@ -232,9 +230,7 @@ def test_a_prefill_that_outgrows_the_cache_gets_nan():
     tokens = random_tokens(model.config, BATCH, CHUNK)
     logits, _ = grow(model, tokens, empty_cache(model, 3))
     assert np.isnan(logits[:, 3:]).all()
-    last, _ = nnx.jit(lambda m, t, c: m(t, c, last_only=True))(
-        model, tokens, empty_cache(model, 3)
-    )
+    last, _ = nnx.jit(lambda m, t, c: m(t, c, last_only=True))(model, tokens, empty_cache(model, 3))
     assert np.isnan(last).all()
 
 

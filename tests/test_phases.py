@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_cases import (
+    QUICK_COMPILE,
     dims_of,
     filled_cache,
     kernel_inputs,
@@ -116,8 +117,9 @@ class Trace:
 
         state = StepState(*(self.buffers[name] for name in StepState._fields))
         scratch = {n: x for n, x in self.buffers.items() if n not in StepState._fields}
-        launch = functools.partial(run_kernel, body, self.plan, interpret=True)
-        self.buffers = jax.jit(launch)(self.weights, state, self.tokens, scratch=scratch)
+        run = functools.partial(run_kernel, body, self.plan, interpret=True)
+        launch = jax.jit(run, compiler_options=QUICK_COMPILE)
+        self.buffers = launch(self.weights, state, self.tokens, scratch=scratch)
         name = phase.__name__ if layer is None else f"{phase.__name__} {layer}"
         self.after[name] = Snapshot(self.plan, self.buffers)
 

@@ -1,9 +1,12 @@
 """The plan covers every row and input once, and fits the GPU it is made for."""
 
+import dataclasses
+import functools
 import itertools
 import types
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from decode_cases import dims_of, small_config
@@ -12,8 +15,10 @@ from ffjax.config import PRESETS, preset
 from pallas_kernels.dims import Dims
 from pallas_kernels.env import Env
 from pallas_kernels.gpu import Gpu
+from pallas_kernels.launch import StepState, launch_step
 from pallas_kernels.plan import Plan, Tile, make_plan
 from pallas_kernels.support import MAX_BATCH, why_not
+from pallas_kernels.sync import num_counters
 from pallas_kernels.targets import target, target_names
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -119,3 +124,15 @@ def test_phases_only_read_what_was_written_before():
         assert set(phase.reads) <= written, phase.name
         written |= set(phase.writes)
     assert {"logits", "token", "lengths", "k", "v"} <= written
+
+
+def test_a_grid_beyond_the_device_is_refused():
+    dims = dims_of(preset("llama3.2-1b"), 1, 256)
+    plan = make_plan(dims, Gpu.named("H200", "9.0", 132))
+    plan = dataclasses.replace(plan, programs=264)
+    cache = jax.ShapeDtypeStruct((16, 1, 8, 256, 64), jnp.bfloat16)
+    counts = jax.ShapeDtypeStruct((num_counters(1, 8),), jnp.int32)
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    state = StepState(cache, cache, one, counts)
+    with pytest.raises(ValueError, match="this plan has 264, the device holds 132"):
+        jax.eval_shape(functools.partial(launch_step, plan), dims.abstract_weights(), state, one)

@@ -59,9 +59,9 @@ def test_far_into_a_file_it_still_predicts(model):
     _, held_out = text.read_sources()
     longest = max(held_out, key=lambda source: len(source.text))
     data = longest.text[:2040]
-    near = measure.bits_per_byte(model, [data[1020:]], context=1024)
-    whole = measure.bits_per_byte(model, [data], context=2048)
-    first = measure.bits_per_byte(model, [data[:1020]], context=1024)
+    near = measure.bits_per_byte(model, [data[1020:]], context=1024, batch=1)
+    whole = measure.bits_per_byte(model, [data], context=2048, batch=1)
+    first = measure.bits_per_byte(model, [data[:1020]], context=1024, batch=1)
     # The second half, with the first before it, costs no more than standing alone.
     assert 2 * whole - first < near + 0.1
 
