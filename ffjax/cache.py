@@ -34,9 +34,7 @@ class KVCache:
     counters: Array
 
     @classmethod
-    def create(
-        cls, config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloat16
-    ) -> KVCache:
+    def create(cls, config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloat16) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions each.
 
         Raises:

@@ -25,7 +25,9 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.factor < 1:
-            raise ValueError(f"RoPE scaling stretches: factor must be at least 1, got {self.factor}.")
+            raise ValueError(
+                f"RoPE scaling stretches: factor must be at least 1, got {self.factor}."
+            )
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 "RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got "
@@ -131,7 +133,15 @@ class ModelConfig:
             raise ValueError(f"A model configuration needs {', '.join(missing)}.")
         scaling = data.get("rope_scaling")
         if isinstance(scaling, dict):
+            fields = {f.name for f in dataclasses.fields(RopeScaling)}
+            if set(scaling) != fields:
+                raise ValueError(
+                    f"rope_scaling has the fields {', '.join(sorted(fields))}; "
+                    f"got {', '.join(sorted(scaling)) or 'none'}."
+                )
             data = {**data, "rope_scaling": RopeScaling(**scaling)}
+        elif scaling is not None:
+            raise ValueError(f"rope_scaling is a table of fields or null, got {scaling!r}.")
         return cls(**data)
 
 

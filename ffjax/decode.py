@@ -220,9 +220,7 @@ def decode_step(
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"Tokens are integers, got {tokens.dtype}.")
     if cache.k.dtype != model.dtype:
-        raise TypeError(
-            f"Cache and weights share a dtype, got {cache.k.dtype} and {model.dtype}."
-        )
+        raise TypeError(f"Cache and weights share a dtype, got {cache.k.dtype} and {model.dtype}.")
     if resolve_implementation(model, cache, implementation) == "pallas":
         return fused_step(model, cache, tokens)
     return reference_step(model, cache, tokens)

@@ -195,7 +195,9 @@ class Transformer(nnx.Module):
         else:
             store = cache
             if cache.batch != batch:
-                raise ValueError(f"The cache holds {cache.batch} sequences, got tokens for {batch}.")
+                raise ValueError(
+                    f"The cache holds {cache.batch} sequences, got tokens for {batch}."
+                )
             if cache.k.dtype != self.dtype:
                 raise TypeError(
                     f"Cache and weights share a dtype, got {cache.k.dtype} and {self.dtype}."
@@ -206,7 +208,7 @@ class Transformer(nnx.Module):
     def _forward(
         self, tokens: Array, cache: KVCache, num_tokens: Array | None, last_only: bool
     ) -> tuple[Array, KVCache]:
-        batch, count = tokens.shape
+        _, count = tokens.shape
         lengths = cache.lengths + (count if num_tokens is None else num_tokens)
         positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, T]
         slots = jnp.arange(cache.capacity)
@@ -219,8 +221,11 @@ class Transformer(nnx.Module):
             x, k, v = self._layer(weights, x, k, v, index, positions, visible, inv_freq)
             return (x, k, v, index + 1), None
 
-        stacked = {name: param[...] for name, param in vars(self.layers).items()
-                   if isinstance(param, nnx.Param)}
+        stacked = {
+            name: param[...]
+            for name, param in vars(self.layers).items()
+            if isinstance(param, nnx.Param)
+        }
         carry = (x, cache.k, cache.v, jnp.int32(0))
         (x, k, v, _), _ = lax.scan(layer, carry, stacked)
         if last_only:

@@ -26,6 +26,7 @@ from typing import Any
 
 from pallas_kernels import compile_worker
 from pallas_kernels.dims import Dims
+from pallas_kernels.launch import KERNEL_NAME
 from pallas_kernels.support import why_not
 from pallas_kernels.targets import target, target_names
 
@@ -36,8 +37,6 @@ _PLUGINS = {
     "jax_plugins.xla_cuda13": "jax-cuda13-plugin",
     "jax_plugins.xla_cuda12": "jax-cuda12-plugin",
 }
-# What `launch` calls the kernel.
-KERNEL_NAME = "ffjax_decode_step"
 # Thunks that only hold others; whatever else is in the list runs on the GPU.
 _CONTAINERS = {"kSequential", "kConditional", "kWhile", "kCommandBuffer"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +18,10 @@ from pallas_kernels.plan import Plan
 from pallas_kernels.scratch import scratch_shapes
 from pallas_kernels.sync import GridSync
 
-__all__ = ["StepState", "launch_step", "run_kernel"]
+# The kernel's name in compiled programs and in profiles.
+KERNEL_NAME = "ffjax_decode_step"
+
+__all__ = ["KERNEL_NAME", "StepState", "launch_step", "run_kernel"]
 
 # Names the phases use for the arrays of DecodeWeights, in its order.
 _WEIGHTS = (
@@ -121,10 +123,8 @@ def run_kernel(
         out_shape=list(outputs.values()),
         input_output_aliases=aliases,
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            num_warps=plan.num_warps, num_stages=plan.num_stages
-        ),
-        name="ffjax_decode_step",
+        compiler_params=plgpu.CompilerParams(num_warps=plan.num_warps, num_stages=plan.num_stages),
+        name=KERNEL_NAME,
     )
     results = call(*inputs.values(), *updated.values())
     return dict(zip(outputs, results, strict=True))

@@ -220,9 +220,7 @@ def _stages(plan: Plan, shared_memory: int) -> int:
 
 
 @functools.lru_cache
-def make_plan(
-    dims: Dims, gpu: Gpu, *, num_warps: int = 4, num_stages: int | None = None
-) -> Plan:
+def make_plan(dims: Dims, gpu: Gpu, *, num_warps: int = 4, num_stages: int | None = None) -> Plan:
     """The plan for a step of these sizes on a GPU: one program a multiprocessor.
 
     Args:
@@ -243,7 +241,11 @@ def make_plan(
             "embed", False, two * d.batch * d.model_dim, ("embed",), ("x", "x_operand", "x_squares")
         ),
         Phase(
-            "qkv", True, norm + matrix(d.qkv_dim, d.model_dim), ("x_operand", "x_squares"), ("q", "k", "v")
+            "qkv",
+            True,
+            norm + matrix(d.qkv_dim, d.model_dim),
+            ("x_operand", "x_squares"),
+            ("q", "k", "v"),
         ),
         Phase("attention", True, 0, ("q", "k", "v"), ("attn_operand",)),
         Phase(

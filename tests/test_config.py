@@ -169,3 +169,20 @@ def test_impossible_rope_scalings_get_a_sentence(fields, sentence):
         RopeScaling(**(SCALING | fields))
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         ModelConfig.from_dict(SIZES | {"rope_scaling": SCALING | fields})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "sentence"),
+    [
+        (
+            {"rope_type": "yarn", "factor": 2.0},
+            "rope_scaling has the fields factor, high_freq_factor, low_freq_factor, "
+            "original_context; got factor, rope_type.",
+        ),
+        ({}, "rope_scaling has the fields factor, .*; got none."),
+        ("llama3", "rope_scaling is a table of fields or null, got 'llama3'."),
+    ],
+)
+def test_rope_scalings_of_another_form_get_a_sentence(scaling, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        ModelConfig.from_dict(SIZES | {"rope_scaling": scaling})

@@ -38,7 +38,7 @@ class _Part(NamedTuple):
 
     sequence: Array  # b
     head: Array  # of K
-    index: Array  # which of the head's parts
+    number: Array  # which of the head's parts
     parts: Array  # how many it has
     length: Array  # live positions before this step
     start: Array  # first cached position of the span
@@ -88,7 +88,7 @@ def _part(env: Env, number: Array) -> _Part:
     return _Part(
         sequence=sequence,
         head=within - index * heads,
-        index=index,
+        number=index,
         parts=_cdiv_dynamic(length + 1, span),
         length=length,
         start=start,
@@ -125,7 +125,7 @@ def _attend(
     new = (layer, part.sequence, part.head, jnp.minimum(part.length, d.capacity - 1))
     key = plgpu.load(env["k"].at[(*new, iota(shape, 1))]).astype(jnp.float32)
     value = plgpu.load(env["v"].at[(*new, iota(shape, 1))]).astype(jnp.float32)
-    has_new = part.index == part.parts - 1
+    has_new = part.number == part.parts - 1
     top = jnp.where(has_new, jnp.sum(q * key, axis=1), LOWEST)
     nothing = jnp.zeros((QUERY_ROWS,), jnp.float32)
     total = jnp.where(has_new, jnp.ones_like(nothing), nothing)
@@ -222,9 +222,9 @@ def attention(env: Env, layer: Array, wait: Wait = no_wait) -> None:
             slot = part.sequence * d.num_kv_heads + part.head
             row = iota((QUERY_ROWS,), 0)
             in_group = row < d.q_per_kv
-            plgpu.store(env["part_max"].at[slot, part.index, row], top, mask=in_group)
-            plgpu.store(env["part_sum"].at[slot, part.index, row], total, mask=in_group)
-            plgpu.store(env["part_out"].at[slot, part.index, g, element], out, mask=real)
+            plgpu.store(env["part_max"].at[slot, part.number, row], top, mask=in_group)
+            plgpu.store(env["part_sum"].at[slot, part.number, row], total, mask=in_group)
+            plgpu.store(env["part_out"].at[slot, part.number, g, element], out, mask=real)
             last = env.sync.last_of_head(slot, part.parts)
 
             @pl.when(last)
