@@ -1,6 +1,9 @@
 """Whole-model decode kernels for JAX: one Pallas launch per generated token."""
 
-from checkpoints import SHIPPED_MODEL, load, save
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from ffjax.cache import KVCache
 from ffjax.config import PRESETS, ModelConfig, RopeScaling, preset
 from ffjax.decode import DecodeOutput, decode_step
@@ -8,6 +11,9 @@ from ffjax.generate import GenerateOutput, generate
 from ffjax.model import Transformer
 from ffjax.streaming import Stream, stream
 from ffjax.tokenizer import ByteTokenizer
+
+if TYPE_CHECKING:
+    from checkpoints import SHIPPED_MODEL, load, save
 
 __all__ = [
     "PRESETS",
@@ -27,3 +33,19 @@ __all__ = [
     "save",
     "stream",
 ]
+
+_FROM_CHECKPOINTS = ("SHIPPED_MODEL", "load", "save")
+
+
+def __getattr__(name: str) -> Any:
+    # `checkpoints` imports this package for the model, so its names come when first asked
+    # for: either package may then be imported first.
+    if name in _FROM_CHECKPOINTS:
+        import checkpoints
+
+        return getattr(checkpoints, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

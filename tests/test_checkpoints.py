@@ -394,24 +394,25 @@ while True:
 def test_ctrl_c_at_any_moment_leaves_a_whole_checkpoint_and_nothing_beside_it(saved, tmp_path):
     path = tmp_path / "model"
     shutil.copytree(saved, path)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", _SAVES, str(saved), str(path)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        # Once something lies beside the checkpoint, a save is under way.
-        while process.poll() is None and len(os.listdir(tmp_path)) < 2:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            if process.stdout.readline() != "ready\n":
+                pytest.fail(f"The process that saves did not start:\n{process.stderr.read()}")
+            # Once something lies beside the checkpoint, a save is under way.
+            while process.poll() is None and len(os.listdir(tmp_path)) < 2:
+                time.sleep(0.001)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert "KeyboardInterrupt" in err
     assert os.listdir(tmp_path) == ["model"]
     assert_same(checkpoints.load(path), build())

@@ -130,6 +130,7 @@ def test_a_grid_beyond_the_device_is_refused():
     plan = make_plan(dims, Gpu.named("H200", "9.0", 132))
     plan = dataclasses.replace(plan, programs=264)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    state: Any = StepState(*([one] * 4))
+    parts: Any = [one] * 4
+    state = StepState(*parts)
     with pytest.raises(ValueError, match="this plan has 264, the device holds 132"):
         jax.eval_shape(functools.partial(launch_step, plan), dims.abstract_weights(), state, one)

@@ -1,0 +1,36 @@
+"""Each package can be the first that a program imports."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ffjax
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("package", ["ffjax", "pallas_kernels", "checkpoints"])
+def test_each_package_can_come_first(package):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {package}"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ffjax.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(ffjax, name) is not None
+    assert name in dir(ffjax)
+
+
+def test_another_name_is_not():
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = ffjax.nothing  # pyright: ignore[reportAttributeAccessIssue]
