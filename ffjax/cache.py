@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ffjax.config import ModelConfig
-from pallas_kernels.sync import num_counters
+from pallas_kernels.dims import Dims
+from pallas_kernels.stream.mail import mail_words
 
 __all__ = ["KVCache"]
 
@@ -44,12 +45,25 @@ class KVCache:
             raise ValueError(
                 f"A cache needs a positive batch and capacity, got {batch} and {capacity}."
             )
+        c = config
+        dims = Dims(
+            batch=batch,
+            vocab_size=c.vocab_size,
+            num_layers=c.num_layers,
+            model_dim=c.model_dim,
+            ffw_dim=c.ffw_dim,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            capacity=capacity,
+            norm_eps=c.norm_eps,
+        )
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
         return cls(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
             lengths=jnp.zeros((batch,), jnp.int32),
-            counters=jnp.zeros((num_counters(batch, config.num_kv_heads),), jnp.int32),
+            counters=jnp.zeros((mail_words(dims),), jnp.int32),
         )
 
     @property

@@ -22,11 +22,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pallas_kernels import compile_worker
 from pallas_kernels.dims import Dims
 from pallas_kernels.launch import KERNEL_NAME
+from pallas_kernels.stream.plan import why_not as why_not_streamed
 from pallas_kernels.support import why_not
 from pallas_kernels.targets import target, target_names
 
@@ -39,6 +40,9 @@ _PLUGINS = {
 }
 # Thunks that only hold others; whatever else is in the list runs on the GPU.
 _CONTAINERS = {"kSequential", "kConditional", "kWhile", "kCommandBuffer"}
+
+
+Kernel = Literal["phased", "streamed"]
 
 
 class CompileError(RuntimeError):
@@ -106,13 +110,19 @@ def why_no_compiler() -> str | None:
 
 
 def compile_for(
-    gpu: str, dims: Dims, *, num_warps: int | None = None, num_stages: int | None = None
+    gpu: str,
+    dims: Dims,
+    *,
+    kernel: Kernel = "phased",
+    num_warps: int | None = None,
+    num_stages: int | None = None,
 ) -> CompileReport:
     """Compiles the decode step of these sizes and reports what it became.
 
     Args:
         gpu: name of a target, from `targets.target_names()`.
         dims: the sizes.
+        kernel: which of the two kernels.
         num_warps: overrides the plan's.
         num_stages: overrides the plan's.
 
@@ -121,13 +131,17 @@ def compile_for(
         CompileError: the compiler is not installed, or it failed.
     """
     wanted = target(gpu)
-    if (reason := why_not(dims, "bfloat16", wanted.gpu)) is not None:
+    reason = why_not(dims, "bfloat16", wanted.gpu)
+    if reason is None and kernel == "streamed":
+        reason = why_not_streamed(dims, wanted.gpu.cores)
+    if reason is not None:
         raise ValueError(reason)
     if (reason := why_no_compiler()) is not None:
         raise CompileError(reason)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     request = {
         "gpu": gpu,
+        "kernel": kernel,
         "dims": dataclasses.asdict(dims),
         "options": {key: value for key, value in options.items() if value is not None},
     }
@@ -258,6 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(target_names())}")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
     parser.add_argument("--capacity", type=int, default=16_384, help="cache slots (default 16384)")
+    parser.add_argument(
+        "--kernel", choices=get_args(Kernel), default="phased", help="default: %(default)s"
+    )
     parser.add_argument("--num-warps", type=int, help="overrides the plan's")
     parser.add_argument("--num-stages", type=int, help="overrides the plan's")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -274,13 +291,15 @@ def main(arguments: list[str] | None = None) -> int:
         report = compile_for(
             asked.gpu,
             _dims_of(asked.config, asked.batch, asked.capacity),
+            kernel=asked.kernel,
             num_warps=asked.num_warps,
             num_stages=asked.num_stages,
         )
     except (ValueError, CompileError) as error:
         print(error, file=sys.stderr)
         return 1
-    asked_for = {"config": asked.config, "batch": asked.batch, "capacity": asked.capacity}
+    names = ("config", "kernel", "batch", "capacity")
+    asked_for = {name: getattr(asked, name) for name in names}
     fields = asked_for | dataclasses.asdict(report)
     if asked.json:
         print(json.dumps(fields, indent=2))

@@ -21,7 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.dims import Dims
 from pallas_kernels.launch import StepState, launch_step
 from pallas_kernels.plan import Plan, make_plan
-from pallas_kernels.sync import num_counters
+from pallas_kernels.stream.launch import stream_step
+from pallas_kernels.stream.mail import mail_words
+from pallas_kernels.stream.plan import StreamPlan, make_stream_plan
+from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.targets import target
 
 __all__ = ["MODULE", "compile_step", "main"]
@@ -30,7 +33,7 @@ __all__ = ["MODULE", "compile_step", "main"]
 MODULE = "jit_decode_step"
 
 
-def compile_step(plan: Plan, config: str) -> Any:
+def compile_step(plan: Plan | StreamPlan, config: str) -> Any:
     """Compiles the step as `ffjax.decode_step` under jit is, the cache donated.
 
     Args:
@@ -49,11 +52,12 @@ def compile_step(plan: Plan, config: str) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     cache = spec(d.num_layers, d.batch, d.num_kv_heads, d.capacity, d.head_dim, dtype=jnp.bfloat16)
-    state = StepState(cache, cache, spec(d.batch), spec(num_counters(d.batch, d.num_kv_heads)))
+    state = StepState(cache, cache, spec(d.batch), spec(mail_words(d)))
     weights = jax.tree.map(lambda x: spec(*x.shape, dtype=x.dtype), d.abstract_weights())
 
     def decode_step(weights, state, tokens):
-        logits, token, state = launch_step(plan, weights, state, tokens)
+        launch: Any = stream_step if isinstance(plan, StreamPlan) else launch_step
+        logits, token, state = launch(plan, weights, state, tokens)
         # The state first: a donated buffer becomes the first output of its shape.
         return state, logits, token
 
@@ -67,7 +71,11 @@ def main(directory: str) -> None:
     folder = pathlib.Path(directory)
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     gpu = target(request["gpu"])
-    plan = make_plan(Dims(**request["dims"]), gpu.gpu, **request["options"])
+    dims, options = Dims(**request["dims"]), request["options"]
+    if request["kernel"] == "streamed":
+        plan = make_stream_plan(dims, gpu.gpu, Tuning(**options))
+    else:
+        plan = make_plan(dims, gpu.gpu, **options)
     compiled = compile_step(plan, gpu.config)
     result = {
         "programs": plan.programs,

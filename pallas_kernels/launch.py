@@ -21,10 +21,10 @@ from pallas_kernels.sync import GridSync
 # The kernel's name in compiled programs and in profiles.
 KERNEL_NAME = "ffjax_decode_step"
 
-__all__ = ["KERNEL_NAME", "StepState", "launch_step", "run_kernel"]
+__all__ = ["KERNEL_NAME", "WEIGHT_NAMES", "StepState", "launch_step", "run_kernel"]
 
 # Names the phases use for the arrays of DecodeWeights, in its order.
-_WEIGHTS = (
+WEIGHT_NAMES = (
     "embed",
     "attn_norm",
     "w_qkv",
@@ -98,7 +98,7 @@ def run_kernel(
     updated = state._asdict() | (scratch or {})
     outputs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in updated.items()}
     outputs |= {name: spec for name, spec in made.items() if name not in outputs}
-    inputs = dict(zip(_WEIGHTS, weights, strict=True)) | {"tokens": tokens}
+    inputs = dict(zip(WEIGHT_NAMES, weights, strict=True)) | {"tokens": tokens}
     first_updated = len(inputs)
     aliases = {first_updated + i: i for i in range(len(updated))}
 

@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-__all__ = ["GridSync", "num_counters"]
+__all__ = ["MAX_POLLS", "GridSync", "num_counters", "trap_if_over"]
 
 # A poll takes about a microsecond, so a wait ends after some seconds.
 MAX_POLLS = 1 << 22
@@ -36,7 +36,7 @@ def num_counters(batch: int, num_kv_heads: int) -> int:
     return _HEADS + batch * num_kv_heads
 
 
-def _trap_if_over(polls: Array, limit: int) -> Array:
+def trap_if_over(polls: Array, limit: int) -> Array:
     """Returns `polls`; ends the launch in an error where they exceed `limit`."""
     [out] = plgpu.elementwise_inline_asm(
         f"{{ .reg .pred p; setp.gt.s32 p, $1, {limit}; @p trap; mov.u32 $0, $1; }}",
@@ -94,7 +94,7 @@ class GridSync:
 
         def poll(state):
             _, polls = state
-            return self._add(_BARRIER, 0), _trap_if_over(polls + 1, MAX_POLLS)
+            return self._add(_BARRIER, 0), trap_if_over(polls + 1, MAX_POLLS)
 
         count = self._add(_BARRIER, 0)
         lax.while_loop(

@@ -1,0 +1,131 @@
+"""Launches a streamed step: the one `pallas_call`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.dims import DecodeWeights
+from pallas_kernels.launch import KERNEL_NAME, WEIGHT_NAMES, StepState
+from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.kernel import stream_kernel
+from pallas_kernels.stream.mail import Layout, Mail, mail_words
+from pallas_kernels.stream.plan import Segment, StreamPlan
+
+__all__ = ["layout_of", "run_stream", "stream_step"]
+
+
+def layout_of(plan: StreamPlan) -> Layout:
+    """Where the mail's buffers lie for a step of this plan."""
+    splits = plan.segments[Segment.DOWN].splits
+    return Layout.of(plan.dims, splits, plan.attention.max_splits, plan.programs)
+
+
+def run_stream(
+    body: Callable[[StreamEnv], None],
+    plan: StreamPlan,
+    weights: DecodeWeights,
+    state: StepState,
+    tokens: Array,
+    *,
+    updated: dict[str, Array] | None = None,
+    interpret: bool = False,
+) -> dict[str, Array]:
+    """Runs `body` once on each of the plan's programs, as one launch.
+
+    Args:
+        body: the kernel's body.
+        plan: the step's plan.
+        weights: the weights.
+        state: what is updated in place.
+        tokens: int32 `[B]`.
+        updated: more arrays that the body knows by name and may update in place, logits
+            and token among them. Those not given start as the allocator left them.
+        interpret: run on a CPU, programs one after another.
+
+    Returns:
+        The state, logits float32 `[B, V]`, token int32 `[B]` and `updated`, by name.
+
+    Raises:
+        ValueError: the programs cannot all be on the device at once, or the cache was made
+            for another model or batch.
+    """
+    d, layout = plan.dims, layout_of(plan)
+    if plan.programs > plan.resident and not interpret:
+        raise ValueError(
+            "Programs wait for each other, so all of a launch must be on the device at once: "
+            f"this plan has {plan.programs}, the device holds {plan.resident}. "
+            "Take the plan from make_stream_plan for this device."
+        )
+    if state.counters.shape[0] != (words := mail_words(d)):
+        raise ValueError(
+            f"A step of {d.batch} sequences of this model hands over activations in {words} "
+            f"words; the cache has {state.counters.shape[0]}. Make it with KVCache.create for "
+            "this model and batch."
+        )
+    given = state._asdict() | (updated or {})
+    made = {
+        "logits": jax.ShapeDtypeStruct((d.batch, d.vocab_size), jnp.float32),
+        "token": jax.ShapeDtypeStruct((d.batch,), jnp.int32),
+    }
+    outputs: dict[str, Any] = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in given.items()}
+    outputs |= {name: spec for name, spec in made.items() if name not in outputs}
+    inputs = dict(zip(WEIGHT_NAMES, weights, strict=True)) | {"tokens": tokens}
+    aliases = {len(inputs) + i: i for i in range(len(given))}
+
+    def kernel(*refs):
+        refs_out = refs[len(inputs) + len(given) :]
+        named = dict(zip(inputs, refs, strict=False)) | dict(zip(outputs, refs_out, strict=True))
+        body(
+            StreamEnv(
+                plan=plan,
+                refs=named,
+                program=pl.program_id(0),
+                lengths=tuple(named["lengths"][b] for b in range(d.batch)),
+                step=named["counters"][layout.steps],
+                mail=Mail(named["counters"], layout, interpret),
+                interpret=interpret,
+            )
+        )
+
+    call = pl.pallas_call(
+        kernel,
+        grid=(plan.programs,),
+        out_shape=list(outputs.values()),
+        input_output_aliases=aliases,
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=plan.num_warps, num_stages=plan.num_stages),
+        name=KERNEL_NAME,
+    )
+    results = call(*inputs.values(), *given.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def stream_step(
+    plan: StreamPlan,
+    weights: DecodeWeights,
+    state: StepState,
+    tokens: Array,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array, StepState]:
+    """One streamed decode step: one kernel launch.
+
+    Args:
+        plan: the step's plan, from `make_stream_plan`.
+        weights: the weights, as the model stores them.
+        state: the cache; donate it to the surrounding jit, or XLA copies it.
+        tokens: int32 `[B]`.
+        interpret: run on a CPU with one program.
+
+    Returns:
+        Logits float32 `[B, V]`, the greedy token int32 `[B]`, and the new state.
+    """
+    results = run_stream(stream_kernel, plan, weights, state, tokens, interpret=interpret)
+    return results["logits"], results["token"], StepState(*(results[n] for n in StepState._fields))

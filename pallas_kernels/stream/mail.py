@@ -1,0 +1,215 @@
+"""How programs hand activations to each other: words that carry their own tags.
+
+A word is 32 bits: the upper 24 of a float32, and in the lowest 8 the tag of the hand-over it
+belongs to. A reader polls the very words it needs until all carry the tag it waits for; then
+it has them. A hand-over thus takes one store and one load, and no word depends on the order
+in which others become visible: each is an atomic message of its own ("relaxed" in the
+memory model of PTX). Where all 32 bits of a number matter, a *pair* holds the number and a
+tag of 32 bits, stored and loaded as one.
+
+Why a word is never overwritten before its readers have read it. Every buffer is written once
+a layer. What a program writes in layer l + 1 depends, through the hand-overs, on the whole
+residual that enters it; that depends on the whole output of every segment of layer l; and
+whoever reads a buffer in layer l contributes to such an output afterwards. (A program
+without work in a segment does not poll for it.) So at the time of the second writing every
+reader has finished with the first.
+
+Why a stale word is never taken for a fresh one. Each buffer of words is written whole in
+every layer of every step, and tags count up, so a word not yet written holds the tag just
+before. Attention's parts are written as they are needed, perhaps after thousands of steps:
+they are pairs.
+
+The mail lies in the cache and lives from step to step. It starts as zeros; the first tag
+is 1. Its first word counts the steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.dims import Dims
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.plan import splits_of
+from pallas_kernels.sync import MAX_POLLS, num_counters, trap_if_over
+
+__all__ = ["Layout", "Mail", "mail_words"]
+
+# No GPU has more multiprocessors.
+MAX_PROGRAMS = 256
+MAX_SPLITS = 64
+_TAG_BITS = 0xFF
+_NAN = 0x7FC00000
+# Keeps the buffers apart by whole lines of 128 bytes.
+_LINE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each buffer of the mail begins in the cache's `counters`, in words.
+
+    The phased kernel's counters come first; it wants them to be zero between its steps.
+
+    Attributes:
+        steps: the number of finished steps.
+        x_in: residual that enters a layer, or the head, `[B, D]`.
+        x_mid: residual between attention and feed-forward, `[B, D]`.
+        qkv: queries, keys and values of the new position, `[B, N + 2K, H]`.
+        attn: attention's output, `[B, N * H]`.
+        ffw: hidden activations, `[B, F]`.
+        partial: pairs `[B, D, splits]`, partial sums of the down projection.
+        parts: pairs `[B * K, max_splits, G, H + 2]`: of one span of attention the weighted
+            values, the sum of the weights and their maximum.
+        best: pairs `[P, B, 2]`: each program's best logit and its token.
+        words: length of the whole array.
+    """
+
+    steps: int
+    x_in: int
+    x_mid: int
+    qkv: int
+    attn: int
+    ffw: int
+    partial: int
+    parts: int
+    best: int
+    words: int
+
+    @classmethod
+    def of(cls, dims: Dims, splits: int, max_splits: int, programs: int) -> Layout:
+        """The layout for a step of these sizes."""
+        d, b = dims, dims.batch
+        sizes = {
+            "steps": 1,
+            "x_in": b * d.model_dim,
+            "x_mid": b * d.model_dim,
+            "qkv": b * d.qkv_dim,
+            "attn": b * d.attn_dim,
+            "ffw": b * d.ffw_dim,
+            "partial": 2 * b * d.model_dim * splits,
+            "parts": 2 * b * d.num_heads * max_splits * (d.head_dim + 2),
+            "best": 2 * programs * b * 2,
+        }
+        starts, end = {}, -(-num_counters(b, d.num_kv_heads) // _LINE) * _LINE
+        for name, size in sizes.items():
+            starts[name] = end
+            end += -(-size // _LINE) * _LINE
+        return cls(**starts, words=end)
+
+
+def mail_words(dims: Dims) -> int:
+    """Words of the cache's `counters` for a step of these sizes, on any device."""
+    max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
+    words = Layout.of(dims, splits_of(dims, MAX_PROGRAMS), max_splits, MAX_PROGRAMS).words
+    return words + _LINE  # spare: see `ptx`
+
+
+@dataclasses.dataclass(frozen=True)
+class Mail:
+    """One program's view of the mail while the kernel is traced.
+
+    Attributes:
+        words: ref of the int32 array.
+        layout: where the buffers begin.
+        interpret: whether the kernel is interpreted. Programs then run one after the
+            other: what is not there when it is read will never come, and reads as NaN.
+    """
+
+    words: Any
+    layout: Layout
+    interpret: bool
+
+    def publish(self, offsets: Array, values: Array, tag: Array, mask: Array) -> None:
+        """Stores the upper 24 bits of float32 values, rounded, with their tag.
+
+        Args:
+            offsets: int32, any shape.
+            values: float32, the same shape.
+            tag: int32 scalar.
+            mask: bool, the same shape.
+        """
+        bits = lax.bitcast_convert_type(values, jnp.int32)
+        # Rounding a NaN up could make it a number.
+        bits = jnp.where(jnp.isnan(values), _NAN, bits + 0x80)
+        word = (bits & ~_TAG_BITS) | (tag & _TAG_BITS)
+        ptx.store_word(self.words, offsets, word, mask, interpret=self.interpret)
+
+    def publish_pair(self, offsets: Array, values: Array, tag: Array, mask: Array) -> None:
+        """Stores 32-bit values (float32 or int32) whole, each with its tag.
+
+        Args:
+            offsets: int32, numbers of pairs within the buffer's first word: even.
+            values: float32 or int32, the same shape.
+            tag: int32 scalar.
+            mask: bool, the same shape.
+        """
+        if values.dtype != jnp.int32:
+            values = lax.bitcast_convert_type(values, jnp.int32)
+        tags = jnp.broadcast_to(tag, values.shape)
+        ptx.store_pair(self.words, offsets, values, tags, mask, interpret=self.interpret)
+
+    def collect(self, offsets: Array, tag: Array, mask: Array) -> Array:
+        """Waits for words; returns them as float32, 0 where the mask is false.
+
+        Args:
+            offsets: int32, any shape.
+            tag: int32 scalar they must carry.
+            mask: bool, the same shape.
+        """
+        tag = tag & _TAG_BITS
+
+        def read():
+            return plgpu.load(self.words.at[offsets], mask=mask, other=0, volatile=True)
+
+        def missing(word):
+            return jnp.where(mask, (word ^ tag) & _TAG_BITS, 0)
+
+        word = self._poll(read, missing)
+        values = lax.bitcast_convert_type(jnp.where(mask, word & ~_TAG_BITS, 0), jnp.float32)
+        return jnp.where(missing(word) == 0, values, jnp.nan) if self.interpret else values
+
+    def collect_pair(self, offsets: Array, tag: Array, mask: Array) -> Array:
+        """Waits for pairs; returns their values as int32 bits, 0 where the mask is false.
+
+        Args:
+            offsets: int32, even numbers.
+            tag: int32 scalar they must carry.
+            mask: bool, the same shape.
+        """
+        # What the mask hides is read too, from a place that is always there.
+        offsets = jnp.where(mask, offsets, self.layout.best)
+
+        def read():
+            return ptx.load_pair(self.words, offsets, interpret=self.interpret)
+
+        def missing(pair):
+            return jnp.where(mask, pair[1] ^ tag, 0)
+
+        pair = self._poll(read, missing)
+        value = jnp.where(mask, pair[0], 0)
+        return jnp.where(missing(pair) == 0, value, _NAN) if self.interpret else value
+
+    def _poll(self, read: Any, missing: Any) -> Any:
+        """Reads until nothing is missing; ends the launch in an error if that never comes."""
+
+        def still(words):
+            return jnp.max((missing(words) != 0).astype(jnp.int32))
+
+        first = read()
+        if self.interpret:
+            return first
+
+        def again(state):
+            words = read()
+            return words, still(words), trap_if_over(state[2] + 1, MAX_POLLS)
+
+        words, _, _ = lax.while_loop(
+            lambda state: (state[1] != 0) & (state[2] >= 0),
+            again,
+            (first, still(first), jnp.int32(0)),
+        )
+        return words

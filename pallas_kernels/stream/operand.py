@@ -1,0 +1,60 @@
+"""A segment's operand: collected from the mail, normalised where it is a residual."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.stream.env import StreamEnv, iota, select
+from pallas_kernels.stream.plan import Segment
+from pallas_kernels.stream.tiles import Place
+
+__all__ = ["collect_operand"]
+
+
+def collect_operand(env: StreamEnv, first: Place) -> Array:
+    """Waits for the activations of the segment that begins with the tile `first`.
+
+    Norms' weights are loaded before the wait. RMSNorm and its rounding to bfloat16 are those
+    of the reference.
+
+    Returns:
+        bfloat16 `[columns, depth]`; 0 beyond the inputs and for padding sequences.
+    """
+    plan, d, mail = env.plan, env.dims, env.mail
+    bp = plan.padded_batch
+    plans = [env.segment(s) for s in sorted(plan.segments)]
+    shape = (plan.columns, plan.depth)
+    chunk, b = lax.div(iota(shape, 0), jnp.int32(bp)), lax.rem(iota(shape, 0), jnp.int32(bp))
+    within = chunk * plan.depth + iota(shape, 1)
+    segment = first.segment
+    inner = select(segment, [p.inner for p in plans])
+    width = select(segment, [p.width for p in plans])
+    element = first.split * width + within
+    mask = (b < d.batch) & (within < width) & (element < inner) & first.real
+    layer = jnp.minimum(first.layer, d.num_layers - 1)
+    safe = jnp.minimum(element, d.model_dim - 1)
+
+    def ones():
+        return jnp.ones(shape, jnp.float32)
+
+    norm = lax.switch(
+        segment,
+        [
+            lambda: env["attn_norm"][layer, safe].astype(jnp.float32),
+            ones,
+            lambda: env["mlp_norm"][layer, safe].astype(jnp.float32),
+            ones,
+            lambda: env["final_norm"][safe].astype(jnp.float32),
+        ],
+    )
+    at = mail.layout
+    start = select(segment, [at.x_in, at.attn, at.x_mid, at.ffw, at.x_in])
+    x = mail.collect(start + b * inner + element, env.tag(first.layer), mask)
+    squares = jnp.sum(x * x, axis=1).reshape(plan.columns // bp, bp).sum(axis=0)
+    scale = lax.rsqrt(squares / d.model_dim + d.norm_eps)  # [Bp]
+    is_residual = (segment != Segment.ATTN_OUT) & (segment != Segment.DOWN)
+    scale = jnp.where(is_residual, scale, 1.0)
+    each = jnp.broadcast_to(scale[None, :], (plan.columns // bp, bp)).reshape(plan.columns)
+    x = x * each[:, None] * norm
+    return jnp.where(mask, x, 0.0).astype(jnp.bfloat16)

@@ -1,0 +1,428 @@
+"""The streamed kernel: its plan, its mail, and its own body, interpreted, against the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import (
+    QUICK_COMPILE,
+    dims_of,
+    filled_cache,
+    kernel_inputs,
+    random_model,
+    random_tokens,
+    small_config,
+)
+from jax.experimental import pallas as pl
+from numerics import assert_close
+from test_kernel import CASES, bits, newest, reference, untouched
+
+from ffjax.cache import KVCache
+from ffjax.config import preset
+from pallas_kernels.dims import Dims
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.launch import StepState
+from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
+from pallas_kernels.stream.mail import Mail, mail_words
+from pallas_kernels.stream.plan import (
+    LAYER_SEGMENTS,
+    Segment,
+    StreamPlan,
+    make_stream_plan,
+    why_not,
+)
+from pallas_kernels.stream.stages import run_stage, stages_of, state_shapes
+from pallas_kernels.stream.tiles import group_rows, locate, place_of
+from pallas_kernels.stream.tuning import Tuning
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+H200 = Gpu.named("H200", "9.0", 132)
+
+
+def machine(programs: int) -> Gpu:
+    return Gpu.named("made up", "9.0", programs)
+
+
+def preset_dims(name: str, batch: int) -> Dims:
+    return dims_of(preset(name), batch, 1024)
+
+
+# The plan: who computes what
+
+
+def env_of(plan: StreamPlan, program: int) -> StreamEnv:
+    """Enough of an environment to ask where tiles stand."""
+    mail = types.SimpleNamespace()
+    return StreamEnv(plan, {}, jnp.int32(program), (), jnp.int32(0), mail, True)  # pyright: ignore[reportArgumentType]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tiles(plan: StreamPlan, segment, program, number):
+    """Rows `[R]`, the part of the inputs, and whether the tile is real."""
+    env = dataclasses.replace(env_of(plan, 0), program=program)
+    place = place_of(env, segment, jnp.int32(0), number)
+    return group_rows(env, segment, place.group, jnp.arange(plan.rows)), place.split, place.real
+
+
+PLANS = {
+    "1B on an H200": lambda: make_stream_plan(preset_dims("llama3.2-1b", 1), H200),
+    "8B on an H200, 2 sequences": lambda: make_stream_plan(preset_dims("llama3.1-8b", 2), H200),
+    "3B, tiles of 128 rows": lambda: make_stream_plan(
+        preset_dims("llama3.2-3b", 1), H200, Tuning(matrix_rows=128)
+    ),
+    "odd sizes, 7 programs": lambda: make_stream_plan(
+        dims_of(small_config(ffw_dim=2320), 3, 64), machine(7)
+    ),
+    "odd sizes, 1 program": lambda: make_stream_plan(dims_of(small_config(), 1, 64), INTERPRETER),
+    "the shipped model": lambda: make_stream_plan(preset_dims("python-bytes-3m", 1), H200),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_weight_is_read_once(name):
+    plan = PLANS[name]()
+    for segment, part in plan.segments.items():
+        numbers = np.arange(plan.programs * part.tiles)
+        programs, tiles = np.divmod(numbers, part.tiles)
+        ask = jax.vmap(functools.partial(_tiles, plan, jnp.int32(segment)))
+        rows, splits, real = map(np.asarray, ask(jnp.asarray(programs), jnp.asarray(tiles)))
+        matrix_rows = 2 * plan.dims.ffw_dim if segment == Segment.GATE_UP else part.out
+        seen = np.zeros((part.splits, matrix_rows), int)
+        for tile_rows, split in zip(rows[real], splits[real], strict=True):
+            inside = tile_rows[tile_rows < matrix_rows]
+            if segment == Segment.GATE_UP:  # beyond the gate's end lies the up projection
+                first, second = tile_rows[::2], tile_rows[1::2]
+                fits = first < plan.dims.ffw_dim
+                assert (second[fits] == first[fits] + plan.dims.ffw_dim).all()
+                inside = np.concatenate([first[fits], second[fits]])
+            np.add.at(seen[split], inside, 1)
+        assert (seen == 1).all(), segment
+        assert part.splits * part.width >= part.inner > (part.splits - 1) * part.width
+        assert part.width <= plan.chunks * plan.depth
+
+
+@pytest.mark.parametrize("name", ["1B on an H200", "odd sizes, 7 programs"])
+def test_the_stream_passes_every_tile_in_order(name):
+    plan = PLANS[name]()
+    order = [(Segment.EMBED, 0, 0)]
+    for layer in range(plan.dims.num_layers):
+        for segment in LAYER_SEGMENTS:
+            order += [(segment, layer, j) for j in range(plan.segments[segment].tiles)]
+    order += [
+        (Segment.HEAD, plan.dims.num_layers, j) for j in range(plan.segments[Segment.HEAD].tiles)
+    ]
+    places = jax.vmap(functools.partial(locate, env_of(plan, plan.programs - 1)))(
+        jnp.arange(plan.total_tiles, dtype=jnp.int32)
+    )
+    got = list(zip(*(np.asarray(x).tolist() for x in places[:3]), strict=True))
+    assert got == order
+    changes = [a[:2] != b[:2] for a, b in itertools.pairwise(order)] + [True]
+    assert np.asarray(places.last).tolist() == changes
+
+
+def test_all_programs_end_a_segment_at_about_the_same_time():
+    for name in ("llama3.2-1b", "llama3.2-3b", "llama3.1-8b"):
+        plan = make_stream_plan(preset_dims(name, 1), H200)
+        dealt = plan.total_tiles - 1
+        needed = sum(p.groups / p.teams * plan.dims.num_layers for p in plan.segments.values())
+        needed -= (plan.dims.num_layers - 1) * (
+            plan.segments[Segment.HEAD].groups / plan.segments[Segment.HEAD].teams
+        )
+        assert dealt < 1.04 * needed, name
+
+
+def test_tiles_in_flight_fill_the_shared_memory():
+    for batch in (1, 2, 8):
+        for name in ("llama3.2-1b", "llama3.1-8b"):
+            plan = make_stream_plan(preset_dims(name, batch), H200)
+            tile = 2 * 64 * plan.depth
+            assert (plan.num_stages - 1) * tile < H200.shared_memory
+            # By Little's law 4.4 TB/s at a latency of 1.5 µs are 50 KB on each of 132 cores.
+            assert (plan.num_stages - 1) * tile > 90_000
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"matrix_rows": 32}, "matrix_rows is one of 64, 128; got 32"),
+        ({"depth": 100}, "depth is one of 16, 32, 64, 128, 256, 512; got 100"),
+        ({"programs_per_core": 3}, "programs_per_core is one of 1, 2; got 3"),
+        ({"num_warps": 5}, "num_warps is one of None, 4, 8, 16; got 5"),
+        ({"num_stages": 1}, "num_stages is at least 2, got 1"),
+    ],
+)
+def test_a_tunable_out_of_range_is_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        Tuning(**options)
+
+
+def test_programs_that_do_not_fit_a_core_together_are_refused():
+    tuning = Tuning(programs_per_core=2, num_warps=8)
+    with pytest.raises(ValueError, match="2 programs have at most 4 warps each, got 8"):
+        make_stream_plan(preset_dims("llama3.2-1b", 1), H200, tuning)
+
+
+def test_a_model_too_wide_for_its_batch_is_refused():
+    dims = dataclasses.replace(preset_dims("llama3.1-8b", 8), model_dim=5120)
+    assert why_not(dataclasses.replace(dims, batch=4), 132) is None
+    reason = why_not(dims, 132)
+    assert reason is not None
+    assert "at most 4096 activations of each of 8 sequences in place; this model has 5120" in reason
+    with pytest.raises(ValueError, match="at most 4096 activations"):
+        make_stream_plan(dims, H200)
+
+
+def test_a_cache_made_for_a_smaller_batch_is_refused():
+    config = small_config()
+    model, cache = random_model(config), filled_cache(config, [1, 2], 16)
+    small = KVCache.create(config, 1, 16).counters
+    weights, state = kernel_inputs(model, dataclasses.replace(cache, counters=small))
+    plan = make_stream_plan(dims_of(config, 2, 16), INTERPRETER)
+    with pytest.raises(ValueError, match=r"hands over activations in .* words; the cache has"):
+        stream_step(plan, weights, state, random_tokens(config, 2), interpret=True)
+
+
+def test_a_grid_that_does_not_fit_the_device_is_refused():
+    config = small_config()
+    weights, state = kernel_inputs(random_model(config), filled_cache(config, [1], 16))
+    plan = make_stream_plan(dims_of(config, 1, 16), machine(7))
+    with pytest.raises(ValueError, match="this plan has 7, the device holds 6"):
+        stream_step(dataclasses.replace(plan, resident=6), weights, state, jnp.zeros(1, jnp.int32))
+
+
+# The mail
+
+
+def test_buffers_of_the_mail_do_not_overlap():
+    dims = preset_dims("llama3.1-8b", 8)
+    plan = make_stream_plan(dims, H200)
+    layout = dataclasses.astuple(layout_of(plan))
+    assert sorted(layout) == list(layout)
+    assert layout[-1] <= mail_words(dims) - 2
+    at = layout_of(plan)
+    assert at.x_mid - at.x_in >= 8 * 4096
+    assert at.attn - at.qkv >= 8 * 6144
+    assert at.parts - at.partial >= 2 * 8 * 4096 * 4
+
+
+def interpreted(body, *results: jax.ShapeDtypeStruct) -> list[np.ndarray]:
+    """Runs `body(mail, *results)` as an interpreted kernel; the mail's words, and the results."""
+    layout = layout_of(PLANS["odd sizes, 1 program"]())
+
+    def kernel(words, *out):
+        words[...] = jnp.zeros((64,), jnp.int32)
+        body(Mail(words, layout, True), *out)
+
+    shapes = [jax.ShapeDtypeStruct((64,), jnp.int32), *results]
+    return [np.asarray(x) for x in pl.pallas_call(kernel, out_shape=shapes, interpret=True)()]
+
+
+def test_a_word_holds_24_bits_of_a_number_and_a_tag():
+    values = np.array([0, -0.0, 1, -1.5, np.pi, 1e-30, 3e38, np.inf, -np.inf, np.nan], np.float32)
+    # The NaN of all ones, which rounding up would carry into another number.
+    values = np.append(values, np.array([0x7FFFFFFF], np.int32).view(np.float32))
+    for tag in (1, 255, 256, 300):
+
+        def body(mail, tag=tag):
+            for i, value in enumerate(values):
+                at = jnp.full((1,), i)
+                number = jnp.full((1,), int(value.view(np.int32)), jnp.int32)
+                number = jax.lax.bitcast_convert_type(number, jnp.float32)
+                mail.publish(at, number, jnp.int32(tag), jnp.ones((1,), bool))
+
+        [words] = interpreted(body)
+        words = words[: len(values)]
+        assert (words & 255 == tag & 255).all()
+        got = (words & ~255).view(np.float32)
+        np.testing.assert_allclose(got, values, rtol=2**-16)
+        assert np.isnan(got).tolist() == np.isnan(values).tolist()
+
+
+def test_interpreted_what_has_not_come_is_nan():
+    def body(mail, words, pairs):
+        offsets = jax.lax.iota(jnp.int32, 8)
+        ones, half = jnp.ones((8,), jnp.float32), offsets < 4
+        mail.publish(offsets, ones, jnp.int32(3), half)
+        words[...] = mail.collect(offsets, jnp.int32(3), offsets != 7)
+        mail.publish_pair(16 + 2 * offsets, ones, jnp.int32(3 + 256), half)
+        got = mail.collect_pair(16 + 2 * offsets, jnp.int32(3), offsets != 7)
+        pairs[...] = jax.lax.bitcast_convert_type(got, jnp.float32)
+
+    result = jax.ShapeDtypeStruct((8,), jnp.float32)
+    _, words, pairs = interpreted(body, result, result)
+    np.testing.assert_array_equal(words, [1, 1, 1, 1, np.nan, np.nan, np.nan, 0])
+    # The tag of a pair has 32 bits: 259 is not 3.
+    np.testing.assert_array_equal(pairs, [np.nan] * 7 + [0])
+
+
+# The whole kernel, one program
+
+
+@functools.lru_cache
+def stream(plan: StreamPlan):
+    run = functools.partial(stream_step, plan, interpret=True)
+    return jax.jit(run, compiler_options=QUICK_COMPILE)
+
+
+def streamed(model, cache: KVCache, tokens, tuning: Tuning | None = None):
+    dims = dims_of(model.config, cache.batch, cache.capacity)
+    plan = make_stream_plan(dims, INTERPRETER, tuning or Tuning())
+    weights, state = kernel_inputs(model, cache)
+    logits, token, state = stream(plan)(weights, state, tokens)
+    return logits, token, KVCache(*state)
+
+
+def check(config, got, want, lengths):
+    logits, token, cache = got
+    assert_close(logits, want.logits, "fused_vs_model")
+    assert_close(newest(cache), newest(want.cache), "fused_vs_model")
+    assert bits(untouched(cache)) == bits(untouched(want.cache))
+    assert token.tolist() == np.argmax(logits, axis=-1).tolist()
+    assert cache.lengths.tolist() == [n + 1 for n in lengths]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_matches_the_model(name):
+    config, capacity, all_lengths = CASES[name]
+    model = random_model(config)
+    lengths = all_lengths[0]
+    cache = filled_cache(config, lengths, capacity)  # NaN where nobody may read
+    tokens = random_tokens(config, len(lengths))
+    got = streamed(model, cache, tokens)
+    check(config, got, reference(model, cache, tokens), lengths)
+    assert bits(streamed(model, cache, tokens)) == bits(got)
+
+
+def test_steps_in_a_row_match_the_model():
+    """Each step's tags differ from those that the step before has left in the mail."""
+    config = small_config(num_kv_heads=2)
+    model = random_model(config)
+    cache = filled_cache(config, [126, 0, 60], 135)
+    want_cache, tokens = cache, random_tokens(config, 3)
+    for step in range(4):
+        logits, _, cache = streamed(model, cache, tokens)
+        want = reference(model, want_cache, tokens)
+        assert_close(logits, want.logits, "fused_vs_model")
+        want_cache, tokens = want.cache, want.token
+        assert int(cache.counters[layout_start(model, cache)]) == step + 1
+
+
+def layout_start(model, cache: KVCache) -> int:
+    dims = dims_of(model.config, cache.batch, cache.capacity)
+    return layout_of(make_stream_plan(dims, INTERPRETER)).steps
+
+
+def test_tags_go_round():
+    """After 2^31 and more hand-overs the count wraps, and the words' 8 bits long before."""
+    config = small_config()
+    model = random_model(config)
+    fresh = filled_cache(config, [5], 16)
+    tokens = random_tokens(config, 1)
+    want = streamed(model, fresh, tokens)
+    at = layout_start(model, fresh)
+    for steps in (84, 85, 2**31 // 3, 2**31 - 1):
+        cache = dataclasses.replace(fresh, counters=fresh.counters.at[at].set(steps))
+        got = streamed(model, cache, tokens)
+        assert bits(got[0]) == bits(want[0]), steps
+        assert int(got[2].counters[at]) == np.int64(steps + 1).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    "tuning", [Tuning(matrix_rows=128), Tuning(depth=64), Tuning(matrix_rows=128, depth=16)]
+)
+def test_every_tile_shape_gives_the_same(tuning):
+    config = small_config(num_heads=4, num_kv_heads=2)
+    model = random_model(config)
+    cache, tokens = filled_cache(config, [65, 3], 80), random_tokens(config, 2)
+    want = streamed(model, cache, tokens)
+    got = streamed(model, cache, tokens, tuning)
+    assert_close(got[0], want[0], "fused_vs_fused")
+
+
+def test_a_full_cache_gives_nan_and_keeps_what_it_holds():
+    config = small_config()
+    model = random_model(config)
+    cache, tokens = filled_cache(config, [66, 70, 70], 70), random_tokens(config, 3)
+    before = [np.asarray(cache.k), np.asarray(cache.v)]
+    lengths = cache.lengths.at[2].set(71)
+    logits, token, after = streamed(model, dataclasses.replace(cache, lengths=lengths), tokens)
+    want = reference(model, dataclasses.replace(cache, lengths=lengths), tokens)
+    assert np.isnan(logits).all(axis=1).tolist() == [False, True, True]
+    assert token.tolist()[1:] == want.token.tolist()[1:]
+    assert after.lengths.tolist() == [67, 71, 72]
+    for new, old in zip((after.k, after.v), before, strict=True):
+        assert bits(new[:, 1:]) == bits(old[:, 1:])
+
+
+def test_sequences_of_a_batch_do_not_see_each_other():
+    config = small_config()
+    model = random_model(config)
+    cache, tokens = filled_cache(config, [127, 0, 66], 130), random_tokens(config, 3)
+    logits, _, after = streamed(model, cache, tokens)
+    order = np.array([2, 0, 1])
+    shuffled = KVCache(cache.k[:, order], cache.v[:, order], cache.lengths[order], cache.counters)
+    got, _, got_after = streamed(model, shuffled, tokens[order])
+    assert bits(got) == bits(logits[order])
+    assert bits([got_after.k, got_after.v]) == bits([after.k[:, order], after.v[:, order]])
+
+
+def test_tokens_outside_the_vocabulary_are_clamped():
+    config = small_config()
+    model, cache = random_model(config), filled_cache(config, [5, 5, 5], 16)
+    last = config.vocab_size - 1
+    wild, tame = jnp.array([-1, last + 1, 2**31 - 1]), jnp.array([0, last, last])
+    assert bits(streamed(model, cache, wild.astype(jnp.int32))[0]) == bits(
+        streamed(model, cache, tame.astype(jnp.int32))[0]
+    )
+
+
+# Several programs, stage by stage
+
+
+def run_stages(plan: StreamPlan, model, cache: KVCache, tokens):
+    """A step of several programs: one launch a stage, so that nobody has to wait."""
+    weights, state = kernel_inputs(model, cache)
+    carried = {name: jnp.zeros(x.shape, x.dtype) for name, x in state_shapes(plan).items()}
+    carried["residual"] = jnp.full_like(carried["residual"], jnp.nan)
+    carried["best_logit"] = jnp.full_like(carried["best_logit"], -jnp.inf)
+    carried["best_token"] = jnp.full(carried["best_logit"].shape, 2**31 - 1, jnp.int32)
+    carried["logits"] = jnp.full((cache.batch, model.config.vocab_size), jnp.nan, jnp.float32)
+    carried["token"] = jnp.full((cache.batch,), -1, jnp.int32)
+    for stage in stages_of(plan):
+        body = functools.partial(run_stage, stage)
+        run = functools.partial(run_stream, body, plan, interpret=True)
+        out = jax.jit(run, compiler_options=QUICK_COMPILE)(weights, state, tokens, updated=carried)
+        state = StepState(*(out[name] for name in StepState._fields))
+        carried = {name: out[name] for name in carried}
+    return carried["logits"], carried["token"], KVCache(*state)
+
+
+def test_programs_hand_over_all_that_others_need():
+    """Inputs of the down projection in parts, heads in parts, more programs than some groups.
+
+    A word that is read and was not written would be NaN, in this step or, if it was written
+    in the first alone, in the next.
+    """
+    config = small_config(num_layers=1, num_heads=2, num_kv_heads=1, ffw_dim=656)
+    model = random_model(config)
+    lengths = [300, 2]
+    cache, tokens = filled_cache(config, lengths, 310), random_tokens(config, 2)
+    plan = make_stream_plan(dims_of(config, 2, 310), machine(19))
+    short = dataclasses.replace(plan.attention, min_span=64, max_splits=4)
+    plan = dataclasses.replace(plan, attention=short)
+    assert plan.segments[Segment.DOWN].splits == 3
+    assert plan.segments[Segment.DOWN].teams == 6  # the 19th program has no team
+    assert plan.segments[Segment.ATTN_OUT].groups == 18
+    got = run_stages(plan, model, cache, tokens)
+    check(config, got, reference(model, cache, tokens), lengths)
+    one = streamed(model, cache, tokens)
+    assert_close(got[0], one[0], "fused_vs_fused")
