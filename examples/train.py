@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bits_per_byte import METHOD, bits_per_byte
 from flax import nnx
 from jax import Array, lax
-from stdlib_text import Source, read_sources
 
 import checkpoints
 from ffjax.config import ModelConfig, preset
+from ffjax.evaluate import METHOD, bits_per_byte
 from ffjax.generate import generate
 from ffjax.model import Transformer
+from ffjax.stdlib_text import Source, read_sources
 from ffjax.tokenizer import ByteTokenizer
 
 PROMPTS = (

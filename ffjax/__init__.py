@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ffjax.cache import KVCache
-from ffjax.config import PRESETS, ModelConfig, RopeScaling, preset
+from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
 from ffjax.decode import DecodeOutput, decode_step
 from ffjax.generate import GenerateOutput, generate
 from ffjax.model import Transformer
@@ -22,6 +22,7 @@ __all__ = [
     "DecodeOutput",
     "GenerateOutput",
     "KVCache",
+    "LinearRopeScaling",
     "ModelConfig",
     "RopeScaling",
     "Stream",

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Literal, get_args
 
-__all__ = ["PRESETS", "ModelConfig", "RopeScaling", "preset"]
+from ffjax.presets import RELEASED
+
+__all__ = [
+    "PRESETS",
+    "Activation",
+    "LinearRopeScaling",
+    "ModelConfig",
+    "QkNorm",
+    "RopeScaling",
+    "preset",
+]
+
+Activation = Literal["silu", "gelu_tanh"]
+QkNorm = Literal["head", "full"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +54,32 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRopeScaling:
+    """Position interpolation (Chen et al., arXiv 2306.15595): every wavelength `factor` as long.
+
+    Gemma 3's larger models stretch their global layers so.
+    """
+
+    factor: float
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ValueError(
+                f"RoPE scaling stretches: factor must be at least 1, got {self.factor}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and constants of a model. The letters are those of every shape in ffjax.
 
+    What is left at its default makes a model of the Llama family.
+
     Attributes:
         name: what the model is called in messages.
+        family: the family it belongs to, a label for reports and for export: "llama",
+            "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma2", "gemma3". No number
+            depends on it.
         vocab_size: V, rows of the embedding and of the head.
         num_layers: L.
         model_dim: D, the width of the residual stream.
@@ -53,13 +88,31 @@ class ModelConfig:
         num_kv_heads: K, key/value heads; N is a multiple of K, G = N / K.
         head_dim: H, the size of one head.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: Llama 3's stretching of them, or None.
+        rope_theta_local: that base in local layers, which are then not stretched; None: all
+            layers rotate alike.
+        rope_scaling: how the frequencies are stretched, or None.
         norm_eps: added to the mean square inside every RMSNorm.
+        norm_offset: added to the weights of every RMSNorm (Gemma: 1).
+        pre_norm: whether a block (attention, feed-forward) reads the normed stream.
+        post_norm: whether a block's output is normed before it is added to the stream.
+        qk_norm: RMSNorm of queries and keys, before RoPE: "head", each head by itself (one
+            weight for all); "full", the whole projection at once; None, none.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        activation: of the feed-forward gate: "silu", or "gelu_tanh", GELU by its tanh formula.
+        embed_scale: multiplies the embedding of a token, rounded to the weights' dtype.
+        residual_scale: multiplies a block's output before it is added to the stream.
+        attn_scale: multiplies the products of queries and keys; None: 1/sqrt(H).
+        logit_scale: multiplies the logits.
+        attn_softcap: c, which makes attention scores c * tanh(score / c); None: no cap.
+        logit_softcap: the same of the logits, after logit_scale.
+        window: positions that a query of a local layer sees, its own included; None: all.
+        window_pattern: which layers are local where there is a window, repeated over the layers.
         tied_embeddings: whether the head is the embedding itself.
         max_context: positions the model was made for; a cache may be shorter.
     """
 
     name: str = "custom"
+    family: str = "llama"
     vocab_size: int
     num_layers: int
     model_dim: int
@@ -68,8 +121,23 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_theta_local: float | None = None
+    rope_scaling: RopeScaling | LinearRopeScaling | None = None
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: QkNorm | None = None
+    qkv_bias: bool = False
+    activation: Activation = "silu"
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    attn_scale: float | None = None
+    logit_scale: float = 1.0
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    window: int | None = None
+    window_pattern: tuple[bool, ...] = (True,)
     tied_embeddings: bool = False
     max_context: int = 8192
 
@@ -92,6 +160,54 @@ class ModelConfig:
                 "rope_theta and norm_eps must be positive, got "
                 f"{self.rope_theta} and {self.norm_eps}."
             )
+        self._check_family_fields()
+
+    def _check_family_fields(self) -> None:
+        """Raises a sentence for what no model can be made of."""
+
+        def refuse(name: str, rule: str) -> None:
+            raise ValueError(f"ModelConfig.{name} must be {rule}, got {getattr(self, name)!r}.")
+
+        for name in ("pre_norm", "post_norm", "qkv_bias", "tied_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, "true or false")
+        for name, choices in (("qk_norm", QkNorm), ("activation", Activation)):
+            value, names = getattr(self, name), get_args(choices)
+            if value not in names and not (name == "qk_norm" and value is None):
+                refuse(name, f"one of {', '.join(map(repr, names))}")
+        for name in ("embed_scale", "residual_scale", "logit_scale"):
+            if not _positive(getattr(self, name)):
+                refuse(name, "a positive number")
+        for name in ("attn_scale", "attn_softcap", "logit_softcap", "rope_theta_local"):
+            if getattr(self, name) is not None and not _positive(getattr(self, name)):
+                refuse(name, "a positive number or None")
+        if not (_is_number(self.norm_offset) and math.isfinite(self.norm_offset)):
+            refuse("norm_offset", "a finite number")
+        window, pattern = self.window, self.window_pattern
+        if window is not None and (type(window) is not int or window < 1):
+            refuse("window", "a positive integer or None")
+        if not isinstance(pattern, tuple) or not pattern or {type(x) for x in pattern} != {bool}:
+            refuse("window_pattern", "a tuple of one or more booleans")
+        if not (self.pre_norm or self.post_norm):
+            raise ValueError(
+                "A block is normed before it or after it, or both: pre_norm and post_norm are "
+                "both false."
+            )
+        if window is None and any(pattern) and not all(pattern):
+            raise ValueError(
+                f"window_pattern {pattern} tells local layers from others: it needs a window."
+            )
+        if self.rope_theta_local is not None and not any(self.local_layers):
+            raise ValueError(
+                f"rope_theta_local={self.rope_theta_local} is for local layers: it needs a window "
+                "and a window_pattern that makes one of the layers local."
+            )
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """For each of the L layers, whether it is local: sees no further back than `window`."""
+        pattern = self.window_pattern if self.window is not None else (False,)
+        return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
 
     @property
     def q_per_kv(self) -> int:
@@ -101,11 +217,15 @@ class ModelConfig:
     @property
     def num_params(self) -> int:
         """Number of weights; a tied head counts once."""
-        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        heads = self.num_heads + self.num_kv_heads  # of queries and of keys
+        qkv = (heads + self.num_kv_heads) * self.head_dim
+        qk_norms = {None: 0, "head": 2 * self.head_dim, "full": heads * self.head_dim}
         layer = (
             self.model_dim * (qkv + self.num_heads * self.head_dim)
             + 3 * self.model_dim * self.ffw_dim
-            + 2 * self.model_dim
+            + 2 * (self.pre_norm + self.post_norm) * self.model_dim
+            + qk_norms[self.qk_norm]
+            + self.qkv_bias * qkv
         )
         tables = 1 if self.tied_embeddings else 2
         vocab = tables * self.vocab_size * self.model_dim
@@ -131,79 +251,40 @@ class ModelConfig:
             )
         if missing := sorted(required - set(data)):
             raise ValueError(f"A model configuration needs {', '.join(missing)}.")
-        scaling = data.get("rope_scaling")
-        if isinstance(scaling, dict):
-            fields = {f.name for f in dataclasses.fields(RopeScaling)}
-            if set(scaling) != fields:
-                raise ValueError(
-                    f"rope_scaling has the fields {', '.join(sorted(fields))}; "
-                    f"got {', '.join(sorted(scaling)) or 'none'}."
-                )
-            data = {**data, "rope_scaling": RopeScaling(**scaling)}
-        elif scaling is not None:
-            raise ValueError(f"rope_scaling is a table of fields or null, got {scaling!r}.")
-        return cls(**data)
+        made = dict(data)
+        if (scaling := data.get("rope_scaling")) is not None:
+            made["rope_scaling"] = _rope_scaling(scaling)
+        if isinstance(pattern := data.get("window_pattern"), list):  # JSON has no tuples
+            made["window_pattern"] = tuple(pattern)
+        return cls(**made)
 
 
-_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
-_LLAMA3 = {
-    "vocab_size": 128_256,
-    "head_dim": 128,
-    "num_kv_heads": 8,
-    "rope_theta": 500_000.0,
-    "norm_eps": 1e-5,
-    "max_context": 131_072,
-}
+
+def _positive(value: Any) -> bool:
+    return _is_number(value) and 0 < value < math.inf
+
+
+def _rope_scaling(data: Any) -> RopeScaling | LinearRopeScaling:
+    """The scaling whose fields the table has: no two kinds share all of theirs."""
+    if not isinstance(data, dict):
+        raise ValueError(f"rope_scaling is a table of fields or null, got {data!r}.")
+    kinds = {
+        frozenset(field.name for field in dataclasses.fields(kind)): kind
+        for kind in (RopeScaling, LinearRopeScaling)
+    }
+    if (kind := kinds.get(frozenset(data))) is None:
+        known = "; or ".join(", ".join(sorted(names)) for names in kinds)
+        raise ValueError(
+            f"rope_scaling has the fields {known}; got {', '.join(sorted(data)) or 'none'}."
+        )
+    return kind(**data)
+
 
 PRESETS: dict[str, ModelConfig] = {
-    config.name: config
-    for config in (
-        ModelConfig(
-            **{**_LLAMA3, "head_dim": 64},
-            name="llama3.2-1b",
-            num_layers=16,
-            model_dim=2048,
-            ffw_dim=8192,
-            num_heads=32,
-            rope_scaling=RopeScaling(factor=32.0, **_LLAMA3_SCALING),
-            tied_embeddings=True,
-        ),
-        ModelConfig(
-            **_LLAMA3,
-            name="llama3.2-3b",
-            num_layers=28,
-            model_dim=3072,
-            ffw_dim=8192,
-            num_heads=24,
-            rope_scaling=RopeScaling(factor=32.0, **_LLAMA3_SCALING),
-            tied_embeddings=True,
-        ),
-        ModelConfig(
-            **_LLAMA3,
-            name="llama3.1-8b",
-            num_layers=32,
-            model_dim=4096,
-            ffw_dim=14_336,
-            num_heads=32,
-            rope_scaling=RopeScaling(factor=8.0, **_LLAMA3_SCALING),
-        ),
-        # The model shipped with the package (see checkpoints/MODEL_CARD.md):
-        # 256 bytes and one end-of-text token.
-        ModelConfig(
-            name="python-bytes-3m",
-            vocab_size=257,
-            num_layers=4,
-            model_dim=256,
-            ffw_dim=768,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=64,
-            rope_theta=10_000.0,
-            tied_embeddings=True,
-            max_context=2048,
-        ),
-    )
+    name: ModelConfig.from_dict({"name": name, **fields}) for name, fields in RELEASED.items()
 }
 
 

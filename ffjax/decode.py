@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ffjax.cache import KVCache
+from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
 from pallas_kernels.dims import DecodeWeights, Dims
@@ -32,6 +34,16 @@ Implementation = Literal["pallas", "xla"]
 
 _log = logging.getLogger("ffjax")
 
+# Fields that the fused kernel takes as they come: names, and what reaches it as numbers or
+# frequencies. Two act in local layers alone, and those need a window. Of every other field
+# that has a default, it knows the default.
+_ANY_VALUE = frozenset(
+    {
+        *("name", "family", "norm_eps", "tied_embeddings", "max_context"),
+        *("rope_theta", "rope_scaling", "rope_theta_local", "window_pattern"),
+    }
+)
+
 
 class DecodeOutput(NamedTuple):
     """What a decode step returns.
@@ -52,7 +64,7 @@ class DecodeOutput(NamedTuple):
 
 
 def decode_weights(model: Transformer) -> DecodeWeights:
-    """The model's own arrays, as the fused kernel takes them: a view, no copy."""
+    """The arrays of a model of the Llama family, as the fused kernel takes them: no copy."""
     layers = model.layers
     return DecodeWeights(
         embed=model.embed[...],
@@ -84,6 +96,20 @@ def _dims(model: Transformer, batch: int, capacity: int) -> Dims:
     )
 
 
+def _unsupported(config: ModelConfig) -> str | None:
+    """A sentence that names the first field whose value the fused kernel does not know."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.default is dataclasses.MISSING or field.name in _ANY_VALUE:
+            continue
+        if value != field.default:
+            return (
+                f"The fused kernel does not support {field.name}={value!r} yet. "
+                "Use implementation='xla'."
+            )
+    return None
+
+
 def _default_device() -> Any:
     """The device a jitted function runs on when its arguments do not say."""
     default = jax.config.jax_default_device
@@ -98,6 +124,8 @@ def why_not_fused(model: Transformer, batch: int, capacity: int) -> str | None:
         batch: B.
         capacity: S, slots of the cache.
     """
+    if (reason := _unsupported(model.config)) is not None:
+        return reason
     device = _default_device()
     found = f"{device.device_kind} ({device.platform})"
     return why_not(_dims(model, batch, capacity), model.dtype, Gpu.of(device), found)
@@ -154,6 +182,8 @@ def fused_step(
         interpret: run the kernel's body on a CPU, with one program, in Pallas's
             interpret mode: slow, for tests of its numerics.
     """
+    if (reason := _unsupported(model.config)) is not None:
+        raise NotImplementedError(reason)
     gpu = INTERPRETER if interpret else Gpu.of(_default_device())
     dims = _dims(model, cache.batch, cache.capacity)
     if (reason := why_not(dims, model.dtype, gpu)) is not None or gpu is None:

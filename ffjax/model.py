@@ -1,4 +1,4 @@
-"""The reference model: a Llama-style decoder in Flax NNX, layers stacked.
+"""The reference model: a decoder in Flax NNX, layers stacked; its family is `ModelConfig`'s fields.
 
 Weights are stored once, `[L, out, in]`, and read from there both by this
 reference and by the fused kernel of `pallas_kernels`. Matrix products take
@@ -17,26 +17,29 @@ from flax import nnx
 from jax import Array, lax
 
 from ffjax.cache import KVCache
-from ffjax.config import ModelConfig
+from ffjax.config import Activation, ModelConfig
 from ffjax.rope import apply_rope, inverse_frequencies
 
 __all__ = ["Layers", "Transformer", "rms_norm"]
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+def rms_norm(x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
     """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) in float32.
 
     Args:
         x: `[..., D]`.
         weight: `[D]`.
         eps: added to the mean square.
+        offset: added to the weight, in float32: beside 1, bfloat16 would drop most of a
+            weight near 0.
 
     Returns:
         float32 `[..., D]`.
     """
     x = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x * scale * weight.astype(jnp.float32)
+    normed = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    weight = weight.astype(jnp.float32)
+    return normed * (weight + offset if offset else weight)
 
 
 def _einsum(spec: str, a: Array, b: Array) -> Array:
@@ -56,13 +59,32 @@ def _einsum(spec: str, a: Array, b: Array) -> Array:
     return lax.platform_dependent(a, b, cpu=dot_upcast, default=dot)
 
 
-def _linear(x: Array, weight: Array, dtype=None) -> Array:
-    """`x[..., in] @ weight[out, in].T`, accumulated in float32, returned in `dtype`."""
+def _linear(x: Array, weight: Array, dtype=None, *, bias: Array | None = None) -> Array:
+    """`x[..., in] @ weight[out, in].T + bias`, accumulated in float32, returned in `dtype`."""
     out = _einsum("...i,oi->...o", x.astype(weight.dtype), weight)
+    if bias is not None:
+        out = out + bias.astype(jnp.float32)
     return out.astype(dtype or weight.dtype)
 
 
-def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
+def _capped(x: Array, cap: float | None) -> Array:
+    """`x` held within (-cap, cap): Gemma 2 technical report, arXiv 2408.00118, section 2."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _gated(gate: Array, up: Array, activation: Activation) -> Array:
+    """The gated feed-forward unit (Shazeer, arXiv 2002.05202), in the inputs' dtype."""
+    if activation == "silu":
+        return jax.nn.silu(gate) * up
+    # 1 + tanh(x) of a gate below zero is a small difference of large numbers, of which
+    # bfloat16 would leave little: tests/test_model.py looks there.
+    gelu = jax.nn.gelu(gate.astype(jnp.float32), approximate=True)
+    return gelu.astype(up.dtype) * up
+
+
+def _attend(
+    q: Array, k: Array, v: Array, visible: Array, scale: float | None, softcap: float | None
+) -> Array:
     """Softmax attention of T queries over S slots, grouped-query.
 
     Args:
@@ -70,6 +92,8 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
         k: `[B, K, S, H]`.
         v: `[B, K, S, H]`.
         visible: bool `[B, T, S]`, the slots a query may see.
+        scale: multiplies the products of queries and keys; None: 1/sqrt(H).
+        softcap: holds the scores within (-softcap, softcap), or None.
 
     Returns:
         `[B, T, N * H]` in q's dtype.
@@ -77,7 +101,9 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
     b, t, n, h = q.shape
     heads_kv = k.shape[1]
     q = q.reshape(b, t, heads_kv, n // heads_kv, h)
-    scores = _einsum("btkgh,bksh->bkgts", q, k) / math.sqrt(h)
+    scores = _einsum("btkgh,bksh->bkgts", q, k)
+    scores = scores / math.sqrt(h) if scale is None else scores * scale
+    scores = _capped(scores, softcap)
     mask = visible[:, None, None]
     scores = jnp.where(mask, scores, -jnp.inf)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
@@ -88,13 +114,16 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
 
 
 class Layers(nnx.Module):
-    """The weights of all L layers, stacked.
+    """The weights of all L layers, stacked. What the configuration does not ask for is absent.
 
     Attributes:
-        attn_norm: `[L, D]`.
+        attn_norm, mlp_norm: `[L, D]`, before each block. Where `config.pre_norm`.
+        attn_post_norm, mlp_post_norm: `[L, D]`, behind each block. Where `config.post_norm`.
         qkv: `[L, (N + 2K) * H, D]`, rows of queries, then keys, then values.
+        qkv_bias: `[L, (N + 2K) * H]`. Where `config.qkv_bias`.
+        q_norm, k_norm: `[L, H]` each where `config.qk_norm` is "head"; `[L, N * H]` and
+            `[L, K * H]` where it is "full".
         attn_out: `[L, D, N * H]`.
-        mlp_norm: `[L, D]`.
         gate_up: `[L, 2F, D]`, rows of the gate, then of the up projection.
         down: `[L, D, F]`.
     """
@@ -109,10 +138,21 @@ class Layers(nnx.Module):
             scale = jnp.asarray(1 / math.sqrt(inner), dtype)
             return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
 
-        self.attn_norm = nnx.Param(jnp.ones((c.num_layers, c.model_dim), dtype))
+        def norm(size: int) -> nnx.Param:
+            return nnx.Param(jnp.full((c.num_layers, size), 1 - c.norm_offset, dtype))
+
+        if c.pre_norm:
+            self.attn_norm, self.mlp_norm = norm(c.model_dim), norm(c.model_dim)
+        if c.post_norm:
+            self.attn_post_norm, self.mlp_post_norm = norm(c.model_dim), norm(c.model_dim)
+        if c.qk_norm is not None:
+            full = c.qk_norm == "full"
+            self.q_norm = norm(c.num_heads * c.head_dim if full else c.head_dim)
+            self.k_norm = norm(c.num_kv_heads * c.head_dim if full else c.head_dim)
         self.qkv = weight(qkv_dim, c.model_dim)
+        if c.qkv_bias:
+            self.qkv_bias = nnx.Param(jnp.zeros((c.num_layers, qkv_dim), dtype))
         self.attn_out = weight(c.model_dim, attn_dim)
-        self.mlp_norm = nnx.Param(jnp.ones((c.num_layers, c.model_dim), dtype))
         self.gate_up = weight(2 * c.ffw_dim, c.model_dim)
         self.down = weight(c.model_dim, c.ffw_dim)
 
@@ -121,7 +161,7 @@ class Transformer(nnx.Module):
     """A decoder-only transformer.
 
     Attributes:
-        config: its sizes.
+        config: its sizes, and what its family does differently from Llama.
         embed: `[V, D]`.
         layers: the stacked layers.
         final_norm: `[D]`.
@@ -129,7 +169,10 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
-        """Random weights: normal, of standard deviation 1/sqrt(in) (0.02 for the embedding)."""
+        """Random weights: normal, of standard deviation 1/sqrt(in) (0.02 for the embedding).
+
+        Norms start as the identity, biases at zero.
+        """
         vocab_shape = (config.vocab_size, config.model_dim)
 
         def table(std: float) -> nnx.Param:
@@ -139,7 +182,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embed = table(0.02)
         self.layers = Layers(config, rngs=rngs, dtype=dtype)
-        self.final_norm = nnx.Param(jnp.ones((config.model_dim,), dtype))
+        self.final_norm = nnx.Param(jnp.full((config.model_dim,), 1 - config.norm_offset, dtype))
         self.head = None if config.tied_embeddings else table(1 / math.sqrt(config.model_dim))
 
     @property
@@ -208,17 +251,31 @@ class Transformer(nnx.Module):
     def _forward(
         self, tokens: Array, cache: KVCache, num_tokens: Array | None, last_only: bool
     ) -> tuple[Array, KVCache]:
+        c = self.config
         _, count = tokens.shape
         lengths = cache.lengths + (count if num_tokens is None else num_tokens)
         positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, T]
         slots = jnp.arange(cache.capacity)
         visible = slots <= positions[..., None]  # [B, T, S]
-        inv_freq = inverse_frequencies(self.config)
+        inv_freq = inverse_frequencies(c)
+        local_inv_freq = inverse_frequencies(c, local=True)
         x = self.embed[...][tokens].astype(jnp.float32)  # [B, T, D]
+        if c.embed_scale != 1:
+            # transformers rounds Gemma's sqrt(D) so (Gemma3TextScaledWordEmbedding: 55.43
+            # becomes 55.5); Granite's multiplier it does not round, and need not: 12.
+            x = x * jnp.asarray(c.embed_scale, self.dtype).astype(jnp.float32)
 
-        def layer(carry, weights):
+        def layer(carry, per_layer):
             x, k, v, index = carry
-            x, k, v = self._layer(weights, x, k, v, index, positions, visible, inv_freq)
+            weights, is_local = per_layer
+            seen, frequencies = visible, inv_freq
+            if c.window is not None:
+                # Position p sees the window's positions p - window + 1 to p.
+                near = slots > positions[..., None] - c.window
+                seen = visible & (near | ~is_local)
+                if c.rope_theta_local is not None:
+                    frequencies = jnp.where(is_local, local_inv_freq, inv_freq)
+            x, k, v = self._layer(weights, x, k, v, index, positions, seen, frequencies)
             return (x, k, v, index + 1), None
 
         stacked = {
@@ -226,14 +283,18 @@ class Transformer(nnx.Module):
             for name, param in vars(self.layers).items()
             if isinstance(param, nnx.Param)
         }
+        is_local = None if c.window is None else jnp.array(c.local_layers)  # [L]
         carry = (x, cache.k, cache.v, jnp.int32(0))
-        (x, k, v, _), _ = lax.scan(layer, carry, stacked)
+        (x, k, v, _), _ = lax.scan(layer, carry, (stacked, is_local))
         if last_only:
             last = jnp.maximum(lengths - cache.lengths - 1, 0)[:, None]  # [B, 1]
             x = jnp.take_along_axis(x, last[..., None], axis=1)  # [B, 1, D]
             positions = jnp.take_along_axis(positions, last, axis=1)
-        x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
+        x = self._norm(x, self.final_norm[...])
         logits = _linear(x, self.head_weight, jnp.float32)
+        if c.logit_scale != 1:
+            logits = logits * c.logit_scale
+        logits = _capped(logits, c.logit_softcap)
         fits = positions < cache.capacity
         logits = jnp.where(fits[..., None], logits, jnp.nan)
         logits = logits[:, 0] if last_only else logits
@@ -248,13 +309,15 @@ class Transformer(nnx.Module):
         index: Array,
         positions: Array,
         visible: Array,
-        inv_freq: np.ndarray,
+        inv_freq: Array | np.ndarray,
     ) -> tuple[Array, Array, Array]:
         c = self.config
         batch, count, _ = x.shape
-        h = rms_norm(x, w["attn_norm"], c.norm_eps)
-        qkv = _linear(h, w["qkv"]).reshape(batch, count, -1, c.head_dim)
+        h = self._norm(x, w["attn_norm"]) if c.pre_norm else x
+        qkv = _linear(h, w["qkv"], bias=w.get("qkv_bias")).reshape(batch, count, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+        if c.qk_norm is not None:
+            q, k = self._norm_heads(q, w["q_norm"]), self._norm_heads(k, w["k_norm"])
         q = apply_rope(q, positions, inv_freq).astype(self.dtype)
         k = apply_rope(k, positions, inv_freq).astype(self.dtype)
         rows = jnp.arange(batch)[:, None]
@@ -263,7 +326,26 @@ class Transformer(nnx.Module):
         v_cache = v_cache.at[index, rows, :, positions].set(v, mode="drop")
         k_all = lax.dynamic_index_in_dim(k_cache, index, keepdims=False)
         v_all = lax.dynamic_index_in_dim(v_cache, index, keepdims=False)
-        x = x + _linear(_attend(q, k_all, v_all, visible), w["attn_out"])
-        h = rms_norm(x, w["mlp_norm"], c.norm_eps)
+        attended = _attend(q, k_all, v_all, visible, c.attn_scale, c.attn_softcap)
+        x = self._add(x, _linear(attended, w["attn_out"]), w.get("attn_post_norm"))
+        h = self._norm(x, w["mlp_norm"]) if c.pre_norm else x
         gate, up = jnp.split(_linear(h, w["gate_up"]), 2, axis=-1)
-        return x + _linear(jax.nn.silu(gate) * up, w["down"]), k_cache, v_cache
+        down = _linear(_gated(gate, up, c.activation), w["down"])
+        return self._add(x, down, w.get("mlp_post_norm")), k_cache, v_cache
+
+    def _norm(self, x: Array, weight: Array) -> Array:
+        return rms_norm(x, weight, self.config.norm_eps, self.config.norm_offset)
+
+    def _norm_heads(self, x: Array, weight: Array) -> Array:
+        """Queries or keys `[B, T, heads, H]`, each head normed, or all heads as one vector."""
+        if self.config.qk_norm == "head":
+            return self._norm(x, weight)
+        return self._norm(x.reshape(*x.shape[:2], -1), weight).reshape(x.shape)
+
+    def _add(self, x: Array, block: Array, post_norm: Array | None) -> Array:
+        """The stream `[B, T, D]`, a block's output added; float32."""
+        if post_norm is not None:
+            block = self._norm(block, post_norm)
+        if self.config.residual_scale != 1:
+            block = block.astype(jnp.float32) * self.config.residual_scale
+        return x + block

@@ -1,4 +1,4 @@
-"""Small random Llama models, described as Hugging Face does: settings, tensor names, tokens.
+"""Small random models of each family, as Hugging Face has them: settings, tensor names, tokens.
 
 `record_hf_logits.py` builds them with transformers, `test_hf_goldens.py` with ffjax. Needs
 numpy and nothing else, so that the recorder's environment need not hold jax.
@@ -24,11 +24,18 @@ class HFModel:
 
     Attributes:
         seed: what weights and tokens are drawn from.
-        settings: fields of transformers' `LlamaConfig`.
+        settings: fields of the family's configuration class in transformers.
+        family: its `model_type` there.
     """
 
     seed: int
     settings: dict[str, Any]
+    family: str = "llama"
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether it is of a family that adds 1 to the weights of its norms."""
+        return self.family.startswith("gemma")
 
     def weights(self) -> dict[str, np.ndarray]:
         """Weights by Hugging Face name, float32, each of them exact in bfloat16.
@@ -39,27 +46,54 @@ class HFModel:
         """
         s = self.settings
         width, inner, vocab = s["hidden_size"], s["intermediate_size"], s["vocab_size"]
-        queries = s["num_attention_heads"] * s["head_dim"]
-        kvs = s["num_key_value_heads"] * s["head_dim"]
+        heads, kv_heads = s["num_attention_heads"], s["num_key_value_heads"]
+        size = s.get("head_dim", width // heads)
+        queries, kvs = heads * size, kv_heads * size
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width)}
         for i in range(s["num_hidden_layers"]):
-            for name, shape in {
-                "input_layernorm": (width,),
-                "self_attn.q_proj": (queries, width),
-                "self_attn.k_proj": (kvs, width),
-                "self_attn.v_proj": (kvs, width),
-                "self_attn.o_proj": (width, queries),
-                "post_attention_layernorm": (width,),
-                "mlp.gate_proj": (inner, width),
-                "mlp.up_proj": (inner, width),
-                "mlp.down_proj": (width, inner),
-            }.items():
-                shapes[f"model.layers.{i}.{name}.weight"] = shape
+            layer: dict[str, tuple[int, ...]] = {
+                "input_layernorm.weight": (width,),
+                "self_attn.q_proj.weight": (queries, width),
+                "self_attn.k_proj.weight": (kvs, width),
+                "self_attn.v_proj.weight": (kvs, width),
+                "self_attn.o_proj.weight": (width, queries),
+                "post_attention_layernorm.weight": (width,),
+                "mlp.gate_proj.weight": (inner, width),
+                "mlp.up_proj.weight": (inner, width),
+                "mlp.down_proj.weight": (width, inner),
+            }
+            if self.family == "qwen2":
+                for name, out in (("q", queries), ("k", kvs), ("v", kvs)):
+                    layer[f"self_attn.{name}_proj.bias"] = (out,)
+            if self.family in ("qwen3", "olmo2", "gemma3_text"):
+                full = self.family == "olmo2"
+                layer["self_attn.q_norm.weight"] = (queries if full else size,)
+                layer["self_attn.k_norm.weight"] = (kvs if full else size,)
+            if self.family == "olmo2":
+                del layer["input_layernorm.weight"]
+            if self.is_gemma:
+                layer["pre_feedforward_layernorm.weight"] = (width,)
+            if self.is_gemma or self.family == "olmo2":
+                layer["post_feedforward_layernorm.weight"] = (width,)
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes["model.norm.weight"] = (width,)
         if not s["tie_word_embeddings"]:
             shapes["lm_head.weight"] = (vocab, width)
         stream = np.random.PCG64(self.seed)
-        return {name: _weight(stream, name, shape) for name, shape in shapes.items()}
+        return {name: self._weight(stream, name, shape) for name, shape in shapes.items()}
+
+    def _weight(self, stream: np.random.PCG64, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        raw = stream.random_raw(math.prod(shape)) >> np.uint64(56)
+        integers = raw.astype(np.float32).reshape(shape) - 128  # -128 to 127
+        if name.endswith(".bias"):
+            return integers / 128
+        if len(shape) == 1:  # a norm's: 0.5 to 1.5, in steps of 1/128, less what is added to it
+            return (0 if self.is_gemma else 1) + np.trunc(integers / 2) / 128
+        if name == "model.embed_tokens.weight":
+            # As large as what a layer adds: the families that multiply it have a smaller one.
+            return integers / (512 if self.is_gemma or self.family == "granite" else 64)
+        # The power of two that brings the deviation of 74 nearest to 1/sqrt(in).
+        return integers * np.float32(2.0 ** -round(math.log2(74 * math.sqrt(shape[1]))))
 
     def tokens(self, batch: int = 2, count: int = 29) -> np.ndarray:
         """Token ids, int32 `[B, T]`."""
@@ -68,19 +102,18 @@ class HFModel:
         return ids.astype(np.int32).reshape(batch, count)
 
 
-def _weight(stream: np.random.PCG64, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    raw = stream.random_raw(math.prod(shape)) >> np.uint64(56)
-    integers = raw.astype(np.float32).reshape(shape) - 128  # -128 to 127
-    if len(shape) == 1:  # a norm's: 0.5 to 1.5, in steps of 1/128
-        return 1 + np.trunc(integers / 2) / 128
-    if name == "model.embed_tokens.weight":
-        return integers / 64
-    # The power of two that brings the deviation of 74 nearest to 1/sqrt(in).
-    return integers * np.float32(2.0 ** -round(math.log2(74 * math.sqrt(shape[1]))))
-
-
 def _rope(theta: float, **scaling) -> dict[str, Any]:
     return {"rope_type": "llama3" if scaling else "default", "rope_theta": theta, **scaling}
+
+
+def _two_ropes(everywhere: dict[str, Any], nearby: dict[str, Any]) -> dict[str, Any]:
+    return {"full_attention": everywhere, "sliding_attention": nearby}
+
+
+def _every(period: int, layers: int) -> list[str]:
+    """Local layers, of which every `period`-th sees everything."""
+    kinds = ("full_attention", "sliding_attention")
+    return [kinds[(i + 1) % period != 0] for i in range(layers)]
 
 
 # Of 29 positions: some wavelengths are shorter than 8, some longer than 32, some between.
@@ -91,7 +124,9 @@ _STRETCHED = {
     "original_max_position_embeddings": 32,
 }
 
-# Sizes share as few factors as transformers allows: hidden_size is a multiple of the heads.
+# Sizes share as few factors as transformers allows: hidden_size is a multiple of the heads, in
+# many families their size times their number. Windows are shorter than the 29 tokens, caps
+# smaller than what they hold back, scales far from 1: what is left out shows.
 MODELS: dict[str, HFModel] = {
     "tied": HFModel(
         11,
@@ -152,6 +187,169 @@ MODELS: dict[str, HFModel] = {
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": False,
         },
+    ),
+    "mistral": HFModel(
+        55,
+        {
+            "vocab_size": 83,
+            "num_hidden_layers": 3,
+            "hidden_size": 67,
+            "intermediate_size": 61,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 22,
+            "rope_parameters": _rope(500.0),
+            "rms_norm_eps": 1e-2,
+            "sliding_window": 7,
+            "tie_word_embeddings": False,
+        },
+        "mistral",
+    ),
+    "qwen2": HFModel(
+        66,
+        {
+            "vocab_size": 107,
+            "num_hidden_layers": 3,
+            "hidden_size": 78,
+            "intermediate_size": 53,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "rope_parameters": _rope(700.0),
+            "rms_norm_eps": 1e-3,
+            "tie_word_embeddings": True,
+        },
+        "qwen2",
+    ),
+    # The layers from the second on are local.
+    "qwen2_window": HFModel(
+        77,
+        {
+            "vocab_size": 79,
+            "num_hidden_layers": 3,
+            "hidden_size": 70,
+            "intermediate_size": 43,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "rope_parameters": _rope(10_000.0),
+            "rms_norm_eps": 1e-3,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "tie_word_embeddings": False,
+        },
+        "qwen2",
+    ),
+    "qwen3": HFModel(
+        88,
+        {
+            "vocab_size": 109,
+            "num_hidden_layers": 3,
+            "hidden_size": 73,
+            "intermediate_size": 59,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 26,
+            "rope_parameters": _rope(900.0),
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,
+        },
+        "qwen3",
+    ),
+    "olmo2": HFModel(
+        99,
+        {
+            "vocab_size": 97,
+            "num_hidden_layers": 3,
+            "hidden_size": 84,
+            "intermediate_size": 67,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "rope_parameters": _rope(500.0),
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": False,
+        },
+        "olmo2",
+    ),
+    "granite": HFModel(
+        110,
+        {
+            "vocab_size": 103,
+            "num_hidden_layers": 3,
+            "hidden_size": 66,
+            "intermediate_size": 47,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "rope_parameters": _rope(1000.0),
+            "rms_norm_eps": 1e-2,
+            "embedding_multiplier": 6.5,
+            "residual_multiplier": 0.37,
+            "attention_multiplier": 0.55,  # 1/sqrt(22) is 0.21
+            "logits_scaling": 5.0,
+            "tie_word_embeddings": True,
+        },
+        "granite",
+    ),
+    "gemma2": HFModel(
+        121,
+        {
+            "vocab_size": 101,
+            "num_hidden_layers": 3,
+            "hidden_size": 74,
+            "intermediate_size": 53,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 22,
+            "rope_parameters": _rope(500.0),
+            "rms_norm_eps": 1e-2,
+            "query_pre_attn_scalar": 7,
+            "sliding_window": 6,  # in the first and the third layer
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+            "tie_word_embeddings": True,
+        },
+        "gemma2",
+    ),
+    # As the 1B model: two bases, no stretching.
+    "gemma3": HFModel(
+        132,
+        {
+            "vocab_size": 89,
+            "num_hidden_layers": 4,
+            "hidden_size": 69,
+            "intermediate_size": 61,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 26,
+            "rope_parameters": _two_ropes(_rope(5000.0), _rope(50.0)),
+            "rms_norm_eps": 1e-2,
+            "query_pre_attn_scalar": 15,
+            "sliding_window": 5,
+            "layer_types": _every(3, 4),
+            "tie_word_embeddings": True,
+        },
+        "gemma3_text",
+    ),
+    # As the larger ones: the global layers' waves are four times as long.
+    "gemma3_stretched_rope": HFModel(
+        143,
+        {
+            "vocab_size": 71,
+            "num_hidden_layers": 3,
+            "hidden_size": 62,
+            "intermediate_size": 59,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 34,
+            "rope_parameters": _two_ropes(
+                {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}, _rope(100.0)
+            ),
+            "rms_norm_eps": 1e-3,
+            "query_pre_attn_scalar": 23,
+            "sliding_window": 8,
+            "layer_types": _every(2, 3),
+            "tie_word_embeddings": True,
+        },
+        "gemma3_text",
     ),
 }
 

@@ -13,23 +13,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ffjax.config import ModelConfig, RopeScaling
+from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling
 
 __all__ = ["LayerWeights", "Weights", "forward", "layer", "next_logits", "rope_angles", "rotate"]
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights, float64, matrices as `[out, in]`."""
+    """One layer's weights, float64, matrices as `[out, in]`; None: the model has none."""
 
-    attn_norm: np.ndarray  # [D]
     query: np.ndarray  # [N * H, D]
     key: np.ndarray  # [K * H, D]
     value: np.ndarray  # [K * H, D]
     output: np.ndarray  # [D, N * H]
-    mlp_norm: np.ndarray  # [D]
     gate: np.ndarray  # [F, D]
     up: np.ndarray  # [F, D]
     down: np.ndarray  # [D, F]
+    attn_norm: np.ndarray | None = None  # [D], before attention
+    mlp_norm: np.ndarray | None = None  # [D], before the feed-forward block
+    attn_post_norm: np.ndarray | None = None  # [D], behind attention
+    mlp_post_norm: np.ndarray | None = None  # [D], behind the feed-forward block
+    query_bias: np.ndarray | None = None  # [N * H]
+    key_bias: np.ndarray | None = None  # [K * H]
+    value_bias: np.ndarray | None = None  # [K * H]
+    query_norm: np.ndarray | None = None  # [H] for each head, or [N * H] for all at once
+    key_norm: np.ndarray | None = None  # [H], or [K * H]
 
 
 class Weights(NamedTuple):
@@ -49,13 +56,20 @@ class LayerOutput(NamedTuple):
     values: np.ndarray  # [T, K, H]
 
 
-def _normalised(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
-    """RMSNorm of a vector: Zhang and Sennrich, arXiv 1910.07467, equation 4."""
-    return x / math.sqrt(float(x @ x) / x.size + eps) * gain
+def _normalised(x: np.ndarray, gain: np.ndarray | None, config: ModelConfig) -> np.ndarray:
+    """RMSNorm of a vector: Zhang and Sennrich, arXiv 1910.07467, equation 4.
+
+    The gain is stored less `norm_offset`. Without a gain there is no norm.
+    """
+    if gain is None:
+        return x
+    return x / math.sqrt(float(x @ x) / x.size + config.norm_eps) * (config.norm_offset + gain)
 
 
-def _stretched(angle: float, scaling: RopeScaling) -> float:
-    """Llama 3.1's stretching of one angle per position, by its wavelength in positions."""
+def _stretched(angle: float, scaling: RopeScaling | LinearRopeScaling) -> float:
+    """One angle per position, stretched: as Chen et al., arXiv 2306.15595, or as Llama 3.1."""
+    if isinstance(scaling, LinearRopeScaling):
+        return angle / scaling.factor  # position m stands where m / factor stood
     turns = scaling.original_context * angle / (2 * math.pi)  # in the context of pretraining
     if turns < scaling.low_freq_factor:
         return angle / scaling.factor
@@ -66,12 +80,18 @@ def _stretched(angle: float, scaling: RopeScaling) -> float:
     return (1 - smooth) * angle / scaling.factor + smooth * angle
 
 
-def rope_angles(config: ModelConfig) -> list[float]:
-    """Radians per position of each of the H/2 pairs: Su et al., arXiv 2104.09864, section 3.4."""
+def rope_angles(config: ModelConfig, local: bool = False) -> list[float]:
+    """Radians per position of each of the H/2 pairs: Su et al., arXiv 2104.09864, section 3.4.
+
+    Local layers may have a base of their own, and are then not stretched: Gemma 3's report,
+    arXiv 2503.19786, section 2.
+    """
+    base, scaling = config.rope_theta, config.rope_scaling
+    if local and config.rope_theta_local is not None:
+        base, scaling = config.rope_theta_local, None
     angles = []
     for i in range(config.head_dim // 2):
-        angle = 1.0 / math.pow(config.rope_theta, 2 * i / config.head_dim)
-        scaling = config.rope_scaling
+        angle = 1.0 / math.pow(base, 2 * i / config.head_dim)
         angles.append(angle if scaling is None else _stretched(angle, scaling))
     return angles
 
@@ -83,38 +103,82 @@ def rotate(head: np.ndarray, position: int, angles: list[float]) -> np.ndarray:
     return np.concatenate([turned.real, turned.imag])
 
 
-def _attended(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _capped(x: np.ndarray, cap: float | None) -> np.ndarray:
+    """Gemma 2's report, arXiv 2408.00118, section 2: soft_cap * tanh(logits / soft_cap)."""
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
+def _attended(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, config: ModelConfig
+) -> np.ndarray:
     """One query `[H]` over keys and values `[t, H]`: Vaswani et al., 1706.03762, equation 1."""
-    weights = np.exp(keys @ query / math.sqrt(query.size))
+    scale = 1 / math.sqrt(query.size) if config.attn_scale is None else config.attn_scale
+    scores = _capped(keys @ query * scale, config.attn_softcap)
+    weights = np.exp(scores - scores.max())
     return (weights / weights.sum()) @ values
 
 
-def layer(x: np.ndarray, w: LayerWeights, config: ModelConfig) -> LayerOutput:
-    """One layer over a whole sequence: `x` is the residual stream `[T, D]` before it."""
-    positions, size = x.shape[0], config.head_dim
-    angles = rope_angles(config)
+def _heads(
+    x: np.ndarray,
+    matrix: np.ndarray,
+    bias: np.ndarray | None,
+    gain: np.ndarray | None,
+    config: ModelConfig,
+) -> np.ndarray:
+    """A vector `[D]` projected to heads `[heads, H]`, normed together or each by itself."""
+    out = matrix @ x if bias is None else matrix @ x + bias
+    if config.qk_norm == "full":
+        # OLMo 2's report, arXiv 2501.00656: over the whole projection.
+        out = _normalised(out, gain, config)
+    heads = out.reshape(-1, config.head_dim)
+    if config.qk_norm == "head":
+        # Dehghani et al., arXiv 2302.05442, section 2, as Qwen 3 and Gemma 3 have it.
+        heads = np.stack([_normalised(head, gain, config) for head in heads])
+    return heads
+
+
+def _activated(gate: np.ndarray, config: ModelConfig) -> np.ndarray:
+    if config.activation == "silu":
+        return gate / (1 + np.exp(-gate))  # swish: Shazeer, 2002.05202, section 1
+    # GELU: Hendrycks and Gimpel, arXiv 1606.08415, section 2, the first approximation.
+    cubic = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return 0.5 * gate * (1 + np.tanh(cubic))
+
+
+def layer(x: np.ndarray, w: LayerWeights, config: ModelConfig, local: bool = False) -> LayerOutput:
+    """One layer over a whole sequence: `x` is the residual stream `[T, D]` before it.
+
+    A local layer's queries see `config.window` positions, the last of them their own: Beltagy
+    et al., arXiv 2004.05150, section 3.1, of which a decoder has the half behind it.
+    """
+    positions = x.shape[0]
+    angles = rope_angles(config, local)
     group = config.num_heads // config.num_kv_heads
-    normed = [_normalised(row, w.attn_norm, config.norm_eps) for row in x]
-    keys = np.empty((positions, config.num_kv_heads, size))
+    normed = [_normalised(row, w.attn_norm, config) for row in x]
+    keys = np.empty((positions, config.num_kv_heads, config.head_dim))
     values = np.empty_like(keys)
     for t in range(positions):
-        for j in range(config.num_kv_heads):
-            rows = slice(j * size, (j + 1) * size)
-            keys[t, j] = rotate(w.key[rows] @ normed[t], t, angles)
-            values[t, j] = w.value[rows] @ normed[t]
+        heads = _heads(normed[t], w.key, w.key_bias, w.key_norm, config)
+        keys[t] = [rotate(head, t, angles) for head in heads]
+        bias = 0 if w.value_bias is None else w.value_bias
+        values[t] = (w.value @ normed[t] + bias).reshape(keys[t].shape)
     out = np.empty_like(x)
     for t in range(positions):
-        seen = slice(t + 1)  # a position sees itself and those before
-        heads = []
-        for n in range(config.num_heads):
-            query = rotate(w.query[n * size : (n + 1) * size] @ normed[t], t, angles)
+        # A position sees itself and those before it, or the last few of them.
+        first = max(0, t + 1 - config.window) if local and config.window is not None else 0
+        seen = slice(first, t + 1)
+        queries = _heads(normed[t], w.query, w.query_bias, w.query_norm, config)
+        attended = []
+        for n, head in enumerate(queries):
             shared = n // group  # Ainslie et al., 2305.13245: G neighbours share a KV head
-            heads.append(_attended(query, keys[seen, shared], values[seen, shared]))
-        middle = x[t] + w.output @ np.concatenate(heads)
-        h = _normalised(middle, w.mlp_norm, config.norm_eps)
-        gate = w.gate @ h
-        # SwiGLU: Shazeer, 2002.05202, equation 6 (no biases); swish is z / (1 + exp(-z)).
-        out[t] = middle + w.down @ (gate / (1 + np.exp(-gate)) * (w.up @ h))
+            query = rotate(head, t, angles)
+            attended.append(_attended(query, keys[seen, shared], values[seen, shared], config))
+        block = _normalised(w.output @ np.concatenate(attended), w.attn_post_norm, config)
+        middle = x[t] + config.residual_scale * block
+        h = _normalised(middle, w.mlp_norm, config)
+        # Gated linear units: Shazeer, 2002.05202, equation 6 (no biases).
+        block = w.down @ (_activated(w.gate @ h, config) * (w.up @ h))
+        out[t] = middle + config.residual_scale * _normalised(block, w.mlp_post_norm, config)
     return LayerOutput(out, keys, values)
 
 
@@ -122,14 +186,16 @@ def forward(
     tokens: list[int], weights: Weights, config: ModelConfig
 ) -> tuple[np.ndarray, list[LayerOutput]]:
     """Logits `[T, V]` of one sequence's tokens, and what every layer gave."""
-    x = np.stack([weights.embedding[token] for token in tokens])
+    x = np.stack([weights.embedding[token] * config.embed_scale for token in tokens])
     outputs = []
-    for w in weights.layers:
-        outputs.append(layer(x, w, config))
+    for i, w in enumerate(weights.layers):
+        pattern = config.window_pattern
+        local = config.window is not None and pattern[i % len(pattern)]
+        outputs.append(layer(x, w, config, local))
         x = outputs[-1].x
     head = weights.embedding if weights.head is None else weights.head
-    logits = [head @ _normalised(row, weights.final_norm, config.norm_eps) for row in x]
-    return np.stack(logits), outputs
+    logits = [head @ _normalised(row, weights.final_norm, config) for row in x]
+    return _capped(np.stack(logits) * config.logit_scale, config.logit_softcap), outputs
 
 
 def next_logits(tokens: list[int], weights: Weights, config: ModelConfig) -> np.ndarray:

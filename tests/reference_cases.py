@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from oracle import LayerWeights, Weights
 
-from ffjax.config import ModelConfig, RopeScaling
+from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling
 from ffjax.model import Transformer
 
 __all__ = [
@@ -17,6 +21,7 @@ __all__ = [
     "DTYPES",
     "filled_model",
     "oracle_weights",
+    "quick_jit",
     "random_model",
     "random_tokens",
 ]
@@ -52,6 +57,44 @@ CONFIGS: dict[str, ModelConfig] = {
     "one key/value head for all, tied": _config(
         num_heads=5, num_kv_heads=1, head_dim=22, tied_embeddings=True
     ),
+    # What the families differ in. Windows are shorter than the sequences of the tests, caps
+    # smaller than many of what they hold back, scales exact in bfloat16 and far from 1.
+    "every layer local": _config(window=4),
+    "biases, the second layer local": _config(
+        qkv_bias=True, window=3, window_pattern=(False, True), tied_embeddings=True
+    ),
+    "heads normed": _config(qk_norm="head"),
+    "norms behind the blocks, projections normed": _config(
+        qk_norm="full", pre_norm=False, post_norm=True
+    ),
+    "every scale": _config(
+        embed_scale=3.25,
+        residual_scale=0.375,
+        attn_scale=0.5,
+        logit_scale=0.2,
+        tied_embeddings=True,
+        num_heads=3,
+        num_kv_heads=1,
+    ),
+    "caps, norms on both sides, GELU": _config(
+        norm_offset=1.0,
+        post_norm=True,
+        activation="gelu_tanh",
+        embed_scale=0.75,
+        attn_softcap=1.25,
+        logit_softcap=1.5,
+        window=5,
+        window_pattern=(True, False),
+    ),
+    "two ropes, one stretched": _config(
+        norm_offset=1.0,
+        post_norm=True,
+        qk_norm="head",
+        rope_theta_local=40.0,
+        rope_scaling=LinearRopeScaling(factor=3.0),
+        window=4,
+        window_pattern=(True, True, False),
+    ),
 }
 
 
@@ -71,32 +114,61 @@ def filled_model(config: ModelConfig, weights: dict[str, np.ndarray], dtype: str
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`nnx.jit` of a function of a model and arrays, for what runs once or twice.
+
+    LLVM's optimisations would take longer than they save, and most of the tests' time.
+    """
+
+    @functools.partial(
+        jax.jit,
+        static_argnums=0,
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    def jitted(graph, state, arguments):
+        return function(nnx.merge(graph, state), *arguments)
+
+    return lambda model, *arguments: jitted(*nnx.split(model), arguments)
+
+
 @functools.cache
-def random_model(name: str, dtype: str, seed: int = 0) -> Transformer:
-    """A model of one of CONFIGS, every weight random.
+def random_model(
+    name: str, dtype: str, seed: int = 0, config: tuple[tuple[str, Any], ...] = ()
+) -> Transformer:
+    """A model of one of CONFIGS, every weight random; `config` sets fields anew.
 
     Norms of ones would hide a norm mistaken for another. The embedding's rows are as large as
     what a layer adds to them: smaller ones would hide a residual that is left out.
     """
-    c, rng = CONFIGS[name], np.random.default_rng(seed)
+    c, rng = dataclasses.replace(CONFIGS[name], **dict(config)), np.random.default_rng(seed)
     queries, kvs = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
     def matrix(*shape: int) -> np.ndarray:
         return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
 
     def norm(*shape: int) -> np.ndarray:
-        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32) - np.float32(c.norm_offset)
 
     weights = {
         "embed": matrix(c.vocab_size, c.model_dim) * np.float32(np.sqrt(c.model_dim)),
-        "layers.attn_norm": norm(c.num_layers, c.model_dim),
         "layers.qkv": matrix(c.num_layers, queries + 2 * kvs, c.model_dim),
         "layers.attn_out": matrix(c.num_layers, c.model_dim, queries),
-        "layers.mlp_norm": norm(c.num_layers, c.model_dim),
         "layers.gate_up": matrix(c.num_layers, 2 * c.ffw_dim, c.model_dim),
         "layers.down": matrix(c.num_layers, c.model_dim, c.ffw_dim),
         "final_norm": norm(c.model_dim),
     }
+    if c.pre_norm:
+        weights["layers.attn_norm"] = norm(c.num_layers, c.model_dim)
+        weights["layers.mlp_norm"] = norm(c.num_layers, c.model_dim)
+    if c.post_norm:
+        weights["layers.attn_post_norm"] = norm(c.num_layers, c.model_dim)
+        weights["layers.mlp_post_norm"] = norm(c.num_layers, c.model_dim)
+    if c.qk_norm is not None:
+        full = c.qk_norm == "full"
+        weights["layers.q_norm"] = norm(c.num_layers, queries if full else c.head_dim)
+        weights["layers.k_norm"] = norm(c.num_layers, kvs if full else c.head_dim)
+    if c.qkv_bias:
+        weights["layers.qkv_bias"] = norm(c.num_layers, queries + 2 * kvs) - np.float32(1)
     if not c.tied_embeddings:
         weights["head"] = matrix(c.vocab_size, c.model_dim)
     return filled_model(c, weights, dtype)
@@ -117,20 +189,29 @@ def oracle_weights(model: Transformer) -> Weights:
 
     stacked = {n: f64(p) for n, p in vars(model.layers).items() if isinstance(p, nnx.Param)}
     queries, kvs = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    of_q, of_k, of_v = slice(queries), slice(queries, queries + kvs), slice(queries + kvs, None)
     unstacked = []
     for i in range(c.num_layers):
-        qkv, gate_up = stacked["qkv"][i], stacked["gate_up"][i]
+        w = {name: array[i] for name, array in stacked.items()}
+        bias = w.get("qkv_bias")
         unstacked.append(
             LayerWeights(
-                attn_norm=stacked["attn_norm"][i],
-                query=qkv[:queries],
-                key=qkv[queries : queries + kvs],
-                value=qkv[queries + kvs :],
-                output=stacked["attn_out"][i],
-                mlp_norm=stacked["mlp_norm"][i],
-                gate=gate_up[: c.ffw_dim],
-                up=gate_up[c.ffw_dim :],
-                down=stacked["down"][i],
+                query=w["qkv"][of_q],
+                key=w["qkv"][of_k],
+                value=w["qkv"][of_v],
+                output=w["attn_out"],
+                gate=w["gate_up"][: c.ffw_dim],
+                up=w["gate_up"][c.ffw_dim :],
+                down=w["down"],
+                attn_norm=w.get("attn_norm"),
+                mlp_norm=w.get("mlp_norm"),
+                attn_post_norm=w.get("attn_post_norm"),
+                mlp_post_norm=w.get("mlp_post_norm"),
+                query_bias=None if bias is None else bias[of_q],
+                key_bias=None if bias is None else bias[of_k],
+                value_bias=None if bias is None else bias[of_v],
+                query_norm=w.get("q_norm"),
+                key_norm=w.get("k_norm"),
             )
         )
     return Weights(

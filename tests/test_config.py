@@ -10,7 +10,7 @@ import jax
 import pytest
 from flax import nnx
 
-from ffjax.config import PRESETS, ModelConfig, RopeScaling, preset
+from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
 from ffjax.model import Transformer
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -35,10 +35,21 @@ SCALING: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        # What their safetensors hold, as the model pages state it.
+        # What their safetensors hold, as the model pages on huggingface.co state it.
         ("llama3.2-1b", 1_235_814_400),
         ("llama3.2-3b", 3_212_749_824),
         ("llama3.1-8b", 8_030_261_248),
+        ("tinyllama-1.1b", 1_100_048_384),  # TinyLlama/TinyLlama-1.1B-Chat-v1.0
+        ("smollm2-1.7b", 1_711_376_384),  # HuggingFaceTB/SmolLM2-1.7B
+        ("mistral-7b-v0.1", 7_241_732_096),  # mistralai/Mistral-7B-v0.1
+        ("qwen2.5-1.5b", 1_543_714_304),  # Qwen/Qwen2.5-1.5B
+        # Qwen/Qwen3-0.6B and 1.7B, whose files hold the tied head once more.
+        ("qwen3-0.6b", 751_632_384 - 151_936 * 1024),
+        ("qwen3-1.7b", 2_031_739_904 - 151_936 * 2048),
+        ("olmo2-1b", 1_484_916_736),  # allenai/OLMo-2-0425-1B
+        ("granite3.1-2b", 2_533_525_504),  # ibm-granite/granite-3.1-2b-base
+        ("gemma2-2b", 2_614_341_888),  # google/gemma-2-2b
+        ("gemma3-1b", 999_885_952),  # google/gemma-3-1b-pt
     ],
 )
 def test_presets_have_the_released_number_of_weights(name, count):
@@ -72,7 +83,76 @@ def test_a_tied_head_counts_once(tied):
     assert config.q_per_kv == 3
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling(**SCALING)])
+def test_family_weights_count():
+    llama = ModelConfig(**SIZES).num_params
+    more: list[tuple[dict[str, Any], int]] = [
+        ({"qkv_bias": True}, (6 + 2 + 2) * 14),
+        ({"qk_norm": "head"}, 2 * 14),
+        ({"qk_norm": "full"}, (6 + 2) * 14),
+        ({"post_norm": True}, 2 * 37),
+        ({"post_norm": True, "pre_norm": False}, 0),
+    ]
+    for fields, a_layer in more:
+        assert ModelConfig(**SIZES, **fields).num_params == llama + 3 * a_layer, fields
+
+
+def test_which_layers_are_local():
+    def local(**fields: Any) -> tuple[bool, ...]:
+        return ModelConfig(**{**SIZES, "num_layers": 5, **fields}).local_layers
+
+    assert local() == (False,) * 5
+    assert local(window=3) == (True,) * 5
+    assert local(window=3, window_pattern=(True, True, False)) == (True, True, False, True, True)
+    assert local(window=3, window_pattern=(False,)) == (False,) * 5
+    assert local(window_pattern=(False,)) == (False,) * 5
+
+
+# Every field that tells a family from Llama, at a value that is not its default.
+FAMILY_FIELDS: dict[str, Any] = {
+    "family": "gemma3",
+    "rope_theta_local": 50.0,
+    "norm_offset": 1.0,
+    "pre_norm": False,
+    "post_norm": True,
+    "qk_norm": "head",
+    "qkv_bias": True,
+    "activation": "gelu_tanh",
+    "embed_scale": 3.0,
+    "residual_scale": 0.5,
+    "attn_scale": 0.25,
+    "logit_scale": 0.125,
+    "attn_softcap": 50.0,
+    "logit_softcap": 30.0,
+    "window": 7,
+    "window_pattern": (True, False),
+}
+
+
+def test_a_family_as_plain_data_and_back():
+    sized = {*SIZES, "name", "rope_theta", "rope_scaling", "norm_eps", "tied_embeddings"}
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert set(FAMILY_FIELDS) == fields - sized - {"max_context"}
+    config = ModelConfig(**SIZES, **FAMILY_FIELDS)
+    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.window_pattern == (True, False)
+    assert hash(again) == hash(config)
+    for name, value in FAMILY_FIELDS.items():
+        assert getattr(again, name) == value
+
+
+def test_data_from_before_the_families_is_llama():
+    """The fields of the shipped model's manifest, which knows no others."""
+    old = {**SIZES, "name": "old", "rope_theta": 1e4, "rope_scaling": None, "norm_eps": 1e-5}
+    config = ModelConfig.from_dict(old | {"tied_embeddings": True, "max_context": 2048})
+    assert config.family == "llama"
+    assert config.local_layers == (False,) * 3
+    assert (config.pre_norm, config.post_norm, config.qk_norm) == (True, False, None)
+
+
+@pytest.mark.parametrize(
+    "scaling", [None, RopeScaling(**SCALING), LinearRopeScaling(factor=8.0)], ids=type
+)
 def test_plain_data_and_back(scaling):
     config = ModelConfig(
         **SIZES,
@@ -87,7 +167,7 @@ def test_plain_data_and_back(scaling):
     assert set(data) == {field.name for field in dataclasses.fields(ModelConfig)}
     again = ModelConfig.from_dict(data)
     assert again == config
-    assert isinstance(again.rope_scaling, RopeScaling if scaling else type(None))
+    assert type(again.rope_scaling) is type(scaling)
     assert hash(again) == hash(config)  # a static argument of jit
 
 
@@ -108,8 +188,9 @@ def test_a_configuration_is_frozen():
 
 
 def test_unknown_and_missing_fields_are_named():
-    with pytest.raises(ValueError, match=r"has no field bias, window; its fields are ffw_dim, "):
-        ModelConfig.from_dict(SIZES | {"window": 4, "bias": True})
+    match = r"has no field bias, rotary; its fields are activation, attn_scale, "
+    with pytest.raises(ValueError, match=match):
+        ModelConfig.from_dict(SIZES | {"rotary": 4, "bias": True})
     with pytest.raises(ValueError, match=r"A model configuration needs head_dim, num_layers\."):
         ModelConfig.from_dict(
             {k: v for k, v in SIZES.items() if k not in ("num_layers", "head_dim")}
@@ -140,6 +221,76 @@ def test_sizes_are_positive_integers(field, value):
         ({"head_dim": 15}, "RoPE rotates pairs: head_dim must be even, got 15."),
         ({"rope_theta": 0.0}, "rope_theta and norm_eps must be positive, got 0.0 and 1e-05."),
         ({"norm_eps": -1e-5}, "rope_theta and norm_eps must be positive, got 10000.0 and -1e-05."),
+        ({"qkv_bias": 1}, "ModelConfig.qkv_bias must be true or false, got 1."),
+        ({"pre_norm": None}, "ModelConfig.pre_norm must be true or false, got None."),
+        ({"post_norm": "yes"}, "ModelConfig.post_norm must be true or false, got 'yes'."),
+        ({"tied_embeddings": 0}, "ModelConfig.tied_embeddings must be true or false, got 0."),
+        ({"qk_norm": "all"}, "ModelConfig.qk_norm must be one of 'head', 'full', got 'all'."),
+        (
+            {"activation": "relu"},
+            "ModelConfig.activation must be one of 'silu', 'gelu_tanh', got 'relu'.",
+        ),
+        (
+            {"activation": None},
+            "ModelConfig.activation must be one of 'silu', 'gelu_tanh', got None.",
+        ),
+        ({"embed_scale": 0}, "ModelConfig.embed_scale must be a positive number, got 0."),
+        ({"embed_scale": None}, "ModelConfig.embed_scale must be a positive number, got None."),
+        (
+            {"residual_scale": -1.0},
+            "ModelConfig.residual_scale must be a positive number, got -1.0.",
+        ),
+        ({"logit_scale": math.inf}, "ModelConfig.logit_scale must be a positive number, got inf."),
+        ({"logit_scale": True}, "ModelConfig.logit_scale must be a positive number, got True."),
+        ({"attn_scale": 0.0}, "ModelConfig.attn_scale must be a positive number or None, got 0.0."),
+        (
+            {"attn_softcap": -50.0},
+            "ModelConfig.attn_softcap must be a positive number or None, got -50.0.",
+        ),
+        (
+            {"logit_softcap": math.nan},
+            "ModelConfig.logit_softcap must be a positive number or None, got nan.",
+        ),
+        (
+            {"rope_theta_local": "1e4", "window": 2},
+            "ModelConfig.rope_theta_local must be a positive number or None, got '1e4'.",
+        ),
+        ({"norm_offset": math.nan}, "ModelConfig.norm_offset must be a finite number, got nan."),
+        ({"norm_offset": None}, "ModelConfig.norm_offset must be a finite number, got None."),
+        ({"window": 0}, "ModelConfig.window must be a positive integer or None, got 0."),
+        ({"window": 4.0}, "ModelConfig.window must be a positive integer or None, got 4.0."),
+        ({"window": True}, "ModelConfig.window must be a positive integer or None, got True."),
+        (
+            {"window": 2, "window_pattern": ()},
+            "ModelConfig.window_pattern must be a tuple of one or more booleans, got ().",
+        ),
+        (
+            {"window": 2, "window_pattern": (1, 0)},
+            "ModelConfig.window_pattern must be a tuple of one or more booleans, got (1, 0).",
+        ),
+        (
+            {"window": 2, "window_pattern": "local"},
+            "ModelConfig.window_pattern must be a tuple of one or more booleans, got 'local'.",
+        ),
+        (
+            {"pre_norm": False},
+            "A block is normed before it or after it, or both: pre_norm and post_norm are both "
+            "false.",
+        ),
+        (
+            {"window_pattern": (True, False)},
+            "window_pattern (True, False) tells local layers from others: it needs a window.",
+        ),
+        (
+            {"rope_theta_local": 50.0},
+            "rope_theta_local=50.0 is for local layers: it needs a window and a window_pattern "
+            "that makes one of the layers local.",
+        ),
+        (
+            {"rope_theta_local": 50.0, "window": 2, "window_pattern": (False,) * 3 + (True,)},
+            "rope_theta_local=50.0 is for local layers: it needs a window and a window_pattern "
+            "that makes one of the layers local.",
+        ),
     ],
 )
 def test_impossible_sizes_get_a_sentence(fields, sentence):
@@ -171,13 +322,21 @@ def test_impossible_rope_scalings_get_a_sentence(fields, sentence):
         ModelConfig.from_dict(SIZES | {"rope_scaling": SCALING | fields})
 
 
+def test_an_even_stretching_shortens_no_wave():
+    sentence = "RoPE scaling stretches: factor must be at least 1, got 0.5."
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        LinearRopeScaling(factor=0.5)
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        ModelConfig.from_dict(SIZES | {"rope_scaling": {"factor": 0.5}})
+
+
 @pytest.mark.parametrize(
     ("scaling", "sentence"),
     [
         (
             {"rope_type": "yarn", "factor": 2.0},
             "rope_scaling has the fields factor, high_freq_factor, low_freq_factor, "
-            "original_context; got factor, rope_type.",
+            "original_context; or factor; got factor, rope_type.",
         ),
         ({}, "rope_scaling has the fields factor, .*; got none."),
         ("llama3", "rope_scaling is a table of fields or null, got 'llama3'."),

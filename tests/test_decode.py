@@ -1,6 +1,9 @@
 """The selector, and what a step shares with the model and the cache: their buffers."""
 
+import dataclasses
+import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,9 @@ from flax import nnx
 
 from ffjax import decode
 from ffjax.cache import KVCache
+from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig
 from ffjax.decode import decode_step, decode_weights, fused_step, why_not_fused
+from ffjax.model import Transformer
 from pallas_kernels.gpu import INTERPRETER
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -72,6 +77,63 @@ def test_a_limit_of_the_kernel_is_raised_on_any_device(tokens):
     wide = random_model(small_config(head_dim=48))
     with pytest.raises(NotImplementedError, match="these have 48"):
         fused_step(wide, filled_cache(wide.config, [0, 0], 8), tokens, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"qk_norm": "head"}, "qk_norm='head'"),
+        ({"qkv_bias": True}, "qkv_bias=True"),
+        ({"post_norm": True, "pre_norm": False, "qk_norm": "full"}, "pre_norm=False"),
+        ({"post_norm": True}, "post_norm=True"),
+        ({"norm_offset": 1.0}, "norm_offset=1.0"),
+        ({"activation": "gelu_tanh"}, "activation='gelu_tanh'"),
+        ({"embed_scale": 12.0}, "embed_scale=12.0"),
+        ({"residual_scale": 0.22}, "residual_scale=0.22"),
+        ({"attn_scale": 0.5}, "attn_scale=0.5"),
+        ({"logit_scale": 0.125}, "logit_scale=0.125"),
+        ({"attn_softcap": 50.0}, "attn_softcap=50.0"),
+        ({"logit_softcap": 30.0}, "logit_softcap=30.0"),
+        ({"window": 7, "window_pattern": (True, False), "rope_theta_local": 9.0}, "window=7"),
+    ],
+)
+def test_a_family_the_kernel_does_not_know_is_refused_by_name(fields, named, monkeypatch):
+    config = small_config(**fields)
+    sentence = f"The fused kernel does not support {named} yet. Use implementation='xla'."
+    assert decode._unsupported(config) == sentence
+    # Before anything else is asked: there may be no GPU, and the sizes may not fit.
+    monkeypatch.setattr(decode, "why_not", lambda *arguments: "another reason")
+    odd = dataclasses.replace(config, head_dim=48)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(odd, rngs=nnx.Rngs(0))))
+    zeros = nnx.merge(graph, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state))
+    assert why_not_fused(zeros, 1, 8) == sentence
+    cache = KVCache.create(odd, 1, 8)
+    for run in (fused_step, functools.partial(decode_step, implementation="pallas")):
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(sentence)}$"):
+            run(zeros, cache, jnp.zeros((1,), jnp.int32))
+
+
+def test_every_field_is_known_to_the_kernel_or_refused():
+    """A field that is added later is refused until the kernel's table says otherwise."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert names >= decode._ANY_VALUE
+    llama = small_config(
+        name="x",
+        family="y",
+        norm_eps=1.0,
+        tied_embeddings=True,
+        max_context=1,
+        rope_theta=2.0,
+        rope_scaling=LinearRopeScaling(factor=2.0),
+        window_pattern=(False, False),
+    )
+    assert decode._unsupported(llama) is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_the_llama_family_and_no_other_may_run_fused(name):
+    reason = decode._unsupported(PRESETS[name])
+    assert (reason is None) == (PRESETS[name].family == "llama")
 
 
 def test_an_unknown_name_is_refused(model, cache, tokens):

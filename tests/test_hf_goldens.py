@@ -3,6 +3,7 @@
 `record_hf_logits.py` made the records; neither torch nor transformers is needed here.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hf_models import GOLDENS, LLAMA_ROPES, MODELS
-from numerics import assert_close
-from reference_cases import DTYPES, filled_model
+from hf_models import GOLDENS, LLAMA_ROPES, MODELS, HFModel
+from numerics import TOLERANCES, assert_close, relative_error
+from reference_cases import DTYPES, filled_model, quick_jit
 
 from ffjax.cache import KVCache
-from ffjax.config import ModelConfig, RopeScaling, preset
+from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling, preset
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
 
@@ -27,54 +28,126 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-def config_of(settings: dict[str, Any]) -> ModelConfig:
-    """Hugging Face's settings as ours."""
-    rope, scaling = settings["rope_parameters"], None
+def rope_scaling_of(rope: dict[str, Any]) -> RopeScaling | LinearRopeScaling | None:
+    """Hugging Face's table of rotary settings as our scaling."""
+    if rope["rope_type"] == "linear":
+        return LinearRopeScaling(factor=rope["factor"])
     if rope["rope_type"] == "llama3":
-        scaling = RopeScaling(
+        return RopeScaling(
             factor=rope["factor"],
             low_freq_factor=rope["low_freq_factor"],
             high_freq_factor=rope["high_freq_factor"],
             original_context=rope["original_max_position_embeddings"],
         )
+    assert rope["rope_type"] == "default"
+    return None
+
+
+def family_fields(family: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ours that differ from Llama's, for Hugging Face's `model_type`."""
+    if family == "mistral":
+        return {"window": settings["sliding_window"]}
+    if family == "qwen2":
+        fields: dict[str, Any] = {"qkv_bias": True}
+        if settings.get("use_sliding_window"):
+            layers = range(settings["num_hidden_layers"])
+            local = tuple(i >= settings["max_window_layers"] for i in layers)
+            fields |= {"window": settings["sliding_window"], "window_pattern": local}
+        return fields
+    if family == "qwen3":
+        return {"qk_norm": "head"}
+    if family == "olmo2":
+        return {"qk_norm": "full", "pre_norm": False, "post_norm": True}
+    if family == "granite":
+        return {
+            "embed_scale": settings["embedding_multiplier"],
+            "residual_scale": settings["residual_multiplier"],
+            "attn_scale": settings["attention_multiplier"],
+            "logit_scale": 1 / settings["logits_scaling"],
+        }
+    if family in ("gemma2", "gemma3_text"):
+        gemma: dict[str, Any] = {
+            "norm_offset": 1.0,
+            "post_norm": True,
+            "activation": "gelu_tanh",
+            "embed_scale": settings["hidden_size"] ** 0.5,
+            "attn_scale": settings["query_pre_attn_scalar"] ** -0.5,
+            "window": settings["sliding_window"],
+        }
+        if family == "gemma2":
+            return gemma | {
+                "attn_softcap": settings["attn_logit_softcapping"],
+                "logit_softcap": settings["final_logit_softcapping"],
+                "window_pattern": (True, False),
+            }
+        local = tuple(kind == "sliding_attention" for kind in settings["layer_types"])
+        return gemma | {
+            "qk_norm": "head",
+            "window_pattern": local,
+            "rope_theta_local": settings["rope_parameters"]["sliding_attention"]["rope_theta"],
+        }
+    assert family == "llama"
+    return {}
+
+
+def config_of(model: HFModel) -> ModelConfig:
+    """Hugging Face's settings as ours."""
+    settings = model.settings
+    rope = settings["rope_parameters"]
+    rope = rope.get("full_attention", rope)
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
     return ModelConfig(
         vocab_size=settings["vocab_size"],
         num_layers=settings["num_hidden_layers"],
-        model_dim=settings["hidden_size"],
+        model_dim=width,
         ffw_dim=settings["intermediate_size"],
-        num_heads=settings["num_attention_heads"],
+        num_heads=heads,
         num_kv_heads=settings["num_key_value_heads"],
-        head_dim=settings["head_dim"],
+        head_dim=settings.get("head_dim", width // heads),
         rope_theta=rope["rope_theta"],
-        rope_scaling=scaling,
+        rope_scaling=rope_scaling_of(rope),
         norm_eps=settings["rms_norm_eps"],
         tied_embeddings=settings["tie_word_embeddings"],
+        **family_fields(model.family, settings),
     )
 
 
 @functools.cache
 def build(name: str, dtype: str) -> Transformer:
     """The model with the recipe's weights; bfloat16 holds them exactly."""
-    config, weights = config_of(MODELS[name].settings), MODELS[name].weights()
+    config, weights = config_of(MODELS[name]), MODELS[name].weights()
 
-    def stacked(*parts: str) -> np.ndarray:
+    def stacked(*parts: str, of: str = "weight") -> np.ndarray:
         return np.stack(
             [
-                np.concatenate([weights.pop(f"model.layers.{i}.{part}.weight") for part in parts])
+                np.concatenate([weights.pop(f"model.layers.{i}.{part}.{of}") for part in parts])
                 for i in range(config.num_layers)
             ]
         )
 
+    projections = [f"self_attn.{x}_proj" for x in "qkv"]
     ours = {
         "embed": weights.pop("model.embed_tokens.weight"),
-        "layers.attn_norm": stacked("input_layernorm"),
-        "layers.qkv": stacked(*(f"self_attn.{x}_proj" for x in "qkv")),
+        "layers.qkv": stacked(*projections),
         "layers.attn_out": stacked("self_attn.o_proj"),
-        "layers.mlp_norm": stacked("post_attention_layernorm"),
         "layers.gate_up": stacked("mlp.gate_proj", "mlp.up_proj"),
         "layers.down": stacked("mlp.down_proj"),
         "final_norm": weights.pop("model.norm.weight"),
     }
+    if config.qkv_bias:
+        ours["layers.qkv_bias"] = stacked(*projections, of="bias")
+    if config.qk_norm:
+        ours["layers.q_norm"] = stacked("self_attn.q_norm")
+        ours["layers.k_norm"] = stacked("self_attn.k_norm")
+    # Behind the attention stands what Llama has before the feed-forward block: its name there
+    # says where it stands, and means the one or the other.
+    if config.post_norm:
+        ours["layers.attn_post_norm"] = stacked("post_attention_layernorm")
+        ours["layers.mlp_post_norm"] = stacked("post_feedforward_layernorm")
+    if config.pre_norm:
+        before = "pre_feedforward_layernorm" if config.post_norm else "post_attention_layernorm"
+        ours["layers.attn_norm"] = stacked("input_layernorm")
+        ours["layers.mlp_norm"] = stacked(before)
     if not config.tied_embeddings:
         ours["head"] = weights.pop("lm_head.weight")
     assert not weights
@@ -86,12 +159,22 @@ def recorded(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+@quick_jit
+def whole(model, tokens):
+    return model(tokens)
+
+
+@quick_jit
+def grow(model, tokens, cache):
+    return model(tokens, cache)
+
+
 @every_dtype
 @every_model
 def test_whole_sequences_match_hugging_face(name, dtype):
     golden = recorded(name)
     assert golden["tokens"].shape[1] >= 24
-    logits = nnx.jit(lambda model, tokens: model(tokens))(build(name, dtype), golden["tokens"])
+    logits = whole(build(name, dtype), golden["tokens"])
     assert_close(logits, golden["logits"], f"model_vs_hugging_face_{dtype}")
 
 
@@ -101,7 +184,6 @@ def test_prefill_and_steps_match_hugging_face(name, dtype):
     model, golden = build(name, dtype), recorded(name)
     tokens, want = golden["tokens"], golden["logits"]
     batch, count = tokens.shape
-    grow = nnx.jit(lambda model, tokens, cache: model(tokens, cache))
     cache = KVCache.create(model.config, batch, count, model.dtype)
     logits, cache = grow(model, tokens[:, :PREFILL], cache)
     assert_close(logits, want[:, :PREFILL], f"model_vs_hugging_face_{dtype}")
@@ -109,6 +191,35 @@ def test_prefill_and_steps_match_hugging_face(name, dtype):
         logits, cache = grow(model, tokens[:, t : t + 1], cache)
         assert_close(logits, want[:, t : t + 1], f"model_vs_hugging_face_{dtype}")
     assert cache.lengths.tolist() == [count] * batch
+
+
+# Fields that change no weight's shape: without one of them, the same weights are another model.
+_NUMBERS = (
+    *("norm_offset", "activation", "embed_scale", "residual_scale", "attn_scale", "logit_scale"),
+    *("attn_softcap", "logit_softcap", "rope_scaling", "rope_theta_local", "window"),
+    "window_pattern",
+)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+_SET = [
+    (name, field)
+    for name, model in MODELS.items()
+    for field in _NUMBERS
+    if getattr(config_of(model), field) != _DEFAULTS[field]
+]
+
+
+@pytest.mark.parametrize(("name", "field"), _SET)
+def test_every_setting_of_a_family_shows_in_the_record(name, field):
+    """A window longer than the sequence, or a cap far above the scores, would test nothing."""
+    model, golden = build(name, "float32"), recorded(name)
+    unset = {field: _DEFAULTS[field]}
+    if field == "window":  # which the others need
+        unset |= {"window_pattern": (True,), "rope_theta_local": None}
+    graph, state = nnx.split(model)
+    other = nnx.merge(graph, state)
+    other.config = dataclasses.replace(model.config, **unset)
+    difference = relative_error(whole(other, golden["tokens"])[:, -1], golden["logits"][:, -1])
+    assert difference > 4 * TOLERANCES["model_vs_hugging_face_bfloat16"].relative
 
 
 @pytest.mark.parametrize("name", LLAMA_ROPES)

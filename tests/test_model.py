@@ -1,6 +1,7 @@
 """The reference model against the oracle, and against itself with and without a cache."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -10,11 +11,18 @@ import oracle
 import pytest
 from flax import nnx
 from numerics import assert_close
-from reference_cases import CONFIGS, DTYPES, oracle_weights, random_model, random_tokens
+from reference_cases import (
+    CONFIGS,
+    DTYPES,
+    oracle_weights,
+    quick_jit,
+    random_model,
+    random_tokens,
+)
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.model import Transformer, rms_norm
+from ffjax.model import Transformer, _gated, rms_norm
 from ffjax.rope import inverse_frequencies
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -22,12 +30,13 @@ pytestmark = pytest.mark.filterwarnings("error")
 # One set of shapes for most tests, so that they share their compilations.
 BATCH, COUNT, CAPACITY, CHUNK = 3, 12, 13, 5
 NAME = "grouped, tied, stretched rope"  # the configuration where one is enough
+WINDOWED = "every layer local"
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@nnx.jit
+@quick_jit
 def _whole(model, tokens):
     return model(tokens)
 
@@ -36,7 +45,7 @@ def whole(model, tokens) -> np.ndarray:
     return np.asarray(_whole(model, tokens))
 
 
-@nnx.jit
+@quick_jit
 def _grow(model, tokens, cache, num_tokens):
     return model(tokens, cache, num_tokens=num_tokens)
 
@@ -59,7 +68,7 @@ def empty_cache(model, capacity: int = CAPACITY, fill: float = 0.0) -> KVCache:
     return dataclasses.replace(cache, k=full, v=full)
 
 
-@nnx.jit
+@quick_jit
 def one_layer(model, index, x):
     """Layer `index` over `x` `[B, T, D]`: the stream behind it, keys, values `[B, T, K, H]`."""
     batch, count, _ = x.shape
@@ -68,10 +77,14 @@ def one_layer(model, index, x):
         for name, param in vars(model.layers).items()
         if isinstance(param, nnx.Param)
     }
+    c = model.config
     positions = jnp.broadcast_to(jnp.arange(count), (batch, count))
-    visible = jnp.arange(count) <= positions[..., None]
+    behind = positions[..., None] - jnp.arange(count)  # how far each slot lies behind its query
+    local = jnp.array(c.local_layers)[index]
+    reach = jnp.where(local, c.window or count, count)
+    visible = (behind >= 0) & (behind < reach)
     cache = empty_cache(model, count, jnp.nan)
-    frequencies = inverse_frequencies(model.config)
+    frequencies = jnp.where(local, inverse_frequencies(c, local=True), inverse_frequencies(c))
     out, k, v = model._layer(weights, x, cache.k, cache.v, index, positions, visible, frequencies)
     return out, *(jnp.swapaxes(kept[index], 1, 2) for kept in (k, v))
 
@@ -87,7 +100,7 @@ def test_each_layer_matches_the_oracle(name, dtype):
     for index, w in enumerate(weights):
         got = [np.asarray(y) for y in one_layer(model, jnp.int32(index), x)]
         for b, sequence in enumerate(x.astype(np.float64)):
-            want = oracle.layer(sequence, w, model.config)
+            want = oracle.layer(sequence, w, model.config, model.config.local_layers[index])
             # What the layer adds, so that the stream passing through flatters nothing.
             assert_close(got[0][b] - x[b], want.x - sequence, f"model_vs_oracle_{dtype}")
             assert_close(got[1][b], want.keys, f"model_vs_oracle_{dtype}")
@@ -154,8 +167,9 @@ def test_a_cache_changes_nothing(name, dtype):
 
 
 @every_dtype
-def test_what_lies_beyond_the_live_positions_is_never_read(dtype):
-    model = random_model(NAME, dtype)
+@pytest.mark.parametrize("name", [NAME, WINDOWED, "two ropes, one stretched"])
+def test_what_lies_beyond_the_live_positions_is_never_read(name, dtype):
+    model = random_model(name, dtype)
     tokens = random_tokens(model.config, BATCH, CHUNK + 2)
     counts = np.array([5, 2, 1], np.int32)
     outputs = []
@@ -254,6 +268,48 @@ def test_logits_do_not_depend_on_later_tokens():
     assert (first[:, 6:] != second[:, 6:]).any(axis=-1).all()
 
 
+def test_a_window_sees_so_many_positions_and_no_more():
+    """Three layers of a window of 4 hand a token on by 3 positions each, 9 in all."""
+    model = random_model(WINDOWED, "float32")
+    assert (model.config.num_layers, model.config.window) == (3, 4)
+    tokens = random_tokens(model.config, BATCH, COUNT)
+    for changed in (0, 1, 2):
+        other = tokens.copy()
+        other[:, changed] = (other[:, changed] + 1) % model.config.vocab_size
+        differs = (whole(model, tokens) != whole(model, other)).any(axis=(0, 2))
+        reached = np.arange(COUNT) - changed
+        np.testing.assert_array_equal(differs, (reached >= 0) & (reached <= 9))
+
+
+@every_dtype
+def test_what_a_window_has_left_behind_is_never_read(dtype):
+    model = random_model(WINDOWED, dtype)
+    assert model.config.window == 4
+    tokens = random_tokens(model.config, BATCH, CHUNK + 3)
+    counts = np.array([5, 3, 1], np.int32)
+    _, cache = grow(model, tokens[:, :CHUNK], empty_cache(model), counts)
+    # Of the slots of a window of 4, the next token's own is one: three are left.
+    old = np.arange(CAPACITY) <= counts[:, None] - 4  # [B, S]
+    assert old.any(axis=1).tolist() == [True, False, False]
+    poisoned = dataclasses.replace(
+        cache,
+        k=jnp.where(old[:, None, :, None], jnp.nan, cache.k),
+        v=jnp.where(old[:, None, :, None], jnp.nan, cache.v),
+    )
+    for t in range(CHUNK, CHUNK + 3):
+        clean, cache = grow(model, tokens[:, t : t + 1], cache)
+        logits, poisoned = grow(model, tokens[:, t : t + 1], poisoned)
+        assert np.isfinite(logits).all()
+        np.testing.assert_array_equal(logits, clean)
+
+
+def test_a_window_as_long_as_the_sequence_changes_nothing():
+    model = random_model("grouped, untied", "float32")
+    tokens = random_tokens(model.config, BATCH, COUNT)
+    local = random_model("grouped, untied", "float32", config=(("window", COUNT),))
+    np.testing.assert_array_equal(whole(local, tokens), whole(model, tokens))
+
+
 def test_the_residual_stream_keeps_what_bfloat16_would_lose():
     """Beside a stream of a thousand, bfloat16 drops what is smaller than 2."""
     model = random_model(NAME, "bfloat16")
@@ -279,6 +335,75 @@ def test_rms_norm_is_float32_and_has_its_epsilon_inside():
     np.testing.assert_allclose(got, [[6 * scale, -4 * scale], [0, 0]], rtol=1e-6)
 
 
+def test_norm_weights_are_added_to_their_offset_in_float32():
+    """Bfloat16 would round 1 + 2^-9 to 1."""
+    x, weight = jnp.array([3.0, -4.0]), jnp.array([2**-9, 0.0], jnp.bfloat16)
+    scale = 1 / np.sqrt(12.5 + 0.5)
+    got = rms_norm(x, weight, 0.5, 1.0)
+    np.testing.assert_allclose(got, [3 * scale * (1 + 2**-9), -4 * scale], rtol=1e-6)
+
+
+def test_gelu_of_bfloat16_gates_keeps_its_tail():
+    """At -3, the formula's 1 + tanh is 0.003: of that bfloat16 arithmetic would leave nothing."""
+    gate = jnp.linspace(-3.5, 3.5, 57).astype(jnp.bfloat16)
+    up = jnp.full_like(gate, 1.5)
+    x = np.asarray(gate, np.float64)
+    want = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    got = _gated(gate, up, "gelu_tanh")
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), 1.5 * want, rtol=2**-7)
+
+
+@every_dtype
+def test_the_embeddings_scale_is_rounded_to_the_weights_dtype(dtype):
+    """As transformers does it, sqrt(3072) is 55.5 beside bfloat16 weights."""
+    tokens = random_tokens(CONFIGS["every scale"], BATCH, COUNT)
+    exact, rounded = (
+        whole(random_model("every scale", dtype, config=(("embed_scale", scale),)), tokens)
+        for scale in (3072**0.5, 55.5)
+    )
+    assert np.array_equal(exact, rounded) == (dtype == "bfloat16")
+
+
+def test_residual_scales_do_not_round_what_a_block_gives():
+    """In bfloat16 the product with 0.37 would have another rounding."""
+    model = random_model("every scale", "bfloat16", config=(("residual_scale", 0.37),))
+    block = jnp.linspace(0.1, 2.0, 37).astype(jnp.bfloat16)[None, None]
+    got = model._add(jnp.zeros(block.shape), block, None)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, np.asarray(block, np.float64) * 0.37, rtol=1e-6)
+
+
+def _operations(config: ModelConfig) -> int:
+    """How many operations the model's program has, those of its loop's body included."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    lowered = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens)).lower(state, tokens)
+    return lowered.as_text().count("stablehlo.")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm_offset": 0.5},
+        {"post_norm": True},
+        {"qk_norm": "head"},
+        {"qkv_bias": True},
+        {"embed_scale": 2.0},
+        {"residual_scale": 2.0},
+        {"logit_scale": 2.0},
+        {"attn_softcap": 2.0},
+        {"logit_softcap": 2.0},
+        {"window": 2},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_field_at_its_default_costs_nothing(fields):
+    """No product with 1 and no mask of all: Llama's program, and its numbers, are Llama's."""
+    config = CONFIGS[NAME]
+    assert _operations(dataclasses.replace(config, **fields)) > _operations(config)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_stored_stacked_once_and_in_bfloat16(tied):
     config = dataclasses.replace(CONFIGS[NAME], tied_embeddings=tied)
@@ -300,6 +425,58 @@ def test_weights_are_stored_stacked_once_and_in_bfloat16(tied):
     leaves = jax.tree.leaves(nnx.state(model))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
     assert sum(leaf.size for leaf in leaves) == config.num_params
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"qkv_bias": True}, {"layers.qkv_bias": (3, (6 + 2 * 2) * 14)}),
+        ({"qk_norm": "head"}, {"layers.q_norm": (3, 14), "layers.k_norm": (3, 14)}),
+        ({"qk_norm": "full"}, {"layers.q_norm": (3, 6 * 14), "layers.k_norm": (3, 2 * 14)}),
+        (
+            {"post_norm": True},
+            {"layers.attn_post_norm": (3, 37), "layers.mlp_post_norm": (3, 37)},
+        ),
+        (
+            {"post_norm": True, "pre_norm": False},
+            {
+                "layers.attn_post_norm": (3, 37),
+                "layers.mlp_post_norm": (3, 37),
+                "layers.attn_norm": None,
+                "layers.mlp_norm": None,
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_a_family_has_the_weights_it_asks_for_and_no_other(fields, expected):
+    def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+        leaves = nnx.to_flat_state(nnx.state(model))
+        return {".".join(map(str, path)): leaf.shape for path, leaf in leaves}
+
+    config = dataclasses.replace(CONFIGS[NAME], **fields)
+    found = shapes(config)
+    want = {k: v for k, v in (shapes(CONFIGS[NAME]) | expected).items() if v is not None}
+    assert found == want
+    assert sum(map(math.prod, found.values())) == config.num_params
+
+
+def test_norms_start_as_the_identity_and_biases_at_zero():
+    config = dataclasses.replace(
+        CONFIGS[NAME], norm_offset=0.75, post_norm=True, qk_norm="head", qkv_bias=True
+    )
+
+    @jax.jit  # drops the weights that are not returned, which would take seconds
+    def start() -> dict[str, jax.Array]:
+        leaves = nnx.to_flat_state(nnx.state(Transformer(config, rngs=nnx.Rngs(0))))
+        named = {".".join(map(str, path)): leaf[...] for path, leaf in leaves}
+        return {name: x for name, x in named.items() if "norm" in name or "bias" in name}
+
+    started = start()
+    assert len(started) == 4 + 2 + 1 + 1
+    for name, values in started.items():
+        assert (values == (0 if name == "layers.qkv_bias" else 0.25)).all(), name
 
 
 def test_random_weights_have_the_documented_spread():

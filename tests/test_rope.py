@@ -1,5 +1,7 @@
 """Rotary position embedding against complex rotations, and what it must keep."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import oracle
 import pytest
 from numerics import assert_close
 
-from ffjax.config import ModelConfig, RopeScaling, preset
+from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling, preset
 from ffjax.rope import apply_rope, inverse_frequencies
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -15,7 +17,9 @@ pytestmark = pytest.mark.filterwarnings("error")
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 
 
-def config(head_dim: int, theta: float, scaling: RopeScaling | None) -> ModelConfig:
+def config(
+    head_dim: int, theta: float, scaling: RopeScaling | LinearRopeScaling | None, **fields
+) -> ModelConfig:
     return ModelConfig(
         vocab_size=11,
         num_layers=1,
@@ -26,6 +30,7 @@ def config(head_dim: int, theta: float, scaling: RopeScaling | None) -> ModelCon
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
+        **fields,
     )
 
 
@@ -33,6 +38,7 @@ CONFIGS = {
     "plain": config(64, 10_000.0, None),
     "plain, small": config(14, 300.0, None),
     "stretched": config(22, 500.0, SCALING),
+    "stretched evenly": config(26, 700.0, LinearRopeScaling(factor=8.0)),
     "llama3.2-1b": preset("llama3.2-1b"),
     "llama3.1-8b": preset("llama3.1-8b"),
 }
@@ -72,6 +78,31 @@ def test_a_factor_of_one_stretches_nothing():
         inverse_frequencies(config(64, 10_000.0, None)),
         maxulp=1,
     )
+
+
+def test_an_even_stretching_divides_every_frequency():
+    plain = inverse_frequencies(config(64, 10_000.0, None))
+    scaled = inverse_frequencies(config(64, 10_000.0, LinearRopeScaling(factor=8.0)))
+    np.testing.assert_array_equal(scaled, plain / 8)  # a power of two: exactly
+
+
+@pytest.mark.parametrize("scaling", [None, SCALING, LinearRopeScaling(factor=8.0)])
+def test_local_layers_have_their_own_base_and_are_not_stretched(scaling):
+    c = config(22, 10_000.0, scaling, rope_theta_local=300.0, window=2)
+    plain = inverse_frequencies(config(22, 300.0, None))
+    np.testing.assert_array_equal(inverse_frequencies(c, local=True), plain)
+    np.testing.assert_array_equal(
+        inverse_frequencies(c), inverse_frequencies(config(22, 10_000.0, scaling))
+    )
+    np.testing.assert_array_max_ulp(
+        plain, np.array(oracle.rope_angles(c, local=True), np.float32), maxulp=1
+    )
+
+
+@every_config
+def test_without_a_base_of_their_own_local_layers_rotate_as_all_do(name):
+    c = dataclasses.replace(CONFIGS[name], window=2)
+    np.testing.assert_array_equal(inverse_frequencies(c, local=True), inverse_frequencies(c))
 
 
 @pytest.mark.parametrize(

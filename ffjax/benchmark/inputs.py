@@ -1,0 +1,95 @@
+"""What a benchmark starts from: random weights, and a cache in the middle of its life."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from ffjax.cache import KVCache
+from ffjax.config import ModelConfig
+from ffjax.model import Transformer
+from pallas_kernels.dims import ceil_div
+
+__all__ = ["capacity_for", "first_tokens", "random_model", "started_cache"]
+
+# Capacities are multiples of this. XLA cuts a long sum over slots into up to 16 parts of a
+# multiple of 16 each, and copies the whole cache of a layer to pad it where that does not come
+# out even: the baseline of llama3.1-8b did so with 16064 slots and not with 16128.
+_CAPACITY_STEP = 256
+
+
+def capacity_for(position: int, steps: int) -> int:
+    """S, just above what `steps` steps from `position` on need.
+
+    The baseline attends over the whole capacity, so that a generous one would slow it down.
+    """
+    return ceil_div(position + steps, _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A bfloat16 model with random weights, made on the device by one program.
+
+    Matrices are normal with standard deviation 1/sqrt(in), the embedding too, so that the
+    next token is not simply the last one again. Norms scale by 0.5 to 1.5, evenly drawn, and
+    biases are normal with standard deviation 0.1: a step that leaves one out is found out.
+    """
+
+    @nnx.jit
+    def make() -> Transformer:
+        model = Transformer(config, rngs=nnx.Rngs(seed))
+        rngs = nnx.Rngs(seed + 1)
+        vectors = {**vars(model.layers), "final_norm": model.final_norm}
+        for name, param in vectors.items():
+            if name.endswith("norm"):
+                noise = jax.random.uniform(rngs.params(), param[...].shape, minval=-0.5, maxval=0.5)
+                param[...] += noise.astype(model.dtype)
+            elif name.endswith("bias"):
+                noise = 0.1 * jax.random.normal(rngs.params(), param[...].shape)
+                param[...] = noise.astype(model.dtype)
+        noise = jax.random.normal(rngs.params(), model.embed[...].shape, model.dtype)
+        model.embed[...] = noise * jnp.asarray(1 / math.sqrt(config.model_dim), model.dtype)
+        return model
+
+    return make()
+
+
+def started_cache(
+    config: ModelConfig, batch: int, position: int, capacity: int, seed: int = 0
+) -> KVCache:
+    """A bfloat16 cache whose sequences all have `position` live positions, made on the device.
+
+    Live keys and values are standard normal. Beyond them everything is NaN: whoever reads
+    what is not live yet has NaN logits. The same arguments give the same cache.
+
+    Args:
+        config: the model's.
+        batch: B.
+        position: live positions of every sequence, 0 to S.
+        capacity: S.
+        seed: of the keys and values.
+    """
+    return _started_cache(config, batch, position, capacity, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _started_cache(
+    config: ModelConfig, batch: int, position: int, capacity: int, key: Array
+) -> KVCache:
+    empty = KVCache.create(config, batch, capacity)
+    live = jnp.arange(capacity)[:, None] < position  # [S, 1]
+    k, v = (
+        jnp.where(live, jax.random.normal(part, empty.k.shape, empty.k.dtype), jnp.nan)
+        for part in jax.random.split(key)
+    )
+    return dataclasses.replace(empty, k=k, v=v, lengths=jnp.full((batch,), position, jnp.int32))
+
+
+def first_tokens(config: ModelConfig, batch: int, seed: int = 0) -> Array:
+    """Random token ids to begin with, int32 `[B]`; the sequences of a batch differ."""
+    return jax.random.randint(jax.random.key(seed), (batch,), 0, config.vocab_size, jnp.int32)

@@ -1,0 +1,150 @@
+"""A benchmark's results as JSON-able data and as a table in Markdown."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ffjax.benchmark.suite import Point, Report
+from ffjax.benchmark.timing import Timing
+
+__all__ = ["as_data", "as_text"]
+
+
+def as_data(report: Report) -> dict[str, Any]:
+    """Everything there is to know, in JSON's types; what is not finite is None.
+
+    Times are microseconds a step where a name ends in `_us`; sizes are bytes.
+    """
+    bandwidth = report.bandwidth
+    return {
+        "device": report.device,
+        "platform": report.platform,
+        "versions": report.versions,
+        "config": report.sweep.config.name,
+        "dtype": "bfloat16",
+        "steps": report.sweep.steps,
+        "repetitions": report.sweep.repetitions,
+        "read_bandwidth": {
+            "tb_per_second": bandwidth.bytes_per_second / 1e12,
+            "spread": bandwidth.spread,
+            "array_bytes": bandwidth.array_bytes,
+        },
+        "points": [_point_data(report, point) for point in report.points],
+    }
+
+
+def _timing_data(timing: Timing) -> dict[str, Any]:
+    return {
+        "us_per_step": 1e6 * timing.step_seconds,
+        "fastest_us": 1e6 * timing.fastest_step_seconds,
+        "spread": timing.spread,
+        "repetitions_us": [1e6 * seconds / timing.steps for seconds in timing.loop_seconds],
+        "compile_seconds": timing.compile_seconds,
+    }
+
+
+def _point_data(report: Report, point: Point) -> dict[str, Any]:
+    check, baseline = point.check, point.baseline
+    difference = None
+    if check.difference is not None:
+        difference = {k: _finite(v) for k, v in check.difference._asdict().items()}
+    return {
+        "batch": point.batch,
+        "position": point.position,
+        "capacity": point.capacity,
+        "implementation": point.implementation,
+        "reason": point.reason,
+        **_timing_data(point.timing),
+        "tokens_per_second": point.tokens_per_second,
+        "weight_bytes": point.traffic.weight_bytes,
+        "cache_bytes": point.traffic.cache_bytes,
+        "bytes_per_step": point.traffic.total,
+        "tb_per_second": point.bytes_per_second / 1e12,
+        "percent_of_read_bandwidth": 100 * report.fraction_of_bandwidth(point),
+        "floor_us": 1e6 * report.floor_seconds(point),
+        "baseline": None if baseline is None else _timing_data(baseline),
+        "speedup": point.speedup,
+        "correctness": {
+            "steps": check.steps,
+            "tokens": check.tokens,
+            "finite": check.finite,
+            "repeats": check.repeats,
+            "against": check.against,
+            "difference": difference,
+        },
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def as_text(report: Report) -> str:
+    """What was measured where and how, and a table in Markdown, a row a point."""
+    sweep, versions, bandwidth = report.sweep, report.versions, report.bandwidth
+    lines = [
+        f"{sweep.config.name}, bfloat16, on {report.device} ({report.platform}); "
+        f"ffjax {versions['ffjax']}, JAX {versions['jax']}. "
+        f"Median of {sweep.repetitions} loops of {sweep.steps} steps; spread is "
+        "(slowest - fastest) / median.",
+        f"Read bandwidth {bandwidth.bytes_per_second / 1e12:.3f} TB/s "
+        f"(array of {bandwidth.array_bytes / 1e9:.2f} GB, spread {100 * bandwidth.spread:.1f}%).",
+    ]
+    for reason in dict.fromkeys(point.reason for point in report.points):
+        if reason is not None:
+            lines.append(f"The reference, 'xla', is timed, because: {reason}")
+    lines += map(_how_checked, dict.fromkeys(point.check.against for point in report.points))
+    rows = [_row(report, point) for point in report.points]
+    return "\n".join([*lines, "", *_table(rows)])
+
+
+def _how_checked(against: str | None) -> str:
+    if against is None:
+        return "Nothing else computes this model's step: logits are compared with nothing."
+    other = {"xla": "reference"}.get(against, against)
+    return (
+        f"Logits are compared with the {other}'s, same tokens and cache: L2 and largest difference "
+        "in the worst step, greedy tokens that are the same, and where they are not, how far the "
+        f"{other} prefers its own."
+    )
+
+
+def _row(report: Report, point: Point) -> dict[str, str]:
+    timing, check, baseline = point.timing, point.check, point.baseline
+    row = {
+        "batch": str(point.batch),
+        "position": str(point.position),
+        "timed": point.implementation,
+        "µs/step": f"{1e6 * timing.step_seconds:.1f}",
+        "spread": f"{100 * timing.spread:.1f}%",
+        "tokens/s": f"{point.tokens_per_second:.1f}",
+        "MB/step": f"{point.traffic.total / 1e6:.1f}",
+        "TB/s": f"{point.bytes_per_second / 1e12:.3f}",
+        "% of read": f"{100 * report.fraction_of_bandwidth(point):.1f}",
+        "compile s": f"{timing.compile_seconds:.1f}",
+    }
+    if baseline is not None:
+        row["XLA µs/step"] = f"{1e6 * baseline.step_seconds:.1f}"
+        row["XLA spread"] = f"{100 * baseline.spread:.1f}%"
+        row["speedup"] = f"{point.speedup:.2f}x"
+    difference = check.difference
+    row["rel. error"] = "-" if difference is None else f"{difference.relative_error:.1e}"
+    row["largest diff."] = "-" if difference is None else f"{difference.largest_difference:.1e}"
+    row["same tokens"] = "-" if difference is None else f"{difference.same_tokens}/{check.tokens}"
+    row["largest gap"] = "-" if difference is None else f"{difference.largest_gap:.1e}"
+    row["bit-equal"] = ("yes" if check.repeats else "NO") if check.finite else "NOT FINITE"
+    return row
+
+
+def _table(rows: list[dict[str, str]]) -> list[str]:
+    """Lines of a Markdown table, aligned for reading as it is."""
+    names = list(rows[0])
+    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
+
+    def line(cells: list[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (width + 1) + ":" for width in widths)
+    return [line(names), f"|{rule}|", *(line(list(row.values())) for row in rows)]

@@ -1,0 +1,362 @@
+"""A benchmark: a sweep over batches and positions, each point timed and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import itertools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ffjax.benchmark.bandwidth import Bandwidth, default_bytes, read_bandwidth
+from ffjax.benchmark.baseline import why_no_baseline
+from ffjax.benchmark.check import Check, compare, follow, observe
+from ffjax.benchmark.contenders import Contender, ContenderName, contender
+from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, started_cache
+from ffjax.benchmark.timing import DecodeLoop, Timing, rewind, time_loops
+from ffjax.cache import KVCache
+from ffjax.config import ModelConfig
+from ffjax.decode import Implementation, _default_device, _dims, why_not_fused
+from ffjax.model import Transformer
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.plan import make_plan
+from pallas_kernels.support import MAX_BATCH
+
+__all__ = ["MIN_REPETITIONS", "Point", "Report", "Sweep", "Traffic", "run", "traffic"]
+
+# Fewer say little about the spread.
+MIN_REPETITIONS = 7
+# The logits of every step looked at are kept, float32 [steps, B, V], up to three times.
+_MAX_CHECKED_STEPS = 64
+
+_Contenders = Callable[[ContenderName], Contender]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What to measure: every batch at every position.
+
+    Attributes:
+        config: the model's sizes.
+        batches: values of B.
+        positions: live positions of every sequence before the first step.
+        steps: steps of a timed loop; the last one is at `position + steps - 1`.
+        repetitions: timed loops, `MIN_REPETITIONS` or more.
+        implementation: what to time. None: the fused kernel where it can run, else the
+            reference.
+        baseline: whether to time the XLA baseline in turn with it.
+
+    Raises:
+        ValueError: a number is out of its range; the model has too few positions; there is no
+            baseline for such a model; the fused kernel is asked for too many sequences.
+    """
+
+    config: ModelConfig
+    batches: tuple[int, ...]
+    positions: tuple[int, ...]
+    steps: int = 64
+    repetitions: int = MIN_REPETITIONS
+    implementation: Implementation | None = None
+    baseline: bool = False
+
+    def __post_init__(self):
+        limit = self.config.max_context
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError(f"A batch has at least 1 sequence, got {_listed(self.batches)}.")
+        if not self.positions or min(self.positions) < 0:
+            raise ValueError(f"A position is 0 or more, got {_listed(self.positions)}.")
+        if self.steps < 1:
+            raise ValueError(f"A loop has at least 1 step, got {self.steps}.")
+        if self.repetitions < MIN_REPETITIONS:
+            raise ValueError(
+                f"A median and its spread need at least {MIN_REPETITIONS} repetitions, "
+                f"got {self.repetitions}."
+            )
+        if max(self.positions) + self.steps > limit:
+            raise ValueError(
+                f"{self.steps} steps from position {max(self.positions)} on need "
+                f"{max(self.positions) + self.steps} positions; {self.config.name} was made for "
+                f"{limit}."
+            )
+        if self.implementation == "pallas" and max(self.batches) > MAX_BATCH:
+            raise ValueError(
+                f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are "
+                f"{max(self.batches)}. Ask for smaller batches, or time the reference, 'xla'."
+            )
+        if self.baseline and (reason := why_no_baseline(self.config)) is not None:
+            raise ValueError(reason)
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a step reads, at least.
+
+    Attributes:
+        weight_bytes: of weights, each once.
+        cache_bytes: of keys and values, on average over the steps of a loop.
+    """
+
+    weight_bytes: int
+    cache_bytes: float
+
+    @property
+    def total(self) -> float:
+        """Bytes a step."""
+        return self.weight_bytes + self.cache_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One batch at one position, measured.
+
+    Attributes:
+        batch: B.
+        position: live positions before the first step of a loop.
+        capacity: S.
+        implementation: what was timed.
+        reason: why it was not the fused kernel, where nobody had named it; else None.
+        traffic: what a step reads.
+        timing: how long it took.
+        baseline: how long the XLA baseline took, or None.
+        check: whether the numbers are right.
+    """
+
+    batch: int
+    position: int
+    capacity: int
+    implementation: Implementation
+    reason: str | None
+    traffic: Traffic
+    timing: Timing
+    baseline: Timing | None
+    check: Check
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all sequences together."""
+        return self.batch / self.timing.step_seconds
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes a step over seconds a step."""
+        return self.traffic.total / self.timing.step_seconds
+
+    @property
+    def speedup(self) -> float | None:
+        """Time of the baseline over ours: above 1 where ours is faster."""
+        if self.baseline is None:
+            return None
+        return self.baseline.step_seconds / self.timing.step_seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """A benchmark's results.
+
+    Attributes:
+        sweep: what was asked for.
+        device: what the device calls itself.
+        platform: JAX's name of its kind.
+        versions: of jax, jaxlib, ffjax, and of the device's runtime.
+        bandwidth: the device's read bandwidth, measured in the same run.
+        points: in the order of batches, then positions.
+    """
+
+    sweep: Sweep
+    device: str
+    platform: str
+    versions: dict[str, str]
+    bandwidth: Bandwidth
+    points: tuple[Point, ...]
+
+    def fraction_of_bandwidth(self, point: Point) -> float:
+        """Bytes a second over the measured read bandwidth. Weights in a cache can exceed 1."""
+        return point.bytes_per_second / self.bandwidth.bytes_per_second
+
+    def floor_seconds(self, point: Point) -> float:
+        """Seconds a step takes at least, if all it reads comes from memory."""
+        return point.traffic.total / self.bandwidth.bytes_per_second
+
+
+def traffic(model: Transformer, batch: int, position: int, capacity: int, steps: int) -> Traffic:
+    """What a step of a loop reads, by the plan of the default device.
+
+    Args:
+        model: the model.
+        batch: B.
+        position: live positions before the first step.
+        capacity: S.
+        steps: steps of the loop, each one position further.
+    """
+    plan = make_plan(_dims(model, batch, capacity), Gpu.of(_default_device()) or INTERPRETER)
+    read = [plan.cache_bytes([position + i] * batch) for i in range(steps)]
+    return Traffic(plan.weight_bytes, statistics.fmean(read))
+
+
+def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
+    """Measures what is asked for, on the default device.
+
+    Args:
+        sweep: what to measure.
+        say: is told what is being done, in a line.
+
+    Raises:
+        NotImplementedError: the named implementation cannot run here.
+        ValueError: the device has too little memory.
+    """
+    device = _default_device()
+    _check_memory(sweep, device)
+    model = random_model(sweep.config)
+    chosen = {at: _choose(model, sweep, *at) for at in _grid(sweep)}
+    say("measuring the read bandwidth")
+    bandwidth = read_bandwidth(default_bytes(device), sweep.repetitions)
+    # Each is made when first asked for: the baseline copies the weights.
+    contenders = functools.cache(functools.partial(contender, model))
+    points = []
+    for (batch, position), (name, reason) in chosen.items():
+        say(f"batch {batch}, position {position}: compiling, checking and timing {name!r}")
+        points.append(_measure(sweep, model, contenders, batch, position, name, reason))
+    return Report(
+        sweep=sweep,
+        device=device.device_kind,
+        platform=device.platform,
+        versions=_versions(device),
+        bandwidth=bandwidth,
+        points=tuple(points),
+    )
+
+
+def _grid(sweep: Sweep) -> list[tuple[int, int]]:
+    """Pairs of batch and position, each once."""
+    return list(dict.fromkeys(itertools.product(sweep.batches, sweep.positions)))
+
+
+def _choose(
+    model: Transformer, sweep: Sweep, batch: int, position: int
+) -> tuple[Implementation, str | None]:
+    """What to time at a point; and, where that is the reference unasked, why."""
+    if sweep.implementation == "xla":
+        return "xla", None
+    reason = why_not_fused(model, batch, capacity_for(position, sweep.steps))
+    if reason is None:
+        return "pallas", None
+    if sweep.implementation == "pallas":
+        raise NotImplementedError(reason)
+    return "xla", reason
+
+
+def _measure(
+    sweep: Sweep,
+    model: Transformer,
+    contenders: _Contenders,
+    batch: int,
+    position: int,
+    name: Implementation,
+    reason: str | None,
+) -> Point:
+    config, steps = sweep.config, sweep.steps
+    capacity = capacity_for(position, steps)
+    first = first_tokens(config, batch)
+    cache = started_cache(config, batch, position, capacity)
+    check, chosen, cache = _check(sweep, contenders, name, cache, first)
+    contending = [(contenders(name), cache)]
+    if sweep.baseline:
+        rival = contenders("baseline")
+        contending.append((rival, rival.adopt(cache)))
+    loops = [DecodeLoop(c.step, c.weights, own, position, first, steps) for c, own in contending]
+    timing, *others = time_loops(loops, sweep.repetitions)
+    ran = loops[0].tokens
+    same = loops[0].repeats and ran is not None and np.array_equal(ran[: len(chosen)], chosen)
+    for loop in loops:
+        loop.close()
+    return Point(
+        batch=batch,
+        position=position,
+        capacity=capacity,
+        implementation=name,
+        reason=reason,
+        traffic=traffic(model, batch, position, capacity, steps),
+        timing=timing,
+        baseline=others[0] if others else None,
+        check=dataclasses.replace(check, repeats=check.repeats and same),
+    )
+
+
+def _check(
+    sweep: Sweep, contenders: _Contenders, name: Implementation, cache: KVCache, first: Array
+) -> tuple[Check, np.ndarray, KVCache]:
+    """Checks the contender of that name against another.
+
+    Returns:
+        What was found; the tokens it chose, int32 `[steps, B]`; and the cache, as it was.
+    """
+    steps = min(sweep.steps, _MAX_CHECKED_STEPS)
+    position = int(cache.lengths[0])
+    seen = observe(contenders(name), cache, first, steps)
+    # The other one, which is not under test, finds no NaN beyond the live positions any more.
+    cache = rewind(seen.cache, position)
+    other, difference = _other(sweep.config, name), None
+    if other is not None:
+        judge = contenders(other)
+        logits, own = follow(judge, judge.adopt(cache), seen.fed)
+        difference = compare(seen.logits, logits)
+        if other == "xla":  # its steps were taken in the same arrays
+            cache = rewind(own, position)
+        del own
+    check = Check(
+        steps=steps,
+        tokens=steps * first.shape[0],
+        finite=bool(jnp.isfinite(seen.logits).all()),
+        repeats=seen.repeats,
+        against=other,
+        difference=difference,
+    )
+    return check, np.asarray(seen.chosen), cache
+
+
+def _other(config: ModelConfig, name: Implementation) -> ContenderName | None:
+    """What a contender is checked against: something that is computed in another way."""
+    if name == "pallas":
+        return "xla"
+    return "baseline" if why_no_baseline(config) is None else None
+
+
+def _check_memory(sweep: Sweep, device: Any) -> None:
+    """Raises a sentence where not even weights and caches fit the device."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if not limit:
+        return
+    c = sweep.config
+    # The baseline has copies of all; the reference is checked against it.
+    copies = 2 if sweep.baseline or sweep.implementation == "xla" else 1
+    slots = max(b * capacity_for(p, sweep.steps) for b, p in _grid(sweep))
+    cache = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim * slots
+    needed = copies * (2 * c.num_params + cache)
+    if needed > limit:
+        raise ValueError(
+            f"Weights and caches take {needed / 1e9:.1f} GB at the largest point; this device "
+            f"has {limit / 1e9:.1f} GB. Ask for a smaller batch or position"
+            + (", or leave --compare out." if sweep.baseline else ".")
+        )
+
+
+def _versions(device: Any) -> dict[str, str]:
+    versions = {"jax": jax.__version__}
+    for name in ("jaxlib", "ffjax"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    versions["runtime"] = " ".join(device.client.platform_version.split())
+    return versions

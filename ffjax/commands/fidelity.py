@@ -1,0 +1,188 @@
+"""The fidelity gate: is the fused kernel at least as close to float32 as the bfloat16 model is?
+
+The reference is the model in float32, with the same bfloat16 weights. For the KL divergence of
+the logits and for the absolute difference of the next token's negative log-likelihood, the mean
+over prompts of kernel minus bfloat16 model, and the upper 95% bound of a paired bootstrap over
+prompts, may not be above zero. Prompts are held-out text of the shipped model's kind; with
+--config, weights and prompts are random. Exit code 0: the gate passes; 1: it fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any, get_args
+
+from ffjax.config import PRESETS
+from ffjax.decode import Implementation
+
+if TYPE_CHECKING:
+    from ffjax.fidelity import Comparison, Estimate, Fidelity
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "the gate: the kernel is no further from float32 than the bfloat16 model"
+
+# Steps of a prompt when nobody says: several tiles of attention's keys; or what an interpreted
+# kernel does in a minute.
+_TOKENS, _TOKENS_INTERPRETED = 256, 16
+_FAILED = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ffjax fidelity`."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", metavar="PATH", help="checkpoint; default: the shipped model")
+    what.add_argument("--config", metavar="NAME", help=f"random weights: {', '.join(PRESETS)}")
+    parser.add_argument("--prompts", metavar="N", type=int, default=16, help="default: %(default)s")
+    parser.add_argument(
+        "--tokens",
+        metavar="T",
+        type=int,
+        help=f"decode steps a prompt; default: {_TOKENS}, interpreted {_TOKENS_INTERPRETED}",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="S",
+        type=int,
+        default=0,
+        help="of the choice of prompts, and of random weights; default: %(default)s",
+    )
+    parser.add_argument(
+        "--batch",
+        metavar="B",
+        type=int,
+        default=8,
+        help="prompts side by side; default: %(default)s",
+    )
+    parser.add_argument(
+        "--implementation",
+        choices=get_args(Implementation),
+        help="to be judged; default: the fused kernel, its body interpreted for a small model "
+        "where it cannot be launched",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a table on stdout, or JSON; returns 1 where the gate fails."""
+    import jax
+    import jax.numpy as jnp
+    from tqdm import tqdm
+
+    import checkpoints
+    from ffjax import fidelity
+    from ffjax.config import preset
+    from ffjax.tokenizer import ByteTokenizer
+
+    for name, least in (("prompts", 2), ("tokens", 1), ("batch", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} is at least {least}, got {value}.")
+    start = time.perf_counter()
+    if args.config is None:
+        model = checkpoints.load(args.model or checkpoints.SHIPPED_MODEL, dtype=jnp.bfloat16)
+        config = model.config
+    else:
+        # Made later: what cannot run here is refused before gigabytes are filled.
+        model, config = None, preset(args.config)
+    batch = min(args.batch, args.prompts)
+    longest = _TOKENS if args.tokens is None else args.tokens
+    candidate = fidelity.choose_candidate(config, batch, longest, args.implementation)
+    tokens = args.tokens
+    if tokens is None:
+        default = _TOKENS if candidate.why_interpreted is None else _TOKENS_INTERPRETED
+        tokens = min(default, config.max_context)
+    if model is None:
+        prompts = fidelity.random_prompts(config, args.prompts, tokens, args.seed)
+        model = fidelity.random_model(config, args.seed)
+    elif config.vocab_size == ByteTokenizer.vocab_size:
+        prompts = fidelity.held_out_prompts(args.prompts, tokens, args.seed)
+    else:
+        raise ValueError(
+            f"The held-out prompts are bytes: they need a vocabulary of "
+            f"{ByteTokenizer.vocab_size}; {config.name} has {config.vocab_size}. Use "
+            "ffjax.fidelity.measure with prompts of the model's own tokens."
+        )
+    if not args.json and candidate.why_interpreted is not None:
+        print(
+            f"The candidate is the kernel's body, interpreted: {candidate.why_interpreted}",
+            file=sys.stderr,
+        )
+    # disable=None: where stderr is no terminal.
+    bar = functools.partial(
+        tqdm,
+        desc="fidelity",
+        unit="step",
+        file=sys.stderr,
+        leave=False,
+        disable=True if args.json else None,
+    )
+    result = fidelity.measure(model, prompts, candidate.step, batch=batch, progress=bar)
+    facts = {
+        "model": config.name,
+        "weights": "random" if args.config else "trained",
+        "implementation": candidate.implementation,
+        "interpreted": candidate.why_interpreted is not None,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "prompts": args.prompts,
+        "tokens": tokens,
+        "batch": batch,
+        "seed": args.seed,
+    }
+    if args.json:
+        facts["seconds"] = time.perf_counter() - start
+        print(json.dumps(_report(facts, result), allow_nan=False))
+    else:
+        print(_table(facts, result))
+    return 0 if result.passed else _FAILED
+
+
+def _in_json(figure: float) -> float | None:
+    """JSON has no NaN and no infinity, which a broken kernel may earn."""
+    return figure if math.isfinite(figure) else None
+
+
+def _report(facts: dict[str, Any], result: Fidelity) -> dict[str, Any]:
+    report = {"passed": result.passed, **facts, "reference_nll": _in_json(result.reference_nll)}
+    for name, comparison in (("kl", result.kl), ("nll", result.nll)):
+        report[name] = {"passed": comparison.passed} | {
+            who: {what: _in_json(figure) for what, figure in estimate._asdict().items()}
+            for who, estimate in _estimates(comparison)
+        }
+    return report
+
+
+def _estimates(comparison: Comparison) -> list[tuple[str, Estimate]]:
+    return [
+        ("candidate", comparison.candidate),
+        ("baseline", comparison.baseline),
+        ("difference", comparison.difference),
+    ]
+
+
+def _table(facts: dict[str, Any], result: Fidelity) -> str:
+    kernel = {"pallas": "fused kernel", "xla": "bfloat16 again"}[facts["implementation"]]
+    if facts["interpreted"]:
+        kernel += ", interpreted"
+    names = {"candidate": kernel, "baseline": "bfloat16 model", "difference": "difference"}
+    lines = [
+        f"{facts['model']}, {facts['weights']} weights: {facts['prompts']} prompts of "
+        f"{facts['tokens']} tokens, {facts['batch']} side by side, on {facts['device']}",
+        f"Distance from the model in float32, of which a token's NLL is "
+        f"{result.reference_nll:.4f} nats",
+        "",
+        f"{'nats a position':28}{'mean':>12}{'upper 95% bound':>18}",
+    ]
+    for title, comparison in (("KL divergence", result.kl), ("|NLL difference|", result.nll)):
+        lines.append(title)
+        for who, estimate in _estimates(comparison):
+            lines.append(f"  {names[who]:26}{estimate.mean:12.3e}{estimate.upper:18.3e}")
+        lines[-1] += "  passes" if comparison.passed else "  FAILS"
+    lines += ["", f"The gate {'passes' if result.passed else 'FAILS'}."]
+    return "\n".join(lines)

@@ -1,0 +1,272 @@
+"""Bits per byte and perplexity: what is counted, what is refused, and `ffjax eval`.
+
+`tests/test_train.py` compares the bits with an independent sum.
+"""
+
+import dataclasses
+import importlib
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import checkpoints
+from ffjax.cli import main
+from ffjax.config import ModelConfig
+from ffjax.evaluate import Evaluation, bits_per_byte, default_context, evaluate
+from ffjax.model import Transformer
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+CONFIG = ModelConfig(
+    name="tiny-bytes",
+    vocab_size=257,
+    num_layers=1,
+    model_dim=16,
+    ffw_dim=24,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_context=33,
+)
+TEXT = b"import os\r\n\xff\x00" * 9  # 117 bytes, some of them no UTF-8
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    model = nnx.jit(lambda: Transformer(CONFIG, rngs=nnx.Rngs(1), dtype=jnp.float32))()
+    model.embed[...] = model.embed[...] * 30  # so that a token depends on those before it
+    return model
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    checkpoints.save(model, path)
+    return str(path)
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    (tmp_path / "text").write_bytes(TEXT)
+    return str(tmp_path / "text")
+
+
+# The arithmetic
+
+
+def test_bits_are_divided_by_bytes_and_perplexity_is_of_a_token():
+    result = Evaluation(bits=24.0, tokens=8, bytes=6, context=2)
+    assert result.bits_per_byte == 4
+    assert result.perplexity == 8
+    assert Evaluation(bits=2e3, tokens=1, bytes=1, context=2).perplexity == math.inf
+
+
+def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary():
+    model = nnx.jit(lambda: Transformer(CONFIG, rngs=nnx.Rngs(1)))()
+    model.final_norm[...] = jnp.zeros_like(model.final_norm[...])
+    result = evaluate(model, [b"x" * 40, b"y" * 9], context=16)
+    assert (result.bytes, result.tokens, result.context) == (49, 51, 16)
+    assert result.perplexity == pytest.approx(257, rel=1e-5)
+    assert result.bits == pytest.approx(51 * math.log2(257), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(51 * math.log2(257) / 49, rel=1e-6)
+
+
+def test_the_batch_changes_nothing(model):
+    results = [evaluate(model, [TEXT, b"end"], context=16, batch=batch) for batch in (1, 4, 99)]
+    for result in results[1:]:
+        assert result.bits == pytest.approx(results[0].bits, rel=1e-6)
+        assert result.tokens == 118 + 4
+    assert bits_per_byte(model, [TEXT, b"end"], context=16) == pytest.approx(
+        results[0].bits_per_byte, rel=1e-6
+    )
+
+
+def test_a_longer_context_than_the_text_changes_nothing(model):
+    short = evaluate(model, [b"twelve bytes"], context=14)
+    long = evaluate(model, [b"twelve bytes"], context=32)
+    assert long.bits == pytest.approx(short.bits, rel=1e-6)
+    assert long.context == 32
+    assert evaluate(model, [b"twelve bytes"], context=4).bits != pytest.approx(short.bits, rel=1e-3)
+
+
+def test_a_short_text_computes_no_more_than_it_needs(model, monkeypatch):
+    shapes = []
+
+    def noted(model, windows, scored):
+        shapes.append((windows.shape, scored.shape))
+        return scored.sum(axis=1)
+
+    monkeypatch.setattr("ffjax.evaluate._window_bits", noted)
+    assert evaluate(model, [b"twelve bytes"], context=32).bits == 13
+    assert evaluate(model, [TEXT], context=16, batch=5).bits == 118
+    assert shapes == [((1, 14), (1, 13)), *[((5, 17), (5, 16))] * 3]
+
+
+def test_the_default_context_is_the_models_even_and_bounded(model):
+    assert default_context(model) == 32
+    assert evaluate(model, [TEXT]) == evaluate(model, [TEXT], context=32)
+    far = nnx.eval_shape(
+        lambda: Transformer(dataclasses.replace(CONFIG, max_context=131_072), rngs=nnx.Rngs(0))
+    )
+    assert default_context(far) == 2048
+
+
+def test_progress_sees_every_batch(model):
+    seen = []
+
+    def progress(batches):
+        seen.append(len(batches))
+        for first in batches:
+            seen.append(first)
+            yield first
+
+    # 118 predictions in windows of 16 that advance by 8: 14, in threes.
+    evaluate(model, [TEXT], context=16, batch=3, progress=progress)
+    assert seen == [5, 0, 3, 6, 9, 12]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "sentence"),
+    [
+        ([], {}, "at least one byte; the text is empty"),
+        ([b""], {}, "at least one byte; the text is empty"),
+        ([b"x"], {"context": 34}, "needs 34 positions; tiny-bytes was made for 33"),
+        ([b"x"], {"context": 15}, "even, got 15"),
+        ([b"x"], {"context": 0}, "even, got 0"),
+        ([b"x"], {"batch": 0}, "at least one window, got batch=0"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_sentence(model, texts, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(model, texts, **options)
+
+
+def test_a_model_of_other_tokens_is_refused():
+    words = dataclasses.replace(CONFIG, name="words", vocab_size=100)
+    model = nnx.eval_shape(lambda: Transformer(words, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="vocabulary of 257; words has 100"):
+        evaluate(model, [TEXT])
+
+
+# The command
+
+
+def test_json_has_the_figures_in_the_dtype_asked_for(model, path, text, capsys):
+    narrow = checkpoints.load(path, dtype="bfloat16")
+    for more, judged, dtype in (
+        ([], model, "float32"),
+        (["--dtype", "bfloat16"], narrow, "bfloat16"),
+    ):
+        arguments = ["eval", path, "--text", text, "--context", "16", "--batch", "3", "--json"]
+        assert main([*arguments, *more]) == 0
+        out, err = capsys.readouterr()
+        report = json.loads(out)
+        assert err == ""
+        expected = evaluate(judged, [TEXT], context=16, batch=3)
+        assert report["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+        assert report["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        assert (report["bytes"], report["tokens"], report["context"]) == (117, 118, 16)
+        assert (report["model"], report["dtype"]) == ("tiny-bytes", dtype)
+        assert report["device"]
+        assert report["seconds"] > 0
+    wide = evaluate(model, [TEXT], context=16, batch=3).bits_per_byte
+    assert report["bits_per_byte"] != pytest.approx(wide, rel=1e-6)
+
+
+def test_a_line_of_figures_and_no_bar_without_a_terminal(model, path, text, capsys):
+    assert main(["eval", path, "--text", text]) == 0
+    out, err = capsys.readouterr()
+    expected = evaluate(model, [TEXT])
+    assert out.startswith(
+        f"tiny-bytes: {expected.bits_per_byte:.4f} bits per byte, "
+        f"perplexity {expected.perplexity:.4f} a token, over 117 bytes of {text} "
+        "(float32, windows of 32 on "
+    )
+    assert out.count("\n") == 1
+    assert err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_bar_on_a_terminal_unless_it_is_json(path, text, monkeypatch, as_json):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["eval", path, "--text", text, *(["--json"] if as_json else [])]) == 0
+    shown = terminal.getvalue()
+    assert shown == "" if as_json else "eval:" in shown
+
+
+def test_the_shipped_model_is_the_default(tmp_path, capsys):
+    # Prose of Python's kind, and noise: it knows which is which.
+    (tmp_path / "code").write_bytes(b"import os\nimport sys\n\n\ndef main():\n    return None\n")
+    (tmp_path / "noise").write_bytes(bytes(range(128, 178)))
+    bits = {}
+    for name in ("code", "noise"):
+        assert main(["eval", "--text", str(tmp_path / name), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["model"] == "python-bytes-3m"
+        assert report["context"] == 2048
+        bits[name] = report["bits_per_byte"]
+    assert bits["code"] < 3 < 6 < bits["noise"]
+
+
+def test_what_is_not_finite_is_null_in_json(model, text, tmp_path, capsys):
+    graph, state = nnx.split(model)
+    broken = nnx.merge(graph, state)
+    broken.embed[...] = broken.embed[...] * jnp.nan
+    checkpoints.save(broken, tmp_path / "nan")
+    assert main(["eval", str(tmp_path / "nan"), "--text", text, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bits_per_byte"] is report["perplexity"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["no/such/checkpoint", "--text", "TEXT"], "no/such/checkpoint"),
+        (["PATH", "--text", "no/such/text"], "no/such/text"),
+        (["PATH", "--text", "TEXT", "--dtype", "int3"], "bfloat16, float32; got "),
+        (["PATH", "--text", "TEXT", "--context", "34"], "was made for 33"),
+        (["PATH", "--text", "TEXT", "--batch", "0"], "got batch=0"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_code_2(path, text, capsys, arguments, sentence):
+    places = {"PATH": path, "TEXT": text}
+    assert main(["eval", *(places.get(word, word) for word in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ffjax eval: ")
+    assert sentence in err
+
+
+# The examples
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def test_the_examples_measure_and_list_held_out_files(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    listing = importlib.import_module("stdlib_text")
+    measuring = importlib.import_module("bits_per_byte")
+    listing.main()
+    lines = capsys.readouterr().out.splitlines()
+    held_out = listing.read_sources()[1]
+    assert len(lines) == len(held_out) + 1
+    assert lines[-1].endswith(f"bytes in {len(held_out)} files")
+    monkeypatch.setattr(sys, "argv", ["bits_per_byte.py", "--files", "1"])
+    measuring.main()
+    [line] = capsys.readouterr().out.splitlines()
+    smallest = min(held_out, key=lambda source: len(source.text))
+    assert line.startswith(f"{smallest.name}: ")
+    assert line.endswith(f" bits per byte over {len(smallest.text)} bytes")
