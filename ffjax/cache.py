@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ffjax.config import ModelConfig
-from pallas_kernels.dims import Dims
+from ffjax.dims import step_dims
 from pallas_kernels.stream.mail import mail_words
 
 __all__ = ["KVCache"]
@@ -25,8 +25,9 @@ class KVCache:
         v: `[L, B, K, S, H]`, values.
         lengths: int32 `[B]`, live positions of each sequence. What lies beyond
             is never read, whatever it holds.
-        counters: int32, the fused kernel's synchronisation counters. All zero
-            between steps; the reference passes them through.
+        counters: int32, what the fused kernels need to know from step to step: the
+            phased one's counters, the streamed one's mail. All zero to begin with; they
+            belong to this batch, and the reference passes them through.
     """
 
     k: Array
@@ -45,25 +46,12 @@ class KVCache:
             raise ValueError(
                 f"A cache needs a positive batch and capacity, got {batch} and {capacity}."
             )
-        c = config
-        dims = Dims(
-            batch=batch,
-            vocab_size=c.vocab_size,
-            num_layers=c.num_layers,
-            model_dim=c.model_dim,
-            ffw_dim=c.ffw_dim,
-            num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            capacity=capacity,
-            norm_eps=c.norm_eps,
-        )
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
         return cls(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
             lengths=jnp.zeros((batch,), jnp.int32),
-            counters=jnp.zeros((mail_words(dims),), jnp.int32),
+            counters=jnp.zeros((mail_words(step_dims(config, batch, capacity)),), jnp.int32),
         )
 
     @property

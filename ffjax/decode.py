@@ -13,24 +13,33 @@ from jax import Array
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
+from ffjax.dims import step_dims
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
-from pallas_kernels.dims import DecodeWeights, Dims
+from pallas_kernels.dims import DecodeWeights
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, launch_step
 from pallas_kernels.plan import make_plan
+from pallas_kernels.stream.launch import stream_step
+from pallas_kernels.stream.plan import make_stream_plan
+from pallas_kernels.stream.plan import why_not as why_not_streamed
+from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.support import why_not
 
 __all__ = [
     "DecodeOutput",
     "Implementation",
+    "Kernel",
     "decode_step",
+    "default_device",
     "fused_step",
     "resolve_implementation",
+    "unsupported_field",
     "why_not_fused",
 ]
 
-Implementation = Literal["pallas", "xla"]
+Kernel = Literal["pallas", "pallas_stream"]
+Implementation = Literal[Kernel, "xla"]
 
 _log = logging.getLogger("ffjax")
 
@@ -80,23 +89,7 @@ def decode_weights(model: Transformer) -> DecodeWeights:
     )
 
 
-def _dims(model: Transformer, batch: int, capacity: int) -> Dims:
-    c = model.config
-    return Dims(
-        batch=batch,
-        vocab_size=c.vocab_size,
-        num_layers=c.num_layers,
-        model_dim=c.model_dim,
-        ffw_dim=c.ffw_dim,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        capacity=capacity,
-        norm_eps=c.norm_eps,
-    )
-
-
-def _unsupported(config: ModelConfig) -> str | None:
+def unsupported_field(config: ModelConfig) -> str | None:
     """A sentence that names the first field whose value the fused kernel does not know."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -110,25 +103,39 @@ def _unsupported(config: ModelConfig) -> str | None:
     return None
 
 
-def _default_device() -> Any:
+def default_device() -> Any:
     """The device a jitted function runs on when its arguments do not say."""
     default = jax.config.jax_default_device
     return default if default is not None and not isinstance(default, str) else jax.devices()[0]
 
 
-def why_not_fused(model: Transformer, batch: int, capacity: int) -> str | None:
-    """Why the fused kernel cannot run this step on the default device; None if it can.
+def why_not_fused(
+    model: Transformer, batch: int, capacity: int, kernel: Kernel = "pallas"
+) -> str | None:
+    """Why a fused kernel cannot run this step on the default device; None if it can.
 
     Args:
         model: the model.
         batch: B.
         capacity: S, slots of the cache.
+        kernel: "pallas", the phased kernel, or "pallas_stream", the streamed one.
     """
-    if (reason := _unsupported(model.config)) is not None:
-        return reason
-    device = _default_device()
+    device = default_device()
     found = f"{device.device_kind} ({device.platform})"
-    return why_not(_dims(model, batch, capacity), model.dtype, Gpu.of(device), found)
+    return _why_not(model, batch, capacity, kernel, Gpu.of(device), found)
+
+
+def _why_not(
+    model: Transformer, batch: int, capacity: int, kernel: Kernel, gpu: Gpu | None, found: str = ""
+) -> str | None:
+    if (reason := unsupported_field(model.config)) is not None:
+        return reason
+    dims = step_dims(model.config, batch, capacity)
+    reason = why_not(dims, model.dtype, gpu, found)
+    if reason is None and kernel == "pallas_stream":
+        assert gpu is not None
+        reason = why_not_streamed(dims, gpu.cores)
+    return reason
 
 
 @functools.lru_cache
@@ -159,43 +166,55 @@ def resolve_implementation(
         )
     if implementation == "xla":
         return "xla"
+    if implementation is not None:
+        reason = why_not_fused(model, cache.batch, cache.capacity, implementation)
+        if reason is not None:
+            raise NotImplementedError(reason)
+        return implementation
+    # The streamed kernel is never chosen unasked until it has been measured on a GPU.
     reason = why_not_fused(model, cache.batch, cache.capacity)
     if reason is None:
-        if implementation is None:
-            _say_once("decode_step uses 'pallas': the fused kernel can run here.")
+        _say_once("decode_step uses 'pallas': the fused kernel can run here.")
         return "pallas"
-    if implementation == "pallas":
-        raise NotImplementedError(reason)
     _say_once(f"decode_step uses 'xla': {reason}")
     return "xla"
 
 
 def fused_step(
-    model: Transformer, cache: KVCache, tokens: Array, *, interpret: bool = False
+    model: Transformer,
+    cache: KVCache,
+    tokens: Array,
+    *,
+    kernel: Kernel = "pallas",
+    tuning: Tuning | None = None,
+    interpret: bool = False,
 ) -> DecodeOutput:
-    """A decode step by the fused kernel, whatever the selector would say.
+    """A decode step by a fused kernel, whatever the selector would say.
 
     Args:
         model: the model.
         cache: the cache.
         tokens: int `[B]`.
+        kernel: "pallas", the phased kernel, or "pallas_stream", the streamed one.
+        tuning: tunables of the streamed kernel. None: its defaults.
         interpret: run the kernel's body on a CPU, with one program, in Pallas's
             interpret mode: slow, for tests of its numerics.
+
+    Raises:
+        NotImplementedError: the kernel cannot run here.
     """
-    if (reason := _unsupported(model.config)) is not None:
+    gpu = INTERPRETER if interpret else Gpu.of(default_device())
+    reason = _why_not(model, cache.batch, cache.capacity, kernel, gpu)
+    if reason is not None or gpu is None:
         raise NotImplementedError(reason)
-    gpu = INTERPRETER if interpret else Gpu.of(_default_device())
-    dims = _dims(model, cache.batch, cache.capacity)
-    if (reason := why_not(dims, model.dtype, gpu)) is not None or gpu is None:
-        raise NotImplementedError(reason)
+    dims = step_dims(model.config, cache.batch, cache.capacity)
     state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
-    logits, token, state = launch_step(
-        make_plan(dims, gpu),
-        decode_weights(model),
-        state,
-        tokens.astype(jnp.int32),
-        interpret=interpret,
-    )
+    step = decode_weights(model), state, tokens.astype(jnp.int32)
+    if kernel == "pallas_stream":
+        plan = make_stream_plan(dims, gpu, tuning or Tuning())
+        logits, token, state = stream_step(plan, *step, interpret=interpret)
+    else:
+        logits, token, state = launch_step(make_plan(dims, gpu), *step, interpret=interpret)
     return DecodeOutput(KVCache(*state), logits, token)
 
 
@@ -231,8 +250,9 @@ def decode_step(
         model: the model.
         cache: the cache; each sequence's token goes to position `lengths[b]`.
         tokens: int `[B]`.
-        implementation: "pallas", the fused kernel; "xla", the reference; None, the
-            fused kernel where it can run, else the reference, said once by logging.
+        implementation: "pallas", the fused kernel; "pallas_stream", the streamed one, which
+            has not been measured on a GPU yet; "xla", the reference; None, "pallas" where it
+            can run, else the reference, said once by logging.
 
     Returns:
         Cache, logits and greedy token.
@@ -251,6 +271,7 @@ def decode_step(
         raise TypeError(f"Tokens are integers, got {tokens.dtype}.")
     if cache.k.dtype != model.dtype:
         raise TypeError(f"Cache and weights share a dtype, got {cache.k.dtype} and {model.dtype}.")
-    if resolve_implementation(model, cache, implementation) == "pallas":
-        return fused_step(model, cache, tokens)
-    return reference_step(model, cache, tokens)
+    chosen = resolve_implementation(model, cache, implementation)
+    if chosen == "xla":
+        return reference_step(model, cache, tokens)
+    return fused_step(model, cache, tokens, kernel=chosen)

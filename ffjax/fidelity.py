@@ -394,7 +394,7 @@ def choose_candidate(
         config: the model's.
         batch: B.
         capacity: S, slots of the cache.
-        implementation: "pallas" or "xla", that one or an error; None: the fused kernel,
+        implementation: a name, that one or an error; None: the fused kernel,
             which for a small model is interpreted where it cannot be launched.
 
     Raises:
@@ -412,7 +412,10 @@ def choose_candidate(
             return
         cache = KVCache.create(config, batch, capacity)
         name = resolve_implementation(model, cache, implementation)
-        chosen.append(Candidate(fused_step if name == "pallas" else reference_step, name))
+        step = reference_step
+        if name != "xla":
+            step = functools.partial(fused_step, kernel=name)
+        chosen.append(Candidate(step, name))
 
     jax.eval_shape(choose)  # the selector asks a model, whose arrays stay shapes here
     [candidate] = chosen

@@ -30,7 +30,7 @@ class GenerateOutput:
             the stop token.
         finish_reasons: of each sequence: "stop", it came to the stop token; "length",
             it has as many tokens as were asked for; None, it was broken off.
-        implementation: which one ran the decode steps, "pallas" or "xla".
+        implementation: which one ran the decode steps; see `ffjax.decode_step`.
         steps: decode steps the device ran.
         compile_seconds: spent on compiling, next to nothing once a like request has
             been served; the other times do not contain it.
@@ -122,8 +122,8 @@ def generate(
         capacity: positions of the cache to make, at least what the longest prompt and
             the new tokens need. Give the same to requests of different lengths, and
             they share their compiled programs. None: what this one needs, rounded up.
-        implementation: of the decode steps: "pallas", "xla" or None for the best that
-            can run; see `ffjax.decode_step`.
+        implementation: of the decode steps, by name, or None for the best that can run; see
+            `ffjax.decode_step`.
 
     Returns:
         The tokens, why each sequence ended, and the times it took.
@@ -131,7 +131,7 @@ def generate(
     Raises:
         ValueError: there is no prompt, a prompt is empty, a token id or the stop token is
             outside the vocabulary, prompt and new tokens need more positions than the
-            model or the capacity has, "pallas" is named for more than 8 prompts, or an
+            model or the capacity has, a kernel is named for more than 8 prompts, or an
             option is out of range.
         TypeError: an argument is of the wrong kind.
         NotImplementedError: the named implementation cannot run here.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.decode import Implementation, decode_step, resolve_implementation
+from ffjax.decode import Implementation, Kernel, decode_step, resolve_implementation
 from ffjax.model import Transformer
 from ffjax.requests import Request
 from ffjax.sampling import sample, sequence_keys, step_keys
@@ -180,7 +180,7 @@ class Loop:
             ValueError: the named implementation does not take so many sequences.
             NotImplementedError: the named implementation cannot run here.
         """
-        if implementation == "pallas" and request.batch > MAX_BATCH:
+        if implementation in get_args(Kernel) and request.batch > MAX_BATCH:
             raise ValueError(
                 f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are {request.batch} "
                 "prompts. Split them, or use implementation='xla'."

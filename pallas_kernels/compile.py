@@ -255,12 +255,16 @@ def _versions() -> dict[str, str]:
 
 
 def _dims_of(config: str, batch: int, capacity: int) -> Dims:
-    """The sizes of a step of a preset of ffjax."""
+    """The sizes of a step of a preset of ffjax.
+
+    Raises:
+        ValueError: there is no such preset, or the kernels compute no such model.
+    """
     # The kernels know no model; only this command looks up sizes by a model's name.
     preset = importlib.import_module("ffjax.config").preset(config)
-    names = {field.name for field in dataclasses.fields(Dims)} - {"batch", "capacity"}
-    sizes = {name: getattr(preset, name) for name in names}
-    return Dims(batch=batch, capacity=capacity, **sizes)
+    if (reason := importlib.import_module("ffjax.decode").unsupported_field(preset)) is not None:
+        raise ValueError(reason)
+    return importlib.import_module("ffjax.dims").step_dims(preset, batch, capacity)
 
 
 def _parser() -> argparse.ArgumentParser:

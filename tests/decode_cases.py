@@ -1,6 +1,5 @@
 """What the decode tests start from: a random model, a cache in the middle of its life."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from flax import nnx
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import decode_weights
+from ffjax.dims import step_dims
 from ffjax.model import Transformer
 from pallas_kernels.dims import Dims
 from pallas_kernels.launch import StepState
@@ -93,8 +93,7 @@ def random_tokens(config: ModelConfig, batch: int, seed: int = 1) -> jax.Array:
 
 def dims_of(config: ModelConfig, batch: int, capacity: int) -> Dims:
     """The kernel's sizes for a step of this model."""
-    names = {field.name for field in dataclasses.fields(Dims)} - {"batch", "capacity"}
-    return Dims(batch=batch, capacity=capacity, **{n: getattr(config, n) for n in names})
+    return step_dims(config, batch, capacity)
 
 
 def kernel_inputs(model: Transformer, cache: KVCache):

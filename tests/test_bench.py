@@ -308,7 +308,7 @@ def test_presets_of_the_llama_family_have_a_baseline(name):
 
 def test_a_device_that_is_too_small_is_a_sentence(monkeypatch):
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 40_000_000_000})
-    monkeypatch.setattr(suite, "_default_device", lambda: device)
+    monkeypatch.setattr(suite, "default_device", lambda: device)
     grid = {"batches": (1, 8), "positions": (96, 16_000), "implementation": "pallas"}
     sweep = Sweep(config=PRESETS["llama3.1-8b"], baseline=True, **grid)
     # Twice 8.03e9 bfloat16 weights, and 8 * 16128 slots of 131,072 bytes.

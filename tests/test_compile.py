@@ -5,13 +5,14 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from decode_cases import dims_of
 
 from ffjax.config import preset
 from pallas_kernels import compile as compile_module
-from pallas_kernels.compile import CompileError, compile_for, main, why_no_compiler
+from pallas_kernels.compile import CompileError, Kernel, compile_for, main, why_no_compiler
 from pallas_kernels.targets import target, target_names
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -32,13 +33,15 @@ needs_compiler = pytest.mark.skipif(
         ("python-bytes-3m", "a100", 2),
     ],
 )
-def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, gpu, batch):
+@pytest.mark.parametrize("kernel", get_args(Kernel))
+def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, gpu, batch, kernel):
     # Whoever calls it may be anywhere, and know the package from its own path only.
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert main(["--config", config, "--gpu", gpu, "--batch", str(batch), "--json"]) == 0
+    command = ["--config", config, "--kernel", kernel, "--gpu", gpu, "--batch", str(batch)]
+    assert main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    asked = {"config": config, "gpu": gpu, "batch": batch, "capacity": 16_384}
+    asked = {"config": config, "kernel": kernel, "gpu": gpu, "batch": batch, "capacity": 16_384}
     assert {name: report[name] for name in asked} == asked
     assert report["kernels"] == 1
     assert report["thunks"] == ["kCustomKernel"]
@@ -51,10 +54,23 @@ def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, g
     assert 0 <= report["spill_bytes"] <= 4096
     assert report["num_stages"] >= 2
     # Scratch alone: no weight and no cache has a copy.
-    assert 0 < report["temp_bytes"] < 8 * 2**20
+    assert report["temp_bytes"] < 8 * 2**20
+    if kernel == "streamed":
+        assert report["temp_bytes"] == 0  # the mail is part of the cache
     assert report["arch"] == {"8.0": "sm_80", "9.0": "sm_90a"}[wanted.capability]
     assert {"jax", "ptxas"} < set(report["versions"])
     assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+@pytest.mark.parametrize("config", ["llama3.2-1b", "llama3.2-3b", "llama3.1-8b"])
+def test_the_stream_keeps_its_tiles_in_flight_and_spills_nothing(config):
+    """One loop that the compiler pipelines: were it not, it would hold no tiles."""
+    report = compile_for("h200", dims_of(preset(config), 1, 16_384), kernel="streamed")
+    tile = 2 * 64 * 256
+    assert report.num_stages >= 6
+    assert report.shared_memory_bytes > (report.num_stages - 1) * tile
+    assert report.spill_bytes == 0
 
 
 @needs_compiler
@@ -93,6 +109,7 @@ def test_a_missing_compiler_names_the_extra(capsys, monkeypatch, missing):
         (["--config", "gpt-5"], "No preset is called 'gpt-5'; there are llama3.2-1b"),
         (["--config", "llama3.2-1b", "--gpu", "v100"], "called 'v100'; there are a100, h100, h200"),
         (["--config", "llama3.2-1b", "--batch", "9"], "takes 1 to 8 sequences; there are 9"),
+        (["--config", "qwen3-0.6b"], "does not support qk_norm='head' yet"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(capsys, arguments, message):

@@ -100,7 +100,7 @@ def test_a_limit_of_the_kernel_is_raised_on_any_device(tokens):
 def test_a_family_the_kernel_does_not_know_is_refused_by_name(fields, named, monkeypatch):
     config = small_config(**fields)
     sentence = f"The fused kernel does not support {named} yet. Use implementation='xla'."
-    assert decode._unsupported(config) == sentence
+    assert decode.unsupported_field(config) == sentence
     # Before anything else is asked: there may be no GPU, and the sizes may not fit.
     monkeypatch.setattr(decode, "why_not", lambda *arguments: "another reason")
     odd = dataclasses.replace(config, head_dim=48)
@@ -127,17 +127,17 @@ def test_every_field_is_known_to_the_kernel_or_refused():
         rope_scaling=LinearRopeScaling(factor=2.0),
         window_pattern=(False, False),
     )
-    assert decode._unsupported(llama) is None
+    assert decode.unsupported_field(llama) is None
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_of_the_llama_family_and_no_other_may_run_fused(name):
-    reason = decode._unsupported(PRESETS[name])
+    reason = decode.unsupported_field(PRESETS[name])
     assert (reason is None) == (PRESETS[name].family == "llama")
 
 
 def test_an_unknown_name_is_refused(model, cache, tokens):
-    with pytest.raises(ValueError, match="one of 'pallas', 'xla' or None, got 'cuda'"):
+    with pytest.raises(ValueError, match="one of 'pallas', 'pallas_stream', 'xla' or None, got 'cuda'"):
         decode_step(model, cache, tokens, implementation="cuda")  # pyright: ignore[reportArgumentType]
 
 

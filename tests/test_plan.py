@@ -101,7 +101,7 @@ def test_work_is_dealt_out_once(programs):
         assert sorted(dealt) == list(range(items))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [n for n, c in PRESETS.items() if c.family == "llama"])
 def test_a_step_reads_every_weight_once(name):
     config = preset(name)
     dims = dims_of(config, 3, 128)

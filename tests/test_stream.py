@@ -313,7 +313,23 @@ def test_steps_in_a_row_match_the_model():
         want = reference(model, want_cache, tokens)
         assert_close(logits, want.logits, "fused_vs_model")
         want_cache, tokens = want.cache, want.token
-        assert int(cache.counters[layout_start(model, cache)]) == step + 1
+        check_tags(model, cache, step + 1)
+
+
+def check_tags(model, cache: KVCache, steps: int) -> None:
+    """After so many steps every word has the tag of its last hand-over: none is a step old."""
+    dims = dims_of(model.config, cache.batch, cache.capacity)
+    at, words = layout_of(make_stream_plan(dims, INTERPRETER)), np.asarray(cache.counters)
+    assert words[at.steps] == steps
+    tag_of_head = steps * (dims.num_layers + 1)
+    for start, width, tag in (
+        (at.x_in, dims.model_dim, tag_of_head),
+        (at.x_mid, dims.model_dim, tag_of_head - 1),
+        (at.qkv, dims.qkv_dim, tag_of_head - 1),
+        (at.attn, dims.attn_dim, tag_of_head - 1),
+        (at.ffw, dims.ffw_dim, tag_of_head - 1),
+    ):
+        assert (words[start : start + dims.batch * width] & 255 == tag & 255).all()
 
 
 def layout_start(model, cache: KVCache) -> int:

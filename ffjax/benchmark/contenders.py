@@ -18,7 +18,7 @@ from ffjax.model import Transformer
 
 __all__ = ["Contender", "ContenderName", "baseline", "contender", "implementation"]
 
-ContenderName = Literal["pallas", "xla", "baseline"]
+ContenderName = Literal[Implementation, "baseline"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import importlib.metadata
 import itertools
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, sta
 from ffjax.benchmark.timing import DecodeLoop, Timing, rewind, time_loops
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.decode import Implementation, _default_device, _dims, why_not_fused
+from ffjax.decode import Implementation, Kernel, default_device, why_not_fused
+from ffjax.dims import step_dims
 from ffjax.model import Transformer
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.plan import make_plan
@@ -85,7 +86,7 @@ class Sweep:
                 f"{max(self.positions) + self.steps} positions; {self.config.name} was made for "
                 f"{limit}."
             )
-        if self.implementation == "pallas" and max(self.batches) > MAX_BATCH:
+        if self.implementation in get_args(Kernel) and max(self.batches) > MAX_BATCH:
             raise ValueError(
                 f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are "
                 f"{max(self.batches)}. Ask for smaller batches, or time the reference, 'xla'."
@@ -199,7 +200,7 @@ def traffic(model: Transformer, batch: int, position: int, capacity: int, steps:
         capacity: S.
         steps: steps of the loop, each one position further.
     """
-    plan = make_plan(_dims(model, batch, capacity), Gpu.of(_default_device()) or INTERPRETER)
+    plan = make_plan(step_dims(model.config, batch, capacity), Gpu.of(default_device()) or INTERPRETER)
     read = [plan.cache_bytes([position + i] * batch) for i in range(steps)]
     return Traffic(plan.weight_bytes, statistics.fmean(read))
 
@@ -215,7 +216,7 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
         NotImplementedError: the named implementation cannot run here.
         ValueError: the device has too little memory.
     """
-    device = _default_device()
+    device = default_device()
     _check_memory(sweep, device)
     model = random_model(sweep.config)
     chosen = {at: _choose(model, sweep, *at) for at in _grid(sweep)}
@@ -248,10 +249,11 @@ def _choose(
     """What to time at a point; and, where that is the reference unasked, why."""
     if sweep.implementation == "xla":
         return "xla", None
-    reason = why_not_fused(model, batch, capacity_for(position, sweep.steps))
+    kernel = sweep.implementation or "pallas"
+    reason = why_not_fused(model, batch, capacity_for(position, sweep.steps), kernel)
     if reason is None:
-        return "pallas", None
-    if sweep.implementation == "pallas":
+        return kernel, None
+    if sweep.implementation is not None:
         raise NotImplementedError(reason)
     return "xla", reason
 
@@ -327,7 +329,7 @@ def _check(
 
 def _other(config: ModelConfig, name: Implementation) -> ContenderName | None:
     """What a contender is checked against: something that is computed in another way."""
-    if name == "pallas":
+    if name != "xla":
         return "xla"
     return "baseline" if why_no_baseline(config) is None else None
 

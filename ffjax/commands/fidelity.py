@@ -167,7 +167,11 @@ def _estimates(comparison: Comparison) -> list[tuple[str, Estimate]]:
 
 
 def _table(facts: dict[str, Any], result: Fidelity) -> str:
-    kernel = {"pallas": "fused kernel", "xla": "bfloat16 again"}[facts["implementation"]]
+    kernel = {
+        "pallas": "fused kernel",
+        "pallas_stream": "streamed kernel",
+        "xla": "bfloat16 again",
+    }[facts["implementation"]]
     if facts["interpreted"]:
         kernel += ", interpreted"
     names = {"candidate": kernel, "baseline": "bfloat16 model", "difference": "difference"}

@@ -35,6 +35,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import Dims
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.plan import splits_of
+from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS, num_counters, trap_if_over
 
 __all__ = ["Layout", "Mail", "mail_words"]
@@ -102,7 +103,12 @@ class Layout:
 
 
 def mail_words(dims: Dims) -> int:
-    """Words of the cache's `counters` for a step of these sizes, on any device."""
+    """Words of the cache's `counters` for a step of these sizes, on any device.
+
+    A batch that no kernel takes has no mail.
+    """
+    if dims.batch > MAX_BATCH:
+        return num_counters(dims.batch, dims.num_kv_heads)
     max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
     words = Layout.of(dims, splits_of(dims, MAX_PROGRAMS), max_splits, MAX_PROGRAMS).words
     return words + _LINE  # spare: see `ptx`
