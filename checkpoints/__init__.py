@@ -1,6 +1,20 @@
-"""Checkpoints of models: saved and restored by Orbax, described by a manifest."""
+"""Checkpoints of models: saved and restored by Orbax, described by a manifest.
 
+Hugging Face checkpoints come in by `load` and `convert_hf` and go out by `export_hf`.
+"""
+
+from checkpoints.hf_export import export_hf
+from checkpoints.hf_import import convert_hf
 from checkpoints.manifest import CheckpointError, Manifest
-from checkpoints.store import SHIPPED_MODEL, load, save
+from checkpoints.store import SHIPPED_MODEL, load, save, tokenizer_directory
 
-__all__ = ["SHIPPED_MODEL", "CheckpointError", "Manifest", "load", "save"]
+__all__ = [
+    "SHIPPED_MODEL",
+    "CheckpointError",
+    "Manifest",
+    "convert_hf",
+    "export_hf",
+    "load",
+    "save",
+    "tokenizer_directory",
+]

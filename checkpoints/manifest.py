@@ -7,13 +7,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from ffjax.config import ModelConfig
 
-__all__ = ["DTYPES", "FORMAT", "FORMAT_VERSION", "MANIFEST", "CheckpointError", "Manifest"]
+__all__ = [
+    "DTYPES",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "HF_FILES",
+    "MANIFEST",
+    "WEIGHTS",
+    "CheckpointError",
+    "Manifest",
+    "check_free",
+    "supported_dtype",
+]
 
 FORMAT = "ffjax-checkpoint"
 FORMAT_VERSION = 1
+
+# What a checkpoint's directory holds.
 MANIFEST = "manifest.json"
+WEIGHTS = "weights"
+HF_FILES = "huggingface"
 
 # The dtypes in which a model's weights are kept.
 DTYPES = ("bfloat16", "float32")
@@ -31,8 +48,8 @@ class Manifest:
         config: the model's configuration.
         dtype: of all its weights, one of `DTYPES`.
         source: where the weights come from, JSON-able, or None if nobody said.
-        files: bytes of every file of the weights, by its path within the checkpoint:
-            a copy that was cut short is noticed before anything is read.
+        files: bytes of every other file, by its path within the checkpoint: a copy
+            that was cut short is noticed before anything is read.
     """
 
     config: ModelConfig
@@ -41,12 +58,15 @@ class Manifest:
     files: dict[str, int]
 
     def write(self, directory: Path) -> None:
-        """Writes the manifest into a checkpoint's directory.
+        """Writes the manifest into a checkpoint's directory, with the files it finds there.
 
         Raises:
             TypeError: the source is not JSON-able.
         """
-        (directory / MANIFEST).write_text(self.to_json(), encoding="utf-8")
+        files = (file for file in directory.rglob("*") if file.is_file())
+        sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
+        text = dataclasses.replace(self, files=sizes).to_json()
+        (directory / MANIFEST).write_text(text, encoding="utf-8")
 
     def to_json(self) -> str:
         """The manifest's text.
@@ -85,7 +105,8 @@ class Manifest:
         if not file.is_file():
             raise CheckpointError(
                 f"A checkpoint is a directory with a {MANIFEST}; {directory} has none. "
-                "Give the directory that ffjax.save wrote."
+                "Give the directory that ffjax.save or `ffjax convert` wrote, or a Hugging Face "
+                "folder with a config.json."
             )
         try:
             data = json.loads(file.read_bytes())
@@ -131,3 +152,64 @@ class Manifest:
                 f"{damaged} describes no possible model: {str(error).rstrip('.')}."
             ) from None
         return cls(config=made, dtype=dtype, source=source, files=files)
+
+    def check_files(self, directory: Path) -> None:
+        """Whether every file of the checkpoint in `directory` is there, whole.
+
+        Raises:
+            CheckpointError: one is missing, or of another size.
+        """
+        for name, size in self.files.items():
+            try:
+                found = (directory / name).stat().st_size
+            except OSError:
+                raise CheckpointError(
+                    f"The checkpoint at {directory} is incomplete: {name} is missing. "
+                    "Copy or save it again."
+                ) from None
+            if found != size:
+                raise CheckpointError(
+                    f"The checkpoint at {directory} is damaged: {name} has {found} bytes, and "
+                    f"was saved with {size}. Copy or save it again."
+                )
+
+
+def supported_dtype(what: str, dtype: Any) -> Any:
+    """The dtype, if a checkpoint may have it.
+
+    Args:
+        what: the sentence's beginning, as in "The weights are loaded as".
+        dtype: a dtype or its name.
+
+    Raises:
+        CheckpointError: it is none of `DTYPES`.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in DTYPES:
+        raise CheckpointError(f"{what} one of {', '.join(DTYPES)}; got {name}.")
+    return jnp.dtype(dtype)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Whether a checkpoint may be put at `path`.
+
+    Raises:
+        FileExistsError: there is something, and overwrite is false or it is no checkpoint.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"A save replaces nothing unless asked to, and there is something at {path}. Save "
+            "elsewhere, or pass overwrite=True."
+        )
+    try:
+        Manifest.read(path)
+    except CheckpointError as error:
+        # A mistyped path must not cost somebody their files.
+        raise FileExistsError(
+            f"A save replaces a checkpoint and nothing else. {error} Save elsewhere."
+        ) from None

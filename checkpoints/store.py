@@ -4,15 +4,11 @@ A checkpoint is a directory:
 
     manifest.json    format, configuration, dtype, source, and the sizes of the files below
     weights/         the weights, as Orbax lays them out
+    huggingface/     the tokenizer's files, where `convert_hf` found some
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +16,27 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
-from flax.traverse_util import flatten_dict
 
+from checkpoints.arrays import forget_where_written
+from checkpoints.atomic import written_beside
+from checkpoints.hf_import import is_hf_folder, load_hf
 from checkpoints.interrupts import interrupts_held_back
-from checkpoints.manifest import DTYPES, MANIFEST, CheckpointError, Manifest
-from ffjax.config import ModelConfig
+from checkpoints.manifest import (
+    HF_FILES,
+    MANIFEST,
+    WEIGHTS,
+    CheckpointError,
+    Manifest,
+    check_free,
+    supported_dtype,
+)
+from checkpoints.skeleton import flat, skeleton, weights_of
 from ffjax.model import Transformer
 
-__all__ = ["SHIPPED_MODEL", "load", "save"]
+__all__ = ["SHIPPED_MODEL", "load", "save", "tokenizer_directory"]
 
 SHIPPED_MODEL: Path = Path(__file__).parent / "shipped"
 """The trained model that is installed with the package; see MODEL_CARD.md."""
-
-_WEIGHTS = "weights"
 
 
 def save(
@@ -60,49 +64,45 @@ def save(
         TypeError: the source is not JSON-able.
     """
     path = Path(path).expanduser().resolve()
-    weights = _weights(nnx.state(model, nnx.Param))
+    weights = weights_of(nnx.state(model, nnx.Param))
     manifest = Manifest(config=model.config, dtype=_dtype_of(weights), source=source, files={})
     manifest.to_json()  # a source that cannot be kept is refused before the weights are written
-    _check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _removed_at_end(_beside(path, "partial")) as partial:
-        partial.mkdir()
+    with written_beside(path, lambda: check_free(path, overwrite)) as partial:
         with (
             interrupts_held_back(),
             ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
         ):
-            checkpointer.save(partial / _WEIGHTS, args=ocp.args.StandardSave(weights))
-        # Orbax notes here where it wrote, a name that is about to go. It reads without it.
-        (partial / _WEIGHTS / "commit_success.txt").unlink(missing_ok=True)
-        files = (file for file in (partial / _WEIGHTS).rglob("*") if file.is_file())
-        sizes = {file.relative_to(partial).as_posix(): file.stat().st_size for file in files}
-        dataclasses.replace(manifest, files=sizes).write(partial)
-        _check_free(path, overwrite)
-        _move_into_place(partial, path)
+            checkpointer.save(partial / WEIGHTS, args=ocp.args.StandardSave(weights))
+        forget_where_written(partial / WEIGHTS)
+        manifest.write(partial)
 
 
 def load(path: str | Path, *, dtype: Any = None) -> Transformer:
-    """Loads a model that `save` wrote.
+    """Loads a model: from a checkpoint, or straight from a Hugging Face folder.
 
     The weights are restored into the places of a model that was never allocated, on
     the default device: no second copy of them exists at any time.
 
     Args:
-        path: the checkpoint's directory.
+        path: the directory of a checkpoint, or of a Hugging Face model: `config.json`
+            beside safetensors.
         dtype: bfloat16 or float32, to which the weights are cast; None: as they were
-            saved, bit by bit.
+            saved, bit by bit. A Hugging Face folder's are cast to bfloat16 then.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
         CheckpointError: what is there is no checkpoint, a damaged or truncated one, or
-            one that a newer version wrote; or the dtype is another.
+            one that a newer version wrote; a Hugging Face folder that asks for what is
+            not supported; or the dtype is another.
     """
     path = Path(path).expanduser().resolve()
     if dtype is not None:
-        dtype = _supported("The weights are loaded as", dtype)
+        dtype = supported_dtype("The weights are loaded as", dtype)
+    if is_hf_folder(path):
+        return load_hf(path, dtype=dtype)
     manifest = Manifest.read(path)
-    _check_files(path, manifest)
-    model = _skeleton(manifest.config, manifest.dtype)
+    manifest.check_files(path)
+    model = skeleton(manifest.config, manifest.dtype)
     state = nnx.state(model, nnx.Param)
     # Orbax notes the device that each array was saved from. Saying where it is to go
     # lets a model saved on one machine be loaded on another.
@@ -111,11 +111,12 @@ def load(path: str | Path, *, dtype: Any = None) -> Transformer:
     def target(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
 
-    targets = jax.tree.map(target, _weights(state))
+    wanted = weights_of(state)
+    targets = jax.tree.map(target, wanted)
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            _check_arrays(path, checkpointer.metadata(path / _WEIGHTS), _weights(state))
-            weights = checkpointer.restore(path / _WEIGHTS, args=ocp.args.StandardRestore(targets))
+            _check_arrays(path, checkpointer.metadata(path / WEIGHTS), wanted)
+            weights = checkpointer.restore(path / WEIGHTS, args=ocp.args.StandardRestore(targets))
     except CheckpointError:
         raise
     except Exception as error:
@@ -130,25 +131,15 @@ def load(path: str | Path, *, dtype: Any = None) -> Transformer:
     return model
 
 
-def _skeleton(config: ModelConfig, dtype: Any) -> Transformer:
-    """A model with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
+def tokenizer_directory(path: str | Path) -> Path | None:
+    """Where the tokenizer's files of a checkpoint or Hugging Face folder lie; None if it has none.
 
-
-def _weights(state: nnx.State) -> dict[str, Any]:
-    """The arrays by the names of their attributes: what Orbax is handed."""
-    return nnx.to_pure_dict(state)
-
-
-def _supported(what: str, dtype: Any) -> Any:
-    """The dtype, if a checkpoint may have it."""
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = repr(dtype)
-    if name not in DTYPES:
-        raise CheckpointError(f"{what} one of {', '.join(DTYPES)}; got {name}.")
-    return jnp.dtype(dtype)
+    Args:
+        path: the directory of either.
+    """
+    path = Path(path).expanduser().resolve()
+    directory = path if is_hf_folder(path) else path / HF_FILES
+    return directory if (directory / "tokenizer.json").is_file() else None
 
 
 def _dtype_of(weights: dict[str, Any]) -> str:
@@ -159,29 +150,12 @@ def _dtype_of(weights: dict[str, Any]) -> str:
             f"A model's weights share one dtype; these have {', '.join(names)}. "
             "Cast them before saving."
         )
-    return _supported("A checkpoint's weights are", names[0]).name
-
-
-def _check_files(path: Path, manifest: Manifest) -> None:
-    """Whether every file of the weights is there, whole."""
-    for name, size in manifest.files.items():
-        try:
-            found = (path / name).stat().st_size
-        except OSError:
-            raise CheckpointError(
-                f"The checkpoint at {path} is incomplete: {name} is missing. Copy or save it again."
-            ) from None
-        if found != size:
-            raise CheckpointError(
-                f"The checkpoint at {path} is damaged: {name} has {found} bytes, and was saved "
-                f"with {size}. Copy or save it again."
-            )
+    return supported_dtype("A checkpoint's weights are", names[0]).name
 
 
 def _described(tree: dict[str, Any]) -> dict[str, str]:
     """Dtype and shape of every array, by its dotted name."""
-    leaves: dict[str, Any] = flatten_dict(tree, sep=".")
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in flat(tree).items()}
 
 
 def _check_arrays(path: Path, metadata: Any, wanted: dict[str, Any]) -> None:
@@ -194,52 +168,3 @@ def _check_arrays(path: Path, metadata: Any, wanted: dict[str, Any]) -> None:
                 f"{name} is {found or 'missing'}, and the model there has "
                 f"{needed or 'no such weight'}. Copy or save it again."
             )
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    """Whether a checkpoint may be put at `path`."""
-    if not path.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"A save replaces nothing unless asked to, and there is something at {path}. Save "
-            "elsewhere, or pass overwrite=True."
-        )
-    try:
-        Manifest.read(path)
-    except CheckpointError as error:
-        # A mistyped path must not cost somebody their files.
-        raise FileExistsError(
-            f"A save replaces a checkpoint and nothing else. {error} Save elsewhere."
-        ) from None
-
-
-def _beside(path: Path, role: str) -> Path:
-    """A free name beside `path`, hence on the same file system."""
-    return path.parent / f".{path.name}.{secrets.token_hex(4)}.{role}"
-
-
-@contextlib.contextmanager
-def _removed_at_end(directory: Path) -> Iterator[Path]:
-    """The directory, removed with what is left of it, whatever happens."""
-    try:
-        yield directory
-    finally:
-        with interrupts_held_back():
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def _move_into_place(partial: Path, path: Path) -> None:
-    """Renames the finished checkpoint to `path`; one that was there goes last."""
-    if not path.exists():
-        partial.rename(path)
-        return
-    old = _beside(path, "replaced")
-    with interrupts_held_back():
-        path.rename(old)
-        try:
-            partial.rename(path)
-        except BaseException:
-            old.rename(path)  # what was there comes back
-            raise
-        shutil.rmtree(old, ignore_errors=True)

@@ -8,11 +8,19 @@ import io
 import sys
 from collections.abc import Sequence
 
-from ffjax.commands import generate
+from ffjax.commands import bench, convert, evaluate, export, fidelity, generate, inspect
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = {"generate": generate}
+COMMANDS = {
+    "generate": generate,
+    "convert": convert,
+    "export": export,
+    "inspect": inspect,
+    "bench": bench,
+    "eval": evaluate,
+    "fidelity": fidelity,
+}
 
 # What the library raises for bad input and for what cannot run here. Anything else is a
 # defect of ours and keeps its traceback.

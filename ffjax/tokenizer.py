@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
-__all__ = ["ByteTokenizer", "StreamDecoder", "Tokenizer"]
+from ffjax.config import ModelConfig
+
+__all__ = ["ByteTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
 
 
 class StreamDecoder(Protocol):
@@ -31,7 +34,12 @@ class Tokenizer(Protocol):
 
     @property
     def eot_id(self) -> int:
-        """The token that ends a text."""
+        """The token that ends a text; the first of `eot_ids`."""
+        ...
+
+    @property
+    def eot_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: models for conversations may have several."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -67,10 +75,12 @@ class ByteTokenizer:
     Attributes:
         vocab_size: V, 257.
         eot_id: 256.
+        eot_ids: that one.
     """
 
     vocab_size: int = 257
     eot_id: int = 256
+    eot_ids: tuple[int, ...] = (256,)
 
     def encode(self, text: str) -> list[int]:
         """The bytes of the text in UTF-8, without an end-of-text token.
@@ -129,3 +139,38 @@ class ByteStreamDecoder:
     def finish(self) -> str:
         """U+FFFD if the text was cut off inside a character, else nothing."""
         return self._decoder.decode(b"", final=True)
+
+
+def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model: the one that lies with its weights, else bytes.
+
+    Args:
+        path: the directory of a checkpoint or of a Hugging Face model.
+        config: the model's configuration.
+
+    Raises:
+        ValueError: there is none, and the model's tokens are not bytes; or it is damaged, or
+            has tokens that the model has not.
+        NotImplementedError: the extra `hf` is not installed.
+    """
+    # `checkpoints` imports this package, so it can only be imported once that is done.
+    from checkpoints import tokenizer_directory
+
+    directory = tokenizer_directory(path)
+    if directory is None:
+        if config.vocab_size != ByteTokenizer.vocab_size:
+            raise ValueError(
+                f"Where no tokenizer.json lies with a model, its tokens are bytes: it needs a "
+                f"vocabulary of {ByteTokenizer.vocab_size}; {config.name} has "
+                f"{config.vocab_size}. Use ffjax.generate with the model's own tokenizer."
+            )
+        return ByteTokenizer()
+    from ffjax.hf_tokenizer import HFTokenizer
+
+    tokenizer = HFTokenizer.read(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"A model knows every token of its tokenizer; {config.name} has {config.vocab_size}, "
+            f"and the tokenizer in {directory} {tokenizer.vocab_size}. Is it another model's?"
+        )
+    return tokenizer

@@ -8,6 +8,7 @@ import sys
 from typing import get_args
 
 from ffjax.decode import Implementation
+from ffjax.tokenizer import Tokenizer
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -16,8 +17,17 @@ HELP = "continue a text with a model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax generate`."""
-    parser.add_argument("--model", metavar="PATH", help="checkpoint; default: the shipped model")
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        help="checkpoint, or Hugging Face folder; default: the shipped model",
+    )
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text to continue")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="take the prompt as a user's message, written by the model's chat template",
+    )
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=200, help="default: %(default)s"
     )
@@ -47,18 +57,12 @@ def run(args: argparse.Namespace) -> int:
 
     import checkpoints
     from ffjax.streaming import stream
-    from ffjax.tokenizer import ByteTokenizer
+    from ffjax.tokenizer import load_tokenizer
 
     path = args.model or checkpoints.SHIPPED_MODEL
     model = checkpoints.load(path)
-    tokenizer = ByteTokenizer()
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"The command line speaks bytes: it needs a vocabulary of {tokenizer.vocab_size}; "
-            f"{model.config.name} has {model.config.vocab_size}. Use ffjax.generate with the "
-            "model's own tokenizer."
-        )
-    prompt = tokenizer.encode(args.prompt)
+    tokenizer = load_tokenizer(path, model.config)
+    prompt = _chat(tokenizer, args.prompt) if args.chat else tokenizer.encode(args.prompt)
     steps = stream(
         model,
         [prompt],
@@ -68,21 +72,31 @@ def run(args: argparse.Namespace) -> int:
         stop_token=tokenizer.eot_id,
         implementation=args.implementation,
     )
-    decoder = tokenizer.stream()
     show = (lambda text: None) if args.json else _show
-    show(tokenizer.decode(prompt))
+    # The prompt goes through the same decoder: what a token says may depend on those before.
+    decoder = tokenizer.stream()
+    said = "".join([decoder.push(token) for token in prompt])
+    show("" if args.chat else said)
+    text, stopped = [], False
     for (token,) in steps:
+        # A generation knows one token that ends it; a model for conversations may have more.
+        if stopped := token in tokenizer.eot_ids:
+            steps.close()
+            break
         if token is not None:
-            show(decoder.push(token))
-    show(decoder.finish())
+            text.append(decoder.push(token))
+            show(text[-1])
+    text.append(decoder.finish())
+    show(text[-1])
     out = steps.output
+    tokens = out.tokens[0][:-1] if stopped else out.tokens[0]
     device = jax.devices()[0].device_kind
     if args.json:
         report = {
-            "text": tokenizer.decode(out.tokens[0]),
-            "tokens": out.tokens[0],
+            "text": "".join(text),
+            "tokens": tokens,
             "prompt_tokens": len(prompt),
-            "finish_reason": out.finish_reasons[0],
+            "finish_reason": "stop" if stopped else out.finish_reasons[0],
             "tokens_per_second": out.tokens_per_second,
             "implementation": out.implementation,
             "device": device,
@@ -96,12 +110,24 @@ def run(args: argparse.Namespace) -> int:
     else:
         show("\n")
         print(
-            f"{model.config.name}: {len(out.tokens[0])} tokens, {out.tokens_per_second:.1f} "
+            f"{model.config.name}: {len(tokens)} tokens, {out.tokens_per_second:.1f} "
             f"tokens/s with {out.implementation!r} on {device} "
             f"(compiling took {out.compile_seconds:.1f} s, not counted)",
             file=sys.stderr,
         )
     return 0
+
+
+def _chat(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a conversation that the user opens with a text."""
+    from ffjax.hf_tokenizer import HFTokenizer
+
+    if not isinstance(tokenizer, HFTokenizer):
+        raise ValueError(
+            "--chat needs a chat template, and this model's tokens are bytes: it was not trained "
+            "on conversations. Leave --chat out."
+        )
+    return tokenizer.chat([{"role": "user", "content": text}])
 
 
 def _show(text: str) -> None:

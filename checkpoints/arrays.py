@@ -1,0 +1,128 @@
+"""A checkpoint's weights, array by array: written and read without the whole model in memory.
+
+Orbax writes a tree of arrays at once, so all of them exist at once. Here Orbax lays out a tree
+of one-element arrays, and TensorStore, through which Orbax itself reads and writes, gives each
+its shape and its numbers. What comes out is an Orbax checkpoint like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from checkpoints.interrupts import interrupts_held_back
+from checkpoints.manifest import CheckpointError
+from checkpoints.skeleton import nested
+
+__all__ = ["forget_where_written", "lay_out", "read_array", "write_array"]
+
+# Numbers that TensorStore compresses and writes at a time, in bytes. A chunk is copied before
+# it is compressed, and each processor holds one.
+_CHUNK_BYTES = 64 << 20
+
+
+def lay_out(directory: Path, shapes: Mapping[str, Any]) -> None:
+    """Makes an Orbax checkpoint whose arrays are still to be written by `write_array`.
+
+    Args:
+        directory: where Orbax makes it.
+        shapes: shape and dtype of every array by its dotted name.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    leaves = {name: np.zeros((1,) * len(leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
+    try:
+        with (
+            interrupts_held_back(),
+            ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
+        ):
+            checkpointer.save(directory, args=ocp.args.StandardSave(nested(leaves)))
+    except Exception as error:  # Orbax raises errors of many kinds
+        raise CheckpointError(
+            f"The checkpoint cannot be written: {_first_line(error)}. Is the disk full?"
+        ) from error
+    forget_where_written(directory)
+
+
+def forget_where_written(directory: Path) -> None:
+    """Removes Orbax's note of where it wrote, a name that is about to go. It reads without it."""
+    (directory / "commit_success.txt").unlink(missing_ok=True)
+
+
+def write_array(directory: Path, name: str, array: np.ndarray) -> None:
+    """Gives an array of a checkpoint made by `lay_out` its shape and its numbers.
+
+    Holds, beside the array, a few chunks of 64 MiB. A Ctrl-C takes effect between chunks.
+
+    Raises:
+        CheckpointError: it cannot be written: the disk is full, for example.
+    """
+    kvstore = _kvstore(directory, name)
+    try:
+        # What Orbax has set, its compression for one, stays; only the shape is another.
+        made_by_orbax = json.loads(tensorstore.KvStore.open(kvstore).result()[".zarray"])
+        rows = _rows_of_a_chunk(array)
+        spec = {
+            "driver": "zarr",
+            "kvstore": kvstore,
+            "store_data_equal_to_fill_value": True,  # as Orbax: what is missing is damage
+            "metadata": {
+                **made_by_orbax,
+                "shape": array.shape,
+                "chunks": (rows, *array.shape[1:]),
+            },
+        }
+        with interrupts_held_back():
+            store = tensorstore.open(spec, create=True, delete_existing=True).result()
+        for start in range(0, len(array), rows):
+            # One at a time: TensorStore would copy all of them before it has written the first.
+            stop = min(start + rows, len(array))
+            with interrupts_held_back():
+                store[start:stop].write(array[start:stop]).result()
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"The array {name} cannot be written: {_first_line(error)}. Is the disk full?"
+        ) from error
+
+
+def read_array(directory: Path, name: str) -> np.ndarray:
+    """An array of a checkpoint, on the host.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    spec = {
+        "driver": "zarr",
+        "kvstore": _kvstore(directory, name),
+        "fill_missing_data_reads": False,  # as Orbax: an error, not zeros
+    }
+    try:
+        return tensorstore.open(spec, open=True).result().read().result()
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"The array {name} of the checkpoint at {directory.parent} cannot be read: "
+            f"{_first_line(error)}. Copy or save it again."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What happened: the errors of Orbax and TensorStore go on for several lines."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _kvstore(directory: Path, name: str) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{directory}/"}
+    return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+
+
+def _rows_of_a_chunk(array: np.ndarray) -> int:
+    row = math.prod(array.shape[1:]) * array.itemsize
+    return max(1, min(len(array), _CHUNK_BYTES // row))

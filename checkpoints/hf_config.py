@@ -1,0 +1,209 @@
+"""Hugging Face's config.json to our configuration, and back.
+
+Every field there is read, known to change no number, or refused by its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from checkpoints.hf_families import ACTIVATIONS, FAMILIES, NESTED, Family, Number
+from checkpoints.hf_fields import CONFIG, Fields
+from checkpoints.hf_rope import Rope, read_rope, write_rope
+from checkpoints.hf_windows import normal_pattern, read_window, write_window
+from checkpoints.manifest import CheckpointError
+from ffjax.config import ModelConfig
+
+__all__ = ["CONFIG", "architecture_of", "config_from_hf", "config_to_hf", "read_config"]
+
+# What every family has, by the names of both sides.
+_NUMBERS = (
+    Number("vocab_size", "vocab_size", "int"),
+    Number("num_hidden_layers", "num_layers", "int"),
+    Number("hidden_size", "model_dim", "int"),
+    Number("intermediate_size", "ffw_dim", "int"),
+    Number("num_attention_heads", "num_heads", "int"),
+    Number("rms_norm_eps", "norm_eps", "float"),
+    Number("max_position_embeddings", "max_context", "int"),
+)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a folder.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    file = directory / CONFIG
+    if not file.is_file():
+        raise CheckpointError(
+            f"A Hugging Face folder has a {CONFIG}; {directory} has none. Give the folder with "
+            "the model's files."
+        )
+    try:
+        data = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged: it is not JSON ({error}). Download or copy it again."
+        ) from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} is no model's configuration: it holds no object.")
+    return data
+
+
+def architecture_of(data: dict[str, Any], where: Path) -> str:
+    """The architecture that a config.json names, one that is supported.
+
+    Raises:
+        CheckpointError: it is none of those, or none is named.
+    """
+    supported = [*(family.architecture for family in FAMILIES.values()), *NESTED]
+    match data.get("architectures"):
+        case [str(name)]:
+            pass
+        case None | []:
+            kinds = {family.model_type: family.architecture for family in FAMILIES.values()}
+            name = kinds.get(data.get("model_type", ""), f"model_type {data.get('model_type')!r}")
+        case other:
+            name = str(other)
+    if name not in supported:
+        raise CheckpointError(
+            f"The architecture {name} is not supported; supported: {', '.join(supported)}. "
+            f"{CONFIG} of {where} asks for it."
+        )
+    return name
+
+
+def config_from_hf(data: dict[str, Any], where: Path, *, name: str) -> ModelConfig:
+    """The configuration that a config.json describes.
+
+    Args:
+        data: what the file holds, in the layout of transformers 4 or 5.
+        where: the folder, for messages.
+        name: what the model is called in messages.
+
+    Raises:
+        CheckpointError: it asks for what is not supported, or describes no possible model.
+    """
+    architecture = architecture_of(data, where)
+    if architecture in NESTED:
+        family_name, key, unused = NESTED[architecture]
+        data = _unnested(data, key, unused, where)
+    else:
+        family_name = next(n for n, f in FAMILIES.items() if f.architecture == architecture)
+    family = FAMILIES[family_name]
+    fields = Fields(data, family.defaults, where)
+    made: dict[str, Any] = {"name": name, "family": family_name, **family.ours}
+    for number in (*_NUMBERS, *family.numbers):
+        value = fields.number(number.theirs, number.kind)
+        made[number.ours] = None if value is None else number.read(value)
+    width, heads = made["model_dim"], made["num_heads"]
+    made["num_kv_heads"] = fields.number("num_key_value_heads", "int?") or heads
+    made["head_dim"] = fields.number("head_dim", "int?") or _even_share(width, heads, where)
+    made["activation"] = _activation(fields, family)
+    made["tied_embeddings"] = fields.flag("tie_word_embeddings")
+    if family.scales_embedding:
+        made["embed_scale"] = math.sqrt(width)
+    made["window"], made["window_pattern"] = read_window(fields, family, made["num_layers"])
+    rope = read_rope(fields, made["max_context"], local="rope_local_base_freq" in family.defaults)
+    made["rope_theta"], made["rope_scaling"] = rope.theta, rope.scaling
+    made["rope_theta_local"] = rope.theta_local if made["window"] is not None else None
+    for field, only in family.only.items():
+        if (value := fields.take(field)) is not None and value != only:
+            raise fields.unsupported(field, value, only)
+    fields.finish()
+    try:
+        return ModelConfig(**made)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{CONFIG} of {where} describes no possible model: {str(error).rstrip('.')}."
+        ) from None
+
+
+def _unnested(
+    data: dict[str, Any], key: str, unused: tuple[str, ...], where: Path
+) -> dict[str, Any]:
+    """The fields of a model within another, with those of the other that concern it too."""
+    inner = data.get(key)
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{CONFIG} of {where} lacks {key}, the fields of the text model.")
+    outer = {name: value for name, value in data.items() if name not in (key, *unused)}
+    return {**outer, **inner}
+
+
+def _even_share(width: int, heads: int, where: Path) -> int:
+    if width % heads:
+        raise CheckpointError(
+            f"{CONFIG} of {where} gives no head_dim, and a hidden_size of {width} does not divide "
+            f"among {heads} heads."
+        )
+    return width // heads
+
+
+def _activation(fields: Fields, family: Family) -> str:
+    name = fields.take(family.activation)
+    if name not in ACTIVATIONS:
+        raise fields.unsupported(family.activation, name, *ACTIVATIONS)
+    # Gemma 2's releases give hidden_act too; transformers reads only the other.
+    if family.activation != "hidden_act" and fields.has("hidden_act"):
+        other = fields.take("hidden_act")
+        if other != name:
+            raise fields.unsupported("hidden_act", other, f"{name}, as {family.activation} says")
+    return ACTIVATIONS[name]
+
+
+def config_to_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
+    """A config.json, in the layout that transformers 4 and 5 both read.
+
+    Args:
+        config: the configuration.
+        dtype: of the weights.
+        token_ids: fields like "eos_token_id" to put into it.
+
+    Raises:
+        CheckpointError: the family's config.json cannot say what the configuration asks for.
+    """
+    if (family := FAMILIES.get(config.family)) is None:
+        raise CheckpointError(
+            f"Hugging Face checkpoints are of the families {', '.join(FAMILIES)}; {config.name} "
+            f"is of the family {config.family!r}."
+        )
+    data: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "torch_dtype": dtype,
+        **token_ids,
+        family.activation: next(t for t, o in ACTIVATIONS.items() if o == config.activation),
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "tie_word_embeddings": config.tied_embeddings,
+    }
+    for number in (*_NUMBERS, *family.numbers):
+        value = number.theirs_of(getattr(config, number.ours))
+        if value is not None or number.kind.endswith("?"):
+            data[number.theirs] = value
+    rope = Rope(config.rope_theta, config.rope_theta_local, config.rope_scaling)
+    data.update(write_rope(rope))
+    data.update(write_window(config, family))
+    _check_says_all(config, data)
+    return data
+
+
+def _check_says_all(config: ModelConfig, data: dict[str, Any]) -> None:
+    """Whether the config.json, read back, gives the configuration it was made from."""
+    back = config_from_hf(data, Path("the export"), name=config.name)
+    wanted = dataclasses.replace(config, window_pattern=normal_pattern(config))
+    differing = [
+        f"{field.name}={getattr(wanted, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if getattr(wanted, field.name) != getattr(back, field.name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"Hugging Face's {CONFIG} of the family {config.family!r} cannot say "
+            f"{', '.join(differing)}, as the configuration of {config.name} does."
+        )

@@ -1,0 +1,174 @@
+"""Our checkpoints out: safetensors and config.json as Hugging Face has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.arrays import read_array
+from checkpoints.atomic import written_beside
+from checkpoints.hf_config import config_to_hf
+from checkpoints.hf_fields import CONFIG
+from checkpoints.hf_files import INDEX, SINGLE, TensorWriter
+from checkpoints.hf_import import COMPANIONS, is_hf_folder
+from checkpoints.hf_table import Slot, slots_of
+from checkpoints.manifest import HF_FILES, WEIGHTS, CheckpointError, Manifest
+from checkpoints.skeleton import array_shapes
+
+__all__ = ["SHARD_BYTES", "Export", "export_hf"]
+
+# Where a file ends and the next begins: that of transformers 4 and of most releases.
+SHARD_BYTES = 5_000_000_000
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What an export made.
+
+    Attributes:
+        architecture: what its config.json says.
+        dtype: of its tensors.
+        tensors: how many there are.
+        files: the files with tensors.
+        companions: other files that had been kept with the checkpoint, given back.
+    """
+
+    architecture: str
+    dtype: str
+    tensors: int
+    files: list[str]
+    companions: list[str]
+
+
+def export_hf(
+    checkpoint: str | Path,
+    path: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Export:
+    """Writes a checkpoint as a Hugging Face folder, which transformers reads.
+
+    Nothing is rounded: converted back, the folder gives the same weights, bit by bit. The
+    host holds one of our arrays at a time. An error or Ctrl-C leaves nothing half-written.
+
+    Args:
+        checkpoint: a checkpoint of ours.
+        path: the folder to make; there may be nothing at this path.
+        shard_bytes: where a file of tensors ends and the next begins.
+        progress: is told, after each tensor, how many bytes were written and of how many.
+
+    Raises:
+        FileNotFoundError: there is nothing at `checkpoint`.
+        FileExistsError: there is something at `path`.
+        CheckpointError: the checkpoint is damaged, or a Hugging Face folder itself; or
+            Hugging Face has no model of its kind.
+        ValueError: shard_bytes is not positive.
+    """
+    checkpoint = Path(checkpoint).expanduser().resolve()
+    path = Path(path).expanduser().resolve()
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}.")
+    if is_hf_folder(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint} is a Hugging Face folder already: an export starts from a checkpoint."
+        )
+    manifest = Manifest.read(checkpoint)
+    manifest.check_files(checkpoint)
+    shapes = array_shapes(manifest.config, manifest.dtype)
+    slots = [slot for mine in slots_of(manifest.config, shapes).values() for slot in mine]
+    itemsize = np.dtype(shapes["embed"].dtype).itemsize
+    kept = checkpoint / HF_FILES
+    data = config_to_hf(manifest.config, manifest.dtype, _token_ids(kept))
+    companions = [name for name in COMPANIONS if name != CONFIG and (kept / name).is_file()]
+    with written_beside(path, lambda: _check_nothing_at(path)) as partial:
+        shards = _shards(slots, itemsize, shard_bytes)
+        _write_tensors(checkpoint, partial, shards, shapes["embed"].dtype, progress)
+        if len(shards) > 1:
+            _write_json(partial / INDEX, _index(shards, itemsize))
+        _write_json(partial / CONFIG, data)
+        for name in companions:
+            shutil.copyfile(kept / name, partial / name)
+    return Export(data["architectures"][0], manifest.dtype, len(slots), list(shards), companions)
+
+
+def _check_nothing_at(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(
+            f"An export replaces nothing, and there is something at {path}. Export elsewhere."
+        )
+
+
+def _token_ids(kept: Path) -> dict[str, Any]:
+    """The ids of special tokens in the config.json that was kept, to be given back.
+
+    None where it was silent: transformers would assume ids of the family's first model.
+    """
+    data = json.loads((kept / CONFIG).read_bytes()) if (kept / CONFIG).is_file() else {}
+    data = {**data, **data.get("text_config", {})}
+    return {name: data.get(name) for name in _TOKEN_IDS}
+
+
+def _nbytes(slot: Slot, itemsize: int) -> int:
+    return int(np.prod(slot.shape)) * itemsize
+
+
+def _shards(slots: list[Slot], itemsize: int, shard_bytes: int) -> dict[str, list[Slot]]:
+    """The tensors of each file, by the file's name."""
+    groups: list[list[Slot]] = [[]]
+    size = 0
+    for slot in slots:
+        nbytes = _nbytes(slot, itemsize)
+        if groups[-1] and size + nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(slot)
+        size += nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {
+        f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)
+    }
+
+
+def _index(shards: dict[str, list[Slot]], itemsize: int) -> dict[str, Any]:
+    every = [slot for group in shards.values() for slot in group]
+    return {
+        "metadata": {"total_size": sum(_nbytes(slot, itemsize) for slot in every)},
+        "weight_map": {slot.theirs: file for file, group in shards.items() for slot in group},
+    }
+
+
+def _write_tensors(
+    checkpoint: Path,
+    directory: Path,
+    shards: dict[str, list[Slot]],
+    dtype: Any,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    itemsize = np.dtype(dtype).itemsize
+    total = sum(_nbytes(slot, itemsize) for group in shards.values() for slot in group)
+    written, name, array = 0, None, np.empty(0)
+    for file, group in shards.items():
+        shapes = {slot.theirs: slot.shape for slot in group}
+        with TensorWriter(directory / file, dtype, shapes) as writer:
+            for slot in group:
+                if slot.ours != name:
+                    del array  # before the next is read
+                    name, array = slot.ours, read_array(checkpoint / WEIGHTS, slot.ours)
+                writer.write(slot.theirs, array[slot.place])
+                written += _nbytes(slot, itemsize)
+                if progress is not None:
+                    progress(written, total)
+
+
+def _write_json(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")

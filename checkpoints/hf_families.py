@@ -1,0 +1,254 @@
+"""What Hugging Face's config.json says in each family: data for `hf_config`.
+
+Read from the configuration classes of transformers 5 (`configuration_*.py`), which take the
+place of those of version 4 and read what they wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+__all__ = ["ACTIVATIONS", "FAMILIES", "HARMLESS", "NESTED", "Family", "Number"]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class Number(NamedTuple):
+    """A number of config.json that is a field of ours.
+
+    Attributes:
+        theirs: its name there.
+        ours: the field of `ModelConfig`.
+        kind: what it must be: "int", "float", or "float?" where null means none.
+        read: theirs to ours.
+        write: ours to theirs.
+    """
+
+    theirs: str
+    ours: str
+    kind: str
+    read: Callable[[Any], Any] = _same
+    write: Callable[[Any], Any] = _same
+
+    def theirs_of(self, value: Any) -> Any:
+        """Our value as theirs; what is computed loses the last digits' rounding."""
+        if value is None or self.write is _same:
+            return value
+        rounded = float(f"{self.write(value):.12g}")  # 8.000000000000002 is 8
+        return int(rounded) if rounded.is_integer() else rounded
+
+
+class Family(NamedTuple):
+    """How a family's config.json becomes a `ModelConfig`, and back.
+
+    Attributes:
+        architecture: what `architectures` lists.
+        model_type: what `model_type` says.
+        defaults: what transformers assumes where config.json is silent.
+        only: fields that ask for something not supported, unless they have this value.
+        ours: fields of `ModelConfig` that the family alone decides.
+        numbers: numbers that only this family has.
+        activation: the name of the field that names the activation.
+        windows: which layers are local: "never"; "always", where there is a window; "from", all
+            after the first `max_window_layers`, where `use_sliding_window`; "pattern", all
+            but every so many-th.
+        scales_embedding: whether the embedding is multiplied by sqrt(D).
+    """
+
+    architecture: str
+    model_type: str
+    defaults: dict[str, Any]
+    only: dict[str, Any]
+    ours: dict[str, Any] = {}  # noqa: RUF012 - a constant like the whole table
+    numbers: tuple[Number, ...] = ()
+    activation: str = "hidden_act"
+    windows: str = "never"
+    scales_embedding: bool = False
+
+
+# Their names and ours.
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": None,  # as many as there are query heads
+    "head_dim": None,  # hidden_size / num_attention_heads
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+# A bias of attention would be one of the output projection, too.
+_ONLY = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+_WINDOW = {"sliding_window": 4096}
+
+_QWEN_WINDOW = {"use_sliding_window": False, "max_window_layers": 28, **_WINDOW}
+
+_GEMMA_DEFAULTS: dict[str, Any] = {
+    **_DEFAULTS,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+    **_WINDOW,
+}
+
+_GEMMA_OURS = {"norm_offset": 1.0, "post_norm": True}
+
+_QUERY_SCALE = Number(
+    "query_pre_attn_scalar", "attn_scale", "float", lambda x: x**-0.5, lambda x: x**-2
+)
+
+_LOGIT_SOFTCAP = Number("final_logit_softcapping", "logit_softcap", "float?")
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", "llama", _DEFAULTS, _ONLY),
+    "mistral": Family(
+        "MistralForCausalLM",
+        "mistral",
+        {
+            **_DEFAULTS,
+            **_WINDOW,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+        },
+        _ONLY,
+        windows="always",
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        {**_DEFAULTS, **_QWEN_WINDOW, "max_position_embeddings": 32_768},
+        {name: only for name, only in _ONLY.items() if name != "attention_bias"},
+        {"qkv_bias": True},
+        windows="from",
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        {**_DEFAULTS, **_QWEN_WINDOW, "head_dim": 128, "max_position_embeddings": 32_768},
+        _ONLY,
+        {"qk_norm": "head"},
+        windows="from",
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        "olmo2",
+        {**_DEFAULTS, "rms_norm_eps": 1e-5},
+        _ONLY,
+        {"qk_norm": "full", "pre_norm": False, "post_norm": True},
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        "granite",
+        {
+            **_DEFAULTS,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        _ONLY,
+        numbers=(
+            Number("embedding_multiplier", "embed_scale", "float"),
+            Number("residual_multiplier", "residual_scale", "float"),
+            Number("attention_multiplier", "attn_scale", "float"),
+            # It divides; ours multiplies.
+            Number("logits_scaling", "logit_scale", "float", lambda x: 1 / x, lambda x: 1 / x),
+        ),
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        {
+            **_GEMMA_DEFAULTS,
+            "vocab_size": 256_000,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window_pattern": 2,
+        },
+        {**_ONLY, "use_bidirectional_attention": False},
+        _GEMMA_OURS,
+        numbers=(
+            _QUERY_SCALE,
+            _LOGIT_SOFTCAP,
+            Number("attn_logit_softcapping", "attn_softcap", "float?"),
+        ),
+        activation="hidden_activation",
+        windows="pattern",
+        scales_embedding=True,
+    ),
+    "gemma3": Family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        {
+            **_GEMMA_DEFAULTS,
+            "vocab_size": 262_208,
+            "max_position_embeddings": 131_072,
+            "final_logit_softcapping": None,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+        },
+        # Its attention in transformers has no softcap, whatever the field says.
+        {**_ONLY, "use_bidirectional_attention": False, "attn_logit_softcapping": None},
+        {**_GEMMA_OURS, "qk_norm": "head"},
+        numbers=(_QUERY_SCALE, _LOGIT_SOFTCAP),
+        activation="hidden_activation",
+        windows="pattern",
+        scales_embedding=True,
+    ),
+}
+
+# Architectures that hold a model of a family within another: the family, where its fields are,
+# and the fields of the other that it has no use for.
+NESTED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "Gemma3ForConditionalGeneration": (
+        "gemma3",
+        "text_config",
+        (
+            "vision_config",
+            "mm_tokens_per_image",
+            "boi_token_index",
+            "eoi_token_index",
+            "image_token_index",
+            "boi_token_id",
+            "eoi_token_id",
+            "image_token_id",
+        ),
+    ),
+}
+
+# Fields that change no number of a forward pass: names, training, tokens, generation.
+_HARMLESS = """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
+    attn_implementation bad_words_ids begin_suppress_tokens bos_token_id cache_implementation
+    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
+    is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length min_length
+    model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
+    use_cache attention_dropout
+"""
+HARMLESS = frozenset(_HARMLESS.split())

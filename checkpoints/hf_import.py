@@ -1,0 +1,323 @@
+"""Hugging Face checkpoints in: onto the device, or into a checkpoint of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from checkpoints.arrays import lay_out, write_array
+from checkpoints.atomic import written_beside
+from checkpoints.hf_config import architecture_of, config_from_hf, read_config
+from checkpoints.hf_fields import CONFIG
+from checkpoints.hf_files import StoredTensor, dtype_name, find_tensors, read_into, same_numbers
+from checkpoints.hf_table import NameRules, Slot, slots_of
+from checkpoints.manifest import (
+    HF_FILES,
+    MANIFEST,
+    WEIGHTS,
+    CheckpointError,
+    Manifest,
+    check_free,
+    supported_dtype,
+)
+from checkpoints.skeleton import array_shapes, nested, skeleton
+from ffjax.config import ModelConfig
+from ffjax.model import Transformer
+
+__all__ = ["COMPANIONS", "Conversion", "HFFolder", "convert_hf", "is_hf_folder", "load_hf"]
+
+_log = logging.getLogger("ffjax")
+
+_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+
+# What lies beside the weights and is kept with them: the tokenizer, its chat template, and the
+# files that name the tokens which end a text.
+COMPANIONS = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a directory holds a Hugging Face model, and no checkpoint of ours."""
+    return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
+
+
+@dataclasses.dataclass(frozen=True)
+class HFFolder:
+    """A Hugging Face model on disk, checked from end to end, its numbers not yet read.
+
+    Attributes:
+        directory: where it lies.
+        architecture: what its `config.json` calls it.
+        config: its configuration as ours.
+        slots: for each of our arrays the places of its tensors.
+        tensors: every tensor, by its name in the table.
+        left_out: names of tensors in its files that the model has no use for.
+    """
+
+    directory: Path
+    architecture: str
+    config: ModelConfig
+    slots: dict[str, list[Slot]]
+    tensors: dict[str, StoredTensor]
+    left_out: list[str]
+
+    @classmethod
+    def open(cls, directory: Path) -> HFFolder:
+        """Reads `config.json` and the files' headers, and checks that they fit.
+
+        Raises:
+            FileNotFoundError: there is nothing at that path.
+            CheckpointError: the folder is incomplete or damaged, or holds or asks for what
+                is not supported.
+        """
+        if not directory.exists():
+            raise FileNotFoundError(f"There is no Hugging Face folder at {directory}.")
+        data = read_config(directory)
+        architecture = architecture_of(data, directory)
+        config = config_from_hf(data, directory, name=_name_of(directory))
+        slots = slots_of(config, array_shapes(config, "bfloat16"))
+        named, left_out = NameRules.of(architecture).apply(found := find_tensors(directory))
+        if twice := [names for names in named.values() if len(names) > 1]:
+            raise CheckpointError(
+                f"Each tensor is there under one name; {directory} has several for one: "
+                f"{'; '.join(' and '.join(names) for names in twice)}."
+            )
+        tensors = {name: found[theirs] for name, (theirs,) in named.items()}
+        if config.tied_embeddings and _HEAD in tensors and _EMBED in tensors:
+            _check_tied(directory, tensors[_HEAD], tensors[_EMBED])
+            left_out.append(tensors.pop(_HEAD).name)
+        _check_names(directory, config, slots, tensors)
+        _check_shapes(directory, slots, tensors)
+        return cls(directory, architecture, config, slots, tensors, left_out)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many of the tensors have which dtype, as safetensors calls them."""
+        return dict(sorted(Counter(tensor.dtype for tensor in self.tensors.values()).items()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def rounded(self, dtype: Any) -> dict[str, int]:
+        """How many tensors, of which dtype, the given one cannot hold exactly."""
+        return {} if dtype_name(dtype) == "F32" else _without(self.dtypes, dtype_name(dtype))
+
+    def arrays(
+        self, dtype: Any, progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Our arrays, filled tensor by tensor from the files.
+
+        One array exists at a time, as long as the caller keeps no other.
+
+        Args:
+            dtype: bfloat16 or float32.
+            progress: is told, after each tensor, the bytes that were read.
+        """
+        for name, shape in array_shapes(self.config, dtype).items():
+            array = np.empty(shape.shape, shape.dtype)
+            for slot in self.slots[name]:
+                tensor = self.tensors[slot.theirs]
+                read_into(tensor, array[slot.place])
+                if progress is not None:
+                    progress(tensor.nbytes)
+            yield name, array
+            del array  # before the next is allocated
+
+
+def _without(counts: dict[str, int], name: str) -> dict[str, int]:
+    return {key: count for key, count in counts.items() if key != name}
+
+
+def _name_of(directory: Path) -> str:
+    """What to call the model: its folder, or its repository where that is a cache's."""
+    directory = directory.resolve()
+    if directory.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/REVISION
+        return directory.parent.parent.name.rpartition("--")[2]
+    return directory.name
+
+
+def _check_tied(directory: Path, head: StoredTensor, embed: StoredTensor) -> None:
+    """Whether a head that the files hold beside the embedding is the embedding."""
+    if not same_numbers(head, embed):
+        raise CheckpointError(
+            f"{CONFIG} of {directory} says that the head is the embedding "
+            f"(tie_word_embeddings), and {head.name} differs from {embed.name}. If the head is "
+            "one of its own, set tie_word_embeddings to false there."
+        )
+
+
+def _check_names(
+    directory: Path,
+    config: ModelConfig,
+    slots: dict[str, list[Slot]],
+    tensors: dict[str, StoredTensor],
+) -> None:
+    wanted = {slot.theirs for mine in slots.values() for slot in mine}
+    missing = sorted(wanted - tensors.keys())
+    unknown = sorted(tensor.name for name, tensor in tensors.items() if name not in wanted)
+    if missing or unknown:
+        wrong = [
+            f"{len(names)} {what}: {', '.join(names)}"
+            for names, what in ((missing, "missing"), (unknown, "unknown"))
+            if names
+        ]
+        raise CheckpointError(
+            f"The tensors in {directory} are not those of a {config.family} model with the sizes "
+            f"in its {CONFIG}; {'; '.join(wrong)}."
+        )
+
+
+def _check_shapes(
+    directory: Path, slots: dict[str, list[Slot]], tensors: dict[str, StoredTensor]
+) -> None:
+    wrong = [
+        f"{tensor.name} is {list(tensor.shape)}, expected {list(slot.shape)}"
+        for mine in slots.values()
+        for slot in mine
+        if (tensor := tensors[slot.theirs]).shape != slot.shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"The tensors in {directory} have not the shapes that its {CONFIG} gives them: "
+            f"{'; '.join(wrong)}."
+        )
+
+
+def load_hf(directory: str | Path, *, dtype: Any = None) -> Transformer:
+    """Loads a Hugging Face folder onto the default device: what `load` does with one.
+
+    Beside the model on the device, the host holds one of its arrays at a time.
+
+    Args:
+        directory: the folder.
+        dtype: bfloat16 or float32; None: bfloat16.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        CheckpointError: it is incomplete or damaged, or asks for what is not supported.
+    """
+    folder = HFFolder.open(Path(directory).expanduser().resolve())
+    dtype = supported_dtype("The weights are loaded as", "bfloat16" if dtype is None else dtype)
+    if rounded := folder.rounded(dtype):
+        _log.info("%s: %s.", folder.config.name, rounding_note(rounded, dtype))
+    model = skeleton(folder.config, dtype)
+    state = nnx.state(model, nnx.Param)
+    weights = {}
+    for name, array in folder.arrays(dtype):
+        weights[name] = jax.device_put(array)
+        del array
+    nnx.replace_by_pure_dict(state, nested(weights))
+    nnx.update(model, state)
+    return model
+
+
+def rounding_note(rounded: dict[str, int], dtype: Any) -> str:
+    """A clause that says how many tensors were rounded."""
+    counts = " and ".join(f"{count} of {name}" for name, count in rounded.items())
+    return f"tensors were rounded to {np.dtype(dtype).name}: {counts}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion made.
+
+    Attributes:
+        config: of the model.
+        dtype: of the checkpoint's weights.
+        rounded: how many tensors of which dtype were rounded to it.
+        left_out: names of tensors that the model has no use for.
+        companions: files that were kept beside the weights.
+    """
+
+    config: ModelConfig
+    dtype: str
+    rounded: dict[str, int]
+    left_out: list[str]
+    companions: list[str]
+
+
+def convert_hf(
+    directory: str | Path,
+    path: str | Path,
+    *,
+    dtype: Any = "bfloat16",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Makes a checkpoint of a Hugging Face folder.
+
+    Tensors go from the files to one of our arrays at a time: the host never holds more than
+    the largest of them, and the chunks in which it is compressed. As with `save`, an error or
+    Ctrl-C leaves nothing half-written at `path`.
+
+    Args:
+        directory: the folder: `config.json`, safetensors in one file or in shards, and the
+            tokenizer's files.
+        path: the checkpoint to make.
+        dtype: of its weights, bfloat16 or float32.
+        overwrite: whether a checkpoint already at `path` may be replaced.
+        progress: is told, after each tensor, how many bytes were read and of how many.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        FileExistsError: there is something at `path`, and overwrite is false or it is no
+            checkpoint.
+        CheckpointError: the folder is incomplete or damaged, or holds or asks for what is
+            not supported; or the checkpoint cannot be written.
+    """
+    path = Path(path).expanduser().resolve()
+    dtype = supported_dtype("A checkpoint's weights are", dtype)
+    check_free(path, overwrite)
+    folder = HFFolder.open(Path(directory).expanduser().resolve())
+    total, read = folder.nbytes, 0
+
+    def count(nbytes: int) -> None:
+        nonlocal read
+        read += nbytes
+        if progress is not None:
+            progress(read, total)
+
+    companions = [name for name in COMPANIONS if (folder.directory / name).is_file()]
+    rounded = folder.rounded(dtype)
+    source = {
+        "format": "huggingface",
+        "name": folder.config.name,
+        "architecture": folder.architecture,
+        "dtypes": folder.dtypes,
+        "rounded": rounded,
+        "left_out": folder.left_out,
+    }
+    manifest = Manifest(config=folder.config, dtype=dtype.name, source=source, files={})
+    with written_beside(path, lambda: check_free(path, overwrite)) as partial:
+        lay_out(partial / WEIGHTS, array_shapes(folder.config, dtype))
+        for name, array in folder.arrays(dtype, count):
+            write_array(partial / WEIGHTS, name, array)
+            del array
+        if companions:
+            (partial / HF_FILES).mkdir()
+        for name in companions:
+            shutil.copyfile(folder.directory / name, partial / HF_FILES / name)
+        manifest.write(partial)
+    return Conversion(folder.config, dtype.name, rounded, folder.left_out, companions)

@@ -1,0 +1,104 @@
+"""Which layers are local: Hugging Face's sliding windows as ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoints.hf_families import Family
+from checkpoints.hf_fields import Fields
+from ffjax.config import ModelConfig
+
+__all__ = ["normal_pattern", "read_window", "write_window"]
+
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+# transformers 4.5x wrote Gemma 3's field under its private name.
+_PATTERN_FIELDS = ("sliding_window_pattern", "_sliding_window_pattern")
+
+
+def read_window(
+    fields: Fields, family: Family, num_layers: int
+) -> tuple[int | None, tuple[bool, ...]]:
+    """Window and pattern as `ModelConfig` has them.
+
+    Args:
+        fields: the config.json.
+        family: the family.
+        num_layers: L.
+
+    Raises:
+        CheckpointError: the fields contradict each other, or ask for what is not supported.
+    """
+    by_rule = _by_rule(fields, family, num_layers)
+    window, local = by_rule
+    if (types := fields.take("layer_types")) is not None:
+        if unknown := sorted({str(kind) for kind in types} - {_LOCAL, _GLOBAL}):
+            raise fields.unsupported("layer_types", unknown[0], _LOCAL, _GLOBAL)
+        if len(types) != num_layers:
+            raise fields.unsupported(
+                "layer_types of length", len(types), f"{num_layers}, one a layer"
+            )
+        listed = [kind == _LOCAL for kind in types]
+        if family.windows in ("never", "always") and listed != local:
+            # transformers does not look at them in these families.
+            raise fields.unsupported("layer_types", types[listed.index(not local[0])], "all alike")
+        if any(listed) and window is None:
+            raise fields.unsupported("layer_types with no sliding_window", _LOCAL, _GLOBAL)
+        local = listed
+    if window is None or not any(local):
+        return None, (True,)
+    return window, _shortest(local)
+
+
+def _by_rule(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, list[bool]]:
+    """The window, and which layers are local where no `layer_types` says it."""
+    if family.windows == "never":
+        return None, [False] * num_layers
+    window = fields.number("sliding_window", "int?")
+    if family.windows == "always":
+        return window, [window is not None] * num_layers
+    if family.windows == "from":
+        # Released models name a window and do not use it.
+        window = window if fields.flag("use_sliding_window") else None
+        first = fields.take("max_window_layers")
+        if type(first) is not int or first < 0:
+            raise fields.unsupported("max_window_layers", first, "0 and positive integers")
+        return window, [window is not None and i >= first for i in range(num_layers)]
+    every = next((name for name in _PATTERN_FIELDS if fields.has(name)), _PATTERN_FIELDS[0])
+    count = fields.number(every, "int")
+    for name in _PATTERN_FIELDS:
+        if fields.has(name) and (other := fields.take(name)) != count:
+            raise fields.unsupported(name, other, f"{count}, as {every} says")
+    return window, [window is not None and (i + 1) % count != 0 for i in range(num_layers)]
+
+
+def _shortest(local: list[bool]) -> tuple[bool, ...]:
+    """The shortest pattern that, repeated, gives the layers."""
+    for length in range(1, len(local)):
+        if all(local[i] == local[i % length] for i in range(len(local))):
+            return tuple(local[:length])
+    return tuple(local)
+
+
+def normal_pattern(config: ModelConfig) -> tuple[bool, ...]:
+    """The shortest pattern with the same local layers as the configuration's."""
+    return (True,) if config.window is None else _shortest(list(config.local_layers))
+
+
+def write_window(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The fields of config.json for the configuration's local layers."""
+    if family.windows == "never":
+        return {}
+    if family.windows == "always":
+        return {"sliding_window": config.window}
+    local = config.local_layers
+    fields: dict[str, Any] = {
+        "sliding_window": config.window,
+        "layer_types": [_LOCAL if here else _GLOBAL for here in local],
+    }
+    if family.windows == "from":
+        first = local.index(True) if any(local) else len(local)
+        fields |= {"use_sliding_window": config.window is not None, "max_window_layers": first}
+    elif config.window is not None and len(pattern := normal_pattern(config)) > 1:
+        fields["sliding_window_pattern"] = len(pattern)
+    return fields

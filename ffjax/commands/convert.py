@@ -1,0 +1,65 @@
+"""Makes a checkpoint of a Hugging Face model: config.json, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "make a checkpoint of a Hugging Face model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ffjax convert`."""
+    parser.add_argument(
+        "folder", metavar="HF_DIR", help="folder with config.json, safetensors, tokenizer.json"
+    )
+    parser.add_argument("out", metavar="OUT_DIR", help="the checkpoint to make")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of the weights: bfloat16, the default, or float32"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a checkpoint that is at OUT_DIR"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what was made on stdout; the progress and what it took on stderr."""
+    import checkpoints
+    from checkpoints.hf_import import rounding_note
+    from ffjax.commands.progress import byte_bar, peak_host_memory
+    from ffjax.tokenizer import ByteTokenizer
+
+    start = time.perf_counter()
+    with byte_bar("convert") as progress:
+        made = checkpoints.convert_hf(
+            args.folder, args.out, dtype=args.dtype, overwrite=args.overwrite, progress=progress
+        )
+    config = made.config
+    print(
+        f"{args.out}: {config.name}, {config.family}, {config.num_params:,} weights, {made.dtype}"
+    )
+    if made.rounded:
+        note = rounding_note(made.rounded, made.dtype)
+        print(f"{note[0].upper()}{note[1:]}.")
+    if made.left_out:
+        print(
+            f"Left out {len(made.left_out)} tensors that the model has no use for, "
+            f"{made.left_out[0]} the first."
+        )
+    is_bytes = config.vocab_size == ByteTokenizer.vocab_size
+    if "tokenizer.json" not in made.companions and not is_bytes:
+        print(
+            f"There is no tokenizer.json in {args.folder}: `ffjax generate` will have no "
+            "tokenizer for this checkpoint.",
+            file=sys.stderr,
+        )
+    peak = peak_host_memory()
+    took = f"{time.perf_counter() - start:.1f} s"
+    print(
+        f"convert took {took}" + (f" and {peak / 1e9:.2f} GB of host memory" if peak else ""),
+        file=sys.stderr,
+    )
+    return 0

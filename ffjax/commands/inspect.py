@@ -1,0 +1,163 @@
+"""Says what a checkpoint or Hugging Face folder is, without reading its weights."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ffjax.config import ModelConfig
+
+__all__ = ["HELP", "add_arguments", "inspect", "run"]
+
+HELP = "say what a checkpoint is, and whether the fused kernel can run it here"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ffjax inspect`."""
+    parser.add_argument("path", metavar="PATH", help="checkpoint, or Hugging Face folder")
+    parser.add_argument(
+        "--batch", metavar="B", type=int, default=1, help="sequences; default: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a table, or JSON; one sentence and exit code 2 where it is damaged or unsupported."""
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}.")
+    report = inspect(Path(args.path).expanduser().resolve(), args.batch)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    for name, value in _table(report).items():
+        print(f"{name:<14}{value}")
+    return 0
+
+
+def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
+    """What is at `path`.
+
+    Args:
+        path: the directory of a checkpoint or of a Hugging Face model.
+        batch: B, sequences that the fused kernel is asked about.
+
+    Returns:
+        JSON-able facts by name. "why_not_fused" is None where the kernel can run, else why not.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        CheckpointError: it is neither, or damaged, or asks for what is not supported.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    import checkpoints
+    from checkpoints.hf_import import HFFolder, is_hf_folder
+    from checkpoints.skeleton import array_shapes
+
+    if is_hf_folder(path):
+        folder = HFFolder.open(path)
+        config, loaded_as, dtypes = folder.config, np.dtype(jnp.bfloat16), folder.dtypes
+        kind = f"Hugging Face {folder.architecture}"
+        weight_bytes, source = folder.nbytes, None
+    else:
+        manifest = checkpoints.Manifest.read(path)
+        manifest.check_files(path)
+        config, loaded_as = manifest.config, np.dtype(manifest.dtype)
+        kind, source = "ffjax checkpoint", manifest.source
+        shapes = array_shapes(config, loaded_as)
+        dtypes = {manifest.dtype: len(shapes)}
+        weight_bytes = sum(math.prod(leaf.shape) for leaf in shapes.values()) * loaded_as.itemsize
+    return {
+        "path": str(path),
+        "kind": kind,
+        "name": config.name,
+        "family": config.family,
+        "weights": config.num_params,
+        "dtypes": dtypes,
+        "weight_bytes": weight_bytes,
+        "disk_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "config": config.to_dict(),
+        "tokenizer": _tokenizer(path, config),
+        "source": source,
+        "why_not_fused": _why_not_fused(config, loaded_as, batch),
+    }
+
+
+def _why_not_fused(config: ModelConfig, dtype: Any, batch: int) -> str | None:
+    """Why the fused kernel cannot run such a model here, over all of its positions."""
+    from flax import nnx
+
+    from ffjax.decode import why_not_fused
+    from ffjax.model import Transformer
+
+    answers = []
+
+    def ask() -> Transformer:
+        model = Transformer(config, rngs=nnx.Rngs(0), dtype=dtype)
+        answers.append(why_not_fused(model, batch, config.max_context))
+        return model
+
+    nnx.eval_shape(ask)  # the answer depends on shapes: no weight is made
+    return answers[0]
+
+
+def _tokenizer(path: Path, config: ModelConfig) -> dict[str, Any] | str:
+    """What the tokenizer is, or why there is none."""
+    from ffjax.hf_tokenizer import HFTokenizer
+    from ffjax.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(path, config)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)  # the weights are none the worse for it
+    return {
+        "kind": "tokenizer.json" if isinstance(tokenizer, HFTokenizer) else "bytes",
+        "vocab_size": tokenizer.vocab_size,
+        "eot_ids": list(tokenizer.eot_ids),
+        "chat_template": getattr(tokenizer, "chat_template", None) is not None,
+    }
+
+
+def _table(report: dict[str, Any]) -> dict[str, str]:
+    """The report for people."""
+    c, tokenizer = report["config"], report["tokenizer"]
+    if isinstance(tokenizer, dict):
+        template = "a" if tokenizer["chat_template"] else "no"
+        ends = ", ".join(map(str, tokenizer["eot_ids"]))
+        tokenizer = (
+            f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens; a text ends with {ends}; "
+            f"{template} chat template"
+        )
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(ModelConfig)
+        if field.default is not dataclasses.MISSING
+    }
+    special = [f"{name}={c[name]!r}" for name in defaults if c[name] != defaults[name]]
+    shown = [entry for entry in special if entry.partition("=")[0] not in ("name", "family")]
+    return {
+        "path": report["path"],
+        "kind": report["kind"],
+        "model": f"{report['name']}, {report['family']}",
+        "weights": f"{report['weights']:,}",
+        "layers": f"{c['num_layers']} of width {c['model_dim']}, feed-forward {c['ffw_dim']}",
+        "heads": f"{c['num_heads']} of {c['head_dim']}, {c['num_kv_heads']} of keys and values",
+        "vocabulary": f"{c['vocab_size']:,}",
+        "configuration": ", ".join(shown) or "all defaults",
+        "dtypes": ", ".join(
+            f"{count} arrays of {name}" for name, count in report["dtypes"].items()
+        ),
+        "bytes": f"{report['weight_bytes']:,} of weights, {report['disk_bytes']:,} on disk",
+        "tokenizer": tokenizer,
+        "source": _short(json.dumps(report["source"])) if report["source"] else "not said",
+        "fused kernel": report["why_not_fused"] or "can run it here",
+    }
+
+
+def _short(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else f"{text[:most]}... (--json has all of it)"
