@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx
 from ffjax import decode
 from ffjax.cache import KVCache
 from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig
-from ffjax.decode import decode_step, decode_weights, fused_step, why_not_fused
+from ffjax.decode import Kernel, decode_step, decode_weights, fused_step, why_not_fused
 from ffjax.model import Transformer
 from pallas_kernels.gpu import INTERPRETER
 
@@ -62,15 +63,27 @@ def test_a_named_kernel_that_cannot_run_raises_the_reason(model, cache, tokens):
 
 
 def test_a_device_that_can_takes_the_kernel(model, cache, tokens, caplog, monkeypatch):
-    took = object()
+    took = {"pallas": object(), "pallas_stream": object()}
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
-    monkeypatch.setattr(decode, "fused_step", lambda *arguments: took)
+    monkeypatch.setattr(decode, "fused_step", lambda *arguments, kernel: took[kernel])
     decode._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="ffjax"):
-        assert decode_step(model, cache, tokens) is took
+        assert decode_step(model, cache, tokens) is took["pallas"]
     assert "uses 'pallas'" in caplog.text
-    assert decode_step(model, cache, tokens, implementation="pallas") is took
-    assert decode_step(model, cache, tokens, implementation="xla") is not took
+    for name in get_args(Kernel):
+        assert decode_step(model, cache, tokens, implementation=name) is took[name]
+    assert decode_step(model, cache, tokens, implementation="xla") not in took.values()
+
+
+def test_a_model_the_streamed_kernel_cannot_hold_is_refused(cache, monkeypatch):
+    wide = small_config(num_layers=1, model_dim=16_384)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(wide, rngs=nnx.Rngs(0))))
+    shapes = nnx.merge(graph, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), state))
+    monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
+    assert why_not_fused(shapes, 1, 8) is None
+    reason = why_not_fused(shapes, 1, 8, "pallas_stream")
+    assert reason is not None
+    assert "this model has 16384" in reason
 
 
 def test_a_limit_of_the_kernel_is_raised_on_any_device(tokens):
@@ -137,7 +150,9 @@ def test_presets_of_the_llama_family_and_no_other_may_run_fused(name):
 
 
 def test_an_unknown_name_is_refused(model, cache, tokens):
-    with pytest.raises(ValueError, match="one of 'pallas', 'pallas_stream', 'xla' or None, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="one of 'pallas', 'pallas_stream', 'xla' or None, got 'cuda'"
+    ):
         decode_step(model, cache, tokens, implementation="cuda")  # pyright: ignore[reportArgumentType]
 
 

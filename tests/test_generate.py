@@ -338,7 +338,10 @@ BAD = {
     "seed": ((ValueError, "seed must be at least 0, got -1"), [SHORT, 4, {"seed": -1}]),
     "seeds": ((ValueError, "there are 2 for 1 prompts"), [SHORT, 4, {"seed": [1, 2]}]),
     "name": (
-        (ValueError, "implementation is one of 'pallas', 'pallas_stream', 'xla' or None, got 'cuda'"),
+        (
+            ValueError,
+            "implementation is one of 'pallas', 'pallas_stream', 'xla' or None, got 'cuda'",
+        ),
         [SHORT, 4, {"implementation": "cuda"}],
     ),
     "batch": (

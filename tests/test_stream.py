@@ -401,6 +401,21 @@ def test_tokens_outside_the_vocabulary_are_clamped():
     )
 
 
+def test_of_equal_logits_the_lowest_token_wins():
+    config = small_config()
+    model, cache = random_model(config), filled_cache(config, [5, 3], 16)
+    tokens = random_tokens(config, 2)
+    _, best, _ = streamed(model, cache, tokens)
+    head = model.head_weight.at[jnp.array([2, 99])].set(model.head_weight[best])
+    # Each best row once more, before and behind it.
+    weights, state = kernel_inputs(model, cache)
+    head = head.at[jnp.array([100, 1])].set(model.head_weight[best])
+    plan = make_stream_plan(dims_of(config, 2, 16), INTERPRETER)
+    for rows, want in ((head, [2, 1]), (jnp.ones_like(head), [0, 0])):
+        logits, token, _ = stream(plan)(weights._replace(head=rows), state, tokens)
+        assert token.tolist() == np.argmax(logits, axis=-1).tolist() == want
+
+
 # Several programs, stage by stage
 
 

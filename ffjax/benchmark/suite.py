@@ -200,7 +200,9 @@ def traffic(model: Transformer, batch: int, position: int, capacity: int, steps:
         capacity: S.
         steps: steps of the loop, each one position further.
     """
-    plan = make_plan(step_dims(model.config, batch, capacity), Gpu.of(default_device()) or INTERPRETER)
+    plan = make_plan(
+        step_dims(model.config, batch, capacity), Gpu.of(default_device()) or INTERPRETER
+    )
     read = [plan.cache_bytes([position + i] * batch) for i in range(steps)]
     return Traffic(plan.weight_bytes, statistics.fmean(read))
 
