@@ -8,7 +8,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from ffjax.commands import bench, convert, evaluate, export, fidelity, generate, inspect
+from ffjax.commands import bench, convert, evaluate, export, fidelity, generate, inspect, tune
 
 __all__ = ["COMMANDS", "main"]
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "export": export,
     "inspect": inspect,
     "bench": bench,
+    "tune": tune,
     "eval": evaluate,
     "fidelity": fidelity,
 }

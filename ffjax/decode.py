@@ -23,7 +23,7 @@ from pallas_kernels.plan import make_plan
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.plan import make_stream_plan
 from pallas_kernels.stream.plan import why_not as why_not_streamed
-from pallas_kernels.stream.tuning import Tuning
+from pallas_kernels.stream.tuning import Tuning, tuning_for
 from pallas_kernels.support import why_not
 
 __all__ = [
@@ -196,7 +196,7 @@ def fused_step(
         cache: the cache.
         tokens: int `[B]`.
         kernel: "pallas", the phased kernel, or "pallas_stream", the streamed one.
-        tuning: tunables of the streamed kernel. None: its defaults.
+        tuning: tunables of the streamed kernel. None: what its table says.
         interpret: run the kernel's body on a CPU, with one program, in Pallas's
             interpret mode: slow, for tests of its numerics.
 
@@ -211,7 +211,7 @@ def fused_step(
     state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
     step = decode_weights(model), state, tokens.astype(jnp.int32)
     if kernel == "pallas_stream":
-        plan = make_stream_plan(dims, gpu, tuning or Tuning())
+        plan = make_stream_plan(dims, gpu, tuning or tuning_for(gpu.name, dims))
         logits, token, state = stream_step(plan, *step, interpret=interpret)
     else:
         logits, token, state = launch_step(make_plan(dims, gpu), *step, interpret=interpret)

@@ -44,7 +44,7 @@ MAX_STAGES = 7
 # A multiprocessor has registers for so many warps of threads that use 255 each.
 MAX_WARPS = 8
 # Elements of one tile of keys or values.
-ATTENTION_TILE = 4096
+ATTENTION_TILE = 8192
 
 
 class Segment(enum.IntEnum):

@@ -1,10 +1,25 @@
-"""What may be chosen freely about a streamed step: it changes its speed and nothing else."""
+"""What may be chosen freely about a streamed step, and the table of what was measured best.
+
+A choice changes the step's speed, and the order of its sums, and nothing else. `tuned.json`
+holds a row for each device, model shape and batch that `ffjax tune` was run for. Where it has
+none, the rule is the defaults of `Tuning`: tiles of 64 by 256, one program a multiprocessor,
+as many tiles in flight as its shared memory holds.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+from importlib import resources
+from typing import Any
 
-__all__ = ["Tuning"]
+from pallas_kernels.dims import Dims, next_power_of_2
+
+__all__ = ["Tuning", "row_key", "tuning_for"]
+
+# The sizes that a step's best tuning depends on; layers and vocabulary only repeat tiles.
+_SIZES = ("model_dim", "ffw_dim", "num_heads", "num_kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +45,9 @@ class Tuning:
     num_stages: int | None = None
 
     def __post_init__(self):
-        depths = [1 << n for n in range(4, 10)]
         for name, allowed in {
             "matrix_rows": [64, 128],
-            "depth": depths,
+            "depth": [16, 32, 64, 128, 256, 512],
             "programs_per_core": [1, 2],
             "num_warps": [None, 4, 8, 16],
         }.items():
@@ -47,3 +61,34 @@ class Tuning:
                 "A stream has a tile in flight while another is used: num_stages is at least 2, "
                 f"got {self.num_stages}."
             )
+
+
+def row_key(device: str, dims: Dims) -> dict[str, Any]:
+    """What a row of the table is found by.
+
+    Args:
+        device: what the GPU calls itself.
+        dims: the sizes; batches are rounded up to powers of two.
+    """
+    sizes = {name: getattr(dims, name) for name in _SIZES}
+    return {"device": device, "batch": next_power_of_2(dims.batch), **sizes}
+
+
+@functools.cache
+def _table() -> list[dict[str, Any]]:
+    file = resources.files("pallas_kernels.stream") / "tuned.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def tuning_for(device: str, dims: Dims) -> Tuning:
+    """The tuning of the table's row for this device, shape and batch; else the defaults.
+
+    Raises:
+        ValueError: the row holds an impossible tuning.
+        TypeError: the row holds a tunable that there is not.
+    """
+    key = row_key(device, dims)
+    for row in _table():
+        if all(row[name] == value for name, value in key.items()):
+            return Tuning(**row["tuning"])
+    return Tuning()

@@ -1,0 +1,186 @@
+"""Looks for the streamed kernel's best tuning on this device.
+
+First the shapes of tiles and programs are timed in turn, each with as many tiles in flight as
+fit; then, for the fastest, other numbers of tiles. Every candidate's step is compared with the
+reference before it counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from ffjax.benchmark.check import compare, follow, observe
+from ffjax.benchmark.contenders import Contender, implementation
+from ffjax.benchmark.inputs import capacity_for, first_tokens, started_cache
+from ffjax.benchmark.timing import DecodeLoop, Timing, rewind, time_loops
+from ffjax.cache import KVCache
+from ffjax.decode import DecodeOutput, fused_step
+from ffjax.model import Transformer
+from pallas_kernels.dims import Dims
+from pallas_kernels.gpu import Gpu
+from pallas_kernels.stream.plan import StreamPlan, make_stream_plan
+from pallas_kernels.stream.tuning import Tuning
+
+__all__ = ["Trial", "candidates", "more_stages", "tune", "tuned"]
+
+# A step is wrong beyond this relative error of its logits; bfloat16 computations of real
+# depth lie 0.04 apart at most.
+WRONG = 0.1
+_CHECKED_STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One candidate, measured.
+
+    Attributes:
+        tuning: the candidate.
+        plan: the plan it leads to.
+        timing: how long a loop of steps took; None where it did not compile.
+        relative_error: of its logits against the reference's, the worst step.
+        repeats: whether a second run gave the same bits.
+        failure: why it did not compile, or None.
+    """
+
+    tuning: Tuning
+    plan: StreamPlan
+    timing: Timing | None
+    relative_error: float
+    repeats: bool
+    failure: str | None
+
+    @property
+    def sound(self) -> bool:
+        """Whether it may be chosen."""
+        return self.timing is not None and self.repeats and self.relative_error < WRONG
+
+
+def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
+    """Those that can be planned, without those that lead to the same plan."""
+    plans: dict[tuple, Tuning] = {}
+    for tuning in tunings:
+        try:
+            plan = make_stream_plan(dims, gpu, tuning)
+        except ValueError:
+            continue
+        tile = plan.rows, plan.chunks, plan.depth
+        plans.setdefault((*tile, plan.programs, plan.num_warps, plan.num_stages), tuning)
+    return list(plans.values())
+
+
+def candidates(dims: Dims, gpu: Gpu) -> list[Tuning]:
+    """Shapes of tiles and programs to try, the default first."""
+    shapes = itertools.product((64, 128), (256, 128), (1, 2), (None, 4, 8))
+    options = (
+        Tuning(matrix_rows=rows, depth=depth, programs_per_core=programs, num_warps=warps)
+        for rows, depth, programs, warps in shapes
+    )
+    return _distinct(dims, gpu, options)
+
+
+def more_stages(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
+    """The same shapes with other numbers of tiles in flight."""
+    usual = make_stream_plan(dims, gpu, tuning).num_stages
+    numbers = (usual + 1, *range(usual - 1, 1, -1))
+    options = (dataclasses.replace(tuning, num_stages=number) for number in numbers)
+    return _distinct(dims, gpu, options)
+
+
+def tuned(model: Transformer, tuning: Tuning) -> Contender:
+    """The streamed kernel with this tuning, as something that can be timed."""
+    graph, params = nnx.split(model)
+
+    def step(params: Any, cache: KVCache, tokens: Array) -> DecodeOutput:
+        model = nnx.merge(graph, params)
+        return fused_step(model, cache, tokens, kernel="pallas_stream", tuning=tuning)
+
+    return Contender(step, params, lambda cache: cache)
+
+
+def tune(
+    model: Transformer,
+    dims: Dims,
+    gpu: Gpu,
+    position: int,
+    steps: int,
+    repetitions: int,
+    make: Callable[[Transformer, Tuning], Contender] = tuned,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Trial]:
+    """Times the candidates; the fastest sound one comes first.
+
+    Args:
+        model: a model of the sizes.
+        dims: the sizes.
+        gpu: the device.
+        position: live positions before the first step.
+        steps: steps of a timed loop.
+        repetitions: timed loops of each.
+        make: makes a contender of a tuning.
+        say: is told what is being done, in a line.
+    """
+    measure = functools.partial(_measure, model, dims, gpu, position, steps, repetitions, make, say)
+    trials = measure(candidates(dims, gpu))
+    best = next((trial for trial in trials if trial.sound), None)
+    if best is not None:
+        trials = _ranked([*trials, *measure(more_stages(dims, gpu, best.tuning))])
+    return trials
+
+
+def _ranked(trials: list[Trial]) -> list[Trial]:
+    def rank(trial: Trial) -> tuple[bool, float]:
+        seconds = trial.timing.step_seconds if trial.timing is not None else float("inf")
+        return not trial.sound, seconds
+
+    return sorted(trials, key=rank)
+
+
+def _measure(
+    model: Transformer,
+    dims: Dims,
+    gpu: Gpu,
+    position: int,
+    steps: int,
+    repetitions: int,
+    make: Callable[[Transformer, Tuning], Contender],
+    say: Callable[[str], None],
+    tunings: list[Tuning],
+) -> list[Trial]:
+    config, batch = model.config, dims.batch
+    first = first_tokens(config, batch)
+    fresh = functools.partial(started_cache, config, batch, position, capacity_for(position, steps))
+    reference = implementation(model, "xla")
+    checked = min(steps, _CHECKED_STEPS)
+    trials, loops = [], []
+    for number, tuning in enumerate(tunings, start=1):
+        say(f"{number} of {len(tunings)}: {tuning}")
+        contender = make(model, tuning)
+        plan = make_stream_plan(dims, gpu, tuning)
+        try:
+            seen = observe(contender, fresh(), first, checked)
+            loop = DecodeLoop(contender.step, contender.weights, fresh(), position, first, steps)
+        except jax.errors.JaxRuntimeError as error:  # the compiler's, as of too much memory
+            reason = str(error).strip().splitlines()[0]
+            trials.append(Trial(tuning, plan, None, float("inf"), False, reason))
+            continue
+        others, _ = follow(reference, rewind(fresh(), position), seen.fed)
+        error = compare(seen.logits, others).relative_error
+        error = error if bool(jnp.isfinite(seen.logits).all()) else float("inf")
+        trials.append(Trial(tuning, plan, None, error, seen.repeats, None))
+        loops.append((len(trials) - 1, loop))
+    timings = time_loops([loop for _, loop in loops], repetitions) if loops else []
+    for (index, loop), timing in zip(loops, timings, strict=True):
+        trial = trials[index]
+        repeats = trial.repeats and loop.repeats
+        trials[index] = dataclasses.replace(trial, timing=timing, repeats=repeats)
+        loop.close()
+    return _ranked(trials)

@@ -1,0 +1,129 @@
+"""Tuning: what is tried, what counts, and the table that the streamed kernel reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from decode_cases import dims_of, random_model, small_config
+
+from ffjax import cli
+from ffjax.benchmark import tune as tune_module
+from ffjax.benchmark.contenders import Contender, implementation
+from ffjax.benchmark.tune import Trial, candidates, more_stages, tune
+from ffjax.config import preset
+from pallas_kernels.gpu import Gpu
+from pallas_kernels.stream import tuning as tuning_module
+from pallas_kernels.stream.plan import make_stream_plan
+from pallas_kernels.stream.tuning import Tuning, row_key, tuning_for
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+H200 = Gpu.named("NVIDIA H200", "9.0", 132)
+
+
+@pytest.mark.parametrize("name", ["llama3.2-1b", "llama3.2-3b", "llama3.1-8b"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_candidates_differ_and_can_be_planned(name, batch):
+    dims = dims_of(preset(name), batch, 1024)
+    tried = candidates(dims, H200)
+    assert tried[0] == Tuning()
+    plans = [make_stream_plan(dims, H200, tuning) for tuning in tried]
+    assert len({(p.rows, p.depth, p.programs, p.num_warps) for p in plans}) == len(plans) > 1
+    stages = [
+        make_stream_plan(dims, H200, tuning).num_stages
+        for tuning in more_stages(dims, H200, Tuning())
+    ]
+    usual = plans[0].num_stages
+    assert usual not in stages
+    assert sorted(stages) == [n for n in range(2, usual + 2) if n != usual]
+
+
+def test_the_fastest_sound_candidate_comes_first(monkeypatch):
+    """The reference plays the kernel: wrong under one tuning, failing under another."""
+    config = small_config(vocab_size=32, num_layers=1)
+    model, dims = random_model(config), dims_of(config, 1, 256)
+    right, wrong, broken = (Tuning(depth=depth) for depth in (16, 32, 64))
+    monkeypatch.setattr(tune_module, "candidates", lambda *_: [wrong, broken, right])
+    monkeypatch.setattr(tune_module, "more_stages", lambda *_: [Tuning(num_stages=2)])
+
+    def make(model, tuning) -> Contender:
+        plain = implementation(model, "xla")
+
+        def step(weights, cache, tokens):
+            if tuning == broken:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: shared memory\nand more")
+            out = plain.step(weights, cache, tokens)
+            off = 0.5 * jnp.max(jnp.abs(out.logits)) if tuning == wrong else 0.0
+            return out._replace(logits=out.logits + off)  # pyright: ignore[reportAttributeAccessIssue]
+
+        return dataclasses.replace(plain, step=step)
+
+    said = []
+    trials = tune(model, dims, H200, 3, 6, 7, make, said.append)
+    assert [trial.sound for trial in trials] == [True, True, False, False]
+    assert {trials[0].tuning, trials[1].tuning} == {right, Tuning(num_stages=2)}
+    times = [trial.timing.step_seconds for trial in trials[:2] if trial.timing is not None]
+    assert times == sorted(times)
+    assert trials[2].tuning == wrong
+    assert trials[2].relative_error > tune_module.WRONG > trials[0].relative_error
+    assert trials[3].tuning == broken
+    assert trials[3].failure == "RESOURCE_EXHAUSTED: shared memory"
+    assert len(said) == 4
+
+
+def test_bits_that_change_are_not_sound():
+    plan = make_stream_plan(dims_of(small_config(), 1, 16), H200)
+    timing = tune_module.Timing(1, (1.0,), 0.0)
+    trial = Trial(Tuning(), plan, timing, 0.0, True, None)
+    assert trial.sound
+    assert not dataclasses.replace(trial, repeats=False).sound
+    assert not dataclasses.replace(trial, relative_error=float("nan")).sound
+
+
+def test_without_a_gpu_tuning_is_refused_in_a_sentence(capsys):
+    if jax.default_backend() != "cpu":
+        pytest.skip("says what a CPU cannot do")
+    assert cli.main(["tune", "--config", "python-bytes-3m"]) == 2
+    assert "runs on NVIDIA GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "llama9"], "No preset is called 'llama9'"),
+        (["--config", "llama3.2-1b", "--batch", "9"], "takes 1 to 8 sequences; there are 9"),
+        (["--config", "llama3.2-1b", "--steps", "0"], "at least 1 step, got 0"),
+        (["--config", "llama3.2-1b", "--repetitions", "3"], "at least 7 repetitions, got 3"),
+    ],
+)
+def test_bad_input_gets_a_sentence(capsys, arguments, message):
+    assert cli.main(["tune", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+# The table
+
+
+def test_every_row_of_the_table_can_be_planned():
+    for row in tuning_module._table():
+        assert {"device", "batch", "tuning", "us_per_step", "config"} <= row.keys()
+        dims = dims_of(preset(row["config"]), row["batch"], 1024)
+        assert row_key(row["device"], dims).items() <= row.items()
+        make_stream_plan(dims, H200, Tuning(**row["tuning"]))
+
+
+def test_a_step_takes_its_own_row_or_the_defaults(monkeypatch):
+    dims = dims_of(preset("llama3.2-1b"), 3, 1024)
+    chosen = Tuning(depth=128, num_warps=8)
+    row = {**row_key("NVIDIA H200", dims), "tuning": dataclasses.asdict(chosen)}
+    monkeypatch.setattr(tuning_module, "_table", lambda: [json.loads(json.dumps(row))])
+    assert row["batch"] == 4
+    assert tuning_for("NVIDIA H200", dims) == chosen
+    assert tuning_for("NVIDIA H200", dataclasses.replace(dims, batch=4, capacity=7)) == chosen
+    assert tuning_for("NVIDIA H200", dataclasses.replace(dims, batch=2)) == Tuning()
+    assert tuning_for("NVIDIA H200", dataclasses.replace(dims, ffw_dim=64)) == Tuning()
+    assert tuning_for("NVIDIA H100", dims) == Tuning()
