@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 
 import pytest
 
@@ -16,6 +17,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tests run as users do: in float32, whatever the shell says. With x64 on, a constant that
     # should have a dtype of its own would go unnoticed.
     os.environ["JAX_ENABLE_X64"] = "0"
+    # A shell that starts a command in the background has it ignore Ctrl-C; some tests send it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Some tests start a process that needs the same GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

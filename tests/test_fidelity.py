@@ -424,8 +424,11 @@ def test_a_named_candidate_is_that_one(model, monkeypatch):
         fidelity.choose_candidate(CONFIG, 2, 8, "cuda")  # pyright: ignore[reportArgumentType]
     for module in ("ffjax.fidelity", "ffjax.decode"):
         monkeypatch.setattr(f"{module}.why_not_fused", lambda *_: None)
-    chosen = fidelity.choose_candidate(CONFIG, 2, 8)
-    assert chosen == Candidate(fused_step, "pallas", None)
+    for name, kernel in ((None, "pallas"), ("pallas_stream", "pallas_stream")):
+        chosen = fidelity.choose_candidate(CONFIG, 2, 8, name)
+        assert (chosen.implementation, chosen.why_interpreted) == (kernel, None)
+        assert isinstance(chosen.step, functools.partial)
+        assert (chosen.step.func, chosen.step.keywords) == (fused_step, {"kernel": kernel})
 
 
 # The command
