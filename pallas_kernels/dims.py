@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["DecodeWeights", "Dims", "ceil_div", "next_power_of_2"]
+__all__ = ["DecodeWeights", "Dims", "Features", "ceil_div", "next_power_of_2"]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -22,10 +22,51 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+    """What a model's step does besides that of the Llama family; by default, nothing.
+
+    Attributes:
+        norm_offset: added to the weights of every RMSNorm.
+        pre_norm: whether a block reads the normed residual.
+        post_norm: whether a block's output is normed before it is added to the residual.
+        qk_norm: RMSNorm of queries and keys before RoPE: "head", each by itself; "full", the
+            whole projection at once; or None.
+        qkv_bias: whether queries, keys and values have a bias.
+        activation: of the gate: "silu" or "gelu_tanh".
+        embed_scale: multiplies a token's embedding; as rounded to the weights' dtype.
+        residual_scale: multiplies a block's output before it is added to the residual.
+        attn_scale: multiplies the products of queries and keys; None: 1/sqrt(H).
+        logit_scale: multiplies the logits.
+        attn_softcap: c, which makes scores c * tanh(score / c), or None.
+        logit_softcap: the same of the logits, after logit_scale.
+        window: positions that a query of a local layer sees, its own included, or None.
+        local_layers: which of the L layers are local; empty without a window.
+        local_rope: whether local layers have rotary frequencies of their own.
+    """
+
+    norm_offset: float = 0.0
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: str | None = None
+    qkv_bias: bool = False
+    activation: str = "silu"
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    attn_scale: float | None = None
+    logit_scale: float = 1.0
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    window: int | None = None
+    local_layers: tuple[bool, ...] = ()
+    local_rope: bool = False
+
+
 class DecodeWeights(NamedTuple):
     """The weights as the model stores them, and the rotary frequencies.
 
-    A tied head is passed as the embedding once more: the same buffer.
+    A tied head is passed as the embedding once more: the same buffer. What a model does not
+    have is None.
 
     Attributes:
         embed: `[V, D]`.
@@ -38,18 +79,30 @@ class DecodeWeights(NamedTuple):
         final_norm: `[D]`.
         head: `[V, D]`.
         inv_freq: float32 `[H/2]`, radians a position.
+        inv_freq_local: the same for local layers, where they differ.
+        qkv_bias: `[L, (N + 2K) * H]`.
+        q_norm: `[L, H]`, or `[L, N * H]` where the whole projection is normed at once.
+        k_norm: `[L, H]` or `[L, K * H]`.
+        attn_post_norm: `[L, D]`.
+        mlp_post_norm: `[L, D]`.
     """
 
     embed: Array
-    attn_norm: Array
+    attn_norm: Array | None
     qkv: Array
     attn_out: Array
-    mlp_norm: Array
+    mlp_norm: Array | None
     gate_up: Array
     down: Array
     final_norm: Array
     head: Array
     inv_freq: Array
+    inv_freq_local: Array | None = None
+    qkv_bias: Array | None = None
+    q_norm: Array | None = None
+    k_norm: Array | None = None
+    attn_post_norm: Array | None = None
+    mlp_post_norm: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +120,7 @@ class Dims:
         head_dim: H.
         capacity: S, cache slots a sequence.
         norm_eps: added to the mean square in RMSNorm.
+        features: what the model does besides Llama.
     """
 
     batch: int
@@ -79,6 +133,7 @@ class Dims:
     head_dim: int
     capacity: int
     norm_eps: float
+    features: Features = Features()
 
     @property
     def q_per_kv(self) -> int:
@@ -115,20 +170,35 @@ class Dims:
 
     def abstract_weights(self, dtype=jnp.bfloat16) -> DecodeWeights:
         """The weights' shapes and dtypes, for tracing without arrays."""
-        d, f, n_layers = self.model_dim, self.ffw_dim, self.num_layers
+        d, f, n_layers, features = self.model_dim, self.ffw_dim, self.num_layers, self.features
+        full = features.qk_norm == "full"
 
-        def spec(*shape: int, dtype=dtype) -> Any:
-            return jax.ShapeDtypeStruct(shape, dtype)
+        def spec(*shape: int, dtype=dtype, there: bool = True) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype) if there else None
 
+        def norm(size: int, there: bool) -> Any:
+            return spec(n_layers, size, there=there)
+
+        def frequencies(there: bool) -> Any:
+            return spec(self.head_dim // 2, dtype=jnp.float32, there=there)
+
+        normed = features.qk_norm is not None
+        kv_dim = self.num_kv_heads * self.head_dim
         return DecodeWeights(
             embed=spec(self.vocab_size, d),
-            attn_norm=spec(n_layers, d),
+            attn_norm=norm(d, features.pre_norm),
             qkv=spec(n_layers, self.qkv_dim, d),
             attn_out=spec(n_layers, d, self.attn_dim),
-            mlp_norm=spec(n_layers, d),
+            mlp_norm=norm(d, features.pre_norm),
             gate_up=spec(n_layers, 2 * f, d),
             down=spec(n_layers, d, f),
             final_norm=spec(d),
             head=spec(self.vocab_size, d),
-            inv_freq=spec(self.head_dim // 2, dtype=jnp.float32),
+            inv_freq=frequencies(True),
+            inv_freq_local=frequencies(features.local_rope),
+            qkv_bias=norm(self.qkv_dim, features.qkv_bias),
+            q_norm=norm(self.attn_dim if full else self.head_dim, normed),
+            k_norm=norm(kv_dim if full else self.head_dim, normed),
+            attn_post_norm=norm(d, features.post_norm),
+            mlp_post_norm=norm(d, features.post_norm),
         )

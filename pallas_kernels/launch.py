@@ -21,10 +21,10 @@ from pallas_kernels.sync import GridSync
 # The kernel's name in compiled programs and in profiles.
 KERNEL_NAME = "ffjax_decode_step"
 
-__all__ = ["KERNEL_NAME", "WEIGHT_NAMES", "StepState", "launch_step", "run_kernel"]
+__all__ = ["KERNEL_NAME", "StepState", "launch_step", "named_weights", "run_kernel"]
 
-# Names the phases use for the arrays of DecodeWeights, in its order.
-WEIGHT_NAMES = (
+# Names the kernels use for the arrays of DecodeWeights, in its order.
+_WEIGHT_NAMES = (
     "embed",
     "attn_norm",
     "w_qkv",
@@ -35,6 +35,12 @@ WEIGHT_NAMES = (
     "final_norm",
     "w_head",
     "inv_freq",
+    "inv_freq_local",
+    "qkv_bias",
+    "q_norm",
+    "k_norm",
+    "attn_post_norm",
+    "mlp_post_norm",
 )
 _STATE = ("k", "v", "lengths", "counters")
 
@@ -53,6 +59,12 @@ class StepState(NamedTuple):
     v: Array
     lengths: Array
     counters: Array
+
+
+def named_weights(weights: DecodeWeights) -> dict[str, Array]:
+    """The arrays that a model has, by the names the kernels use."""
+    pairs = zip(_WEIGHT_NAMES, weights, strict=True)
+    return {name: array for name, array in pairs if array is not None}
 
 
 def run_kernel(
@@ -98,7 +110,7 @@ def run_kernel(
     updated = state._asdict() | (scratch or {})
     outputs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in updated.items()}
     outputs |= {name: spec for name, spec in made.items() if name not in outputs}
-    inputs = dict(zip(WEIGHT_NAMES, weights, strict=True)) | {"tokens": tokens}
+    inputs = named_weights(weights) | {"tokens": tokens}
     first_updated = len(inputs)
     aliases = {first_updated + i: i for i in range(len(updated))}
 

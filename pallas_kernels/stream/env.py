@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import Dims
+from pallas_kernels.dims import Dims, Features
 from pallas_kernels.stream.mail import Mail
 from pallas_kernels.stream.plan import Segment, SegmentPlan, StreamPlan
 
@@ -65,6 +65,28 @@ class StreamEnv:
     def segment(self, segment: Segment) -> SegmentPlan:
         """The plan of a segment."""
         return self.plan.segments[segment]
+
+    @property
+    def features(self) -> Features:
+        """What the model does besides Llama."""
+        return self.plan.dims.features
+
+    def is_local(self, layer: Array) -> Array:
+        """Whether the layer's attention sees a window alone; bool scalar."""
+        local = self.features.local_layers
+        if not any(local) or all(local):
+            return jnp.bool_(any(local))
+        words = [
+            sum(1 << bit for bit, one in enumerate(local[start : start + 31]) if one)
+            for start in range(0, len(local), 31)
+        ]
+        number = lax.div(layer, jnp.int32(31))
+        word = select(number, words)
+        return (lax.shift_right_logical(word, layer - number * 31) & 1) != 0
+
+    def norm_weight(self, name: str, *index: Array) -> Array:
+        """Weights of a norm as they multiply, float32."""
+        return self[name][index].astype(jnp.float32) + self.features.norm_offset
 
     def tag(self, layer: Array | int) -> Array:
         """Tag of what is handed over in a layer; the head's input has that of layer L."""

@@ -13,9 +13,9 @@ from pallas_kernels.stream.segments.gate_up import finish_gate_up
 from pallas_kernels.stream.segments.head import finish_head, leave_head
 from pallas_kernels.stream.segments.qkv import Rotations, finish_qkv, make_rotations
 from pallas_kernels.stream.segments.residual import (
+    add_block,
+    close_block,
     finish_projection,
-    leave_attn_out,
-    leave_down,
     leave_embed,
 )
 from pallas_kernels.stream.state import State, empty_state
@@ -48,15 +48,21 @@ def leave_segment(env: StreamEnv, place: Place, state: State) -> State:
         combine_parts(env, place.layer)
         return state
 
+    def leave_block():
+        return add_block(env, place, close_block(env, place, state))
+
     ways = {
         Segment.QKV: leave_qkv,
-        Segment.ATTN_OUT: lambda: leave_attn_out(env, place, state),
+        Segment.ATTN_OUT: leave_block,
         Segment.GATE_UP: lambda: state,
-        Segment.DOWN: lambda: leave_down(env, place, state),
         Segment.HEAD: lambda: leave_head(env, place, state),
         Segment.EMBED: lambda: leave_embed(env, place, state),
     }
-    return lax.switch(place.segment, [ways[s] for s in sorted(ways)])
+    # Both projections share their code: the kernel holds it once.
+    is_down = place.segment == Segment.DOWN
+    number = jnp.where(is_down, jnp.int32(Segment.ATTN_OUT), place.segment)
+    number = jnp.where(number > Segment.DOWN, number - 1, number)
+    return lax.switch(number, [ways[s] for s in sorted(ways)])
 
 
 def stream_kernel(env: StreamEnv) -> None:

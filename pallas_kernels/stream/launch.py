@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import DecodeWeights
-from pallas_kernels.launch import KERNEL_NAME, WEIGHT_NAMES, StepState
+from pallas_kernels.launch import KERNEL_NAME, StepState, named_weights
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.kernel import stream_kernel
 from pallas_kernels.stream.mail import Layout, Mail, mail_words
@@ -76,7 +76,7 @@ def run_stream(
     }
     outputs: dict[str, Any] = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in given.items()}
     outputs |= {name: spec for name, spec in made.items() if name not in outputs}
-    inputs = dict(zip(WEIGHT_NAMES, weights, strict=True)) | {"tokens": tokens}
+    inputs = named_weights(weights) | {"tokens": tokens}
     aliases = {len(inputs) + i: i for i in range(len(given))}
 
     def kernel(*refs):

@@ -62,6 +62,7 @@ class Layout:
         qkv: queries, keys and values of the new position, `[B, N + 2K, H]`.
         attn: attention's output, `[B, N * H]`.
         ffw: hidden activations, `[B, F]`.
+        attn_block, ffw_block: outputs of the two blocks, `[B, D]`, where they are normed.
         partial: pairs `[B, D, splits]`, partial sums of the down projection.
         parts: pairs `[B * K, max_splits, G, H + 2]`: of one span of attention the weighted
             values, the sum of the weights and their maximum.
@@ -75,6 +76,8 @@ class Layout:
     qkv: int
     attn: int
     ffw: int
+    attn_block: int
+    ffw_block: int
     partial: int
     parts: int
     best: int
@@ -91,6 +94,8 @@ class Layout:
             "qkv": b * d.qkv_dim,
             "attn": b * d.attn_dim,
             "ffw": b * d.ffw_dim,
+            "attn_block": b * d.model_dim * d.features.post_norm,
+            "ffw_block": b * d.model_dim * d.features.post_norm,
             "partial": 2 * b * d.model_dim * splits,
             "parts": 2 * b * d.num_heads * max_splits * (d.head_dim + 2),
             "best": 2 * programs * b * 2,

@@ -38,14 +38,15 @@ def collect_operand(env: StreamEnv, first: Place) -> Array:
     def ones():
         return jnp.ones(shape, jnp.float32)
 
+    pre_norm = env.features.pre_norm
     norm = lax.switch(
         segment,
         [
-            lambda: env["attn_norm"][layer, safe].astype(jnp.float32),
+            (lambda: env.norm_weight("attn_norm", layer, safe)) if pre_norm else ones,
             ones,
-            lambda: env["mlp_norm"][layer, safe].astype(jnp.float32),
+            (lambda: env.norm_weight("mlp_norm", layer, safe)) if pre_norm else ones,
             ones,
-            lambda: env["final_norm"][safe].astype(jnp.float32),
+            lambda: env.norm_weight("final_norm", safe),
         ],
     )
     at = mail.layout
@@ -53,8 +54,10 @@ def collect_operand(env: StreamEnv, first: Place) -> Array:
     x = mail.collect(start + b * inner + element, env.tag(first.layer), mask)
     squares = jnp.sum(x * x, axis=1).reshape(plan.columns // bp, bp).sum(axis=0)
     scale = lax.rsqrt(squares / d.model_dim + d.norm_eps)  # [Bp]
-    is_residual = (segment != Segment.ATTN_OUT) & (segment != Segment.DOWN)
-    scale = jnp.where(is_residual, scale, 1.0)
+    is_normed = segment == Segment.HEAD
+    if pre_norm:
+        is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
+    scale = jnp.where(is_normed, scale, 1.0)
     each = jnp.broadcast_to(scale[None, :], (plan.columns // bp, bp)).reshape(plan.columns)
     x = x * each[:, None] * norm
     return jnp.where(mask, x, 0.0).astype(jnp.bfloat16)

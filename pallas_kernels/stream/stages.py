@@ -20,6 +20,7 @@ from pallas_kernels.stream.operand import collect_operand
 from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment, StreamPlan
 from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
 from pallas_kernels.stream.segments.qkv import make_rotations
+from pallas_kernels.stream.segments.residual import add_block, close_block
 from pallas_kernels.stream.state import State
 from pallas_kernels.stream.tiles import load_weights, place_of, tile_sums
 
@@ -30,7 +31,7 @@ class Stage(NamedTuple):
     """One stage: the tiles of a segment, or what follows them.
 
     Attributes:
-        what: "tiles", "leave", "parts" or "combine".
+        what: "tiles", "leave"; of attention "parts" and "combine"; of a block "close" and "add".
         segment: which.
         layer: which.
     """
@@ -40,13 +41,21 @@ class Stage(NamedTuple):
     layer: int
 
 
+# What follows a segment's tiles, where programs wait for each other on the way.
+_ENDS = {
+    Segment.QKV: ("parts", "combine"),
+    Segment.ATTN_OUT: ("close", "add"),
+    Segment.DOWN: ("close", "add"),
+}
+
+
 def stages_of(plan: StreamPlan) -> list[Stage]:
     """All stages of a step, in order."""
     stages = [Stage("leave", Segment.EMBED, 0)]
     for layer in range(plan.dims.num_layers):
         for segment in LAYER_SEGMENTS:
             stages.append(Stage("tiles", segment, layer))
-            ends = ("parts", "combine") if segment == Segment.QKV else ("leave",)
+            ends = _ENDS.get(segment, ("leave",))
             stages.extend(Stage(end, segment, layer) for end in ends)
     last = plan.dims.num_layers
     return [*stages, Stage("tiles", Segment.HEAD, last), Stage("leave", Segment.HEAD, last)]
@@ -58,6 +67,7 @@ def state_shapes(plan: StreamPlan) -> dict[str, jax.ShapeDtypeStruct]:
     owned = (plan.programs, plan.owned, plan.rows, plan.padded_batch)
     return {
         "residual": jax.ShapeDtypeStruct(owned, jnp.float32),
+        "block": jax.ShapeDtypeStruct(owned, jnp.float32),
         "best_logit": jax.ShapeDtypeStruct(tile, jnp.float32),
         "best_token": jax.ShapeDtypeStruct(tile, jnp.int32),
     }
@@ -77,6 +87,10 @@ def run_stage(stage: Stage, env: StreamEnv) -> None:
         attend_parts(env, layer)
     elif stage.what == "combine":
         combine_parts(env, layer)
+    elif stage.what == "close":
+        state = close_block(env, place(0), state)
+    elif stage.what == "add":
+        state = add_block(env, place(0), state)
     elif stage.what == "leave":
         state = leave_segment(env, place(0), state)
     else:

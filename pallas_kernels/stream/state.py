@@ -19,6 +19,7 @@ class State(NamedTuple):
 
     vectors: Array  # bfloat16 [columns, depth], the segment's operand
     residual: Array  # float32 [owned, rows, Bp], of the groups this program owns
+    block: Array  # float32 [owned, rows, Bp], the block's output that is being computed
     best_logit: Array  # float32 [rows, Bp], of the logits so far
     best_token: Array  # int32 [rows, Bp]
 
@@ -30,6 +31,7 @@ def empty_state(env: StreamEnv) -> State:
     return State(
         vectors=jnp.zeros((plan.columns, plan.depth), jnp.bfloat16),
         residual=jnp.zeros((plan.owned, *shape), jnp.float32),
+        block=jnp.zeros((plan.owned, *shape), jnp.float32),
         best_logit=jnp.full(shape, -jnp.inf, jnp.float32),
         best_token=jnp.full(shape, NO_TOKEN, jnp.int32),
     )

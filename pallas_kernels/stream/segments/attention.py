@@ -13,6 +13,7 @@ wait for each other.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream.env import StreamEnv, iota
+from pallas_kernels.stream.segments.heads import collect_heads
 
 __all__ = ["attend_parts", "combine_parts"]
 
@@ -40,54 +42,67 @@ class _Part(NamedTuple):
     head: Array  # of K
     number: Array  # which of the head's parts
     parts: Array  # how many it has
-    length: Array  # live positions before this step
+    position: Array  # the new one
     start: Array  # first cached position of the span
     stop: Array  # one past its last cached position
+
+
+class _Extent(NamedTuple):
+    """What one sequence's query sees of the cache in a layer: scalars, int32."""
+
+    first: Array  # first position seen
+    count: Array  # how many, the new one not counted
 
 
 def _ceil_div(a: Array, b: Array | int) -> Array:
     return lax.div(a + (b - 1), jnp.asarray(b, jnp.int32))
 
 
-def _span(env: StreamEnv, length: Array) -> Array:
-    """Positions of a span, for a sequence of `length` positions and a new one."""
+def _extents(env: StreamEnv, layer: Array) -> list[_Extent]:
+    """Of each sequence. A full cache's new position is not stored."""
+    live = [jnp.minimum(length, env.dims.capacity) for length in env.lengths]
+    if (window := env.features.window) is None:
+        return [_Extent(jnp.int32(0), n) for n in live]
+    local = env.is_local(layer)
+    first = [jnp.where(local, jnp.maximum(n - (window - 1), 0), jnp.int32(0)) for n in live]
+    return [_Extent(start, n - start) for start, n in zip(first, live, strict=True)]
+
+
+def _span(env: StreamEnv, count: Array) -> Array:
+    """Positions of a span, where `count` positions and the new one are seen."""
     cut = env.plan.attention
-    equal = _ceil_div(_ceil_div(length + 1, cut.max_splits), cut.block) * cut.block
+    equal = _ceil_div(_ceil_div(count + 1, cut.max_splits), cut.block) * cut.block
     return jnp.maximum(equal, cut.min_span)
 
 
-def _lengths(env: StreamEnv) -> list[Array]:
-    """Each sequence's live positions; a full cache's new position is not stored."""
-    return [jnp.minimum(length, env.dims.capacity) for length in env.lengths]
-
-
-def _parts_of(env: StreamEnv, length: Array) -> Array:
+def _parts_of(env: StreamEnv, extent: _Extent) -> Array:
     """Parts of one head of a sequence."""
-    return _ceil_div(length + 1, _span(env, length))
+    return _ceil_div(extent.count + 1, _span(env, extent.count))
 
 
-def _part(env: StreamEnv, number: Array) -> _Part:
+def _part(env: StreamEnv, extents: list[_Extent], number: Array) -> _Part:
     """The `number`-th part of the layer: sequences in order, then spans, then heads."""
     heads = env.dims.num_kv_heads
-    offset = before = sequence = length = jnp.int32(0)
-    for b, n in enumerate(_lengths(env)):
+    offset = before = sequence = first = count = jnp.int32(0)
+    for b, extent in enumerate(extents):
         here = number >= offset
         before = jnp.where(here, offset, before)
         sequence = jnp.where(here, b, sequence)
-        length = jnp.where(here, n, length)
-        offset = offset + _parts_of(env, n) * heads
+        first = jnp.where(here, extent.first, first)
+        count = jnp.where(here, extent.count, count)
+        offset = offset + _parts_of(env, extent) * heads
     within = number - before
     index = lax.div(within, jnp.int32(heads))
-    span = _span(env, length)
-    start = index * span
+    span = _span(env, count)
+    start = first + index * span
     return _Part(
         sequence=sequence,
         head=within - index * heads,
         number=index,
-        parts=_parts_of(env, length),
-        length=length,
+        parts=_parts_of(env, _Extent(first, count)),
+        position=first + count,
         start=start,
-        stop=jnp.minimum(start + span, length),
+        stop=jnp.minimum(start + span, first + count),
     )
 
 
@@ -103,7 +118,7 @@ def _load_tile(env: StreamEnv, layer: Array, part: _Part, i: Array) -> tuple[Arr
 
 
 def _attend(
-    env: StreamEnv, layer: Array, tag: Array, part: _Part, first_tile: tuple[Array, Array]
+    env: StreamEnv, layer: Array, part: _Part, first_tile: tuple[Array, Array]
 ) -> tuple[Array, Array, Array]:
     """Softmax attention over the part's span.
 
@@ -111,27 +126,23 @@ def _attend(
         Maximum `[16]` of the scores in base 2, sum `[16]` of the weights, and
         weighted values `[16, H]`, float32; padding rows hold copies.
     """
-    d, block, mail = env.dims, env.plan.attention.block, env.mail
-    shape = (QUERY_ROWS, d.head_dim)
-    element = iota(shape, 1)
-    # Rows of padding repeat the last head; nobody stores what comes of them.
-    head = part.head * d.q_per_kv + jnp.minimum(iota(shape, 0), d.q_per_kv - 1)
-    row = mail.layout.qkv + part.sequence * d.qkv_dim
-    all_of_them = iota(shape, 0) >= 0
-    q = mail.collect(row + head * d.head_dim + element, tag, all_of_them)
+    block, cap = env.plan.attention.block, env.features.attn_softcap
     has_new = part.number == part.parts - 1
-    # The new position, in every row.
-    new_head = row + (d.num_heads + part.head) * d.head_dim + element
-    key = mail.collect(new_head, tag, all_of_them & has_new)
-    value = mail.collect(new_head + d.num_kv_heads * d.head_dim, tag, all_of_them & has_new)
-    top = jnp.where(has_new, jnp.sum(q * key, axis=1), LOWEST)
+    q, key, value = collect_heads(
+        env, layer, part.sequence, part.head, part.position, has_new, QUERY_ROWS
+    )
+
+    def capped(scores):
+        return scores if cap is None else (cap * math.log2(math.e)) * jnp.tanh(scores)
+
+    top = jnp.where(has_new, capped(jnp.sum(q * key, axis=1)), LOWEST)
     nothing = jnp.zeros((QUERY_ROWS,), jnp.float32)
     total = jnp.where(has_new, jnp.ones_like(nothing), nothing)
 
     def step(i, state):
         keys, values, top, total, out = state
         ahead = _load_tile(env, layer, part, i + 1)  # in flight while this tile is used
-        scores = env.dot_split(q, keys, transpose_b=True)  # [16, block]
+        scores = capped(env.dot_split(q, keys, transpose_b=True))  # [16, block]
         seen = part.start + i * block + iota(scores.shape, 1) < part.stop
         scores = jnp.where(seen, scores, LOWEST)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
@@ -214,12 +225,13 @@ def _combine(env: StreamEnv, tag: Array, sequence: Array, head: Array, parts: Ar
 def attend_parts(env: StreamEnv, layer: Array) -> None:
     """This program's parts of the layer's attention; heads of one part are then finished."""
     d, tag = env.dims, env.tag(layer)
-    counts = [_parts_of(env, n) * d.num_kv_heads for n in _lengths(env)]
+    extents = _extents(env, layer)
+    counts = [_parts_of(env, extent) * d.num_kv_heads for extent in extents]
 
     def part_step(j, carry):
-        part = _part(env, env.program + j * env.plan.programs)
+        part = _part(env, extents, env.program + j * env.plan.programs)
         first_tile = _load_tile(env, layer, part, jnp.int32(0))
-        top, total, out = _attend(env, layer, tag, part, first_tile)
+        top, total, out = _attend(env, layer, part, first_tile)
 
         def publish():
             g, element = iota(out.shape, 0), iota(out.shape, 1)
@@ -239,15 +251,14 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
 
 def combine_parts(env: StreamEnv, layer: Array) -> None:
     """Finishes this program's heads of several parts."""
-    d, tag = env.dims, env.tag(layer)
+    d, tag, extents = env.dims, env.tag(layer), _extents(env, layer)
 
     def head_step(j, carry):
         slot = env.program + j * env.plan.programs
         sequence = lax.div(slot, jnp.int32(d.num_kv_heads))
-        length = jnp.int32(0)
-        for b, n in enumerate(_lengths(env)):
-            length = jnp.where(sequence == b, n, length)
-        parts = _parts_of(env, length)
+        parts = jnp.int32(0)
+        for b, extent in enumerate(extents):
+            parts = jnp.where(sequence == b, _parts_of(env, extent), parts)
 
         @pl.when(parts > 1)
         def _():

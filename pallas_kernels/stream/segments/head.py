@@ -19,6 +19,11 @@ def finish_head(env: StreamEnv, place: Place, sums: Array, state: State) -> Stat
     """logits[b] = W_head @ rmsnorm(x[b]). A sequence whose cache was full gets NaN logits."""
     d = env.dims
     token, b = place.group * env.plan.rows + iota(sums.shape, 0), iota(sums.shape, 1)
+    features = env.features
+    if features.logit_scale != 1:
+        sums = sums * features.logit_scale
+    if (cap := features.logit_softcap) is not None:
+        sums = cap * jnp.tanh(sums / cap)
     logits = jnp.where(env.batch_lengths(b) < d.capacity, sums, jnp.nan)
     there = token < d.vocab_size
     plgpu.store(env["logits"].at[b, token], logits, mask=there & (b < d.batch))

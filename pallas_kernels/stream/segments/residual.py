@@ -16,7 +16,7 @@ from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.state import State
 from pallas_kernels.stream.tiles import Place
 
-__all__ = ["finish_projection", "leave_attn_out", "leave_down", "leave_embed"]
+__all__ = ["add_block", "close_block", "finish_projection", "leave_embed"]
 
 
 def _elements(env: StreamEnv, shape: tuple[int, ...]) -> Array:
@@ -25,7 +25,7 @@ def _elements(env: StreamEnv, shape: tuple[int, ...]) -> Array:
     return group * env.plan.rows + iota(shape, 1)
 
 
-def _publish(env: StreamEnv, residual: Array, start: int, tag: Array) -> None:
+def _publish(env: StreamEnv, residual: Array, start: Array | int, tag: Array) -> None:
     element, b = _elements(env, residual.shape), iota(residual.shape, 2)
     real = (element < env.dims.model_dim) & (b < env.dims.batch)
     env.mail.publish(start + b * env.dims.model_dim + element, residual, tag, real)
@@ -40,24 +40,26 @@ def leave_embed(env: StreamEnv, place: Place, state: State) -> State:
     real = element < d.model_dim
     row = env["embed"].at[token, jnp.minimum(element, d.model_dim - 1)]
     x = plgpu.load(row, mask=real, other=0.0).astype(jnp.float32)
+    if env.features.embed_scale != 1:
+        x = x * env.features.embed_scale
     _publish(env, x, env.mail.layout.x_in, env.tag(0))
     return state._replace(residual=x)
 
 
-def _add(state: State, number: Array, sums: Array) -> State:
-    mine = iota(state.residual.shape, 0) == number
-    added = jnp.where(mine, sums[None], 0.0)
-    return state._replace(residual=state.residual + added)
+def _gather(state: State, number: Array, sums: Array) -> State:
+    """The sums of this program's `number`-th group become part of the block's output."""
+    mine = iota(state.block.shape, 0) == number
+    return state._replace(block=state.block + jnp.where(mine, sums[None], 0.0))
 
 
 def finish_projection(env: StreamEnv, place: Place, sums: Array, state: State) -> State:
-    """Adds a tile of a projection to the residual, or hands its partial sums to the owner."""
+    """Keeps a tile of a projection for the residual, or hands its partial sums to the owner."""
     down, bp = env.segment(Segment.DOWN), env.plan.padded_batch
     if down.splits == 1:
-        return _add(state, place.number, sums)
+        return _gather(state, place.number, sums)
 
     def keep():
-        return _add(state, place.number, sums)
+        return _gather(state, place.number, sums)
 
     def hand_over():
         element = place.group * env.plan.rows + iota(sums.shape, 0)
@@ -71,24 +73,60 @@ def finish_projection(env: StreamEnv, place: Place, sums: Array, state: State) -
     return lax.cond(place.segment == Segment.ATTN_OUT, keep, hand_over)
 
 
-def leave_attn_out(env: StreamEnv, place: Place, state: State) -> State:
-    """Hands the residual to the feed-forward block."""
-    _publish(env, state.residual, env.mail.layout.x_mid, env.tag(place.layer))
-    return state
+def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
+    """Waits for all of a block's output; its mean square of each sequence, float32 `[Bp]`."""
+    plan, d, bp = env.plan, env.dims, env.plan.padded_batch
+    shape = (plan.columns, plan.depth)
+    chunk, b = lax.div(iota(shape, 0), jnp.int32(bp)), lax.rem(iota(shape, 0), jnp.int32(bp))
+    element = chunk * plan.depth + iota(shape, 1)
+    # A program that owns nothing needs nothing.
+    owns = env.program < env.segment(Segment.ATTN_OUT).groups
+    there = (b < d.batch) & (element < d.model_dim) & owns
+    x = env.mail.collect(start + b * d.model_dim + element, tag, there)
+    return jnp.sum(x * x, axis=1).reshape(plan.columns // bp, bp).sum(axis=0) / d.model_dim
 
 
-def leave_down(env: StreamEnv, place: Place, state: State) -> State:
-    """Adds up the partial sums, in order, and hands the residual to the next layer."""
+def close_block(env: StreamEnv, place: Place, state: State) -> State:
+    """Completes this program's elements of a block's output, and hands them over to be normed."""
+    layout, tag = env.mail.layout, env.tag(place.layer)
     splits = env.segment(Segment.DOWN).splits
-    if splits > 1:
-        owned, rows, bp = state.residual.shape
+
+    def add_partial_sums():
+        owned, rows, bp = state.block.shape
         shape = (owned, rows, bp, next_power_of_2(splits))
         element, b, split = _elements(env, shape), iota(shape, 2), iota(shape, 3)
         real = (element < env.dims.model_dim) & (b < env.dims.batch) & (split < splits)
         pair = (b * env.dims.model_dim + element) * splits + split
-        at = env.mail.layout.partial + 2 * pair
-        bits = env.mail.collect_pair(at, env.tag(place.layer), real)
+        bits = env.mail.collect_pair(layout.partial + 2 * pair, tag, real)
         partial = lax.bitcast_convert_type(bits, jnp.float32)
-        state = state._replace(residual=state.residual + partial.sum(axis=3))
-    _publish(env, state.residual, env.mail.layout.x_in, env.tag(place.layer + 1))
+        return state._replace(block=partial.sum(axis=3))
+
+    is_down = place.segment == Segment.DOWN
+    if splits > 1:
+        state = lax.cond(is_down, add_partial_sums, lambda: state)
+    if env.features.post_norm:
+        start = jnp.where(is_down, jnp.int32(layout.ffw_block), jnp.int32(layout.attn_block))
+        _publish(env, state.block, start, tag)
     return state
+
+
+def add_block(env: StreamEnv, place: Place, state: State) -> State:
+    """Adds a block's output to the residual, and hands the residual to who reads it next."""
+    d, block, layout = env.dims, state.block, env.mail.layout
+    is_down, tag = place.segment == Segment.DOWN, env.tag(place.layer)
+    if env.features.post_norm:
+        element = jnp.minimum(_elements(env, block.shape), d.model_dim - 1)
+        weight = lax.cond(
+            is_down,
+            lambda: env.norm_weight("mlp_post_norm", place.layer, element),
+            lambda: env.norm_weight("attn_post_norm", place.layer, element),
+        )
+        start = jnp.where(is_down, jnp.int32(layout.ffw_block), jnp.int32(layout.attn_block))
+        scale = lax.rsqrt(_collect_squares(env, start, tag) + d.norm_eps)
+        block = block * scale[None, None, :] * weight
+    if env.features.residual_scale != 1:
+        block = block * env.features.residual_scale
+    residual = state.residual + block
+    start = jnp.where(is_down, jnp.int32(layout.x_in), jnp.int32(layout.x_mid))
+    _publish(env, residual, start, jnp.where(is_down, tag + 1, tag))
+    return state._replace(residual=residual, block=jnp.zeros_like(block))

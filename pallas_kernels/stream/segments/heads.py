@@ -1,0 +1,124 @@
+"""A part's queries, and the new position's key and value, as attention multiplies them.
+
+They come from the mail, ready for use unless the model norms queries and keys: then they come
+as they were projected. A norm needs a whole head, or all heads, which no program of the
+projection has; so whoever attends norms and rotates them, and whoever adds the new position
+stores its key in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.dims import next_power_of_2
+from pallas_kernels.stream.env import StreamEnv, iota
+from pallas_kernels.stream.segments.qkv import softmax_scale
+
+__all__ = ["Heads", "collect_heads"]
+
+
+class Heads(NamedTuple):
+    """What a part of attention starts from, float32 `[rows, H]`; key and value in every row."""
+
+    queries: Array
+    key: Array
+    value: Array
+
+
+def collect_heads(
+    env: StreamEnv,
+    layer: Array,
+    sequence: Array,
+    kv_head: Array,
+    position: Array,
+    has_new: Array,
+    rows: int,
+) -> Heads:
+    """Waits for a part's queries, and for the new key and value where it adds them.
+
+    Args:
+        env: the program's view.
+        layer: int32 scalar.
+        sequence: int32 scalar, b.
+        kv_head: int32 scalar, which of the K heads; rows beyond G repeat its last query.
+        position: int32 scalar, the new position.
+        has_new: bool scalar, whether this part adds it.
+        rows: rows of queries.
+    """
+    d, mail, tag = env.dims, env.mail, env.tag(layer)
+    shape = (rows, d.head_dim)
+    element = iota(shape, 1)
+    start = mail.layout.qkv + sequence * d.qkv_dim
+    query = kv_head * d.q_per_kv + jnp.minimum(iota(shape, 0), d.q_per_kv - 1)
+    key = jnp.broadcast_to(d.num_heads + kv_head, shape)
+    everywhere = element >= 0
+
+    def collect(head, element, mask):
+        return mail.collect(start + head * d.head_dim + element, tag, mask)
+
+    value = collect(key + d.num_kv_heads, element, everywhere & has_new)
+    if env.features.qk_norm is None:
+        return Heads(
+            queries=collect(query, element, everywhere),
+            key=collect(key, element, everywhere & has_new),
+            value=value,
+        )
+    half = d.head_dim // 2
+    is_first = element < half
+    partner = jnp.where(is_first, element + half, element - half)
+    cos, sin = _rotation(env, layer, position, element)
+    sin = jnp.where(is_first, -sin, sin)
+
+    def normed(name: str, head: Array, within: Array, heads: int, first_head: int, mask: Array):
+        """Heads normed and rotated: `[rows, H]`."""
+        x, other = (collect(head, e, mask) for e in (element, partner))
+        if env.features.qk_norm == "head":
+            squares = jnp.sum(x * x, axis=1)[:, None] / d.head_dim
+            at, at_other = element, partner
+        else:
+            squares = _mean_square(env, start + first_head * d.head_dim, heads, tag, mask)
+            at, at_other = (within * d.head_dim + e for e in (element, partner))
+        scale = lax.rsqrt(squares + d.norm_eps)
+        x = x * scale * env.norm_weight(name, layer, at)
+        other = other * scale * env.norm_weight(name, layer, at_other)
+        return x * cos + other * sin
+
+    queries = normed("q_norm", query, query, d.num_heads, 0, everywhere)
+    kv = jnp.broadcast_to(kv_head, shape)
+    new = normed("k_norm", key, kv, d.num_kv_heads, d.num_heads, everywhere & has_new)
+    stored = new.astype(jnp.bfloat16)
+    # Every row is the same: one is stored. A full cache has no slot.
+    fits = has_new & (position < d.capacity) & (iota(shape, 0) == 0)
+    where = (layer, sequence, kv_head, jnp.minimum(position, d.capacity - 1), element)
+    plgpu.store(env["k"].at[where], stored, mask=fits)
+    return Heads(queries * softmax_scale(env), stored.astype(jnp.float32), value)
+
+
+def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> tuple[Array, Array]:
+    """Cosine and sine of the rotation of each element, float32."""
+    size = env.dims.head_dim
+    column = iota((size,), 0)
+    pair = lax.rem(column, jnp.int32(size // 2))
+    frequency = plgpu.load(env["inv_freq"].at[pair])
+    if env.features.local_rope:
+        local = plgpu.load(env["inv_freq_local"].at[pair])
+        frequency = jnp.where(env.is_local(layer), local, frequency)
+    angle = position.astype(jnp.float32) * frequency
+    return (
+        jnp.broadcast_to(jnp.cos(angle)[None, :], element.shape),
+        jnp.broadcast_to(jnp.sin(angle)[None, :], element.shape),
+    )
+
+
+def _mean_square(env: StreamEnv, start: Any, heads: int, tag: Array, mask: Array) -> Array:
+    """Of a projection to all heads at once; float32 scalar."""
+    size = heads * env.dims.head_dim
+    element = iota((next_power_of_2(size),), 0)
+    # The mask is true everywhere or nowhere.
+    there = (element < size) & (jnp.max(mask.astype(jnp.int32)) > 0)
+    x = env.mail.collect(start + element, tag, there)
+    return jnp.sum(x * x) / size
