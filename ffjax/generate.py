@@ -28,7 +28,7 @@ class GenerateOutput:
     Attributes:
         tokens: the new token ids of each sequence, without the prompt and without
             the stop token.
-        finish_reasons: of each sequence: "stop", it came to the stop token; "length",
+        finish_reasons: of each sequence: "stop", it came to a stop token; "length",
             it has as many tokens as were asked for; None, it was broken off.
         implementation: which one ran the decode steps; see `ffjax.decode_step`.
         steps: decode steps the device ran.
@@ -76,7 +76,7 @@ class Replies:
         taken: list[int | None] = []
         for b, token in enumerate(row):
             mine = self.tokens[b]
-            if self.finish_reasons[b] is None and token == self._request.stop_token:
+            if self.finish_reasons[b] is None and token in self._request.stop_tokens:
                 self.finish_reasons[b] = "stop"
             if self.finish_reasons[b] is not None:
                 taken.append(None)
@@ -100,7 +100,7 @@ def generate(
     *,
     temperature: float = 0.0,
     seed: int | Sequence[int] = 0,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     capacity: int | None = None,
     implementation: Implementation | None = None,
 ) -> GenerateOutput:
@@ -118,7 +118,8 @@ def generate(
             `softmax(logits / temperature)`.
         seed: of the draws: one for the call, or one for each prompt. A prompt with a
             seed of its own draws the same tokens in whatever batch it is.
-        stop_token: the token that ends a sequence, or None.
+        stop_token: the token that ends a sequence; or several, up to 64, any of which ends it,
+            as a tokenizer's `eot_ids`; None or an empty sequence: none does.
         capacity: positions of the cache to make, at least what the longest prompt and
             the new tokens need. Give the same to requests of different lengths, and
             they share their compiled programs. None: what this one needs, rounded up.
@@ -129,10 +130,10 @@ def generate(
         The tokens, why each sequence ended, and the times it took.
 
     Raises:
-        ValueError: there is no prompt, a prompt is empty, a token id or the stop token is
-            outside the vocabulary, prompt and new tokens need more positions than the
-            model or the capacity has, a kernel is named for more than 8 prompts, or an
-            option is out of range.
+        ValueError: there is no prompt, a prompt is empty, a token id or a stop token is
+            outside the vocabulary, there are more than 64 stop tokens, prompt and new
+            tokens need more positions than the model or the capacity has, a kernel is named
+            for more than 8 prompts, or an option is out of range.
         TypeError: an argument is of the wrong kind.
         NotImplementedError: the named implementation cannot run here.
     """

@@ -2,7 +2,7 @@
 
 What is compiled depends on the model, the batch, the cache's capacity (rounded up, so
 that similar requests share it) and whether tokens are drawn; lengths, temperature,
-seeds and the stop token are arguments.
+seeds and stop tokens are arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import Implementation, Kernel, decode_step, resolve_implementation
 from ffjax.model import Transformer
-from ffjax.requests import Request
+from ffjax.requests import MAX_STOP_TOKENS, Request
 from ffjax.sampling import sample, sequence_keys, step_keys
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
@@ -94,7 +94,7 @@ def _decode_blocks(
     index: Array,
     keys: Array,
     temperature: Array,
-    stop_token: Array,
+    stop_tokens: Array,
     num_blocks: Array,
     *,
     max_blocks: int,
@@ -114,7 +114,7 @@ def _decode_blocks(
         index: int32, how many tokens a sequence has got, `token` included.
         keys: `[B]`.
         temperature: float32.
-        stop_token: int32, negative for none.
+        stop_tokens: int32 `[n]`, any of which stops a sequence; negative ids stop none.
         num_blocks: int32, at most `max_blocks`.
         max_blocks: blocks there is room for in the result.
         greedy: take the step's own greedy token.
@@ -125,6 +125,9 @@ def _decode_blocks(
         `[max_blocks * BLOCK, B]`, of which the index says how many were made.
     """
     model = nnx.merge(graphdef, state)
+
+    def stops(token):
+        return jnp.any(token[..., None] == stop_tokens, axis=-1)
 
     def step(carry, index):
         cache, token = carry
@@ -142,12 +145,12 @@ def _decode_blocks(
         block, cache, token, done, index, made = carry
         indices = index + jnp.arange(BLOCK, dtype=jnp.int32)
         (cache, token), fresh = lax.scan(step, (cache, token), indices)
-        done |= jnp.any(fresh == stop_token, axis=0)
+        done |= jnp.any(stops(fresh), axis=0)
         made = lax.dynamic_update_slice_in_dim(made, fresh, block * BLOCK, axis=0)
         return block + 1, cache, token, done, index + BLOCK, made
 
     made = jnp.zeros((max_blocks * BLOCK, token.shape[0]), jnp.int32)
-    done |= token == stop_token
+    done |= stops(token)
     carry = (jnp.int32(0), cache, token, done, index, made)
     _, cache, token, done, index, made = lax.while_loop(unfinished, run_block, carry)
     return cache, token, done, index, made
@@ -196,7 +199,9 @@ class Loop:
         self._graphdef, self._state = nnx.split(model)
         self._keys = sequence_keys(request.seed, request.batch)
         self._temperature = jnp.float32(request.temperature)
-        self._stop = jnp.int32(-1 if request.stop_token is None else request.stop_token)
+        stops = np.full(MAX_STOP_TOKENS, -1, np.int32)
+        stops[: len(request.stop_tokens)] = request.stop_tokens
+        self._stops = jnp.asarray(stops)
         self._greedy = request.temperature == 0
         self._token = jnp.zeros((request.batch,), jnp.int32)
         self._done = jnp.zeros((request.batch,), bool)
@@ -223,7 +228,7 @@ class Loop:
 
     def _decode_args(self, num_blocks: int) -> tuple[Any, ...]:
         at = self._cache, self._token, self._done, self._index
-        how = self._keys, self._temperature, self._stop, jnp.int32(num_blocks)
+        how = self._keys, self._temperature, self._stops, jnp.int32(num_blocks)
         return self._graphdef, self._state, *at, *how
 
     def _decode_options(self) -> dict[str, Any]:

@@ -12,7 +12,11 @@ import numpy as np
 
 from ffjax.config import ModelConfig
 
-__all__ = ["Request"]
+__all__ = ["MAX_STOP_TOKENS", "Request"]
+
+# What ends a sequence is compared with every new token in an array of this length, whatever
+# its number is: so that it never compiles anew. No model is known that has more than a few.
+MAX_STOP_TOKENS = 64
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -81,6 +85,27 @@ def _prompts(prompts: Any, config: ModelConfig) -> tuple[np.ndarray, ...]:
     return tuple(_prompt(f"prompt {i}", row, config) for i, row in enumerate(rows))
 
 
+def _stop_tokens(value: Any, config: ModelConfig) -> tuple[int, ...]:
+    """What ends a sequence, each id once."""
+    if value is None:
+        return ()
+    if isinstance(value, numbers.Integral):
+        return (_token_id("stop_token", value, config),)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"stop_token is a token id, a sequence of them, or None; got {value!r}. "
+            "Encode a text with the model's tokenizer first."
+        )
+    ids = [_token_id(f"stop_token[{i}]", one, config) for i, one in enumerate(value)]
+    ids = tuple(dict.fromkeys(ids))
+    if len(ids) > MAX_STOP_TOKENS:
+        raise ValueError(
+            f"A sequence ends at one of up to {MAX_STOP_TOKENS} tokens; stop_token has "
+            f"{len(ids)} different ones. Give fewer, or break off a stream at the others."
+        )
+    return ids
+
+
 def _seed(seed: Any, batch: int) -> int | tuple[int, ...]:
     if isinstance(seed, Sequence):
         if len(seed) != batch:
@@ -101,7 +126,7 @@ class Request:
         max_new_tokens: at least 1.
         temperature: 0 for greedy.
         seed: one for all sequences, or one for each.
-        stop_token: the id that ends a sequence, or None.
+        stop_tokens: the ids that end a sequence, each once; there may be none.
         capacity: positions the cache must have room for.
     """
 
@@ -109,7 +134,7 @@ class Request:
     max_new_tokens: int
     temperature: float
     seed: int | tuple[int, ...]
-    stop_token: int | None
+    stop_tokens: tuple[int, ...]
     capacity: int
 
     @property
@@ -130,7 +155,7 @@ class Request:
         max_new_tokens: int,
         temperature: float,
         seed: int | Sequence[int],
-        stop_token: int | None,
+        stop_token: int | Sequence[int] | None,
         capacity: int | None,
     ) -> Request:
         """A request that a model of this configuration can serve.
@@ -149,8 +174,7 @@ class Request:
             raise ValueError(
                 f"temperature must be 0 (greedy) or a positive number, got {temperature}."
             )
-        if stop_token is not None:
-            stop_token = _token_id("stop_token", stop_token, config)
+        stop_tokens = _stop_tokens(stop_token, config)
         longest = max(len(row) for row in rows)
         need = longest + new
         needs = f"A prompt of {longest} tokens and {new} new ones need {need} positions; "
@@ -168,6 +192,6 @@ class Request:
             max_new_tokens=new,
             temperature=float(temperature),
             seed=_seed(seed, len(rows)),
-            stop_token=stop_token,
+            stop_tokens=stop_tokens,
             capacity=int(capacity),
         )

@@ -100,7 +100,7 @@ def stream(
     *,
     temperature: float = 0.0,
     seed: int | Sequence[int] = 0,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     capacity: int | None = None,
     implementation: Implementation | None = None,
 ) -> Stream:

@@ -1,6 +1,7 @@
 """Generation against the plainest thing that could generate: the reference, no cache."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,38 @@ def test_the_device_stops_when_every_sequence_has(model):
     assert out.steps == -(-tokens.index(late) // BLOCK) * BLOCK < 300
 
 
+def test_any_of_several_stop_tokens_ends_a_sequence(model):
+    free = generate(model, [SHORT, LONG], 30).tokens
+    # The first of each row's own: one sequence ends at the one, one at the other.
+    stops = [free[0][6], free[1][9], free[0][6]]
+    cut = [min(row.index(stop) for stop in stops if stop in row) for row in free]
+    assert free[0][cut[0]] != free[1][cut[1]]
+    for run in (generate, lambda *args, **options: _streamed(stream(*args, **options))):
+        out = run(model, [SHORT, LONG], 30, stop_token=stops)
+        assert out.tokens == [row[:n] for row, n in zip(free, cut, strict=True)]
+        assert out.finish_reasons == ["stop", "stop"]
+        assert out.steps == -(-max(cut) // BLOCK) * BLOCK < 30  # the device knows all of them
+    assert generate(model, [SHORT, LONG], 30, stop_token=()).tokens == free
+
+
+def _streamed(steps):
+    assert list(steps)
+    return steps.output
+
+
+def test_a_request_holds_each_stop_token_once():
+    def held(stop_token, config=CONFIG):
+        return Request.checked(config, SHORT, 4, 0.0, 0, stop_token, None).stop_tokens
+
+    assert held(None) == held([]) == ()
+    assert held(np.int64(7)) == (7,)
+    assert held([7, 0, 7, 52]) == (7, 0, 52)
+    wide = dataclasses.replace(CONFIG, vocab_size=100)
+    assert held([*range(64), 0], wide) == tuple(range(64))
+    with pytest.raises(ValueError, match="up to 64 tokens; stop_token has 65 different ones"):
+        held(range(65), wide)
+
+
 @pytest.mark.parametrize("count", [1, 2, BLOCK, BLOCK + 1, BLOCK + 2, 3 * BLOCK])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_stream_is_generate(model, count, temperature):
@@ -236,6 +269,7 @@ def test_like_requests_compile_once(model, run):
     with _compilations() as compiled:
         # Other lengths, counts and options, the same chunks and rounded capacity.
         ask(LONG[:290], 40, 0.5, 3, 7)
+        ask(LONG[:290], 40, 0.5, 3, range(20))
     assert compiled == []
     with _compilations() as compiled:
         run(model, [SHORT] * 3, 9, temperature=1.0)  # another batch: the counter does count
@@ -334,6 +368,18 @@ BAD = {
     "stop": (
         (ValueError, "stop_token must be in the vocabulary of tiny, 0 to 52; got 53"),
         [SHORT, 4, {"stop_token": 53}],
+    ),
+    "one stop of several": (
+        (ValueError, r"stop_token\[1\] must be at least 0, got -1"),
+        [SHORT, 4, {"stop_token": (3, -1)}],
+    ),
+    "half a stop": (
+        (TypeError, r"stop_token\[0\] is an integer, got 0.5"),
+        [SHORT, 4, {"stop_token": [0.5]}],
+    ),
+    "stop at a text": (
+        (TypeError, "a token id, a sequence of them, or None; got 'end'. Encode"),
+        [SHORT, 4, {"stop_token": "end"}],
     ),
     "seed": ((ValueError, "seed must be at least 0, got -1"), [SHORT, 4, {"seed": -1}]),
     "seeds": ((ValueError, "there are 2 for 1 prompts"), [SHORT, 4, {"seed": [1, 2]}]),

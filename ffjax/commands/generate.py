@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         args.max_new_tokens,
         temperature=args.temperature,
         seed=args.seed,
-        stop_token=tokenizer.eot_id,
+        stop_token=tokenizer.eot_ids,
         implementation=args.implementation,
     )
     show = (lambda text: None) if args.json else _show
@@ -77,26 +77,22 @@ def run(args: argparse.Namespace) -> int:
     decoder = tokenizer.stream()
     said = "".join([decoder.push(token) for token in prompt])
     show("" if args.chat else said)
-    text, stopped = [], False
+    text = []
     for (token,) in steps:
-        # A generation knows one token that ends it; a model for conversations may have more.
-        if stopped := token in tokenizer.eot_ids:
-            steps.close()
-            break
         if token is not None:
             text.append(decoder.push(token))
             show(text[-1])
     text.append(decoder.finish())
     show(text[-1])
     out = steps.output
-    tokens = out.tokens[0][:-1] if stopped else out.tokens[0]
+    [tokens], [finish_reason] = out.tokens, out.finish_reasons
     device = jax.devices()[0].device_kind
     if args.json:
         report = {
             "text": "".join(text),
             "tokens": tokens,
             "prompt_tokens": len(prompt),
-            "finish_reason": "stop" if stopped else out.finish_reasons[0],
+            "finish_reason": finish_reason,
             "tokens_per_second": out.tokens_per_second,
             "implementation": out.implementation,
             "device": device,
