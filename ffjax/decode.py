@@ -13,7 +13,7 @@ from jax import Array
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.dims import step_dims
+from ffjax.dims import step_dims, step_features
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
 from pallas_kernels.dims import DecodeWeights
@@ -73,24 +73,41 @@ class DecodeOutput(NamedTuple):
 
 
 def decode_weights(model: Transformer) -> DecodeWeights:
-    """The arrays of a model of the Llama family, as the fused kernel takes them: no copy."""
-    layers = model.layers
+    """The model's own arrays, as the fused kernels take them: no copy."""
+    config, layers = model.config, model.layers
+
+    def stacked(name: str) -> Array | None:
+        param = getattr(layers, name, None)
+        return None if param is None else param[...]
+
+    local = None
+    if step_features(config).local_rope:
+        local = jnp.asarray(inverse_frequencies(config, local=True))
     return DecodeWeights(
         embed=model.embed[...],
-        attn_norm=layers.attn_norm[...],
+        attn_norm=stacked("attn_norm"),
         qkv=layers.qkv[...],
         attn_out=layers.attn_out[...],
-        mlp_norm=layers.mlp_norm[...],
+        mlp_norm=stacked("mlp_norm"),
         gate_up=layers.gate_up[...],
         down=layers.down[...],
         final_norm=model.final_norm[...],
         head=model.head_weight,
-        inv_freq=jnp.asarray(inverse_frequencies(model.config)),
+        inv_freq=jnp.asarray(inverse_frequencies(config)),
+        inv_freq_local=local,
+        qkv_bias=stacked("qkv_bias"),
+        q_norm=stacked("q_norm"),
+        k_norm=stacked("k_norm"),
+        attn_post_norm=stacked("attn_post_norm"),
+        mlp_post_norm=stacked("mlp_post_norm"),
     )
 
 
 def unsupported_field(config: ModelConfig) -> str | None:
-    """A sentence that names the first field whose value the fused kernel does not know."""
+    """A sentence that names the first field whose value the phased kernel does not know.
+
+    The streamed kernel knows them all.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.default is dataclasses.MISSING or field.name in _ANY_VALUE:
@@ -98,7 +115,7 @@ def unsupported_field(config: ModelConfig) -> str | None:
         if value != field.default:
             return (
                 f"The fused kernel does not support {field.name}={value!r} yet. "
-                "Use implementation='xla'."
+                "Use implementation='xla', or 'pallas_stream'."
             )
     return None
 
@@ -128,7 +145,7 @@ def why_not_fused(
 def _why_not(
     model: Transformer, batch: int, capacity: int, kernel: Kernel, gpu: Gpu | None, found: str = ""
 ) -> str | None:
-    if (reason := unsupported_field(model.config)) is not None:
+    if kernel == "pallas" and (reason := unsupported_field(model.config)) is not None:
         return reason
     dims = step_dims(model.config, batch, capacity)
     reason = why_not(dims, model.dtype, gpu, found)

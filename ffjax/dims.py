@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-from ffjax.config import ModelConfig
-from pallas_kernels.dims import Dims
+import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["step_dims"]
+from ffjax.config import ModelConfig
+from pallas_kernels.dims import Dims, Features
+
+__all__ = ["step_dims", "step_features"]
+
+
+def step_features(config: ModelConfig) -> Features:
+    """What a decode step does besides that of the Llama family.
+
+    Args:
+        config: the model's.
+    """
+    c = config
+    local = c.local_layers if c.window is not None else ()
+    return Features(
+        norm_offset=c.norm_offset,
+        pre_norm=c.pre_norm,
+        post_norm=c.post_norm,
+        qk_norm=c.qk_norm,
+        qkv_bias=c.qkv_bias,
+        activation=c.activation,
+        # As the reference rounds it, in the only dtype that the kernels take.
+        embed_scale=float(np.asarray(c.embed_scale, jnp.bfloat16)),
+        residual_scale=c.residual_scale,
+        attn_scale=c.attn_scale,
+        logit_scale=c.logit_scale,
+        attn_softcap=c.attn_softcap,
+        logit_softcap=c.logit_softcap,
+        window=c.window if any(local) else None,
+        local_layers=tuple(local) if any(local) else (),
+        local_rope=any(local) and c.rope_theta_local is not None,
+    )
 
 
 def step_dims(config: ModelConfig, batch: int, capacity: int) -> Dims:
@@ -28,4 +59,5 @@ def step_dims(config: ModelConfig, batch: int, capacity: int) -> Dims:
         head_dim=c.head_dim,
         capacity=capacity,
         norm_eps=c.norm_eps,
+        features=step_features(c),
     )

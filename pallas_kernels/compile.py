@@ -254,16 +254,18 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _dims_of(config: str, batch: int, capacity: int) -> Dims:
+def _dims_of(config: str, batch: int, capacity: int, kernel: Kernel) -> Dims:
     """The sizes of a step of a preset of ffjax.
 
     Raises:
-        ValueError: there is no such preset, or the kernels compute no such model.
+        ValueError: there is no such preset, or the kernel computes no such model.
     """
     # The kernels know no model; only this command looks up sizes by a model's name.
     preset = importlib.import_module("ffjax.config").preset(config)
-    if (reason := importlib.import_module("ffjax.decode").unsupported_field(preset)) is not None:
-        raise ValueError(reason)
+    if kernel == "phased":
+        reason = importlib.import_module("ffjax.decode").unsupported_field(preset)
+        if reason is not None:
+            raise ValueError(reason)
     return importlib.import_module("ffjax.dims").step_dims(preset, batch, capacity)
 
 
@@ -294,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = compile_for(
             asked.gpu,
-            _dims_of(asked.config, asked.batch, asked.capacity),
+            _dims_of(asked.config, asked.batch, asked.capacity, asked.kernel),
             kernel=asked.kernel,
             num_warps=asked.num_warps,
             num_stages=asked.num_stages,

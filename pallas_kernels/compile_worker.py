@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.dims import Dims
+from pallas_kernels.dims import Dims, Features
 from pallas_kernels.launch import StepState, launch_step
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.stream.launch import stream_step
@@ -71,7 +71,10 @@ def main(directory: str) -> None:
     folder = pathlib.Path(directory)
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     gpu = target(request["gpu"])
-    dims, options = Dims(**request["dims"]), request["options"]
+    options, sizes = request["options"], request["dims"]
+    features = sizes.pop("features")
+    features["local_layers"] = tuple(features["local_layers"])  # JSON has lists alone
+    dims = Dims(**sizes, features=Features(**features))
     if request["kernel"] == "streamed":
         plan = make_stream_plan(dims, gpu.gpu, Tuning(**options))
     else:

@@ -150,24 +150,6 @@ class Dims:
         """(N + 2K) * H, the rows of the fused projection."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
-    @classmethod
-    def of(cls, weights: DecodeWeights, k: Any, norm_eps: float) -> Dims:
-        """Reads the sizes off the weights and the key cache `[L, B, K, S, H]`."""
-        num_layers, batch, num_kv_heads, capacity, head_dim = k.shape
-        vocab_size, model_dim = weights.embed.shape
-        return cls(
-            batch=batch,
-            vocab_size=vocab_size,
-            num_layers=num_layers,
-            model_dim=model_dim,
-            ffw_dim=weights.down.shape[-1],
-            num_heads=weights.attn_out.shape[-1] // head_dim,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            capacity=capacity,
-            norm_eps=norm_eps,
-        )
-
     def abstract_weights(self, dtype=jnp.bfloat16) -> DecodeWeights:
         """The weights' shapes and dtypes, for tracing without arrays."""
         d, f, n_layers, features = self.model_dim, self.ffw_dim, self.num_layers, self.features

@@ -51,17 +51,24 @@ def small_config(**sizes) -> ModelConfig:
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
     """A model whose weights are all random.
 
-    Norms of ones would hide a norm mistaken for another; an embedding much smaller than what
-    a layer adds to it, a residual that is left out.
+    Norms of ones would hide a norm mistaken for another, and biases of zero one left out; an
+    embedding much smaller than what a layer adds to it, a residual that is left out.
     """
 
     @nnx.jit  # one program to compile instead of one an array
     def make() -> Transformer:
         model = Transformer(config, rngs=nnx.Rngs(seed))
-        keys = iter(jax.random.split(jax.random.key(seed + 1), 4))
-        for norm in (model.layers.attn_norm, model.layers.mlp_norm, model.final_norm):
-            noise = jax.random.uniform(next(keys), norm[...].shape, minval=0.5, maxval=1.5)
-            norm[...] = noise.astype(model.dtype)
+        vectors = {
+            name: param
+            for name, param in sorted(vars(model.layers).items())
+            if name.endswith(("norm", "bias"))
+        }
+        vectors["final_norm"] = model.final_norm
+        keys = iter(jax.random.split(jax.random.key(seed + 1), len(vectors) + 1))
+        for name, param in vectors.items():
+            noise = jax.random.uniform(next(keys), param[...].shape, minval=-0.5, maxval=0.5)
+            middle = 0 if name.endswith("bias") else 1 - config.norm_offset
+            param[...] = (middle + noise).astype(model.dtype)
         model.embed[...] = jax.random.normal(next(keys), model.embed[...].shape, model.dtype)
         return model
 

@@ -112,7 +112,10 @@ def test_a_limit_of_the_kernel_is_raised_on_any_device(tokens):
 )
 def test_a_family_the_kernel_does_not_know_is_refused_by_name(fields, named, monkeypatch):
     config = small_config(**fields)
-    sentence = f"The fused kernel does not support {named} yet. Use implementation='xla'."
+    sentence = (
+        f"The fused kernel does not support {named} yet. "
+        "Use implementation='xla', or 'pallas_stream'."
+    )
     assert decode.unsupported_field(config) == sentence
     # Before anything else is asked: there may be no GPU, and the sizes may not fit.
     monkeypatch.setattr(decode, "why_not", lambda *arguments: "another reason")

@@ -21,12 +21,12 @@ from decode_cases import (
     small_config,
 )
 from jax.experimental import pallas as pl
-from numerics import assert_close
+from numerics import TOLERANCES, assert_close, worst_error
 from test_kernel import CASES, bits, newest, reference, untouched
 
 from ffjax.cache import KVCache
 from ffjax.config import preset
-from pallas_kernels.dims import Dims
+from pallas_kernels.dims import Dims, Features
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.env import StreamEnv
@@ -302,6 +302,95 @@ def test_a_step_matches_the_model(name):
     assert bits(streamed(model, cache, tokens)) == bits(got)
 
 
+# A window of 40 positions; lengths at its edge, and where the query of a local layer sees
+# less than the cache holds.
+_WINDOW = [39, 40, 100]
+FAMILIES = {
+    "mistral": {"window": 40},
+    "qwen2": {"qkv_bias": True, "num_heads": 4, "num_kv_heads": 2},
+    "qwen3": {"qk_norm": "head", "num_heads": 4, "num_kv_heads": 2},
+    "olmo2": {
+        "qk_norm": "full",
+        "pre_norm": False,
+        "post_norm": True,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    },
+    "granite": {
+        "embed_scale": 3.0,
+        "residual_scale": 0.6,
+        "attn_scale": 0.6,
+        "logit_scale": 0.125,
+    },
+    "gemma2": {
+        "norm_offset": 1.0,
+        "post_norm": True,
+        "activation": "gelu_tanh",
+        "attn_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "window": 40,
+        "window_pattern": (True, False),
+        "embed_scale": 2.02,  # rounded to bfloat16
+        "attn_scale": 0.6,
+    },
+    "gemma3": {
+        "norm_offset": 1.0,
+        "post_norm": True,
+        "activation": "gelu_tanh",
+        "qk_norm": "head",
+        "window": 40,
+        "window_pattern": (True, True, False),
+        "num_layers": 3,
+        "rope_theta_local": 100.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_of_every_family_matches_the_model(name):
+    config = small_config(**FAMILIES[name])
+    model = random_model(config)
+    cache, tokens = filled_cache(config, _WINDOW, 110), random_tokens(config, 3)
+    got, want = streamed(model, cache, tokens), reference(model, cache, tokens)
+    check(config, got, want, _WINDOW)
+    # Another step reads what this one has stored.
+    again, wanted = streamed(model, got[2], want.token), reference(model, want.cache, want.token)
+    assert_close(again[0], wanted.logits, "fused_vs_model")
+    assert_close(newest(again[2]), newest(wanted.cache), "fused_vs_model")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_beyond_llama_matters(name):
+    """Left at its default, any of a family's fields moves the logits beyond the tolerance."""
+    config = small_config(**FAMILIES[name])
+    model = random_model(config)
+    cache, tokens = filled_cache(config, _WINDOW, 110), random_tokens(config, 3)
+    dims = dims_of(config, 3, 110)
+    weights, state = kernel_inputs(model, cache)
+    want, _, _ = streamed(model, cache, tokens)
+    plain = Features()
+    for field in dataclasses.fields(Features):
+        value = getattr(plain, field.name)
+        # What arrays there are, the others say; without a window no layer is local.
+        kept = ("pre_norm", "post_norm", "qk_norm", "qkv_bias", "local_layers")
+        if field.name in kept or getattr(dims.features, field.name) == value:
+            continue
+        changes = {field.name: value} | ({"local_layers": ()} if field.name == "window" else {})
+        features = dataclasses.replace(dims.features, **changes)
+        plan = make_stream_plan(dataclasses.replace(dims, features=features), INTERPRETER)
+        logits, _, _ = stream(plan)(weights, state, tokens)
+        assert worst_error(logits, want) > TOLERANCES["fused_vs_model"].worst, field.name
+
+
+def test_layers_beyond_the_31st_know_whether_they_are_local():
+    local = tuple(i % 3 == 0 or i > 60 for i in range(70))
+    plan = PLANS["odd sizes, 1 program"]()
+    features = Features(window=4, local_layers=local)
+    plan = dataclasses.replace(plan, dims=dataclasses.replace(plan.dims, features=features))
+    ask = jax.vmap(env_of(plan, 0).is_local)
+    assert np.asarray(ask(jnp.arange(70))).tolist() == list(local)
+
+
 def test_steps_in_a_row_match_the_model():
     """Each step's tags differ from those that the step before has left in the mail."""
     config = small_config(num_kv_heads=2)
@@ -437,13 +526,17 @@ def run_stages(plan: StreamPlan, model, cache: KVCache, tokens):
     return carried["logits"], carried["token"], KVCache(*state)
 
 
-def test_programs_hand_over_all_that_others_need():
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma3"])
+def test_programs_hand_over_all_that_others_need(family):
     """Inputs of the down projection in parts, heads in parts, more programs than some groups.
 
     A word that is read and was not written would be NaN, in this step or, if it was written
     in the first alone, in the next.
     """
-    config = small_config(num_layers=1, num_heads=2, num_kv_heads=1, ffw_dim=656)
+    fields = FAMILIES.get(family, {})
+    if "window" in fields:
+        fields = fields | {"window": 150, "window_pattern": (True,)}
+    config = small_config(**fields | {"num_layers": 1, "ffw_dim": 656})
     model = random_model(config)
     lengths = [300, 2]
     cache, tokens = filled_cache(config, lengths, 310), random_tokens(config, 2)

@@ -91,10 +91,11 @@ def collect_heads(
     kv = jnp.broadcast_to(kv_head, shape)
     new = normed("k_norm", key, kv, d.num_kv_heads, d.num_heads, everywhere & has_new)
     stored = new.astype(jnp.bfloat16)
-    # Every row is the same: one is stored. A full cache has no slot.
-    fits = has_new & (position < d.capacity) & (iota(shape, 0) == 0)
-    where = (layer, sequence, kv_head, jnp.minimum(position, d.capacity - 1), element)
-    plgpu.store(env["k"].at[where], stored, mask=fits)
+    # Every row is the same: the first is stored. A full cache has no slot.
+    row = jnp.sum(jnp.where(iota(shape, 0) == 0, new, 0.0), axis=0).astype(jnp.bfloat16)
+    column = iota(row.shape, 0)
+    where = (layer, sequence, kv_head, jnp.minimum(position, d.capacity - 1), column)
+    plgpu.store(env["k"].at[where], row, mask=(column >= 0) & has_new & (position < d.capacity))
     return Heads(queries * softmax_scale(env), stored.astype(jnp.float32), value)
 
 
