@@ -17,7 +17,7 @@ from ffjax import fidelity
 from ffjax.cache import KVCache
 from ffjax.cli import main
 from ffjax.config import ModelConfig, preset
-from ffjax.decode import DecodeOutput, fused_step, reference_step
+from ffjax.decode import DecodeOutput, Implementation, fused_step, reference_step
 from ffjax.fidelity import (
     Candidate,
     Comparison,
@@ -424,7 +424,11 @@ def test_a_named_candidate_is_that_one(model, monkeypatch):
         fidelity.choose_candidate(CONFIG, 2, 8, "cuda")  # pyright: ignore[reportArgumentType]
     for module in ("ffjax.fidelity", "ffjax.decode"):
         monkeypatch.setattr(f"{module}.why_not_fused", lambda *_: None)
-    for name, kernel in ((None, "pallas"), ("pallas_stream", "pallas_stream")):
+    names: tuple[tuple[Implementation | None, str], ...] = (
+        (None, "pallas"),
+        ("pallas_stream", "pallas_stream"),
+    )
+    for name, kernel in names:
         chosen = fidelity.choose_candidate(CONFIG, 2, 8, name)
         assert (chosen.implementation, chosen.why_interpreted) == (kernel, None)
         assert isinstance(chosen.step, functools.partial)

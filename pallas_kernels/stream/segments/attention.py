@@ -51,7 +51,7 @@ class _Extent(NamedTuple):
     """What one sequence's query sees of the cache in a layer: scalars, int32."""
 
     first: Array  # first position seen
-    count: Array  # how many, the new one not counted
+    live: Array  # how many, the new one not counted
 
 
 def _ceil_div(a: Array, b: Array | int) -> Array:
@@ -77,7 +77,7 @@ def _span(env: StreamEnv, count: Array) -> Array:
 
 def _parts_of(env: StreamEnv, extent: _Extent) -> Array:
     """Parts of one head of a sequence."""
-    return _ceil_div(extent.count + 1, _span(env, extent.count))
+    return _ceil_div(extent.live + 1, _span(env, extent.live))
 
 
 def _part(env: StreamEnv, extents: list[_Extent], number: Array) -> _Part:
@@ -89,7 +89,7 @@ def _part(env: StreamEnv, extents: list[_Extent], number: Array) -> _Part:
         before = jnp.where(here, offset, before)
         sequence = jnp.where(here, b, sequence)
         first = jnp.where(here, extent.first, first)
-        count = jnp.where(here, extent.count, count)
+        count = jnp.where(here, extent.live, count)
         offset = offset + _parts_of(env, extent) * heads
     within = number - before
     index = lax.div(within, jnp.int32(heads))
