@@ -389,6 +389,36 @@ def test_the_tokenizer_stays_with_the_weights(model_folder, checkpoint, tmp_path
         assert tokenizer.render(CHAT) == WRITTEN
 
 
+def test_a_model_is_saved_with_the_tokenizer_it_is_given(model_folder, checkpoint, tmp_path):
+    model = checkpoints.load(checkpoint)
+    alone = tmp_path / "alone"  # as transformers saves a tokenizer
+    alone.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model_folder / name, alone / name)
+    for place in (model_folder, str(checkpoint), alone):
+        out = tmp_path / f"from-{Path(place).name}"
+        checkpoints.save(model, out, tokenizer_from=place)
+        tokenizer = load_tokenizer(out, model.config)
+        assert isinstance(tokenizer, HFTokenizer)
+        assert tokenizer.eot_ids == (1,)
+        assert tokenizer.render(CHAT) == WRITTEN
+        assert "huggingface/tokenizer.json" in checkpoints.Manifest.read(out).files
+        checkpoints.load(out)
+    # Over the checkpoint that it came from.
+    files = {file.name: file.read_bytes() for file in (out / "huggingface").iterdir()}
+    checkpoints.save(model, out, tokenizer_from=out, overwrite=True)
+    assert {file.name: file.read_bytes() for file in (out / "huggingface").iterdir()} == files
+    checkpoints.save(model, out, overwrite=True)
+    assert checkpoints.tokenizer_directory(out) is None
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
+    for place in (tmp_path / "nothing", checkpoints.SHIPPED_MODEL):
+        with pytest.raises(FileNotFoundError, match=rf"keeps one; {place} is not\. Leave it out"):
+            checkpoints.save(build(), tmp_path / "ours", tokenizer_from=place)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_tokenizer_tokens_are_bytes():
     shipped = checkpoints.SHIPPED_MODEL
     tokenizer = load_tokenizer(shipped, preset("python-bytes-3m"))
