@@ -33,7 +33,15 @@ from checkpoints.skeleton import array_shapes, nested, skeleton
 from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 
-__all__ = ["COMPANIONS", "Conversion", "HFFolder", "convert_hf", "is_hf_folder", "load_hf"]
+__all__ = [
+    "COMPANIONS",
+    "Conversion",
+    "HFFolder",
+    "convert_hf",
+    "is_hf_folder",
+    "keep_companions",
+    "load_hf",
+]
 
 _log = logging.getLogger("ffjax")
 
@@ -59,6 +67,24 @@ COMPANIONS = (
 def is_hf_folder(path: Path) -> bool:
     """Whether a directory holds a Hugging Face model, and no checkpoint of ours."""
     return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
+
+
+def keep_companions(directory: Path, checkpoint: Path) -> list[str]:
+    """Copies what lies beside a model's weights into a checkpoint that is being written.
+
+    Args:
+        directory: where the files lie.
+        checkpoint: the directory of the checkpoint.
+
+    Returns:
+        The names of those there were.
+    """
+    names = [name for name in COMPANIONS if (directory / name).is_file()]
+    if names:
+        (checkpoint / HF_FILES).mkdir()
+    for name in names:
+        shutil.copyfile(directory / name, checkpoint / HF_FILES / name)
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +325,6 @@ def convert_hf(
         if progress is not None:
             progress(read, total)
 
-    companions = [name for name in COMPANIONS if (folder.directory / name).is_file()]
     rounded = folder.rounded(dtype)
     source = {
         "format": "huggingface",
@@ -315,9 +340,6 @@ def convert_hf(
         for name, array in folder.arrays(dtype, count):
             write_array(partial / WEIGHTS, name, array)
             del array
-        if companions:
-            (partial / HF_FILES).mkdir()
-        for name in companions:
-            shutil.copyfile(folder.directory / name, partial / HF_FILES / name)
+        companions = keep_companions(folder.directory, partial)
         manifest.write(partial)
     return Conversion(folder.config, dtype.name, rounded, folder.left_out, companions)

@@ -4,7 +4,7 @@ A checkpoint is a directory:
 
     manifest.json    format, configuration, dtype, source, and the sizes of the files below
     weights/         the weights, as Orbax lays them out
-    huggingface/     the tokenizer's files, where `convert_hf` found some
+    huggingface/     the tokenizer's files, where `convert_hf` found some or `save` was given some
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax import nnx
 
 from checkpoints.arrays import forget_where_written
 from checkpoints.atomic import written_beside
-from checkpoints.hf_import import is_hf_folder, load_hf
+from checkpoints.hf_import import is_hf_folder, keep_companions, load_hf
 from checkpoints.interrupts import interrupts_held_back
 from checkpoints.manifest import (
     HF_FILES,
@@ -44,9 +44,13 @@ def save(
     path: str | Path,
     *,
     source: dict[str, Any] | None = None,
+    tokenizer_from: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Saves a model: its weights, bit by bit, and its configuration.
+
+    A model in memory does not know its tokenizer. `tokenizer_from` says where that lies, and
+    keeps its files beside the weights, where `ffjax.load_tokenizer` and the command line look.
 
     Everything is written beside `path` and renamed to it at the end: an error or Ctrl-C
     leaves nothing half-written at `path`, and a checkpoint that was there as it was.
@@ -55,15 +59,25 @@ def save(
         model: the model, its weights all bfloat16 or all float32.
         path: the directory to make; the directories above it are made too.
         source: where the weights come from, JSON-able; kept in the manifest.
+        tokenizer_from: a checkpoint or Hugging Face folder whose tokenizer is this model's, or
+            a folder of a tokenizer alone. `path` itself may be it, with overwrite. None: the
+            checkpoint has no tokenizer, which means bytes.
         overwrite: whether a checkpoint already at `path` may be replaced.
 
     Raises:
         FileExistsError: there is something at `path`, and overwrite is false or it is
             no checkpoint.
+        FileNotFoundError: there is no tokenizer at `tokenizer_from`.
         CheckpointError: the weights are of another dtype, or of several.
         TypeError: the source is not JSON-able.
     """
     path = Path(path).expanduser().resolve()
+    tokenizer = None
+    if tokenizer_from is not None and (tokenizer := tokenizer_directory(tokenizer_from)) is None:
+        raise FileNotFoundError(
+            "tokenizer_from is a Hugging Face folder with a tokenizer.json, or a checkpoint that "
+            f"keeps one; {tokenizer_from} is not. Leave it out for a model of bytes."
+        )
     weights = weights_of(nnx.state(model, nnx.Param))
     manifest = Manifest(config=model.config, dtype=_dtype_of(weights), source=source, files={})
     manifest.to_json()  # a source that cannot be kept is refused before the weights are written
@@ -74,6 +88,8 @@ def save(
         ):
             checkpointer.save(partial / WEIGHTS, args=ocp.args.StandardSave(weights))
         forget_where_written(partial / WEIGHTS)
+        if tokenizer is not None:
+            keep_companions(tokenizer, partial)
         manifest.write(partial)
 
 
@@ -135,11 +151,11 @@ def tokenizer_directory(path: str | Path) -> Path | None:
     """Where the tokenizer's files of a checkpoint or Hugging Face folder lie; None if it has none.
 
     Args:
-        path: the directory of either.
+        path: the directory of either; or of a tokenizer alone, as transformers saves one.
     """
     path = Path(path).expanduser().resolve()
-    directory = path if is_hf_folder(path) else path / HF_FILES
-    return directory if (directory / "tokenizer.json").is_file() else None
+    places = path, path / HF_FILES
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 
 
 def _dtype_of(weights: dict[str, Any]) -> str:

@@ -10,10 +10,10 @@ from ffjax.decode import DecodeOutput, decode_step
 from ffjax.generate import GenerateOutput, generate
 from ffjax.model import Transformer
 from ffjax.streaming import Stream, stream
-from ffjax.tokenizer import ByteTokenizer
+from ffjax.tokenizer import ByteTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from checkpoints import SHIPPED_MODEL, load, save
+    from checkpoints import SHIPPED_MODEL, convert_hf, export_hf, load, save
 
 __all__ = [
     "PRESETS",
@@ -27,15 +27,18 @@ __all__ = [
     "RopeScaling",
     "Stream",
     "Transformer",
+    "convert_hf",
     "decode_step",
+    "export_hf",
     "generate",
     "load",
+    "load_tokenizer",
     "preset",
     "save",
     "stream",
 ]
 
-_FROM_CHECKPOINTS = ("SHIPPED_MODEL", "load", "save")
+_FROM_CHECKPOINTS = ("SHIPPED_MODEL", "convert_hf", "export_hf", "load", "save")
 
 
 def __getattr__(name: str) -> Any:

@@ -34,8 +34,10 @@ __all__ = [
     "default_device",
     "fused_step",
     "resolve_implementation",
+    "resolve_implementation_config",
     "unsupported_field",
     "why_not_fused",
+    "why_not_fused_config",
 ]
 
 Kernel = Literal["pallas", "pallas_stream"]
@@ -137,18 +139,39 @@ def why_not_fused(
         capacity: S, slots of the cache.
         kernel: "pallas", the phased kernel, or "pallas_stream", the streamed one.
     """
+    return why_not_fused_config(model.config, model.dtype, batch, capacity, kernel)
+
+
+def why_not_fused_config(
+    config: ModelConfig, dtype: Any, batch: int, capacity: int, kernel: Kernel = "pallas"
+) -> str | None:
+    """What `why_not_fused` says of a model that need not exist: nothing is allocated.
+
+    Args:
+        config: the model's.
+        dtype: of its weights and cache.
+        batch: B.
+        capacity: S, slots of the cache.
+        kernel: "pallas", the phased kernel, or "pallas_stream", the streamed one.
+    """
     device = default_device()
     found = f"{device.device_kind} ({device.platform})"
-    return _why_not(model, batch, capacity, kernel, Gpu.of(device), found)
+    return _why_not(config, dtype, batch, capacity, kernel, Gpu.of(device), found)
 
 
 def _why_not(
-    model: Transformer, batch: int, capacity: int, kernel: Kernel, gpu: Gpu | None, found: str = ""
+    config: ModelConfig,
+    dtype: Any,
+    batch: int,
+    capacity: int,
+    kernel: Kernel,
+    gpu: Gpu | None,
+    found: str = "",
 ) -> str | None:
-    if kernel == "pallas" and (reason := unsupported_field(model.config)) is not None:
+    if kernel == "pallas" and (reason := unsupported_field(config)) is not None:
         return reason
-    dims = step_dims(model.config, batch, capacity)
-    reason = why_not(dims, model.dtype, gpu, found)
+    dims = step_dims(config, batch, capacity)
+    reason = why_not(dims, dtype, gpu, found)
     if reason is None and kernel == "pallas_stream":
         assert gpu is not None
         reason = why_not_streamed(dims, gpu.cores)
@@ -175,6 +198,31 @@ def resolve_implementation(
         NotImplementedError: the named implementation cannot run here; the message
             says why and what to do.
     """
+    size = cache.batch, cache.capacity
+    return resolve_implementation_config(model.config, model.dtype, *size, implementation)
+
+
+def resolve_implementation_config(
+    config: ModelConfig,
+    dtype: Any,
+    batch: int,
+    capacity: int,
+    implementation: Implementation | None = None,
+) -> Implementation:
+    """What `resolve_implementation` says of a model and a cache that need not exist.
+
+    Args:
+        config: the model's.
+        dtype: of its weights and cache.
+        batch: B.
+        capacity: S, slots of the cache.
+        implementation: a name, or None for the best that can run.
+
+    Raises:
+        ValueError: the name is unknown.
+        NotImplementedError: the named implementation cannot run here; the message
+            says why and what to do.
+    """
     names = get_args(Implementation)
     if implementation is not None and implementation not in names:
         raise ValueError(
@@ -184,12 +232,12 @@ def resolve_implementation(
     if implementation == "xla":
         return "xla"
     if implementation is not None:
-        reason = why_not_fused(model, cache.batch, cache.capacity, implementation)
+        reason = why_not_fused_config(config, dtype, batch, capacity, implementation)
         if reason is not None:
             raise NotImplementedError(reason)
         return implementation
     # The streamed kernel is never chosen unasked until it has been measured on a GPU.
-    reason = why_not_fused(model, cache.batch, cache.capacity)
+    reason = why_not_fused_config(config, dtype, batch, capacity)
     if reason is None:
         _say_once("decode_step uses 'pallas': the fused kernel can run here.")
         return "pallas"
@@ -221,7 +269,7 @@ def fused_step(
         NotImplementedError: the kernel cannot run here.
     """
     gpu = INTERPRETER if interpret else Gpu.of(default_device())
-    reason = _why_not(model, cache.batch, cache.capacity, kernel, gpu)
+    reason = _why_not(model.config, model.dtype, cache.batch, cache.capacity, kernel, gpu)
     if reason is not None or gpu is None:
         raise NotImplementedError(reason)
     dims = step_dims(model.config, cache.batch, cache.capacity)

@@ -41,8 +41,8 @@ from ffjax.decode import (
     Implementation,
     fused_step,
     reference_step,
-    resolve_implementation,
-    why_not_fused,
+    resolve_implementation_config,
+    why_not_fused_config,
 )
 from ffjax.model import Transformer
 from ffjax.stdlib_text import Source, read_sources
@@ -402,30 +402,19 @@ def choose_candidate(
         NotImplementedError: the named implementation cannot run here; or there is no
             name, and the model is too large to be interpreted.
     """
-    chosen: list[Candidate] = []
-
-    def choose() -> None:
-        model = Transformer(config, rngs=nnx.Rngs(0))
-        reason = why_not_fused(model, batch, capacity)
-        if implementation is None and reason is not None:
-            chosen.append(Candidate(_interpreted_step, "pallas", reason))
-            return
-        cache = KVCache.create(config, batch, capacity)
-        name = resolve_implementation(model, cache, implementation)
-        step = reference_step
-        if name != "xla":
-            step = functools.partial(fused_step, kernel=name)
-        chosen.append(Candidate(step, name))
-
-    jax.eval_shape(choose)  # the selector asks a model, whose arrays stay shapes here
-    [candidate] = chosen
-    if candidate.why_interpreted and config.num_params > _MOST_INTERPRETED_WEIGHTS:
-        raise NotImplementedError(
-            f"{candidate.why_interpreted} Nor is the kernel's body interpreted for the "
-            f"{config.num_params} weights of {config.name}: that takes too long for more than "
-            f"{_MOST_INTERPRETED_WEIGHTS}."
-        )
-    return candidate
+    asked = config, jnp.bfloat16, batch, capacity
+    if implementation is None and (reason := why_not_fused_config(*asked)) is not None:
+        if config.num_params > _MOST_INTERPRETED_WEIGHTS:
+            raise NotImplementedError(
+                f"{reason} Nor is the kernel's body interpreted for the {config.num_params} "
+                f"weights of {config.name}: that takes too long for more than "
+                f"{_MOST_INTERPRETED_WEIGHTS}."
+            )
+        return Candidate(_interpreted_step, "pallas", reason)
+    name = resolve_implementation_config(*asked, implementation)
+    if name == "xla":
+        return Candidate(reference_step, name)
+    return Candidate(functools.partial(fused_step, kernel=name), name)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:

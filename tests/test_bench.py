@@ -200,7 +200,7 @@ def test_the_kernel_is_timed_where_it_can_run_and_checked_against_the_reference(
         named.append(implementation)
         return reference_step(model, cache, tokens)
 
-    monkeypatch.setattr(suite, "why_not_fused", lambda *_: None)
+    monkeypatch.setattr(suite, "why_not_fused_config", lambda *_: None)
     monkeypatch.setattr(contenders, "decode_step", decode_step)
     sweep = Sweep(config=CONFIG, batches=(1,), positions=(4,), steps=1)
     said: list[str] = []
@@ -255,7 +255,11 @@ def test_bad_input_is_a_sentence_and_code_2(arguments, sentence):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the fused kernel may run here")
-def test_a_named_kernel_that_cannot_run_is_a_sentence():
+def test_a_named_kernel_that_cannot_run_is_a_sentence_before_weights_are_made(monkeypatch):
+    def never(*_):
+        raise AssertionError("weights were made")
+
+    monkeypatch.setattr(suite, "random_model", never)
     code, out, err = _bench("--implementation", "pallas")
     assert (code, out) == (2, "")
     assert "ffjax bench: The fused kernel runs on NVIDIA GPUs" in err

@@ -16,7 +16,15 @@ from flax import nnx
 from ffjax import decode
 from ffjax.cache import KVCache
 from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig
-from ffjax.decode import Kernel, decode_step, decode_weights, fused_step, why_not_fused
+from ffjax.decode import (
+    Kernel,
+    decode_step,
+    decode_weights,
+    fused_step,
+    resolve_implementation_config,
+    why_not_fused,
+    why_not_fused_config,
+)
 from ffjax.model import Transformer
 from pallas_kernels.gpu import INTERPRETER
 
@@ -58,6 +66,7 @@ def test_a_named_kernel_that_cannot_run_raises_the_reason(model, cache, tokens):
     with pytest.raises(NotImplementedError, match=r"NVIDIA GPUs of .* this is cpu.*Use impl") as e:
         decode_step(model, cache, tokens, implementation="pallas")
     assert str(e.value) == why_not_fused(model, cache.batch, cache.capacity)
+    assert str(e.value) == why_not_fused_config(model.config, jnp.bfloat16, 2, cache.capacity)
     with pytest.raises(NotImplementedError, match="runs on NVIDIA GPUs"):
         fused_step(model, cache, tokens)
 
@@ -84,6 +93,24 @@ def test_a_model_the_streamed_kernel_cannot_hold_is_refused(cache, monkeypatch):
     reason = why_not_fused(shapes, 1, 8, "pallas_stream")
     assert reason is not None
     assert "this model has 16384" in reason
+
+
+def test_a_model_that_does_not_exist_can_be_asked_about(monkeypatch):
+    """One that no memory could hold: nothing of it is made."""
+    vast = small_config(num_layers=10_000, model_dim=16_384, vocab_size=10**6)
+    asked = vast, "bfloat16", 1, 10**6
+    monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
+    assert why_not_fused_config(*asked) is None
+    assert resolve_implementation_config(*asked) == "pallas"
+    reason = why_not_fused_config(*asked, "pallas_stream")
+    assert reason is not None
+    assert "this model has 16384" in reason
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        resolve_implementation_config(*asked, "pallas_stream")
+    assert "these are float32" in (why_not_fused_config(vast, jnp.float32, 1, 8) or "")
+    assert "there are 9" in (why_not_fused_config(vast, jnp.bfloat16, 9, 8) or "")
+    assert resolve_implementation_config(vast, jnp.float32, 1, 8) == "xla"
+    assert resolve_implementation_config(*asked, "xla") == "xla"
 
 
 def test_a_limit_of_the_kernel_is_raised_on_any_device(tokens):

@@ -61,6 +61,8 @@ def test_compare_step_refuses_a_prompt_that_does_not_fit():
 
 def test_the_python_in_readme_runs_from_top_to_bottom(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    # The one about a folder has no folder here: `test_hf_tokenizer` gives it one.
+    blocks = [block for block in blocks if "ffjax.load_tokenizer(" not in block]
     assert len(blocks) == 2
     names: dict = {}
     exec(compile("\n".join(blocks), "README.md", "exec"), names)

@@ -17,7 +17,7 @@ from ffjax import fidelity
 from ffjax.cache import KVCache
 from ffjax.cli import main
 from ffjax.config import ModelConfig, preset
-from ffjax.decode import DecodeOutput, Implementation, fused_step, reference_step
+from ffjax.decode import DecodeOutput, Kernel, fused_step, reference_step
 from ffjax.fidelity import (
     Candidate,
     Comparison,
@@ -403,7 +403,7 @@ def test_random_prompts_use_the_whole_vocabulary():
 @pytest.fixture
 def without_gpu(monkeypatch):
     for module in ("ffjax.fidelity", "ffjax.decode"):
-        monkeypatch.setattr(f"{module}.why_not_fused", lambda *_: "There is no GPU.")
+        monkeypatch.setattr(f"{module}.why_not_fused_config", lambda *_: "There is no GPU.")
 
 
 def test_without_a_gpu_a_small_model_is_interpreted_and_a_large_one_refused(without_gpu):
@@ -423,12 +423,9 @@ def test_a_named_candidate_is_that_one(model, monkeypatch):
     with pytest.raises(ValueError, match="'cuda'"):
         fidelity.choose_candidate(CONFIG, 2, 8, "cuda")  # pyright: ignore[reportArgumentType]
     for module in ("ffjax.fidelity", "ffjax.decode"):
-        monkeypatch.setattr(f"{module}.why_not_fused", lambda *_: None)
-    names: tuple[tuple[Implementation | None, str], ...] = (
-        (None, "pallas"),
-        ("pallas_stream", "pallas_stream"),
-    )
-    for name, kernel in names:
+        monkeypatch.setattr(f"{module}.why_not_fused_config", lambda *_: None)
+    kernels: dict[Kernel | None, Kernel] = {None: "pallas", "pallas_stream": "pallas_stream"}
+    for name, kernel in kernels.items():
         chosen = fidelity.choose_candidate(CONFIG, 2, 8, name)
         assert (chosen.implementation, chosen.why_interpreted) == (kernel, None)
         assert isinstance(chosen.step, functools.partial)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import checkpoints
+import ffjax
 from ffjax.cli import main
 from ffjax.config import ModelConfig, preset
 from ffjax.hf_tokenizer import HFTokenizer
@@ -389,6 +390,36 @@ def test_the_tokenizer_stays_with_the_weights(model_folder, checkpoint, tmp_path
         assert tokenizer.render(CHAT) == WRITTEN
 
 
+def test_a_model_is_saved_with_the_tokenizer_it_is_given(model_folder, checkpoint, tmp_path):
+    model = checkpoints.load(checkpoint)
+    alone = tmp_path / "alone"  # as transformers saves a tokenizer
+    alone.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model_folder / name, alone / name)
+    for place in (model_folder, str(checkpoint), alone):
+        out = tmp_path / f"from-{Path(place).name}"
+        checkpoints.save(model, out, tokenizer_from=place)
+        tokenizer = load_tokenizer(out, model.config)
+        assert isinstance(tokenizer, HFTokenizer)
+        assert tokenizer.eot_ids == (1,)
+        assert tokenizer.render(CHAT) == WRITTEN
+        assert "huggingface/tokenizer.json" in checkpoints.Manifest.read(out).files
+        checkpoints.load(out)
+    # Over the checkpoint that it came from.
+    files = {file.name: file.read_bytes() for file in (out / "huggingface").iterdir()}
+    checkpoints.save(model, out, tokenizer_from=out, overwrite=True)
+    assert {file.name: file.read_bytes() for file in (out / "huggingface").iterdir()} == files
+    checkpoints.save(model, out, overwrite=True)
+    assert checkpoints.tokenizer_directory(out) is None
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
+    for place in (tmp_path / "nothing", checkpoints.SHIPPED_MODEL):
+        with pytest.raises(FileNotFoundError, match=rf"keeps one; {place} is not\. Leave it out"):
+            checkpoints.save(build(), tmp_path / "ours", tokenizer_from=place)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_tokenizer_tokens_are_bytes():
     shipped = checkpoints.SHIPPED_MODEL
     tokenizer = load_tokenizer(shipped, preset("python-bytes-3m"))
@@ -426,6 +457,21 @@ def test_generate_speaks_the_models_own_tokens(model_folder, checkpoint, capsys)
         assert report["prompt_tokens"] == len(prompt)
         both = tokenizer.decode([*prompt, *expected])
         assert report["text"] == both.removeprefix(tokenizer.decode(prompt))
+
+
+def test_the_readme_loads_a_folder_with_its_tokenizer(model_folder, capsys):
+    """Its five lines, with a folder that is there."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    [lines] = [block for block in readme.split("```") if "ffjax.load_tokenizer(" in block]
+    code = lines.removeprefix("python\n").replace('"Llama-3.2-1B"', repr(str(model_folder)))
+    assert code.count(str(model_folder)) == 2
+    assert len(code.splitlines()) == 5
+    exec(code, {"ffjax": ffjax})
+    model, tokenizer = checkpoints.load(model_folder), HFTokenizer.read(model_folder)
+    prompt = tokenizer.encode("The capital of France is")
+    out = ffjax.generate(model, prompt, 50, stop_token=tokenizer.eot_id)
+    assert out.tokens[0]
+    assert capsys.readouterr().out == tokenizer.decode(out.tokens[0]) + "\n"
 
 
 def test_generate_takes_the_prompt_as_a_message(model_folder, checkpoint, capsys):

@@ -84,7 +84,11 @@ def test_bits_that_change_are_not_sound():
     assert not dataclasses.replace(trial, relative_error=float("nan")).sound
 
 
-def test_without_a_gpu_tuning_is_refused_in_a_sentence(capsys):
+def test_without_a_gpu_tuning_is_refused_before_weights_are_made(capsys, monkeypatch):
+    def never(*_):
+        raise AssertionError("weights were made")
+
+    monkeypatch.setattr("ffjax.benchmark.inputs.random_model", never)
     if jax.default_backend() != "cpu":
         pytest.skip("says what a CPU cannot do")
     assert cli.main(["tune", "--config", "python-bytes-3m"]) == 2

@@ -23,7 +23,7 @@ from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, sta
 from ffjax.benchmark.timing import DecodeLoop, Timing, rewind, time_loops
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.decode import Implementation, Kernel, default_device, why_not_fused
+from ffjax.decode import Implementation, Kernel, default_device, why_not_fused_config
 from ffjax.dims import step_dims
 from ffjax.model import Transformer
 from pallas_kernels.gpu import INTERPRETER, Gpu
@@ -220,8 +220,8 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
     """
     device = default_device()
     _check_memory(sweep, device)
+    chosen = {at: _choose(sweep, *at) for at in _grid(sweep)}
     model = random_model(sweep.config)
-    chosen = {at: _choose(model, sweep, *at) for at in _grid(sweep)}
     say("measuring the read bandwidth")
     bandwidth = read_bandwidth(default_bytes(device), sweep.repetitions)
     # Each is made when first asked for: the baseline copies the weights.
@@ -245,14 +245,16 @@ def _grid(sweep: Sweep) -> list[tuple[int, int]]:
     return list(dict.fromkeys(itertools.product(sweep.batches, sweep.positions)))
 
 
-def _choose(
-    model: Transformer, sweep: Sweep, batch: int, position: int
-) -> tuple[Implementation, str | None]:
-    """What to time at a point; and, where that is the reference unasked, why."""
+def _choose(sweep: Sweep, batch: int, position: int) -> tuple[Implementation, str | None]:
+    """What to time at a point; and, where that is the reference unasked, why.
+
+    Asked before the weights are made: a kernel that cannot run costs nobody gigabytes.
+    """
     if sweep.implementation == "xla":
         return "xla", None
     kernel = sweep.implementation or "pallas"
-    reason = why_not_fused(model, batch, capacity_for(position, sweep.steps), kernel)
+    capacity = capacity_for(position, sweep.steps)
+    reason = why_not_fused_config(sweep.config, jnp.bfloat16, batch, capacity, kernel)
     if reason is None:
         return kernel, None
     if sweep.implementation is not None:

@@ -46,7 +46,8 @@ def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
         batch: B, sequences that the fused kernel is asked about.
 
     Returns:
-        JSON-able facts by name. "why_not_fused" is None where the kernel can run, else why not.
+        JSON-able facts by name. "why_not_fused" is None where the kernel can run
+        over all of the model's positions, else why not.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -58,6 +59,7 @@ def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
     import checkpoints
     from checkpoints.hf_import import HFFolder, is_hf_folder
     from checkpoints.skeleton import array_shapes
+    from ffjax.decode import why_not_fused_config
 
     if is_hf_folder(path):
         folder = HFFolder.open(path)
@@ -84,26 +86,8 @@ def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
         "config": config.to_dict(),
         "tokenizer": _tokenizer(path, config),
         "source": source,
-        "why_not_fused": _why_not_fused(config, loaded_as, batch),
+        "why_not_fused": why_not_fused_config(config, loaded_as, batch, config.max_context),
     }
-
-
-def _why_not_fused(config: ModelConfig, dtype: Any, batch: int) -> str | None:
-    """Why the fused kernel cannot run such a model here, over all of its positions."""
-    from flax import nnx
-
-    from ffjax.decode import why_not_fused
-    from ffjax.model import Transformer
-
-    answers = []
-
-    def ask() -> Transformer:
-        model = Transformer(config, rngs=nnx.Rngs(0), dtype=dtype)
-        answers.append(why_not_fused(model, batch, config.max_context))
-        return model
-
-    nnx.eval_shape(ask)  # the answer depends on shapes: no weight is made
-    return answers[0]
 
 
 def _tokenizer(path: Path, config: ModelConfig) -> dict[str, Any] | str:

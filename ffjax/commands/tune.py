@@ -48,11 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line a candidate and the best one's row on stdout; or JSON."""
+    import jax.numpy as jnp
+
     from ffjax.benchmark.inputs import capacity_for, random_model
     from ffjax.benchmark.suite import Sweep
     from ffjax.benchmark.tune import tune
     from ffjax.config import preset
-    from ffjax.decode import default_device, why_not_fused
+    from ffjax.decode import default_device, why_not_fused_config
     from ffjax.dims import step_dims
     from pallas_kernels.gpu import Gpu
     from pallas_kernels.stream.tuning import row_key
@@ -69,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
     )
     device = default_device()
     gpu = Gpu.of(device)
-    model = random_model(config)
     capacity = capacity_for(args.position, args.steps)
-    reason = why_not_fused(model, args.batch, capacity, "pallas_stream")
+    reason = why_not_fused_config(config, jnp.bfloat16, args.batch, capacity, "pallas_stream")
     if reason is not None or gpu is None:
         raise NotImplementedError(reason)
+    model = random_model(config)
     dims = step_dims(config, args.batch, capacity)
 
     def say(text: str) -> None:
