@@ -198,27 +198,29 @@ def test_inputs_that_do_not_fit_are_refused(model, cache, tokens):
         decode_step(model, wide, tokens)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_kernel_reads_the_models_own_buffers(tied):
-    model = random_model(small_config(tied_embeddings=tied))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tied_embeddings": False},
+        {"tied_embeddings": True},
+        {"qkv_bias": True, "qk_norm": "head", "post_norm": True},
+        {"qk_norm": "full", "post_norm": True, "pre_norm": False},
+    ],
+    ids=["untied", "tied", "all there is", "norms behind alone"],
+)
+def test_the_kernels_read_the_models_own_buffers(fields):
+    model = random_model(small_config(**fields))
     weights = decode_weights(model)
-    own = {
-        "embed": model.embed,
-        "attn_norm": model.layers.attn_norm,
-        "qkv": model.layers.qkv,
-        "attn_out": model.layers.attn_out,
-        "mlp_norm": model.layers.mlp_norm,
-        "gate_up": model.layers.gate_up,
-        "down": model.layers.down,
-        "final_norm": model.final_norm,
-        "head": model.embed if model.head is None else model.head,
-    }
-    assert set(own) == set(weights._fields) - {"inv_freq"}
+    own = {name: p for name, p in vars(model.layers).items() if isinstance(p, nnx.Param)}
+    own |= {"embed": model.embed, "final_norm": model.final_norm}
+    own["head"] = model.embed if model.head is None else model.head
+    given = {name for name, array in weights._asdict().items() if array is not None}
+    assert set(own) == given - {"inv_freq"}
     for name, param in own.items():
         view = getattr(weights, name)
         assert view.unsafe_buffer_pointer() == param[...].unsafe_buffer_pointer(), name
-    # And there is no weight that the kernel is not given.
-    assert len(jax.tree.leaves(nnx.state(model))) == len(own) - tied
+    # And there is no weight that the kernels are not given.
+    assert len(jax.tree.leaves(nnx.state(model))) == len(own) - (model.head is None)
 
 
 @pytest.mark.parametrize("implementation", ["fused", "xla"])
