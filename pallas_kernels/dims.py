@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -149,6 +151,25 @@ class Dims:
     def qkv_dim(self) -> int:
         """(N + 2K) * H, the rows of the fused projection."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def step_weight_bytes(self) -> int:
+        """Bytes of bfloat16 weights a step reads: each once, one embedding row a sequence."""
+        weights = self.abstract_weights()._replace(embed=None, inv_freq=None, inv_freq_local=None)
+        read = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
+        return 2 * (read + self.batch * self.model_dim)
+
+    def cache_bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes of bfloat16 keys and values a step reads for sequences of these lengths.
+
+        Args:
+            lengths: live positions of each sequence; a local layer reads its window's.
+        """
+        local = sum(self.features.local_layers)
+        near = (self.features.window or 1) - 1  # the new position is not read
+        positions = (self.num_layers - local) * sum(lengths)
+        positions += local * sum(min(length, near) for length in lengths)
+        return 2 * 2 * self.num_kv_heads * self.head_dim * positions
 
     def abstract_weights(self, dtype=jnp.bfloat16) -> DecodeWeights:
         """The weights' shapes and dtypes, for tracing without arrays."""

@@ -198,11 +198,6 @@ class Plan:
             p.weight_bytes * (self.dims.num_layers if p.per_layer else 1) for p in self.phases
         )
 
-    def cache_bytes(self, lengths: list[int]) -> int:
-        """Bytes of keys and values a step reads for sequences of these lengths."""
-        d = self.dims
-        return 2 * 2 * d.num_layers * d.num_kv_heads * d.head_dim * sum(lengths)
-
 
 def _stages(plan: Plan, shared_memory: int) -> int:
     """As many stages as the widest streaming loop has shared memory for, `MAX_STAGES` at most.

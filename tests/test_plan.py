@@ -12,7 +12,7 @@ import pytest
 from decode_cases import dims_of, small_config
 
 from ffjax.config import PRESETS, preset
-from pallas_kernels.dims import Dims
+from pallas_kernels.dims import Dims, Features
 from pallas_kernels.env import Env
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.launch import StepState, launch_step
@@ -101,19 +101,26 @@ def test_work_is_dealt_out_once(programs):
         assert sorted(dealt) == list(range(items))
 
 
-@pytest.mark.parametrize("name", [n for n, c in PRESETS.items() if c.family == "llama"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_step_reads_every_weight_once(name):
     config = preset(name)
     dims = dims_of(config, 3, 128)
     # A tied head is the embedding: all of it is read as the head.
     read = config.num_params - (0 if config.tied_embeddings else dims.vocab_size * dims.model_dim)
     rows = 3 * dims.model_dim
-    assert make_plan(dims, GPUS[0]).weight_bytes == 2 * (read + rows)
+    assert dims.step_weight_bytes == 2 * (read + rows)
+    if dims.features == Features():  # the phased kernel knows no other
+        assert make_plan(dims, GPUS[0]).weight_bytes == dims.step_weight_bytes
 
 
-def test_cache_bytes_are_those_of_live_positions():
+def test_cache_bytes_are_those_of_the_positions_read():
     dims = dims_of(preset("llama3.2-1b"), 2, 128)
-    assert make_plan(dims, GPUS[0]).cache_bytes([3, 100]) == 103 * 2 * 2 * 16 * 8 * 64
+    assert dims.cache_bytes([3, 100]) == 103 * 2 * 2 * 16 * 8 * 64
+    # 22 of 26 layers see 512 positions, the new one among them.
+    dims = dims_of(preset("gemma3-1b"), 2, 4096)
+    assert sum(dims.features.local_layers) == 22
+    positions = 4 * (3 + 4000) + 22 * (3 + 511)
+    assert dims.cache_bytes([3, 4000]) == positions * 2 * 2 * 1 * 256
 
 
 def test_phases_only_read_what_was_written_before():

@@ -26,8 +26,6 @@ from ffjax.config import ModelConfig
 from ffjax.decode import Implementation, Kernel, default_device, why_not_fused_config
 from ffjax.dims import step_dims
 from ffjax.model import Transformer
-from pallas_kernels.gpu import INTERPRETER, Gpu
-from pallas_kernels.plan import make_plan
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["MIN_REPETITIONS", "Point", "Report", "Sweep", "Traffic", "run", "traffic"]
@@ -191,7 +189,7 @@ class Report:
 
 
 def traffic(model: Transformer, batch: int, position: int, capacity: int, steps: int) -> Traffic:
-    """What a step of a loop reads, by the plan of the default device.
+    """What a step of a loop reads.
 
     Args:
         model: the model.
@@ -200,11 +198,9 @@ def traffic(model: Transformer, batch: int, position: int, capacity: int, steps:
         capacity: S.
         steps: steps of the loop, each one position further.
     """
-    plan = make_plan(
-        step_dims(model.config, batch, capacity), Gpu.of(default_device()) or INTERPRETER
-    )
-    read = [plan.cache_bytes([position + i] * batch) for i in range(steps)]
-    return Traffic(plan.weight_bytes, statistics.fmean(read))
+    dims = step_dims(model.config, batch, capacity)
+    read = [dims.cache_bytes([position + i] * batch) for i in range(steps)]
+    return Traffic(dims.step_weight_bytes, statistics.fmean(read))
 
 
 def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
