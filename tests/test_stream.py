@@ -158,6 +158,7 @@ def test_tiles_in_flight_fill_the_shared_memory():
         ({"programs_per_core": 3}, "programs_per_core is one of 1, 2; got 3"),
         ({"num_warps": 5}, "num_warps is one of None, 4, 8, 16; got 5"),
         ({"num_stages": 1}, "num_stages is at least 2, got 1"),
+        ({"l2_tiles": 17}, "l2_tiles is one of 0, 1, .*; got 17"),
     ],
 )
 def test_a_tunable_out_of_range_is_refused(options, match):
@@ -169,6 +170,13 @@ def test_programs_that_do_not_fit_a_core_together_are_refused():
     tuning = Tuning(programs_per_core=2, num_warps=8)
     with pytest.raises(ValueError, match="2 programs have at most 4 warps each, got 8"):
         make_stream_plan(preset_dims("llama3.2-1b", 1), H200, tuning)
+
+
+def test_older_gpus_are_not_asked_for_tiles_ahead():
+    with pytest.raises(ValueError, match=r"capability 9.0 and newer; this GPU has 8.0"):
+        make_stream_plan(
+            preset_dims("llama3.2-1b", 1), Gpu.named("A100", "8.0", 108), Tuning(l2_tiles=2)
+        )
 
 
 def test_a_model_too_wide_for_its_batch_is_refused():

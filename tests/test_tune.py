@@ -13,7 +13,7 @@ from decode_cases import dims_of, random_model, small_config
 from ffjax import cli
 from ffjax.benchmark import tune as tune_module
 from ffjax.benchmark.contenders import Contender, implementation
-from ffjax.benchmark.tune import Trial, candidates, more_stages, tune
+from ffjax.benchmark.tune import Trial, candidates, refinements, tune
 from ffjax.config import preset
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream import tuning as tuning_module
@@ -33,13 +33,13 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     assert tried[0] == Tuning()
     plans = [make_stream_plan(dims, H200, tuning) for tuning in tried]
     assert len({(p.rows, p.depth, p.programs, p.num_warps) for p in plans}) == len(plans) > 1
-    stages = [
-        make_stream_plan(dims, H200, tuning).num_stages
-        for tuning in more_stages(dims, H200, Tuning())
-    ]
+    finer = refinements(dims, H200, Tuning())
     usual = plans[0].num_stages
-    assert usual not in stages
+    stages = [t.num_stages for t in finer if t.num_stages is not None]
     assert sorted(stages) == [n for n in range(2, usual + 2) if n != usual]
+    assert [t.l2_tiles for t in finer if t.l2_tiles] == [2, 4, 8]
+    older = refinements(dims, Gpu.named("A100", "8.0", 108), Tuning())
+    assert not any(t.l2_tiles for t in older)
 
 
 def test_the_fastest_sound_candidate_comes_first(monkeypatch):
@@ -48,7 +48,7 @@ def test_the_fastest_sound_candidate_comes_first(monkeypatch):
     model, dims = random_model(config), dims_of(config, 1, 256)
     right, wrong, broken = (Tuning(depth=depth) for depth in (16, 32, 64))
     monkeypatch.setattr(tune_module, "candidates", lambda *_: [wrong, broken, right])
-    monkeypatch.setattr(tune_module, "more_stages", lambda *_: [Tuning(num_stages=2)])
+    monkeypatch.setattr(tune_module, "refinements", lambda *_: [Tuning(num_stages=2)])
 
     def make(model, tuning) -> Contender:
         plain = implementation(model, "xla")

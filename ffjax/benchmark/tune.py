@@ -1,8 +1,8 @@
 """Looks for the streamed kernel's best tuning on this device.
 
 First the shapes of tiles and programs are timed in turn, each with as many tiles in flight as
-fit; then, for the fastest, other numbers of tiles. Every candidate's step is compared with the
-reference before it counts.
+fit; then, for the fastest, other numbers of tiles in flight, or asked for ahead. Every
+candidate's step is compared with the reference before it counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream.plan import StreamPlan, make_stream_plan
 from pallas_kernels.stream.tuning import Tuning
 
-__all__ = ["Trial", "candidates", "more_stages", "tune", "tuned"]
+__all__ = ["Trial", "candidates", "refinements", "tune", "tuned"]
 
 # A step is wrong beyond this relative error of its logits; bfloat16 computations of real
 # depth lie 0.04 apart at most.
@@ -73,7 +73,8 @@ def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
         except ValueError:
             continue
         tile = plan.rows, plan.chunks, plan.depth
-        plans.setdefault((*tile, plan.programs, plan.num_warps, plan.num_stages), tuning)
+        size = plan.programs, plan.num_warps, plan.num_stages
+        plans.setdefault((*tile, *size, tuning.l2_tiles), tuning)
     return list(plans.values())
 
 
@@ -87,11 +88,12 @@ def candidates(dims: Dims, gpu: Gpu) -> list[Tuning]:
     return _distinct(dims, gpu, options)
 
 
-def more_stages(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
-    """The same shapes with other numbers of tiles in flight."""
+def refinements(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
+    """The same shapes with other numbers of tiles in flight, or asked for into the L2 cache."""
     usual = make_stream_plan(dims, gpu, tuning).num_stages
     numbers = (usual + 1, *range(usual - 1, 1, -1))
-    options = (dataclasses.replace(tuning, num_stages=number) for number in numbers)
+    options = [dataclasses.replace(tuning, num_stages=number) for number in numbers]
+    options += [dataclasses.replace(tuning, l2_tiles=tiles) for tiles in (2, 4, 8)]
     return _distinct(dims, gpu, options)
 
 
@@ -132,7 +134,7 @@ def tune(
     trials = measure(candidates(dims, gpu))
     best = next((trial for trial in trials if trial.sound), None)
     if best is not None:
-        trials = _ranked([*trials, *measure(more_stages(dims, gpu, best.tuning))])
+        trials = _ranked([*trials, *measure(refinements(dims, gpu, best.tuning))])
     return trials
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.operand import collect_operand
@@ -19,7 +20,7 @@ from pallas_kernels.stream.segments.residual import (
     leave_embed,
 )
 from pallas_kernels.stream.state import State, empty_state
-from pallas_kernels.stream.tiles import Place, load_weights, locate, tile_sums
+from pallas_kernels.stream.tiles import Place, load_weights, locate, prefetch_weights, tile_sums
 
 __all__ = ["finish_tile", "leave_segment", "stream_kernel"]
 
@@ -65,6 +66,19 @@ def leave_segment(env: StreamEnv, place: Place, state: State) -> State:
     return lax.switch(number, [ways[s] for s in sorted(ways)])
 
 
+def _ask_ahead(env: StreamEnv, place: Place, index: Array) -> None:
+    """Asks for tiles beyond those in flight, while attention leaves memory idle."""
+    if not env.plan.tuning.l2_tiles:
+        return
+
+    @pl.when(place.segment == Segment.QKV)
+    def _():
+        first = index + env.plan.num_stages
+        last = env.plan.total_tiles - 1
+        for ahead in range(env.plan.tuning.l2_tiles):
+            prefetch_weights(env, locate(env, jnp.minimum(first + ahead, last)))
+
+
 def stream_kernel(env: StreamEnv) -> None:
     """One whole decode step, as every program runs it.
 
@@ -82,6 +96,7 @@ def stream_kernel(env: StreamEnv) -> None:
         state = finish_tile(env, rotations, place, sums, state)
 
         def change_segment():
+            _ask_ahead(env, place, index)
             left = leave_segment(env, place, state)
             following = locate(env, jnp.minimum(index + 1, total - 1))
             vectors = lax.cond(

@@ -117,6 +117,7 @@ class StreamPlan:
         segments: the mat-vecs, by `Segment`.
         attention: how attention is cut.
         owned: groups of the residual that one program owns at most.
+        tuning: what was chosen freely.
     """
 
     dims: Dims
@@ -132,9 +133,10 @@ class StreamPlan:
     segments: dict[Segment, SegmentPlan]
     attention: AttentionCut
     owned: int
+    tuning: Tuning
 
     def __hash__(self) -> int:
-        return hash((self.dims, self.programs, self.num_warps, self.num_stages, self.depth))
+        return hash((self.dims, self.programs, self.tuning))
 
     @property
     def layer_tiles(self) -> int:
@@ -204,6 +206,11 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         ValueError: the sizes cannot be streamed; see `why_not`.
     """
     d, programs = dims, gpu.cores * tuning.programs_per_core
+    if tuning.l2_tiles and float(gpu.capability) < 9:
+        raise ValueError(
+            "Tiles are asked for ahead by an instruction of compute capability 9.0 and newer; "
+            f"this GPU has {gpu.capability}. Take a tuning with l2_tiles=0."
+        )
     if (reason := why_not(dims, programs, tuning)) is not None:
         raise ValueError(reason)
     rows, chunks, depth = _geometry(dims, programs, tuning)
@@ -259,4 +266,5 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
             max_splits=1 << (parts.bit_length() - 1),
         ),
         owned=next_power_of_2(ceil_div(ceil_div(d.model_dim, rows), programs)),
+        tuning=tuning,
     )

@@ -18,7 +18,7 @@ from jax._src.pallas.triton import lowering, primitives
 from jax._src.pallas.triton.lowering import tt_dialect
 from jax.experimental.pallas import triton as plgpu
 
-__all__ = ["load_pair", "load_tile", "store_pair", "store_word"]
+__all__ = ["load_pair", "load_tile", "prefetch_rows", "store_pair", "store_word"]
 
 # Nothing with this effect is dropped, merged or moved across another that has it.
 _ORDERED = primitives.barrier_effect
@@ -69,11 +69,8 @@ def _(*args, strides):
     return [core.ShapedArray(offsets.shape, refs[0].dtype)], effects
 
 
-@lowering.register_lowering(_load_tile_p)
-def _(ctx, *args, strides):
-    pointers = args[: len(strides)]
-    which, layer, offsets, mask = _values(ctx, args[len(strides) :])
-    shape = list(ctx.avals_out[0].shape)
+def _choose(pointers: Sequence[Any], strides: Sequence[int], which: Any, layer: Any) -> Any:
+    """Where the `which`-th array's `layer` begins."""
     layer = arith.extsi(_i64(), layer)  # a stacked array may hold 2^31 weights and more
     chosen: Any = None
     for number, (pointer, stride) in enumerate(zip(pointers, strides, strict=True)):
@@ -84,9 +81,22 @@ def _(ctx, *args, strides):
         else:
             here = arith.cmpi(arith.CmpIPredicate.eq, which, arith.constant(_i32(), number))
             chosen = arith.select(here, pointer, chosen)
+    return chosen
+
+
+@lowering.register_lowering(_load_tile_p)
+def _(ctx, *args, strides):
+    which, layer, offsets, mask = _values(ctx, args[len(strides) :])
+    shape = list(ctx.avals_out[0].shape)
+    chosen = _choose(args[: len(strides)], strides, which, layer)
     zero = arith.constant(lowering._dtype_to_ir_type(ctx.avals_out[0].dtype), 0.0)
     view = lowering._add(lowering._bcast_to(chosen, shape), offsets)
     return [lowering._load(view, mask=mask, other=lowering._bcast_to(zero, shape))]
+
+
+def _layer_strides(refs: Sequence[Any]) -> tuple[int, ...]:
+    """Elements of a layer of each array; 0 where there are no layers."""
+    return tuple(ref.shape[-2] * ref.shape[-1] if len(ref.shape) == 3 else 0 for ref in refs)
 
 
 def load_tile(
@@ -128,9 +138,71 @@ def load_tile(
             return read
 
         return lax.switch(which, [reader(ref) for ref in refs])
-    strides = tuple(ref.shape[-2] * ref.shape[-1] if len(ref.shape) == 3 else 0 for ref in refs)
     offsets = rows * inner + columns
+    strides = _layer_strides(refs)
     return _load_tile_p.bind(*refs, which, layer, offsets, mask, strides=strides)[0]
+
+
+# Rows of a tile that will be loaded later, into the L2 cache
+
+_prefetch_p = core.Primitive("ffjax_prefetch")
+_prefetch_p.multiple_results = True
+
+
+@_prefetch_p.def_effectful_abstract_eval
+def _(*args, strides):
+    return [core.ShapedArray(args[-3].shape, jnp.int32)], {_ORDERED}
+
+
+@lowering.register_lowering(_prefetch_p)
+def _(ctx, *args, strides):
+    which, layer, offsets, size, mask = _values(ctx, args[len(strides) :])
+    shape = ctx.avals_out[0].shape
+    chosen = _choose(args[: len(strides)], strides, which, layer)
+    mask = arith.extui(_like(shape, _i32()), mask)
+    size = lowering._bcast_to(size, list(shape))
+    # Every row lies in several threads' registers; the first ones ask for it.
+    text = (
+        "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; "
+        f"setp.lt.u32 %p, %t, {shape[0]}; setp.ne.and.s32 %p, $3, 0, %p; "
+        "@%p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+    )
+    addresses = _addresses(chosen, offsets, shape)
+    return _assembly([_like(shape, _i32())], text, "=r,l,r,r", [addresses, size, mask])
+
+
+def prefetch_rows(
+    refs: Sequence[Any],
+    which: Array,
+    layer: Array,
+    rows: Array,
+    column: Array,
+    inner: Array,
+    width: Array,
+    mask: Array,
+    *,
+    interpret: bool,
+) -> None:
+    """Asks for rows of the `which`-th array, so that a later load finds them in the L2 cache.
+
+    Needs compute capability 9.0.
+
+    Args:
+        refs: weights, as in `load_tile`; bfloat16.
+        which: int32 scalar.
+        layer: int32 scalar.
+        rows: int32 `[R]`.
+        column: int32 scalar, where in a row to begin: a multiple of 8.
+        inner: int32 scalar, columns of the array chosen.
+        width: int32 scalar, columns to ask for: a multiple of 8.
+        mask: bool `[R]`.
+        interpret: whether the kernel is interpreted: then nothing is done.
+    """
+    if interpret:
+        return
+    strides = _layer_strides(refs)
+    offsets = rows * inner + column
+    _prefetch_p.bind(*refs, which, layer, offsets, 2 * width, mask, strides=strides)
 
 
 # Words that other programs read in the same launch

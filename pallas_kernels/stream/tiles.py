@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, iota, select
-from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment
+from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment, SegmentPlan
 
-__all__ = ["Place", "load_weights", "locate", "place_of", "tile_sums"]
+__all__ = ["Place", "load_weights", "locate", "place_of", "prefetch_weights", "tile_sums"]
 
 _WEIGHTS = {
     Segment.QKV: "w_qkv",
@@ -121,7 +121,7 @@ def load_weights(env: StreamEnv, place: Place) -> Array:
         output = place.group * outputs + lax.div(row, per_row)
         mask &= output < select(place.segment, [p.out for p in plans])
     return ptx.load_tile(
-        [env[_WEIGHTS[s]] for s in sorted(_WEIGHTS)],
+        _weights(env),
         jnp.minimum(place.segment, jnp.int32(Segment.HEAD)),
         jnp.minimum(place.layer, env.dims.num_layers - 1),
         rows,
@@ -130,6 +130,37 @@ def load_weights(env: StreamEnv, place: Place) -> Array:
         mask,
         interpret=env.interpret,
     )
+
+
+def prefetch_weights(env: StreamEnv, place: Place) -> None:
+    """Asks for the tile, so that it is in the L2 cache when it is loaded."""
+    plan = env.plan
+    plans = [env.segment(s) for s in sorted(plan.segments)]
+    inner = select(place.segment, [p.inner for p in plans])
+    width = select(place.segment, [p.width for p in plans])
+    row = iota((plan.rows,), 0)
+    rows = group_rows(env, place.segment, place.group, row)
+    out = select(place.segment, [p.out * (1 + (s == Segment.GATE_UP)) for s, p in _in_order(env)])
+    ptx.prefetch_rows(
+        _weights(env),
+        jnp.minimum(place.segment, jnp.int32(Segment.HEAD)),
+        jnp.minimum(place.layer, env.dims.num_layers - 1),
+        rows,
+        place.split * width,
+        inner,
+        jnp.minimum(width, inner - place.split * width),
+        (rows < out) & place.real,
+        interpret=env.interpret,
+    )
+
+
+def _in_order(env: StreamEnv) -> list[tuple[Segment, SegmentPlan]]:
+    return [(s, env.segment(s)) for s in sorted(env.plan.segments)]
+
+
+def _weights(env: StreamEnv) -> list[Any]:
+    """The arrays in the order of `Segment`."""
+    return [env[_WEIGHTS[s]] for s in sorted(_WEIGHTS)]
 
 
 def _group_out(env: StreamEnv, segment: Segment) -> int:

@@ -33,6 +33,8 @@ class Tuning:
         programs_per_core: programs that share a multiprocessor: 1 or 2.
         num_warps: warps of a program, 4, 8 or 16; None: by the operand's size.
         num_stages: tiles in flight plus one; None: as many as shared memory holds.
+        l2_tiles: tiles beyond those that are asked for into the L2 cache before attention,
+            0 to 16; needs compute capability 9.0.
 
     Raises:
         ValueError: a value is none of these.
@@ -43,6 +45,7 @@ class Tuning:
     programs_per_core: int = 1
     num_warps: int | None = None
     num_stages: int | None = None
+    l2_tiles: int = 0
 
     def __post_init__(self):
         for name, allowed in {
@@ -50,6 +53,7 @@ class Tuning:
             "depth": [16, 32, 64, 128, 256, 512],
             "programs_per_core": [1, 2],
             "num_warps": [None, 4, 8, 16],
+            "l2_tiles": list(range(17)),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
