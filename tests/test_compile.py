@@ -70,8 +70,8 @@ def test_the_stream_keeps_its_tiles_in_flight_and_spills_next_to_nothing(config)
     tile = 2 * 64 * 256
     assert report.num_stages >= 6
     assert report.shared_memory_bytes > (report.num_stages - 1) * tile
-    # A dozen registers of the 255, at places where a segment ends.
-    assert report.spill_bytes <= 128
+    # Two dozen registers of the 255 at most, at places where a segment ends.
+    assert report.spill_bytes <= 256
 
 
 @needs_compiler

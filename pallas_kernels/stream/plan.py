@@ -38,12 +38,12 @@ MIN_ROWS = 2
 # Columns of the operand: tensor cores have at least 8. Beyond 128 it leaves the tiles no room.
 MIN_COLUMNS = 8
 MAX_COLUMNS = 128
-# Left for what the compiler keeps in shared memory besides tiles and operand.
-RESERVED_SHARED_MEMORY = 20 * 1024
+# Left beside tiles, operand and attention's tiles for small conversions.
+RESERVED_SHARED_MEMORY = 3 * 1024
 MAX_STAGES = 7
 # A multiprocessor has registers for so many warps of threads that use 255 each.
 MAX_WARPS = 8
-# Elements of one tile of keys or values.
+# Elements of one tile of keys or values, of the programs of a multiprocessor together.
 ATTENTION_TILE = 8192
 
 
@@ -187,9 +187,11 @@ def _stages(gpu: Gpu, tuning: Tuning, columns: int, depth: int) -> int:
     tile = 2 * tuning.matrix_rows * depth
     # From 16 columns on, tensor cores read the operand, and the tile, in shared memory.
     wide = columns >= 16
-    free = gpu.shared_memory // tuning.programs_per_core - RESERVED_SHARED_MEMORY
-    if wide:
-        free -= 2 * columns * depth
+    # Keys and values pass through it too, though not while the operand is there.
+    attention = 2 * 2 * ATTENTION_TILE // tuning.programs_per_core
+    operand = 2 * columns * depth if wide else 0
+    free = gpu.shared_memory // tuning.programs_per_core
+    free -= max(attention, operand) + RESERVED_SHARED_MEMORY
     return max(2, min(MAX_STAGES, free // tile + (0 if wide else 1)))
 
 
@@ -261,7 +263,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         columns=columns,
         segments=segments,
         attention=AttentionCut(
-            block=max(16, ATTENTION_TILE // d.head_dim),
+            block=max(16, ATTENTION_TILE // tuning.programs_per_core // d.head_dim),
             min_span=256,
             max_splits=1 << (parts.bit_length() - 1),
         ),
