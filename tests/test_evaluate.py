@@ -28,6 +28,7 @@ from ffjax.config import ModelConfig
 from ffjax.evaluate import Evaluation, bits_per_byte, default_context, evaluate, make_windows
 from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.model import Transformer
+from ffjax.stdlib_text import read_sources
 from ffjax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -382,7 +383,7 @@ def test_the_examples_measure_and_list_held_out_files(monkeypatch, capsys):
     measuring = importlib.import_module("bits_per_byte")
     listing.main()
     lines = capsys.readouterr().out.splitlines()
-    held_out = listing.read_sources()[1]
+    held_out = read_sources()[1]
     assert len(lines) == len(held_out) + 1
     assert lines[-1].endswith(f"bytes in {len(held_out)} files")
     monkeypatch.setattr(sys, "argv", ["bits_per_byte.py", "--files", "1"])
