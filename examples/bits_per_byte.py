@@ -9,10 +9,8 @@ holds the arithmetic.
 import argparse
 
 import ffjax
-from ffjax.evaluate import METHOD, bits_per_byte, make_windows
+from ffjax.evaluate import bits_per_byte
 from ffjax.stdlib_text import read_sources
-
-__all__ = ["METHOD", "bits_per_byte", "make_windows"]
 
 
 def main() -> None:

@@ -5,9 +5,7 @@
 `ffjax.stdlib_text` holds the rule; training, `ffjax fidelity` and the tests share it.
 """
 
-from ffjax.stdlib_text import Source, is_held_out, read_sources
-
-__all__ = ["Source", "is_held_out", "read_sources"]
+from ffjax.stdlib_text import read_sources
 
 
 def main() -> None:

@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name. None: those of this process.
 
     Returns:
-        The exit code: 0; 2 after bad input, with a sentence on stderr; 130 after Ctrl-C.
+        The exit code: 0; 1 where the command did its work and found something wrong: a gate that
+        fails, a step with wrong numbers; 2 after bad input, with a sentence on stderr; 130 after
+        Ctrl-C.
 
     Raises:
         SystemExit: argparse has printed help, the version, or what is wrong with the

@@ -1,4 +1,4 @@
-"""How well a byte-level model predicts texts: bits per byte and perplexity, over whole files."""
+"""How well a model predicts texts: bits per byte and perplexity, over whole files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 
 from ffjax.model import Transformer
-from ffjax.tokenizer import ByteTokenizer
+from ffjax.tokenizer import ByteTokenizer, Tokenizer
 
 __all__ = [
     "METHOD",
+    "METHOD_TOKENS",
     "Evaluation",
     "bits_per_byte",
     "default_context",
@@ -29,6 +30,17 @@ METHOD = (
     "tokens before it in its window (at least half a window, or all there are)"
 )
 
+# Of a model whose tokens are not bytes. The first token of a text is predicted too, so that no
+# byte goes uncounted: where nothing stands before a text, from end-of-text, as with bytes. BOS
+# opens every window because such models attend to it wherever they are, and without it predict
+# badly. A text's end is not scored: models for conversations are not trained to say it of files.
+METHOD_TOKENS = (
+    "each text is what its tokenizer puts before it (BOS; else end-of-text) and its own tokens, "
+    "each of which is predicted once, in windows of `context` tokens that advance by half a "
+    "window, from the tokens before it in its window; where there is BOS, every window begins "
+    "with it; the bits are divided by the text's bytes in UTF-8"
+)
+
 # The longest window when nobody asks for one: attention's scores are float32 [B, N, T, S],
 # and a model may be made for 131,072 positions.
 _LONGEST_DEFAULT = 2048
@@ -36,11 +48,11 @@ _LONGEST_DEFAULT = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicted texts, by `METHOD`.
+    """How well a model predicted texts, by `METHOD` or `METHOD_TOKENS`.
 
     Attributes:
-        bits: of all predicted tokens, each text's end included.
-        tokens: how many were predicted: a text's bytes and its end.
+        bits: of all predicted tokens.
+        tokens: how many were predicted: a text's bytes and its end, or its tokens.
         bytes: of the texts.
         context: tokens a window.
     """
@@ -81,34 +93,59 @@ def _window_bits(model: Transformer, windows: jax.Array, scored: jax.Array) -> j
     return -jnp.where(scored, picked, 0).sum(axis=1) / math.log(2)
 
 
-def make_windows(text: bytes, context: int) -> tuple[np.ndarray, np.ndarray]:
+def make_windows(
+    text: bytes, context: int, tokenizer: Tokenizer | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Cuts a text into overlapping windows such that every token is scored once.
 
     Args:
         text: the bytes of one file.
         context: T, even.
+        tokenizer: the model's; None: bytes.
 
     Returns:
         int32 `[n, T + 1]`, the windows, padded with end-of-text at the end of the last; and
         bool `[n, T]`, which of their predictions count.
 
     Raises:
-        ValueError: the context is odd, or shorter than 2.
+        ValueError: the context is odd, or shorter than 2, or too short for the tokens that the
+            tokenizer puts before a text; or the text is not UTF-8, and the tokens not bytes.
     """
     if context < 2 or context % 2:
         raise ValueError(f"Windows advance by half their length: even, got {context}.")
-    eot, half = ByteTokenizer.eot_id, context // 2
-    tokens = np.array([eot, *text, eot], np.int32)
-    predictions = len(tokens) - 1
-    count = 1 + max(0, math.ceil((predictions - context) / half))
+    tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+    eot, half = tokenizer.eot_id, context // 2
+    if isinstance(tokenizer, ByteTokenizer):  # a file need not be UTF-8 then
+        before, own = [], [*text, eot]
+    else:
+        before, own = tokenizer.split(_as_text(text))
+    if len(before) > half:
+        raise ValueError(
+            f"Half a window has room for the {len(before)} tokens that the tokenizer puts before "
+            f"a text; of {context} tokens it has not. Choose a longer context."
+        )
+    tokens = np.array([*(before or [eot]), *own], np.int32)
+    unscored = len(before) - 1 if before else 0  # predictions of the first tokens, by each other
+    count = 1 + max(0, math.ceil((len(tokens) - 1 - context) / half))
     windows = np.full((count, context + 1), eot, np.int32)
     scored = np.zeros((count, context), bool)
     for i in range(count):
         start = i * half
         piece = tokens[start : start + context + 1]
         windows[i, : len(piece)] = piece
-        scored[i, (half if i else 0) : len(piece) - 1] = True
+        windows[i, : len(before)] = before
+        scored[i, (half if i else unscored) : len(piece) - 1] = True
     return windows, scored
+
+
+def _as_text(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"A model whose tokens are not bytes reads text in UTF-8; the byte at {error.start} "
+            "is none. Convert the text, or measure a model of bytes."
+        ) from None
 
 
 def default_context(model: Transformer) -> int:
@@ -120,11 +157,12 @@ def evaluate(
     model: Transformer,
     texts: Sequence[bytes],
     *,
+    tokenizer: Tokenizer | None = None,
     context: int | None = None,
     batch: int = 16,
     progress: Callable[[Sequence[int]], Iterable[int]] | None = None,
 ) -> Evaluation:
-    """How well a model predicts whole texts, by `METHOD`.
+    """How well a model predicts whole texts: by `METHOD` of bytes, by `METHOD_TOKENS` of others.
 
     A text longer than a window is not cut into pieces that know nothing of each other:
     windows overlap by half, and a token is scored only where its window shows at least
@@ -132,8 +170,9 @@ def evaluate(
     within those the model was made for.
 
     Args:
-        model: a byte-level model, of any dtype.
+        model: the model, of any dtype.
         texts: the bytes of each file.
+        tokenizer: the model's, as `ffjax.load_tokenizer` returns it. None: bytes.
         context: T, tokens a window, even. None: `default_context`.
         batch: B, windows at a time; it changes the time and the memory taken, the result
             by no more than float32's rounding.
@@ -143,14 +182,20 @@ def evaluate(
         Bits, tokens and bytes, and what follows from them.
 
     Raises:
-        ValueError: the vocabulary is not the bytes', there is nothing to predict, or the
-            context or the batch is out of range.
+        ValueError: the vocabulary is not the tokenizer's, there is nothing to predict, a text
+            is not UTF-8 and the tokens not bytes, or the context or the batch is out of range.
     """
     config = model.config
-    if config.vocab_size != ByteTokenizer.vocab_size:
+    if tokenizer is None and config.vocab_size != ByteTokenizer.vocab_size:
         raise ValueError(
-            "Bits per byte are measured of a model that reads bytes, with a vocabulary of "
-            f"{ByteTokenizer.vocab_size}; {config.name} has {config.vocab_size}."
+            "Without a tokenizer, bits per byte are measured of a model that reads bytes, with a "
+            f"vocabulary of {ByteTokenizer.vocab_size}; {config.name} has {config.vocab_size}. "
+            "Give its tokenizer."
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"A model knows every token of its tokenizer; {config.name} has {config.vocab_size}, "
+            f"and the tokenizer {tokenizer.vocab_size}. Is it another model's?"
         )
     size = sum(len(text) for text in texts)
     if size == 0:
@@ -163,10 +208,14 @@ def evaluate(
             f"A window needs {context} positions; {config.name} was made for "
             f"{config.max_context}. Choose a context of at most that."
         )
-    pairs = [make_windows(text, context) for text in texts]
+    pairs = [make_windows(text, context, tokenizer) for text in texts]
     windows = np.concatenate([w for w, _ in pairs])
     scored = np.concatenate([s for _, s in pairs])
     tokens = int(scored.sum())
+    if tokens == 0:
+        raise ValueError(
+            "Bits per byte need at least one token; the tokenizer makes none of the text."
+        )
     # What every window only holds as padding need not be computed.
     used = int(np.flatnonzero(scored.any(axis=0)).max()) + 1
     windows, scored = windows[:, : used + 1], scored[:, :used]

@@ -46,6 +46,7 @@ from ffjax.decode import (
 )
 from ffjax.model import Transformer
 from ffjax.stdlib_text import Source, read_sources
+from ffjax.tokenizer import ByteTokenizer, Tokenizer
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = [
@@ -472,17 +473,24 @@ def random_prompts(config: ModelConfig, count: int, tokens: int, seed: int = 0) 
 
 
 def held_out_prompts(
-    count: int, tokens: int, seed: int = 0, *, held_out: Sequence[Source] | None = None
+    count: int,
+    tokens: int,
+    seed: int = 0,
+    *,
+    tokenizer: Tokenizer | None = None,
+    held_out: Sequence[Source] | None = None,
 ) -> np.ndarray:
-    """Pieces of the files that the shipped model was not trained on, as bytes.
+    """Pieces of the files that the shipped model was not trained on, in a model's own tokens.
 
-    Each file is cut into pieces of `tokens + 1` bytes, the rest left over. Pieces are drawn
+    Each file is cut into pieces of `tokens + 1` tokens, the rest left over; where a tokenizer
+    puts tokens before a text (BOS), they are the first of every piece. Pieces are drawn
     without repetition, a file's second one only after every file has given its first.
 
     Args:
         count: n, how many.
         tokens: T, tokens to feed; one more is predicted.
         seed: of the draws.
+        tokenizer: the model's; None: bytes.
         held_out: the files; None: those of the running Python's standard library, of
             another version perhaps than the one trained on: none of these names was.
 
@@ -495,19 +503,30 @@ def held_out_prompts(
     """
     _check_size(count, tokens)
     held_out = read_sources()[1] if held_out is None else held_out
+    tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
     rng, size = np.random.default_rng(seed), tokens + 1
     rounds: list[tuple[int, int]] = []  # each piece's turn within its file, and its number
-    pieces: list[bytes] = []
+    pieces: list[list[int]] = []
     for i in rng.permutation(len(held_out)):
-        text = held_out[i].text
-        cuts = [text[at : at + size] for at in range(0, len(text) - size + 1, size)]
+        before, own = _split(held_out[i].text, tokenizer)
+        room = max(size - len(before), 1)
+        cuts = [(before + own[at : at + room])[:size] for at in range(0, len(own) - room + 1, room)]
         for turn, cut in enumerate(rng.permutation(len(cuts))):
             rounds.append((turn, len(pieces)))
             pieces.append(cuts[cut])
     if len(pieces) < count:
+        unit = "bytes" if isinstance(tokenizer, ByteTokenizer) else "tokens"
         raise ValueError(
             f"The held-out files of this Python's standard library have {len(pieces)} pieces of "
-            f"{size} bytes; {count} were asked for. Take fewer prompts, or fewer tokens."
+            f"{size} {unit}; {count} were asked for. Take fewer prompts, or fewer tokens."
         )
     chosen = [pieces[i] for _, i in sorted(rounds)[:count]]
-    return np.array([list(piece) for piece in chosen], np.int64)
+    return np.array(chosen, np.int64)
+
+
+def _split(text: bytes, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The token ids before a file's text, and its own."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return [], list(text)
+    # A few old files of the library are not UTF-8; as prompts they need not be whole.
+    return tokenizer.split(text.decode("utf-8", "replace"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from tokenizers import Tokenizer as RustTokenizer
 
 __all__ = ["HFStreamDecoder", "HFTokenizer"]
@@ -121,7 +122,24 @@ class HFTokenizer:
             ValueError: the text holds a lone surrogate, which UTF-8 cannot express.
             TypeError: the text is no string.
         """
-        return self._encode(text, special=True)
+        return self._encode(text, special=True).ids
+
+    def split(self, text: str) -> tuple[list[int], list[int]]:
+        """The token ids that `encode` puts before the text (BOS, or none), and the text's own.
+
+        What it puts behind the text is left out. Special tokens that the text itself spells are
+        its own.
+
+        Raises:
+            ValueError: the text holds a lone surrogate, which UTF-8 cannot express.
+            TypeError: the text is no string.
+        """
+        encoding = self._encode(text, special=True)
+        added = list(encoding.special_tokens_mask)  # 1 for those that were put around the text
+        own = [token for token, extra in zip(encoding.ids, added, strict=True) if not extra]
+        if not own:  # then before and behind are not told apart
+            return [], []
+        return encoding.ids[: added.index(0)], own
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True) -> list[int]:
         """The token ids of a conversation, as the chat template writes it.
@@ -135,7 +153,7 @@ class HFTokenizer:
             NotImplementedError: the package jinja2 is not installed.
         """
         # The template writes BOS itself where there is to be one.
-        return self._encode(self.render(messages, reply=reply), special=False)
+        return self._encode(self.render(messages, reply=reply), special=False).ids
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True) -> str:
         """The text of a conversation, as the chat template writes it; see `chat`."""
@@ -168,7 +186,7 @@ class HFTokenizer:
         """A fresh decoder for tokens that come one by one."""
         return HFStreamDecoder(self)
 
-    def _encode(self, text: str, *, special: bool) -> list[int]:
+    def _encode(self, text: str, *, special: bool) -> Encoding:
         if not isinstance(text, str):
             raise TypeError(f"A tokenizer encodes a str, got {type(text).__name__}.")
         try:
@@ -178,7 +196,7 @@ class HFTokenizer:
                 f"UTF-8 has no lone surrogates; the text has {text[error.start]!r} at index "
                 f"{error.start}. Remove it or replace it."
             ) from None
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        return self._tokenizer.encode(text, add_special_tokens=special)
 
 
 class HFStreamDecoder:

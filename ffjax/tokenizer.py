@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
         """The text's token ids."""
         ...
 
+    def split(self, text: str) -> tuple[list[int], list[int]]:
+        """The token ids that `encode` puts before the text (BOS, or none), and the text's own."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids; special tokens have none."""
         ...
@@ -101,6 +105,10 @@ class ByteTokenizer:
                 f"UTF-8 has no lone surrogates; the text has {text[error.start]!r} at index "
                 f"{error.start}. Remove it or replace it."
             ) from None
+
+    def split(self, text: str) -> tuple[list[int], list[int]]:
+        """No token ids, for nothing stands before the text, and the text's own; see `encode`."""
+        return [], self.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids.
@@ -162,7 +170,8 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
             raise ValueError(
                 f"Where no tokenizer.json lies with a model, its tokens are bytes: it needs a "
                 f"vocabulary of {ByteTokenizer.vocab_size}; {config.name} has "
-                f"{config.vocab_size}. Use ffjax.generate with the model's own tokenizer."
+                f"{config.vocab_size}. Save it with its tokenizer (ffjax.save, tokenizer_from), or "
+                "use the library with one of your own."
             )
         return ByteTokenizer()
     from ffjax.hf_tokenizer import HFTokenizer

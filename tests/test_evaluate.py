@@ -12,14 +12,24 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from hf_folders import write_folder
+from hf_models import MODELS
+from test_hf_tokenizer import write as write_tokenizer
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import normalizers, processors
 
 import checkpoints
+import ffjax
 from ffjax.cli import main
 from ffjax.config import ModelConfig
-from ffjax.evaluate import Evaluation, bits_per_byte, default_context, evaluate
+from ffjax.evaluate import Evaluation, bits_per_byte, default_context, evaluate, make_windows
+from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.model import Transformer
+from ffjax.stdlib_text import read_sources
+from ffjax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -154,6 +164,101 @@ def test_a_model_of_other_tokens_is_refused():
         evaluate(model, [TEXT])
 
 
+# Models with a tokenizer of their own
+
+
+def _folder(directory: Path, *, bos: bool) -> Path:
+    """A little model with a tokenizer that puts BOS, id 0, before a text, or nothing."""
+    model = MODELS["tied"]
+    sized = type(model)(5, {**model.settings, "vocab_size": 280, "num_hidden_layers": 1})
+    folder = write_folder(directory / ("bos" if bos else "plain"), sized, eos_token_id=1)
+    write_tokenizer(folder)
+    if not bos:
+        file = folder / "tokenizer.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[bool, Path]:
+    place = tmp_path_factory.mktemp("hf")
+    return {bos: _folder(place, bos=bos) for bos in (True, False)}
+
+
+WORDS = "hello world, return the hello: <|turn|>\r\n é 日本 🐍" * 2
+
+
+def _oracle(folder: Path, text: str, context: int) -> tuple[float, int]:
+    """Bits and tokens, each token by itself in float64, from the method's words alone."""
+    rust = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    own = rust.encode(text, add_special_tokens=False).ids
+    before = rust.encode("", add_special_tokens=True).ids
+    tokens, half = [*(before or [1]), *own], context // 2
+    model = checkpoints.load(folder, dtype="float32")
+    forward = nnx.jit(lambda model, tokens: model(tokens))
+    bits = 0.0
+    for i in range(len(own)):  # predicts tokens[i + 1]
+        start = max(0, math.ceil((i + 1 - context) / half)) * half
+        window = tokens[start : i + 1]
+        window[: len(before)] = before
+        padded = jnp.array([window + [7] * (context - len(window))])
+        logits = np.asarray(forward(model, padded), np.float64)[0, len(window) - 1]
+        logits -= logits.max()
+        bits += (math.log(np.exp(logits).sum()) - logits[tokens[i + 1]]) / math.log(2)
+    return bits, len(own)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("context", [2, 16, 128])
+def test_bits_of_a_models_own_tokens_against_an_independent_sum(folders, bos, context):
+    model = checkpoints.load(folders[bos], dtype="float32")
+    tokenizer = ffjax.load_tokenizer(folders[bos], model.config)
+    texts = [WORDS, "h"]
+    expected = [_oracle(folders[bos], text, context) for text in texts]
+    result = evaluate(
+        model, [text.encode() for text in texts], tokenizer=tokenizer, context=context, batch=3
+    )
+    assert result.bits == pytest.approx(sum(bits for bits, _ in expected), rel=1e-5)
+    assert result.tokens == sum(count for _, count in expected)
+    assert result.bytes == len(WORDS.encode()) + 1
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_not_the_texts(folders, tmp_path):
+    tokenizer = HFTokenizer.read(folders[True])
+    own = tokenizer.split("<|begin|>hello")
+    assert own == ([0], [0, *HFTokenizer.read(folders[False]).encode("hello")])
+    assert tokenizer.encode("<|begin|>hello") == own[0] + own[1]
+    assert tokenizer.split("") == ([], [])
+    assert HFTokenizer.read(folders[False]).split("hello")[0] == []
+    assert ByteTokenizer().split("é") == ([], [0xC3, 0xA9])
+    rust = RustTokenizer.from_file(str(folders[True] / "tokenizer.json"))
+    rust.post_processor = processors.TemplateProcessing(
+        single="<|begin|> <|turn|> $A <|end|>",
+        special_tokens=[("<|begin|>", 0), ("<|end|>", 1), ("<|turn|>", 2)],
+    )
+    around = HFTokenizer(rust, eot_ids=[1])
+    assert around.split("hello") == ([0, 2], tokenizer.split("hello")[1])
+    windows, scored = make_windows(WORDS.encode(), 4, around)
+    assert [row[:2] for row in windows.tolist()] == [[0, 2]] * len(windows)
+    assert scored[0].tolist() == [False, True, True, True]
+    assert scored.sum() == len(tokenizer.split(WORDS)[1])
+    with pytest.raises(ValueError, match=r"the 2 tokens that .*of 2 tokens it has not. Choose a"):
+        make_windows(WORDS.encode(), 2, around)
+
+
+def test_texts_and_models_that_do_not_fit_the_tokenizer_are_refused(model, folders):
+    talker = checkpoints.load(folders[True])
+    tokenizer = ffjax.load_tokenizer(folders[True], talker.config)
+    with pytest.raises(ValueError, match="reads text in UTF-8; the byte at 11 is none"):
+        evaluate(talker, [TEXT], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"tiny-bytes has 257, and the tokenizer 277. Is it"):
+        evaluate(model, [b"x"], tokenizer=tokenizer)
+    rust = RustTokenizer.from_file(str(folders[True] / "tokenizer.json"))
+    rust.normalizer = normalizers.Strip()
+    with pytest.raises(ValueError, match="makes none of the text"):
+        evaluate(talker, [b" "], tokenizer=HFTokenizer(rust, eot_ids=[1]))
+
+
 # The command
 
 
@@ -190,6 +295,22 @@ def test_a_line_of_figures_and_no_bar_without_a_terminal(model, path, text, caps
     )
     assert out.count("\n") == 1
     assert err == ""
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_command_reads_a_folder_and_a_checkpoint_in_their_own_tokens(
+    folders, bos, tmp_path, capsys
+):
+    (tmp_path / "text").write_bytes(WORDS.encode())
+    checkpoints.convert_hf(folders[bos], tmp_path / "ours")
+    bits, count = _oracle(folders[bos], WORDS, 16)
+    for path in (folders[bos], tmp_path / "ours"):
+        arguments = ["eval", str(path), "--text", str(tmp_path / "text"), "--context", "16"]
+        assert main([*arguments, "--dtype", "float32", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["bits_per_byte"] == pytest.approx(bits / len(WORDS.encode()), rel=1e-5)
+        assert report["perplexity"] == pytest.approx(2 ** (bits / count), rel=1e-4)
+        assert (report["bytes"], report["tokens"]) == (len(WORDS.encode()), count)
 
 
 class Terminal(io.StringIO):
@@ -238,10 +359,11 @@ def test_what_is_not_finite_is_null_in_json(model, text, tmp_path, capsys):
         (["PATH", "--text", "TEXT", "--dtype", "int3"], "bfloat16, float32; got "),
         (["PATH", "--text", "TEXT", "--context", "34"], "was made for 33"),
         (["PATH", "--text", "TEXT", "--batch", "0"], "got batch=0"),
+        (["TALKER", "--text", "TEXT"], "reads text in UTF-8; the byte at 11 is none"),
     ],
 )
-def test_bad_input_is_a_sentence_and_code_2(path, text, capsys, arguments, sentence):
-    places = {"PATH": path, "TEXT": text}
+def test_bad_input_is_a_sentence_and_code_2(path, folders, text, capsys, arguments, sentence):
+    places = {"PATH": path, "TEXT": text, "TALKER": str(folders[True])}
     assert main(["eval", *(places.get(word, word) for word in arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -261,7 +383,7 @@ def test_the_examples_measure_and_list_held_out_files(monkeypatch, capsys):
     measuring = importlib.import_module("bits_per_byte")
     listing.main()
     lines = capsys.readouterr().out.splitlines()
-    held_out = listing.read_sources()[1]
+    held_out = read_sources()[1]
     assert len(lines) == len(held_out) + 1
     assert lines[-1].endswith(f"bytes in {len(held_out)} files")
     monkeypatch.setattr(sys, "argv", ["bits_per_byte.py", "--files", "1"])

@@ -5,12 +5,16 @@ import functools
 import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hf_folders import write_folder
+from hf_models import MODELS
+from test_hf_tokenizer import write as write_tokenizer
 
 import checkpoints
 from ffjax import fidelity
@@ -28,6 +32,7 @@ from ffjax.fidelity import (
     measure,
     upper_bound,
 )
+from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.model import Transformer
 from ffjax.stdlib_text import Source, is_held_out, read_sources
 
@@ -357,6 +362,15 @@ def test_random_weights_neither_know_the_next_token_nor_find_all_equal(model):
     assert 0.5 * math.log(257) < entropy.mean() < 0.98 * math.log(257)
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory) -> Path:
+    """A Hugging Face folder whose tokenizer puts BOS, id 0, before a text."""
+    model = MODELS["tied"]
+    sized = type(model)(5, {**model.settings, "vocab_size": 280, "num_hidden_layers": 1})
+    folder = write_folder(tmp_path_factory.mktemp("hf") / "talker", sized, eos_token_id=1)
+    return write_tokenizer(folder)
+
+
 FILES = [Source("a.py", bytes(range(10))), Source("b.py", bytes(range(50, 74))), Source("c", b"x")]
 
 
@@ -378,6 +392,22 @@ def test_held_out_prompts_are_whole_pieces_each_file_before_any_twice():
         fidelity.held_out_prompts(7, 4, held_out=FILES)
     with pytest.raises(ValueError, match="got 7 prompts of 0 tokens"):
         fidelity.held_out_prompts(7, 0, held_out=FILES)
+
+
+def test_held_out_prompts_in_a_models_own_tokens(talker):
+    tokenizer = HFTokenizer.read(talker)
+    texts = [f"hello world, return {name}: the hello\n" * 9 for name in "ab"]
+    files = [Source(name, text.encode()) for name, text in zip("ab", texts, strict=True)]
+    files.append(Source("old.py", b"caf\xe9 hello return hello"))  # not UTF-8
+    whole = [tokenizer.split(file.text.decode("utf-8", "replace"))[1] for file in files]
+    pieces = {tuple(own[at : at + 7]) for own in whole for at in range(0, len(own) - 6, 7)}
+    count = sum(len(own) // 7 for own in whole)
+    got = fidelity.held_out_prompts(count, 7, tokenizer=tokenizer, held_out=files)
+    assert got.shape == (count, 8)
+    assert set(got[:, 0].tolist()) == {0}  # BOS
+    assert {tuple(row[1:]) for row in got.tolist()} == pieces
+    with pytest.raises(ValueError, match=f"have {count} pieces of 8 tokens; 999 were asked for"):
+        fidelity.held_out_prompts(999, 7, tokenizer=tokenizer, held_out=files)
 
 
 def test_held_out_prompts_come_from_files_that_training_kept_out():
@@ -493,6 +523,20 @@ def test_json_is_one_object_with_every_figure(path, capsys, monkeypatch):
             assert got[who] == pytest.approx(comparison.baseline._asdict(), rel=1e-4)
 
 
+def test_the_command_feeds_a_checkpoint_its_own_tokens(talker, tmp_path, capsys):
+    checkpoints.convert_hf(talker, tmp_path / "ours")
+    tokenizer = HFTokenizer.read(talker)
+    prompts = fidelity.held_out_prompts(4, 4, 5, tokenizer=tokenizer)
+    model = checkpoints.load(talker)
+    expected = measure(model, prompts, reference_step, batch=4)
+    assert (prompts[:, 0] == 0).all()
+    for path in (talker, tmp_path / "ours"):
+        arguments = [*ARGUMENTS, "--model", str(path), "--implementation", "xla", "--seed", "5"]
+        assert main([*arguments, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["reference_nll"] == pytest.approx(expected.reference_nll, rel=1e-6)
+
+
 def test_a_gate_that_fails_is_exit_code_1(path, capsys, monkeypatch):
     monkeypatch.setattr(fidelity, "choose_candidate", lambda *_: Candidate(sharper, "pallas"))
     assert main([*ARGUMENTS, "--model", path]) == 1
@@ -550,7 +594,7 @@ def test_a_model_of_another_vocabulary_and_an_unknown_configuration_are_refused(
     checkpoints.save(Transformer(words, rngs=nnx.Rngs(0)), tmp_path / "words")
     named = ["--implementation", "xla"]
     assert main([*ARGUMENTS, *named, "--model", str(tmp_path / "words")]) == 2
-    assert "they need a vocabulary of 257; words has 101" in capsys.readouterr().err
+    assert "it needs a vocabulary of 257; words has 101" in capsys.readouterr().err
     assert main([*ARGUMENTS, *named, "--config", "llama9"]) == 2
     assert "No preset is called 'llama9'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):

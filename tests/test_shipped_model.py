@@ -1,7 +1,5 @@
 """The model in the package is small, loads, and has learned Python."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,13 +7,10 @@ import pytest
 
 import checkpoints
 from ffjax.config import preset
+from ffjax.evaluate import bits_per_byte
 from ffjax.generate import generate
+from ffjax.stdlib_text import read_sources
 from ffjax.tokenizer import ByteTokenizer
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-measure = importlib.import_module("bits_per_byte")
-text = importlib.import_module("stdlib_text")
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -48,20 +43,20 @@ def test_its_manifest_says_how_it_was_made():
 
 
 def test_it_predicts_held_out_files_in_under_1_8_bits_a_byte(model):
-    _, held_out = text.read_sources()
+    _, held_out = read_sources()
     # The beginnings of the longest files, a slice that two slow cores can read.
     longest = sorted(held_out, key=lambda source: -len(source.text))[:6]
     slices = [source.text[:2000] for source in longest]
-    assert measure.bits_per_byte(model, slices, context=1024, batch=3) < 1.8
+    assert bits_per_byte(model, slices, context=1024, batch=3) < 1.8
 
 
 def test_far_into_a_file_it_still_predicts(model):
-    _, held_out = text.read_sources()
+    _, held_out = read_sources()
     longest = max(held_out, key=lambda source: len(source.text))
     data = longest.text[:2040]
-    near = measure.bits_per_byte(model, [data[1020:]], context=1024, batch=1)
-    whole = measure.bits_per_byte(model, [data], context=2048, batch=1)
-    first = measure.bits_per_byte(model, [data[:1020]], context=1024, batch=1)
+    near = bits_per_byte(model, [data[1020:]], context=1024, batch=1)
+    whole = bits_per_byte(model, [data], context=2048, batch=1)
+    first = bits_per_byte(model, [data[:1020]], context=1024, batch=1)
     # The second half, with the first before it, costs no more than standing alone.
     assert 2 * whole - first < near + 0.1
 

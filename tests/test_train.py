@@ -14,12 +14,12 @@ from flax import nnx
 
 import checkpoints
 from ffjax.config import ModelConfig
+from ffjax.evaluate import bits_per_byte, make_windows
 from ffjax.model import Transformer
+from ffjax.stdlib_text import Source, is_held_out, read_sources
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-measure = importlib.import_module("bits_per_byte")
-text = importlib.import_module("stdlib_text")
 train = importlib.import_module("train")
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -38,8 +38,8 @@ CONFIG = ModelConfig(
     max_context=512,
 )
 SOURCES = [
-    text.Source("a.py", b"def double(x):\n    return 2 * x\n" * 20),
-    text.Source("b.py", b"import os\n\nprint(os.getcwd())\n" * 20),
+    Source("a.py", b"def double(x):\n    return 2 * x\n" * 20),
+    Source("b.py", b"import os\n\nprint(os.getcwd())\n" * 20),
 ]
 
 
@@ -51,7 +51,7 @@ def plan(**changes):
 
 
 def test_held_out_files_of_this_python_are_whole_and_in_no_training_text():
-    kept, held_out = text.read_sources()
+    kept, held_out = read_sources()
     names = [[source.name for source in part] for part in (kept, held_out)]
     assert not set(names[0]) & set(names[1])
     assert all(part == sorted(part) for part in names)
@@ -79,21 +79,21 @@ def test_only_the_librarys_own_sources_are_read(tmp_path):
     for name, data in {**names, **dict.fromkeys(left_out, b"no\n")}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    kept, held_out = text.read_sources(tmp_path)
+    kept, held_out = read_sources(tmp_path)
     found = {source.name: source.text for source in kept + held_out}
     assert found == {"json/decoder.py": b"c\n", "os.py": b"a\nb\n"}
 
 
 def test_a_files_name_alone_decides_whether_it_is_held_out():
     # Recorded: the shipped model was trained under this choice.
-    assert text.is_held_out("json/__init__.py")
-    assert not text.is_held_out("os.py")
+    assert is_held_out("json/__init__.py")
+    assert not is_held_out("os.py")
     names = [f"package/module{i}.py" for i in range(4000)]
-    assert 200 < sum(map(text.is_held_out, names)) < 300  # 250 expected
+    assert 200 < sum(map(is_held_out, names)) < 300  # 250 expected
 
 
 def test_files_are_separated_by_end_of_text():
-    tokens = train.as_tokens([text.Source("a", b"\x00\xff"), text.Source("b", b"c")])
+    tokens = train.as_tokens([Source("a", b"\x00\xff"), Source("b", b"c")])
     assert tokens.tolist() == [EOT, 0, 255, EOT, ord("c"), EOT]
 
 
@@ -128,16 +128,14 @@ def test_bits_per_byte_of_one_text_against_an_independent_sum(size):
     data = bytes(np.random.default_rng(size).integers(0, 256, size, np.uint8))
     expected = oracle(model, data, 16)
     assert expected > 8
-    assert measure.bits_per_byte(model, [data], context=16, batch=3) == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert bits_per_byte(model, [data], context=16, batch=3) == pytest.approx(expected, rel=1e-5)
 
 
 def test_bits_per_byte_weighs_texts_by_their_bytes():
     model = Transformer(CONFIG, rngs=nnx.Rngs(0))
     texts = [b"x" * 5, b"import os\n" * 9]
-    each = [measure.bits_per_byte(model, [data], context=16) for data in texts]
-    both = measure.bits_per_byte(model, texts, context=16)
+    each = [bits_per_byte(model, [data], context=16) for data in texts]
+    both = bits_per_byte(model, texts, context=16)
     assert both == pytest.approx((5 * each[0] + 90 * each[1]) / 95, rel=1e-6)
 
 
@@ -145,7 +143,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary():
     model = Transformer(CONFIG, rngs=nnx.Rngs(0))
     model.final_norm[...] = jnp.zeros_like(model.final_norm[...])
     # 40 bytes, and the end of the text.
-    assert measure.bits_per_byte(model, [b"y" * 40], context=16) == pytest.approx(
+    assert bits_per_byte(model, [b"y" * 40], context=16) == pytest.approx(
         math.log2(257) * 41 / 40, rel=1e-6
     )
 
@@ -153,7 +151,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary():
 @pytest.mark.parametrize("context", [0, 1, 15])
 def test_a_window_that_cannot_be_halved_is_refused(context):
     with pytest.raises(ValueError, match=f"even, got {context}"):
-        measure.make_windows(b"abc", context)
+        make_windows(b"abc", context)
 
 
 # Training
@@ -173,8 +171,8 @@ def test_training_learns_the_text():
     assert trained.dtype == jnp.bfloat16
     texts = [source.text for source in SOURCES]
     fresh = Transformer(CONFIG, rngs=nnx.Rngs(0))
-    learned = measure.bits_per_byte(trained, texts, context=32)
-    assert learned < 0.6 * measure.bits_per_byte(fresh, texts, context=32)
+    learned = bits_per_byte(trained, texts, context=32)
+    assert learned < 0.6 * bits_per_byte(fresh, texts, context=32)
 
 
 def test_how_many_steps_a_call_takes_changes_nothing():
@@ -214,7 +212,7 @@ def test_an_impossible_plan_is_refused(change):
 
 def test_a_text_shorter_than_a_window_is_refused():
     with pytest.raises(ValueError, match="window of 32 tokens needs a longer text than 5 tokens"):
-        next(train.train(CONFIG, [text.Source("a", b"abc")], plan()))
+        next(train.train(CONFIG, [Source("a", b"abc")], plan()))
 
 
 def test_the_script_saves_what_it_measured(tmp_path, monkeypatch, capsys):
@@ -231,7 +229,7 @@ def test_the_script_saves_what_it_measured(tmp_path, monkeypatch, capsys):
     assert source["held_out_bytes"] == len(SOURCES[0].text)
     model = checkpoints.load(out)
     assert model.dtype == jnp.bfloat16
-    again = measure.bits_per_byte(model, [SOURCES[0].text], context=32)
+    again = bits_per_byte(model, [SOURCES[0].text], context=32)
     assert source["held_out_bits_per_byte"] == pytest.approx(again, abs=1e-4)
     assert f"held out: {source['held_out_bits_per_byte']:.4f} bits per byte" in printed
     assert printed.count("goes on:") == 3

@@ -1,8 +1,12 @@
 """Measures how well a checkpoint predicts a text: bits per byte and perplexity.
 
-The text's file is end-of-text, its bytes, end-of-text. Every token after the first is
-predicted once, in windows of CONTEXT tokens that advance by half a window: from the tokens
-before it in its window, which are at least half a window or all there are.
+Every token of the text is predicted once, in windows of CONTEXT tokens that advance by half a
+window: from the tokens before it in its window, which are at least half a window or all there
+are. The bits of all tokens are divided by the text's bytes, so that models of different tokens
+can be compared. A model of bytes reads end-of-text, the bytes, end-of-text, and its last
+prediction counts too. A model with a tokenizer of its own reads text in UTF-8: BOS, or
+end-of-text where its tokenizer knows no BOS, then the text's tokens; every window begins with
+BOS, and the text's end is not predicted.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ HELP = "bits per byte and perplexity of a checkpoint on a text"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax eval`."""
     parser.add_argument(
-        "model", metavar="PATH", nargs="?", help="checkpoint; default: the shipped model"
+        "model",
+        metavar="PATH",
+        nargs="?",
+        help="checkpoint, or Hugging Face folder; default: the shipped model",
     )
-    parser.add_argument(
-        "--text", metavar="FILE", type=Path, required=True, help="the text, read as bytes"
-    )
+    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="the text")
     parser.add_argument(
         "--dtype",
         metavar="DTYPE",
@@ -52,9 +57,12 @@ def run(args: argparse.Namespace) -> int:
 
     import checkpoints
     from ffjax.evaluate import evaluate
+    from ffjax.tokenizer import load_tokenizer
 
     text = args.text.read_bytes()
-    model = checkpoints.load(args.model or checkpoints.SHIPPED_MODEL, dtype=args.dtype)
+    path = args.model or checkpoints.SHIPPED_MODEL
+    model = checkpoints.load(path, dtype=args.dtype)
+    tokenizer = load_tokenizer(path, model.config)
     # disable=None: where stderr is no terminal.
     bar = functools.partial(
         tqdm,
@@ -65,7 +73,14 @@ def run(args: argparse.Namespace) -> int:
         disable=True if args.json else None,
     )
     start = time.perf_counter()
-    result = evaluate(model, [text], context=args.context, batch=args.batch, progress=bar)
+    result = evaluate(
+        model,
+        [text],
+        tokenizer=tokenizer,
+        context=args.context,
+        batch=args.batch,
+        progress=bar,
+    )
     seconds = time.perf_counter() - start
     device, dtype = jax.devices()[0].device_kind, str(model.dtype)
     if args.json:

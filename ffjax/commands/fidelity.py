@@ -3,8 +3,9 @@
 The reference is the model in float32, with the same bfloat16 weights. For the KL divergence of
 the logits and for the absolute difference of the next token's negative log-likelihood, the mean
 over prompts of kernel minus bfloat16 model, and the upper 95% bound of a paired bootstrap over
-prompts, may not be above zero. Prompts are held-out text of the shipped model's kind; with
---config, weights and prompts are random. Exit code 0: the gate passes; 1: it fails.
+prompts, may not be above zero. Prompts are held-out text of the shipped model's kind, in the
+checkpoint's own tokens; with --config, weights and prompts are random. Exit code 0: the gate
+passes; 1: it fails.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ _FAILED = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax fidelity`."""
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", metavar="PATH", help="checkpoint; default: the shipped model")
+    what.add_argument(
+        "--model",
+        metavar="PATH",
+        help="checkpoint, or Hugging Face folder; default: the shipped model",
+    )
     what.add_argument("--config", metavar="NAME", help=f"random weights: {', '.join(PRESETS)}")
     parser.add_argument("--prompts", metavar="N", type=int, default=16, help="default: %(default)s")
     parser.add_argument(
@@ -77,15 +82,16 @@ def run(args: argparse.Namespace) -> int:
     import checkpoints
     from ffjax import fidelity
     from ffjax.config import preset
-    from ffjax.tokenizer import ByteTokenizer
+    from ffjax.tokenizer import load_tokenizer
 
     for name, least in (("prompts", 2), ("tokens", 1), ("batch", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} is at least {least}, got {value}.")
     start = time.perf_counter()
+    path = args.model or checkpoints.SHIPPED_MODEL
     if args.config is None:
-        model = checkpoints.load(args.model or checkpoints.SHIPPED_MODEL, dtype=jnp.bfloat16)
+        model = checkpoints.load(path, dtype=jnp.bfloat16)
         config = model.config
     else:
         # Made later: what cannot run here is refused before gigabytes are filled.
@@ -100,14 +106,9 @@ def run(args: argparse.Namespace) -> int:
     if model is None:
         prompts = fidelity.random_prompts(config, args.prompts, tokens, args.seed)
         model = fidelity.random_model(config, args.seed)
-    elif config.vocab_size == ByteTokenizer.vocab_size:
-        prompts = fidelity.held_out_prompts(args.prompts, tokens, args.seed)
     else:
-        raise ValueError(
-            f"The held-out prompts are bytes: they need a vocabulary of "
-            f"{ByteTokenizer.vocab_size}; {config.name} has {config.vocab_size}. Use "
-            "ffjax.fidelity.measure with prompts of the model's own tokens."
-        )
+        tokenizer = load_tokenizer(path, config)
+        prompts = fidelity.held_out_prompts(args.prompts, tokens, args.seed, tokenizer=tokenizer)
     if not args.json and candidate.why_interpreted is not None:
         print(
             f"The candidate is the kernel's body, interpreted: {candidate.why_interpreted}",
