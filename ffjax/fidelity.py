@@ -39,9 +39,11 @@ from ffjax.config import ModelConfig
 from ffjax.decode import (
     DecodeOutput,
     Implementation,
+    Kernel,
     fused_step,
     reference_step,
     resolve_implementation_config,
+    unsupported_field,
     why_not_fused_config,
 )
 from ffjax.model import Transformer
@@ -380,10 +382,6 @@ class Candidate:
     why_interpreted: str | None = None
 
 
-def _interpreted_step(model: Transformer, cache: KVCache, tokens: jax.Array) -> DecodeOutput:
-    return fused_step(model, cache, tokens, interpret=True)
-
-
 def choose_candidate(
     config: ModelConfig, batch: int, capacity: int, implementation: Implementation | None = None
 ) -> Candidate:
@@ -395,8 +393,8 @@ def choose_candidate(
         config: the model's.
         batch: B.
         capacity: S, slots of the cache.
-        implementation: a name, that one or an error; None: the fused kernel,
-            which for a small model is interpreted where it cannot be launched.
+        implementation: a name, that one or an error; None: the fused kernel that knows such
+            a model, which for a small one is interpreted where it cannot be launched.
 
     Raises:
         ValueError: the implementation's name is unknown.
@@ -404,15 +402,17 @@ def choose_candidate(
             name, and the model is too large to be interpreted.
     """
     asked = config, jnp.bfloat16, batch, capacity
-    if implementation is None and (reason := why_not_fused_config(*asked)) is not None:
+    kernel: Kernel = "pallas" if unsupported_field(config) is None else "pallas_stream"
+    if implementation is None and (reason := why_not_fused_config(*asked, kernel)) is not None:
         if config.num_params > _MOST_INTERPRETED_WEIGHTS:
             raise NotImplementedError(
                 f"{reason} Nor is the kernel's body interpreted for the {config.num_params} "
                 f"weights of {config.name}: that takes too long for more than "
                 f"{_MOST_INTERPRETED_WEIGHTS}."
             )
-        return Candidate(_interpreted_step, "pallas", reason)
-    name = resolve_implementation_config(*asked, implementation)
+        step = functools.partial(fused_step, kernel=kernel, interpret=True)
+        return Candidate(step, kernel, reason)
+    name = resolve_implementation_config(*asked, implementation or kernel)
     if name == "xla":
         return Candidate(reference_step, name)
     return Candidate(functools.partial(fused_step, kernel=name), name)

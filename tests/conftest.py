@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
 import signal
@@ -59,3 +60,16 @@ def _leaves_jax_as_it_was():
     yield
     assert not jax.config.values["jax_enable_x64"], "A test left 64-bit types enabled."
     assert precision() == before, f"A test left the matmul precision at {precision()}."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frees_its_programs():
+    """Compiled programs of a module are of no use to the next, and there are thousands.
+
+    Each holds mappings of memory, of which Linux lets a process have 65,530: XLA aborts beyond.
+    """
+    import jax
+
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -445,6 +445,13 @@ def test_without_a_gpu_a_small_model_is_interpreted_and_a_large_one_refused(with
         fidelity.choose_candidate(CONFIG, 2, 8, "pallas")
 
 
+def test_a_family_that_the_phased_kernel_does_not_know_gets_the_streamed_one(without_gpu):
+    chosen = fidelity.choose_candidate(dataclasses.replace(CONFIG, qk_norm="head"), 2, 8)
+    assert chosen.implementation == "pallas_stream"
+    assert isinstance(chosen.step, functools.partial)
+    assert chosen.step.keywords == {"kernel": "pallas_stream", "interpret": True}
+
+
 def test_a_named_candidate_is_that_one(model, monkeypatch):
     chosen = fidelity.choose_candidate(CONFIG, 2, 8, "xla")
     assert (chosen.implementation, chosen.why_interpreted) == ("xla", None)
