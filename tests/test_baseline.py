@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_cases import QUICK_COMPILE, filled_cache, random_tokens
+from decode_cases import filled_cache, random_tokens
 from numerics import assert_close, assert_same_choice
-from reference_cases import CONFIGS, quick_jit, random_model
+from reference_cases import CONFIGS, random_model
 
 from ffjax.benchmark import inputs
 from ffjax.benchmark.baseline import LayerCaches, baseline_step, split_cache, split_weights
@@ -35,11 +35,14 @@ FAMILIES = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _small_rings() -> Iterator[None]:
-    """Rings are multiples of 16 slots, for a few steps to pass around one."""
+def _small_and_quick() -> Iterator[None]:
+    """Rings of a multiple of 16 slots, which few steps pass around; programs compiled in haste."""
+    careful = jax.config.values["jax_disable_most_optimizations"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "_CAPACITY_STEP", RING)
+        jax.config.update("jax_disable_most_optimizations", True)
         yield
+        jax.config.update("jax_disable_most_optimizations", careful)
 
 
 def _poisoned(config: ModelConfig, cache: LayerCaches) -> LayerCaches:
@@ -70,15 +73,15 @@ def _poisoned(config: ModelConfig, cache: LayerCaches) -> LayerCaches:
 def test_the_baseline_says_what_the_reference_says(name, starts):
     model, config = random_model(name, "bfloat16"), CONFIGS[name]
     weights = split_weights(model)
-    reference = quick_jit(reference_step)
-    step = jax.jit(functools.partial(baseline_step, config), compiler_options=QUICK_COMPILE)
+    reference = jax.jit(functools.partial(reference_step, model))
+    step = jax.jit(functools.partial(baseline_step, config))
     for lengths in starts:
         cache, tokens = filled_cache(config, lengths, CAPACITY), random_tokens(config, len(lengths))
         own = _poisoned(config, split_cache(config, cache, STEPS))
         sizes = [RING if local else CAPACITY for local in config.local_layers]
         assert [k.shape[2] for k in own.k] == [v.shape[2] for v in own.v] == sizes
         for taken in range(1, STEPS + 1):
-            want, out = reference(model, cache, tokens), step(weights, own, tokens)
+            want, out = reference(cache, tokens), step(weights, own, tokens)
             assert_close(out.logits, want.logits, "cached_vs_whole_bfloat16")
             assert_same_choice(out.logits, want.logits, "cached_vs_whole_bfloat16")
             assert out.token.tolist() == out.logits.argmax(-1).tolist()

@@ -175,10 +175,11 @@ class _Reach(NamedTuple):
 
 def _reach(config: ModelConfig, positions: Array, slots: int, local: bool) -> _Reach:
     inv_freq = inverse_frequencies(config, local=local)
-    if not local:
+    window = config.window if local else None
+    if window is None:
         return _Reach(positions, jnp.arange(slots) <= positions[:, None], inv_freq)
     age = _age(positions, slots)
-    visible = (age < config.window) & (age <= positions[:, None])
+    visible = (age < window) & (age <= positions[:, None])
     return _Reach(positions % slots, visible, inv_freq)
 
 
