@@ -20,7 +20,7 @@ from ffjax.cache import KVCache
 from ffjax.config import Activation, ModelConfig
 from ffjax.rope import apply_rope, inverse_frequencies
 
-__all__ = ["Layers", "Transformer", "rms_norm"]
+__all__ = ["Layers", "Transformer", "capped", "gated", "rms_norm"]
 
 
 def rms_norm(x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
@@ -67,12 +67,12 @@ def _linear(x: Array, weight: Array, dtype=None, *, bias: Array | None = None) -
     return out.astype(dtype or weight.dtype)
 
 
-def _capped(x: Array, cap: float | None) -> Array:
+def capped(x: Array, cap: float | None) -> Array:
     """`x` held within (-cap, cap): Gemma 2 technical report, arXiv 2408.00118, section 2."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _gated(gate: Array, up: Array, activation: Activation) -> Array:
+def gated(gate: Array, up: Array, activation: Activation) -> Array:
     """The gated feed-forward unit (Shazeer, arXiv 2002.05202), in the inputs' dtype."""
     if activation == "silu":
         return jax.nn.silu(gate) * up
@@ -103,7 +103,7 @@ def _attend(
     q = q.reshape(b, t, heads_kv, n // heads_kv, h)
     scores = _einsum("btkgh,bksh->bkgts", q, k)
     scores = scores / math.sqrt(h) if scale is None else scores * scale
-    scores = _capped(scores, softcap)
+    scores = capped(scores, softcap)
     mask = visible[:, None, None]
     scores = jnp.where(mask, scores, -jnp.inf)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
@@ -294,7 +294,7 @@ class Transformer(nnx.Module):
         logits = _linear(x, self.head_weight, jnp.float32)
         if c.logit_scale != 1:
             logits = logits * c.logit_scale
-        logits = _capped(logits, c.logit_softcap)
+        logits = capped(logits, c.logit_softcap)
         fits = positions < cache.capacity
         logits = jnp.where(fits[..., None], logits, jnp.nan)
         logits = logits[:, 0] if last_only else logits
@@ -330,7 +330,7 @@ class Transformer(nnx.Module):
         x = self._add(x, _linear(attended, w["attn_out"]), w.get("attn_post_norm"))
         h = self._norm(x, w["mlp_norm"]) if c.pre_norm else x
         gate, up = jnp.split(_linear(h, w["gate_up"]), 2, axis=-1)
-        down = _linear(_gated(gate, up, c.activation), w["down"])
+        down = _linear(gated(gate, up, c.activation), w["down"])
         return self._add(x, down, w.get("mlp_post_norm")), k_cache, v_cache
 
     def _norm(self, x: Array, weight: Array) -> Array:

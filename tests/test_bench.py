@@ -22,7 +22,7 @@ from numerics import TOLERANCES, assert_close, assert_same_choice, relative_erro
 
 from ffjax.benchmark import contenders, suite
 from ffjax.benchmark.bandwidth import Bandwidth, default_bytes, read_bandwidth
-from ffjax.benchmark.baseline import LayerCaches, baseline_step, split_cache, why_no_baseline
+from ffjax.benchmark.baseline import LayerCaches, baseline_step, split_cache
 from ffjax.benchmark.check import Check, Difference, compare, follow, observe
 from ffjax.benchmark.contenders import Contender, baseline, implementation
 from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, started_cache
@@ -51,7 +51,29 @@ CONFIG = ModelConfig(
     norm_eps=1e-2,
     max_context=300,
 )
+# Nothing in it is as in Llama; the cache of its local layer is a ring of 256 slots.
+FAMILY = dataclasses.replace(
+    CONFIG,
+    name="tiny-family",
+    norm_offset=1.0,
+    post_norm=True,
+    qk_norm="head",
+    qkv_bias=True,
+    activation="gelu_tanh",
+    embed_scale=2.0,
+    residual_scale=0.5,
+    attn_scale=0.5,
+    logit_scale=0.5,
+    attn_softcap=3.0,
+    logit_softcap=2.0,
+    window=7,
+    window_pattern=(True, False),
+    rope_theta_local=100.0,
+    tied_embeddings=True,
+    max_context=500,
+)
 CAPACITY = 24
+EQUAL = Difference(0.0, 0.0, 1.0, 1, 0.0)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -291,24 +313,18 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     assert "pip install 'ffjax[plot]'" in err
 
 
-def test_a_model_of_another_family_has_no_baseline_and_is_timed_alone():
-    config = dataclasses.replace(CONFIG, qk_norm="head")
-    reason = why_no_baseline(config)
-    assert reason is not None
-    assert "models of the Llama family; tiny has qk_norm='head'. Leave --compare out" in reason
-    with pytest.raises(ValueError, match="models of the Llama family"):
-        Sweep(config=config, batches=(1,), positions=(4,), baseline=True)
-    sweep = Sweep(config=config, batches=(1,), positions=(4,), steps=1, implementation="xla")
-    report = suite.run(sweep)
-    [point] = report.points
-    assert (point.check.against, point.check.difference) == (None, None)
-    assert point.check.sound
-    assert "Nothing else computes this model's step" in as_text(report)
-
-
-@pytest.mark.parametrize("name", ["llama3.2-1b", "llama3.2-3b", "llama3.1-8b", "python-bytes-3m"])
-def test_presets_of_the_llama_family_have_a_baseline(name):
-    assert why_no_baseline(PRESETS[name]) is None
+def test_another_family_is_timed_beside_its_baseline_and_checked_against_it(monkeypatch):
+    monkeypatch.setitem(PRESETS, FAMILY.name, FAMILY)
+    numbers = ["--batch", "2", "--position", "400", "--steps", "3", "--json"]
+    what = ["--implementation", "xla", "--compare", "xla"]
+    code, out, err = _bench("--config", FAMILY.name, *numbers, *what)
+    assert (code, err) == (0, "")
+    [point] = json.loads(out)["points"]
+    assert point["baseline"]["us_per_step"] > 0
+    check = point["correctness"]
+    assert check["against"] == "baseline"
+    limit = TOLERANCES["cached_vs_whole_bfloat16"].relative
+    assert 0 <= check["difference"]["relative_error"] <= limit
 
 
 def test_a_device_that_is_too_small_is_a_sentence(monkeypatch):
@@ -358,7 +374,7 @@ def test_the_baseline_says_what_the_reference_says(model, lengths):
 def test_a_split_cache_is_the_live_part_and_zeros():
     lengths = [3, CAPACITY]
     cache = filled_cache(CONFIG, lengths, CAPACITY)
-    parts = split_cache(cache)
+    parts = split_cache(CONFIG, cache, 4)
     for stacked, split in ((cache.k, parts.k), (cache.v, parts.v)):
         got = np.stack([np.asarray(part, np.float32) for part in split])
         want = np.array(stacked, np.float32)
@@ -392,14 +408,17 @@ def test_a_loop_updates_the_baselines_cache_in_place(model):
     os.environ.get("JAX_PLATFORMS") != "cpu",
     reason="XLA's CUDA plugin compiles without a GPU where JAX_PLATFORMS=cpu keeps it from one",
 )
-def test_on_a_gpu_the_baseline_copies_no_cache():
+@pytest.mark.parametrize(
+    ("name", "batch"), [("llama3.1-8b", 1), ("mistral-7b-v0.1", 1), ("mistral-7b-v0.1", 4)]
+)
+def test_on_a_gpu_the_baseline_copies_no_cache(name, batch):
     """A capacity that XLA would pad, such as 16064, costs a copy of a layer's values."""
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
     from pallas_kernels.targets import target
 
-    config = dataclasses.replace(PRESETS["llama3.1-8b"], num_layers=1, vocab_size=64)
+    config = dataclasses.replace(PRESETS[name], num_layers=1, vocab_size=64)
     capacity = capacity_for(16_000, 64)
     devices = topologies.get_topology_desc(
         "", "cuda", target_config=target("h200").config, topology="1x1x1"
@@ -407,8 +426,8 @@ def test_on_a_gpu_the_baseline_copies_no_cache():
     sharding = SingleDeviceSharding(devices[0])
 
     def abstract() -> Any:
-        cache = split_cache(started_cache(config, 1, 16_000, capacity))
-        return baseline(random_model(config)).weights, cache, first_tokens(config, 1)
+        cache = split_cache(config, started_cache(config, batch, 16_000, capacity), 64)
+        return baseline(random_model(config)).weights, cache, first_tokens(config, batch)
 
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -417,7 +436,9 @@ def test_on_a_gpu_the_baseline_copies_no_cache():
     step = jax.jit(functools.partial(baseline_step, config), donate_argnums=1)
     memory = step.trace(*arguments).lower().compile().memory_analysis()
     assert memory is not None
-    layer = 2 * config.num_kv_heads * capacity * config.head_dim
+    # Keys: of the whole capacity, or of Mistral's window of 4096 and of 64 steps.
+    slots = capacity if config.window is None else 4352
+    layer = 2 * batch * config.num_kv_heads * slots * config.head_dim
     assert memory.alias_size_in_bytes >= 2 * layer
     assert memory.temp_size_in_bytes < layer / 4
 
@@ -544,7 +565,7 @@ def test_timed_tokens_that_are_not_those_checked_are_found_out(monkeypatch, toke
         )
 
     def check(sweep, contenders, name, cache, first):
-        return Check(1, 1, True, True, None, None), np.array([[token]]), cache
+        return Check(1, 1, True, True, "baseline", EQUAL), np.array([[token]]), cache
 
     monkeypatch.setattr(contenders, "decode_step", zeros)
     monkeypatch.setattr(suite, "_check", check)
@@ -669,7 +690,7 @@ def test_figures_by_hand():
 
 
 def test_the_table_by_hand():
-    text = as_text(_report(_point(), _point(check=Check(2, 8, True, False, None, None))))
+    text = as_text(_report(_point(), _point(check=Check(2, 8, True, False, "xla", EQUAL))))
     header, rule, row, unsound = text.splitlines()[-4:]
     names, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, row))
     assert set(rule) <= set("|-:")
@@ -693,7 +714,7 @@ def test_the_table_by_hand():
         "largest gap": "1.2e-01",
         "bit-equal": "yes",
     }
-    assert unsound.endswith("|           - |        NO |")
+    assert unsound.endswith("|     0.0e+00 |        NO |")
 
 
 def test_a_plot_draws_lines_of_the_times_the_floor_and_the_baseline(tmp_path, monkeypatch):

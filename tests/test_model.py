@@ -22,7 +22,7 @@ from reference_cases import (
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.model import Transformer, _gated, rms_norm
+from ffjax.model import Transformer, gated, rms_norm
 from ffjax.rope import inverse_frequencies
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -349,7 +349,7 @@ def test_gelu_of_bfloat16_gates_keeps_its_tail():
     up = jnp.full_like(gate, 1.5)
     x = np.asarray(gate, np.float64)
     want = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    got = _gated(gate, up, "gelu_tanh")
+    got = gated(gate, up, "gelu_tanh")
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), 1.5 * want, rtol=2**-7)
 

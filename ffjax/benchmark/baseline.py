@@ -3,24 +3,33 @@
 XLA copies every slice of a stacked weight before it multiplies by it, which takes 1.3 to 2.6
 times the time of a step without such copies. Here each layer has arrays of its own, for its
 weights and for its keys and values, and the layers are a Python loop: what a careful user
-would write for speed without a kernel. It rounds where the reference model rounds.
+would write for speed without a kernel. It computes every family and rounds where the reference
+model rounds.
+
+A local layer keeps a ring, position p in slot p modulo the ring's size, and attends over all
+of it. A slice of the window out of a cache of the whole capacity would be copied first, as the
+weights are: compiled for a GPU, both products of Mistral 7B's attention have a `dynamic_slice`
+of their own in front of them, or a gather where there are several sequences, so that the window
+would move three times. A mask alone would read the capacity, which may be many windows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from jax import Array, lax
 
+from ffjax.benchmark.inputs import capacity_for
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import DecodeOutput
-from ffjax.model import Transformer, rms_norm
+from ffjax.model import Transformer, capped, gated, rms_norm
 from ffjax.rope import apply_rope, inverse_frequencies
 
 __all__ = [
@@ -30,21 +39,11 @@ __all__ = [
     "baseline_step",
     "split_cache",
     "split_weights",
-    "why_no_baseline",
 ]
-
-# What it takes as it comes: names, and what reaches it as numbers or frequencies. Of every
-# other field of a configuration that has a default, it knows the default.
-_ANY_VALUE = frozenset(
-    {
-        *("name", "family", "norm_eps", "tied_embeddings", "max_context"),
-        *("rope_theta", "rope_scaling"),
-    }
-)
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one layer.
+    """The weights of one layer: those of `ffjax.model.Layers`, None where the model has none.
 
     Attributes:
         attn_norm: `[D]`.
@@ -53,14 +52,24 @@ class LayerWeights(NamedTuple):
         mlp_norm: `[D]`.
         gate_up: `[2F, D]`.
         down: `[D, F]`.
+        qkv_bias: `[(N + 2K) * H]`.
+        q_norm: `[H]` or `[N * H]`.
+        k_norm: `[H]` or `[K * H]`.
+        attn_post_norm: `[D]`.
+        mlp_post_norm: `[D]`.
     """
 
-    attn_norm: Array
+    attn_norm: Array | None
     qkv: Array
     attn_out: Array
-    mlp_norm: Array
+    mlp_norm: Array | None
     gate_up: Array
     down: Array
+    qkv_bias: Array | None
+    q_norm: Array | None
+    k_norm: Array | None
+    attn_post_norm: Array | None
+    mlp_post_norm: Array | None
 
 
 class BaselineWeights(NamedTuple):
@@ -85,7 +94,7 @@ class LayerCaches:
     """Keys and values, an array a layer.
 
     Attributes:
-        k: L arrays `[B, K, S, H]`, keys after RoPE.
+        k: L arrays `[B, K, S, H]`, keys after RoPE; in local layers S is the size of the ring.
         v: L arrays `[B, K, S, H]`. What lies beyond the live positions is multiplied by
             zero: it may be anything finite. To hide NaN there, as the reference does, would
             cost the baseline time that its users do not spend.
@@ -97,44 +106,81 @@ class LayerCaches:
     lengths: Array
 
 
-def why_no_baseline(config: ModelConfig) -> str | None:
-    """Why there is no baseline for such a model, as a sentence; None where there is one."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.default is dataclasses.MISSING or field.name in _ANY_VALUE:
-            continue
-        if value != field.default:
-            return (
-                "The XLA baseline computes models of the Llama family; "
-                f"{config.name} has {field.name}={value!r}. Leave --compare out."
-            )
-    return None
-
-
 def split_weights(model: Transformer) -> BaselineWeights:
     """The model's weights, each layer's copied out of the stack."""
     unstack = jax.jit(lambda stacked: tuple(stacked))
-    layers = model.layers
-    params: list[nnx.Param] = [getattr(layers, name) for name in LayerWeights._fields]
-    stacks = [unstack(param[...]) for param in params]
+
+    def arrays(name: str) -> tuple[Array | None, ...]:
+        param = getattr(model.layers, name, None)
+        return (None,) * model.config.num_layers if param is None else unstack(param[...])
+
+    columns = map(arrays, LayerWeights._fields)
     return BaselineWeights(
         embed=model.embed[...],
-        layers=tuple(LayerWeights(*arrays) for arrays in zip(*stacks, strict=True)),
+        layers=tuple(LayerWeights(*layer) for layer in zip(*columns, strict=True)),
         final_norm=model.final_norm[...],
         head=model.head_weight,
     )
 
 
-@jax.jit
-def split_cache(cache: KVCache) -> LayerCaches:
-    """A copy of the cache, an array a layer, with zeros beyond the live positions."""
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def split_cache(config: ModelConfig, cache: KVCache, steps: int) -> LayerCaches:
+    """A copy of the cache, an array a layer, with zeros beyond the live positions.
+
+    Args:
+        config: the model's.
+        cache: what to copy.
+        steps: how many can be taken and taken again: a local layer's ring has room for them
+            beside the window, so that they overwrite nothing that the first of them sees.
+    """
     live = jnp.arange(cache.capacity) < cache.lengths[:, None]  # [B, S]
-    live = live[:, None, :, None]
-    return LayerCaches(
-        k=tuple(jnp.where(live, k, 0) for k in cache.k),
-        v=tuple(jnp.where(live, v, 0) for v in cache.v),
-        lengths=cache.lengths,
-    )
+    newest = cache.lengths - 1
+    ring = cache.capacity
+    if config.window is not None:
+        ring = min(ring, capacity_for(config.window, steps))
+    held = newest[:, None] - _age(newest, ring)  # the position in each slot
+
+    def split(layer: Array, local: bool) -> Array:  # [B, K, S, H]
+        if not local or ring == cache.capacity:
+            return jnp.where(live[:, None, :, None], layer, 0)
+        rolled = jax.vmap(lambda row, at: row[:, at])(layer, jnp.maximum(held, 0))
+        return jnp.where((held >= 0)[:, None, :, None], rolled, 0)
+
+    k, v = (tuple(map(split, stack, config.local_layers)) for stack in (cache.k, cache.v))
+    return LayerCaches(k, v, cache.lengths)
+
+
+def _age(position: Array, slots: int) -> Array:
+    """How many positions before `position`, the newest, each slot of a ring was written.
+
+    Returns:
+        int32 `[B, slots]` for positions `[B]`; more than `position` where nothing was written.
+    """
+    return (position[:, None] - jnp.arange(slots)) % slots
+
+
+class _Reach(NamedTuple):
+    """What local layers share, or the others.
+
+    Attributes:
+        slot: int32 `[B]`, where new keys and values go.
+        visible: bool `[B, S]`, the slots that a query sees.
+        inv_freq: float32 `[H/2]`, the angles of RoPE.
+    """
+
+    slot: Array
+    visible: Array
+    inv_freq: np.ndarray
+
+
+def _reach(config: ModelConfig, positions: Array, slots: int, local: bool) -> _Reach:
+    inv_freq = inverse_frequencies(config, local=local)
+    window = config.window if local else None
+    if window is None:
+        return _Reach(positions, jnp.arange(slots) <= positions[:, None], inv_freq)
+    age = _age(positions, slots)
+    visible = (age < window) & (age <= positions[:, None])
+    return _Reach(positions % slots, visible, inv_freq)
 
 
 def _einsum(spec: str, a: Array, b: Array) -> Array:
@@ -150,25 +196,27 @@ def _einsum(spec: str, a: Array, b: Array) -> Array:
     return lax.platform_dependent(a, b, cpu=dot_upcast, default=dot)
 
 
-def _linear(x: Array, weight: Array) -> Array:
-    """`x[B, in] @ weight[out, in].T`, accumulated in float32, returned in weight's dtype."""
-    return _einsum("bi,oi->bo", x.astype(weight.dtype), weight).astype(weight.dtype)
+def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """`x[B, in] @ weight[out, in].T + bias`, accumulated in float32, in weight's dtype."""
+    out = _einsum("bi,oi->bo", x.astype(weight.dtype), weight)
+    return (out if bias is None else out + bias.astype(jnp.float32)).astype(weight.dtype)
 
 
-def _append(cache: Array, new: Array, positions: Array) -> Array:
-    """`cache [B, K, S, H]` with `new [B, K, H]` at each sequence's position `[B]`."""
+def _append(cache: Array, new: Array, slots: Array) -> Array:
+    """`cache [B, K, S, H]` with `new [B, K, H]` in each sequence's slot `[B]`."""
     if cache.shape[0] == 1:  # a plain store, which XLA can join to what computes `new`
-        return lax.dynamic_update_slice(cache, new[:, :, None], (0, 0, positions[0], 0))
+        return lax.dynamic_update_slice(cache, new[:, :, None], (0, 0, slots[0], 0))
     rows = jnp.arange(cache.shape[0])
-    return cache.at[rows, :, positions].set(
+    return cache.at[rows, :, slots].set(
         new, mode="promise_in_bounds", indices_are_sorted=True, unique_indices=True
     )
 
 
-def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
+def _attend(config: ModelConfig, q: Array, k: Array, v: Array, visible: Array) -> Array:
     """Softmax attention of one query a sequence: `[B, N, H]` to `[B, N * H]`, in q's dtype.
 
     Args:
+        config: the model's.
         q: `[B, N, H]`.
         k: `[B, K, S, H]`.
         v: `[B, K, S, H]`.
@@ -176,7 +224,9 @@ def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
     """
     batch, heads, size = q.shape
     q = q.reshape(batch, k.shape[1], -1, size)  # [B, K, G, H]
-    scores = _einsum("bkgh,bksh->bkgs", q, k) / math.sqrt(size)
+    scores, scale = _einsum("bkgh,bksh->bkgs", q, k), config.attn_scale
+    scores = scores / math.sqrt(size) if scale is None else scores * scale
+    scores = capped(scores, config.attn_softcap)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = _einsum("bkgs,bksh->bkgh", probs, v)
@@ -197,28 +247,49 @@ def baseline_step(
     Returns:
         The cache, a `LayerCaches`, one position longer; logits; greedy token.
     """
-    c = config
+    c, dtype = config, weights.embed.dtype
     batch, positions = tokens.shape[0], cache.lengths
-    visible = jnp.arange(cache.k[0].shape[2]) <= positions[:, None]  # [B, S]
-    inv_freq = inverse_frequencies(c)
+    # All local layers are alike, and so are all others.
+    slots = {local: k.shape[2] for local, k in zip(c.local_layers, cache.k, strict=True)}
+    reaches = {local: _reach(c, positions, count, local) for local, count in slots.items()}
 
-    def rotate(x: Array) -> Array:  # [B, heads, H]
-        return apply_rope(x[:, None], positions[:, None], inv_freq)[:, 0].astype(x.dtype)
+    def norm(x: Array, weight: Array | None) -> Array:
+        return x if weight is None else rms_norm(x, weight, c.norm_eps, c.norm_offset)
+
+    def norm_heads(x: Array, weight: Array | None) -> Array:  # [B, heads, H]
+        whole = c.qk_norm == "full"
+        return norm(x.reshape(batch, -1), weight).reshape(x.shape) if whole else norm(x, weight)
+
+    def rotate(x: Array, reach: _Reach) -> Array:  # [B, heads, H]
+        return apply_rope(x[:, None], positions[:, None], reach.inv_freq)[:, 0].astype(dtype)
+
+    def add(x: Array, block: Array, post_norm: Array | None) -> Array:  # [B, D]
+        block = norm(block, post_norm)
+        if c.residual_scale != 1:
+            block = block.astype(jnp.float32) * c.residual_scale
+        return x + block
 
     x = weights.embed.at[tokens].get(mode="promise_in_bounds").astype(jnp.float32)  # [B, D]
+    if c.embed_scale != 1:
+        x = x * jnp.asarray(c.embed_scale, dtype).astype(jnp.float32)
     keys, values = [], []
-    for w, k_cache, v_cache in zip(weights.layers, cache.k, cache.v, strict=True):
-        h = rms_norm(x, w.attn_norm, c.norm_eps)
-        qkv = _linear(h, w.qkv).reshape(batch, -1, c.head_dim)
+    layers = zip(weights.layers, cache.k, cache.v, c.local_layers, strict=True)
+    for w, k_cache, v_cache, local in layers:
+        reach = reaches[local]
+        qkv = _linear(norm(x, w.attn_norm), w.qkv, w.qkv_bias).reshape(batch, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1)
-        keys.append(_append(k_cache, rotate(k), positions))
-        values.append(_append(v_cache, v, positions))
-        x = x + _linear(_attend(rotate(q), keys[-1], values[-1], visible), w.attn_out)
-        h = rms_norm(x, w.mlp_norm, c.norm_eps)
-        gate, up = jnp.split(_linear(h, w.gate_up), 2, axis=-1)
-        x = x + _linear(jax.nn.silu(gate) * up, w.down)
-    x = rms_norm(x, weights.final_norm, c.norm_eps)
+        q, k = norm_heads(q, w.q_norm), norm_heads(k, w.k_norm)
+        keys.append(_append(k_cache, rotate(k, reach), reach.slot))
+        values.append(_append(v_cache, v, reach.slot))
+        attended = _attend(c, rotate(q, reach), keys[-1], values[-1], reach.visible)
+        x = add(x, _linear(attended, w.attn_out), w.attn_post_norm)
+        gate, up = jnp.split(_linear(norm(x, w.mlp_norm), w.gate_up), 2, axis=-1)
+        x = add(x, _linear(gated(gate, up, c.activation), w.down), w.mlp_post_norm)
+    x = norm(x, weights.final_norm)
     logits = _einsum("bi,oi->bo", x.astype(weights.head.dtype), weights.head)
+    if c.logit_scale != 1:
+        logits = logits * c.logit_scale
+    logits = capped(logits, c.logit_softcap)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     grown = LayerCaches(tuple(keys), tuple(values), positions + 1)
     # The tuple of a step, with a cache of another kind.

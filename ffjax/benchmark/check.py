@@ -70,17 +70,16 @@ class Check:
         tokens: greedy choices looked at: steps times B.
         finite: whether every logit was finite.
         repeats: whether a second run gave the same bits, and every timed run the same tokens.
-        against: what it was compared with: "xla", "baseline", or None where nothing else can
-            compute the step.
-        difference: how far they lie apart; None where nothing else can.
+        against: what it was compared with: "xla" or "baseline".
+        difference: how far they lie apart.
     """
 
     steps: int
     tokens: int
     finite: bool
     repeats: bool
-    against: str | None
-    difference: Difference | None
+    against: str
+    difference: Difference
 
     @property
     def sound(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from flax import nnx
 from jax import Array
 
-from ffjax.benchmark.baseline import baseline_step, split_cache, split_weights
+from ffjax.benchmark.baseline import LayerCaches, baseline_step, split_cache, split_weights
 from ffjax.benchmark.timing import Step
 from ffjax.cache import KVCache
 from ffjax.decode import DecodeOutput, Implementation, decode_step
@@ -54,5 +54,10 @@ def implementation(model: Transformer, name: Implementation) -> Contender:
 
 def baseline(model: Transformer) -> Contender:
     """The baseline, with copies of the model's layers."""
-    step = functools.partial(baseline_step, model.config)
-    return Contender(step, split_weights(model), split_cache)
+    config = model.config
+
+    def adopt(cache: KVCache) -> LayerCaches:
+        # No loop passes the capacity, so that any can be rewound and run again.
+        return split_cache(config, cache, cache.capacity - int(cache.lengths.min()))
+
+    return Contender(functools.partial(baseline_step, config), split_weights(model), adopt)

@@ -27,7 +27,8 @@ _CAPACITY_STEP = 256
 def capacity_for(position: int, steps: int) -> int:
     """S, just above what `steps` steps from `position` on need.
 
-    The baseline attends over the whole capacity, so that a generous one would slow it down.
+    The baseline attends over the whole capacity, so that a generous one would slow it down. Its
+    local layers have a smaller one, made by the same rule.
     """
     return ceil_div(position + steps, _CAPACITY_STEP) * _CAPACITY_STEP
 

@@ -46,9 +46,6 @@ def _timing_data(timing: Timing) -> dict[str, Any]:
 
 def _point_data(report: Report, point: Point) -> dict[str, Any]:
     check, baseline = point.check, point.baseline
-    difference = None
-    if check.difference is not None:
-        difference = {k: _finite(v) for k, v in check.difference._asdict().items()}
     return {
         "batch": point.batch,
         "position": point.position,
@@ -71,7 +68,7 @@ def _point_data(report: Report, point: Point) -> dict[str, Any]:
             "finite": check.finite,
             "repeats": check.repeats,
             "against": check.against,
-            "difference": difference,
+            "difference": {k: _finite(v) for k, v in check.difference._asdict().items()},
         },
     }
 
@@ -99,9 +96,7 @@ def as_text(report: Report) -> str:
     return "\n".join([*lines, "", *_table(rows)])
 
 
-def _how_checked(against: str | None) -> str:
-    if against is None:
-        return "Nothing else computes this model's step: logits are compared with nothing."
+def _how_checked(against: str) -> str:
     other = {"xla": "reference"}.get(against, against)
     return (
         f"Logits are compared with the {other}'s, same tokens and cache: L2 and largest difference "
@@ -129,10 +124,10 @@ def _row(report: Report, point: Point) -> dict[str, str]:
         row["XLA spread"] = f"{100 * baseline.spread:.1f}%"
         row["speedup"] = f"{point.speedup:.2f}x"
     difference = check.difference
-    row["rel. error"] = "-" if difference is None else f"{difference.relative_error:.1e}"
-    row["largest diff."] = "-" if difference is None else f"{difference.largest_difference:.1e}"
-    row["same tokens"] = "-" if difference is None else f"{difference.same_tokens}/{check.tokens}"
-    row["largest gap"] = "-" if difference is None else f"{difference.largest_gap:.1e}"
+    row["rel. error"] = f"{difference.relative_error:.1e}"
+    row["largest diff."] = f"{difference.largest_difference:.1e}"
+    row["same tokens"] = f"{difference.same_tokens}/{check.tokens}"
+    row["largest gap"] = f"{difference.largest_gap:.1e}"
     row["bit-equal"] = ("yes" if check.repeats else "NO") if check.finite else "NOT FINITE"
     return row
 

@@ -16,7 +16,6 @@ import numpy as np
 from jax import Array
 
 from ffjax.benchmark.bandwidth import Bandwidth, default_bytes, read_bandwidth
-from ffjax.benchmark.baseline import why_no_baseline
 from ffjax.benchmark.check import Check, compare, follow, observe
 from ffjax.benchmark.contenders import Contender, ContenderName, contender
 from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, started_cache
@@ -53,8 +52,8 @@ class Sweep:
         baseline: whether to time the XLA baseline in turn with it.
 
     Raises:
-        ValueError: a number is out of its range; the model has too few positions; there is no
-            baseline for such a model; the fused kernel is asked for too many sequences.
+        ValueError: a number is out of its range; the model has too few positions; the fused
+            kernel is asked for too many sequences.
     """
 
     config: ModelConfig
@@ -89,8 +88,6 @@ class Sweep:
                 f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are "
                 f"{max(self.batches)}. Ask for smaller batches, or time the reference, 'xla'."
             )
-        if self.baseline and (reason := why_no_baseline(self.config)) is not None:
-            raise ValueError(reason)
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
@@ -308,14 +305,14 @@ def _check(
     seen = observe(contenders(name), cache, first, steps)
     # The other one, which is not under test, finds no NaN beyond the live positions any more.
     cache = rewind(seen.cache, position)
-    other, difference = _other(sweep.config, name), None
-    if other is not None:
-        judge = contenders(other)
-        logits, own = follow(judge, judge.adopt(cache), seen.fed)
-        difference = compare(seen.logits, logits)
-        if other == "xla":  # its steps were taken in the same arrays
-            cache = rewind(own, position)
-        del own
+    # It is computed in another way.
+    other: ContenderName = "baseline" if name == "xla" else "xla"
+    judge = contenders(other)
+    logits, own = follow(judge, judge.adopt(cache), seen.fed)
+    difference = compare(seen.logits, logits)
+    if other == "xla":  # its steps were taken in the same arrays
+        cache = rewind(own, position)
+    del own
     check = Check(
         steps=steps,
         tokens=steps * first.shape[0],
@@ -325,13 +322,6 @@ def _check(
         difference=difference,
     )
     return check, np.asarray(seen.chosen), cache
-
-
-def _other(config: ModelConfig, name: Implementation) -> ContenderName | None:
-    """What a contender is checked against: something that is computed in another way."""
-    if name != "xla":
-        return "xla"
-    return "baseline" if why_no_baseline(config) is None else None
 
 
 def _check_memory(sweep: Sweep, device: Any) -> None:
