@@ -25,7 +25,7 @@ from numerics import TOLERANCES, assert_close, worst_error
 from test_kernel import CASES, bits, newest, reference, untouched
 
 from ffjax.cache import KVCache
-from ffjax.config import preset
+from ffjax.config import PRESETS, preset
 from pallas_kernels.dims import Dims, Features
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState
@@ -208,6 +208,29 @@ def test_a_grid_that_does_not_fit_the_device_is_refused():
 
 
 # The mail
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_mail_has_room_for_every_plan(name, batch):
+    """It is made with the cache, before anybody knows the device or the tuning."""
+    dims = preset_dims(name, batch)
+    planned = 0
+    for cores in (1, 78, 108, 132, 160):
+        for tuning in (Tuning(), Tuning(depth=128, programs_per_core=2), Tuning(matrix_rows=128)):
+            gpu = machine(cores)
+            if why_not(dims, cores * tuning.programs_per_core, tuning) is None:
+                layout = layout_of(make_stream_plan(dims, gpu, tuning))
+                assert layout.words <= mail_words(dims) - 2
+                planned += 1
+    assert planned
+
+
+def test_more_programs_than_the_mail_has_places_are_refused():
+    with pytest.raises(ValueError, match="at most 320 places; this plan has 322 programs"):
+        make_stream_plan(
+            preset_dims("llama3.2-1b", 1), machine(161), Tuning(depth=128, programs_per_core=2)
+        )
 
 
 def test_buffers_of_the_mail_do_not_overlap():

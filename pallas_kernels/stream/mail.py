@@ -34,14 +34,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import Dims
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.plan import splits_of
+from pallas_kernels.stream.plan import MAX_PROGRAMS, splits_of
 from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS, num_counters, trap_if_over
 
 __all__ = ["Layout", "Mail", "mail_words"]
 
-# No GPU has more multiprocessors.
-MAX_PROGRAMS = 256
 MAX_SPLITS = 64
 _TAG_BITS = 0xFF
 _NAN = 0x7FC00000

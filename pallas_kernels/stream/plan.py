@@ -41,6 +41,8 @@ MAX_COLUMNS = 128
 # Left beside tiles, operand and attention's tiles for small conversions.
 RESERVED_SHARED_MEMORY = 3 * 1024
 MAX_STAGES = 7
+# Two on each of 160 multiprocessors: the mail, made before the device is known, has room for them.
+MAX_PROGRAMS = 320
 # A multiprocessor has registers for so many warps of threads that use 255 each.
 MAX_WARPS = 8
 # Elements of one tile of keys or values, of the programs of a multiprocessor together.
@@ -208,6 +210,11 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         ValueError: the sizes cannot be streamed; see `why_not`.
     """
     d, programs = dims, gpu.cores * tuning.programs_per_core
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"The programs of a streamed step hand over what is theirs in at most {MAX_PROGRAMS} "
+            f"places; this plan has {programs} programs. Take fewer programs a multiprocessor."
+        )
     if tuning.l2_tiles and float(gpu.capability) < 9:
         raise ValueError(
             "Tiles are asked for ahead by an instruction of compute capability 9.0 and newer; "
