@@ -17,19 +17,15 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.env import Env
 from pallas_kernels.plan import Tile
+from pallas_kernels.program import iota
 
-__all__ = ["PREFETCH", "RowStream", "iota"]
+__all__ = ["PREFETCH", "RowStream"]
 
 # Tiles a program asks for before it waits.
 PREFETCH = 1
 
 # Elements of bfloat16 in a sector, the least that device memory delivers.
 SECTOR = 16
-
-
-def iota(shape: tuple[int, ...], axis: int) -> Array:
-    """int32 indices along `axis`."""
-    return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def _spread(rows: Array, tile: Tile, shape: tuple[int, int]) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,16 @@ def preset_dims(name: str, batch: int) -> Dims:
 
 def env_of(plan: StreamPlan, program: int) -> StreamEnv:
     """Enough of an environment to ask where tiles stand."""
-    mail = types.SimpleNamespace()
-    return StreamEnv(plan, {}, jnp.int32(program), (), jnp.int32(0), mail, True)  # pyright: ignore[reportArgumentType]
+    nothing: Any = None
+    return StreamEnv(
+        plan=plan,
+        refs={},
+        program=jnp.int32(program),
+        lengths=(),
+        interpret=True,
+        step=jnp.int32(0),
+        mail=nothing,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -486,9 +494,15 @@ def test_tags_go_round():
         assert int(got[2].counters[at]) == np.int64(steps + 1).astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    "tuning", [Tuning(matrix_rows=128), Tuning(depth=64), Tuning(matrix_rows=128, depth=16)]
-)
+TUNINGS = [
+    Tuning(matrix_rows=128),
+    Tuning(depth=64),
+    Tuning(matrix_rows=128, depth=16),
+    Tuning(l2_tiles=2),
+]
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
 def test_every_tile_shape_gives_the_same(tuning):
     config = small_config(num_heads=4, num_kv_heads=2)
     model = random_model(config)

@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.env import Env, Wait, no_wait
-from pallas_kernels.matvec import iota
+from pallas_kernels.program import iota
 
 __all__ = ["attention"]
 

@@ -7,8 +7,8 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.env import Env
-from pallas_kernels.matvec import iota
 from pallas_kernels.phases.residual import store_residual
+from pallas_kernels.program import iota
 
 __all__ = ["embed"]
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.env import Env, Wait, no_wait
-from pallas_kernels.matvec import PREFETCH, RowStream, iota
+from pallas_kernels.matvec import PREFETCH, RowStream
 from pallas_kernels.phases.residual import rms_scale, store_operand
+from pallas_kernels.program import iota
 
 __all__ = ["gate_up"]
 

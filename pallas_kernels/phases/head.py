@@ -9,8 +9,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import ceil_div, next_power_of_2
 from pallas_kernels.env import Env, Wait, no_wait
-from pallas_kernels.matvec import PREFETCH, RowStream, iota
+from pallas_kernels.matvec import PREFETCH, RowStream
 from pallas_kernels.phases.residual import rms_scale
+from pallas_kernels.program import iota
 
 __all__ = ["head"]
 

@@ -13,8 +13,9 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.env import Env, Wait, no_wait
-from pallas_kernels.matvec import PREFETCH, RowStream, iota
+from pallas_kernels.matvec import PREFETCH, RowStream
 from pallas_kernels.phases.residual import rms_scale
+from pallas_kernels.program import iota
 
 __all__ = ["qkv"]
 

@@ -17,8 +17,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import ceil_div, next_power_of_2
 from pallas_kernels.env import Env, Wait
-from pallas_kernels.matvec import PREFETCH, RowStream, iota
+from pallas_kernels.matvec import PREFETCH, RowStream
 from pallas_kernels.plan import Tile
+from pallas_kernels.program import iota
 
 __all__ = [
     "add_to_residual",

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import Dims, Features
+from pallas_kernels.dims import Features
+from pallas_kernels.program import Program
 from pallas_kernels.stream.mail import Mail
 from pallas_kernels.stream.plan import Segment, SegmentPlan, StreamPlan
 
-__all__ = ["StreamEnv", "iota", "select"]
-
-
-def iota(shape: tuple[int, ...], axis: int) -> Array:
-    """int32 indices along `axis`."""
-    return lax.broadcasted_iota(jnp.int32, shape, axis)
+__all__ = ["StreamEnv", "select"]
 
 
 def select(index: Array, values: list[int]) -> Array:
@@ -32,39 +27,32 @@ def select(index: Array, values: list[int]) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamEnv:
-    """One program's view of the step while the kernel is traced.
+class StreamEnv(Program):
+    """A program's view of the streamed step.
 
     Attributes:
         plan: the step's plan.
-        refs: the arrays by name: weights, cache, outputs.
-        program: this program's number, int32. Read once, at the top of the kernel:
-            interpret mode knows it nowhere else.
-        lengths: each sequence's live positions before this step, int32 scalars.
         step: number of the step, int32: how many were finished before.
         mail: the mail.
-        interpret: whether the kernel is interpreted on a CPU.
     """
 
     plan: StreamPlan
-    refs: dict[str, Any]
-    program: Array
-    lengths: tuple[Array, ...]
     step: Array
     mail: Mail
-    interpret: bool
-
-    @property
-    def dims(self) -> Dims:
-        """The sizes."""
-        return self.plan.dims
-
-    def __getitem__(self, name: str) -> Any:
-        return self.refs[name]
 
     def segment(self, segment: Segment) -> SegmentPlan:
         """The plan of a segment."""
         return self.plan.segments[segment]
+
+    def of_segment(self, segment: Array, name: str) -> Array:
+        """A field of the plan of whichever segment it is, int32 scalar.
+
+        Args:
+            segment: int32 scalar, a `Segment`.
+            name: of the `SegmentPlan`'s field.
+        """
+        plans = self.plan.segments
+        return select(segment, [getattr(plans[s], name) for s in sorted(plans)])
 
     @property
     def features(self) -> Features:
@@ -92,36 +80,12 @@ class StreamEnv:
         """Tag of what is handed over in a layer; the head's input has that of layer L."""
         return self.step * (self.dims.num_layers + 1) + layer + 1
 
-    def share(self, items: Array | int) -> Array:
-        """How many of `items`, dealt out in turn, are this program's: int32.
-
-        Its j-th item is number `program + j * P`.
-        """
-        p = self.plan.programs
-        items = jnp.asarray(items, jnp.int32)
-        return lax.div(items - self.program + (p - 1), jnp.int32(p))
-
     def batch_lengths(self, column: Array) -> Array:
         """Lengths of the sequences in `column`, int32; padding repeats the last one."""
         out = jnp.broadcast_to(self.lengths[-1], column.shape)
         for b, length in enumerate(self.lengths[:-1]):
             out = jnp.where(column == b, length, out)
         return out
-
-    def dot(self, a: Array, b: Array, *, transpose_b: bool = False) -> Array:
-        """`a @ b` (or `a @ b.T`) of bfloat16 tiles, summed in float32."""
-        if self.interpret:  # CPUs lack a bfloat16 product with a float32 result
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        contract = (((1,), (1 if transpose_b else 0,)), ((), ()))
-        return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
-
-    def dot_split(self, a: Array, b: Array, *, transpose_b: bool = False) -> Array:
-        """Like `dot` for a float32 `a`, as two bfloat16 products: 16 bits of `a` survive."""
-        high = a.astype(jnp.bfloat16)
-        low = (a - high.astype(jnp.float32)).astype(jnp.bfloat16)
-        return self.dot(high, b, transpose_b=transpose_b) + self.dot(
-            low, b, transpose_b=transpose_b
-        )
 
     def again(self, number: Array) -> Array:
         """The same int32 scalar, of which the compiler does not know that it is the same.
@@ -139,8 +103,3 @@ class StreamEnv:
             result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
         )
         return jnp.sum(out)
-
-    def fence(self) -> None:
-        """Waits for the threads of this program."""
-        if not self.interpret:
-            plgpu.debug_barrier()

@@ -32,15 +32,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import Dims
+from pallas_kernels.dims import Dims, ceil_div
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.plan import MAX_PROGRAMS, splits_of
+from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS, splits_of
 from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS, num_counters, trap_if_over
 
 __all__ = ["Layout", "Mail", "mail_words"]
 
-MAX_SPLITS = 64
 _TAG_BITS = 0xFF
 _NAN = 0x7FC00000
 # Keeps the buffers apart by whole lines of 128 bytes.
@@ -98,10 +97,10 @@ class Layout:
             "parts": 2 * b * d.num_heads * max_splits * (d.head_dim + 2),
             "best": 2 * programs * b * 2,
         }
-        starts, end = {}, -(-num_counters(b, d.num_kv_heads) // _LINE) * _LINE
+        starts, end = {}, _LINE * ceil_div(num_counters(b, d.num_kv_heads), _LINE)
         for name, size in sizes.items():
             starts[name] = end
-            end += -(-size // _LINE) * _LINE
+            end += _LINE * ceil_div(size, _LINE)
         return cls(**starts, words=end)
 
 
@@ -151,7 +150,7 @@ class Mail:
         """Stores 32-bit values (float32 or int32) whole, each with its tag.
 
         Args:
-            offsets: int32, numbers of pairs within the buffer's first word: even.
+            offsets: int32, even numbers: where the values go, the tags behind them.
             values: float32 or int32, the same shape.
             tag: int32 scalar.
             mask: bool, the same shape.

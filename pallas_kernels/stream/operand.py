@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.stream.env import StreamEnv, iota, select
+from pallas_kernels.program import iota
+from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.tiles import Place
 
@@ -23,13 +24,12 @@ def collect_operand(env: StreamEnv, first: Place) -> Array:
     """
     plan, d, mail = env.plan, env.dims, env.mail
     bp = plan.padded_batch
-    plans = [env.segment(s) for s in sorted(plan.segments)]
     shape = (plan.columns, plan.depth)
     chunk, b = lax.div(iota(shape, 0), jnp.int32(bp)), lax.rem(iota(shape, 0), jnp.int32(bp))
     within = chunk * plan.depth + iota(shape, 1)
     segment = first.segment
-    inner = select(segment, [p.inner for p in plans])
-    width = select(segment, [p.width for p in plans])
+    inner = env.of_segment(segment, "inner")
+    width = env.of_segment(segment, "width")
     element = first.split * width + within
     mask = (b < d.batch) & (within < width) & (element < inner) & first.real
     layer = jnp.minimum(first.layer, d.num_layers - 1)

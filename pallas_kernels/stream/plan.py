@@ -18,10 +18,10 @@ import functools
 
 from pallas_kernels.dims import Dims, ceil_div, next_power_of_2
 from pallas_kernels.gpu import Gpu
+from pallas_kernels.plan import AttentionPlan
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = [
-    "AttentionCut",
     "Segment",
     "SegmentPlan",
     "StreamPlan",
@@ -43,6 +43,8 @@ RESERVED_SHARED_MEMORY = 3 * 1024
 MAX_STAGES = 7
 # Two on each of 160 multiprocessors: the mail, made before the device is known, has room for them.
 MAX_PROGRAMS = 320
+# Spans that attention over one head is cut into at most.
+MAX_SPLITS = 64
 # A multiprocessor has registers for so many warps of threads that use 255 each.
 MAX_WARPS = 8
 # Elements of one tile of keys or values, of the programs of a multiprocessor together.
@@ -86,21 +88,6 @@ class SegmentPlan:
     tiles: int
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionCut:
-    """How attention is cut; see `pallas_kernels.plan.AttentionPlan`.
-
-    Attributes:
-        block: positions of one tile of keys or values.
-        min_span: positions of a span at least.
-        max_splits: spans at most.
-    """
-
-    block: int
-    min_span: int
-    max_splits: int
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamPlan:
     """Everything about a streamed step that is decided before it is traced.
@@ -133,7 +120,7 @@ class StreamPlan:
     depth: int
     columns: int
     segments: dict[Segment, SegmentPlan]
-    attention: AttentionCut
+    attention: AttentionPlan
     owned: int
     tuning: Tuning
 
@@ -255,7 +242,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
             f"{tuning.programs_per_core} programs have at most "
             f"{MAX_WARPS // tuning.programs_per_core} warps each, got {num_warps}."
         )
-    parts = max(1, min(64, programs // d.num_kv_heads))
+    parts = max(1, min(MAX_SPLITS, programs // d.num_kv_heads))
     return StreamPlan(
         dims=dims,
         programs=programs,
@@ -269,7 +256,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         depth=depth,
         columns=columns,
         segments=segments,
-        attention=AttentionCut(
+        attention=AttentionPlan(
             block=max(16, ATTENTION_TILE // tuning.programs_per_core // d.head_dim),
             min_span=256,
             max_splits=1 << (parts.bit_length() - 1),

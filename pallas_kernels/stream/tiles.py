@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.env import StreamEnv, iota, select
-from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment, SegmentPlan
+from pallas_kernels.stream.env import StreamEnv, select
+from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment
 
 __all__ = ["Place", "load_weights", "locate", "place_of", "prefetch_weights", "tile_sums"]
 
@@ -36,9 +37,8 @@ class Place(NamedTuple):
 
 def place_of(env: StreamEnv, segment: Array, layer: Array, number: Array) -> Place:
     """The place of this program's `number`-th tile of a segment."""
-    plans = [env.segment(s) for s in sorted(env.plan.segments)]
-    splits, teams = (select(segment, [getattr(p, n) for p in plans]) for n in ("splits", "teams"))
-    groups, tiles = (select(segment, [getattr(p, n) for p in plans]) for n in ("groups", "tiles"))
+    splits, teams = env.of_segment(segment, "splits"), env.of_segment(segment, "teams")
+    groups, tiles = env.of_segment(segment, "groups"), env.of_segment(segment, "tiles")
     team = lax.div(env.program, splits)
     group = number * teams + team
     no_weights = segment == Segment.EMBED
@@ -101,13 +101,13 @@ def group_rows(env: StreamEnv, segment: Array, group: Array, row: Array) -> Arra
 def load_weights(env: StreamEnv, place: Place) -> Array:
     """The tile, bfloat16 `[rows * chunks, depth]`; 0 beyond the matrix."""
     plan = env.plan
-    plans = [env.segment(s) for s in sorted(plan.segments)]
+    plans = plan.segments.values()
     shape = (plan.rows * plan.chunks, plan.depth)
     matrix_row, piece = iota(shape, 0), iota(shape, 1)
     row = lax.div(matrix_row, jnp.int32(plan.chunks))
     within = lax.rem(matrix_row, jnp.int32(plan.chunks)) * plan.depth + piece
-    inner = select(place.segment, [p.inner for p in plans])
-    width = select(place.segment, [p.width for p in plans])
+    inner = env.of_segment(place.segment, "inner")
+    width = env.of_segment(place.segment, "width")
     column = place.split * width + within
     rows = group_rows(env, place.segment, place.group, row)
     mask = jnp.broadcast_to(place.real, shape)
@@ -116,10 +116,7 @@ def load_weights(env: StreamEnv, place: Place) -> Array:
     if any(p.inner % p.width for p in plans):
         mask &= column < inner
     if any(p.groups * _group_out(env, s) != p.out for s, p in plan.segments.items()):
-        outputs = select(place.segment, [_group_out(env, s) for s in sorted(plan.segments)])
-        per_row = lax.div(jnp.int32(plan.rows), outputs)  # 2 where rows are combined in pairs
-        output = place.group * outputs + lax.div(row, per_row)
-        mask &= output < select(place.segment, [p.out for p in plans])
+        mask &= _is_there(env, place, row)
     return ptx.load_tile(
         _weights(env),
         jnp.minimum(place.segment, jnp.int32(Segment.HEAD)),
@@ -134,13 +131,10 @@ def load_weights(env: StreamEnv, place: Place) -> Array:
 
 def prefetch_weights(env: StreamEnv, place: Place) -> None:
     """Asks for the tile, so that it is in the L2 cache when it is loaded."""
-    plan = env.plan
-    plans = [env.segment(s) for s in sorted(plan.segments)]
-    inner = select(place.segment, [p.inner for p in plans])
-    width = select(place.segment, [p.width for p in plans])
-    row = iota((plan.rows,), 0)
+    inner = env.of_segment(place.segment, "inner")
+    width = env.of_segment(place.segment, "width")
+    row = iota((env.plan.rows,), 0)
     rows = group_rows(env, place.segment, place.group, row)
-    out = select(place.segment, [p.out * (1 + (s == Segment.GATE_UP)) for s, p in _in_order(env)])
     ptx.prefetch_rows(
         _weights(env),
         jnp.minimum(place.segment, jnp.int32(Segment.HEAD)),
@@ -149,13 +143,9 @@ def prefetch_weights(env: StreamEnv, place: Place) -> None:
         place.split * width,
         inner,
         jnp.minimum(width, inner - place.split * width),
-        (rows < out) & place.real,
+        _is_there(env, place, row) & place.real,
         interpret=env.interpret,
     )
-
-
-def _in_order(env: StreamEnv) -> list[tuple[Segment, SegmentPlan]]:
-    return [(s, env.segment(s)) for s in sorted(env.plan.segments)]
 
 
 def _weights(env: StreamEnv) -> list[Any]:
@@ -166,6 +156,14 @@ def _weights(env: StreamEnv) -> list[Any]:
 def _group_out(env: StreamEnv, segment: Segment) -> int:
     """Outputs of a group."""
     return env.plan.rows // 2 if segment == Segment.GATE_UP else env.plan.rows
+
+
+def _is_there(env: StreamEnv, place: Place, row: Array) -> Array:
+    """Whether the group's `row`-th row is one of the matrix; bool."""
+    outputs = select(place.segment, [_group_out(env, s) for s in sorted(env.plan.segments)])
+    per_output = lax.div(jnp.int32(env.plan.rows), outputs)  # 2 where rows are combined in pairs
+    output = place.group * outputs + lax.div(row, per_output)
+    return output < env.of_segment(place.segment, "out")
 
 
 def tile_sums(env: StreamEnv, tile: Array, vectors: Array) -> Array:

@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
-from pallas_kernels.stream.env import StreamEnv, iota
+from pallas_kernels.program import iota
+from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.segments.heads import collect_heads
 
 __all__ = ["attend_parts", "combine_parts"]

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.stream.env import StreamEnv, iota
+from pallas_kernels.program import iota
+from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.state import State
 from pallas_kernels.stream.tiles import Place
 

@@ -8,7 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
-from pallas_kernels.stream.env import StreamEnv, iota
+from pallas_kernels.program import iota
+from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.state import NO_TOKEN, State
 from pallas_kernels.stream.tiles import Place
 

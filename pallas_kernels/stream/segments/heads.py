@@ -15,7 +15,8 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
-from pallas_kernels.stream.env import StreamEnv, iota
+from pallas_kernels.program import iota
+from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.segments.qkv import softmax_scale
 
 __all__ = ["Heads", "collect_heads"]

@@ -11,7 +11,8 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
-from pallas_kernels.stream.env import StreamEnv, iota
+from pallas_kernels.program import iota
+from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.state import State
 from pallas_kernels.stream.tiles import Place
