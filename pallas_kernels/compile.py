@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 from pallas_kernels import compile_worker
 from pallas_kernels.dims import Dims
 from pallas_kernels.launch import KERNEL_NAME
-from pallas_kernels.stream.plan import why_not as why_not_streamed
+from pallas_kernels.stream.plan import why_not_on
 from pallas_kernels.support import why_not
 from pallas_kernels.targets import target, target_names
 
@@ -133,7 +133,7 @@ def compile_for(
     wanted = target(gpu)
     reason = why_not(dims, "bfloat16", wanted.gpu)
     if reason is None and kernel == "streamed":
-        reason = why_not_streamed(dims, wanted.gpu.cores)
+        reason = why_not_on(wanted.gpu, dims)
     if reason is not None:
         raise ValueError(reason)
     if (reason := why_no_compiler()) is not None:

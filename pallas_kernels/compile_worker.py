@@ -7,6 +7,7 @@ module with them set. It reads `request.json` from the directory it is given, an
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -76,7 +77,9 @@ def main(directory: str) -> None:
     features["local_layers"] = tuple(features["local_layers"])  # JSON has lists alone
     dims = Dims(**sizes, features=Features(**features))
     if request["kernel"] == "streamed":
+        stages = {key: options.pop(key) for key in ("num_stages",) if key in options}
         plan = make_stream_plan(dims, gpu.gpu, Tuning(**options))
+        plan = dataclasses.replace(plan, **stages)
     else:
         plan = make_plan(dims, gpu.gpu, **options)
     compiled = compile_step(plan, gpu.config)

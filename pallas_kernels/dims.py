@@ -153,6 +153,11 @@ class Dims:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
+    def cache_elements(self) -> int:
+        """Elements of the cache's keys, or values."""
+        return self.num_layers * self.batch * self.num_kv_heads * self.capacity * self.head_dim
+
+    @property
     def step_weight_bytes(self) -> int:
         """Bytes of bfloat16 weights a step reads: each once, one embedding row a sequence."""
         weights = self.abstract_weights()._replace(embed=None, inv_freq=None, inv_freq_local=None)

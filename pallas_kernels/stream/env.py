@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import Features
 from pallas_kernels.program import Program
 from pallas_kernels.stream.mail import Mail
 from pallas_kernels.stream.plan import Segment, SegmentPlan, StreamPlan
 
-__all__ = ["StreamEnv", "select"]
+__all__ = ["StreamEnv", "pick", "select"]
+
+
+def pick(conditions: Sequence[Array], values: Sequence[Array | int]) -> Array:
+    """The value of the last condition that holds, int32; the first value if none does.
+
+    Args:
+        conditions: bool scalars, each of which implies the one before it.
+        values: one more than conditions.
+    """
+    out = jnp.asarray(values[0], jnp.int32)
+    for condition, (before, value) in zip(conditions, itertools.pairwise(values), strict=True):
+        if isinstance(before, int) and isinstance(value, int) and before == value:
+            continue
+        out = jnp.where(condition, jnp.asarray(value, jnp.int32), out)
+    return out
 
 
 def select(index: Array, values: list[int]) -> Array:
@@ -43,16 +58,6 @@ class StreamEnv(Program):
     def segment(self, segment: Segment) -> SegmentPlan:
         """The plan of a segment."""
         return self.plan.segments[segment]
-
-    def of_segment(self, segment: Array, name: str) -> Array:
-        """A field of the plan of whichever segment it is, int32 scalar.
-
-        Args:
-            segment: int32 scalar, a `Segment`.
-            name: of the `SegmentPlan`'s field.
-        """
-        plans = self.plan.segments
-        return select(segment, [getattr(plans[s], name) for s in sorted(plans)])
 
     @property
     def features(self) -> Features:
@@ -86,20 +91,3 @@ class StreamEnv(Program):
         for b, length in enumerate(self.lengths[:-1]):
             out = jnp.where(column == b, length, out)
         return out
-
-    def again(self, number: Array) -> Array:
-        """The same int32 scalar, of which the compiler does not know that it is the same.
-
-        What is computed from it is computed anew. The pipelined loop loads a tile several
-        iterations before it is used: values that both need would be kept for as many.
-        """
-        if self.interpret:
-            return number
-        [out] = plgpu.elementwise_inline_asm(
-            "mov.u32 $0, $1;",
-            args=[jnp.full((1,), number)],  # inline assembly takes arrays only
-            constraints="=r,r",
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
-        )
-        return jnp.sum(out)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.mail import Meanwhile
 from pallas_kernels.stream.operand import collect_operand
 from pallas_kernels.stream.plan import Segment
-from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
+from pallas_kernels.stream.product import multiply, outputs_of, sum_up
+from pallas_kernels.stream.ring import Turn, feed_of, feed_ring, next_turn, start_ring
+from pallas_kernels.stream.route import weights_of
+from pallas_kernels.stream.segments.attention import attend_parts, combine_parts, prefetch_parts
 from pallas_kernels.stream.segments.gate_up import finish_gate_up
 from pallas_kernels.stream.segments.head import finish_head, leave_head
 from pallas_kernels.stream.segments.qkv import Rotations, finish_qkv, make_rotations
@@ -20,25 +27,50 @@ from pallas_kernels.stream.segments.residual import (
     leave_embed,
 )
 from pallas_kernels.stream.state import State, empty_state
-from pallas_kernels.stream.tiles import Place, load_weights, locate, prefetch_weights, tile_sums
+from pallas_kernels.stream.tiles import (
+    Place,
+    first_place,
+    flush_of,
+    next_place,
+    next_segment,
+)
 
-__all__ = ["finish_tile", "leave_segment", "stream_kernel"]
+__all__ = ["finish_tiles", "is_due", "leave_segment", "stream_kernel"]
 
 
-def finish_tile(
-    env: StreamEnv, rotations: Rotations, place: Place, sums: Array, state: State
+def is_due(env: StreamEnv, place: Place) -> Array:
+    """Whether the tiles up to this one are to be summed up; bool scalar."""
+    is_full = place.slot == env.plan.flush - 1
+    if env.segment(Segment.DOWN).run > 1:  # all of its groups' tiles belong together
+        is_full &= place.segment != Segment.DOWN
+    return place.last | is_full
+
+
+def finish_tiles(
+    env: StreamEnv, rotations: Rotations, turn: Turn, place: Place, state: State
 ) -> State:
-    """What becomes of a tile's sums."""
-    ways = {
-        Segment.QKV: lambda: finish_qkv(env, rotations, place, sums, state),
-        Segment.ATTN_OUT: lambda: finish_projection(env, place, sums, state),
-        Segment.GATE_UP: lambda: finish_gate_up(env, place, sums, state),
-        Segment.HEAD: lambda: finish_head(env, place, sums, state),
-    }
-    # Both projections share their code: the kernel holds it once.
-    number = jnp.where(place.segment == Segment.DOWN, jnp.int32(Segment.ATTN_OUT), place.segment)
-    number = jnp.where(number == Segment.HEAD, jnp.int32(3), number)
-    return lax.cond(place.real, lambda: lax.switch(number, list(ways.values())), lambda: state)
+    """Sums up the products of the tiles since the last flush; what becomes of the sums."""
+    flush = flush_of(place)
+
+    def way(segment: Segment) -> Callable[[], State]:
+        def finish():
+            outputs = outputs_of(env, segment)
+            sums = sum_up(env, turn, segment, outputs)
+            if segment == Segment.HEAD:
+                return finish_head(env, flush, outputs, sums, state)
+            if segment in (Segment.ATTN_OUT, Segment.DOWN):
+                return finish_projection(env, segment, flush, outputs, sums, state)
+            if segment == Segment.QKV:
+                finish_qkv(env, rotations, flush, outputs, sums)
+            else:
+                finish_gate_up(env, flush, outputs, sums)
+            return state
+
+        return finish
+
+    segment = jnp.minimum(place.segment, jnp.int32(Segment.HEAD))
+    ways = [way(s) for s in sorted(env.plan.segments)]
+    return lax.cond(flush.tiles > 0, lambda: lax.switch(segment, ways), lambda: state)
 
 
 def leave_segment(env: StreamEnv, place: Place, state: State) -> State:
@@ -57,7 +89,7 @@ def leave_segment(env: StreamEnv, place: Place, state: State) -> State:
         Segment.ATTN_OUT: leave_block,
         Segment.GATE_UP: lambda: state,
         Segment.HEAD: lambda: leave_head(env, place, state),
-        Segment.EMBED: lambda: leave_embed(env, place, state),
+        Segment.EMBED: lambda: state,
     }
     # Both projections share their code: the kernel holds it once.
     is_down = place.segment == Segment.DOWN
@@ -66,44 +98,63 @@ def leave_segment(env: StreamEnv, place: Place, state: State) -> State:
     return lax.switch(number, [ways[s] for s in sorted(ways)])
 
 
-def _ask_ahead(env: StreamEnv, place: Place, index: Array) -> None:
-    """Asks for tiles beyond those in flight, while attention leaves memory idle."""
-    if not env.plan.tuning.l2_tiles:
-        return
+def feeding(env: StreamEnv, turn: Turn) -> StreamEnv:
+    """The program's view, with a mail that feeds the ring while it waits."""
+    if env.interpret:
+        return env
+    meanwhile = Meanwhile(weights_of(env)[0], turn.base, feed_of(env.plan))
+    return dataclasses.replace(env, mail=dataclasses.replace(env.mail, meanwhile=meanwhile))
 
-    @pl.when(place.segment == Segment.QKV)
-    def _():
-        first = index + env.plan.num_stages
-        last = env.plan.total_tiles - 1
-        for ahead in range(env.plan.tuning.l2_tiles):
-            prefetch_weights(env, locate(env, jnp.minimum(first + ahead, last)))
+
+def _meet(env: StreamEnv) -> None:
+    """Waits for the program's other threads."""
+    if not env.interpret:
+        plgpu.debug_barrier()
 
 
 def stream_kernel(env: StreamEnv) -> None:
     """One whole decode step, as every program runs it.
 
-    The loop's only loads that the compiler may move are those of weights: it keeps the next
-    tiles on their way, whatever segment or layer they belong to. Everything that waits stands
-    at the end of an iteration, behind its tile's last use and before the next one's first.
+    Everything that waits for other programs stands at the end of an iteration, behind the
+    tile's last use: its slot of the ring has been asked for anew by then.
     """
+    # The embedding goes out first: others wait for it.
+    state = leave_embed(env, empty_state(env))
+    turn = start_ring(env)
+    env = feeding(env, turn)
     rotations = make_rotations(env)
     total = env.plan.total_tiles
 
-    def tile_step(index, state):
-        tile = load_weights(env, locate(env, env.again(index)))
-        place = locate(env, index)
-        sums = tile_sums(env, tile, state.vectors)
-        state = finish_tile(env, rotations, place, sums, state)
+    def tile_step(index, carry):
+        turn, place, state = carry
+        multiply(env, turn, index, place, state.operand)
+        _meet(env)
+        feed_ring(env, turn, index + 1)
 
-        def change_segment():
-            _ask_ahead(env, place, index)
+        def change_segment(state):
             left = leave_segment(env, place, state)
-            following = locate(env, jnp.minimum(index + 1, total - 1))
-            vectors = lax.cond(
-                index < total - 1, lambda: collect_operand(env, following), lambda: left.vectors
+            following = next_segment(env, place)
+            lax.cond(
+                following.segment == Segment.QKV,
+                lambda: prefetch_parts(env, following.layer),
+                lambda: None,
             )
-            return left._replace(vectors=vectors)
+            operand = lax.cond(
+                index < total - 1, lambda: collect_operand(env, following), lambda: left.operand
+            )
+            return following, left._replace(operand=operand)
 
-        return lax.cond(place.last, change_segment, lambda: state)
+        def flush():
+            finished = finish_tiles(env, rotations, turn, place, state)
+            _meet(env)
+            return lax.cond(
+                place.last,
+                lambda: change_segment(finished),
+                lambda: (next_place(place, flushed=True), finished),
+            )
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(total), tile_step, empty_state(env))
+        place, state = lax.cond(is_due(env, place), flush, lambda: (next_place(place), state))
+        return next_turn(env, turn), place, state
+
+    start = turn, first_place(env, Segment.EMBED, 0), state
+    lax.fori_loop(jnp.int32(0), jnp.int32(total), tile_step, start)

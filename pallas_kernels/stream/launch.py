@@ -17,6 +17,8 @@ from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.kernel import stream_kernel
 from pallas_kernels.stream.mail import Layout, Mail, mail_words
 from pallas_kernels.stream.plan import Segment, StreamPlan
+from pallas_kernels.stream.product import products_shape
+from pallas_kernels.stream.route import route_shape
 
 __all__ = ["layout_of", "run_stream", "stream_step"]
 
@@ -74,6 +76,9 @@ def run_stream(
         "logits": jax.ShapeDtypeStruct((d.batch, d.vocab_size), jnp.float32),
         "token": jax.ShapeDtypeStruct((d.batch,), jnp.int32),
     }
+    if interpret:  # else in shared memory
+        made["route"] = jax.ShapeDtypeStruct(route_shape(plan), jnp.int32)
+        made["products"] = jax.ShapeDtypeStruct(products_shape(plan), jnp.float32)
     outputs: dict[str, Any] = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in given.items()}
     outputs |= {name: spec for name, spec in made.items() if name not in outputs}
     inputs = named_weights(weights) | {"tokens": tokens}
@@ -89,7 +94,7 @@ def run_stream(
                 program=pl.program_id(0),
                 lengths=tuple(named["lengths"][b] for b in range(d.batch)),
                 step=named["counters"][layout.steps],
-                mail=Mail(named["counters"], layout, interpret),
+                mail=Mail(named["counters"], layout, interpret, plan.threads),
                 interpret=interpret,
             )
         )

@@ -26,7 +26,10 @@ is 1. Its first word counts the steps.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -38,7 +41,7 @@ from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS, splits_of
 from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS, num_counters, trap_if_over
 
-__all__ = ["Layout", "Mail", "mail_words"]
+__all__ = ["Layout", "Mail", "Meanwhile", "mail_words"]
 
 _TAG_BITS = 0xFF
 _NAN = 0x7FC00000
@@ -112,8 +115,24 @@ def mail_words(dims: Dims) -> int:
     if dims.batch > MAX_BATCH:
         return num_counters(dims.batch, dims.num_kv_heads)
     max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
-    words = Layout.of(dims, splits_of(dims, MAX_PROGRAMS), max_splits, MAX_PROGRAMS).words
+    words = Layout.of(dims, splits_of(dims), max_splits, MAX_PROGRAMS).words
     return words + _LINE  # spare: see `ptx`
+
+
+class Meanwhile(NamedTuple):
+    """A ring to be fed: see `ptx.feed_ring`."""
+
+    weights: Any
+    ring: Array
+    feed: ptx.Feed
+
+
+def _gathered(values: Array, shape: tuple[int, ...]) -> Array:
+    """One of the copies that `_spread` made."""
+    if values.shape == shape:
+        return values
+    is_first = lax.broadcasted_iota(jnp.int32, values.shape, 0) == 0
+    return jnp.sum(jnp.where(is_first, values, jnp.zeros_like(values)), axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +144,15 @@ class Mail:
         layout: where the buffers begin.
         interpret: whether the kernel is interpreted. Programs then run one after the
             other: what is not there when it is read will never come, and reads as NaN.
+        threads: of a program.
+        meanwhile: what to do between two looks at words that are missing.
     """
 
     words: Any
     layout: Layout
     interpret: bool
+    threads: int
+    meanwhile: Meanwhile | None = None
 
     def publish(self, offsets: Array, values: Array, tag: Array, mask: Array) -> None:
         """Stores the upper 24 bits of float32 values, rounded, with their tag.
@@ -168,17 +191,70 @@ class Mail:
             tag: int32 scalar they must carry.
             mask: bool, the same shape.
         """
+        return self.collect_all([(offsets, mask)], tag)[0]
+
+    def collect_all(self, wanted: Sequence[tuple[Array, Array]], tag: Array) -> list[Array]:
+        """Waits for several arrays of words at the same time.
+
+        Args:
+            wanted: offsets and mask of each, as in `collect`.
+            tag: int32 scalar they must carry.
+        """
         tag = tag & _TAG_BITS
 
+        spread = [self._spread(offsets, mask) for offsets, mask in wanted]
+
         def read():
-            return plgpu.load(self.words.at[offsets], mask=mask, other=0, volatile=True)
+            return tuple(
+                plgpu.load(self.words.at[offsets], mask=mask, other=0, volatile=True)
+                for offsets, mask in spread
+            )
 
-        def missing(word):
-            return jnp.where(mask, (word ^ tag) & _TAG_BITS, 0)
+        def missing(words):
+            pairs = zip(words, spread, strict=True)
+            each = [jnp.where(mask, (word ^ tag) & _TAG_BITS, 0) for word, (_, mask) in pairs]
+            if self.interpret or len({x.shape for x in each}) > 1:
+                return each
+            return [functools.reduce(jnp.bitwise_or, each)]  # to be looked through once
 
-        word = self._poll(read, missing)
-        values = lax.bitcast_convert_type(jnp.where(mask, word & ~_TAG_BITS, 0), jnp.float32)
-        return jnp.where(missing(word) == 0, values, jnp.nan) if self.interpret else values
+        words = self._poll(read, missing)
+        values = [
+            lax.bitcast_convert_type(jnp.where(mask, word & ~_TAG_BITS, 0), jnp.float32)
+            for word, (_, mask) in zip(words, spread, strict=True)
+        ]
+        if not self.interpret:
+            shapes = [offsets.shape for offsets, _ in wanted]
+            return [_gathered(x, shape) for x, shape in zip(values, shapes, strict=True)]
+        lacking = missing(words)
+        return [jnp.where(x == 0, y, jnp.nan) for x, y in zip(lacking, values, strict=True)]
+
+    def collect_pieces(
+        self, offset: Array, step: int, pieces: int, tag: Array, there: Array
+    ) -> list[Array]:
+        """Waits for pieces of 8 neighbouring words, each thread for its own.
+
+        Args:
+            offset: int32 `[T]`, where the thread's first piece begins.
+            step: words from a thread's piece to its next one.
+            pieces: how many at most.
+            tag: int32 scalar they must carry.
+            there: int32 `[T]`, how many pieces the thread has.
+
+        Returns:
+            Float32 `[T]`, 8 a piece; 0 where there is none.
+        """
+        if self.interpret:
+            return [
+                self.collect(offset + q * step + j, tag, q < there)
+                for q in range(pieces)
+                for j in range(8)
+            ]
+        tags = jnp.full(offset.shape, tag & _TAG_BITS)
+        assert self.meanwhile is not None
+        words = ptx.collect_words(
+            self.words, offset, step, pieces, tags, there, MAX_POLLS, *self.meanwhile
+        )
+        return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
 
     def collect_pair(self, offsets: Array, tag: Array, mask: Array) -> Array:
         """Waits for pairs; returns their values as int32 bits, 0 where the mask is false.
@@ -188,6 +264,8 @@ class Mail:
             tag: int32 scalar they must carry.
             mask: bool, the same shape.
         """
+        shape = offsets.shape
+        offsets, mask = self._spread(offsets, mask)
         # What the mask hides is read too, from a place that is always there.
         offsets = jnp.where(mask, offsets, self.layout.best)
 
@@ -195,23 +273,41 @@ class Mail:
             return ptx.load_pair(self.words, offsets, interpret=self.interpret)
 
         def missing(pair):
-            return jnp.where(mask, pair[1] ^ tag, 0)
+            return [jnp.where(mask, pair[1] ^ tag, 0)]
 
         pair = self._poll(read, missing)
         value = jnp.where(mask, pair[0], 0)
-        return jnp.where(missing(pair) == 0, value, _NAN) if self.interpret else value
+        if self.interpret:
+            return jnp.where(missing(pair)[0] == 0, value, _NAN)
+        return _gathered(value, shape)
+
+    def _spread(self, offsets: Array, mask: Array) -> tuple[Array, Array]:
+        """The same words, as often as it takes for every thread to have some of its own.
+
+        Of an array that is smaller than a program, several threads hold the same elements.
+        Each would load them, and see them come, by itself; but when the compiler asks whether
+        any is missing, it asks one of the threads.
+        """
+        copies = self.threads // max(1, math.prod(offsets.shape))
+        if self.interpret or copies <= 1:
+            return offsets, mask
+        shape = (copies, *offsets.shape)
+        return jnp.broadcast_to(offsets[None], shape), jnp.broadcast_to(mask[None], shape)
 
     def _poll(self, read: Any, missing: Any) -> Any:
         """Reads until nothing is missing; ends the launch in an error if that never comes."""
 
         def still(words):
-            return jnp.max((missing(words) != 0).astype(jnp.int32))
+            lacking = [jnp.max((x != 0).astype(jnp.int32)) for x in missing(words)]
+            return functools.reduce(jnp.maximum, lacking)
 
         first = read()
         if self.interpret:
             return first
 
         def again(state):
+            if self.meanwhile is not None:
+                ptx.feed_ring(*self.meanwhile)
             words = read()
             return words, still(words), trap_if_over(state[2] + 1, MAX_POLLS)
 

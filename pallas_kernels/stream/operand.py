@@ -5,59 +5,156 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.program import iota
 from pallas_kernels.stream.env import StreamEnv, select
-from pallas_kernels.stream.plan import Segment
+from pallas_kernels.stream.lanes import column_of, first_input, multiplies, next_input, waits
+from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment
 from pallas_kernels.stream.tiles import Place
 
-__all__ = ["collect_operand"]
+__all__ = [
+    "Operand",
+    "collect_inputs",
+    "collect_operand",
+    "mean_squares",
+    "no_operand",
+    "unpacked",
+]
+
+# What each thread holds of a span's activations: int32 `[T]` each, two bfloat16.
+Operand = tuple[Array, ...]
 
 
-def collect_operand(env: StreamEnv, first: Place) -> Array:
-    """Waits for the activations of the segment that begins with the tile `first`.
+def _most_words(env: StreamEnv) -> int:
+    return max(p.pieces for p in env.plan.segments.values()) * PIECE // 2
 
-    Norms' weights are loaded before the wait. RMSNorm and its rounding to bfloat16 are those
-    of the reference.
+
+def no_operand(env: StreamEnv) -> Operand:
+    """Before the first is collected."""
+    return (jnp.zeros((env.plan.threads,), jnp.int32),) * _most_words(env)
+
+
+def _packed(first: Array, second: Array) -> Array:
+    """Two float32 `[T]`, rounded to bfloat16, as one int32."""
+    low, high = (
+        lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.int16).astype(jnp.int32)
+        for x in (first, second)
+    )
+    return (low & 0xFFFF) | lax.shift_left(high, 16)
+
+
+def unpacked(word: Array) -> tuple[Array, Array]:
+    """The two numbers of a word of an operand, float32."""
+    low, high = lax.shift_left(word, 16), word & ~0xFFFF
+    return (
+        lax.bitcast_convert_type(low, jnp.float32),
+        lax.bitcast_convert_type(high, jnp.float32),
+    )
+
+
+def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
+    """Mean square of each thread's own sequence, whose residual all threads hold: `[T]`."""
+    plan = env.plan
+    squares = values[0] * values[0]
+    for x in values[1:]:
+        squares += x * x
+    if plan.chunked:
+        total = jnp.broadcast_to(jnp.sum(squares), squares.shape)
+    else:
+        cube = (plan.num_warps, COLUMNS, 4)
+        each = squares.reshape(cube).sum(axis=2).sum(axis=0)
+        total = jnp.broadcast_to(each[None, :, None], cube).reshape(squares.shape)
+    return total / plan.dims.model_dim
+
+
+def collect_inputs(
+    env: StreamEnv, pieces: int, start: Array | int, row: Array | int, width: Array, tag: Array
+) -> list[Array]:
+    """Waits for a span of activations.
+
+    Args:
+        env: the program's view.
+        pieces: of each thread.
+        start: word of the mail with which the first sequence's span begins.
+        row: words from a sequence to the next.
+        width: int32 scalar, inputs of the span; 0 to wait for none.
+        tag: they carry.
 
     Returns:
-        bfloat16 `[columns, depth]`; 0 beyond the inputs and for padding sequences.
+        Float32 `[T]`, 8 a piece; 0 beyond the span and for padding sequences.
     """
-    plan, d, mail = env.plan, env.dims, env.mail
-    bp = plan.padded_batch
-    shape = (plan.columns, plan.depth)
-    chunk, b = lax.div(iota(shape, 0), jnp.int32(bp)), lax.rem(iota(shape, 0), jnp.int32(bp))
-    within = chunk * plan.depth + iota(shape, 1)
+    plan = env.plan
+    first, step = first_input(plan, pieces), next_input(plan)
+    left = width - first
+    if not plan.chunked:
+        column = column_of(plan)
+        left = jnp.where(column < plan.dims.batch, left, 0)
+        start = start + jnp.minimum(column, plan.dims.batch - 1) * row
+    # Spans are whole pieces.
+    there = jnp.clip(lax.div(left + (step - 1), jnp.int32(step)), 0, pieces)
+    if plan.product_warps == plan.num_warps:
+        return env.mail.collect_pieces(start + first, step, pieces, tag, there)
+    there = jnp.where(waits(plan), there, 0)
+    values = env.mail.collect_pieces(start + first, step, pieces, tag, there)
+    return [jnp.where(multiplies(plan), value, 0.0) for value in values]
+
+
+def collect_operand(env: StreamEnv, first: Place) -> Operand:
+    """Waits for the activations of the segment that begins with the tile `first`.
+
+    RMSNorm and its rounding to bfloat16 are those of the reference.
+    """
+    plan, d = env.plan, env.dims
+    at, down = env.mail.layout, env.segment(Segment.DOWN)
     segment = first.segment
-    inner = env.of_segment(segment, "inner")
-    width = env.of_segment(segment, "width")
-    element = first.split * width + within
-    mask = (b < d.batch) & (within < width) & (element < inner) & first.real
     layer = jnp.minimum(first.layer, d.num_layers - 1)
-    safe = jnp.minimum(element, d.model_dim - 1)
+    tag = env.tag(first.layer)
 
-    def ones():
-        return jnp.ones(shape, jnp.float32)
+    def pack(values: list[Array]) -> Operand:
+        words = [_packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
+        # Pallas lets no plain constant out of a branch.
+        return (*words, *[words[0] * 0] * (_most_words(env) - len(words)))
 
-    pre_norm = env.features.pre_norm
-    norm = lax.switch(
-        segment,
-        [
-            (lambda: env.norm_weight("attn_norm", layer, safe)) if pre_norm else ones,
-            ones,
-            (lambda: env.norm_weight("mlp_norm", layer, safe)) if pre_norm else ones,
-            ones,
-            lambda: env.norm_weight("final_norm", safe),
-        ],
-    )
-    at = mail.layout
-    start = select(segment, [at.x_in, at.attn, at.x_mid, at.ffw, at.x_in])
-    x = mail.collect(start + b * inner + element, env.tag(first.layer), mask)
-    squares = jnp.sum(x * x, axis=1).reshape(plan.columns // bp, bp).sum(axis=0)
-    scale = lax.rsqrt(squares / d.model_dim + d.norm_eps)  # [Bp]
-    is_normed = segment == Segment.HEAD
-    if pre_norm:
-        is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
-    scale = jnp.where(is_normed, scale, 1.0)
-    each = jnp.broadcast_to(scale[None, :], (plan.columns // bp, bp)).reshape(plan.columns)
-    x = x * each[:, None] * norm
-    return jnp.where(mask, x, 0.0).astype(jnp.bfloat16)
+    def of_hidden() -> Operand:
+        column = first.split * down.width
+        width = jnp.where(first.real, jnp.minimum(down.width, down.inner - column), 0)
+        start = at.ffw + column
+        return pack(collect_inputs(env, down.pieces, start, down.inner, width, tag))
+
+    def of_residual() -> Operand:
+        pieces = plan.segments[Segment.QKV].pieces
+        inputs = first_input(plan, pieces)
+        offsets = [q * next_input(plan) + j for q in range(pieces) for j in range(PIECE)]
+        is_attn = segment == Segment.ATTN_OUT
+
+        def norms() -> tuple[Array, ...]:
+            def of(name: str, *index: Array) -> tuple[Array, ...]:
+                return tuple(
+                    env.norm_weight(name, *index, jnp.minimum(inputs + n, d.model_dim - 1))
+                    for n in offsets
+                )
+
+            def ones() -> tuple[Array, ...]:
+                return (jnp.ones((plan.threads,), jnp.float32),) * len(offsets)
+
+            before = env.features.pre_norm
+            ways = [
+                (lambda: of("attn_norm", layer)) if before else ones,
+                ones,
+                (lambda: of("mlp_norm", layer)) if before else ones,
+                lambda: of("final_norm"),
+            ]
+            return lax.switch(jnp.minimum(segment, 3), ways)
+
+        weights = norms()
+        start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_in])
+        inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
+        width = jnp.where(first.real, inner, 0)
+        x = collect_inputs(env, pieces, start, inner, width, tag)
+        scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
+        is_normed = segment == Segment.HEAD
+        if env.features.pre_norm:
+            is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
+        scale = jnp.where(is_normed, scale, 1.0)
+        # Beyond the span there are zeros, and weights that are not the norm's.
+        return pack([value * scale * weight for value, weight in zip(x, weights, strict=True)])
+
+    return lax.cond(segment == Segment.DOWN, of_hidden, of_residual)

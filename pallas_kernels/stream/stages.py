@@ -12,17 +12,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.kernel import finish_tile, leave_segment
-from pallas_kernels.stream.operand import collect_operand
+from pallas_kernels.stream.kernel import finish_tiles, is_due, leave_segment
+from pallas_kernels.stream.operand import collect_operand, no_operand
 from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment, StreamPlan
+from pallas_kernels.stream.product import Sums, multiply
+from pallas_kernels.stream.ring import start_ring
 from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
 from pallas_kernels.stream.segments.qkv import make_rotations
-from pallas_kernels.stream.segments.residual import add_block, close_block
+from pallas_kernels.stream.segments.residual import add_block, close_block, leave_embed
 from pallas_kernels.stream.state import State
-from pallas_kernels.stream.tiles import load_weights, place_of, tile_sums
+from pallas_kernels.stream.tiles import (
+    first_place,
+    next_place,
+)
 
 __all__ = ["Stage", "run_stage", "stages_of", "state_shapes"]
 
@@ -63,46 +68,71 @@ def stages_of(plan: StreamPlan) -> list[Stage]:
 
 def state_shapes(plan: StreamPlan) -> dict[str, jax.ShapeDtypeStruct]:
     """What programs carry from stage to stage: a row of each array a program."""
-    tile = (plan.programs, plan.rows, plan.padded_batch)
-    owned = (plan.programs, plan.owned, plan.rows, plan.padded_batch)
+    bp, half = plan.padded_batch, plan.rows // 2
+    owned = (plan.programs, plan.flushed(Segment.EMBED) * half * bp)
+    best = (plan.programs, plan.flushed(Segment.HEAD) * half * bp)
+    names = ("residual_first", "residual_second", "block_first", "block_second")
     return {
-        "residual": jax.ShapeDtypeStruct(owned, jnp.float32),
-        "block": jax.ShapeDtypeStruct(owned, jnp.float32),
-        "best_logit": jax.ShapeDtypeStruct(tile, jnp.float32),
-        "best_token": jax.ShapeDtypeStruct(tile, jnp.int32),
+        **{name: jax.ShapeDtypeStruct(owned, jnp.float32) for name in names},
+        "best_logit": jax.ShapeDtypeStruct(best, jnp.float32),
+        "best_token": jax.ShapeDtypeStruct(best, jnp.int32),
+    }
+
+
+def _carried(state: State) -> dict[str, Array]:
+    residual, block = state.residual, state.block
+    return {
+        "residual_first": residual.first,
+        "residual_second": residual.second,
+        "block_first": block.first,
+        "block_second": block.second,
+        "best_logit": state.best_logit,
+        "best_token": state.best_token,
     }
 
 
 def run_stage(stage: Stage, env: StreamEnv) -> None:
     """One stage, as every program runs it; a body for `launch.run_stream`."""
     plan, layer = env.plan, jnp.int32(stage.layer)
-    carried = {name: env[name][env.program] for name in state_shapes(plan)}
-    vectors = jnp.zeros((plan.columns, plan.depth), jnp.bfloat16)
-    state = State(vectors=vectors, **carried)
-
-    def place(number):
-        return place_of(env, jnp.int32(stage.segment), layer, jnp.asarray(number, jnp.int32))
-
+    kept = {name: env[name][env.program] for name in state_shapes(plan)}
+    state = State(
+        operand=no_operand(env),
+        residual=Sums(kept["residual_first"], kept["residual_second"]),
+        block=Sums(kept["block_first"], kept["block_second"]),
+        best_logit=kept["best_logit"],
+        best_token=kept["best_token"],
+    )
+    first = first_place(env, stage.segment, layer)
     if stage.what == "parts":
         attend_parts(env, layer)
     elif stage.what == "combine":
         combine_parts(env, layer)
     elif stage.what == "close":
-        state = close_block(env, place(0), state)
+        state = close_block(env, first, state)
     elif stage.what == "add":
-        state = add_block(env, place(0), state)
+        state = add_block(env, first, state)
+    elif stage.segment == Segment.EMBED:
+        state = leave_embed(env, state)
     elif stage.what == "leave":
-        state = leave_segment(env, place(0), state)
+        state = leave_segment(env, first, state)
     else:
-        state = state._replace(vectors=collect_operand(env, place(0)))
+        state = state._replace(operand=collect_operand(env, first))
+        turn = start_ring(env)
         rotations = make_rotations(env)
 
-        def tile_step(number, state):
-            here = place(number)
-            sums = tile_sums(env, load_weights(env, here), state.vectors)
-            return finish_tile(env, rotations, here, sums, state)
+        def tile_step(index, carry):
+            place, state = carry
+            multiply(env, turn, index, place, state.operand)
 
-        tiles = jnp.int32(env.segment(stage.segment).tiles)
-        state = lax.fori_loop(jnp.int32(0), tiles, tile_step, state)
-    for name in carried:
-        env[name][env.program] = getattr(state, name)
+            def finish():
+                return next_place(place, flushed=True), finish_tiles(
+                    env, rotations, turn, place, state
+                )
+
+            return lax.cond(is_due(env, place), finish, lambda: (next_place(place), state))
+
+        start = plan.first_tile(stage.segment, stage.layer)
+        end = start + env.segment(stage.segment).tiles
+        _, state = lax.fori_loop(jnp.int32(start), jnp.int32(end), tile_step, (first, state))
+    for name, value in _carried(state).items():
+        env[name][env.program] = value

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.operand import Operand, no_operand
+from pallas_kernels.stream.plan import Segment
+from pallas_kernels.stream.product import Sums, outputs_of
 
 __all__ = ["NO_TOKEN", "State", "empty_state"]
 
@@ -17,21 +20,21 @@ NO_TOKEN = 2**31 - 1
 class State(NamedTuple):
     """A program's registers between two tiles."""
 
-    vectors: Array  # bfloat16 [columns, depth], the segment's operand
-    residual: Array  # float32 [owned, rows, Bp], of the groups this program owns
-    block: Array  # float32 [owned, rows, Bp], the block's output that is being computed
-    best_logit: Array  # float32 [rows, Bp], of the logits so far
-    best_token: Array  # int32 [rows, Bp]
+    operand: Operand  # the segment's
+    residual: Sums  # of the groups this program owns
+    block: Sums  # the block's output that is being computed
+    best_logit: Array  # float32 [E], of the logits so far
+    best_token: Array  # int32 [E]
 
 
 def empty_state(env: StreamEnv) -> State:
     """Before the first tile."""
-    plan = env.plan
-    shape = (plan.rows, plan.padded_batch)
+    zeros = jnp.zeros(outputs_of(env, Segment.EMBED).pair.shape, jnp.float32)
+    shape = outputs_of(env, Segment.HEAD).pair.shape
     return State(
-        vectors=jnp.zeros((plan.columns, plan.depth), jnp.bfloat16),
-        residual=jnp.zeros((plan.owned, *shape), jnp.float32),
-        block=jnp.zeros((plan.owned, *shape), jnp.float32),
+        operand=no_operand(env),
+        residual=Sums(zeros, zeros),
+        block=Sums(zeros, zeros),
         best_logit=jnp.full(shape, -jnp.inf, jnp.float32),
         best_token=jnp.full(shape, NO_TOKEN, jnp.int32),
     )

@@ -2,8 +2,8 @@
 
 A choice changes the step's speed, and the order of its sums, and nothing else. `tuned.json`
 holds a row for each device, model shape and batch that `ffjax tune` was run for. Where it has
-none, the rule is the defaults of `Tuning`: tiles of 64 by 256, one program a multiprocessor,
-as many tiles in flight as its shared memory holds.
+none, the rule is the defaults of `Tuning`: tiles of 32 KiB, as many in flight as a
+multiprocessor's shared memory holds.
 """
 
 from __future__ import annotations
@@ -27,32 +27,29 @@ class Tuning:
     """The tunables of a streamed step.
 
     Attributes:
-        matrix_rows: rows of the matrix that a tile is multiplied as: 64 or 128.
-        depth: inputs of a piece of a tile at most, a power of two from 16 to 512; small
-            models get less.
-        programs_per_core: programs that share a multiprocessor: 1 or 2.
-        num_warps: warps of a program, 4, 8 or 16; None: by the operand's size.
-        num_stages: tiles in flight plus one; None: as many as shared memory holds.
-        l2_tiles: tiles beyond those that are asked for into the L2 cache before attention,
-            0 to 16; needs compute capability 9.0.
+        tile_bytes: bytes of a tile at most, a power of two from 8 KiB to 64 KiB.
+        num_warps: warps of a program, 4 or 8; None: as few as hold the operand. Those beyond
+            do not multiply: one of them feeds the ring.
+        slots: tiles that shared memory holds; None: as many as there is room for.
+        in_flight: of them those that are asked for and have not come, at most, 1 to 16.
+        l2_tiles: tiles beyond those that are asked for into the L2 cache while the program
+            waits for others, 0 to 16.
 
     Raises:
         ValueError: a value is none of these.
     """
 
-    matrix_rows: int = 64
-    depth: int = 256
-    programs_per_core: int = 1
+    tile_bytes: int = 32 * 1024
     num_warps: int | None = None
-    num_stages: int | None = None
+    slots: int | None = None
+    in_flight: int = 2
     l2_tiles: int = 0
 
     def __post_init__(self):
         for name, allowed in {
-            "matrix_rows": [64, 128],
-            "depth": [16, 32, 64, 128, 256, 512],
-            "programs_per_core": [1, 2],
-            "num_warps": [None, 4, 8, 16],
+            "tile_bytes": [8192, 16384, 32768, 65536],
+            "num_warps": [None, 4, 8],
+            "in_flight": list(range(1, 17)),
             "l2_tiles": list(range(17)),
         }.items():
             if getattr(self, name) not in allowed:
@@ -60,10 +57,10 @@ class Tuning:
                     f"A streamed step's {name} is one of {', '.join(map(str, allowed))}; "
                     f"got {getattr(self, name)!r}."
                 )
-        if self.num_stages is not None and self.num_stages < 2:
+        if self.slots is not None and self.slots < 2:
             raise ValueError(
-                "A stream has a tile in flight while another is used: num_stages is at least 2, "
-                f"got {self.num_stages}."
+                "A stream has a tile in flight while another is used: slots is at least 2, "
+                f"got {self.slots}."
             )
 
 

@@ -23,10 +23,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
+from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.segments.heads import collect_heads
 
-__all__ = ["attend_parts", "combine_parts"]
+__all__ = ["attend_parts", "combine_parts", "prefetch_parts"]
 
 # Tensor cores multiply at least 16 rows: the G query heads are padded to as many.
 QUERY_ROWS = 16
@@ -248,6 +249,27 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
 
     mine = env.share(sum(counts[1:], counts[0]))
     lax.fori_loop(jnp.int32(0), mine, part_step, jnp.int32(0))
+
+
+def prefetch_parts(env: StreamEnv, layer: Array) -> None:
+    """Asks for the first keys and values of this program's first part of a layer's attention.
+
+    They are wanted two segments later, and memory would answer too slowly then.
+    """
+    d = env.dims
+    if env.interpret or d.head_dim % 8 or d.cache_elements >= 2**31:
+        return
+    extents = _extents(env, layer)
+    counts = [_parts_of(env, extent) * d.num_kv_heads for extent in extents]
+    part = _part(env, extents, env.program)
+    has_part = env.program < sum(counts[1:], counts[0])
+    has_part &= layer < d.num_layers
+    span = jnp.clip(part.stop - part.start, 0, 2 * env.plan.attention.block)
+    size = jnp.where(has_part, span * (2 * d.head_dim), 0)
+    row = (layer * d.batch + part.sequence) * d.num_kv_heads + part.head
+    offset = (row * d.capacity + part.start) * d.head_dim
+    ptx.prefetch(env["k"], offset, size)
+    ptx.prefetch(env["v"], offset, size)
 
 
 def combine_parts(env: StreamEnv, layer: Array) -> None:

@@ -10,31 +10,33 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.product import Outputs, Sums
 from pallas_kernels.stream.state import NO_TOKEN, State
-from pallas_kernels.stream.tiles import Place
+from pallas_kernels.stream.tiles import Flush, Place
 
 __all__ = ["finish_head", "leave_head"]
 
 
-def finish_head(env: StreamEnv, place: Place, sums: Array, state: State) -> State:
+def finish_head(env: StreamEnv, flush: Flush, outputs: Outputs, sums: Sums, state: State) -> State:
     """logits[b] = W_head @ rmsnorm(x[b]). A sequence whose cache was full gets NaN logits."""
-    d = env.dims
-    token, b = place.group * env.plan.rows + iota(sums.shape, 0), iota(sums.shape, 1)
-    features = env.features
-    if features.logit_scale != 1:
-        sums = sums * features.logit_scale
-    if (cap := features.logit_softcap) is not None:
-        sums = cap * jnp.tanh(sums / cap)
-    logits = jnp.where(env.batch_lengths(b) < d.capacity, sums, jnp.nan)
-    there = token < d.vocab_size
-    plgpu.store(env["logits"].at[b, token], logits, mask=there & (b < d.batch))
-    # As in jnp.argmax, a NaN wins. A program's tokens rise, so ">" keeps the lowest.
-    logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)
-    better = there & (logits > state.best_logit)
-    return state._replace(
-        best_logit=jnp.where(better, logits, state.best_logit),
-        best_token=jnp.where(better, token, state.best_token),
-    )
+    d, features, b = env.dims, env.features, outputs.sequence
+    best_logit, best_token = state.best_logit, state.best_token
+    first = flush.group(outputs.number) * env.plan.rows + outputs.pair
+    real = flush.real(outputs.number)
+    for token, logits in zip((first, first + env.plan.rows // 2), sums, strict=True):
+        if features.logit_scale != 1:
+            logits = logits * features.logit_scale
+        if (cap := features.logit_softcap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        logits = jnp.where(env.batch_lengths(b) < d.capacity, logits, jnp.nan)
+        there = real & (token < d.vocab_size)
+        plgpu.store(env["logits"].at[b, token], logits, mask=there & (b < d.batch))
+        # As in jnp.argmax, a NaN wins. A program's tokens rise, so ">" keeps the lowest.
+        logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)
+        better = there & (logits > best_logit)
+        best_logit = jnp.where(better, logits, best_logit)
+        best_token = jnp.where(better, token, best_token)
+    return state._replace(best_logit=best_logit, best_token=best_token)
 
 
 def _best(logit: Array, token: Array) -> tuple[Array, Array]:
@@ -51,7 +53,7 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
     lengths or the number of the step any more, and it may write them.
     """
     d, plan, bp = env.dims, env.plan, env.plan.padded_batch
-    top, winner = _best(state.best_logit, state.best_token)
+    top, winner = _best(state.best_logit.reshape(-1, bp), state.best_token.reshape(-1, bp))
     start, tag = env.mail.layout.best, env.tag(place.layer)
     b = iota((bp,), 0)
     at = start + 4 * (env.program * d.batch + b)

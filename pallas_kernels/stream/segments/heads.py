@@ -55,28 +55,44 @@ def collect_heads(
     element = iota(shape, 1)
     start = mail.layout.qkv + sequence * d.qkv_dim
     query = kv_head * d.q_per_kv + jnp.minimum(iota(shape, 0), d.q_per_kv - 1)
-    key = jnp.broadcast_to(d.num_heads + kv_head, shape)
     everywhere = element >= 0
 
-    def collect(head, element, mask):
-        return mail.collect(start + head * d.head_dim + element, tag, mask)
+    def words(head, element, mask):
+        return start + head * d.head_dim + element, mask
 
-    value = collect(key + d.num_kv_heads, element, everywhere & has_new)
+    # Key and value are the same in every row.
+    new_there = everywhere & has_new
+    key, value = d.num_heads + kv_head, d.num_heads + d.num_kv_heads + kv_head
     if env.features.qk_norm is None:
-        return Heads(
-            queries=collect(query, element, everywhere),
-            key=collect(key, element, everywhere & has_new),
-            value=value,
+        queries, k, v = mail.collect_all(
+            [
+                words(query, element, everywhere),
+                words(key, element, new_there),
+                words(value, element, new_there),
+            ],
+            tag,
         )
+        return Heads(queries, k, v)
     half = d.head_dim // 2
     is_first = element < half
     partner = jnp.where(is_first, element + half, element - half)
     cos, sin = _rotation(env, layer, position, element)
     sin = jnp.where(is_first, -sin, sin)
+    q, q_other, k, k_other, v = mail.collect_all(
+        [
+            words(query, element, everywhere),
+            words(query, partner, everywhere),
+            words(key, element, new_there),
+            words(key, partner, new_there),
+            words(value, element, new_there),
+        ],
+        tag,
+    )
 
-    def normed(name: str, head: Array, within: Array, heads: int, first_head: int, mask: Array):
+    def normed(
+        name: str, x: Array, other: Array, within: Array, heads: int, first_head: int, mask: Array
+    ):
         """Heads normed and rotated: `[rows, H]`."""
-        x, other = (collect(head, e, mask) for e in (element, partner))
         if env.features.qk_norm == "head":
             squares = jnp.sum(x * x, axis=1)[:, None] / d.head_dim
             at, at_other = element, partner
@@ -88,16 +104,16 @@ def collect_heads(
         other = other * scale * env.norm_weight(name, layer, at_other)
         return x * cos + other * sin
 
-    queries = normed("q_norm", query, query, d.num_heads, 0, everywhere)
+    queries = normed("q_norm", q, q_other, query, d.num_heads, 0, everywhere)
     kv = jnp.broadcast_to(kv_head, shape)
-    new = normed("k_norm", key, kv, d.num_kv_heads, d.num_heads, everywhere & has_new)
+    new = normed("k_norm", k, k_other, kv, d.num_kv_heads, d.num_heads, everywhere & has_new)
     stored = new.astype(jnp.bfloat16)
     # Every row is the same: the first is stored. A full cache has no slot.
     row = jnp.sum(jnp.where(iota(shape, 0) == 0, new, 0.0), axis=0).astype(jnp.bfloat16)
     column = iota(row.shape, 0)
     where = (layer, sequence, kv_head, jnp.minimum(position, d.capacity - 1), column)
     plgpu.store(env["k"].at[where], row, mask=(column >= 0) & has_new & (position < d.capacity))
-    return Heads(queries * softmax_scale(env), stored.astype(jnp.float32), value)
+    return Heads(queries * softmax_scale(env), stored.astype(jnp.float32), v)
 
 
 def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> tuple[Array, Array]:

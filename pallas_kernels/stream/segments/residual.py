@@ -6,6 +6,8 @@ registers, in float32, for the whole step, and hands copies to whoever normalise
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
@@ -13,78 +15,84 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.plan import Segment
+from pallas_kernels.stream.operand import collect_inputs, mean_squares
+from pallas_kernels.stream.plan import COLUMNS, Segment
+from pallas_kernels.stream.product import Outputs, Sums, outputs_of
 from pallas_kernels.stream.state import State
-from pallas_kernels.stream.tiles import Place
+from pallas_kernels.stream.tiles import Flush, Place
 
 __all__ = ["add_block", "close_block", "finish_projection", "leave_embed"]
 
 
-def _elements(env: StreamEnv, shape: tuple[int, ...]) -> Array:
-    """Elements of the residual that this program owns, int32; axes 0 and 1 are group and row."""
-    group = env.program + iota(shape, 0) * env.plan.programs
-    return group * env.plan.rows + iota(shape, 1)
+class _Elements(NamedTuple):
+    """Elements of the residual that this program owns, int32 `[E]`."""
+
+    first: Array
+    second: Array
+    sequence: Array
 
 
-def _publish(env: StreamEnv, residual: Array, start: Array | int, tag: Array) -> None:
-    element, b = _elements(env, residual.shape), iota(residual.shape, 2)
-    real = (element < env.dims.model_dim) & (b < env.dims.batch)
-    env.mail.publish(start + b * env.dims.model_dim + element, residual, tag, real)
+def _elements(env: StreamEnv) -> _Elements:
+    outputs = outputs_of(env, Segment.EMBED)
+    group = env.program + outputs.number * env.plan.programs
+    first = group * env.plan.rows + outputs.pair
+    return _Elements(first, first + env.plan.rows // 2, outputs.sequence)
 
 
-def leave_embed(env: StreamEnv, place: Place, state: State) -> State:
+def _publish(env: StreamEnv, residual: Sums, start: Array | int, tag: Array) -> None:
+    d, own = env.dims, _elements(env)
+    for element, values in zip(own[:2], residual, strict=True):
+        real = (element < d.model_dim) & (own.sequence < d.batch)
+        env.mail.publish(start + own.sequence * d.model_dim + element, values, tag, real)
+
+
+def leave_embed(env: StreamEnv, state: State) -> State:
     """x[b] = embed[tokens[b]]. Ids outside the vocabulary are clamped."""
-    d, shape = env.dims, state.residual.shape
-    b = jnp.minimum(iota(shape, 2), d.batch - 1)
+    d, own = env.dims, _elements(env)
+    b = jnp.minimum(own.sequence, d.batch - 1)
     token = jnp.clip(plgpu.load(env["tokens"].at[b]), 0, d.vocab_size - 1)
-    element = _elements(env, shape)
-    real = element < d.model_dim
-    row = env["embed"].at[token, jnp.minimum(element, d.model_dim - 1)]
-    x = plgpu.load(row, mask=real, other=0.0).astype(jnp.float32)
-    if env.features.embed_scale != 1:
-        x = x * env.features.embed_scale
-    _publish(env, x, env.mail.layout.x_in, env.tag(0))
-    return state._replace(residual=x)
+
+    def of(element: Array) -> Array:
+        row = env["embed"].at[token, jnp.minimum(element, d.model_dim - 1)]
+        x = plgpu.load(row, mask=element < d.model_dim, other=0.0).astype(jnp.float32)
+        return x if env.features.embed_scale == 1 else x * env.features.embed_scale
+
+    residual = Sums(of(own.first), of(own.second))
+    _publish(env, residual, env.mail.layout.x_in, env.tag(0))
+    return state._replace(residual=residual)
 
 
-def _gather(state: State, number: Array, sums: Array) -> State:
-    """The sums of this program's `number`-th group become part of the block's output."""
-    mine = iota(state.block.shape, 0) == number
-    return state._replace(block=state.block + jnp.where(mine, sums[None], 0.0))
-
-
-def finish_projection(env: StreamEnv, place: Place, sums: Array, state: State) -> State:
-    """Keeps a tile of a projection for the residual, or hands its partial sums to the owner."""
-    down, bp = env.segment(Segment.DOWN), env.plan.padded_batch
-    if down.splits == 1:
-        return _gather(state, place.number, sums)
-
-    def keep():
-        return _gather(state, place.number, sums)
-
-    def hand_over():
-        element = place.group * env.plan.rows + iota(sums.shape, 0)
-        b = iota((env.plan.rows, bp), 1)
-        real = (element < env.dims.model_dim) & (b < env.dims.batch)
-        pair = (b * env.dims.model_dim + element) * down.splits + place.split
+def finish_projection(
+    env: StreamEnv, segment: Segment, flush: Flush, outputs: Outputs, sums: Sums, state: State
+) -> State:
+    """Keeps sums for the residual, or hands partial sums to the owner."""
+    d, part = env.dims, env.segment(segment)
+    if part.splits == 1:
+        return state._replace(block=sums)
+    first = flush.group(outputs.number) * part.rows + outputs.pair
+    b, real = outputs.sequence, flush.real(outputs.number)
+    for element, values in zip((first, first + part.rows // 2), sums, strict=True):
+        pair = (b * d.model_dim + element) * part.splits + flush.split
+        there = real & (element < d.model_dim) & (b < d.batch)
         at = env.mail.layout.partial + 2 * pair
-        env.mail.publish_pair(at, sums, env.tag(place.layer), real)
-        return state
-
-    return lax.cond(place.segment == Segment.ATTN_OUT, keep, hand_over)
+        env.mail.publish_pair(at, values, env.tag(flush.layer), there)
+    return state
 
 
 def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
     """Waits for all of a block's output; its mean square of each sequence, float32 `[Bp]`."""
-    plan, d, bp = env.plan, env.dims, env.plan.padded_batch
-    shape = (plan.columns, plan.depth)
-    chunk, b = lax.div(iota(shape, 0), jnp.int32(bp)), lax.rem(iota(shape, 0), jnp.int32(bp))
-    element = chunk * plan.depth + iota(shape, 1)
+    plan, d = env.plan, env.dims
     # A program that owns nothing needs nothing.
     owns = env.program < env.segment(Segment.ATTN_OUT).groups
-    there = (b < d.batch) & (element < d.model_dim) & owns
-    x = env.mail.collect(start + b * d.model_dim + element, tag, there)
-    return jnp.sum(x * x, axis=1).reshape(plan.columns // bp, bp).sum(axis=0) / d.model_dim
+    width = jnp.where(owns, jnp.int32(d.model_dim), 0)
+    pieces = env.segment(Segment.QKV).pieces
+    values = collect_inputs(env, pieces, start, d.model_dim, width, tag)
+    squares = mean_squares(env, values)
+    if plan.chunked:
+        return (jnp.sum(squares) / plan.threads)[None]
+    return squares.reshape(plan.num_warps, COLUMNS, 4).sum(axis=2).sum(axis=0) / (
+        4 * plan.num_warps
+    )
 
 
 def close_block(env: StreamEnv, place: Place, state: State) -> State:
@@ -93,14 +101,18 @@ def close_block(env: StreamEnv, place: Place, state: State) -> State:
     splits = env.segment(Segment.DOWN).splits
 
     def add_partial_sums():
-        owned, rows, bp = state.block.shape
-        shape = (owned, rows, bp, next_power_of_2(splits))
-        element, b, split = _elements(env, shape), iota(shape, 2), iota(shape, 3)
-        real = (element < env.dims.model_dim) & (b < env.dims.batch) & (split < splits)
-        pair = (b * env.dims.model_dim + element) * splits + split
-        bits = env.mail.collect_pair(layout.partial + 2 * pair, tag, real)
-        partial = lax.bitcast_convert_type(bits, jnp.float32)
-        return state._replace(block=partial.sum(axis=3))
+        own = _elements(env)
+        shape = (*own.first.shape, next_power_of_2(splits))
+        split, b = iota(shape, 1), own.sequence[:, None]
+
+        def of(element: Array) -> Array:
+            element = element[:, None]
+            real = (element < env.dims.model_dim) & (b < env.dims.batch) & (split < splits)
+            pair = (b * env.dims.model_dim + element) * splits + split
+            bits = env.mail.collect_pair(layout.partial + 2 * pair, tag, real)
+            return lax.bitcast_convert_type(bits, jnp.float32).sum(axis=1)
+
+        return state._replace(block=Sums(of(own.first), of(own.second)))
 
     is_down = place.segment == Segment.DOWN
     if splits > 1:
@@ -116,18 +128,26 @@ def add_block(env: StreamEnv, place: Place, state: State) -> State:
     d, block, layout = env.dims, state.block, env.mail.layout
     is_down, tag = place.segment == Segment.DOWN, env.tag(place.layer)
     if env.features.post_norm:
-        element = jnp.minimum(_elements(env, block.shape), d.model_dim - 1)
-        weight = lax.cond(
-            is_down,
-            lambda: env.norm_weight("mlp_post_norm", place.layer, element),
-            lambda: env.norm_weight("attn_post_norm", place.layer, element),
-        )
+        own = _elements(env)
         start = jnp.where(is_down, jnp.int32(layout.ffw_block), jnp.int32(layout.attn_block))
-        scale = lax.rsqrt(_collect_squares(env, start, tag) + d.norm_eps)
-        block = block * scale[None, None, :] * weight
-    if env.features.residual_scale != 1:
-        block = block * env.features.residual_scale
-    residual = state.residual + block
+        each = lax.rsqrt(_collect_squares(env, start, tag) + d.norm_eps)
+        pairs = (own.first.shape[0] // each.shape[0], *each.shape)
+        scale = jnp.broadcast_to(each[None, :], pairs).reshape(own.first.shape)
+
+        def normed(values: Array, element: Array) -> Array:
+            element = jnp.minimum(element, d.model_dim - 1)
+            weight = lax.cond(
+                is_down,
+                lambda: env.norm_weight("mlp_post_norm", place.layer, element),
+                lambda: env.norm_weight("attn_post_norm", place.layer, element),
+            )
+            return values * scale * weight
+
+        block = Sums(normed(block.first, own.first), normed(block.second, own.second))
+    by = env.features.residual_scale
+    residual = Sums(
+        *(x + (y if by == 1 else y * by) for x, y in zip(state.residual, block, strict=True))
+    )
     start = jnp.where(is_down, jnp.int32(layout.x_in), jnp.int32(layout.x_mid))
     _publish(env, residual, start, jnp.where(is_down, tag + 1, tag))
-    return state._replace(residual=residual, block=jnp.zeros_like(block))
+    return state._replace(residual=residual)

@@ -1,0 +1,53 @@
+"""Which inputs of a span each thread of a program holds.
+
+In a product of tensor cores, the threads of a warp hold the operand's 8 columns as 8 groups of
+4. Each thread holds a few inputs of its column: here a *piece* of 8 neighbours, so that it reads
+16 bytes of weights at once, and as many as the warps share. A single sequence's columns are
+chunks, whose lines of 4 pieces take turns; several sequences are columns themselves, and every
+column's threads hold the same inputs.
+
+Warps that do not multiply hold zeros.
+"""
+
+from __future__ import annotations
+
+from jax import Array, lax
+
+from pallas_kernels.program import iota
+from pallas_kernels.stream.plan import LINE, PIECE, StreamPlan
+
+__all__ = ["column_of", "first_input", "multiplies", "next_input", "waits"]
+
+
+def _lane(plan: StreamPlan) -> Array:
+    return iota((plan.threads,), 0) & 31
+
+
+def column_of(plan: StreamPlan) -> Array:
+    """The column that each thread holds inputs of, 0 to 7: int32 `[T]`."""
+    return lax.shift_right_logical(_lane(plan), 2)
+
+
+def first_input(plan: StreamPlan, pieces: int) -> Array:
+    """The first input of each thread's first piece, of `pieces`: int32 `[T]`."""
+    warp = lax.shift_right_logical(iota((plan.threads,), 0), 5) & (plan.product_warps - 1)
+    chunk = column_of(plan) * LINE if plan.chunked else 0
+    return warp * (pieces * plan.line) + chunk + (_lane(plan) & 3) * PIECE
+
+
+def multiplies(plan: StreamPlan) -> Array:
+    """Whether each thread is one of those that multiply: bool `[T]`."""
+    return iota((plan.threads,), 0) < 32 * plan.product_warps
+
+
+def waits(plan: StreamPlan) -> Array:
+    """Whether each thread waits for inputs: those that multiply, and the one that feeds the ring.
+
+    The last warp's do, so that its first one feeds the ring for as long. Bool `[T]`.
+    """
+    return multiplies(plan) | (iota((plan.threads,), 0) >= plan.threads - 32)
+
+
+def next_input(plan: StreamPlan) -> int:
+    """Inputs from a thread's piece to its next one."""
+    return plan.line

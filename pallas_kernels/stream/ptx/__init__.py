@@ -1,0 +1,36 @@
+"""What Pallas does not offer, in PTX: bulk copies, products in registers, words that are polled.
+
+This is the one place that touches JAX's private interface to Triton. What a program hands to
+others has a plain twin for interpret mode; the ring and the products are only used compiled.
+"""
+
+from pallas_kernels.stream.ptx.address import Begin, begin_words
+from pallas_kernels.stream.ptx.feed import Feed, feed_ring, start_barriers, wait_copies
+from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
+from pallas_kernels.stream.ptx.shared import clear_shared, ring_base, write_row
+from pallas_kernels.stream.ptx.words import (
+    collect_words,
+    load_pair,
+    prefetch,
+    store_pair,
+    store_word,
+)
+
+__all__ = [
+    "Begin",
+    "Feed",
+    "begin_words",
+    "clear_shared",
+    "collect_words",
+    "feed_ring",
+    "load_pair",
+    "multiply_tile",
+    "prefetch",
+    "ring_base",
+    "start_barriers",
+    "store_pair",
+    "store_word",
+    "sum_shared",
+    "wait_copies",
+    "write_row",
+]

@@ -1,0 +1,238 @@
+"""Tiles on their way to shared memory: asked for, and waited for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax._src import core, state
+from jax._src.pallas.triton import lowering
+from jax._src.pallas.triton.lowering import tt_dialect
+
+from pallas_kernels.stream.ptx import lowered
+
+__all__ = ["Feed", "feed_lines", "feed_ring", "start_barriers", "wait_copies"]
+
+_start_barriers_p = core.Primitive("ffjax_start_barriers")
+
+
+@_start_barriers_p.def_effectful_abstract_eval
+def _(address, *, count):
+    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
+
+
+@lowering.register_lowering(_start_barriers_p)
+def _(ctx, address, *, count):
+    [address] = lowered.values(ctx, [address])
+    starts = [f"@%p mbarrier.init.shared::cta.b64 [$1+{8 * i}], 1; " for i in range(count)]
+    text = (
+        "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0; "
+        + "".join(starts)
+        + "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; mov.u32 $0, 0; }"
+    )
+    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,r", [address])[0]
+
+
+def start_barriers(address: Array, count: int) -> None:
+    """Makes barriers in shared memory, 8 bytes each, that a copy's arrival completes.
+
+    Args:
+        address: int32 scalar, a multiple of 8.
+        count: how many.
+    """
+    _start_barriers_p.bind(jnp.full((1,), address), count=count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What asking for the next tile needs to know besides the ring's address.
+
+    Attributes:
+        slots: of the ring.
+        slot_bytes: bytes of a slot.
+        route: where the route lies, bytes behind the ring's address.
+        barriers: likewise the slots' barriers, 8 bytes each.
+        control: likewise the feed's own 16 words: tiles asked for, row of the route, layer,
+            slot and phase of the next, tiles used; from the 8th on, tiles asked for into the
+            L2 cache, row and layer of the next.
+        layer_tiles: tiles of a layer.
+        layers: how many.
+        total: tiles of the step.
+        in_flight: tiles that are asked for and have not come, at most.
+        thread: the thread that asks.
+        copies: of a tile, at most.
+        l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
+            waits.
+    """
+
+    slots: int
+    slot_bytes: int
+    route: int
+    barriers: int
+    control: int
+    layer_tiles: int
+    layers: int
+    total: int
+    in_flight: int
+    thread: int
+    copies: int
+    l2_tiles: int
+
+
+def _copy_lines(most: int) -> list[str]:
+    """If %go, copies %y parts of %x bytes from %from to %v, %by and %z bytes apart."""
+    # Weights are read once a step: they are the first to leave the L2 cache.
+    copy = (
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%v], [%from], %x, [%b], %policy;"
+    )
+    ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %z;"
+    if most > 2:
+        return [
+            "@!%go mov.b32 %y, 0; copy: setp.eq.u32 %p, %y, 0; @%p bra copied;",
+            f"{copy} {ahead} sub.u32 %y, %y, 1; bra copy; copied:",
+        ]
+    return [
+        f"setp.gt.and.u32 %p, %y, 0, %go; @%p {copy}",
+        f"{ahead} setp.gt.and.u32 %p, %y, 1, %go; @%p {copy}",
+    ]
+
+
+def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[str]:
+    """Asks for the next tile where a slot is free and few are on their way.
+
+    One thread does, while its warp waits: what is loaded is loaded before it is known whether
+    it is wanted, and nothing but the end is jumped to.
+    """
+    f = feed
+    lines = [
+        "{ .reg .pred %p, %q, %go; .reg .b32 %t, %n, %e, %l, %s, %h, %u, %b, %v, %w, %x, %y, %z;",
+        ".reg .b64 %from, %far, %by, %policy; mov.u32 %t, %tid.x;",
+        f"setp.ne.u32 %p, %t, {f.thread}; @%p bra fed;",
+        f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [{ring}+{f.control}];",
+        f"ld.shared.v2.b32 {{%h, %u}}, [{ring}+{f.control + 16}];",
+    ]
+    if used is not None:
+        lines.append(f"mov.b32 %u, {used};")
+    lines.append(f"add.u32 %u, %u, {f.slots}; min.u32 %u, %u, {f.total};")
+    if f.l2_tiles and used is None:
+        lines += ["setp.lt.u32 %p, %n, %u; @%p bra room;", *_l2_lines(f, ring, pointer), "room:"]
+    lines += [
+        "setp.lt.u32 %go, %n, %u;",
+        f"mad.lo.u32 %x, %e, 32, {ring}; ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%x+{f.route}];",
+        # Has the tile come that was asked for some before?
+        f"sub.s32 %b, %s, {f.in_flight}; setp.lt.s32 %q, %b, 0; selp.u32 %y, 1, 0, %q;",
+        f"@%q add.s32 %b, %b, {f.slots}; xor.b32 %y, %y, %h; mad.lo.u32 %b, %b, 8, {ring};",
+        f"mbarrier.test_wait.parity.shared::cta.b64 %p, [%b+{f.barriers}], %y;",
+        f"setp.lt.or.u32 %p, %n, {f.in_flight}, %p; and.pred %go, %go, %p;",
+        f"ld.shared.v4.b32 {{%x, %y, %z, %b}}, [%x+{f.route + 16}];",
+        # %x bytes a copy, %y copies, %z bytes between their places, %w pieces between them
+        "mov.b64 %from, {%t, %u}; mul.wide.u32 %far, %l, %v; add.u64 %from, %from, %far;",
+        f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %w, 16;",
+        f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
+        f"mad.lo.u32 %v, %s, {f.slot_bytes}, {ring}; mul.lo.u32 %t, %x, %y;",
+        "createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
+        "@%go mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %t;",
+        *_copy_lines(f.copies),
+        "@%go add.u32 %n, %n, 1; @%go add.u32 %e, %e, 1;",
+        f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
+        f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p;",
+        "@%p mov.u32 %e, 1; @%p add.u32 %l, %l, 1; @%go add.u32 %s, %s, 1;",
+        # The head's matrix has no layers: its row's stride is 0.
+        f"setp.eq.u32 %p, %s, {f.slots}; @%p mov.u32 %s, 0; @%p xor.b32 %h, %h, 1;",
+        f"st.shared.v4.b32 [{ring}+{f.control}], {{%n, %e, %l, %s}};",
+    ]
+    if used is None:
+        lines.append(f"st.shared.b32 [{ring}+{f.control + 16}], %h; fed: }}")
+    else:
+        lines.append(f"st.shared.v2.b32 [{ring}+{f.control + 16}], {{%h, {used}}}; fed: }}")
+    return lines
+
+
+def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
+    """Asks for the next tile beyond a full ring into the L2 cache, if there are few such."""
+    return [
+        f"ld.shared.v4.b32 {{%x, %y, %z, %w}}, [{ring}+{f.control + 32}];",
+        # Tiles that have been asked for in earnest meanwhile are past.
+        "setp.lt.u32 %p, %x, %n; @%p mov.b32 %x, %n; @%p mov.b32 %y, %e; @%p mov.b32 %z, %l;",
+        f"add.u32 %u, %n, {f.l2_tiles}; min.u32 %u, %u, {f.total};",
+        "setp.ge.u32 %p, %x, %u; @%p bra fed;",
+        f"mad.lo.u32 %b, %y, 32, {ring};",
+        f"ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%b+{f.route}];",
+        "mov.b64 %from, {%t, %u}; mul.wide.u32 %far, %z, %v; add.u64 %from, %from, %far;",
+        f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %w, 16;",
+        f"ld.shared.v2.b32 {{%t, %u}}, [%b+{f.route + 16}];",
+        "l2: setp.eq.u32 %p, %u, 0; @%p bra asked;",
+        "cp.async.bulk.prefetch.L2.global [%from], %t;",
+        "add.u64 %from, %from, %by; sub.u32 %u, %u, 1; bra l2; asked:",
+        f"add.u32 %x, %x, 1; add.u32 %y, %y, 1; setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
+        f"setp.lt.and.u32 %p, %z, {f.layers - 1}, %p; @%p mov.u32 %y, 1; @%p add.u32 %z, %z, 1;",
+        f"st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %w}}; bra fed;",
+    ]
+
+
+_feed_p = core.Primitive("ffjax_feed")
+
+
+@_feed_p.def_effectful_abstract_eval
+def _(ref, ring, used, *, feed, store):
+    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED, state.ReadEffect(0)}
+
+
+@lowering.register_lowering(_feed_p)
+def _(ctx, ref, *args, feed, store):
+    ring, used = lowered.values(ctx, args)
+    pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), [1])
+    lines = ["{", *feed_lines(feed, "$2", "$1", "$3" if store else None), "mov.u32 $0, 0; }"]
+    return lowered.assembly(
+        [lowered.like((1,), lowered.i32())], " ".join(lines), "=r,l,r,r", [pointer, ring, used]
+    )[0]
+
+
+def feed_ring(ref: Any, ring: Array, feed: Feed, used: Array | None = None) -> None:
+    """Asks for the next tile if a slot is free and few tiles are on their way.
+
+    Bulk copies (compute capability 9.0) bring it to shared memory while the program goes on.
+
+    Args:
+        ref: the first of the arrays that `begin_words` was given.
+        ring: int32 scalar, the ring's address.
+        feed: the rest.
+        used: int32 scalar, tiles that all threads have done with; None: as many as last time.
+    """
+    store = used is not None
+    used = jnp.full((1,), used if used is not None else 0)
+    _feed_p.bind(ref, jnp.full((1,), ring), used, feed=feed, store=store)
+
+
+_wait_copies_p = core.Primitive("ffjax_wait_copies")
+
+
+@_wait_copies_p.def_effectful_abstract_eval
+def _(barrier, phase, *, most):
+    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
+
+
+@lowering.register_lowering(_wait_copies_p)
+def _(ctx, barrier, phase, *, most):
+    text = (
+        "{ .reg .pred %p; .reg .b32 %n; mov.u32 %n, 0; again: "
+        "mbarrier.try_wait.parity.shared::cta.b64 %p, [$1], $2; @%p bra done; "
+        f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; "
+        "done: mov.u32 $0, 0; }"
+    )
+    arguments = lowered.values(ctx, [barrier, phase])
+    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,r,r", arguments)[0]
+
+
+def wait_copies(barrier: Array, phase: Array, most: int) -> None:
+    """Waits until a barrier's copies have arrived; ends the launch in an error if they do not.
+
+    Args:
+        barrier: int32 scalar, its address.
+        phase: int32 scalar, 0 the first time, then 1, 0 and so on.
+        most: how often to look.
+    """
+    _wait_copies_p.bind(jnp.full((1,), barrier), jnp.full((1,), phase), most=most)

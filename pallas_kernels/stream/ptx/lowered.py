@@ -1,0 +1,52 @@
+"""What the operations of this package are lowered with: JAX's private interface to Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.pallas.triton import lowering, primitives
+from jax._src.pallas.triton.lowering import tt_dialect
+
+__all__ = ["ORDERED", "addresses", "assembly", "i32", "i64", "like", "values"]
+
+# Nothing with this effect is dropped, merged or moved across another that has it.
+ORDERED = primitives.barrier_effect
+
+
+def i32() -> ir.Type:
+    """32-bit integers."""
+    return ir.IntegerType.get_signless(32)
+
+
+def i64() -> ir.Type:
+    """64-bit integers."""
+    return ir.IntegerType.get_signless(64)
+
+
+def values(ctx: Any, args: Sequence[Any]) -> list[Any]:
+    """IR values of the last operands."""
+    return [
+        lowering._ensure_ir_value(a, v)
+        for a, v in zip(args, ctx.avals_in[-len(args) :], strict=True)
+    ]
+
+
+def like(shape: Sequence[int], element: ir.Type) -> ir.Type:
+    """Arrays of a shape."""
+    return ir.RankedTensorType.get(list(shape), element)
+
+
+def addresses(ptr: Any, offsets: Any, shape: Sequence[int]) -> Any:
+    """64-bit addresses of an array's elements."""
+    pointers = lowering._add(lowering._bcast_to(ptr, list(shape)), offsets)
+    return tt_dialect.ptr_to_int(like(shape, i64()), pointers)
+
+
+def assembly(results: list[Any], text: str, constraints: str, args: list[Any]) -> list[Any]:
+    """Inline PTX, run by every thread for each of its elements; has effects."""
+    out = tt_dialect.elementwise_inline_asm(
+        results, text, constraints=constraints, pure=False, packed_element=1, args=args
+    )
+    return [out] if len(results) == 1 else list(out)

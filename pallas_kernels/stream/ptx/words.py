@@ -1,0 +1,283 @@
+"""Words that other programs write or read in the same launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax._src import core, state
+from jax._src.lib.mlir.dialects import arith
+from jax._src.pallas.triton import lowering
+from jax._src.pallas.triton.lowering import tt_dialect
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.feed import Feed, feed_lines
+
+__all__ = ["collect_words", "load_pair", "prefetch", "store_pair", "store_word"]
+
+# Of more pieces, the last one is waited for first.
+_FEW_PIECES = 4
+
+_collect_p = core.Primitive("ffjax_collect")
+_collect_p.multiple_results = True
+
+
+@_collect_p.def_effectful_abstract_eval
+def _(ref, weights, offset, tag, there, ring, *, step, pieces, most, feed):
+    word = core.ShapedArray(offset.shape, jnp.int32)
+    return [word] * (8 * pieces), {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
+
+
+@lowering.register_lowering(_collect_p)
+def _(ctx, ref, weights, *args, step, pieces, most, feed):
+    offset, tag, there, ring = lowered.values(ctx, args)
+    shape = ctx.avals_out[0].shape
+    count = 8 * pieces
+    address, tag_of, there_of = f"${count}", f"${count + 1}", f"${count + 2}"
+    # A bit for each piece that is still missing: only those are loaded again.
+    lines = [
+        "{ .reg .pred %p; .reg .b32 %n, %w, %left; mov.u32 %n, 0;",
+        f"mov.u32 %left, 1; shl.b32 %left, %left, {there_of}; sub.u32 %left, %left, 1;",
+    ]
+    lines.extend(f"mov.b32 ${i}, {tag_of};" for i in range(count))
+    if pieces > _FEW_PIECES:
+        # To look for all of many would take others' bandwidth: first only for the last one.
+        q = pieces - 1
+        lines.append("early:")
+        lines.append(f"and.b32 %w, %left, {1 << q}; setp.eq.u32 %p, %w, 0; @%p bra again;")
+        for half in range(2):
+            to = ", ".join(f"${8 * q + 4 * half + i}" for i in range(4))
+            at = 4 * (step * q + 4 * half)
+            lines.append(f"ld.relaxed.gpu.global.v4.b32 {{{to}}}, [{address}+{at}];")
+        lines.append("mov.b32 %w, 0;")
+        lines.extend(f"lop3.b32 %w, ${8 * q + i}, {tag_of}, %w, 0xbe;" for i in range(8))
+        lines.append("and.b32 %w, %w, 255; setp.eq.u32 %p, %w, 0;")
+        lines.append(f"@%p and.b32 %left, %left, {~(1 << q)}; @%p bra again;")
+        lines += feed_lines(feed, f"${count + 4}", f"${count + 3}", None)
+        lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra early; trap;")
+    lines.append("again:")
+    for q in range(pieces):
+        lines.append(f"and.b32 %w, %left, {1 << q}; setp.ne.u32 %p, %w, 0;")
+        for half in range(2):
+            to = ", ".join(f"${8 * q + 4 * half + i}" for i in range(4))
+            at = 4 * (step * q + 4 * half)
+            lines.append(f"@%p ld.relaxed.gpu.global.v4.b32 {{{to}}}, [{address}+{at}];")
+    for q in range(pieces):
+        # w |= word ^ tag, for all words
+        lines.append("mov.b32 %w, 0;")
+        lines.extend(f"lop3.b32 %w, ${8 * q + i}, {tag_of}, %w, 0xbe;" for i in range(8))
+        lines.append("and.b32 %w, %w, 255; setp.eq.u32 %p, %w, 0;")
+        lines.append(f"@%p and.b32 %left, %left, {~(1 << q)};")
+    lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
+    lines += feed_lines(feed, f"${count + 4}", f"${count + 3}", None)
+    lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done: }}")
+    addresses = lowered.addresses(ref, offset, shape)
+    constraints = ",".join(["=&r"] * count + ["l", "r", "r", "l", "r"])
+    word = lowered.like(shape, lowered.i32())
+    pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), weights), list(shape))
+    arguments = [addresses, tag, there, pointer, ring]
+    return lowered.assembly([word] * count, " ".join(lines), constraints, arguments)
+
+
+def collect_words(
+    ref: Any,
+    offset: Array,
+    step: int,
+    pieces: int,
+    tag: Array,
+    there: Array,
+    most: int,
+    weights: Any,
+    ring: Array,
+    feed: Feed,
+) -> list[Array]:
+    """Loads words over and over until all carry a tag in their lowest 8 bits.
+
+    Args:
+        ref: int32 array.
+        offset: int32 `[T]`, where each thread's first piece of 8 words begins: multiples of 4.
+        step: words from a thread's piece to its next one, a multiple of 4.
+        pieces: how many at most.
+        tag: int32 `[T]`, all the same, of 8 bits.
+        there: int32 `[T]`, how many pieces the thread has.
+        most: how often to load before the launch ends in an error.
+        weights: as `ref` in `feed_ring`, which is done between two looks.
+        ring: int32 scalar, as in `feed_ring`.
+        feed: as in `feed_ring`.
+
+    Returns:
+        Words, int32 `[T]`, 8 a piece; the tag in place of those that are not there.
+    """
+    rings = jnp.full(offset.shape, ring)
+    return _collect_p.bind(
+        ref, weights, offset, tag, there, rings, step=step, pieces=pieces, most=most, feed=feed
+    )
+
+
+def _spared(ref: Any, offsets: Array, mask: Array) -> Array:
+    """Offsets, those the mask hides moved to the array's last words, which nobody uses.
+
+    An interpreted store writes what was there before where the mask is false: there it must
+    not meet what the same store writes elsewhere.
+    """
+    return jnp.where(mask, offsets, ref.shape[0] - 2)
+
+
+_store_word_p = core.Primitive("ffjax_store_word")
+_store_word_p.multiple_results = True
+
+
+@_store_word_p.def_effectful_abstract_eval
+def _(ref, offsets, word, mask):
+    return [core.ShapedArray(offsets.shape, jnp.int32)], {lowered.ORDERED, state.WriteEffect(0)}
+
+
+@lowering.register_lowering(_store_word_p)
+def _(ctx, ref, *args):
+    offsets, word, mask = lowered.values(ctx, args)
+    shape = ctx.avals_out[0].shape
+    mask = arith.extui(lowered.like(shape, lowered.i32()), mask)
+    return lowered.assembly(
+        [lowered.like(shape, lowered.i32())],
+        "{ .reg .pred %p; setp.ne.s32 %p, $3, 0; "
+        "@%p st.relaxed.gpu.global.b32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [lowered.addresses(ref, offsets, shape), word, mask],
+    )
+
+
+def store_word(ref: Any, offsets: Array, word: Array, mask: Array, *, interpret: bool) -> None:
+    """Stores 32-bit words so that another program's poll may read them at any time.
+
+    Args:
+        ref: int32 array.
+        offsets: int32, any shape.
+        word: int32, the same shape.
+        mask: bool, the same shape.
+        interpret: whether the kernel is interpreted.
+    """
+    if interpret:
+        plgpu.store(ref.at[_spared(ref, offsets, mask)], word, mask=mask)
+    else:
+        _store_word_p.bind(ref, offsets, word, mask)
+
+
+_store_pair_p = core.Primitive("ffjax_store_pair")
+_store_pair_p.multiple_results = True
+
+
+@_store_pair_p.def_effectful_abstract_eval
+def _(ref, offsets, first, second, mask):
+    return [core.ShapedArray(offsets.shape, jnp.int32)], {lowered.ORDERED, state.WriteEffect(0)}
+
+
+@lowering.register_lowering(_store_pair_p)
+def _(ctx, ref, *args):
+    offsets, first, second, mask = lowered.values(ctx, args)
+    shape = ctx.avals_out[0].shape
+    mask = arith.extui(lowered.like(shape, lowered.i32()), mask)
+    return lowered.assembly(
+        [lowered.like(shape, lowered.i32())],
+        "{ .reg .pred %p; .reg .b64 %w; setp.ne.s32 %p, $4, 0; mov.b64 %w, {$2, $3}; "
+        "@%p st.relaxed.gpu.global.b64 [$1], %w; mov.u32 $0, 0; }",
+        "=r,l,r,r,r",
+        [lowered.addresses(ref, offsets, shape), first, second, mask],
+    )
+
+
+def store_pair(
+    ref: Any, offsets: Array, first: Array, second: Array, mask: Array, *, interpret: bool
+) -> None:
+    """Stores two neighbouring words as one: a reader sees both or neither.
+
+    Args:
+        ref: int32 array.
+        offsets: int32, even numbers.
+        first: int32, the same shape, stored at the offset.
+        second: int32, the same shape, stored behind it.
+        mask: bool, the same shape.
+        interpret: whether the kernel is interpreted.
+    """
+    if interpret:
+        offsets = _spared(ref, offsets, mask)
+        plgpu.store(ref.at[offsets], first, mask=mask)
+        plgpu.store(ref.at[offsets + 1], second, mask=mask)
+    else:
+        _store_pair_p.bind(ref, offsets, first, second, mask)
+
+
+_load_pair_p = core.Primitive("ffjax_load_pair")
+_load_pair_p.multiple_results = True
+
+
+@_load_pair_p.def_effectful_abstract_eval
+def _(ref, offsets):
+    words = core.ShapedArray(offsets.shape, jnp.int32)
+    return [words, words], {lowered.ORDERED, state.ReadEffect(0)}
+
+
+@lowering.register_lowering(_load_pair_p)
+def _(ctx, ref, *args):
+    [offsets] = lowered.values(ctx, args)
+    shape = ctx.avals_out[0].shape
+    words = lowered.like(shape, lowered.i32())
+    return lowered.assembly(
+        [words, words],
+        "{ .reg .b64 %w; ld.relaxed.gpu.global.b64 %w, [$2]; mov.b64 {$0, $1}, %w; }",
+        "=r,=r,l",
+        [lowered.addresses(ref, offsets, shape)],
+    )
+
+
+def load_pair(ref: Any, offsets: Array, *, interpret: bool) -> tuple[Array, Array]:
+    """Loads two neighbouring words as one.
+
+    Args:
+        ref: int32 array.
+        offsets: int32, even numbers.
+        interpret: whether the kernel is interpreted.
+
+    Returns:
+        The words at the offsets and those behind them, int32.
+    """
+    if interpret:
+        return plgpu.load(ref.at[offsets]), plgpu.load(ref.at[offsets + 1])
+    first, second = _load_pair_p.bind(ref, offsets)
+    return first, second
+
+
+# What will be read soon
+
+_prefetch_p = core.Primitive("ffjax_prefetch")
+
+
+@_prefetch_p.def_effectful_abstract_eval
+def _(ref, offset, size):
+    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
+
+
+@lowering.register_lowering(_prefetch_p)
+def _(ctx, ref, *args):
+    offset, size = lowered.values(ctx, args)
+    text = (
+        "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0; "
+        "setp.ne.and.u32 %p, $2, 0, %p; "
+        "@%p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+    )
+    arguments = [lowered.addresses(ref, offset, (1,)), size]
+    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,l,r", arguments)[0]
+
+
+def prefetch(ref: Any, offset: Array, size: Array) -> None:
+    """Asks for part of an array, so that a later load finds it in the L2 cache.
+
+    Needs compute capability 9.0.
+
+    Args:
+        ref: an array of 2-byte elements; it counts as flat.
+        offset: int32 scalar, where the part begins: a multiple of 8 elements.
+        size: int32 scalar, bytes: a multiple of 16; 0 for nothing.
+    """
+    _prefetch_p.bind(ref, jnp.full((1,), offset), jnp.full((1,), size))

@@ -1,0 +1,222 @@
+"""The ring: shared memory through which the weights pass, tile after tile.
+
+Copies that the memory system makes by itself (the bulk copies of compute capability 9.0) fill
+its slots. A slot is asked for anew as soon as its tile has been used, whatever segment or layer
+the next one belongs to, so that tiles are on their way while the program waits for others.
+
+The compiler has no name for this. It is made to take shared memory for a loop that never runs;
+the ring lies at the end of that memory, and what the compiler uses it for elsewhere lies at its
+beginning: the plan leaves room for both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.program import iota
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.plan import COLUMNS, PIECE, RESERVED_TILE, Segment, StreamPlan
+from pallas_kernels.stream.route import (
+    make_route,
+    most_copies,
+    read_route,
+    route_bytes,
+    weights_of,
+)
+
+__all__ = [
+    "Turn",
+    "feed_of",
+    "feed_ring",
+    "first_turn",
+    "next_turn",
+    "products_address",
+    "read_tile",
+    "slot_address",
+    "start_ring",
+    "wait_for_tile",
+]
+
+# A wait looks so often before it gives up; a look takes up to some microseconds.
+_MOST_LOOKS = 1 << 22
+_ALIGNMENT = 128
+
+
+class Turn(NamedTuple):
+    """Whose turn it is: int32 scalars."""
+
+    base: Array  # the ring's address
+    slot: Array
+    phase: Array  # 0 in the first round, then 1, 0 and so on
+
+
+def _data_bytes(plan: StreamPlan) -> int:
+    return plan.slots * plan.slot_bytes + plan.tail_bytes
+
+
+def _products_bytes(plan: StreamPlan) -> int:
+    """Of the products of the tiles that wait to be summed up."""
+    down = plan.segments[Segment.DOWN]
+    of_down = down.run * plan.products_bytes(Segment.DOWN)
+    return plan.flush * max(plan.products_bytes(Segment.QKV), of_down)
+
+
+def first_turn(env: StreamEnv) -> Turn:
+    """The first slot's turn. Interpreted, there is no ring."""
+    plan = env.plan
+    size = feed_of(plan).control + 64 + _ALIGNMENT
+    base = jnp.int32(0) if env.interpret else ptx.ring_base(size, _ALIGNMENT)
+    # Pallas lets no plain constant out of a branch.
+    return Turn(base, env.program * 0, env.program * 0)
+
+
+def next_turn(env: StreamEnv, turn: Turn) -> Turn:
+    """The next slot's turn."""
+    around = turn.slot == env.plan.slots - 1
+    return Turn(
+        turn.base,
+        jnp.where(around, 0, turn.slot + 1),
+        jnp.where(around, turn.phase ^ 1, turn.phase),
+    )
+
+
+def slot_address(env: StreamEnv, turn: Turn) -> Array:
+    """Where the turn's slot begins in shared memory, int32 scalar."""
+    return turn.base + turn.slot * env.plan.slot_bytes
+
+
+def _even_slots(plan: StreamPlan) -> int:
+    return plan.slots + plan.slots % 2
+
+
+def _barrier(env: StreamEnv, turn: Turn) -> Array:
+    return turn.base + feed_of(env.plan).barriers + 8 * turn.slot
+
+
+def products_address(env: StreamEnv, turn: Turn) -> Array:
+    """Where products lie in shared memory until they are summed up, int32 scalar."""
+    return turn.base + _data_bytes(env.plan)
+
+
+def _reserve(env: StreamEnv) -> None:
+    """A loop that never runs, and for which the compiler takes the ring's memory.
+
+    Without stages it takes none: so one sees what it takes for everything else.
+    """
+    if env.plan.num_stages < 2:
+        return
+    depth = 256
+    shape = (RESERVED_TILE // 2 // depth, depth)
+    rounds = env.lengths[0]
+
+    @pl.when(rounds < 0)
+    def _():
+        vectors = jnp.ones((COLUMNS, depth), jnp.bfloat16)
+
+        def step(i, total):
+            tile = plgpu.load(env["w_head"].at[iota(shape, 0) + i, iota(shape, 1)])
+            return total + env.dot(tile, vectors, transpose_b=True)
+
+        total = jnp.zeros((shape[0], COLUMNS), jnp.float32)
+        total = lax.fori_loop(jnp.int32(0), -rounds, step, total)
+        plgpu.store(env["logits"].at[iota(total.shape, 0) * 0, iota(total.shape, 1)], total)
+
+
+def start_ring(env: StreamEnv) -> Turn:
+    """Asks for the first tiles; returns the first one's turn."""
+    plan, turn = env.plan, first_turn(env)
+    make_route(env, turn.base + feed_of(plan).route)
+    if env.interpret:
+        return turn
+    _reserve(env)
+    if plan.ragged:
+        # What is multiplied by zeros must be numbers.
+        ptx.clear_shared(turn.base, _data_bytes(plan), plan.threads)
+    feed = feed_of(plan)
+    ptx.start_barriers(turn.base + feed.barriers, plan.slots)
+    nothing = jnp.zeros((1,), jnp.int32)
+    for row in range(2):
+        control = jnp.full((1,), turn.base + feed.control + 32 * row)
+        ptx.write_row(control, [nothing] * 8, nothing == 0)
+    plgpu.debug_barrier()
+    for _ in range(feed.in_flight):
+        feed_ring(env, turn)
+    return turn
+
+
+def feed_of(plan: StreamPlan) -> ptx.Feed:
+    """What feeding the ring needs to know."""
+    route = _data_bytes(plan) + _products_bytes(plan)
+    barriers = route + route_bytes(plan)
+    return ptx.Feed(
+        slots=plan.slots,
+        slot_bytes=plan.slot_bytes,
+        route=route,
+        barriers=barriers,
+        control=barriers + _even_slots(plan) * 8,
+        layer_tiles=plan.layer_tiles,
+        layers=plan.dims.num_layers,
+        total=plan.total_tiles,
+        in_flight=min(plan.in_flight, plan.slots),
+        # Of the last warp, which does not multiply if there is one that does not.
+        thread=plan.threads - 32,
+        copies=most_copies(plan),
+        l2_tiles=plan.tuning.l2_tiles,
+    )
+
+
+def feed_ring(env: StreamEnv, turn: Turn, used: Array | None = None) -> None:
+    """Asks for the next tile if a slot is free and few tiles are on their way.
+
+    Too many on their way, and whoever waits for other programs' words waits behind them.
+
+    Args:
+        env: the program's view.
+        turn: any tile's turn.
+        used: int32 scalar, tiles that all threads have done with: a barrier of the program
+            stands between. None: as many as last time.
+    """
+    if not env.interpret:
+        ptx.feed_ring(weights_of(env)[0], turn.base, feed_of(env.plan), used)
+
+
+def wait_for_tile(env: StreamEnv, turn: Turn) -> None:
+    """Waits until the tile whose turn it is has come."""
+    if not env.interpret:
+        ptx.wait_copies(_barrier(env, turn), turn.phase, _MOST_LOOKS)
+
+
+def read_tile(env: StreamEnv, index: Array, places: Array) -> Array:
+    """What would lie in the slot of the program's `index`-th tile, for interpret mode.
+
+    Args:
+        env: the program's view.
+        index: int32 scalar.
+        places: int32, bytes from the slot's beginning on; multiples of 2.
+
+    Returns:
+        bfloat16, the same shape; 0 where no copy goes.
+    """
+    source, layer = read_route(env, index)
+    copy = jnp.minimum(lax.div(places, source.pitch), jnp.maximum(source.copies, 1) - 1)
+    within = places - copy * source.pitch
+    there = (within < source.size) & (source.copies > 0)
+    at = (source.begin.low + copy * source.stride) * PIECE + lax.div(within, 2)
+
+    def reader(ref):
+        def read():
+            safe = jnp.clip(at, 0, ref.shape[-2] * ref.shape[-1] - 1)
+            where = (lax.div(safe, ref.shape[-1]), lax.rem(safe, ref.shape[-1]))
+            if len(ref.shape) == 3:
+                where = (jnp.clip(layer, 0, ref.shape[0] - 1), *where)
+            return plgpu.load(ref.at[where], mask=there, other=0.0)
+
+        return read
+
+    return lax.switch(source.begin.high, [reader(ref) for ref in weights_of(env)])

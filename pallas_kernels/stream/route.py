@@ -1,0 +1,185 @@
+"""A program's route: where in memory each tile of its stream lies.
+
+What a tile's copies need is worked out for all tiles at once when a step begins, a row of a
+table for each, and read back a tile at a time: it would take the loop longer to work it out
+than to multiply the tile. All layers share their rows.
+
+A tile is copied in one piece where its rows are neighbours. In a group of queries, keys and
+values the first half of the rows holds elements of the first half of a head and the second half
+those that RoPE rotates them with; in one of gate and up, rows of the gate and the same ones of
+the up projection: those come in two pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.dims import next_power_of_2
+from pallas_kernels.program import iota
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.env import StreamEnv, pick
+from pallas_kernels.stream.plan import PIECE, Segment, SegmentPlan, StreamPlan
+
+__all__ = [
+    "Source",
+    "busy_tiles",
+    "make_route",
+    "most_copies",
+    "read_route",
+    "route_bytes",
+    "route_shape",
+    "team_of",
+    "weights_of",
+]
+
+_WEIGHTS = {
+    Segment.QKV: "w_qkv",
+    Segment.ATTN_OUT: "w_attn_out",
+    Segment.GATE_UP: "w_gate_up",
+    Segment.DOWN: "w_down",
+    Segment.HEAD: "w_head",
+}
+# Words of a row: the fields of `Source`, of which the beginning takes three.
+_WORDS = 8
+
+
+class Source(NamedTuple):
+    """Where a tile's weights lie, and where they go: int32 scalars, as they stand in the table.
+
+    Attributes:
+        begin: where the tile begins.
+        stride: pieces of 8 elements from a copy's beginning to the next one's.
+        size: bytes of a copy.
+        copies: how many; 0 for an empty tile.
+        pitch: bytes from a copy's place in the slot to the next one's.
+    """
+
+    begin: ptx.Begin
+    stride: Array
+    size: Array
+    copies: Array
+    pitch: Array
+
+
+def _is_paired(segment: Segment) -> bool:
+    return segment in (Segment.QKV, Segment.GATE_UP)
+
+
+def route_shape(plan: StreamPlan) -> tuple[int, int, int]:
+    """Of the table, int32: programs, rows, words. Row 0 is that of the embedding, empty."""
+    return plan.programs, 1 + plan.layer_tiles + plan.segments[Segment.HEAD].tiles, _WORDS
+
+
+def most_copies(plan: StreamPlan) -> int:
+    """Copies of a tile at most."""
+    return max(2, *(part.rows for part in plan.segments.values() if part.splits > 1), 2)
+
+
+def weights_of(env: StreamEnv) -> list[Any]:
+    """The arrays in the order of `Segment`."""
+    return [env[_WEIGHTS[s]] for s in sorted(_WEIGHTS)]
+
+
+def team_of(env: StreamEnv, part: SegmentPlan) -> Array:
+    """Which of a segment's teams this program belongs to."""
+    return lax.div(env.program, jnp.int32(part.splits)) if part.splits > 1 else env.program
+
+
+def busy_tiles(env: StreamEnv, part: SegmentPlan) -> Array:
+    """This program's groups of a segment. A program that no team has room for has none."""
+    team, runs = team_of(env, part), part.groups // part.run
+    mine = lax.div(runs - team + (part.teams - 1), jnp.int32(part.teams))
+    return jnp.where(team < part.teams, jnp.maximum(mine, 0) * part.run, 0)
+
+
+def route_bytes(plan: StreamPlan) -> int:
+    """Of a program's table."""
+    return 4 * route_shape(plan)[1] * _WORDS
+
+
+def make_route(env: StreamEnv, table: Array) -> None:
+    """Works out the table's rows of this program.
+
+    Args:
+        env: the program's view.
+        table: int32 scalar, where the table begins in shared memory. Interpreted, it is the
+            array `route`.
+    """
+    plan, d = env.plan, env.dims
+    rows = route_shape(plan)[1]
+    entry = iota((next_power_of_2(rows),), 0)
+    order = sorted(plan.segments)
+    parts = [plan.segments[s] for s in order]
+    firsts = [1]  # row of each segment's first tile
+    for part in parts[:-1]:
+        firsts.append(firsts[-1] + part.tiles)
+    beyond = [entry >= first for first in firsts[1:]]
+
+    def of(values: Sequence[Array | int]) -> Array:
+        return jnp.broadcast_to(pick(beyond, values), entry.shape)
+
+    number = entry - of(firsts)
+    team = of([team_of(env, part) for part in parts])
+    run = of([part.run for part in parts])
+    turn = lax.div(number, run)
+    group = (team + turn * of([part.teams for part in parts])) * run + number - turn * run
+    # Of a pair's two halves, this is the first one's row.
+    outputs = of(
+        [p.rows // 2 if _is_paired(s) else p.rows for s, p in zip(order, parts, strict=True)]
+    )
+    row = group * outputs
+    qkv = parts[Segment.QKV]
+    # Groups of queries, keys and values go on behind the second halves of a head.
+    head = lax.div(jnp.maximum(group, 0), jnp.int32(d.head_dim // qkv.rows))
+    row += of([head * (d.head_dim // 2), *([0] * (len(parts) - 1))])
+    column = (env.program - team * of([part.splits for part in parts])) * of(
+        [p.width for p in parts]
+    )
+    inner = of([p.inner // PIECE for p in parts])
+    start = row * inner + lax.div(column, jnp.int32(PIECE))
+    begin = ptx.begin_words(weights_of(env), beyond, start, PIECE, interpret=env.interpret)
+    # Rows of a copy's kind that there are; all groups of a head are whole.
+    out = of([d.qkv_dim, *(p.out for p in parts[1:])])
+    there = jnp.clip(out - row, 0, outputs)
+    width = jnp.minimum(of([p.width for p in parts]), of([p.inner for p in parts]) - column)
+    paired = of([int(_is_paired(s)) for s in order]) != 0
+    split = of([int(p.splits > 1) for p in parts]) != 0
+    second = of([d.head_dim // 2, 0, d.ffw_dim, 0, 0])
+    busy = (number >= 0) & (number < of([busy_tiles(env, part) for part in parts]))
+    count = jnp.where(split, there, jnp.where(paired, 2, 1))
+    pitch = of(
+        [
+            2 * p.width * (p.rows // 2 if _is_paired(s) else 1)
+            for s, p in zip(order, parts, strict=True)
+        ]
+    )
+    words = [
+        *begin,
+        jnp.where(split, inner, second * inner),
+        2 * width * jnp.where(split, 1, there),
+        jnp.where(busy & (there > 0), count, 0),
+        pitch,
+    ]
+    words += [jnp.zeros_like(pitch)] * (_WORDS - len(words))
+    if env.interpret:
+        for number, word in enumerate(words):
+            plgpu.store(env["route"].at[env.program, entry, number], word, mask=entry < rows)
+        return
+    ptx.write_row(table + entry * (4 * _WORDS), words, entry < rows)
+    plgpu.debug_barrier()
+
+
+def read_route(env: StreamEnv, index: Array) -> tuple[Source, Array]:
+    """Where this program's `index`-th tile lies, and its layer, for interpret mode."""
+    plan = env.plan
+    in_layers = index - 1  # the embedding's comes first
+    layer = jnp.minimum(lax.div(in_layers, jnp.int32(plan.layer_tiles)), plan.dims.num_layers)
+    entry = index - layer * plan.layer_tiles
+    entry += jnp.where(layer == plan.dims.num_layers, jnp.int32(plan.layer_tiles), 0)
+    words = [env["route"][env.program, entry, number] for number in range(_WORDS)]
+    return Source(ptx.Begin(*words[:3]), *words[3:7]), layer
