@@ -21,8 +21,7 @@ from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, launch_step
 from pallas_kernels.plan import make_plan
 from pallas_kernels.stream.launch import stream_step
-from pallas_kernels.stream.plan import make_stream_plan
-from pallas_kernels.stream.plan import why_not as why_not_streamed
+from pallas_kernels.stream.plan import make_stream_plan, why_not_on
 from pallas_kernels.stream.tuning import Tuning, tuning_for
 from pallas_kernels.support import why_not
 
@@ -33,6 +32,7 @@ __all__ = [
     "decode_step",
     "default_device",
     "fused_step",
+    "kernels_for",
     "resolve_implementation",
     "resolve_implementation_config",
     "unsupported_field",
@@ -174,8 +174,21 @@ def _why_not(
     reason = why_not(dims, dtype, gpu, found)
     if reason is None and kernel == "pallas_stream":
         assert gpu is not None
-        reason = why_not_streamed(dims, gpu.cores)
+        reason = why_not_on(gpu, dims)
     return reason
+
+
+def kernels_for(config: ModelConfig, batch: int) -> tuple[Kernel, ...]:
+    """The fused kernels to try where none is named, the best one first.
+
+    Args:
+        config: the model's.
+        batch: B.
+    """
+    # What the streamed kernel has been measured with on a GPU: one sequence, of a Llama.
+    if batch == 1 and unsupported_field(config) is None:
+        return "pallas_stream", "pallas"
+    return ("pallas",)
 
 
 @functools.lru_cache
@@ -236,11 +249,12 @@ def resolve_implementation_config(
         if reason is not None:
             raise NotImplementedError(reason)
         return implementation
-    # The streamed kernel is never chosen unasked until it has been measured on a GPU.
-    reason = why_not_fused_config(config, dtype, batch, capacity)
-    if reason is None:
-        _say_once("decode_step uses 'pallas': the fused kernel can run here.")
-        return "pallas"
+    reason = None
+    for kernel in kernels_for(config, batch):
+        reason = why_not_fused_config(config, dtype, batch, capacity, kernel)
+        if reason is None:
+            _say_once(f"decode_step uses {kernel!r}: the fused kernel can run here.")
+            return kernel
     _say_once(f"decode_step uses 'xla': {reason}")
     return "xla"
 
@@ -315,9 +329,9 @@ def decode_step(
         model: the model.
         cache: the cache; each sequence's token goes to position `lengths[b]`.
         tokens: int `[B]`.
-        implementation: "pallas", the fused kernel; "pallas_stream", the streamed one, which
-            has not been measured on a GPU yet; "xla", the reference; None, "pallas" where it
-            can run, else the reference, said once by logging.
+        implementation: "pallas_stream", the streamed kernel; "pallas", the phased one; "xla",
+            the reference; None: the streamed one for one sequence of a Llama, else the phased
+            one, where they can run, else the reference, said once by logging.
 
     Returns:
         Cache, logits and greedy token.

@@ -13,6 +13,8 @@ from decode_cases import dims_of
 from ffjax.config import preset
 from pallas_kernels import compile as compile_module
 from pallas_kernels.compile import CompileError, Kernel, compile_for, main, why_no_compiler
+from pallas_kernels.stream.plan import RESERVED_TILE, compiler_bytes, make_stream_plan
+from pallas_kernels.stream.ring import feed_of
 from pallas_kernels.targets import target, target_names
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -22,18 +24,22 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+STEPS = [
+    ("llama3.2-1b", "h200", 1),
+    ("llama3.2-1b", "h200", 8),
+    ("llama3.1-8b", "h200", 1),
+    ("python-bytes-3m", "h100", 3),
+]
+
+
 @needs_compiler
 @pytest.mark.parametrize(
-    ("config", "gpu", "batch"),
+    ("config", "gpu", "batch", "kernel"),
     [
-        ("llama3.2-1b", "h200", 1),
-        ("llama3.2-1b", "h200", 8),
-        ("llama3.1-8b", "h200", 1),
-        ("python-bytes-3m", "h100", 3),
-        ("python-bytes-3m", "a100", 2),
+        *((*step, kernel) for kernel in get_args(Kernel) for step in STEPS),
+        ("python-bytes-3m", "a100", 2, "phased"),
     ],
 )
-@pytest.mark.parametrize("kernel", get_args(Kernel))
 def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, gpu, batch, kernel):
     # Whoever calls it may be anywhere, and know the package from its own path only.
     monkeypatch.chdir(tmp_path)
@@ -57,6 +63,14 @@ def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, g
     assert report["temp_bytes"] < 8 * 2**20
     if kernel == "streamed":
         assert report["temp_bytes"] == 0  # the mail is part of the cache
+        # The compiler is made to take shared memory for the ring, of which it knows nothing.
+        dims = dims_of(preset(config), batch, 16_384)
+        plan = make_stream_plan(dims, wanted)
+        assert report["num_stages"] == plan.num_stages
+        assert report["shared_memory_bytes"] >= (plan.num_stages - 1) * RESERVED_TILE
+        ring = feed_of(plan).control + 64 + 128
+        assert plan.slots * plan.slot_bytes < ring
+        assert ring + compiler_bytes(dims) <= report["shared_memory_bytes"]
     assert report["arch"] == {"8.0": "sm_80", "9.0": "sm_90a"}[wanted.capability]
     assert {"jax", "ptxas"} < set(report["versions"])
     assert not list(tmp_path.iterdir())
@@ -64,14 +78,28 @@ def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, g
 
 @needs_compiler
 @pytest.mark.parametrize("config", ["llama3.2-1b", "llama3.2-3b", "llama3.1-8b"])
-def test_the_stream_keeps_its_tiles_in_flight_and_spills_next_to_nothing(config):
-    """One loop that the compiler pipelines: were it not, it would hold no tiles."""
+def test_the_stream_spills_next_to_nothing(config):
+    """All that a single sequence's step carries stays in registers."""
     report = compile_for("h200", dims_of(preset(config), 1, 16_384), kernel="streamed")
-    tile = 2 * 64 * 256
-    assert report.num_stages >= 6
-    assert report.shared_memory_bytes > (report.num_stages - 1) * tile
     # Two dozen registers of the 255 at most, at places where a segment ends.
     assert report.spill_bytes <= 256
+
+
+@needs_compiler
+@pytest.mark.parametrize("config", ["llama3.2-1b", "llama3.1-8b", "gemma3-1b"])
+def test_the_plan_leaves_the_compiler_what_it_takes(config):
+    """Heads of 64, 128 and 256. Without stages nothing is taken for the ring."""
+    dims = dims_of(preset(config), 1, 16_384)
+    report = compile_for("h200", dims, kernel="streamed", num_stages=1)
+    assert report.num_stages == 1
+    assert 1024 < report.shared_memory_bytes <= compiler_bytes(dims)
+
+
+def test_the_stream_is_refused_for_a_gpu_without_bulk_copies(capsys):
+    command = ["--config", "python-bytes-3m", "--kernel", "streamed", "--gpu", "a100"]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert "compute capability 9.0 and newer; this GPU has 8.0. Take the phased kernel." in told
 
 
 @needs_compiler

@@ -90,7 +90,8 @@ def test_a_model_the_streamed_kernel_cannot_hold_is_refused(cache, monkeypatch):
     shapes = nnx.merge(graph, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), state))
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
     assert why_not_fused(shapes, 1, 8) is None
-    reason = why_not_fused(shapes, 1, 8, "pallas_stream")
+    assert why_not_fused(shapes, 1, 8, "pallas_stream") is None
+    reason = why_not_fused(shapes, 2, 8, "pallas_stream")
     assert reason is not None
     assert "this model has 16384" in reason
 
@@ -98,10 +99,14 @@ def test_a_model_the_streamed_kernel_cannot_hold_is_refused(cache, monkeypatch):
 def test_a_model_that_does_not_exist_can_be_asked_about(monkeypatch):
     """One that no memory could hold: nothing of it is made."""
     vast = small_config(num_layers=10_000, model_dim=16_384, vocab_size=10**6)
-    asked = vast, "bfloat16", 1, 10**6
+    asked = vast, "bfloat16", 2, 10**6
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
     assert why_not_fused_config(*asked) is None
     assert resolve_implementation_config(*asked) == "pallas"
+    one = vast, "bfloat16", 1, 10**6
+    assert resolve_implementation_config(*one) == "pallas_stream"
+    other = dataclasses.replace(vast, qkv_bias=True), *one[1:]
+    assert resolve_implementation_config(*other) == "xla"
     reason = why_not_fused_config(*asked, "pallas_stream")
     assert reason is not None
     assert "this model has 16384" in reason

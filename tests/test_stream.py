@@ -28,19 +28,24 @@ from ffjax.cache import KVCache
 from ffjax.config import PRESETS, preset
 from pallas_kernels.dims import Dims, Features
 from pallas_kernels.gpu import INTERPRETER, Gpu
-from pallas_kernels.launch import StepState
+from pallas_kernels.launch import StepState, named_weights
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.mail import Mail, mail_words
 from pallas_kernels.stream.plan import (
     LAYER_SEGMENTS,
+    PIECE,
+    RESERVED_TILE,
     Segment,
     StreamPlan,
+    compiler_bytes,
     make_stream_plan,
     why_not,
 )
+from pallas_kernels.stream.ring import feed_of
+from pallas_kernels.stream.route import make_route, route_shape
 from pallas_kernels.stream.stages import run_stage, stages_of, state_shapes
-from pallas_kernels.stream.tiles import group_rows, locate, place_of
+from pallas_kernels.stream.tiles import first_place, next_place, next_segment
 from pallas_kernels.stream.tuning import Tuning
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -73,49 +78,99 @@ def env_of(plan: StreamPlan, program: int) -> StreamEnv:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _tiles(plan: StreamPlan, segment, program, number):
-    """Rows `[R]`, the part of the inputs, and whether the tile is real."""
-    env = dataclasses.replace(env_of(plan, 0), program=program)
-    place = place_of(env, segment, jnp.int32(0), number)
-    return group_rows(env, segment, place.group, jnp.arange(plan.rows)), place.split, place.real
+def route_of(plan: StreamPlan) -> np.ndarray:
+    """The route of every program, of weights that need not exist: `[P, rows, words]`."""
+    specs = named_weights(plan.dims.abstract_weights())
+
+    def kernel(ref):
+        refs = {**specs, "route": ref}
+        env = dataclasses.replace(env_of(plan, 0), program=pl.program_id(0), refs=refs)
+        make_route(env, jnp.int32(0))
+
+    shape = jax.ShapeDtypeStruct(route_shape(plan), jnp.int32)
+    grid = (plan.programs,)
+    return np.asarray(pl.pallas_call(kernel, grid=grid, out_shape=shape, interpret=True)())
 
 
 PLANS = {
     "1B on an H200": lambda: make_stream_plan(preset_dims("llama3.2-1b", 1), H200),
+    "8B on an H200": lambda: make_stream_plan(preset_dims("llama3.1-8b", 1), H200),
     "8B on an H200, 2 sequences": lambda: make_stream_plan(preset_dims("llama3.1-8b", 2), H200),
-    "3B, tiles of 128 rows": lambda: make_stream_plan(
-        preset_dims("llama3.2-3b", 1), H200, Tuning(matrix_rows=128)
+    "3B, tiles of 8 KiB": lambda: make_stream_plan(
+        preset_dims("llama3.2-3b", 1), H200, Tuning(tile_bytes=8192)
+    ),
+    "attention wider than the model": lambda: make_stream_plan(
+        preset_dims("qwen3-0.6b", 1), H200, Tuning(tile_bytes=16384)
     ),
     "odd sizes, 7 programs": lambda: make_stream_plan(
         dims_of(small_config(ffw_dim=2320), 3, 64), machine(7)
+    ),
+    "a group of the down projection in 4 tiles": lambda: make_stream_plan(
+        dims_of(small_config(ffw_dim=2064), 1, 64), machine(4)
     ),
     "odd sizes, 1 program": lambda: make_stream_plan(dims_of(small_config(), 1, 64), INTERPRETER),
     "the shipped model": lambda: make_stream_plan(preset_dims("python-bytes-3m", 1), H200),
 }
 
 
+def rows_of(plan: StreamPlan, segment: Segment, program: int, tile: int) -> np.ndarray:
+    """The matrix's rows whose products are taken to be those of a tile's rows."""
+    d, part = plan.dims, plan.segments[segment]
+    row = np.arange(part.rows)
+    team = program // part.splits
+    half, turn = part.rows // 2, tile * part.teams + team
+    if segment == Segment.QKV:
+        head, pair = divmod(turn * half + row % half, d.head_dim // 2)
+        return head * d.head_dim + pair + row // half * (d.head_dim // 2)
+    if segment == Segment.GATE_UP:
+        return turn * half + row % half + row // half * d.ffw_dim
+    if segment == Segment.DOWN and part.splits == 1:
+        # A group of the residual has the rows of some tiles.
+        group = tile // part.run * plan.programs + program
+        return group * plan.rows + tile % part.run * part.rows + row
+    return turn * part.rows + row
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_every_weight_is_read_once(name):
     plan = PLANS[name]()
+    route = route_of(plan)
+    assert not route[:, 0, 5].any()
+    first = 1
     for segment, part in plan.segments.items():
-        numbers = np.arange(plan.programs * part.tiles)
-        programs, tiles = np.divmod(numbers, part.tiles)
-        ask = jax.vmap(functools.partial(_tiles, plan, jnp.int32(segment)))
-        rows, splits, real = map(np.asarray, ask(jnp.asarray(programs), jnp.asarray(tiles)))
-        matrix_rows = 2 * plan.dims.ffw_dim if segment == Segment.GATE_UP else part.out
-        seen = np.zeros((part.splits, matrix_rows), int)
-        for tile_rows, split in zip(rows[real], splits[real], strict=True):
-            inside = tile_rows[tile_rows < matrix_rows]
-            if segment == Segment.GATE_UP:  # beyond the gate's end lies the up projection
-                first, second = tile_rows[::2], tile_rows[1::2]
-                fits = first < plan.dims.ffw_dim
-                assert (second[fits] == first[fits] + plan.dims.ffw_dim).all()
-                inside = np.concatenate([first[fits], second[fits]])
-            np.add.at(seen[split], inside, 1)
-        assert (seen == 1).all(), segment
+        matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
+        seen = []  # where copies begin and end in the matrix, in elements
+        for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
+            low, which, layer_stride, stride, size, count, pitch, _ = route[
+                program, first + tile
+            ].tolist()
+            if not count:
+                continue
+            copies = np.arange(count)
+            start = (low + copies * stride) * PIECE
+            length = size // 2
+            layers = segment != Segment.HEAD
+            assert (which, layer_stride) == (segment, layers * matrix_rows * part.inner // PIECE)
+            # Bulk copies are of 16 bytes, and lie in the slot.
+            assert size % 16 == pitch % 16 == 0
+            assert (count - 1) * pitch + size <= plan.slot_bytes
+            # They lie where the tile's rows are looked for.
+            width = min(part.width, part.inner - program % part.splits * part.width)
+            slot_row, there = pitch * copies // (2 * part.width), length // width
+            assert (slot_row * 2 * part.width == pitch * copies).all()
+            wanted = rows_of(plan, segment, program, tile)[slot_row[:, None] + np.arange(there)]
+            row, column = np.divmod(start, part.inner)
+            assert (wanted == row[:, None] + np.arange(there)).all()
+            assert (column == program % part.splits * part.width).all()
+            seen += zip(start.tolist(), (start + length).tolist(), strict=True)
+        first += part.tiles
+        starts, ends = np.sort(np.array(seen), axis=0).T
+        assert starts[0] == 0
+        assert (starts[1:] == ends[:-1]).all(), segment
+        assert ends[-1] == matrix_rows * part.inner
         assert part.splits * part.width >= part.inner > (part.splits - 1) * part.width
-        assert part.width <= plan.chunks * plan.depth
+        assert part.width <= plan.span(segment)
+    assert first == route.shape[1]
 
 
 @pytest.mark.parametrize("name", ["1B on an H200", "odd sizes, 7 programs"])
@@ -128,13 +183,19 @@ def test_the_stream_passes_every_tile_in_order(name):
     order += [
         (Segment.HEAD, plan.dims.num_layers, j) for j in range(plan.segments[Segment.HEAD].tiles)
     ]
-    places = jax.vmap(functools.partial(locate, env_of(plan, plan.programs - 1)))(
-        jnp.arange(plan.total_tiles, dtype=jnp.int32)
-    )
-    got = list(zip(*(np.asarray(x).tolist() for x in places[:3]), strict=True))
+    env = env_of(plan, plan.programs - 1)
+    place, got, last = first_place(env, Segment.EMBED, 0), [], []
+    ahead = jax.jit(next_place)
+    over = jax.jit(lambda place: next_segment(env, place))
+    for _ in order:
+        got.append(tuple(int(x) for x in place[:3]))
+        last.append(bool(place.last))
+        place = over(place) if last[-1] else ahead(place)
     assert got == order
     changes = [a[:2] != b[:2] for a, b in itertools.pairwise(order)] + [True]
-    assert np.asarray(places.last).tolist() == changes
+    assert last == changes
+    starts = [plan.first_tile(segment, layer) for segment, layer, number in order if number == 0]
+    assert starts == [i for i, (_, _, number) in enumerate(order) if number == 0]
 
 
 def test_all_programs_end_a_segment_at_about_the_same_time():
@@ -148,25 +209,54 @@ def test_all_programs_end_a_segment_at_about_the_same_time():
         assert dealt < 1.04 * needed, name
 
 
+@pytest.mark.parametrize("tile_bytes", [8192, 16384, 32768, 65536])
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_ring_fits_shared_memory(name, tile_bytes):
+    for batch, warps in itertools.product((1, 2, 8), (None, 8)):
+        tuning = Tuning(tile_bytes=tile_bytes, num_warps=warps)
+        plan = make_stream_plan(preset_dims(name, batch), H200, tuning)
+        assert plan.slots >= 2
+        assert plan.slot_bytes % 16 == 0
+        # The compiler takes the ring's stand-in, and uses the beginning of it for other things.
+        taken = (plan.num_stages - 1) * RESERVED_TILE
+        assert taken <= H200.shared_memory
+        ring = feed_of(plan).control + 64 + 128
+        assert plan.slots * plan.slot_bytes + plan.tail_bytes < ring
+        assert ring + compiler_bytes(plan.dims) <= taken, (plan.slots, plan.slot_bytes)
+        for segment, part in plan.segments.items():
+            # All threads read a whole span of every row.
+            read = 2 * ((part.rows - 1) * part.width + plan.span(segment))
+            assert read <= plan.slot_bytes + plan.tail_bytes
+            assert part.rows == 2 or 2 * part.rows * plan.span(segment) <= tile_bytes
+
+
 def test_tiles_in_flight_fill_the_shared_memory():
     for batch in (1, 2, 8):
         for name in ("llama3.2-1b", "llama3.1-8b"):
             plan = make_stream_plan(preset_dims(name, batch), H200)
-            tile = 2 * 64 * plan.depth
-            assert (plan.num_stages - 1) * tile < H200.shared_memory
             # By Little's law 4.4 TB/s at a latency of 1.5 µs are 50 KB on each of 132 cores.
-            assert (plan.num_stages - 1) * tile > 90_000
+            assert plan.slots * plan.slot_bytes > 90_000
+            assert plan.in_flight * plan.slot_bytes > 30_000
+            fewer = make_stream_plan(preset_dims(name, batch), H200, Tuning(slots=2))
+            assert fewer.slots == 2
+            more = make_stream_plan(preset_dims(name, batch), H200, Tuning(slots=99))
+            assert more.slots == plan.slots
+
+
+def test_a_single_sequence_is_cut_into_chunks():
+    for batch, padded, chunked in ((1, 1, True), (2, 8, False), (8, 8, False)):
+        plan = make_stream_plan(preset_dims("llama3.2-1b", batch), H200)
+        assert (plan.padded_batch, plan.chunked) == (padded, chunked)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"matrix_rows": 32}, "matrix_rows is one of 64, 128; got 32"),
-        ({"depth": 100}, "depth is one of 16, 32, 64, 128, 256, 512; got 100"),
-        ({"programs_per_core": 3}, "programs_per_core is one of 1, 2; got 3"),
-        ({"num_warps": 5}, "num_warps is one of None, 4, 8, 16; got 5"),
-        ({"num_stages": 1}, "num_stages is at least 2, got 1"),
+        ({"tile_bytes": 4096}, "tile_bytes is one of 8192, 16384, 32768, 65536; got 4096"),
+        ({"num_warps": 5}, "num_warps is one of None, 4, 8; got 5"),
+        ({"in_flight": 0}, "in_flight is one of 1, 2, .*, 16; got 0"),
         ({"l2_tiles": 17}, "l2_tiles is one of 0, 1, .*; got 17"),
+        ({"slots": 1}, "slots is at least 2, got 1"),
     ],
 )
 def test_a_tunable_out_of_range_is_refused(options, match):
@@ -174,26 +264,34 @@ def test_a_tunable_out_of_range_is_refused(options, match):
         Tuning(**options)
 
 
-def test_programs_that_do_not_fit_a_core_together_are_refused():
-    tuning = Tuning(programs_per_core=2, num_warps=8)
-    with pytest.raises(ValueError, match="2 programs have at most 4 warps each, got 8"):
-        make_stream_plan(preset_dims("llama3.2-1b", 1), H200, tuning)
-
-
-def test_older_gpus_are_not_asked_for_tiles_ahead():
-    with pytest.raises(ValueError, match=r"capability 9.0 and newer; this GPU has 8.0"):
-        make_stream_plan(
-            preset_dims("llama3.2-1b", 1), Gpu.named("A100", "8.0", 108), Tuning(l2_tiles=2)
-        )
+@pytest.mark.parametrize("capability", ["8.0", "8.9"])
+def test_gpus_without_bulk_copies_are_refused(capability):
+    gpu = Gpu.named("older", capability, 108)
+    with pytest.raises(ValueError, match=f"capability 9.0 and newer; this GPU has {capability}"):
+        make_stream_plan(preset_dims("llama3.2-1b", 1), gpu)
 
 
 def test_a_model_too_wide_for_its_batch_is_refused():
-    dims = dataclasses.replace(preset_dims("llama3.1-8b", 8), model_dim=5120)
-    assert why_not(dataclasses.replace(dims, batch=4), 132) is None
+    dims = dataclasses.replace(preset_dims("llama3.1-8b", 8), model_dim=8208)
+    assert why_not(dataclasses.replace(dims, batch=1), 132) is None
+    assert why_not(dataclasses.replace(dims, model_dim=8192), 132) is None
     reason = why_not(dims, 132)
     assert reason is not None
-    assert "at most 4096 activations of each of 8 sequences in place; this model has 5120" in reason
-    with pytest.raises(ValueError, match="at most 4096 activations"):
+    assert "at most 8192 activations of each of 8 sequences in place; this model has 8208" in reason
+    with pytest.raises(ValueError, match="at most 8192 activations"):
+        make_stream_plan(dims, H200)
+
+
+def test_inputs_in_more_parts_than_programs_are_refused():
+    dims = preset_dims("llama3.1-8b", 1)
+    assert why_not(dims, 2) is None
+    with pytest.raises(ValueError, match=r"14336 hidden activations among 2 programs; .* has 1"):
+        make_stream_plan(dims, machine(1))
+
+
+def test_rows_that_bulk_copies_cannot_begin_at_are_refused():
+    dims = dataclasses.replace(preset_dims("llama3.2-1b", 1), ffw_dim=8188)
+    with pytest.raises(ValueError, match=r"rows of weights of whole 8 elements; .* rows of 8188"):
         make_stream_plan(dims, H200)
 
 
@@ -224,21 +322,18 @@ def test_the_mail_has_room_for_every_plan(name, batch):
     """It is made with the cache, before anybody knows the device or the tuning."""
     dims = preset_dims(name, batch)
     planned = 0
-    for cores in (1, 78, 108, 132, 160):
-        for tuning in (Tuning(), Tuning(depth=128, programs_per_core=2), Tuning(matrix_rows=128)):
-            gpu = machine(cores)
-            if why_not(dims, cores * tuning.programs_per_core, tuning) is None:
-                layout = layout_of(make_stream_plan(dims, gpu, tuning))
+    for cores in (1, 78, 108, 132, 160, 320):
+        for tuning in (Tuning(), Tuning(tile_bytes=8192), Tuning(num_warps=8)):
+            if why_not(dims, cores, tuning) is None:
+                layout = layout_of(make_stream_plan(dims, machine(cores), tuning))
                 assert layout.words <= mail_words(dims) - 2
                 planned += 1
     assert planned
 
 
 def test_more_programs_than_the_mail_has_places_are_refused():
-    with pytest.raises(ValueError, match="at most 320 places; this plan has 322 programs"):
-        make_stream_plan(
-            preset_dims("llama3.2-1b", 1), machine(161), Tuning(depth=128, programs_per_core=2)
-        )
+    with pytest.raises(ValueError, match="at most 320 places; this GPU has 321 multiprocessors"):
+        make_stream_plan(preset_dims("llama3.2-1b", 1), machine(321))
 
 
 def test_buffers_of_the_mail_do_not_overlap():
@@ -250,7 +345,7 @@ def test_buffers_of_the_mail_do_not_overlap():
     at = layout_of(plan)
     assert at.x_mid - at.x_in >= 8 * 4096
     assert at.attn - at.qkv >= 8 * 6144
-    assert at.parts - at.partial >= 2 * 8 * 4096 * 4
+    assert at.parts - at.partial >= 2 * 8 * 4096 * plan.segments[Segment.DOWN].splits
 
 
 def interpreted(body, *results: jax.ShapeDtypeStruct) -> list[np.ndarray]:
@@ -259,7 +354,7 @@ def interpreted(body, *results: jax.ShapeDtypeStruct) -> list[np.ndarray]:
 
     def kernel(words, *out):
         words[...] = jnp.zeros((64,), jnp.int32)
-        body(Mail(words, layout, True), *out)
+        body(Mail(words, layout, True, 128), *out)
 
     shapes = [jax.ShapeDtypeStruct((64,), jnp.int32), *results]
     return [np.asarray(x) for x in pl.pallas_call(kernel, out_shape=shapes, interpret=True)()]
@@ -329,7 +424,11 @@ def check(config, got, want, lengths):
     assert cache.lengths.tolist() == [n + 1 for n in lengths]
 
 
-@pytest.mark.parametrize("name", CASES)
+# One program has room for all inputs of the down projection in its registers.
+ONE_PROGRAM = [name for name in CASES if name != "inputs wider than a tile"]
+
+
+@pytest.mark.parametrize("name", ONE_PROGRAM)
 def test_a_step_matches_the_model(name):
     config, capacity, all_lengths = CASES[name]
     model = random_model(config)
@@ -495,21 +594,24 @@ def test_tags_go_round():
 
 
 TUNINGS = [
-    Tuning(matrix_rows=128),
-    Tuning(depth=64),
-    Tuning(matrix_rows=128, depth=16),
-    Tuning(l2_tiles=2),
+    Tuning(tile_bytes=8192),
+    Tuning(tile_bytes=65536),
+    Tuning(num_warps=8),
+    Tuning(slots=2, in_flight=1),
+    Tuning(tile_bytes=8192, num_warps=8, in_flight=16, l2_tiles=2),
 ]
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_every_tile_shape_gives_the_same(tuning):
+@pytest.mark.parametrize("lengths", [[65], [65, 3, 70]], ids=["alone", "batch of 3"])
+def test_every_tile_shape_gives_the_same(tuning, lengths):
     config = small_config(num_heads=4, num_kv_heads=2)
     model = random_model(config)
-    cache, tokens = filled_cache(config, [65, 3], 80), random_tokens(config, 2)
+    cache, tokens = filled_cache(config, lengths, 80), random_tokens(config, len(lengths))
     want = streamed(model, cache, tokens)
     got = streamed(model, cache, tokens, tuning)
     assert_close(got[0], want[0], "fused_vs_fused")
+    assert_close(newest(got[2]), newest(want[2]), "fused_vs_fused")
 
 
 def test_a_full_cache_gives_nan_and_keeps_what_it_holds():
@@ -571,7 +673,8 @@ def run_stages(plan: StreamPlan, model, cache: KVCache, tokens):
     """A step of several programs: one launch a stage, so that nobody has to wait."""
     weights, state = kernel_inputs(model, cache)
     carried = {name: jnp.zeros(x.shape, x.dtype) for name, x in state_shapes(plan).items()}
-    carried["residual"] = jnp.full_like(carried["residual"], jnp.nan)
+    for name in ("residual_first", "residual_second"):
+        carried[name] = jnp.full_like(carried[name], jnp.nan)
     carried["best_logit"] = jnp.full_like(carried["best_logit"], -jnp.inf)
     carried["best_token"] = jnp.full(carried["best_logit"].shape, 2**31 - 1, jnp.int32)
     carried["logits"] = jnp.full((cache.batch, model.config.vocab_size), jnp.nan, jnp.float32)
@@ -585,8 +688,25 @@ def run_stages(plan: StreamPlan, model, cache: KVCache, tokens):
     return carried["logits"], carried["token"], KVCache(*state)
 
 
+def test_inputs_wider_than_a_program_are_split():
+    config, capacity, [lengths] = CASES["inputs wider than a tile"]
+    model = random_model(config)
+    cache, tokens = filled_cache(config, lengths, capacity), random_tokens(config, 2)
+    plan = make_stream_plan(dims_of(config, 2, capacity), machine(2))
+    assert plan.product_warps == 8
+    assert plan.segments[Segment.DOWN].splits == 2
+    got = run_stages(plan, model, cache, tokens)
+    check(config, got, reference(model, cache, tokens), lengths)
+
+
+# Of each batch size: how wide the hidden activations are, so that they come in two parts; the
+# down projection's tiles of a group of the residual.
+SPLIT = {1: (8208, 8), 2: (656, 1)}
+
+
+@pytest.mark.parametrize("batch", SPLIT)
 @pytest.mark.parametrize("family", ["llama", "olmo2", "gemma3"])
-def test_programs_hand_over_all_that_others_need(family):
+def test_programs_hand_over_all_that_others_need(family, batch):
     """Inputs of the down projection in parts, heads in parts, more programs than some groups.
 
     A word that is read and was not written would be NaN, in this step or, if it was written
@@ -595,17 +715,35 @@ def test_programs_hand_over_all_that_others_need(family):
     fields = FAMILIES.get(family, {})
     if "window" in fields:
         fields = fields | {"window": 150, "window_pattern": (True,)}
-    config = small_config(**fields | {"num_layers": 1, "ffw_dim": 656})
+    ffw_dim, tiles = SPLIT[batch]
+    config = small_config(**fields | {"num_layers": 1, "ffw_dim": ffw_dim})
     model = random_model(config)
-    lengths = [300, 2]
-    cache, tokens = filled_cache(config, lengths, 310), random_tokens(config, 2)
-    plan = make_stream_plan(dims_of(config, 2, 310), machine(19))
+    lengths = [300, 2][:batch]
+    cache, tokens = filled_cache(config, lengths, 310), random_tokens(config, batch)
+    plan = make_stream_plan(dims_of(config, batch, 310), machine(19))
     short = dataclasses.replace(plan.attention, min_span=64, max_splits=4)
     plan = dataclasses.replace(plan, attention=short)
-    assert plan.segments[Segment.DOWN].splits == 3
-    assert plan.segments[Segment.DOWN].teams == 6  # the 19th program has no team
-    assert plan.segments[Segment.ATTN_OUT].groups == 18
+    down, attn_out = plan.segments[Segment.DOWN], plan.segments[Segment.ATTN_OUT]
+    assert down.splits == 2
+    assert down.teams == 9  # the 19th program has no team
+    assert down.rows * tiles == plan.rows
+    assert attn_out.groups * plan.rows == 144
+    assert attn_out.groups < 19
     got = run_stages(plan, model, cache, tokens)
     check(config, got, reference(model, cache, tokens), lengths)
-    one = streamed(model, cache, tokens)
-    assert_close(got[0], one[0], "fused_vs_fused")
+    if family == "llama":  # the others' stages take their time to compile
+        other = make_stream_plan(dims_of(config, batch, 310), machine(2))
+        assert_close(got[0], run_stages(other, model, cache, tokens)[0], "fused_vs_fused")
+
+
+@pytest.mark.parametrize("programs", [1, 4])
+def test_a_group_of_the_residual_has_several_tiles_of_the_down_projection(programs):
+    """All of a group's tiles are one program's, and summed up at once."""
+    config = small_config(num_layers=1, ffw_dim=2064)
+    model = random_model(config)
+    cache, tokens = filled_cache(config, [9], 16), random_tokens(config, 1)
+    plan = make_stream_plan(dims_of(config, 1, 16), machine(programs))
+    down = plan.segments[Segment.DOWN]
+    assert (down.splits, down.run, plan.rows) == (1, 4, 16)
+    got = (streamed if programs == 1 else functools.partial(run_stages, plan))(model, cache, tokens)
+    check(config, got, reference(model, cache, tokens), [9])

@@ -14,10 +14,11 @@ from ffjax import cli
 from ffjax.benchmark import tune as tune_module
 from ffjax.benchmark.contenders import Contender, implementation
 from ffjax.benchmark.tune import Trial, candidates, refinements, tune
+from ffjax.commands.tune import _line
 from ffjax.config import preset
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream import tuning as tuning_module
-from pallas_kernels.stream.plan import make_stream_plan
+from pallas_kernels.stream.plan import Segment, make_stream_plan
 from pallas_kernels.stream.tuning import Tuning, row_key, tuning_for
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -32,23 +33,47 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     tried = candidates(dims, H200)
     assert tried[0] == Tuning()
     plans = [make_stream_plan(dims, H200, tuning) for tuning in tried]
-    assert len({(p.rows, p.depth, p.programs, p.num_warps) for p in plans}) == len(plans) > 1
+    sizes = {(p.rows, p.segments[Segment.DOWN].rows, p.num_warps) for p in plans}
+    assert len(sizes) == len(plans) > 1
     finer = refinements(dims, H200, Tuning())
-    usual = plans[0].num_stages
-    stages = [t.num_stages for t in finer if t.num_stages is not None]
-    assert sorted(stages) == [n for n in range(2, usual + 2) if n != usual]
+    assert Tuning() not in finer
+    planned = [make_stream_plan(dims, H200, tuning) for tuning in finer]
+    rings = {(p.slots, min(p.in_flight, p.slots), p.tuning.l2_tiles) for p in planned}
+    assert len(rings) == len(planned)
+    slots = [t.slots for t in finer if t.slots is not None]
+    assert slots == list(range(plans[0].slots - 1, 1, -1))
+    usual = Tuning().in_flight
+    flying = [t.in_flight for t in finer if t.in_flight != usual]
+    assert flying == [n for n in range(1, min(4, plans[0].slots) + 1) if n != usual]
     assert [t.l2_tiles for t in finer if t.l2_tiles] == [2, 4, 8]
-    older = refinements(dims, Gpu.named("A100", "8.0", 108), Tuning())
-    assert not any(t.l2_tiles for t in older)
+
+
+def test_a_gpu_that_streams_nothing_has_no_candidates():
+    dims = dims_of(preset("llama3.2-1b"), 1, 1024)
+    assert candidates(dims, Gpu.named("A100", "8.0", 108)) == []
+
+
+def test_a_line_says_how_a_plan_keeps_its_tiles():
+    tuning = Tuning(tile_bytes=16384, slots=5, in_flight=3, l2_tiles=4)
+    plan = make_stream_plan(dims_of(preset("llama3.2-1b"), 1, 1024), H200, tuning)
+    trial = Trial(tuning, plan, tune_module.Timing(1, (1e-3,), 0.0), 0.004, True, None)
+    line = _line(trial)
+    assert f"tiles of {plan.rows} rows, 5 slots of {plan.slot_bytes} bytes, 3 in flight" in line
+    assert "4 ahead, 4 warps, error 4.0e-03" in line
+    assert "WRONG" not in line
+    assert "WRONG" in _line(dataclasses.replace(trial, repeats=False))
+    failed = dataclasses.replace(trial, timing=None, failure="too much")
+    assert _line(failed).startswith("  does not compile")
+    assert _line(failed).endswith("4 warps: too much")
 
 
 def test_the_fastest_sound_candidate_comes_first(monkeypatch):
     """The reference plays the kernel: wrong under one tuning, failing under another."""
     config = small_config(vocab_size=32, num_layers=1)
     model, dims = random_model(config), dims_of(config, 1, 256)
-    right, wrong, broken = (Tuning(depth=depth) for depth in (16, 32, 64))
+    right, wrong, broken = (Tuning(tile_bytes=size) for size in (8192, 16384, 65536))
     monkeypatch.setattr(tune_module, "candidates", lambda *_: [wrong, broken, right])
-    monkeypatch.setattr(tune_module, "refinements", lambda *_: [Tuning(num_stages=2)])
+    monkeypatch.setattr(tune_module, "refinements", lambda *_: [Tuning(slots=2)])
 
     def make(model, tuning) -> Contender:
         plain = implementation(model, "xla")
@@ -65,7 +90,7 @@ def test_the_fastest_sound_candidate_comes_first(monkeypatch):
     said = []
     trials = tune(model, dims, H200, 3, 6, 7, make, said.append)
     assert [trial.sound for trial in trials] == [True, True, False, False]
-    assert {trials[0].tuning, trials[1].tuning} == {right, Tuning(num_stages=2)}
+    assert {trials[0].tuning, trials[1].tuning} == {right, Tuning(slots=2)}
     times = [trial.timing.step_seconds for trial in trials[:2] if trial.timing is not None]
     assert times == sorted(times)
     assert trials[2].tuning == wrong
@@ -122,7 +147,7 @@ def test_every_row_of_the_table_can_be_planned():
 
 def test_a_step_takes_its_own_row_or_the_defaults(monkeypatch):
     dims = dims_of(preset("llama3.2-1b"), 3, 1024)
-    chosen = Tuning(depth=128, num_warps=8)
+    chosen = Tuning(tile_bytes=16384, num_warps=8, l2_tiles=2)
     row = {**row_key("NVIDIA H200", dims), "tuning": dataclasses.asdict(chosen)}
     monkeypatch.setattr(tuning_module, "_table", lambda: [json.loads(json.dumps(row))])
     assert row["batch"] == 4

@@ -22,7 +22,13 @@ from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, sta
 from ffjax.benchmark.timing import DecodeLoop, Timing, rewind, time_loops
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.decode import Implementation, Kernel, default_device, why_not_fused_config
+from ffjax.decode import (
+    Implementation,
+    Kernel,
+    default_device,
+    kernels_for,
+    why_not_fused_config,
+)
 from ffjax.dims import step_dims
 from ffjax.model import Transformer
 from pallas_kernels.support import MAX_BATCH
@@ -245,12 +251,13 @@ def _choose(sweep: Sweep, batch: int, position: int) -> tuple[Implementation, st
     """
     if sweep.implementation == "xla":
         return "xla", None
-    kernel = sweep.implementation or "pallas"
-    capacity = capacity_for(position, sweep.steps)
-    reason = why_not_fused_config(sweep.config, jnp.bfloat16, batch, capacity, kernel)
-    if reason is None:
-        return kernel, None
-    if sweep.implementation is not None:
+    named = sweep.implementation
+    capacity, reason = capacity_for(position, sweep.steps), None
+    for kernel in kernels_for(sweep.config, batch) if named is None else (named,):
+        reason = why_not_fused_config(sweep.config, jnp.bfloat16, batch, capacity, kernel)
+        if reason is None:
+            return kernel, None
+    if named is not None:
         raise NotImplementedError(reason)
     return "xla", reason
 

@@ -1,7 +1,7 @@
 """Looks for the streamed kernel's best tuning on this device.
 
-First the shapes of tiles and programs are timed in turn, each with as many tiles in flight as
-fit; then, for the fastest, other numbers of tiles in flight, or asked for ahead. Every
+First the sizes of tiles and programs are timed in turn, each with as many slots as fit; then,
+for the fastest, fewer slots, other numbers of tiles in flight, or some asked for ahead. Every
 candidate's step is compared with the reference before it counts.
 """
 
@@ -72,29 +72,30 @@ def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
             plan = make_stream_plan(dims, gpu, tuning)
         except ValueError:
             continue
-        tile = plan.rows, plan.chunks, plan.depth
-        size = plan.programs, plan.num_warps, plan.num_stages
-        plans.setdefault((*tile, *size, tuning.l2_tiles), tuning)
+        rows = tuple(part.rows for part in plan.segments.values())
+        ring = plan.slots, min(plan.in_flight, plan.slots), tuning.l2_tiles
+        plans.setdefault((rows, plan.num_warps, *ring), tuning)
     return list(plans.values())
 
 
 def candidates(dims: Dims, gpu: Gpu) -> list[Tuning]:
-    """Shapes of tiles and programs to try, the default first."""
-    shapes = itertools.product((64, 128), (256, 128), (1, 2), (None, 4, 8))
-    options = (
-        Tuning(matrix_rows=rows, depth=depth, programs_per_core=programs, num_warps=warps)
-        for rows, depth, programs, warps in shapes
-    )
-    return _distinct(dims, gpu, options)
+    """Sizes of tiles and programs to try, the default first."""
+    default = Tuning()
+    sizes = itertools.product((32_768, 16_384, 65_536, 8192), (None, 4, 8))
+    options = (Tuning(tile_bytes=size, num_warps=warps) for size, warps in sizes)
+    return _distinct(dims, gpu, [default, *options])
 
 
 def refinements(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
-    """The same shapes with other numbers of tiles in flight, or asked for into the L2 cache."""
-    usual = make_stream_plan(dims, gpu, tuning).num_stages
-    numbers = (usual + 1, *range(usual - 1, 1, -1))
-    options = [dataclasses.replace(tuning, num_stages=number) for number in numbers]
+    """The same sizes with fewer slots, other numbers of tiles in flight, or some asked for ahead.
+
+    The tuning itself is not among them.
+    """
+    usual = make_stream_plan(dims, gpu, tuning).slots
+    options = [dataclasses.replace(tuning, slots=number) for number in range(usual - 1, 1, -1)]
+    options += [dataclasses.replace(tuning, in_flight=number) for number in range(1, 5)]
     options += [dataclasses.replace(tuning, l2_tiles=tiles) for tiles in (2, 4, 8)]
-    return _distinct(dims, gpu, options)
+    return _distinct(dims, gpu, [tuning, *options])[1:]
 
 
 def tuned(model: Transformer, tuning: Tuning) -> Contender:

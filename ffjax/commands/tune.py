@@ -116,8 +116,8 @@ def _data(trial) -> dict:
 def _line(trial) -> str:
     plan = trial.plan
     shape = (
-        f"tile {plan.rows} x {plan.chunks} x {plan.depth}, {plan.programs} programs of "
-        f"{plan.num_warps} warps, {plan.num_stages} stages"
+        f"tiles of {plan.rows} rows, {plan.slots} slots of {plan.slot_bytes} bytes, "
+        f"{plan.in_flight} in flight, {trial.tuning.l2_tiles} ahead, {plan.num_warps} warps"
     )
     if trial.timing is None:
         return f"  does not compile  {shape}: {trial.failure}"
