@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ from pallas_kernels.stream.plan import (
     compiler_bytes,
     make_stream_plan,
     why_not,
+    why_not_on,
 )
 from pallas_kernels.stream.ring import feed_of
 from pallas_kernels.stream.route import make_route, route_shape
@@ -196,6 +198,20 @@ def test_the_stream_passes_every_tile_in_order(name):
     assert last == changes
     starts = [plan.first_tile(segment, layer) for segment, layer, number in order if number == 0]
     assert starts == [i for i, (_, _, number) in enumerate(order) if number == 0]
+
+
+def test_a_ring_that_does_not_fit_is_refused():
+    """99 KiB of shared memory hold two tiles of 8 KiB beside the rest, not two of 32."""
+    small, dims = Gpu.named("RTX PRO 6000", "12.0", 188), preset_dims("llama3.2-1b", 1)
+    reason = why_not_on(small, dims)
+    assert reason is not None
+    assert "two tiles of 32768 bytes do not fit" in reason
+    assert "Take a tuning with smaller tiles" in reason
+    plan, nothing = make_stream_plan(dims, small), [jax.ShapeDtypeStruct((), jnp.int32)] * 4
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        run_stream(lambda env: None, plan, dims.abstract_weights(), StepState(*nothing), nothing[0])
+    assert why_not_on(small, dims, Tuning(tile_bytes=8192)) is None
+    assert why_not_on(H200, dims) is None
 
 
 def test_all_programs_end_a_segment_at_about_the_same_time():

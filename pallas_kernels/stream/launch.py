@@ -55,8 +55,8 @@ def run_stream(
         The state, logits float32 `[B, V]`, token int32 `[B]` and `updated`, by name.
 
     Raises:
-        ValueError: the programs cannot all be on the device at once, or the cache was made
-            for another model or batch.
+        ValueError: the programs cannot all be on the device at once, their tiles do not fit in
+            shared memory, or the cache was made for another model or batch.
     """
     d, layout = plan.dims, layout_of(plan)
     if plan.programs > plan.resident and not interpret:
@@ -65,6 +65,8 @@ def run_stream(
             f"this plan has {plan.programs}, the device holds {plan.resident}. "
             "Take the plan from make_stream_plan for this device."
         )
+    if plan.why_no_room is not None and not interpret:
+        raise ValueError(plan.why_no_room)
     if state.counters.shape[0] != (words := mail_words(d)):
         raise ValueError(
             f"A step of {d.batch} sequences of this model hands over activations in {words} "

@@ -38,6 +38,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import Dims, ceil_div
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS, splits_of
+from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
 from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS, num_counters, trap_if_over
 
@@ -115,7 +116,9 @@ def mail_words(dims: Dims) -> int:
     if dims.batch > MAX_BATCH:
         return num_counters(dims.batch, dims.num_kv_heads)
     max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
-    words = Layout.of(dims, splits_of(dims), max_splits, MAX_PROGRAMS).words
+    # The smallest tiles split most.
+    splits = splits_of(dims, Tuning(tile_bytes=min(TILE_BYTES)))
+    words = Layout.of(dims, splits, max_splits, MAX_PROGRAMS).words
     return words + _LINE  # spare: see `ptx`
 
 

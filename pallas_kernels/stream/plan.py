@@ -18,7 +18,7 @@ import enum
 import functools
 
 from pallas_kernels.dims import Dims, ceil_div, next_power_of_2
-from pallas_kernels.gpu import Gpu
+from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.plan import AttentionPlan
 from pallas_kernels.stream.tuning import Tuning
 
@@ -114,6 +114,7 @@ class StreamPlan:
         slots: tiles that shared memory holds.
         in_flight: tiles that are asked for and have not come, at most.
         slot_bytes: bytes of a slot of the ring.
+        room: bytes that there are for the slots.
         tail_bytes: bytes that reading a whole span goes beyond a slot's last row.
         flush: tiles whose products are summed up and made use of together, at most.
         padded_batch: Bp, 1, or 8 for several sequences.
@@ -133,6 +134,7 @@ class StreamPlan:
     slots: int
     in_flight: int
     slot_bytes: int
+    room: int
     tail_bytes: int
     flush: int
     padded_batch: int
@@ -144,6 +146,17 @@ class StreamPlan:
 
     def __hash__(self) -> int:
         return hash((self.dims, self.programs, self.tuning))
+
+    @property
+    def why_no_room(self) -> str | None:
+        """Why two tiles do not fit in shared memory, as a sentence; None if they do."""
+        if self.slots * (self.slot_bytes + 8) <= self.room:
+            return None
+        return (
+            f"A stream has a tile in flight while another is used: two tiles of {self.slot_bytes} "
+            f"bytes do not fit in the {max(self.room, 0)} bytes of shared memory that are left for "
+            "them. Take a tuning with smaller tiles, or the phased kernel."
+        )
 
     @property
     def chunked(self) -> bool:
@@ -220,8 +233,10 @@ class _Geometry:
         self.pieces = ceil_div(widest, self.unit)
         self.most = most
         self.rows = self._rows(dims, self.pieces * self.unit, tuning)
-        # The down projection's inputs are split where threads have no room for them.
-        room = 8 if self.batch == 1 else max(self.pieces, 4)
+        # The down projection's inputs are split where threads, or tiles of two rows, have no room.
+        room = max(self.pieces, 4)
+        if self.batch == 1:
+            room = max(1, min(MAX_PIECES // 2, tuning.tile_bytes // (2 * 2 * self.unit)))
         self.splits = ceil_div(dims.ffw_dim, room * self.unit)
         self.width = ceil_div(ceil_div(dims.ffw_dim, self.splits), PIECE) * PIECE
         self.down_pieces = ceil_div(self.width, self.unit)
@@ -276,6 +291,13 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
 
 def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning = DEFAULT) -> str | None:
     """Why these sizes cannot be streamed on a GPU, as a sentence; None if they can."""
+    if (reason := _why_not_there(gpu) or why_not(dims, gpu.cores, tuning)) is not None:
+        return reason
+    # Interpreted, no shared memory is taken.
+    return None if gpu == INTERPRETER else make_stream_plan(dims, gpu, tuning).why_no_room
+
+
+def _why_not_there(gpu: Gpu) -> str | None:
     if gpu.cores > MAX_PROGRAMS:
         return (
             f"The programs of a streamed step hand over what is theirs in at most {MAX_PROGRAMS} "
@@ -287,7 +309,7 @@ def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning = DEFAULT) -> str | None:
             "Weights are streamed by an instruction of compute capability 9.0 and newer; "
             f"this GPU has {gpu.capability}. Take the phased kernel."
         )
-    return why_not(dims, gpu.cores, tuning)
+    return None
 
 
 @functools.lru_cache
@@ -302,9 +324,9 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
     Raises:
         ValueError: the sizes cannot be streamed there; see `why_not_on`.
     """
-    if (reason := why_not_on(gpu, dims, tuning)) is not None:
-        raise ValueError(reason)
     d, programs = dims, gpu.cores
+    if (reason := _why_not_there(gpu) or why_not(dims, programs, tuning)) is not None:
+        raise ValueError(reason)
     g = _Geometry(dims, tuning)
 
     def segment(out: int, inner: int, outputs: int = g.rows) -> SegmentPlan:
@@ -372,6 +394,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         slots=min(tuning.slots or slots, slots),
         in_flight=tuning.in_flight,
         slot_bytes=slot_bytes,
+        room=free,
         tail_bytes=tail_bytes,
         flush=flush,
         padded_batch=g.batch,

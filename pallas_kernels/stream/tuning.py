@@ -16,8 +16,9 @@ from typing import Any
 
 from pallas_kernels.dims import Dims, next_power_of_2
 
-__all__ = ["Tuning", "row_key", "tuning_for"]
+__all__ = ["TILE_BYTES", "Tuning", "row_key", "tuning_for"]
 
+TILE_BYTES = (8192, 16384, 32768, 65536)
 # The sizes that a step's best tuning depends on; layers and vocabulary only repeat tiles.
 _SIZES = ("model_dim", "ffw_dim", "num_heads", "num_kv_heads", "head_dim")
 
@@ -47,7 +48,7 @@ class Tuning:
 
     def __post_init__(self):
         for name, allowed in {
-            "tile_bytes": [8192, 16384, 32768, 65536],
+            "tile_bytes": list(TILE_BYTES),
             "num_warps": [None, 4, 8],
             "in_flight": list(range(1, 17)),
             "l2_tiles": list(range(17)),
