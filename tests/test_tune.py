@@ -33,7 +33,9 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     tried = candidates(dims, H200)
     assert tried[0] == Tuning()
     plans = [make_stream_plan(dims, H200, tuning) for tuning in tried]
-    sizes = {(p.rows, p.segments[Segment.DOWN].rows, p.num_warps) for p in plans}
+    downs = [p.segments[Segment.DOWN] for p in plans]
+    pairs = zip(plans, downs, strict=True)
+    sizes = {(p.rows, down.rows, down.splits, p.num_warps) for p, down in pairs}
     assert len(sizes) == len(plans) > 1
     finer = refinements(dims, H200, Tuning())
     assert Tuning() not in finer

@@ -72,7 +72,9 @@ def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
             plan = make_stream_plan(dims, gpu, tuning)
         except ValueError:
             continue
-        rows = tuple(part.rows for part in plan.segments.values())
+        if plan.why_no_room is not None:
+            continue
+        rows = tuple((part.rows, part.splits) for part in plan.segments.values())
         ring = plan.slots, min(plan.in_flight, plan.slots), tuning.l2_tiles
         plans.setdefault((rows, plan.num_warps, *ring), tuning)
     return list(plans.values())
