@@ -207,9 +207,11 @@ def test_a_ring_that_does_not_fit_is_refused():
     assert reason is not None
     assert "two tiles of 32768 bytes do not fit" in reason
     assert "Take a tuning with smaller tiles" in reason
-    plan, nothing = make_stream_plan(dims, small), [jax.ShapeDtypeStruct((), jnp.int32)] * 4
+    plan = make_stream_plan(dims, small)
+    nothing: Any = jax.ShapeDtypeStruct((), jnp.int32)  # it is refused before it is looked at
+    state = StepState(nothing, nothing, nothing, nothing)
     with pytest.raises(ValueError, match=re.escape(reason)):
-        run_stream(lambda env: None, plan, dims.abstract_weights(), StepState(*nothing), nothing[0])
+        run_stream(lambda env: None, plan, dims.abstract_weights(), state, nothing)
     assert why_not_on(small, dims, Tuning(tile_bytes=8192)) is None
     assert why_not_on(H200, dims) is None
 
