@@ -204,7 +204,6 @@ class Mail:
             tag: int32 scalar they must carry.
         """
         tag = tag & _TAG_BITS
-
         spread = [self._spread(offsets, mask) for offsets, mask in wanted]
 
         def read():

@@ -42,8 +42,6 @@ PIECE = 8
 LINE = 4 * PIECE
 # Pieces that a thread holds of the operand: half of its 255 registers, packed in pairs.
 MAX_PIECES = 16
-# A row that is normed is not split; a thread holds it unpacked for a moment.
-MAX_NORMED_PIECES = 16
 MAX_ROWS = 16
 MAX_SLOTS = 16
 MIN_FLUSH = 8
@@ -98,6 +96,11 @@ class SegmentPlan:
     teams: int
     run: int
     tiles: int
+
+    @property
+    def run_rows(self) -> int:
+        """Rows of the groups that are dealt out together."""
+        return self.rows * self.run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,9 +51,7 @@ class Sums(NamedTuple):
 def outputs_of(env: StreamEnv, segment: Segment) -> Outputs:
     """What a flush of the segment makes, or the residual that a program owns."""
     plan, bp = env.plan, env.plan.padded_batch
-    rows = plan.rows
-    if segment == Segment.DOWN and env.segment(segment).splits > 1:
-        rows = env.segment(segment).rows
+    rows = plan.rows if segment == Segment.EMBED else env.segment(segment).run_rows
     index = iota((plan.flushed(segment) * (rows // 2) * bp,), 0)
     pair = lax.div(index, jnp.int32(bp))
     number = lax.div(pair, jnp.int32(rows // 2))
@@ -124,7 +122,6 @@ def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Su
     All threads have put theirs aside: a barrier stands before. Another must stand behind.
     """
     plan, part = env.plan, env.segment(segment)
-    half = plan.rows // 2
 
     def of(row: Array) -> Array:
         tile = outputs.number
@@ -140,9 +137,7 @@ def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Su
         at += 4 * (row * COLUMNS + outputs.sequence)
         return ptx.sum_shared(at, plan.product_warps, 4 * COLUMNS * part.rows)
 
-    if part.run == 1:
-        half = part.rows // 2
-    return Sums(of(outputs.pair), of(outputs.pair + half))
+    return Sums(of(outputs.pair), of(outputs.pair + part.run_rows // 2))
 
 
 def _interpreted(

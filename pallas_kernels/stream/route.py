@@ -77,7 +77,7 @@ def route_shape(plan: StreamPlan) -> tuple[int, int, int]:
 
 def most_copies(plan: StreamPlan) -> int:
     """Copies of a tile at most."""
-    return max(2, *(part.rows for part in plan.segments.values() if part.splits > 1), 2)
+    return max([2, *(part.rows for part in plan.segments.values() if part.splits > 1)])
 
 
 def weights_of(env: StreamEnv) -> list[Any]:

@@ -55,7 +55,6 @@ class Place(NamedTuple):
 class Flush(NamedTuple):
     """The tiles whose products are summed up together: scalars, int32."""
 
-    segment: Array
     layer: Array
     first_group: Array
     teams: Array
@@ -74,7 +73,6 @@ class Flush(NamedTuple):
 def flush_of(place: Place) -> Flush:
     """The tiles from the last flush up to this place."""
     return Flush(
-        segment=place.segment,
         layer=place.layer,
         first_group=place.group - place.slot * place.teams,
         teams=place.teams,

@@ -42,34 +42,39 @@ def _(ctx, ref, weights, *args, step, pieces, most, feed):
         f"mov.u32 %left, 1; shl.b32 %left, %left, {there_of}; sub.u32 %left, %left, 1;",
     ]
     lines.extend(f"mov.b32 ${i}, {tag_of};" for i in range(count))
+
+    def load(q: int, guard: str) -> list[str]:
+        return [
+            f"{guard}ld.relaxed.gpu.global.v4.b32 "
+            f"{{{', '.join(f'${8 * q + 4 * half + i}' for i in range(4))}}}, "
+            f"[{address}+{4 * (step * q + 4 * half)}];"
+            for half in range(2)
+        ]
+
+    def check(q: int) -> list[str]:
+        """Whether the piece is there, in %p: then its bit goes."""
+        return [
+            "mov.b32 %w, 0;",
+            # w |= word ^ tag, for all words
+            *(f"lop3.b32 %w, ${8 * q + i}, {tag_of}, %w, 0xbe;" for i in range(8)),
+            "and.b32 %w, %w, 255; setp.eq.u32 %p, %w, 0;",
+            f"@%p and.b32 %left, %left, {~(1 << q)};",
+        ]
+
     if pieces > _FEW_PIECES:
         # To look for all of many would take others' bandwidth: first only for the last one.
-        q = pieces - 1
+        last = pieces - 1
         lines.append("early:")
-        lines.append(f"and.b32 %w, %left, {1 << q}; setp.eq.u32 %p, %w, 0; @%p bra again;")
-        for half in range(2):
-            to = ", ".join(f"${8 * q + 4 * half + i}" for i in range(4))
-            at = 4 * (step * q + 4 * half)
-            lines.append(f"ld.relaxed.gpu.global.v4.b32 {{{to}}}, [{address}+{at}];")
-        lines.append("mov.b32 %w, 0;")
-        lines.extend(f"lop3.b32 %w, ${8 * q + i}, {tag_of}, %w, 0xbe;" for i in range(8))
-        lines.append("and.b32 %w, %w, 255; setp.eq.u32 %p, %w, 0;")
-        lines.append(f"@%p and.b32 %left, %left, {~(1 << q)}; @%p bra again;")
+        lines.append(f"and.b32 %w, %left, {1 << last}; setp.eq.u32 %p, %w, 0; @%p bra again;")
+        lines += [*load(last, ""), *check(last), "@%p bra again;"]
         lines += feed_lines(feed, f"${count + 4}", f"${count + 3}", None)
         lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra early; trap;")
     lines.append("again:")
     for q in range(pieces):
         lines.append(f"and.b32 %w, %left, {1 << q}; setp.ne.u32 %p, %w, 0;")
-        for half in range(2):
-            to = ", ".join(f"${8 * q + 4 * half + i}" for i in range(4))
-            at = 4 * (step * q + 4 * half)
-            lines.append(f"@%p ld.relaxed.gpu.global.v4.b32 {{{to}}}, [{address}+{at}];")
+        lines += load(q, "@%p ")
     for q in range(pieces):
-        # w |= word ^ tag, for all words
-        lines.append("mov.b32 %w, 0;")
-        lines.extend(f"lop3.b32 %w, ${8 * q + i}, {tag_of}, %w, 0xbe;" for i in range(8))
-        lines.append("and.b32 %w, %w, 255; setp.eq.u32 %p, %w, 0;")
-        lines.append(f"@%p and.b32 %left, %left, {~(1 << q)};")
+        lines += check(q)
     lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
     lines += feed_lines(feed, f"${count + 4}", f"${count + 3}", None)
     lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done: }}")
