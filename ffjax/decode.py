@@ -21,7 +21,7 @@ from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, launch_step
 from pallas_kernels.plan import make_plan
 from pallas_kernels.stream.launch import stream_step
-from pallas_kernels.stream.plan import make_stream_plan, why_not_on
+from pallas_kernels.stream.planner import make_stream_plan, why_not_on
 from pallas_kernels.stream.tuning import Tuning, tuning_for
 from pallas_kernels.support import why_not
 

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 from pallas_kernels import compile_worker
 from pallas_kernels.dims import Dims
 from pallas_kernels.launch import KERNEL_NAME
-from pallas_kernels.stream.plan import why_not_on
+from pallas_kernels.stream.planner import why_not_on
 from pallas_kernels.support import why_not
 from pallas_kernels.targets import target, target_names
 

@@ -24,7 +24,8 @@ from pallas_kernels.launch import StepState, launch_step
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.mail import mail_words
-from pallas_kernels.stream.plan import StreamPlan, make_stream_plan
+from pallas_kernels.stream.plan import StreamPlan
+from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.targets import target
 

@@ -13,8 +13,9 @@ from decode_cases import dims_of
 from ffjax.config import preset
 from pallas_kernels import compile as compile_module
 from pallas_kernels.compile import CompileError, Kernel, compile_for, main, why_no_compiler
-from pallas_kernels.stream.plan import RESERVED_TILE, compiler_bytes, make_stream_plan
-from pallas_kernels.stream.ring import feed_of
+from pallas_kernels.stream.layout import SharedLayout
+from pallas_kernels.stream.plan import RESERVED_TILE
+from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan
 from pallas_kernels.targets import target, target_names
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -68,9 +69,9 @@ def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, g
         plan = make_stream_plan(dims, wanted)
         assert report["num_stages"] == plan.num_stages
         assert report["shared_memory_bytes"] >= (plan.num_stages - 1) * RESERVED_TILE
-        ring = feed_of(plan).control + 64 + 128
-        assert plan.slots * plan.slot_bytes < ring
-        assert ring + compiler_bytes(dims) <= report["shared_memory_bytes"]
+        size = SharedLayout.of(plan).size
+        assert plan.slots * plan.slot_bytes < size
+        assert size + COMPILER_BYTES <= report["shared_memory_bytes"]
     assert report["arch"] == {"8.0": "sm_80", "9.0": "sm_90a"}[wanted.capability]
     assert {"jax", "ptxas"} < set(report["versions"])
     assert not list(tmp_path.iterdir())
@@ -92,7 +93,7 @@ def test_the_plan_leaves_the_compiler_what_it_takes(config):
     dims = dims_of(preset(config), 1, 16_384)
     report = compile_for("h200", dims, kernel="streamed", num_stages=1)
     assert report.num_stages == 1
-    assert 1024 < report.shared_memory_bytes <= compiler_bytes(dims)
+    assert 1024 < report.shared_memory_bytes <= COMPILER_BYTES
 
 
 def test_the_stream_is_refused_for_a_gpu_without_bulk_copies(capsys):

@@ -18,7 +18,8 @@ from ffjax.commands.tune import _line
 from ffjax.config import preset
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream import tuning as tuning_module
-from pallas_kernels.stream.plan import Segment, make_stream_plan
+from pallas_kernels.stream.plan import Segment
+from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.tuning import Tuning, row_key, tuning_for
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -27,7 +27,8 @@ from ffjax.decode import DecodeOutput, fused_step
 from ffjax.model import Transformer
 from pallas_kernels.dims import Dims
 from pallas_kernels.gpu import Gpu
-from pallas_kernels.stream.plan import StreamPlan, make_stream_plan
+from pallas_kernels.stream.plan import StreamPlan
+from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = ["Trial", "candidates", "refinements", "tune", "tuned"]

@@ -49,11 +49,13 @@ class StreamEnv(Program):
         plan: the step's plan.
         step: number of the step, int32: how many were finished before.
         mail: the mail.
+        shared: int32 scalar, where the shared memory begins that the kernel lays out itself.
     """
 
     plan: StreamPlan
     step: Array
     mail: Mail
+    shared: Array
 
     def segment(self, segment: Segment) -> SegmentPlan:
         """The plan of a segment."""

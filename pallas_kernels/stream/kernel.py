@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.stream.cache import feed_cache
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.mail import Meanwhile
 from pallas_kernels.stream.operand import collect_operand
@@ -16,7 +17,7 @@ from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import multiply, outputs_of, sum_up
 from pallas_kernels.stream.ring import Turn, feed_of, feed_ring, next_turn, start_ring
 from pallas_kernels.stream.route import weights_of
-from pallas_kernels.stream.segments.attention import attend_parts, combine_parts, prefetch_parts
+from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
 from pallas_kernels.stream.segments.gate_up import finish_gate_up
 from pallas_kernels.stream.segments.head import finish_head, leave_head
 from pallas_kernels.stream.segments.qkv import Rotations, finish_qkv, make_rotations
@@ -99,11 +100,12 @@ def leave_segment(env: StreamEnv, place: Place, state: State) -> State:
 
 
 def feeding(env: StreamEnv, turn: Turn) -> StreamEnv:
-    """The program's view, with a mail that feeds the ring while it waits."""
+    """The program's view once there is a ring, which the mail feeds while it waits."""
     if env.interpret:
         return env
     meanwhile = Meanwhile(weights_of(env)[0], turn.base, feed_of(env.plan))
-    return dataclasses.replace(env, mail=dataclasses.replace(env.mail, meanwhile=meanwhile))
+    mail = dataclasses.replace(env.mail, meanwhile=meanwhile)
+    return dataclasses.replace(env, mail=mail, shared=turn.base)
 
 
 def _meet(env: StreamEnv) -> None:
@@ -122,6 +124,7 @@ def stream_kernel(env: StreamEnv) -> None:
     state = leave_embed(env, empty_state(env))
     turn = start_ring(env)
     env = feeding(env, turn)
+    feed_cache(env, jnp.int32(0))
     rotations = make_rotations(env)
     total = env.plan.total_tiles
 
@@ -134,13 +137,14 @@ def stream_kernel(env: StreamEnv) -> None:
         def change_segment(state):
             left = leave_segment(env, place, state)
             following = next_segment(env, place)
-            lax.cond(
-                following.segment == Segment.QKV,
-                lambda: prefetch_parts(env, following.layer),
-                lambda: None,
-            )
             operand = lax.cond(
                 index < total - 1, lambda: collect_operand(env, following), lambda: left.operand
+            )
+            # Nobody waits for long now: time for the next layer's keys and values.
+            lax.cond(
+                following.segment == Segment.GATE_UP,
+                lambda: feed_cache(env, following.layer + 1),
+                lambda: None,
             )
             return following, left._replace(operand=operand)
 

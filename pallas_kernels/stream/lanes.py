@@ -16,7 +16,7 @@ from jax import Array, lax
 from pallas_kernels.program import iota
 from pallas_kernels.stream.plan import LINE, PIECE, StreamPlan
 
-__all__ = ["column_of", "first_input", "multiplies", "next_input", "waits"]
+__all__ = ["column_of", "feeding_thread", "first_input", "multiplies", "next_input", "waits"]
 
 
 def _lane(plan: StreamPlan) -> Array:
@@ -40,12 +40,17 @@ def multiplies(plan: StreamPlan) -> Array:
     return iota((plan.threads,), 0) < 32 * plan.product_warps
 
 
+def feeding_thread(plan: StreamPlan) -> int:
+    """The thread that asks for tiles: of the last warp, which may be one that does not multiply."""
+    return plan.threads - 32
+
+
 def waits(plan: StreamPlan) -> Array:
     """Whether each thread waits for inputs: those that multiply, and the one that feeds the ring.
 
     The last warp's do, so that its first one feeds the ring for as long. Bool `[T]`.
     """
-    return multiplies(plan) | (iota((plan.threads,), 0) >= plan.threads - 32)
+    return multiplies(plan) | (iota((plan.threads,), 0) >= feeding_thread(plan))
 
 
 def next_input(plan: StreamPlan) -> int:

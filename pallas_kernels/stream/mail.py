@@ -37,7 +37,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import Dims, ceil_div
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS, splits_of
+from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS
+from pallas_kernels.stream.planner import splits_of
 from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
 from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS, num_counters, trap_if_over
@@ -266,22 +267,34 @@ class Mail:
             tag: int32 scalar they must carry.
             mask: bool, the same shape.
         """
-        shape = offsets.shape
-        offsets, mask = self._spread(offsets, mask)
+        return self.collect_pairs([(offsets, mask)], tag)[0]
+
+    def collect_pairs(self, wanted: Sequence[tuple[Array, Array]], tag: Array) -> list[Array]:
+        """Waits for several arrays of pairs, of one shape, at the same time.
+
+        Args:
+            wanted: offsets and mask of each, as in `collect_pair`.
+            tag: int32 scalar they must carry.
+        """
+        shape = wanted[0][0].shape
+        spread = [self._spread(offsets, mask) for offsets, mask in wanted]
+        masks = [mask for _, mask in spread]
         # What the mask hides is read too, from a place that is always there.
-        offsets = jnp.where(mask, offsets, self.layout.best)
+        places = [jnp.where(mask, offsets, self.layout.best) for offsets, mask in spread]
 
         def read():
-            return ptx.load_pair(self.words, offsets, interpret=self.interpret)
+            return [ptx.load_pair(self.words, x, interpret=self.interpret) for x in places]
 
-        def missing(pair):
-            return [jnp.where(mask, pair[1] ^ tag, 0)]
+        def missing(pairs):
+            each = [jnp.where(m, pair[1] ^ tag, 0) for m, pair in zip(masks, pairs, strict=True)]
+            return each if self.interpret else [functools.reduce(jnp.bitwise_or, each)]
 
-        pair = self._poll(read, missing)
-        value = jnp.where(mask, pair[0], 0)
+        pairs = self._poll(read, missing)
+        values = [jnp.where(mask, pair[0], 0) for mask, pair in zip(masks, pairs, strict=True)]
         if self.interpret:
-            return jnp.where(missing(pair)[0] == 0, value, _NAN)
-        return _gathered(value, shape)
+            lacking = missing(pairs)
+            return [jnp.where(x == 0, y, _NAN) for x, y in zip(lacking, values, strict=True)]
+        return [_gathered(value, shape) for value in values]
 
     def _spread(self, offsets: Array, mask: Array) -> tuple[Array, Array]:
         """The same words, as often as it takes for every thread to have some of its own.

@@ -21,16 +21,14 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.plan import COLUMNS, PIECE, RESERVED_TILE, Segment, StreamPlan
-from pallas_kernels.stream.route import (
-    make_route,
-    most_copies,
-    read_route,
-    route_bytes,
-    weights_of,
-)
+from pallas_kernels.stream.lanes import feeding_thread
+from pallas_kernels.stream.layout import ALIGNMENT, ROW_WORDS, SharedLayout
+from pallas_kernels.stream.plan import COLUMNS, PIECE, RESERVED_TILE, StreamPlan
+from pallas_kernels.stream.route import make_route, most_copies, read_route, weights_of
+from pallas_kernels.stream.spans import make_spans
 
 __all__ = [
+    "MOST_LOOKS",
     "Turn",
     "feed_of",
     "feed_ring",
@@ -44,8 +42,7 @@ __all__ = [
 ]
 
 # A wait looks so often before it gives up; a look takes up to some microseconds.
-_MOST_LOOKS = 1 << 22
-_ALIGNMENT = 128
+MOST_LOOKS = 1 << 22
 
 
 class Turn(NamedTuple):
@@ -56,22 +53,11 @@ class Turn(NamedTuple):
     phase: Array  # 0 in the first round, then 1, 0 and so on
 
 
-def _data_bytes(plan: StreamPlan) -> int:
-    return plan.slots * plan.slot_bytes + plan.tail_bytes
-
-
-def _products_bytes(plan: StreamPlan) -> int:
-    """Of the products of the tiles that wait to be summed up."""
-    down = plan.segments[Segment.DOWN]
-    of_down = down.run * plan.products_bytes(Segment.DOWN)
-    return plan.flush * max(plan.products_bytes(Segment.QKV), of_down)
-
-
 def first_turn(env: StreamEnv) -> Turn:
     """The first slot's turn. Interpreted, there is no ring."""
     plan = env.plan
-    size = feed_of(plan).control + 64 + _ALIGNMENT
-    base = jnp.int32(0) if env.interpret else ptx.ring_base(size, _ALIGNMENT)
+    size = SharedLayout.of(plan).size
+    base = jnp.int32(0) if env.interpret else ptx.ring_base(size, ALIGNMENT)
     # Pallas lets no plain constant out of a branch.
     return Turn(base, env.program * 0, env.program * 0)
 
@@ -91,17 +77,13 @@ def slot_address(env: StreamEnv, turn: Turn) -> Array:
     return turn.base + turn.slot * env.plan.slot_bytes
 
 
-def _even_slots(plan: StreamPlan) -> int:
-    return plan.slots + plan.slots % 2
-
-
 def _barrier(env: StreamEnv, turn: Turn) -> Array:
-    return turn.base + feed_of(env.plan).barriers + 8 * turn.slot
+    return turn.base + SharedLayout.of(env.plan).slot_barriers + 8 * turn.slot
 
 
 def products_address(env: StreamEnv, turn: Turn) -> Array:
     """Where products lie in shared memory until they are summed up, int32 scalar."""
-    return turn.base + _data_bytes(env.plan)
+    return turn.base + SharedLayout.of(env.plan).products
 
 
 def _reserve(env: StreamEnv) -> None:
@@ -131,20 +113,24 @@ def _reserve(env: StreamEnv) -> None:
 def start_ring(env: StreamEnv) -> Turn:
     """Asks for the first tiles; returns the first one's turn."""
     plan, turn = env.plan, first_turn(env)
-    make_route(env, turn.base + feed_of(plan).route)
+    at = SharedLayout.of(plan)
+    make_route(env, turn.base + at.route)
     if env.interpret:
         return turn
     _reserve(env)
     if plan.ragged:
         # What is multiplied by zeros must be numbers.
-        ptx.clear_shared(turn.base, _data_bytes(plan), plan.threads)
-    feed = feed_of(plan)
-    ptx.start_barriers(turn.base + feed.barriers, plan.slots)
+        ptx.clear_shared(turn.base, at.tiles, plan.threads)
+    make_spans(env, turn.base + at.spans)
+    ptx.start_barriers(turn.base + at.slot_barriers, plan.slots)
+    ptx.start_barriers(turn.base + at.tile_barriers, plan.attention.tiles)
     nothing = jnp.zeros((1,), jnp.int32)
-    for row in range(2):
-        control = jnp.full((1,), turn.base + feed.control + 32 * row)
-        ptx.write_row(control, [nothing] * 8, nothing == 0)
+    free = nothing + plan.attention.tiles
+    for row, first in enumerate((nothing, nothing, free)):
+        control = jnp.full((1,), turn.base + at.control + 4 * ROW_WORDS * row)
+        ptx.write_row(control, [first, *[nothing] * (ROW_WORDS - 1)], nothing == 0)
     plgpu.debug_barrier()
+    feed = feed_of(plan)
     for _ in range(feed.in_flight):
         feed_ring(env, turn)
     return turn
@@ -152,20 +138,18 @@ def start_ring(env: StreamEnv) -> Turn:
 
 def feed_of(plan: StreamPlan) -> ptx.Feed:
     """What feeding the ring needs to know."""
-    route = _data_bytes(plan) + _products_bytes(plan)
-    barriers = route + route_bytes(plan)
+    at = SharedLayout.of(plan)
     return ptx.Feed(
         slots=plan.slots,
         slot_bytes=plan.slot_bytes,
-        route=route,
-        barriers=barriers,
-        control=barriers + _even_slots(plan) * 8,
+        route=at.route,
+        barriers=at.slot_barriers,
+        control=at.control,
         layer_tiles=plan.layer_tiles,
         layers=plan.dims.num_layers,
         total=plan.total_tiles,
         in_flight=min(plan.in_flight, plan.slots),
-        # Of the last warp, which does not multiply if there is one that does not.
-        thread=plan.threads - 32,
+        thread=feeding_thread(plan),
         copies=most_copies(plan),
         l2_tiles=plan.tuning.l2_tiles,
     )
@@ -189,7 +173,7 @@ def feed_ring(env: StreamEnv, turn: Turn, used: Array | None = None) -> None:
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:
     """Waits until the tile whose turn it is has come."""
     if not env.interpret:
-        ptx.wait_copies(_barrier(env, turn), turn.phase, _MOST_LOOKS)
+        ptx.wait_copies(_barrier(env, turn), turn.phase, MOST_LOOKS)
 
 
 def read_tile(env: StreamEnv, index: Array, places: Array) -> Array:

@@ -23,6 +23,7 @@ from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, pick
+from pallas_kernels.stream.layout import ROW_WORDS, route_rows
 from pallas_kernels.stream.plan import PIECE, Segment, SegmentPlan, StreamPlan
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "make_route",
     "most_copies",
     "read_route",
-    "route_bytes",
     "route_shape",
     "team_of",
     "weights_of",
@@ -44,8 +44,6 @@ _WEIGHTS = {
     Segment.DOWN: "w_down",
     Segment.HEAD: "w_head",
 }
-# Words of a row: the fields of `Source`, of which the beginning takes three.
-_WORDS = 8
 
 
 class Source(NamedTuple):
@@ -71,8 +69,8 @@ def _is_paired(segment: Segment) -> bool:
 
 
 def route_shape(plan: StreamPlan) -> tuple[int, int, int]:
-    """Of the table, int32: programs, rows, words. Row 0 is that of the embedding, empty."""
-    return plan.programs, 1 + plan.layer_tiles + plan.segments[Segment.HEAD].tiles, _WORDS
+    """Of the table, int32: programs, rows, words."""
+    return plan.programs, route_rows(plan), ROW_WORDS
 
 
 def most_copies(plan: StreamPlan) -> int:
@@ -95,11 +93,6 @@ def busy_tiles(env: StreamEnv, part: SegmentPlan) -> Array:
     team, runs = team_of(env, part), part.groups // part.run
     mine = lax.div(runs - team + (part.teams - 1), jnp.int32(part.teams))
     return jnp.where(team < part.teams, jnp.maximum(mine, 0) * part.run, 0)
-
-
-def route_bytes(plan: StreamPlan) -> int:
-    """Of a program's table."""
-    return 4 * route_shape(plan)[1] * _WORDS
 
 
 def make_route(env: StreamEnv, table: Array) -> None:
@@ -165,12 +158,12 @@ def make_route(env: StreamEnv, table: Array) -> None:
         jnp.where(busy & (there > 0), count, 0),
         pitch,
     ]
-    words += [jnp.zeros_like(pitch)] * (_WORDS - len(words))
+    words += [jnp.zeros_like(pitch)] * (ROW_WORDS - len(words))
     if env.interpret:
         for number, word in enumerate(words):
             plgpu.store(env["route"].at[env.program, entry, number], word, mask=entry < rows)
         return
-    ptx.write_row(table + entry * (4 * _WORDS), words, entry < rows)
+    ptx.write_row(table + entry * (4 * ROW_WORDS), words, entry < rows)
     plgpu.debug_barrier()
 
 
@@ -181,5 +174,5 @@ def read_route(env: StreamEnv, index: Array) -> tuple[Source, Array]:
     layer = jnp.minimum(lax.div(in_layers, jnp.int32(plan.layer_tiles)), plan.dims.num_layers)
     entry = index - layer * plan.layer_tiles
     entry += jnp.where(layer == plan.dims.num_layers, jnp.int32(plan.layer_tiles), 0)
-    words = [env["route"][env.program, entry, number] for number in range(_WORDS)]
+    words = [env["route"][env.program, entry, number] for number in range(ROW_WORDS)]
     return Source(ptx.Begin(*words[:3]), *words[3:7]), layer

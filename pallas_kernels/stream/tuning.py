@@ -35,6 +35,7 @@ class Tuning:
         in_flight: of them those that are asked for and have not come, at most, 1 to 16.
         l2_tiles: tiles beyond those that are asked for into the L2 cache while the program
             waits for others, 0 to 16.
+        cache_tiles: tiles of keys and values that shared memory holds, 2 to 4.
 
     Raises:
         ValueError: a value is none of these.
@@ -45,6 +46,7 @@ class Tuning:
     slots: int | None = None
     in_flight: int = 2
     l2_tiles: int = 0
+    cache_tiles: int = 2
 
     def __post_init__(self):
         for name, allowed in {
@@ -52,6 +54,7 @@ class Tuning:
             "num_warps": [None, 4, 8],
             "in_flight": list(range(1, 17)),
             "l2_tiles": list(range(17)),
+            "cache_tiles": [2, 3, 4],
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(

@@ -5,32 +5,43 @@ others has a plain twin for interpret mode; the ring and the products are only u
 """
 
 from pallas_kernels.stream.ptx.address import Begin, begin_words
+from pallas_kernels.stream.ptx.cache import UNIT, CacheFeed, attend_span, feed_cache
 from pallas_kernels.stream.ptx.feed import Feed, feed_ring, start_barriers, wait_copies
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
-from pallas_kernels.stream.ptx.shared import clear_shared, ring_base, write_row
+from pallas_kernels.stream.ptx.shared import (
+    clear_shared,
+    read_row,
+    ring_base,
+    write_halves,
+    write_row,
+)
 from pallas_kernels.stream.ptx.words import (
     collect_words,
     load_pair,
-    prefetch,
     store_pair,
     store_word,
 )
 
 __all__ = [
+    "UNIT",
     "Begin",
+    "CacheFeed",
     "Feed",
+    "attend_span",
     "begin_words",
     "clear_shared",
     "collect_words",
+    "feed_cache",
     "feed_ring",
     "load_pair",
     "multiply_tile",
-    "prefetch",
+    "read_row",
     "ring_base",
     "start_barriers",
     "store_pair",
     "store_word",
     "sum_shared",
     "wait_copies",
+    "write_halves",
     "write_row",
 ]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax._src import core
 from jax._src.lib.mlir.dialects import arith
 from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["clear_shared", "ring_base", "write_row"]
+__all__ = ["clear_shared", "read_row", "ring_base", "write_halves", "write_row"]
 
 _ring_base_p = core.Primitive("ffjax_ring_base")
 
@@ -111,3 +111,65 @@ def write_row(address: Array, words: Sequence[Array], mask: Array) -> None:
         mask: bool `[E]`.
     """
     _write_row_p.bind(address, mask, *words)
+
+
+_read_row_p = core.Primitive("ffjax_read_row")
+_read_row_p.multiple_results = True
+
+
+@_read_row_p.def_effectful_abstract_eval
+def _(address):
+    return [core.ShapedArray((1,), jnp.int32)] * 8, {lowered.ORDERED}
+
+
+@lowering.register_lowering(_read_row_p)
+def _(ctx, address):
+    [address] = lowered.values(ctx, [address])
+    text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8]; ld.shared.v4.b32 {$4, $5, $6, $7}, [$8+16];"
+    constraints = ",".join(["=&r"] * 8 + ["r"])
+    return lowered.assembly([lowered.like((1,), lowered.i32())] * 8, text, constraints, [address])
+
+
+def read_row(address: Array) -> list[Array]:
+    """Reads a row of 8 words from shared memory.
+
+    Args:
+        address: int32 scalar, a multiple of 16.
+
+    Returns:
+        8 of int32 scalar.
+    """
+    return [jnp.sum(word) for word in _read_row_p.bind(jnp.full((1,), address))]
+
+
+_write_halves_p = core.Primitive("ffjax_write_halves")
+
+
+@_write_halves_p.def_effectful_abstract_eval
+def _(address, value, mask):
+    return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
+
+
+@lowering.register_lowering(_write_halves_p)
+def _(ctx, *args):
+    address, value, mask = lowered.values(ctx, args)
+    shape = ctx.avals_out[0].shape
+    mask = arith.extui(lowered.like(shape, lowered.i32()), mask)
+    text = (
+        "{ .reg .pred %p; .reg .b16 %x, %y; setp.ne.s32 %p, $3, 0; mov.b32 {%x, %y}, $2; "
+        "@%p st.shared.b16 [$1], %x; mov.u32 $0, 0; }"
+    )
+    result = lowered.like(shape, lowered.i32())
+    return lowered.assembly([result], text, "=r,r,r,r", [address, value, mask])[0]
+
+
+def write_halves(address: Array, value: Array, mask: Array) -> None:
+    """Writes numbers of two bytes to shared memory.
+
+    Args:
+        address: int32, multiples of 2.
+        value: bfloat16, the same shape.
+        mask: bool, the same shape.
+    """
+    bits = lax.bitcast_convert_type(value, jnp.int16).astype(jnp.int32)
+    _write_halves_p.bind(address, bits, mask)

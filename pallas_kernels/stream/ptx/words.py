@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
 
-__all__ = ["collect_words", "load_pair", "prefetch", "store_pair", "store_word"]
+__all__ = ["collect_words", "load_pair", "store_pair", "store_word"]
 
 # Of more pieces, the last one is waited for first.
 _FEW_PIECES = 4
@@ -251,38 +251,3 @@ def load_pair(ref: Any, offsets: Array, *, interpret: bool) -> tuple[Array, Arra
         return plgpu.load(ref.at[offsets]), plgpu.load(ref.at[offsets + 1])
     first, second = _load_pair_p.bind(ref, offsets)
     return first, second
-
-
-# What will be read soon
-
-_prefetch_p = core.Primitive("ffjax_prefetch")
-
-
-@_prefetch_p.def_effectful_abstract_eval
-def _(ref, offset, size):
-    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
-
-
-@lowering.register_lowering(_prefetch_p)
-def _(ctx, ref, *args):
-    offset, size = lowered.values(ctx, args)
-    text = (
-        "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0; "
-        "setp.ne.and.u32 %p, $2, 0, %p; "
-        "@%p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
-    )
-    arguments = [lowered.addresses(ref, offset, (1,)), size]
-    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,l,r", arguments)[0]
-
-
-def prefetch(ref: Any, offset: Array, size: Array) -> None:
-    """Asks for part of an array, so that a later load finds it in the L2 cache.
-
-    Needs compute capability 9.0.
-
-    Args:
-        ref: an array of 2-byte elements; it counts as flat.
-        offset: int32 scalar, where the part begins: a multiple of 8 elements.
-        size: int32 scalar, bytes: a multiple of 16; 0 for nothing.
-    """
-    _prefetch_p.bind(ref, jnp.full((1,), offset), jnp.full((1,), size))

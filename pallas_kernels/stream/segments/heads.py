@@ -35,6 +35,7 @@ def collect_heads(
     layer: Array,
     sequence: Array,
     kv_head: Array,
+    first_query: Array,
     position: Array,
     has_new: Array,
     rows: int,
@@ -45,7 +46,8 @@ def collect_heads(
         env: the program's view.
         layer: int32 scalar.
         sequence: int32 scalar, b.
-        kv_head: int32 scalar, which of the K heads; rows beyond G repeat its last query.
+        kv_head: int32 scalar, which of the K heads.
+        first_query: int32 scalar, the first row's of its G queries; rows beyond repeat the last.
         position: int32 scalar, the new position.
         has_new: bool scalar, whether this part adds it.
         rows: rows of queries.
@@ -54,7 +56,7 @@ def collect_heads(
     shape = (rows, d.head_dim)
     element = iota(shape, 1)
     start = mail.layout.qkv + sequence * d.qkv_dim
-    query = kv_head * d.q_per_kv + jnp.minimum(iota(shape, 0), d.q_per_kv - 1)
+    query = kv_head * d.q_per_kv + jnp.minimum(first_query + iota(shape, 0), d.q_per_kv - 1)
     everywhere = element >= 0
 
     def words(head, element, mask):

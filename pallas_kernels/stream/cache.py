@@ -1,0 +1,75 @@
+"""The cache's tiles: keys and values on their way through shared memory, beside the ring.
+
+All but the new position lie in the cache when the step begins, so that a layer's first tiles
+are asked for long before its queries are known. Each tile is asked for when another has been
+used, whatever part it belongs to.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.lanes import feeding_thread
+from pallas_kernels.stream.layout import SharedLayout
+from pallas_kernels.stream.plan import StreamPlan
+from pallas_kernels.stream.ring import MOST_LOOKS
+from pallas_kernels.stream.spans import Share, row_of, share_of
+
+__all__ = ["attend_span", "feed_cache", "layer_share"]
+
+
+def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
+    """What asking for the cache's tiles, and using them, needs to know."""
+    at, d, cut = SharedLayout.of(plan), plan.dims, plan.attention
+    return ptx.CacheFeed(
+        head_dim=d.head_dim,
+        block=cut.block,
+        warps=cut.warps,
+        stages=cut.tiles,
+        layer_units=2 * d.batch * d.num_kv_heads * d.capacity * d.head_dim // ptx.UNIT,
+        tile_bytes=at.tile_bytes,
+        query_pitch=at.query_pitch,
+        out_pitch=at.out_pitch,
+        softcap=d.features.attn_softcap,
+        tiles=at.tiles,
+        barriers=at.tile_barriers,
+        control=at.control + 64,
+        queries=at.queries,
+        new=at.new,
+        out=at.products,
+        sums=at.sums,
+        thread=feeding_thread(plan),
+    )
+
+
+def layer_share(env: StreamEnv, layer: Array) -> Share:
+    """This program's share of a layer's attention."""
+    table = None if env.interpret else env.shared + SharedLayout.of(env.plan).spans
+    return share_of(env, layer, table)
+
+
+def feed_cache(env: StreamEnv, layer: Array) -> None:
+    """Asks for a layer's first keys and values, where there is such a layer."""
+    if env.interpret:
+        return
+
+    def feed() -> Array:
+        rows = layer_share(env, layer).rows
+        ptx.feed_cache(env["k"], env["v"], env.shared, rows, layer, _feed_of(env.plan))
+        return rows
+
+    lax.cond(layer < env.dims.num_layers, feed, lambda: jnp.int32(0) + layer * 0)
+
+
+def attend_span(env: StreamEnv, layer: Array, share: Share, j: Array) -> None:
+    """Attention over the span of the j-th of this program's parts of a layer.
+
+    Queries and what is new lie in shared memory; so does what each warp has made, afterwards.
+    """
+    feed = _feed_of(env.plan)
+    ptx.attend_span(
+        env["k"], env["v"], env.shared, share.rows, row_of(share, j), layer, feed, MOST_LOOKS
+    )

@@ -1,0 +1,96 @@
+"""What lies where in the shared memory of which the compiler knows nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.dims import ceil_div
+from pallas_kernels.stream.plan import LOT, Segment, StreamPlan
+
+__all__ = ["ALIGNMENT", "ROW_WORDS", "SharedLayout", "route_rows", "spans_rows"]
+
+ALIGNMENT = 128
+# Words of a row of the tables that lie there.
+ROW_WORDS = 8
+
+
+def route_rows(plan: StreamPlan) -> int:
+    """Of the route; the first is that of the embedding, empty."""
+    return 1 + plan.layer_tiles + plan.segments[Segment.HEAD].tiles
+
+
+def spans_rows(plan: StreamPlan) -> int:
+    """Of a layer's attention: one for each part of a program, and one before them."""
+    return 1 + plan.most_parts
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedLayout:
+    """Where everything begins, in bytes from the first slot on.
+
+    Attributes:
+        slots: of the ring, and behind them what reading a whole span reaches.
+        tiles: keys and values.
+        products: of tiles of weights, not summed up yet; or what attention's warps have made,
+            `LOT` rows each: the two are never wanted at the same time.
+        sums: of those rows, the maximum and the sum of the weights.
+        queries: the bfloat16 of `LOT` queries, then what they leave of float32.
+        new: the new position's key, and its value.
+        route: see `route`.
+        spans: see `spans`.
+        slot_barriers: 8 bytes a slot.
+        tile_barriers: 8 bytes a tile of keys and values.
+        control: of the feeds, 16 words for weights, 8 for keys and values.
+        query_pitch: from a query to the next: two neighbours lie in different banks.
+        out_pitch: from a row that attention has made to the next.
+        tile_bytes: of the keys and values of a tile.
+        size: of everything, and of what it takes to begin at a multiple of `ALIGNMENT`.
+    """
+
+    slots: int
+    tiles: int
+    products: int
+    sums: int
+    queries: int
+    new: int
+    route: int
+    spans: int
+    slot_barriers: int
+    tile_barriers: int
+    control: int
+    query_pitch: int
+    out_pitch: int
+    tile_bytes: int
+    size: int
+
+    @classmethod
+    def of(cls, plan: StreamPlan) -> SharedLayout:
+        """The layout of a plan."""
+        cut, row = plan.attention, 2 * plan.dims.head_dim
+        pitches = {
+            "query_pitch": row + 64,
+            "out_pitch": 2 * row + 16,
+            "tile_bytes": 2 * cut.block * row,
+        }
+        down = plan.segments[Segment.DOWN]
+        of_down = down.run * plan.products_bytes(Segment.DOWN)
+        products = plan.flush * max(plan.products_bytes(Segment.QKV), of_down)
+        kinds = len(set(plan.dims.features.local_layers)) or 1
+        sizes = {
+            "slots": plan.slots * plan.slot_bytes + plan.tail_bytes,
+            "tiles": cut.tiles * pitches["tile_bytes"],
+            "products": max(products, cut.warps * LOT * pitches["out_pitch"]),
+            "sums": cut.warps * LOT * 8,
+            "queries": 2 * LOT * pitches["query_pitch"],
+            "new": 2 * row,
+            "route": 4 * ROW_WORDS * route_rows(plan),
+            "spans": 4 * ROW_WORDS * kinds * spans_rows(plan),
+            "slot_barriers": 8 * plan.slots,
+            "tile_barriers": 8 * cut.tiles,
+            "control": 4 * (16 + 8),
+        }
+        starts, end = {}, 0
+        for name, size in sizes.items():
+            starts[name] = end
+            end += 16 * ceil_div(size, 16)
+        return cls(**starts, **pitches, size=end + ALIGNMENT)

@@ -1,0 +1,218 @@
+"""How a layer's attention is dealt out: spans of cached positions, and the table of them.
+
+A part of the work is one sequence, one key/value head with up to 8 of the query heads that
+share it, and one span of positions. The number of a head's spans depends on the sequence's
+length alone. Parts are dealt out in turn: program p has parts p, p + P and so on.
+
+What parts a program has is the same in every layer, or every local one and every other: it
+is worked out once a step, as rows of a table in shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.dims import next_power_of_2
+from pallas_kernels.program import iota
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.layout import ROW_WORDS, spans_rows
+from pallas_kernels.stream.plan import LOT
+
+__all__ = ["Part", "Share", "make_spans", "part_of", "row_of", "share_of", "spans_of"]
+
+
+class Part(NamedTuple):
+    """One part: int32."""
+
+    sequence: Array  # b
+    head: Array  # of K
+    first_query: Array  # of the G query heads that share it
+    number: Array  # which of the head's spans
+    spans: Array  # how many it has
+    position: Array  # the new one
+    start: Array  # first cached position of the span
+    stop: Array  # one past its last cached position
+
+    @property
+    def has_new(self) -> Array:
+        """Whether the new position is this part's."""
+        return self.number == self.spans - 1
+
+
+class Share(NamedTuple):
+    """A program's share of a layer: int32 scalars."""
+
+    parts: Array
+    combines: Array  # whether some head has several spans
+    rows: Array  # where the rows of its parts lie in shared memory
+
+
+class _Extent(NamedTuple):
+    """What one sequence's query sees of the cache in a layer: scalars, int32."""
+
+    first: Array  # first position seen
+    live: Array  # how many, the new one not counted
+
+
+def _ceil_div(a: Array, b: Array | int) -> Array:
+    return lax.div(a + (b - 1), jnp.asarray(b, jnp.int32))
+
+
+def _extents(env: StreamEnv, local: Array | bool) -> list[_Extent]:
+    """Of each sequence. A full cache's new position is not stored."""
+    live = [jnp.minimum(length, env.dims.capacity) for length in env.lengths]
+    if (window := env.features.window) is None:
+        return [_Extent(n * 0, n) for n in live]
+    first = [jnp.where(local, jnp.maximum(n - (window - 1), 0), 0) for n in live]
+    return [_Extent(start, n - start) for start, n in zip(first, live, strict=True)]
+
+
+def _span(env: StreamEnv, live: Array) -> Array:
+    """Positions of a span, where `live` positions and the new one are seen."""
+    cut = env.plan.attention
+    equal = _ceil_div(_ceil_div(live + 1, cut.max_splits), cut.block) * cut.block
+    return jnp.maximum(equal, cut.min_span)
+
+
+def _spans(env: StreamEnv, live: Array) -> Array:
+    """Spans of one head of a sequence."""
+    return _ceil_div(live + 1, _span(env, live))
+
+
+def spans_of(env: StreamEnv, layer: Array, sequence: Array) -> Array:
+    """Spans of a head of a sequence, int32."""
+    spans = sequence * 0
+    for b, extent in enumerate(_extents(env, env.is_local(layer))):
+        spans = jnp.where(sequence == b, _spans(env, extent.live), spans)
+    return spans
+
+
+def _deal(env: StreamEnv, extents: list[_Extent]) -> tuple[Array, Array]:
+    """Parts of a layer, and the most spans of a head."""
+    spans = [_spans(env, extent.live) for extent in extents]
+    heads = env.dims.num_kv_heads * env.plan.attention.lots
+    most = spans[0]
+    for one in spans[1:]:
+        most = jnp.maximum(most, one)
+    return sum(spans[1:], spans[0]) * heads, most
+
+
+def _part(env: StreamEnv, extents: list[_Extent], number: Array) -> Part:
+    """The `number`-th part of the layer: sequences in order, then spans, then heads."""
+    lots = env.plan.attention.lots
+    heads = env.dims.num_kv_heads * lots
+    offset = before = sequence = first = live = number * 0
+    for b, extent in enumerate(extents):
+        here = number >= offset
+        before = jnp.where(here, offset, before)
+        sequence = jnp.where(here, b, sequence)
+        first = jnp.where(here, extent.first, first)
+        live = jnp.where(here, extent.live, live)
+        offset = offset + _spans(env, extent.live) * heads
+    within = number - before
+    index = lax.div(within, jnp.int32(heads))
+    span = _span(env, live)
+    start = first + index * span
+    head = within - index * heads
+    return Part(
+        sequence=sequence,
+        head=lax.div(head, jnp.int32(lots)),
+        first_query=lax.rem(head, jnp.int32(lots)) * LOT,
+        number=index,
+        spans=_spans(env, live),
+        position=first + live,
+        start=start,
+        stop=jnp.minimum(start + span, first + live),
+    )
+
+
+# The table in shared memory
+
+
+def _kinds(env: StreamEnv) -> list[bool]:
+    """Whether layers of each kind that the model has are local."""
+    return sorted(set(env.features.local_layers)) or [False]
+
+
+def make_spans(env: StreamEnv, table: Array) -> None:
+    """Works out this program's parts; see `ptx.CacheFeed` for the first words of a row.
+
+    Args:
+        env: the program's view.
+        table: int32 scalar, where the table begins in shared memory.
+    """
+    d, plan = env.dims, env.plan
+    row = iota((next_power_of_2(spans_rows(plan)),), 0)
+    unit = ptx.UNIT // 2  # elements
+    for kind, local in enumerate(_kinds(env)):
+        extents = _extents(env, local)
+        total, most = _deal(env, extents)
+        part = _part(env, extents, env.program + (row - 1) * plan.programs)
+        live = jnp.maximum(part.stop - part.start, 0)
+        new = part.has_new.astype(jnp.int32)
+        slot = part.sequence * d.num_kv_heads + part.head
+        words = [
+            (slot * d.capacity + part.start) * (d.head_dim // unit),
+            live,
+            _ceil_div(live + new, plan.attention.block),
+            new,
+            slot,
+            part.first_query,
+            part.number | lax.shift_left(part.spans, 16),
+            part.position,
+        ]
+        before = [jnp.broadcast_to(x, row.shape) for x in (env.share(total), most)]
+        for number, word in enumerate(before):
+            words[number] = jnp.where(row == 0, word, words[number])
+        there = (row == 0) | (row <= env.share(total))
+        at = table + 4 * ROW_WORDS * (kind * spans_rows(plan) + row)
+        ptx.write_row(at, words, there & (row < spans_rows(plan)))
+    plgpu.debug_barrier()
+
+
+def share_of(env: StreamEnv, layer: Array, table: Array | None) -> Share:
+    """This program's share of a layer's attention.
+
+    Args:
+        env: the program's view.
+        layer: int32 scalar.
+        table: where the table begins in shared memory; None where there is none.
+    """
+    if table is None:
+        total, most = _deal(env, _extents(env, env.is_local(layer)))
+        return Share(env.share(total), most > 1, layer * 0)
+    rows = table
+    if len(_kinds(env)) > 1:
+        local = env.is_local(layer).astype(jnp.int32)
+        rows += local * (4 * ROW_WORDS * spans_rows(env.plan))
+    mine, most, *_ = ptx.read_row(rows)
+    return Share(mine, most > 1, rows)
+
+
+def part_of(env: StreamEnv, layer: Array, share: Share, j: Array) -> Part:
+    """The j-th of this program's parts of a layer."""
+    if env.interpret:
+        extents = _extents(env, env.is_local(layer))
+        return _part(env, extents, env.program + j * env.plan.programs)
+    _, live, _, _, slot, first_query, numbers, position = ptx.read_row(row_of(share, j))
+    sequence = lax.div(slot, jnp.int32(env.dims.num_kv_heads))
+    return Part(
+        sequence=sequence,
+        head=slot - sequence * env.dims.num_kv_heads,
+        first_query=first_query,
+        number=numbers & 0xFFFF,
+        spans=lax.shift_right_logical(numbers, 16),
+        position=position,
+        start=position - live,  # of the last span; nobody asks for another's
+        stop=position,
+    )
+
+
+def row_of(share: Share, j: Array) -> Array:
+    """Address of the row of the j-th of this program's parts."""
+    return share.rows + 4 * ROW_WORDS * (1 + j)

@@ -1,0 +1,237 @@
+"""PTX instructions that reach memory, or other threads."""
+
+from __future__ import annotations
+
+import numpy as np
+from ptx_numbers import WIDEN
+from ptx_table import DTYPES, WARP, Threads, instruction
+from ptx_text import SIZES, Address, Branch, Operand, PtxError, Register
+
+_ORDERS = "weak relaxed acquire release volatile gpu cta sys cluster nc"
+_SPACES = {"shared": "shared", "shared::cta": "shared", "global": "global"}
+
+
+def _space(t: Threads) -> str:
+    found = [_SPACES[m] for m in t.instruction.modifiers if m in _SPACES]
+    if len(found) != 1:
+        raise PtxError("It names no memory that the machine has.")
+    return found[0]
+
+
+def _vector(t: Threads, number: int) -> tuple[Operand, ...]:
+    parts = t.parts(number)
+    count = next((int(m[1]) for m in t.instruction.modifiers if m in ("v2", "v4")), 1)
+    if len(parts) != count or count * SIZES[t.kind] > 16:
+        raise PtxError(f"{len(parts)} registers are given for {count}, or there are too many.")
+    return parts
+
+
+@instruction("ld", also=f"{' '.join(_SPACES)} {_ORDERS} v2 v4 L1::no_allocate")
+def _(t: Threads) -> None:
+    space, parts = _space(t), _vector(t, 0)
+    raw = t.machine.load(space, t.address(1, space), SIZES[t.kind] * len(parts))
+    for operand, column in zip(parts, raw.view(DTYPES[t.kind]).T, strict=True):
+        t.put(operand, t.kind, column, wider=True)
+
+
+@instruction("st", also=f"{' '.join(_SPACES)} {_ORDERS} v2 v4")
+def _(t: Threads) -> None:
+    space, parts = _space(t), _vector(t, 1)
+    values = np.stack([t.get(x, t.kind) for x in parts], axis=1)
+    t.machine.store(space, t.address(0, space), values.view(np.uint8))
+
+
+@instruction("createpolicy", also="fractional L2::evict_first L2::evict_last")
+def _(t: Threads) -> None:
+    t[0] = np.zeros(len(t.threads), np.uint64)
+
+
+@instruction("fence", "membar", also="acq_rel sc gpu cta sys gl cluster release acquire "
+              "mbarrier_init proxy async shared::cta shared::cluster global alias")  # fmt: skip
+def _(t: Threads) -> None:
+    pass
+
+
+@instruction("nanosleep")
+def _(t: Threads) -> None:
+    _ = t[0]
+
+
+@instruction("cp", also="async bulk shared::cluster shared::cta global prefetch L2 "
+              "mbarrier::complete_tx::bytes L2::cache_hint")  # fmt: skip
+def _(t: Threads) -> None:
+    def sizes(number: int) -> np.ndarray:
+        return t.get(t.operands[number], "u32").astype(np.int64)
+
+    if t.has("prefetch"):
+        for at, size in zip(t.address(0, "global"), sizes(1), strict=True):
+            t.machine.places("global", np.array([at]), int(size), 16)
+            if size % 16 or not size:
+                raise PtxError(f"A prefetch is of some times 16 bytes, not of {size}.")
+            t.machine.prefetched.append((int(at), int(size)))
+        return
+    if not (t.has("bulk") and t.has("mbarrier::complete_tx::bytes")):
+        raise PtxError("The machine has bulk copies that an mbarrier waits for alone.")
+    if len(t.operands) != 4 + t.has("L2::cache_hint"):
+        raise PtxError("A hint needs a policy, and a policy a hint.")
+    if t.has("L2::cache_hint"):
+        t.get(t.operands[4], "b64")
+    columns = t.address(0, "shared"), t.address(1, "global"), sizes(2), t.address(3, "shared")
+    for to, source, size, barrier in zip(*columns, strict=True):
+        t.machine.copy(int(to), int(source), int(size), int(barrier))
+
+
+@instruction("mbarrier", also="init arrive expect_tx test_wait try_wait parity "
+              "shared shared::cta release acquire relaxed cta")  # fmt: skip
+def _(t: Threads) -> None:
+    waits, arrives = t.has("test_wait", "try_wait"), t.has("arrive")
+    if waits and not t.has("parity"):
+        raise PtxError("The machine waits for a phase by its parity alone.")
+    at = t.address(1 if waits or arrives else 0, "shared")
+    last = t.operands[-1]
+    numbers = at if isinstance(last, Address) else t.get(last, "u32")
+    if t.has("init"):
+        for address, count in zip(at, numbers, strict=True):
+            t.machine.start_barrier(int(address), int(count))
+        return
+    barriers = [t.machine.barrier(int(address)) for address in at]
+    if waits:
+        passed = [b.has_passed(int(x)) for b, x in zip(barriers, numbers, strict=True)]
+        t.put(t.operands[0], "pred", np.array(passed))
+        return
+    for barrier, number in zip(barriers, numbers, strict=True):
+        if t.has("expect_tx"):
+            barrier.expect(int(number))
+        times = int(number) if numbers is not at and not t.has("expect_tx") else 1
+        for _ in range(times if arrives else 0):
+            barrier.arrive()
+    if arrives and isinstance(t.operands[0], Register) and t.operands[0].name != "_":
+        t.put(t.operands[0], "b64", np.zeros(len(at), np.uint64))
+
+
+# Threads
+
+
+@instruction("bra", also="uni")
+def _(t: Threads) -> None:
+    [to] = t.operands
+    assert isinstance(to, Branch)
+    t.run.at[t.threads] = to.to
+
+
+@instruction("trap")
+def _(t: Threads) -> None:
+    raise PtxError(f"Thread {t.threads[0]} has come to a trap.")
+
+
+@instruction("bar", "barrier", also="sync arrive warp aligned cta")
+def _(t: Threads) -> None:
+    if t.has("warp"):
+        _whole(t, 0)
+        return
+    number = int(t.get(t.operands[0], "u32")[0])
+    count = t.machine.threads
+    if len(t.operands) > 1:
+        count = int(t.get(t.operands[1], "u32")[0])
+    if count % WARP or not 0 <= number < 16:
+        raise PtxError(f"There is no barrier {number} of {count} threads.")
+    t.run.meet(t.threads, number, count)
+    if t.has("arrive"):
+        t.run.waiting[t.threads] = False
+
+
+def _whole(t: Threads, mask: int) -> None:
+    if (t.get(t.operands[mask], "b32") != 0xFFFFFFFF).any():
+        raise PtxError("The machine has collective instructions of whole warps alone.")
+
+
+def _warps(values: np.ndarray) -> np.ndarray:
+    return values.reshape(-1, WARP, *values.shape[1:])
+
+
+@instruction("shfl", also="sync bfly idx up down")
+def _(t: Threads) -> None:
+    _whole(t, 4)
+    lane = t.threads % WARP
+    by, c = (t.get(t.operands[i], "u32").astype(np.int64) for i in (2, 3))
+    clamp, segment = c & 31, c >> 8 & 31
+    first, last = lane & segment, (lane & segment) | (clamp & ~segment)
+    by &= 31
+    if t.has("up"):
+        source = lane - by
+        there = source >= last
+    else:
+        if t.has("down"):
+            source = lane + by
+        elif t.has("bfly"):
+            source = lane ^ by
+        else:
+            source = first | (by & ~segment)
+        there = source <= last
+    source = np.where(there, source, lane)
+    values = _warps(t.get(t.operands[1], "b32"))
+    to, *rest = t.parts(0)
+    t.put(to, "b32", np.take_along_axis(values, _warps(source), axis=1).ravel())
+    for predicate in rest:
+        t.put(predicate, "pred", there)
+
+
+@instruction("vote", also="sync any all ballot")
+def _(t: Threads) -> None:
+    _whole(t, 2)
+    votes = _warps(t.get(t.operands[1], "pred"))
+    if t.has("ballot"):
+        words = (votes.astype(np.uint32) << np.arange(WARP, dtype=np.uint32)).sum(axis=1)
+        t.put(t.operands[0], "b32", np.repeat(words.astype(np.uint32), WARP))
+    else:
+        each = votes.any(axis=1) if t.has("any") else votes.all(axis=1)
+        t.put(t.operands[0], "pred", np.repeat(each, WARP))
+
+
+def _halves(kind: str, words: np.ndarray) -> np.ndarray:
+    """The two numbers of each word, float32 `[..., 2]`."""
+    return WIDEN[kind](np.ascontiguousarray(words)[..., None].view(np.uint16))
+
+
+_LANE = np.arange(WARP)
+_GROUP, _FOURTH = _LANE[:, None] // 4, 2 * (_LANE[:, None] % 4) + np.arange(2)  # [32, 1], [32, 2]
+
+
+def _registers(t: Threads, number: int, kind: str, count: int) -> list[np.ndarray]:
+    parts = t.parts(number)
+    if len(parts) != count:
+        raise PtxError(f"{len(parts)} registers are given for {count}.")
+    return [_warps(t.get(x, kind)) for x in parts]  # [warps, 32]
+
+
+@instruction("mma", also="sync aligned m16n8k16 m16n8k8 row col")
+def _(t: Threads) -> None:
+    shape, row, col, *kinds = [m for m in t.instruction.modifiers if m not in ("sync", "aligned")]
+    if (row, col, kinds[0], kinds[3]) != ("row", "col", "f32", "f32") or kinds[1] != kinds[2]:
+        raise PtxError("The machine has no such matrix product.")
+    depth = 16 if shape == "m16n8k16" else 8
+    warps = len(t.threads) // WARP
+    a, b = np.zeros((warps, 16, depth)), np.zeros((warps, depth, 8))
+    for i, words in enumerate(_registers(t, 1, "b32", depth // 4)):
+        a[:, _GROUP + 8 * (i % 2), _FOURTH + 8 * (i // 2)] = _halves(kinds[1], words)
+    for i, words in enumerate(_registers(t, 2, "b32", depth // 8)):
+        b[:, _FOURTH + 8 * i, _GROUP] = _halves(kinds[1], words)
+    c = np.stack(_registers(t, 3, "f32", 4), axis=-1)  # [warps, 32, 4]
+    product = a @ b
+    for i, operand in enumerate(t.parts(0)):
+        at = _LANE // 4 + 8 * (i // 2), 2 * (_LANE % 4) + i % 2
+        total = product[:, at[0], at[1]] + c[..., i]
+        t.put(operand, "f32", total.astype(np.float32).ravel())
+
+
+@instruction("ldmatrix", also="sync aligned m8n8 x1 x2 x4 trans shared shared::cta")
+def _(t: Threads) -> None:
+    rows = _warps(t.address(1, "shared"))
+    for i, operand in enumerate(t.parts(0)):
+        at = rows[:, 8 * i : 8 * i + 8]
+        raw = t.machine.load("shared", at.ravel(), 16).view(np.uint16)
+        matrix = raw.reshape(len(rows), 8, 8)
+        if t.has("trans"):
+            matrix = matrix.swapaxes(1, 2)
+        words = np.ascontiguousarray(matrix).view(np.uint32)  # [warps, 8, 4]
+        t.put(operand, "b32", words.reshape(-1))

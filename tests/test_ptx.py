@@ -1,0 +1,987 @@
+"""The kernel's inline PTX, run on a CPU by `ptx_machine`, and that machine itself.
+
+Texts and constraints are those that a lowering for a GPU hands to Triton. What a test asks of a
+text it asks in a function that takes an edit of it besides: see `EDITS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+from ptx_machine import Machine, PtxError
+
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.lanes import first_input
+from pallas_kernels.stream.plan import COLUMNS, LINE, PIECE
+from pallas_kernels.stream.ptx import lowered
+
+Edit = tuple[str, str] | None
+
+
+class Inline(NamedTuple):
+    """Inline PTX as Triton is given it."""
+
+    text: str
+    constraints: str
+
+    def edited(self, edit: Edit) -> Inline:
+        if edit is None:
+            return self
+        assert edit[0] in self.text, f"{edit[0]} does not occur in {self.text}"
+        return self._replace(text=self.text.replace(*edit))
+
+    def run(self, machine: Machine, *operands: Any, limit: int = 20_000) -> list[np.ndarray]:
+        return machine.run(self.text, self.constraints, operands, limit)
+
+
+def inlines(body: Callable[..., Any], *arrays: jax.ShapeDtypeStruct) -> list[Inline]:
+    """What a kernel's body is lowered to, for a GPU that need not be there.
+
+    Args:
+        body: of the arrays' refs.
+        arrays: of the kernel.
+    """
+    found: list[Inline] = []
+    original = lowered.assembly
+
+    def recorded(results: Any, text: str, constraints: str, args: Any) -> Any:
+        found.append(Inline(text, constraints))
+        return original(results, text, constraints, args)
+
+    def kernel(*refs: Any) -> None:
+        body(*refs[:-1])
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((1,), jnp.int32),
+        compiler_params=plgpu.CompilerParams(num_warps=1),
+    )
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        mock.patch.object(lowered, "assembly", recorded),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Pallas for Triton
+        jax.jit(lambda *x: call(*x)).trace(*arrays).lower(lowering_platforms=("cuda",))
+    return found
+
+
+def inline(body: Callable[..., Any], *arrays: jax.ShapeDtypeStruct) -> Inline:
+    [found] = inlines(body, *arrays)
+    return found
+
+
+def shape(count: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count,), dtype)
+
+
+# bfloat16
+
+
+def as_bfloat16(x: np.ndarray) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, jnp.bfloat16)).view(np.uint16)
+
+
+def as_float(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def as_words(bits: np.ndarray) -> np.ndarray:
+    """Pairs of neighbours along the last axis as uint32, the first one below."""
+    return np.ascontiguousarray(bits).view(np.uint32)
+
+
+# A tile's products, and their sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a product is made of."""
+
+    rows: int
+    pieces: int
+    chunked: bool
+    product_warps: int = 4
+    warps: int = 4
+
+    @property
+    def plan(self) -> Any:
+        """As much of a `StreamPlan` as `lanes` looks at."""
+        line = LINE * COLUMNS if self.chunked else LINE
+        return SimpleNamespace(
+            threads=32 * self.warps,
+            product_warps=self.product_warps,
+            chunked=self.chunked,
+            line=line,
+        )
+
+    @property
+    def span(self) -> int:
+        return self.product_warps * self.pieces * self.plan.line
+
+
+@functools.cache
+def product_text(tile: Tile) -> Inline:
+    plan = tile.plan
+
+    def body() -> None:
+        none = jnp.zeros((plan.threads,), jnp.int32)
+        ptx.multiply_tile(
+            none,
+            none,
+            [none] * (4 * tile.pieces),
+            none,
+            rows=tile.rows,
+            step=2 * plan.line,
+            chunked=tile.chunked,
+            threads=32 * tile.product_warps,
+        )
+
+    return inline(body)
+
+
+@functools.cache
+def sum_text(tile: Tile) -> Inline:
+    warps = tile.product_warps
+    count = COLUMNS * warps if tile.chunked else warps
+    step = 4 * tile.rows * (1 if tile.chunked else COLUMNS)
+    return inline(lambda: ptx.sum_shared(jnp.zeros((32,), jnp.int32), count, step))
+
+
+def check_product(
+    tile: Tile, edit: Edit = None, sum_edit: Edit = None, order: np.random.Generator | None = None
+) -> None:
+    """A tile in shared memory times an operand in registers, against float64."""
+    rng, plan = np.random.default_rng(0), tile.plan
+    weights = as_bfloat16(rng.standard_normal((tile.rows, tile.span), np.float32))
+    floats = COLUMNS * tile.product_warps * tile.rows
+    machine = Machine(plan.threads, 2 * weights.size + 4 * floats + 256, 16, order=order)
+    sequences = 1 if tile.chunked else COLUMNS
+    inputs = as_bfloat16(rng.standard_normal((sequences, tile.span), np.float32))
+    ring = machine.shared_base
+    machine.view(ring, weights.size, np.uint16)[:] = weights.ravel()
+    thread = np.arange(plan.threads)
+    warp, column = thread // 32, thread % 32 // 4
+    first = np.asarray(first_input(plan, tile.pieces))
+    words = []
+    for q in range(tile.pieces):
+        at = first[:, None] + q * plan.line + np.arange(PIECE)
+        # Warps that do not multiply hold zeros.
+        held = inputs[0 if tile.chunked else column[:, None], at]
+        held = np.where(thread[:, None] < 32 * tile.product_warps, held, 0).astype(np.uint16)
+        words += list(as_words(held).T)
+    # Products lie behind the tile, and nothing behind them.
+    products = ring + 2 * weights.size
+    if tile.chunked:
+        where = (warp * COLUMNS + column) * (4 * tile.rows)
+    else:
+        where = (warp * tile.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
+    text = product_text(tile).edited(edit)
+    text.run(machine, ring + 2 * first, 2 * tile.span, products + where, *words)
+    after = machine.view(products + 4 * floats, 256, np.uint8)
+    assert (after == 0xFF).all(), "More is stored than the products."
+
+    row, sequence = np.divmod(np.arange(tile.rows * sequences), sequences)
+    at = products + 4 * (row if tile.chunked else row * COLUMNS + sequence)
+    at = np.resize(at, plan.threads)  # threads beyond hold elements again
+    [sums] = sum_text(tile).edited(sum_edit).run(machine, at)
+    wanted = as_float(weights).astype(np.float64) @ as_float(inputs).astype(np.float64).T
+    got = sums[: wanted.size].reshape(wanted.shape)
+    # Sums of float32, of some thousand products of about 1.
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6 * tile.span**0.5 * 8)
+
+
+CHUNKED = [Tile(2, 1, True), Tile(4, 3, True), Tile(8, 2, True), Tile(16, 2, True)]
+BATCHED = [Tile(2, 4, False), Tile(4, 1, False), Tile(8, 9, False), Tile(8, 3, False, 8, 8)]
+IDLE = [Tile(4, 2, True, 4, 8), Tile(2, 3, False, 4, 8)]
+
+
+@pytest.mark.parametrize("tile", [*CHUNKED, *BATCHED, *IDLE], ids=str)
+def test_a_tiles_products_summed_up_are_its_rows_times_the_operand(tile):
+    check_product(tile)
+
+
+def test_warps_make_their_products_in_any_order():
+    check_product(Tile(8, 2, True, 4, 8), order=np.random.default_rng(3))
+
+
+# Feeding the ring
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """A ring, and the tiles that pass through it."""
+
+    layers: int
+    layer_copies: tuple[int, ...]  # of each tile of a layer; 0 for an empty one
+    head_copies: tuple[int, ...]
+    slots: int
+    in_flight: int
+    l2_tiles: int = 0
+    size: int = 64  # bytes of a copy
+    threads: int = 64
+    slot_bytes: int = 512
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """Of each row of the route; the embedding's comes first."""
+        return (0, *self.layer_copies, *self.head_copies)
+
+    @property
+    def feed(self) -> ptx.Feed:
+        route = self.slots * self.slot_bytes
+        barriers = route + 32 * len(self.copies)
+        return ptx.Feed(
+            slots=self.slots,
+            slot_bytes=self.slot_bytes,
+            route=route,
+            barriers=barriers,
+            control=barriers + 8 * (self.slots + self.slots % 2),
+            layer_tiles=len(self.layer_copies),
+            layers=self.layers,
+            total=1 + self.layers * len(self.layer_copies) + len(self.head_copies),
+            in_flight=self.in_flight,
+            thread=self.threads - 32,
+            copies=max(2, *self.copies),
+            l2_tiles=self.l2_tiles,
+        )
+
+    @property
+    def bytes(self) -> int:
+        return self.feed.control + 64
+
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """Row of the route and layer of each tile."""
+        within = [(1 + i, n) for n in range(self.layers) for i in range(len(self.layer_copies))]
+        head = [(1 + len(self.layer_copies) + i, 0) for i in range(len(self.head_copies))]
+        return [(0, 0), *within, *head]
+
+
+@functools.cache
+def feed_text(feed: ptx.Feed, store: bool) -> Inline:
+    def body(weights: Any) -> None:
+        zero = jnp.int32(0)
+        ptx.feed_ring(weights, zero, feed, zero if store else None)
+
+    return inline(body, shape(16, jnp.bfloat16))
+
+
+@functools.cache
+def setup_texts(feed: ptx.Feed, threads: int) -> list[Inline]:
+    """Clears shared memory, writes rows, makes barriers."""
+
+    def body() -> None:
+        rows, zero = jnp.zeros((threads,), jnp.int32), jnp.int32(0)
+        ptx.clear_shared(zero, feed.control + 64, threads)
+        ptx.write_row(rows, [rows] * 8, rows == 0)
+        ptx.start_barriers(zero, feed.slots)
+
+    return inlines(body)
+
+
+@functools.cache
+def wait_text(most: int) -> Inline:
+    return inline(lambda: ptx.wait_copies(jnp.int32(0), jnp.int32(0), most))
+
+
+class Fed:
+    """A program whose ring is fed: the tiles it should hold, and what has been asked for."""
+
+    def __init__(self, ring: Ring, seed: int, edit: Edit = None):
+        self.ring, self.feed, self.edit = ring, ring.feed, edit
+        rng = np.random.default_rng(seed)
+        self.machine = m = Machine(
+            ring.threads, ring.bytes, 1 << 16, delay=lambda: int(rng.integers(1500))
+        )
+        m.memory[:] = rng.integers(0, 256, len(m.memory), np.uint8)
+        self.base = m.shared_base
+        # The first array begins in the middle: others lie before it.
+        self.pointer = m.memory_base + 4096 * 8
+        self.used = 0
+        # Asked for into the L2 cache: address and size, and the next tile.
+        self._ahead: list[tuple[int, int]] = []
+        self._next_ahead = 0
+        # Places of tiles are drawn, in pieces of 16 bytes from the pointer on.
+        units = ring.size // 16
+        self.rows = np.zeros((len(ring.copies), 8), np.int64)
+        for number, copies in enumerate(ring.copies):
+            in_layers = number <= len(ring.layer_copies)
+            begin = int(rng.integers(-2000, 500))
+            self.rows[number] = [
+                begin & 0xFFFFFFFF,
+                begin >> 32 & 0xFFFFFFFF,
+                300 if in_layers else 0,
+                int(rng.integers(units, 30)),
+                ring.size,
+                copies,
+                int(rng.integers(units, units + 3)) * 16,
+                0,
+            ]
+        clear, write, start = setup_texts(self.feed, ring.threads)
+        clear.run(m, self.base)
+        thread = np.arange(ring.threads)
+        mask = thread < len(self.rows)
+        words = [np.where(mask, np.resize(x, ring.threads), 0) for x in self.padded().T]
+        write.run(m, self.base + self.feed.route + 32 * thread, mask.astype(int), *words)
+        start.run(m, self.base + self.feed.barriers)
+
+    def padded(self) -> np.ndarray:
+        more = self.ring.threads - len(self.rows)
+        return np.pad(self.rows, ((0, more), (0, 0)))
+
+    def places(self, index: int) -> list[tuple[int, int]]:
+        """Where each copy of a tile comes from, and its place in the slot."""
+        row, layer = self.ring.order[index]
+        low, high, stride, apart, _, copies, pitch, _ = self.rows[row].tolist()
+        begin = (high << 32 | low) - (1 << 64 if high >> 31 else 0)
+        at = self.pointer + 16 * (begin + layer * stride)
+        return [(at + 16 * apart * i, pitch * i) for i in range(copies)]
+
+    def slot(self, index: int) -> int:
+        return self.base + index % self.ring.slots * self.ring.slot_bytes
+
+    @property
+    def asked(self) -> int:
+        """Tiles that have been asked for."""
+        return int(self.machine.view(self.base + self.feed.control, 1, np.uint32)[0])
+
+    def on_their_way(self) -> set[int]:
+        """Tiles of which some copy has not come. All copies are those of the tiles in order."""
+        assert self.asked <= self.feed.total
+        wanted = [(i, *place) for i in range(self.asked) for place in self.places(i)]
+        made = [(copy.to, copy.source, copy.size) for copy in self.machine.copies]
+        assert made == [(self.slot(i) + to, at, self.ring.size) for i, at, to in wanted]
+        flying = set(self.machine.flying)
+        return {i for (i, *_), x in zip(wanted, self.machine.copies, strict=True) if x in flying}
+
+    def ask(self, used: int | None = None) -> None:
+        """As `feed_ring` does: the next tile is asked for just where it may be."""
+        f, number, before = self.feed, self.asked, self.on_their_way()
+        if used is not None:
+            self.used = used
+        text = feed_text(f, used is not None).edited(self.edit)
+        text.run(self.machine, self.pointer, self.base, used or 0)
+        after = self.on_their_way()
+        waits_for = number - f.in_flight
+        if number >= min(self.used + f.slots, f.total):
+            assert self.asked == number
+            if used is None:
+                self._look_ahead(number)
+        elif waits_for not in before:
+            assert self.asked == number + 1
+        elif waits_for in after:
+            assert self.asked == number
+        assert self.machine.prefetched == self._ahead
+
+    def _look_ahead(self, number: int) -> None:
+        """What should have been asked for into the L2 cache, the ring being full."""
+        self._next_ahead = max(self._next_ahead, number)
+        if self._next_ahead < min(number + self.feed.l2_tiles, self.feed.total):
+            self._ahead += [(at, self.ring.size) for at, _ in self.places(self._next_ahead)]
+            self._next_ahead += 1
+
+    def wait(self, index: int, edit: Edit = None, most: int = 2000) -> None:
+        """Waits for a tile, and looks at it."""
+        assert index < self.asked
+        around, slot = divmod(index, self.ring.slots)
+        barrier = self.base + self.feed.barriers + 8 * slot
+        wait_text(most).edited(edit).run(self.machine, barrier, around % 2)
+        for at, to in self.places(index):
+            here = self.machine.view(self.slot(index) + to, self.ring.size, np.uint8)
+            there = self.machine.view(at, self.ring.size, np.uint8)
+            np.testing.assert_array_equal(here, there)
+
+
+def check_feed(ring: Ring, seed: int = 0, edit: Edit = None, wait_edit: Edit = None) -> Fed:
+    """A program's step, as its loop does it: all tiles in their order."""
+    fed = Fed(ring, seed, edit)
+    rng = np.random.default_rng(seed)
+    for _ in range(ring.in_flight):
+        fed.ask()
+    for index in range(fed.feed.total):
+        # Words of other programs may be waited for, or not.
+        for _ in range(max(0, int(rng.integers(-3, 6)))):
+            fed.machine.pass_time(int(rng.integers(300)))
+            fed.ask()
+        fed.wait(index, wait_edit)
+        fed.ask(used=index + 1)
+    assert fed.asked == fed.feed.total
+    fed.ask()
+    return fed
+
+
+ONE = Ring(3, (1, 1, 1), (1, 1), slots=4, in_flight=4)
+TWO = Ring(3, (2, 1, 0, 2), (1, 1, 0), slots=5, in_flight=3)
+MANY = Ring(2, (2, 5, 1, 0), (1,), slots=3, in_flight=2)
+AHEAD = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, l2_tiles=3)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("ring", [ONE, TWO, MANY, AHEAD], ids=["one", "two", "many", "l2"])
+def test_tiles_come_to_their_slots_in_order(ring, seed):
+    check_feed(ring, seed)
+
+
+def test_no_more_is_asked_for_than_may_be_in_flight():
+    fed = Fed(TWO, 0)
+    fed.machine.delay = 1 << 30
+    for _ in range(20):
+        fed.ask()
+    # The embedding's tile is empty: it comes at once.
+    assert fed.asked == 1 + TWO.in_flight
+
+
+def test_tiles_beyond_a_full_ring_come_to_the_cache():
+    fed = Fed(AHEAD, 0)
+    for _ in range(20):
+        fed.machine.pass_time(2000)
+        fed.ask()
+    assert fed.asked == AHEAD.slots
+    last = AHEAD.slots + AHEAD.l2_tiles
+    ahead = [(at, AHEAD.size) for i in range(AHEAD.slots, last) for at, _ in fed.places(i)]
+    assert fed.machine.prefetched == ahead
+
+
+def test_a_tile_that_never_comes_ends_the_launch():
+    fed = Fed(ONE, 0)
+    fed.machine.delay = 1 << 30
+    for _ in range(3):
+        fed.ask()
+    fed.wait(0)
+    with pytest.raises(PtxError, match="come to a trap"):
+        fed.wait(1, most=50)
+
+
+# Collecting words
+
+TAG, STALE = 0x37, 0x36
+WAYS = ("at once", "in any order", "one last")
+
+
+@functools.cache
+def collect_text(ring: Ring, pieces: int, step: int, most: int) -> Inline:
+    def body(mail: Any, weights: Any) -> None:
+        each = jnp.zeros((ring.threads,), jnp.int32)
+        ptx.collect_words(
+            mail, each, step, pieces, each, each, most, weights, jnp.int32(0), ring.feed
+        )
+
+    return inline(body, shape(1024), shape(16, jnp.bfloat16))
+
+
+def check_collect(
+    pieces: int, way: str, edit: Edit = None, order: np.random.Generator | None = None
+) -> None:
+    """Words that another program writes meanwhile are waited for.
+
+    Args:
+        pieces: of each thread at most.
+        way: how words are written; of each thread's "one last": each is that of some thread.
+        edit: of the text.
+        order: of warps.
+    """
+    rng = np.random.default_rng(pieces)
+    fed = Fed(TWO, pieces)
+    m, threads, words = fed.machine, fed.ring.threads, fed.ring.threads * pieces * 8
+    m.order = order
+    there = rng.integers(0, pieces + 1, threads)
+    there[fed.feed.thread] = pieces
+    if way == "one last":
+        there[:] = pieces
+    # The mail lies behind the weights: each thread's pieces stand apart.
+    mail = m.memory_base + len(m.memory)
+    m.memory = np.concatenate([m.memory, np.zeros(4 * words, np.uint8)])
+    held = m.view(mail, words, np.uint32)
+    values = rng.integers(0, 1 << 24, words) << 8 | TAG
+    held[:] = rng.integers(0, 1 << 24, words) << 8 | STALE
+    is_there = np.arange(pieces)[:, None] < there  # [pieces, threads]
+    # Words that no thread waits for are never written.
+    waited = np.broadcast_to(is_there[..., None], (pieces, threads, 8)).ravel()
+    turn = rng.integers(0, 1 if way == "at once" else 40, words)
+    if way == "one last":
+        piece, thread, word = np.unravel_index(np.arange(words), (pieces, threads, 8))
+        last = thread % (8 * pieces)
+        # That of the last piece, which may be waited for first, before those of others.
+        turn = np.where(8 * piece + word == last, 1 + (last + 8) % (8 * pieces), 0)
+
+    def write(number: int) -> None:
+        some = waited & (turn == number)
+        held[some] = values[some]
+
+    for number in range(turn.max() + 1):
+        m.later(70 * number, functools.partial(write, number))
+    text = collect_text(fed.ring, pieces, 8 * threads, 400).edited(edit)
+    operands = (mail + 32 * np.arange(threads), TAG, there, fed.pointer, fed.base)
+    got = np.stack(text.run(m, *operands)).reshape(pieces, 8, threads)
+    wanted = values.reshape(pieces, threads, 8).swapaxes(1, 2)
+    np.testing.assert_array_equal(got, np.where(is_there[:, None], wanted, TAG))
+    # Meanwhile the ring was fed.
+    assert way != "at once" or fed.asked == 0
+    assert way != "in any order" or fed.asked == fed.ring.slots
+    for index in range(fed.asked):
+        fed.wait(index)
+    fed.on_their_way()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("pieces", [1, 4, 5, 8])
+def test_words_are_waited_for_until_all_carry_the_tag(pieces, way):
+    check_collect(pieces, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_warps_wait_for_words_in_any_order(way):
+    check_collect(5, way, order=np.random.default_rng(1))
+
+
+@pytest.mark.parametrize("pieces", [2, 6])
+def test_words_that_never_come_end_the_launch(pieces):
+    fed = Fed(ONE, 0)
+    text = collect_text(ONE, pieces, 64, 20)
+    fed.machine.memory[:] = STALE
+    with pytest.raises(PtxError, match="come to a trap"):
+        text.run(fed.machine, fed.machine.memory_base, TAG, pieces, fed.pointer, fed.base)
+    # A program that has nothing to wait for goes on.
+    words = text.run(fed.machine, fed.machine.memory_base, TAG, 0, fed.pointer, fed.base)
+    assert all((word == TAG).all() for word in words)
+
+
+def test_a_pair_is_stored_and_loaded_as_one():
+    def body(mail: Any) -> None:
+        each = jnp.zeros((32,), jnp.int32)
+        ptx.store_word(mail, each, each, each == 0, interpret=False)
+        ptx.store_pair(mail, each, each, each, each == 0, interpret=False)
+        ptx.load_pair(mail, each, interpret=False)
+
+    word, pair, load = inlines(body, shape(64))
+    machine, lane = Machine(32, 16, 512), np.arange(32)
+    at, odd = machine.memory_base + 8 * lane, lane % 2
+    pair.run(machine, at, lane, lane + 100, odd)
+    word.run(machine, at, lane + 50, 1 - odd)
+    first, second = load.run(machine, at)
+    np.testing.assert_array_equal(first, np.where(odd, lane, lane + 50))
+    np.testing.assert_array_equal(second, np.where(odd, lane + 100, 0xFFFFFFFF))
+
+
+def test_the_ring_lies_at_the_end_of_shared_memory():
+    machine = Machine(32, 5000, 16)
+    [base] = inline(lambda: ptx.ring_base(1000 + 128, 128)).run(machine, 0)
+    assert (base % 128 == 0).all()
+    assert 0 <= machine.shared_base + 5000 - (int(base[0]) + 1000) < 128
+
+
+# Edits of texts that must not go unnoticed
+
+EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
+    "chunked product": (
+        lambda edit: check_product(Tile(8, 2, True, 4, 8), edit),
+        [
+            ("shr.u32 %b, %g, 1;", "shr.u32 %b, %g, 2;"),
+            ("and.b32 %b, %g, 1;", "and.b32 %b, %g, 2;"),
+            ("@%mine bra idle;", ""),
+            ("[%b+512]", "[%a+512]"),
+            ("{%x1_1_2, %y1_1_2, %x1_1_3", "{%x1_1_2, %y1_1_3, %x1_1_3"),
+            ("[$3+16]", "[$3+0]"),
+            ("mov.u32 $0, 0;", ""),
+        ],
+    ),
+    "product": (
+        lambda edit: check_product(Tile(4, 3, False), edit),
+        [
+            ("@%mine ld.shared", "ld.shared"),
+            ("@%mine st.shared", "st.shared"),
+            ("mul.lo.u32 %a, %g, $2;", "mul.lo.u32 %a, %t, $2;"),
+            ("add.f32 %c0_0_1, %c0_0_1, %c0_3_1;", ""),
+            ("{$8, $9}", "{$9, $8}"),
+        ],
+    ),
+    "sum": (
+        lambda edit: check_product(Tile(4, 2, True), None, edit),
+        [("[$1+48]", "[$1+32]"), ("add.f32 %x8, %x8, %x12;", ""), ("$0, %x0", "$0, %x1")],
+    ),
+    "feed": (
+        lambda edit: check_feed(TWO, 0, edit),
+        [
+            ("setp.lt.u32 %go, %n, %u;", "setp.le.u32 %go, %n, %u;"),
+            ("and.pred %go, %go, %p;", ""),
+            ("xor.b32 %h, %h, 1;", ""),
+            ("xor.b32 %y, %y, %h;", ""),
+            ("selp.u32 %y, 1, 0, %q;", "selp.u32 %y, 0, 1, %q;"),
+            ("mul.wide.u32 %far, %l, %v;", "mul.wide.u32 %far, %e, %v;"),
+            ("@%p mov.u32 %e, 1;", ""),
+            ("mul.lo.u32 %t, %x, %y;", "mov.u32 %t, %x;"),
+            ("add.u64 %from, %from, %by;", "sub.u64 %from, %from, %by;"),
+            ("mov.b64 %from, {%t, %u};", "mov.b64 %from, {%t, %t};"),
+            ("setp.gt.and.u32 %p, %y, 1, %go;", "setp.gt.u32 %p, %y, 1;"),
+        ],
+    ),
+    "feed of many": (
+        lambda edit: check_feed(MANY, 0, edit),
+        [
+            ("@!%go mov.b32 %y, 0;", ""),
+            ("add.u32 %v, %v, %z;", "add.u32 %v, %v, %x;"),
+            ("sub.u32 %y, %y, 1; bra copy;", "bra copy;"),
+        ],
+    ),
+    "feed ahead": (
+        lambda edit: check_feed(AHEAD, 0, edit),
+        [
+            ("@%p mov.b32 %x, %n;", ""),
+            ("sub.u32 %u, %u, 1; bra l2;", "sub.u32 %u, %u, 2; bra l2;"),
+            ("add.u32 %u, %n, 3;", "add.u32 %u, %n, 4;"),
+            ("mul.wide.u32 %far, %z, %v;", "mul.wide.u32 %far, %l, %v;"),
+        ],
+    ),
+    "wait": (
+        lambda edit: check_feed(ONE, 0, None, edit),
+        [("@%p bra done;", "bra done;"), ("$2; @%p bra done;", "0; @%p bra done;")],
+    ),
+    "collect": (
+        lambda edit: check_collect(4, "one last", edit),
+        [
+            ("and.b32 %w, %w, 255;", "and.b32 %w, %w, 254;"),
+            ("0xbe;", "0x3c;"),
+            ("sub.u32 %left, %left, 1;", ""),
+            ("@%p and.b32 %left", "and.b32 %left"),
+            ("setp.eq.u32 %p, %left, 0; @%p bra done;", "bra done;"),
+        ],
+    ),
+    "collect many": (
+        lambda edit: check_collect(6, "in any order", edit),
+        [("setp.eq.u32 %p, %w, 0; @%p bra again;", ""), ("{$40, $41", "{$41, $40")],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "edit"),
+    [(case, edit) for case, (_, edits) in EDITS.items() for edit in edits],
+    ids=lambda x: x if isinstance(x, str) else x[0].strip(";"),
+)
+def test_an_edit_is_noticed(case, edit):
+    with pytest.raises((PtxError, AssertionError)) as error:
+        EDITS[case][0](edit)
+    assert "does not occur" not in str(error.value)
+
+
+# The machine itself
+
+
+def lane_values(text: str, constraints: str, *operands: Any) -> list[np.ndarray]:
+    """Results of a warp's threads."""
+    return Machine(32, 64, 64).run(text, constraints, operands)
+
+
+def f32(*values: float) -> list[int]:
+    return np.array(values, np.float32).view(np.uint32).tolist()
+
+
+ONES = 0xFFFFFFFF
+HAND = [
+    # What, operands, result
+    ("add.u32", [ONES, 3], 2),
+    ("sub.s32", [1, 3], -2 & ONES),
+    ("mul.lo.u32", [0x10001, 0x10001], 0x20001),
+    ("mul.hi.u32", [0x10001, 0x10001], 1),
+    ("mad.lo.u32", [3, 32, 5], 101),
+    ("min.u32", [-1 & ONES, 2], 2),
+    ("min.s32", [-1 & ONES, 2], ONES),
+    ("max.s32", [-1 & ONES, 2], 2),
+    ("div.u32", [17, 5], 3),
+    ("div.s32", [-17 & ONES, 5], -3 & ONES),
+    ("rem.u32", [17, 5], 2),
+    ("rem.s32", [-17 & ONES, 5], -2 & ONES),
+    ("neg.s32", [5], -5 & ONES),
+    ("not.b32", [0xF0F0], 0xFFFF0F0F),
+    ("shl.b32", [0x80000001, 4], 0x10),
+    ("shl.b32", [1, 32], 0),
+    ("shr.u32", [0x80000000, 4], 0x08000000),
+    ("shr.s32", [0x80000000, 4], 0xF8000000),
+    ("shr.s32", [0x80000000, 40], ONES),
+    ("prmt.b32", [0x33221100, 0x77665544, 0x5410], 0x55441100),
+    ("prmt.b32", [0x33221100, 0x77665544, 0x7632], 0x77663322),
+    ("prmt.b32", [0x332211F0, 0x77665544, 0x0008], 0xF0F0F0FF),
+    ("add.f32", f32(1.5, -0.25), f32(1.25)[0]),
+    ("fma.rn.f32", f32(1 + 2**-23, 1 + 2**-23, -1), f32(2**-22 + 2**-46)[0]),
+    ("mul.rn.f32", f32(3, -0.5), f32(-1.5)[0]),
+    ("max.f32", f32(np.nan, 2), f32(2)[0]),
+    ("neg.f32", f32(0), 0x80000000),
+    ("add.ftz.f32", [1, 0], 0),
+    ("add.f32", [1, 0], 1),
+    ("ex2.approx.ftz.f32", f32(-3), f32(0.125)[0]),
+    ("rcp.approx.ftz.f32", f32(-8), f32(-0.125)[0]),
+    # The first operand is the upper half; a tie goes to the even neighbour.
+    ("cvt.rn.bf16x2.f32", f32(1 + 2**-8, -2), 0x3F80C000),
+    ("cvt.rn.bf16x2.f32", f32(1 + 3 * 2**-8, np.nan), 0x3F827FFF),
+    ("cvt.rn.f32.s32", [-3 & ONES], f32(-3)[0]),
+    ("cvt.rn.f32.u32", [ONES], f32(2.0**32)[0]),
+    ("cvt.rzi.s32.f32", f32(-2.75), -2 & ONES),
+    ("cvt.rni.u32.f32", f32(2.5), 2),
+    ("cvt.rzi.u32.f32", f32(-5), 0),
+]
+
+
+@pytest.mark.parametrize(("name", "operands", "wanted"), HAND, ids=str)
+def test_an_instruction_does_what_the_manual_says(name, operands, wanted):
+    inputs = ", ".join(f"${1 + i}" for i in range(len(operands)))
+    constraints = "=r" + ",r" * len(operands)
+    [got] = lane_values(f"{name} $0, {inputs};", constraints, *operands)
+    assert hex(got[0]) == hex(wanted)
+    assert (got == got[0]).all()
+
+
+def test_lop3_takes_its_table_by_bits():
+    values = np.arange(32)
+    a, b, c = 7 * values, values**3, values**2
+    text = "lop3.b32 $0, $2, $3, $4, 0xbe; lop3.b32 $1, $2, $3, $4, 0xca;"
+    joined, chosen = lane_values(text, "=&r,=&r,r,r,r", a, b, c)
+    np.testing.assert_array_equal(joined, (a ^ b) | c)
+    np.testing.assert_array_equal(chosen, (a & b) | (~a & c))
+
+
+COMPARISONS = [
+    ("lt.u32", 1, ONES, True),
+    ("lt.s32", 1, ONES, False),
+    ("ls.u32", 2, 2, True),
+    ("hi.u32", 2, 2, False),
+    ("eq.b32", 2, 2, True),
+    ("ne.f32", *f32(np.nan, 1), False),
+    ("neu.f32", *f32(np.nan, 1), True),
+    ("ge.f32", *f32(2, 1), True),
+    ("num.f32", *f32(2, np.nan), False),
+]
+
+
+@pytest.mark.parametrize(("name", "a", "b", "wanted"), COMPARISONS, ids=str)
+def test_comparisons(name, a, b, wanted):
+    relation, kind = name.split(".")
+    text = (
+        "{ .reg .pred %p, %q, %r, %s; setp.ne.u32 %s, $6, 0;"
+        f"setp.{name} %p|%q, $4, $5; selp.u32 $0, 1, 0, %p; selp.u32 $1, 1, 0, %q;"
+        f"setp.{relation}.and.{kind} %r, $4, $5, %s; selp.u32 $2, 1, 0, %r;"
+        f"setp.{relation}.or.{kind} %r, $4, $5, !%s; selp.u32 $3, 1, 0, %r; }}"
+    )
+    third = np.arange(32) % 2
+    held, other, both, either = lane_values(text, ",".join(["=&r"] * 4 + ["r"] * 3), a, b, third)
+    assert (held == wanted).all()
+    assert (other == (not wanted)).all()
+    np.testing.assert_array_equal(both, wanted & third)
+    np.testing.assert_array_equal(either, wanted | (1 - third))
+
+
+def test_words_are_packed_and_unpacked():
+    text = (
+        "{ .reg .b16 %x, %y; .reg .b64 %w; mov.b32 {%x, %y}, $3; mov.b32 $0, {%y, %x};"
+        "mov.b64 %w, {$3, $4}; mov.b64 {$1, _}, %w; shr.u64 %w, %w, 32; mov.b64 {$2, _}, %w; }"
+    )
+    swapped, low, high = lane_values(text, "=&r,=&r,=&r,r,r", 0x11112222, 0x33334444)
+    assert [hex(x[0]) for x in (swapped, low, high)] == ["0x22221111", "0x11112222", "0x33334444"]
+    [wide] = lane_values("mul.wide.s32 $0, $1, $2;", "=l,r,r", -3, 1 << 30)
+    assert wide.view(np.int64)[0] == -3 << 30
+    [number] = lane_values("{ .reg .b16 %x; mov.b16 %x, 0xC040; cvt.f32.bf16 $0, %x; }", "=f", *())
+    assert number[0] == -3
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_matrix_product_has_the_fragments_of_the_manual(depth):
+    rng = np.random.default_rng(depth)
+    a = as_bfloat16(rng.standard_normal((2, 16, depth), np.float32))
+    b = as_bfloat16(rng.standard_normal((2, depth, 8), np.float32))
+    c = rng.standard_normal((2, 16, 8)).astype(np.float32)
+    halves = depth // 8
+    a_words, b_words = np.zeros((2 * halves, 64), np.uint32), np.zeros((halves, 64), np.uint32)
+    c_words, places = np.zeros((4, 64), np.float32), []
+    for thread in range(64):
+        w, group, t = thread // 32, thread % 32 // 4, thread % 4
+        for k in range(halves):
+            for down in range(2):
+                low, high = a[w, group + 8 * down, 8 * k + 2 * t : 8 * k + 2 * t + 2]
+                a_words[2 * k + down, thread] = int(low) | int(high) << 16
+            low, high = b[w, 8 * k + 2 * t : 8 * k + 2 * t + 2, group]
+            b_words[k, thread] = int(low) | int(high) << 16
+        at = [(w, group + 8 * (i // 2), 2 * t + i % 2) for i in range(4)]
+        c_words[:, thread] = [c[x] for x in at]
+        places.append(at)
+    names = [f"${4 + i}" for i in range(3 * halves + 4)]
+    vectors = [names[: 2 * halves], names[2 * halves : 3 * halves], names[3 * halves :]]
+    operands = ", ".join(f"{{{', '.join(v)}}}" for v in vectors)
+    text = (
+        f"mma.sync.aligned.m16n8k{depth}.row.col.f32.bf16.bf16.f32 {{$0, $1, $2, $3}}, {operands};"
+    )
+    constraints = ",".join(["=f"] * 4 + ["r"] * (3 * halves) + ["f"] * 4)
+    machine = Machine(64, 16, 16)
+    got = np.stack(machine.run(text, constraints, [*a_words, *b_words, *c_words]))
+    product = as_float(a).astype(np.float64) @ as_float(b) + c
+    wanted = np.array([[product[at] for at in places[thread]] for thread in range(64)]).T
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+SHUFFLES = [
+    ("bfly", 5, 31, lambda lane: lane ^ 5),
+    ("idx", 7, 31, lambda lane: 7),
+    ("idx", 2, 0x181F, lambda lane: lane // 8 * 8 + 2),  # in groups of 8
+    ("up", 3, 0, lambda lane: lane - 3 if lane >= 3 else lane),
+    ("down", 3, 31, lambda lane: lane + 3 if lane <= 28 else lane),
+]
+
+
+@pytest.mark.parametrize(("mode", "by", "bounds", "source"), SHUFFLES)
+def test_shuffles(mode, by, bounds, source):
+    text = (
+        "{ .reg .pred %p; "
+        f"shfl.sync.{mode}.b32 $0|%p, $2, {by}, {bounds}, 0xffffffff; selp.u32 $1, 1, 0, %p; }}"
+    )
+    got, there = lane_values(text, "=&r,=&r,r", 100 + np.arange(32))
+    wanted = [100 + source(lane) for lane in range(32)]
+    assert got.tolist() == wanted
+    if mode in ("up", "down"):
+        np.testing.assert_array_equal(there, got != 100 + np.arange(32))
+    else:
+        assert there.all()
+
+
+LOOK = "{ .reg .pred %p; mbarrier.test_wait.parity.shared::cta.b64 %p, [$1], $2; selp.u32 $0, 1, 0, %p; }"  # noqa: E501
+FIRST = (
+    "{{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0; @%p {}; }}".format
+)
+
+
+def test_a_barrier_counts_arrivals_and_bytes():
+    machine = Machine(32, 64, 256, delay=100)
+    at, to, source = machine.shared_base, machine.shared_base + 16, machine.memory_base
+    machine.view(source, 32, np.uint8)[:] = np.arange(32)
+
+    def passed(parity: int) -> bool:
+        return bool(machine.run(LOOK, "=r,r,r", [at, parity])[0][0])
+
+    machine.run(FIRST("mbarrier.init.shared::cta.b64 [$0], 2"), "r", [at])
+    # The phase before the first one has parity 1, and has passed.
+    assert not passed(0)
+    assert passed(1)
+    arrive = FIRST("mbarrier.arrive.shared::cta.b64 _, [$0]")
+    machine.run(arrive, "r", [at])
+    machine.run(FIRST("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], 32"), "r", [at])
+    assert not passed(0)
+    name = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    machine.run(FIRST(name + " [$1], [$2], 32, [$0]"), "r,r,l", [at, to, source])
+    assert not passed(0)
+    with pytest.raises(PtxError, match="while a copy is on its way there"):
+        machine.run("ld.shared.b32 $0, [$1];", "=r,r", [to])
+    machine.pass_time(100)
+    assert passed(0)
+    assert not passed(1)
+    assert machine.run("ld.shared.u8 $0, [$1];", "=r,r", [to + 31])[0][0] == 31
+    machine.run(arrive, "r", [at])
+    machine.run(arrive, "r", [at])
+    assert passed(1)
+    assert not passed(0)
+
+
+HAND_OVER = (
+    "{ .reg .b32 %t, %a; mov.u32 %t, %tid.x; shl.b32 %a, %t, 2; add.u32 %a, %a, $1;"
+    "st.shared.b32 [%a], %t; bar.sync 0; xor.b32 %a, %a, 128; ld.shared.b32 $0, [%a]; }"
+)
+
+
+def test_threads_meet_at_a_barrier():
+    for seed in range(4):
+        machine = Machine(64, 256, 16, order=np.random.default_rng(seed))
+        [got] = machine.run(HAND_OVER, "=r,r", [machine.shared_base + 0])
+        np.testing.assert_array_equal(got, np.arange(64) ^ 32)
+
+
+def test_a_missing_barrier_is_noticed_in_some_order():
+    wrong = []
+    for seed in range(8):
+        machine = Machine(64, 256, 16, order=np.random.default_rng(seed))
+        text = HAND_OVER.replace("bar.sync 0;", "")
+        [got] = machine.run(text, "=r,r", [machine.shared_base])
+        wrong.append((got != np.arange(64) ^ 32).any())
+    assert any(wrong)
+
+
+def test_threads_of_a_warp_meet_again_at_a_collective_instruction():
+    text = (
+        "{ .reg .pred %p; .reg .b32 %t, %n; mov.u32 %t, %laneid; mov.u32 %n, 0;"
+        "again: setp.ge.u32 %p, %n, %t; @%p bra done; add.u32 %n, %n, 1; bra.uni again;"
+        "done: shfl.sync.idx.b32 $0, %n, 31, 31, 0xffffffff; }"
+    )
+    assert (lane_values(text, "=r")[0] == 31).all()
+
+
+def test_programs_share_memory():
+    first = Machine(32, 16, 256)
+    second = Machine(32, 16, first.memory, blocks=(1, 2))
+    machine_of = "{ .reg .b32 %c; mov.u32 %c, %ctaid.x; st.relaxed.gpu.global.b32 [$0], %c; }"
+    at = first.memory_base + 4 * np.arange(32)
+    first.later(50, lambda: second.run(machine_of, "l", [at]))
+    text = (
+        "{ .reg .pred %p; again: ld.relaxed.gpu.global.b32 $0, [$1];"
+        "setp.ne.u32 %p, $0, 1; @%p bra again; }"
+    )
+    assert (first.run(text, "=&r,l", [at])[0] == 1).all()
+    assert first.clock > 50
+
+
+ERRORS = [
+    # Text, constraints, what is said
+    ("{ .reg .b32 %x; add.u32 $0, %x, 1; }", "=r", "Thread 0 reads %x, which it has not written"),
+    ("{ .reg .b32 %x; mov.u32 %y, 1; }", "", "%y is declared nowhere"),
+    ("{ .reg .b32 %x; { .reg .b32 %y; } mov.u32 %y, 1; }", "", "%y is declared nowhere"),
+    (".reg .b32 %x;", "", "stands outside of"),
+    ("{ .reg .pred %p; setp.eq.u32 %p, $1, 1; @%p mov.u32 $0, 1; }", "=r,r", "reads \\$0"),
+    ("mov.u32 $0, 0; add.u32 $0, $1, 1;", "=r,r", "a result may have taken"),
+    ("ld.shared.v2.b32 {$0, $1}, [$2+4];", "=&r,=&r,r", "is no multiple of 8"),
+    ("ld.shared.b32 $0, [$1+64];", "=r,r", "not all in the shared memory"),
+    ("st.shared.b32 [$1], %laneid; mov.u32 $0, 0;", "=r,r", "Two threads store different values"),
+    ("add.u32 $0, $1, 1;", "=l,r", "of .b64 is set as .u32"),
+    ("{ .reg .f32 %x; mov.f32 %x, 0f00000000; add.u32 $0, %x, 1; }", "=r", "read as .u32"),
+    ("add.u33 $0, $1, 1;", "=r,r", "does not know `.u33`"),
+    ("frob.u32 $0, $1;", "=r,r", "does not know `frob`"),
+    ("{ again: bra again; }", "", "does not end within"),
+    ("{ bra there; }", "", "no label there"),
+    ("{ { there: } bra there; }", "", "no label there"),
+    ("trap;", "", "come to a trap"),
+    ("div.u32 $0, $1, 0;", "=r,r", "divided by 0"),
+    ("mov.u32 $0, 1", "=r", "lacks its end"),
+    (
+        "{ .reg .pred %p; setp.lt.u32 %p, %laneid, 3; @%p shfl.sync.idx.b32 $0, $1, 0, 31, -1; }",
+        "=r,r",
+        "Not all threads of a warp",
+    ),
+    (
+        "{ .reg .pred %p; setp.lt.u32 %p, %laneid, 3; @%p bra end;"
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1; end: }",
+        "=r,r",
+        "Nobody can go on: 29 threads",
+    ),
+    (
+        "{ .reg .pred %p; setp.lt.u32 %p, %laneid, 3; @%p bra end; bar.sync 0; end: }",
+        "",
+        "Nobody can go on",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "constraints", "message"), ERRORS, ids=[x[2] for x in ERRORS])
+def test_what_a_gpu_would_not_do_is_refused(text, constraints, message):
+    machine = Machine(32, 64, 64)
+    inputs = sum(not x.startswith("=") for x in constraints.split(",") if x)
+    with pytest.raises(PtxError, match=message):
+        machine.run(text, constraints, [machine.shared_base] * inputs, 2000)

@@ -1,0 +1,227 @@
+"""The inline PTX of attention, run on a CPU by `ptx_machine`, against plain numpy."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from ptx_machine import Machine, PtxError
+
+from pallas_kernels.stream.plan import LOT
+from pallas_kernels.stream.ptx.cache import CacheFeed, attend_lines, cache_feed_lines
+from pallas_kernels.stream.ring import MOST_LOOKS
+
+LAYERS, CAPACITY = 2, 320
+WORDS = 8
+
+
+def as_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounded to bfloat16, as float32."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def halves(x: np.ndarray) -> np.ndarray:
+    """The bits of numbers that are bfloat16, uint16."""
+    return (x.view(np.uint32) >> 16).astype(np.uint16)
+
+
+class Part(NamedTuple):
+    """A span of cached positions of one head; and whether the new position is its own."""
+
+    head: int
+    start: int
+    live: int
+    new: bool
+
+
+class Setting(NamedTuple):
+    """Heads, and how attention is cut."""
+
+    head_dim: int
+    block: int
+    warps: int
+    stages: int = 2
+    softcap: float | None = None
+    threads: int = 128
+
+
+SETTINGS = {
+    "heads of 64": Setting(64, 128, 4),
+    "heads of 128": Setting(128, 64, 4, stages=3),
+    "heads of 128, 8 warps": Setting(128, 64, 8, threads=256),
+    "heads of 256": Setting(256, 32, 4, softcap=50.0),
+    "heads of 32": Setting(32, 128, 4),
+    "warps that do not attend": Setting(64, 32, 4, stages=4, threads=256),
+}
+
+
+class Bench:
+    """A program's memory with a cache, and the rows of its parts, the same in every layer."""
+
+    def __init__(self, setting: Setting, parts: list[Part], delay: int = 40):
+        s = self.setting = setting
+        self.parts, rng = parts, np.random.default_rng(s.head_dim)
+        self.heads = 1 + max(p.head for p in parts)
+        shape = (2, LAYERS, self.heads, CAPACITY, s.head_dim)
+        self.cache = as_bfloat16(rng.normal(size=shape))
+        row, tile = 2 * s.head_dim, 4 * s.block * s.head_dim
+        sizes = {
+            "tiles": s.stages * tile,
+            "out": s.warps * LOT * (2 * row + 16),
+            "queries": 2 * LOT * (row + 64),
+            "new": 2 * row,
+            "sums": 8 * s.warps * LOT,
+            "rows": 4 * WORDS * (1 + len(parts)),
+            "barriers": 16 * ((s.stages + 1) // 2),
+            "control": 4 * WORDS,
+        }
+        starts, end = {}, 0
+        for name, size in sizes.items():
+            starts[name] = end
+            end += size
+        self.rows = starts.pop("rows")
+        self.feed = CacheFeed(
+            **starts,
+            head_dim=s.head_dim,
+            block=s.block,
+            warps=s.warps,
+            stages=s.stages,
+            layer_units=self.heads * CAPACITY * row // 16,
+            tile_bytes=tile,
+            query_pitch=row + 64,
+            out_pitch=2 * row + 16,
+            softcap=s.softcap,
+            thread=s.threads - 32,
+        )
+        self.machine = Machine(s.threads, end, self.cache[0].size * 4, delay=delay)
+        self.ring = self.machine.shared_base
+        self.keys = self.machine.memory_base
+        self.values = self.keys + 2 * self.cache[0].size
+        for at, x in zip((self.keys, self.values), self.cache, strict=True):
+            self.machine.view(at, x.size, np.uint16)[:] = halves(x).ravel()
+        for i in range(s.stages):
+            self.machine.start_barrier(self.ring + self.feed.barriers + 8 * i, 1)
+        self.at("control", WORDS, np.uint32)[:] = [s.stages, *[0] * (WORDS - 1)]
+        rows = self.machine.view(self.ring + self.rows, WORDS * (1 + len(parts)), np.uint32)
+        rows[:] = 0
+        rows[0] = len(parts)
+        for i, p in enumerate(parts):
+            tiles = -(-(p.live + p.new) // s.block)
+            unit = (p.head * CAPACITY + p.start) * row // 16
+            rows[WORDS * (i + 1) :][:4] = [unit, p.live, tiles, p.new]
+
+    def at(self, name: str, count: int, dtype: type) -> np.ndarray:
+        return self.machine.view(self.ring + getattr(self.feed, name), count, dtype)
+
+    def ask(self, layer: int) -> None:
+        lines = cache_feed_lines(self.feed, "$1", "$2", "$3", "$4", "$5", 0)
+        text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
+        rows = self.ring + self.rows
+        operands = [self.ring, self.keys, self.values, rows, layer]
+        self.machine.run(text, "=r,r,l,l,r,r", operands)
+
+    def attend(self, layer: int, j: int, q: np.ndarray, new: np.ndarray, edit=None):
+        """What the warps make of the j-th part together: maximum, sum, weighted values."""
+        f, s = self.feed, self.setting
+        high = as_bfloat16(q)
+        for i, x in enumerate((high, as_bfloat16(q - high))):
+            for row in range(LOT):
+                at = self.ring + f.queries + (i * LOT + row) * f.query_pitch
+                self.machine.view(at, s.head_dim, np.uint16)[:] = halves(x[row])
+        self.at("new", new.size, np.uint16)[:] = halves(new).ravel()
+        row = self.ring + self.rows + 4 * WORDS * (1 + j)
+        lines = attend_lines(f, "$1", "$2", "$3", "$4", "$5", "$6", MOST_LOOKS)
+        text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
+        if edit is not None:
+            assert edit[0] in text
+            text = text.replace(*edit)
+        operands = [self.ring, self.keys, self.values, self.ring + self.rows, row, layer]
+        self.machine.run(text, "=&r,r,l,l,r,r,r", operands)
+        top, total = self.at("sums", 2 * s.warps * LOT, np.float32).reshape(s.warps, LOT, 2).T
+        out = self.at("out", s.warps * LOT * f.out_pitch // 4, np.float32)
+        out = out.reshape(s.warps, LOT, -1)[..., : s.head_dim].astype(np.float64)
+        best = top.max(axis=1)
+        weight = np.exp2(top - best[:, None]).T
+        return best, (weight * total.T).sum(axis=0), (weight[..., None] * out).sum(axis=0)
+
+    def wanted(self, layer: int, part: Part, q: np.ndarray, new: np.ndarray):
+        keys, values = self.cache[:, layer, part.head, part.start : part.start + part.live].astype(
+            np.float64
+        )
+        if part.new:
+            keys, values = (np.vstack(x) for x in ((keys, new[:1]), (values, new[1:])))
+        scores = q.astype(np.float64) @ keys.T
+        if (cap := self.setting.softcap) is not None:
+            scores = cap * math.log2(math.e) * np.tanh(scores)
+        weights = np.exp2(scores - scores.max(axis=1)[:, None])
+        return scores.max(axis=1), weights.sum(axis=1), weights @ values
+
+
+def run(setting: Setting, parts: list[Part], edit=None, delay: int = 40) -> float:
+    """Attends all parts of all layers; the largest error."""
+    bench, rng, worst = Bench(setting, parts, delay), np.random.default_rng(5), 0.0
+    for layer in range(LAYERS):
+        bench.ask(layer)
+        for j, part in enumerate(parts):
+            scale = 1.5 / math.sqrt(setting.head_dim)
+            q = (rng.normal(size=(LOT, setting.head_dim)) * scale).astype(np.float32)
+            new = as_bfloat16(rng.normal(size=(2, setting.head_dim)))
+            got = bench.attend(layer, j, q, new, edit)
+            for x, y in zip(got, bench.wanted(layer, part, q, new), strict=True):
+                worst = max(worst, float(np.abs(x - y).max()) if np.isfinite(x).all() else np.inf)
+    tiles = sum(-(-(p.live + p.new) // setting.block) for p in parts)
+    assert len(bench.machine.copies) <= 2 * LAYERS * tiles
+    return worst
+
+
+PARTS = {
+    "nothing but the new one": [Part(0, 0, 0, True)],
+    "a full tile, and the new one in the next": [Part(1, 3, 128, True)],
+    "odd": [Part(0, 0, 97, True)],
+    "three, of which one ends inside": [
+        Part(0, 5, 256, False),
+        Part(1, 0, 33, True),
+        Part(2, 64, 129, True),
+    ],
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_attention_over_a_span(name, parts):
+    # 16 bits of queries and weights are left.
+    assert run(SETTINGS[name], PARTS[parts]) < 2e-3
+
+
+@pytest.mark.parametrize("delay", [0, 3000])
+def test_tiles_that_come_at_once_and_late(delay):
+    parts = PARTS["three, of which one ends inside"]
+    assert run(SETTINGS["heads of 64"], parts, delay=delay) < 2e-3
+
+
+EDITS = {
+    "a weight's lower half is lost": ("cvt.rn.bf16x2.f32 %pl0, %h, %f;", "mov.b32 %pl0, 0;"),
+    "what was summed up is not scaled": ("ex2.approx.ftz.f32 %shrink, %shrink;", ""),
+    "values beyond the span count": ("and.b32 %y, %y, %mask0;", ""),
+    "the new position is left out": ("st.shared.v4.b32 [%y+0]", "@!%p st.shared.v4.b32 [%y+0]"),
+    "threads of a query do not tell each other their maximum": (
+        "shfl.sync.bfly.b32 %h, %f, 2, 31, 0xffffffff;",
+        "mov.b32 %h, %f;",
+    ),
+    "tiles are used before they have come": ("@%p bra come;", "bra come;"),
+    "a tile is asked for while it is used": ("used: bar.sync 0;", "used:"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_fault_is_found(name):
+    parts = PARTS["three, of which one ends inside"]
+    try:
+        worst = run(SETTINGS["heads of 64"], parts, EDITS[name])
+    except PtxError:
+        return
+    assert worst > 2e-3
