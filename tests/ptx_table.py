@@ -94,6 +94,8 @@ class Threads:
         if isinstance(operand, Constant):
             return np.full(len(self.threads), _number(operand.text, kind))
         if isinstance(operand, Special):
+            if self.instruction.name not in ("mov", "cvt"):
+                raise PtxError(f"{operand.name} is read by mov alone.")
             return self._special(operand.name).astype(storage("u32")).view(DTYPES[kind])
         raise PtxError(f"{operand} is no value.")
 
