@@ -3,8 +3,9 @@
 Of the threads that can go on, those at the lowest instruction take it together. Beyond running,
 it looks for what a GPU does not report: registers and results that nobody wrote, results that
 share a register with an operand still to be read, addresses outside of memory or between the
-words, shared memory touched while a bulk copy is on its way there, stores that meet, and warps
-that come to a collective instruction in part. Memory begins as ones: NaNs, and wild addresses.
+words, shared memory touched while a bulk copy is on its way there, warps that use what others
+make without waiting for it, stores that meet, and warps that come to a collective instruction in
+part. Memory begins as ones: NaNs, and wild addresses.
 
     machine = Machine(threads=128, shared_bytes=4096, memory=1 << 16)
     machine.view(machine.shared_base, 4, np.float32)[:] = 1
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import ptx_memory
 import ptx_numbers
+from ptx_races import Races
 from ptx_table import DTYPES, WARP, execute, same_size, storage
 from ptx_text import Program, PtxError, Register, parse
 
@@ -46,10 +48,14 @@ class Copy:
 
 
 class _Barrier:
-    """An mbarrier: a phase ends when all arrivals and all bytes it waits for have come."""
+    """An mbarrier: a phase ends when all arrivals and all bytes it waits for have come.
 
-    def __init__(self, count: int):
+    `news` is what those who have arrived tell those who wait: see `Races`.
+    """
+
+    def __init__(self, count: int, news: np.ndarray):
         self.phase, self.count, self.pending, self.bytes = 0, count, count, 0
+        self.news = news
 
     def expect(self, size: int) -> None:
         if not 0 <= size < 1 << 20:
@@ -119,6 +125,7 @@ class Machine:
         self.memory = np.full(memory, 0xFF, np.uint8) if isinstance(memory, int) else memory
         self.delay, self.order, self.blocks = delay, order, blocks
         self.clock = 0
+        self.races = Races(threads // WARP, shared_bytes)
         self.copies: list[Copy] = []
         self.prefetched: list[tuple[int, int]] = []
         self._barriers: dict[int, _Barrier] = {}
@@ -163,15 +170,19 @@ class Machine:
                 raise PtxError(f"{there} is accessed while a copy is on its way there.")
         return at - base
 
-    def load(self, name: str, at: np.ndarray, size: int) -> np.ndarray:
-        """Bytes `[n, size]` at addresses `[n]`."""
-        places = self.places(name, at, size, size)
-        return self.space(name)[0][places[:, None] + np.arange(size)]
+    def load(self, name: str, at: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
+        """Bytes `[n, size]` at addresses `[n]`, for threads `[n]`."""
+        index = self.places(name, at, size, size)[:, None] + np.arange(size)
+        if name == "shared":
+            self.races.load(threads // WARP, index)
+        return self.space(name)[0][index]
 
-    def store(self, name: str, at: np.ndarray, values: np.ndarray) -> None:
-        """Stores bytes `[n, size]` at addresses `[n]`."""
-        places = self.places(name, at, values.shape[1], values.shape[1])
-        data, index = self.space(name)[0], places[:, None] + np.arange(values.shape[1])
+    def store(self, name: str, at: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+        """Stores bytes `[n, size]` at addresses `[n]`, for threads `[n]`."""
+        size, data = values.shape[1], self.space(name)[0]
+        index = self.places(name, at, size, size)[:, None] + np.arange(size)
+        if name == "shared":
+            self.races.store(threads // WARP, index, data[index] != values)
         data[index] = values
         if (data[index] != values).any():
             raise PtxError("Two threads store different values in the same place at once.")
@@ -192,7 +203,7 @@ class Machine:
         while self._later and self._later[0][0] <= self.clock:
             heapq.heappop(self._later)[2]()
 
-    def copy(self, to: int, source: int, size: int, barrier: int) -> None:
+    def copy(self, thread: int, to: int, source: int, size: int, barrier: int) -> None:
         """Starts a bulk copy from memory to shared memory."""
         for name, address in (("shared", to), ("global", source)):
             self.places(name, np.array([address]), size, 16)
@@ -200,12 +211,14 @@ class Machine:
             raise PtxError(f"A bulk copy is of some times 16 bytes, not of {size}.")
         copy = Copy(to, source, size, barrier, self.clock)
         at = self.barrier(barrier)
+        number = self.races.copy(thread // WARP, to - self.shared_base + np.arange(size))
         self.copies.append(copy)
         self.flying.append(copy)
 
         def land() -> None:
             self.flying.remove(copy)
             self.view(to, size, np.uint8)[:] = self.view(source, size, np.uint8)
+            at.news[self.races.copier] = max(at.news[self.races.copier], number)
             at.complete(size)
 
         delay = self.delay if isinstance(self.delay, int) else self.delay()
@@ -222,7 +235,7 @@ class Machine:
         self.places("shared", np.array([address]), 8, 8)
         if any(abs(address - other) < 8 for other in self._barriers if other != address):
             raise PtxError(f"The mbarrier at {hex(address)} overlaps another one.")
-        self._barriers[address] = _Barrier(count)
+        self._barriers[address] = _Barrier(count, np.zeros(self.threads // WARP + 1, np.int64))
 
     # Running
 
@@ -242,6 +255,7 @@ class Machine:
         """
         program = parse(text, constraints)
         run = Run(self, program, operands)
+        self.races.meet(np.arange(self.threads // WARP))
         end = self.clock + limit
         while run.step():
             self._tick()
@@ -320,6 +334,7 @@ class Run:
             raise PtxError(f"{len(here)} threads have come to barrier {number}, which has {count}.")
         if len(here) == count:
             self.waiting[here] = False
+            self.machine.races.meet(np.unique(np.array(here) // WARP))
             here.clear()
 
     def step(self) -> bool:

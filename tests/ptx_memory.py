@@ -29,7 +29,7 @@ def _vector(t: Threads, number: int) -> tuple[Operand, ...]:
 @instruction("ld", also=f"{' '.join(_SPACES)} {_ORDERS} v2 v4 L1::no_allocate")
 def _(t: Threads) -> None:
     space, parts = _space(t), _vector(t, 0)
-    raw = t.machine.load(space, t.address(1, space), SIZES[t.kind] * len(parts))
+    raw = t.machine.load(space, t.address(1, space), SIZES[t.kind] * len(parts), t.threads)
     for operand, column in zip(parts, raw.view(DTYPES[t.kind]).T, strict=True):
         t.put(operand, t.kind, column, wider=True)
 
@@ -38,7 +38,7 @@ def _(t: Threads) -> None:
 def _(t: Threads) -> None:
     space, parts = _space(t), _vector(t, 1)
     values = np.stack([t.get(x, t.kind) for x in parts], axis=1)
-    t.machine.store(space, t.address(0, space), values.view(np.uint8))
+    t.machine.store(space, t.address(0, space), values.view(np.uint8), t.threads)
 
 
 @instruction("createpolicy", also="fractional L2::evict_first L2::evict_last")
@@ -49,7 +49,8 @@ def _(t: Threads) -> None:
 @instruction("fence", "membar", also="acq_rel sc gpu cta sys gl cluster release acquire "
               "mbarrier_init proxy async shared::cta shared::cluster global alias")  # fmt: skip
 def _(t: Threads) -> None:
-    pass
+    if t.has("proxy"):
+        t.machine.races.fence(np.unique(t.threads // WARP))
 
 
 @instruction("nanosleep")
@@ -77,8 +78,8 @@ def _(t: Threads) -> None:
     if t.has("L2::cache_hint"):
         t.get(t.operands[4], "b64")
     columns = t.address(0, "shared"), t.address(1, "global"), sizes(2), t.address(3, "shared")
-    for to, source, size, barrier in zip(*columns, strict=True):
-        t.machine.copy(int(to), int(source), int(size), int(barrier))
+    for each in zip(t.threads, *columns, strict=True):
+        t.machine.copy(*(int(x) for x in each))
 
 
 @instruction("mbarrier", also="init arrive expect_tx test_wait try_wait parity "
@@ -95,11 +96,17 @@ def _(t: Threads) -> None:
             t.machine.start_barrier(int(address), int(count))
         return
     barriers = [t.machine.barrier(int(address)) for address in at]
+    warps, races = (t.threads // WARP).tolist(), t.machine.races
     if waits:
         passed = [b.has_passed(int(x)) for b, x in zip(barriers, numbers, strict=True)]
+        for warp, barrier, has in zip(warps, barriers, passed, strict=True):
+            if has:
+                races.learn(warp, barrier.news)
         t.put(t.operands[0], "pred", np.array(passed))
         return
-    for barrier, number in zip(barriers, numbers, strict=True):
+    for warp, barrier, number in zip(warps, barriers, numbers, strict=True):
+        if arrives:
+            barrier.news = races.tell(warp, barrier.news)
         if t.has("expect_tx"):
             barrier.expect(int(number))
         times = int(number) if numbers is not at and not t.has("expect_tx") else 1
@@ -228,8 +235,9 @@ def _(t: Threads) -> None:
 def _(t: Threads) -> None:
     rows = _warps(t.address(1, "shared"))
     for i, operand in enumerate(t.parts(0)):
-        at = rows[:, 8 * i : 8 * i + 8]
-        raw = t.machine.load("shared", at.ravel(), 16).view(np.uint16)
+        some = slice(8 * i, 8 * i + 8)
+        threads = _warps(t.threads)[:, some].ravel()
+        raw = t.machine.load("shared", rows[:, some].ravel(), 16, threads).view(np.uint16)
         matrix = raw.reshape(len(rows), 8, 8)
         if t.has("trans"):
             matrix = matrix.swapaxes(1, 2)

@@ -15,6 +15,8 @@ from pallas_kernels.stream.ring import MOST_LOOKS
 
 LAYERS, CAPACITY = 2, 320
 WORDS = 8
+# 16 bits of queries and of weights are left.
+WORST = 5e-4
 
 
 def as_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -193,21 +195,20 @@ PARTS = {
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_attention_over_a_span(name, parts):
-    # 16 bits of queries and weights are left.
-    assert run(SETTINGS[name], PARTS[parts]) < 2e-3
+    assert run(SETTINGS[name], PARTS[parts]) < WORST
 
 
 @pytest.mark.parametrize("delay", [0, 3000])
 def test_tiles_that_come_at_once_and_late(delay):
     parts = PARTS["three, of which one ends inside"]
-    assert run(SETTINGS["heads of 64"], parts, delay=delay) < 2e-3
+    assert run(SETTINGS["heads of 64"], parts, delay=delay) < WORST
 
 
 EDITS = {
     "a weight's lower half is lost": ("cvt.rn.bf16x2.f32 %pl0, %h, %f;", "mov.b32 %pl0, 0;"),
     "what was summed up is not scaled": ("ex2.approx.ftz.f32 %shrink, %shrink;", ""),
     "values beyond the span count": ("and.b32 %y, %y, %mask0;", ""),
-    "the new position is left out": ("st.shared.v4.b32 [%y+0]", "@!%p st.shared.v4.b32 [%y+0]"),
+    "the new position is left out": ("st.shared.v4.b32 [%y+0]", "@%p st.shared.v4.b32 [%y+0]"),
     "threads of a query do not tell each other their maximum": (
         "shfl.sync.bfly.b32 %h, %f, 2, 31, 0xffffffff;",
         "mov.b32 %h, %f;",
@@ -219,9 +220,10 @@ EDITS = {
 
 @pytest.mark.parametrize("name", EDITS)
 def test_a_fault_is_found(name):
-    parts = PARTS["three, of which one ends inside"]
+    # Memory begins as NaN; copies are late enough to be missed.
+    parts = [*PARTS["odd"], *PARTS["three, of which one ends inside"]]
     try:
-        worst = run(SETTINGS["heads of 64"], parts, EDITS[name])
+        worst = run(SETTINGS["heads of 64"], parts, EDITS[name], delay=3000)
     except PtxError:
         return
-    assert worst > 2e-3
+    assert worst > WORST
