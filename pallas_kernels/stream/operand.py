@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import column_of, first_input, multiplies, next_input, waits
 from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment
@@ -19,6 +23,8 @@ __all__ = [
     "unpacked",
 ]
 
+# Two bfloat16 of 1.
+_ONES = 0x3F803F80
 # What each thread holds of a span's activations: int32 `[T]` each, two bfloat16.
 Operand = tuple[Array, ...]
 
@@ -48,6 +54,23 @@ def unpacked(word: Array) -> tuple[Array, Array]:
         lax.bitcast_convert_type(low, jnp.float32),
         lax.bitcast_convert_type(high, jnp.float32),
     )
+
+
+def _norm_pieces(env: StreamEnv, name: str, pieces: int, *index: Array) -> list[Array]:
+    """A norm's weights of each thread's inputs, two bfloat16 a word; 0 beyond the row."""
+    plan, ref = env.plan, env[name]
+    first, step, size = first_input(plan, pieces), next_input(plan), plan.dims.model_dim
+    if env.interpret:
+        elements = [first + q * step + j for q in range(pieces) for j in range(PIECE)]
+        values = [
+            plgpu.load(ref.at[(*index, jnp.minimum(x, size - 1))], mask=x < size, other=0.0)
+            for x in elements
+        ]
+        pairs = zip(values[::2], values[1::2], strict=True)
+        return [_packed(*(x.astype(jnp.float32) for x in pair)) for pair in pairs]
+    there = jnp.clip(lax.div(size - first + (step - 1), jnp.int32(step)), 0, pieces)
+    row = index[0] * size if index else 0
+    return ptx.load_pieces(ref, row + first, step, pieces, there)
 
 
 def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
@@ -121,30 +144,23 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
 
     def of_residual() -> Operand:
         pieces = plan.segments[Segment.QKV].pieces
-        inputs = first_input(plan, pieces)
-        offsets = [q * next_input(plan) + j for q in range(pieces) for j in range(PIECE)]
         is_attn = segment == Segment.ATTN_OUT
 
-        def norms() -> tuple[Array, ...]:
-            def of(name: str, *index: Array) -> tuple[Array, ...]:
-                return tuple(
-                    env.norm_weight(name, *index, jnp.minimum(inputs + n, d.model_dim - 1))
-                    for n in offsets
-                )
+        def of(name: str, *index: Array) -> Callable[[], Operand]:
+            return lambda: tuple(_norm_pieces(env, name, pieces, *index))
 
-            def ones() -> tuple[Array, ...]:
-                return (jnp.ones((plan.threads,), jnp.float32),) * len(offsets)
+        def ones() -> Operand:
+            return (jnp.full((plan.threads,), _ONES),) * (pieces * PIECE // 2)
 
-            before = env.features.pre_norm
-            ways = [
-                (lambda: of("attn_norm", layer)) if before else ones,
-                ones,
-                (lambda: of("mlp_norm", layer)) if before else ones,
-                lambda: of("final_norm"),
-            ]
-            return lax.switch(jnp.minimum(segment, 3), ways)
-
-        weights = norms()
+        before = env.features.pre_norm
+        ways = [
+            of("attn_norm", layer) if before else ones,
+            ones,
+            of("mlp_norm", layer) if before else ones,
+            of("final_norm"),
+        ]
+        # Asked for before the residual is waited for.
+        weights = lax.switch(jnp.minimum(segment, 3), ways)
         start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_in])
         inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
         width = jnp.where(first.real, inner, 0)
@@ -154,7 +170,10 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
         if env.features.pre_norm:
             is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
         scale = jnp.where(is_normed, scale, 1.0)
-        # Beyond the span there are zeros, and weights that are not the norm's.
-        return pack([value * scale * weight for value, weight in zip(x, weights, strict=True)])
+        by = [weight for word in weights for weight in unpacked(word)]
+        if (offset := env.features.norm_offset) != 0:
+            # The attention's output is not normed, and its ones stay ones.
+            by = [weight + is_normed.astype(jnp.float32) * offset for weight in by]
+        return pack([value * scale * weight for value, weight in zip(x, by, strict=True)])
 
     return lax.cond(segment == Segment.DOWN, of_hidden, of_residual)

@@ -43,9 +43,8 @@ class _Geometry:
         line = LINE * (COLUMNS if self.batch == 1 else 1)
         widest = max(dims.model_dim, dims.attn_dim)
         most = MAX_PIECES if self.batch == 1 else 2 * MAX_PIECES
-        warps = 4
-        while ceil_div(widest, warps * line) > most // 2 and self.batch > 1 and warps < 8:
-            warps *= 2
+        # Of several sequences each thread has 8 times as much to collect.
+        warps = 4 if self.batch == 1 or ceil_div(widest, 4 * line) <= MAX_PIECES // 2 else 8
         self.product_warps = warps
         # Those beyond feed the ring meanwhile.
         self.num_warps = max(warps, tuning.num_warps or warps)
@@ -214,9 +213,9 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
 
 
 def _attention(d: Dims, gpu: Gpu, num_warps: int, tuning: Tuning) -> AttentionPlan:
-    # Keys and values of a tile are 32 KiB, of at most 128 positions; where room is scarce, half.
-    elements = 8192 if gpu.shared_memory >= 128 * 1024 else 4096
-    block = min(128, elements // d.head_dim)
+    # Of keys and values; where room is scarce, half.
+    size = min(tuning.cache_tile_bytes, 32 * 1024 if gpu.shared_memory >= 128 * 1024 else 16 * 1024)
+    block = min(128, size // (4 * d.head_dim))
     lots = ceil_div(d.q_per_kv, LOT)
     splits = max(1, min(MAX_SPLITS, gpu.cores // d.num_kv_heads))
     splits = 1 << (splits.bit_length() - 1)

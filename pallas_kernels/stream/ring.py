@@ -43,6 +43,8 @@ __all__ = [
 
 # A wait looks so often before it gives up; a look takes up to some microseconds.
 MOST_LOOKS = 1 << 22
+# What a program asks for into the L2 cache: a little more than its share of what memory gives.
+L2_BYTES_A_CLOCK = 22
 
 
 class Turn(NamedTuple):
@@ -152,6 +154,8 @@ def feed_of(plan: StreamPlan) -> ptx.Feed:
         thread=feeding_thread(plan),
         copies=most_copies(plan),
         l2_tiles=plan.tuning.l2_tiles,
+        l2_clocks=plan.slot_bytes // L2_BYTES_A_CLOCK,
+        l2_thread=feeding_thread(plan) - 32,
     )
 
 

@@ -33,9 +33,9 @@ class Tuning:
             do not multiply: one of them feeds the ring.
         slots: tiles that shared memory holds; None: as many as there is room for.
         in_flight: of them those that are asked for and have not come, at most, 1 to 16.
-        l2_tiles: tiles beyond those that are asked for into the L2 cache while the program
-            waits for others, 0 to 16.
-        cache_tiles: tiles of keys and values that shared memory holds, 2 to 4.
+        l2_tiles: tiles beyond those of the ring that are asked for into the L2 cache, 0 to 16.
+        cache_tile_bytes: bytes of a tile of keys and values, 16 or 32 KiB.
+        cache_tiles: such tiles that shared memory holds, 2 to 6.
 
     Raises:
         ValueError: a value is none of these.
@@ -46,6 +46,7 @@ class Tuning:
     slots: int | None = None
     in_flight: int = 2
     l2_tiles: int = 0
+    cache_tile_bytes: int = 32 * 1024
     cache_tiles: int = 2
 
     def __post_init__(self):
@@ -54,7 +55,8 @@ class Tuning:
             "num_warps": [None, 4, 8],
             "in_flight": list(range(1, 17)),
             "l2_tiles": list(range(17)),
-            "cache_tiles": [2, 3, 4],
+            "cache_tile_bytes": [16 * 1024, 32 * 1024],
+            "cache_tiles": list(range(2, 7)),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(

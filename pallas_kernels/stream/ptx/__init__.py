@@ -18,6 +18,7 @@ from pallas_kernels.stream.ptx.shared import (
 from pallas_kernels.stream.ptx.words import (
     collect_words,
     load_pair,
+    load_pieces,
     store_pair,
     store_word,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "feed_cache",
     "feed_ring",
     "load_pair",
+    "load_pieces",
     "multiply_tile",
     "read_row",
     "ring_base",

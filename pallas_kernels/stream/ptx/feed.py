@@ -55,16 +55,18 @@ class Feed:
         route: where the route lies, bytes behind the ring's address.
         barriers: likewise the slots' barriers, 8 bytes each.
         control: likewise the feed's own 16 words: tiles asked for, row of the route, layer,
-            slot and phase of the next, tiles used; from the 8th on, tiles asked for into the
-            L2 cache, row and layer of the next.
+            slot and phase of the next, tiles used; from the 9th on, tiles asked for into the
+            L2 cache, row and layer of the next, and the clock when the last one was.
         layer_tiles: tiles of a layer.
         layers: how many.
         total: tiles of the step.
         in_flight: tiles that are asked for and have not come, at most.
         thread: the thread that asks.
         copies: of a tile, at most.
-        l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
-            waits.
+        l2_tiles: tiles beyond the ring's that are asked for into the L2 cache.
+        l2_clocks: from one of those to the next, at least.
+        l2_thread: the thread that does; of another warp, so that the two do not wait for each
+            other.
     """
 
     slots: int
@@ -79,6 +81,8 @@ class Feed:
     thread: int
     copies: int
     l2_tiles: int
+    l2_clocks: int
+    l2_thread: int
 
 
 def _copy_lines(most: int) -> list[str]:
@@ -104,10 +108,11 @@ def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[st
     """Asks for the next tile where a slot is free and few are on their way.
 
     One thread does, while its warp waits: what is loaded is loaded before it is known whether
-    it is wanted, and nothing but the end is jumped to.
+    it is wanted, and nothing but the end is jumped to. Another one sees to the L2 cache.
     """
     f = feed
-    lines = [
+    lines = _l2_lines(f, ring, pointer) if f.l2_tiles else []
+    lines += [
         "{ .reg .pred %p, %q, %go; .reg .b32 %t, %n, %e, %l, %s, %h, %u, %b, %v, %w, %x, %y, %z;",
         ".reg .b64 %from, %far, %by, %policy; mov.u32 %t, %tid.x;",
         f"setp.ne.u32 %p, %t, {f.thread}; @%p bra fed;",
@@ -117,8 +122,6 @@ def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[st
     if used is not None:
         lines.append(f"mov.b32 %u, {used};")
     lines.append(f"add.u32 %u, %u, {f.slots}; min.u32 %u, %u, {f.total};")
-    if f.l2_tiles and used is None:
-        lines += ["setp.lt.u32 %p, %n, %u; @%p bra room;", *_l2_lines(f, ring, pointer), "room:"]
     lines += [
         "setp.lt.u32 %go, %n, %u;",
         f"mad.lo.u32 %x, %e, 32, {ring}; ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%x+{f.route}];",
@@ -152,24 +155,34 @@ def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[st
 
 
 def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
-    """Asks for the next tile beyond a full ring into the L2 cache, if there are few such."""
+    """Asks for the next of a few tiles beyond the ring's into the L2 cache.
+
+    Not too soon after the last one: copies to shared memory take their turn behind what has
+    been asked for here, and the memory gives no more than it can.
+    """
     return [
-        f"ld.shared.v4.b32 {{%x, %y, %z, %w}}, [{ring}+{f.control + 32}];",
-        # Tiles that have been asked for in earnest meanwhile are past.
-        "setp.lt.u32 %p, %x, %n; @%p mov.b32 %x, %n; @%p mov.b32 %y, %e; @%p mov.b32 %z, %l;",
+        "{ .reg .pred %p, %past; .reg .b32 %t, %u, %v, %w, %n, %x, %y, %z, %c, %b;",
+        ".reg .b64 %from, %far, %by; mov.u32 %t, %tid.x;",
+        f"setp.ne.u32 %p, %t, {f.l2_thread}; @%p bra ahead;",
+        f"ld.shared.b32 %n, [{ring}+{f.control}];",
+        f"ld.shared.v4.b32 {{%x, %y, %z, %c}}, [{ring}+{f.control + 32}];",
         f"add.u32 %u, %n, {f.l2_tiles}; min.u32 %u, %u, {f.total};",
-        "setp.ge.u32 %p, %x, %u; @%p bra fed;",
-        f"mad.lo.u32 %b, %y, 32, {ring};",
-        f"ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%b+{f.route}];",
+        "next: setp.ge.u32 %p, %x, %u; @%p bra kept;",
+        # The ring has asked for those before by itself.
+        "setp.lt.u32 %past, %x, %n; @%past bra step;",
+        "mov.u32 %t, %clock; sub.u32 %b, %t, %c;",
+        f"setp.lt.u32 %p, %b, {f.l2_clocks}; @%p bra kept; mov.b32 %c, %t;",
+        f"mad.lo.u32 %b, %y, 32, {ring}; ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%b+{f.route}];",
         "mov.b64 %from, {%t, %u}; mul.wide.u32 %far, %z, %v; add.u64 %from, %from, %far;",
         f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %w, 16;",
         f"ld.shared.v2.b32 {{%t, %u}}, [%b+{f.route + 16}];",
-        "l2: setp.eq.u32 %p, %u, 0; @%p bra asked;",
+        "part: setp.eq.u32 %p, %u, 0; @%p bra step;",
         "cp.async.bulk.prefetch.L2.global [%from], %t;",
-        "add.u64 %from, %from, %by; sub.u32 %u, %u, 1; bra l2; asked:",
-        f"add.u32 %x, %x, 1; add.u32 %y, %y, 1; setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
+        "add.u64 %from, %from, %by; sub.u32 %u, %u, 1; bra part;",
+        f"step: add.u32 %x, %x, 1; add.u32 %y, %y, 1; setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %z, {f.layers - 1}, %p; @%p mov.u32 %y, 1; @%p add.u32 %z, %z, 1;",
-        f"st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %w}}; bra fed;",
+        "@%past bra next;",
+        f"kept: st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %c}}; ahead: }}",
     ]
 
 

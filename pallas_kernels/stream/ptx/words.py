@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
 
-__all__ = ["collect_words", "load_pair", "store_pair", "store_word"]
+__all__ = ["collect_words", "load_pair", "load_pieces", "store_pair", "store_word"]
 
 # Of more pieces, the last one is waited for first.
 _FEW_PIECES = 4
@@ -251,3 +251,46 @@ def load_pair(ref: Any, offsets: Array, *, interpret: bool) -> tuple[Array, Arra
         return plgpu.load(ref.at[offsets]), plgpu.load(ref.at[offsets + 1])
     first, second = _load_pair_p.bind(ref, offsets)
     return first, second
+
+
+_load_pieces_p = core.Primitive("ffjax_load_pieces")
+_load_pieces_p.multiple_results = True
+
+
+@_load_pieces_p.def_effectful_abstract_eval
+def _(ref, offset, there, *, step, pieces):
+    return [core.ShapedArray(offset.shape, jnp.int32)] * (4 * pieces), {state.ReadEffect(0)}
+
+
+@lowering.register_lowering(_load_pieces_p)
+def _(ctx, ref, *args, step, pieces):
+    offset, there = lowered.values(ctx, args)
+    shape, count = ctx.avals_out[0].shape, 4 * pieces
+    lines = ["{ .reg .pred %p;"]
+    for q in range(pieces):
+        words = [f"${4 * q + i}" for i in range(4)]
+        lines.extend(f"mov.b32 {word}, 0;" for word in words)
+        lines.append(f"setp.gt.s32 %p, ${count + 1}, {q};")
+        to = ", ".join(words)
+        lines.append(f"@%p ld.global.nc.v4.b32 {{{to}}}, [${count}+{2 * step * q}];")
+    lines.append("}")
+    addresses = lowered.addresses(ref, offset, shape)
+    constraints = ",".join(["=&r"] * count + ["l", "r"])
+    results = [lowered.like(shape, lowered.i32())] * count
+    return lowered.assembly(results, " ".join(lines), constraints, [addresses, there])
+
+
+def load_pieces(ref: Any, offset: Array, step: int, pieces: int, there: Array) -> list[Array]:
+    """Loads pieces of 8 neighbouring bfloat16 that nobody writes.
+
+    Args:
+        ref: bfloat16 array; it counts as flat.
+        offset: int32 `[T]`, where each thread's first piece begins: multiples of 8 elements.
+        step: elements from a thread's piece to its next one, a multiple of 8.
+        pieces: how many at most.
+        there: int32 `[T]`, how many pieces the thread has.
+
+    Returns:
+        Words of two, int32 `[T]`, 4 a piece; 0 for those that are not there.
+    """
+    return _load_pieces_p.bind(ref, offset, there, step=step, pieces=pieces)
