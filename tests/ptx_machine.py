@@ -89,7 +89,7 @@ class Machine:
     Attributes:
         shared: bytes, uint8; the first one's address is `shared_base`.
         memory: likewise, from `memory_base` on.
-        clock: instructions so far.
+        clock: instructions so far; `%clock` is what 32 bits hold of it.
         copies: bulk copies so far, in order.
         flying: those that have not come.
         prefetched: address and size of what was asked for into the L2 cache.
@@ -186,6 +186,14 @@ class Machine:
         data[index] = values
         if (data[index] != values).any():
             raise PtxError("Two threads store different values in the same place at once.")
+
+    def allow_race(self, address: int) -> None:
+        """Lets warps read a word of shared memory while another one writes it.
+
+        That is benign only where the reader may do with an old number as well as with a new one.
+        """
+        [at] = self.places("shared", np.array([address]), 4, 4)
+        self.races.allow(at + np.arange(4))
 
     # What comes later
 

@@ -274,12 +274,18 @@ class Ring:
 
 
 @functools.cache
-def feed_text(feed: ptx.Feed, store: bool) -> Inline:
+def feed_text(feed: ptx.Feed, store: bool, ahead: bool) -> Inline:
     def body(weights: Any) -> None:
         zero = jnp.int32(0)
-        ptx.feed_ring(weights, zero, feed, zero if store else None)
+        words = [jnp.zeros((1,), jnp.int32)] * 13 if ahead else []
+        ptx.feed_ring(weights, zero, feed, zero if store else None, words)
 
     return inline(body, shape(16, jnp.bfloat16))
+
+
+@functools.cache
+def look_text(feed: ptx.Feed) -> Inline:
+    return inline(lambda: ptx.look_ahead(jnp.int32(0), feed))
 
 
 @functools.cache
@@ -314,8 +320,8 @@ class Fed:
         # The first array begins in the middle: others lie before it.
         self.pointer = m.memory_base + 4096 * 8
         self.used = 0
-        # Asked for into the L2 cache: address and size, and the next tile.
-        self._ahead: list[tuple[int, int]] = []
+        # Tiles asked for into the L2 cache, and the next one.
+        self.ahead: list[int] = []
         self._next_ahead = 0
         # Places of tiles are drawn, in pieces of 16 bytes from the pointer on.
         units = ring.size // 16
@@ -366,13 +372,21 @@ class Fed:
         flying = set(self.machine.flying)
         return {i for (i, *_), x in zip(wanted, self.machine.copies, strict=True) if x in flying}
 
-    def ask(self, used: int | None = None) -> None:
+    def _edited(self, text: Inline) -> Inline:
+        """With the edit, if it is one of this text."""
+        return text.edited(self.edit if self.edit and self.edit[0] in text.text else None)
+
+    def look(self) -> list[np.ndarray]:
+        """As `look_ahead` does."""
+        return self._edited(look_text(self.feed)).run(self.machine, self.base)
+
+    def ask(self, used: int | None = None, words: Sequence[np.ndarray] = ()) -> None:
         """As `feed_ring` does: the next tile is asked for just where it may be."""
         f, number, before = self.feed, self.asked, self.on_their_way()
         if used is not None:
             self.used = used
-        text = feed_text(f, used is not None).edited(self.edit)
-        text.run(self.machine, self.pointer, self.base, used or 0)
+        text = self._edited(feed_text(f, used is not None, bool(words)))
+        text.run(self.machine, self.pointer, self.base, used or 0, *words)
         after = self.on_their_way()
         waits_for = number - f.in_flight
         if number >= min(self.used + f.slots, f.total):
@@ -383,14 +397,18 @@ class Fed:
             assert self.asked == number + 1
         elif waits_for in after:
             assert self.asked == number
-        assert self.machine.prefetched == self._ahead
+        assert self.machine.prefetched == self.copies_of(self.ahead)
 
     def _look_ahead(self, number: int) -> None:
         """What should have been asked for into the L2 cache, the ring being full."""
         self._next_ahead = max(self._next_ahead, number)
         if self._next_ahead < min(number + self.feed.l2_tiles, self.feed.total):
-            self._ahead += [(at, self.ring.size) for at, _ in self.places(self._next_ahead)]
+            self.ahead.append(self._next_ahead)
             self._next_ahead += 1
+
+    def copies_of(self, tiles: Sequence[int]) -> list[tuple[int, int]]:
+        """Address and size of what is copied of tiles."""
+        return [(at, self.ring.size) for index in tiles for at, _ in self.places(index)]
 
     def wait(self, index: int, edit: Edit = None, most: int = 2000) -> None:
         """Waits for a tile, and looks at it."""
@@ -415,8 +433,10 @@ def check_feed(ring: Ring, seed: int = 0, edit: Edit = None, wait_edit: Edit = N
         for _ in range(max(0, int(rng.integers(-3, 6)))):
             fed.machine.pass_time(int(rng.integers(300)))
             fed.ask()
+        # What is needed may be read before, while nothing else is asked for.
+        words = fed.look() if rng.integers(3) else []
         fed.wait(index, wait_edit)
-        fed.ask(used=index + 1)
+        fed.ask(index + 1, words)
     assert fed.asked == fed.feed.total
     fed.ask()
     return fed
@@ -426,12 +446,16 @@ ONE = Ring(3, (1, 1, 1), (1, 1), slots=4, in_flight=4)
 TWO = Ring(3, (2, 1, 0, 2), (1, 1, 0), slots=5, in_flight=3)
 MANY = Ring(2, (2, 5, 1, 0), (1,), slots=3, in_flight=2)
 AHEAD = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, l2_tiles=3)
+RINGS = {"one": ONE, "two": TWO, "many": MANY, "l2": AHEAD}
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("ring", [ONE, TWO, MANY, AHEAD], ids=["one", "two", "many", "l2"])
-def test_tiles_come_to_their_slots_in_order(ring, seed):
-    check_feed(ring, seed)
+@pytest.mark.parametrize("name", RINGS)
+def test_tiles_come_to_their_slots_in_order(name, seed):
+    fed = check_feed(RINGS[name], seed)
+    # Some are asked for ahead, of all layers.
+    layers = {fed.ring.order[index][1] for index in fed.ahead}
+    assert layers == (set(range(fed.ring.layers)) if fed.feed.l2_tiles else set())
 
 
 def test_no_more_is_asked_for_than_may_be_in_flight():
@@ -449,9 +473,7 @@ def test_tiles_beyond_a_full_ring_come_to_the_cache():
         fed.machine.pass_time(2000)
         fed.ask()
     assert fed.asked == AHEAD.slots
-    last = AHEAD.slots + AHEAD.l2_tiles
-    ahead = [(at, AHEAD.size) for i in range(AHEAD.slots, last) for at, _ in fed.places(i)]
-    assert fed.machine.prefetched == ahead
+    assert fed.ahead == list(range(AHEAD.slots, AHEAD.slots + AHEAD.l2_tiles))
 
 
 def test_a_tile_that_never_comes_ends_the_launch():
@@ -482,8 +504,12 @@ def collect_text(ring: Ring, pieces: int, step: int, most: int) -> Inline:
 
 
 def check_collect(
-    pieces: int, way: str, edit: Edit = None, order: np.random.Generator | None = None
-) -> None:
+    pieces: int,
+    way: str,
+    edit: Edit = None,
+    order: np.random.Generator | None = None,
+    ring: Ring = TWO,
+) -> Fed:
     """Words that another program writes meanwhile are waited for.
 
     Args:
@@ -491,9 +517,10 @@ def check_collect(
         way: how words are written; of each thread's "one last": each is that of some thread.
         edit: of the text.
         order: of warps.
+        ring: that is fed meanwhile.
     """
     rng = np.random.default_rng(pieces)
-    fed = Fed(TWO, pieces)
+    fed = Fed(ring, pieces)
     m, threads, words = fed.machine, fed.ring.threads, fed.ring.threads * pieces * 8
     m.order = order
     there = rng.integers(0, pieces + 1, threads)
@@ -533,6 +560,7 @@ def check_collect(
     for index in range(fed.asked):
         fed.wait(index)
     fed.on_their_way()
+    return fed
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -544,6 +572,13 @@ def test_words_are_waited_for_until_all_carry_the_tag(pieces, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_warps_wait_for_words_in_any_order(way):
     check_collect(5, way, order=np.random.default_rng(1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tiles_are_asked_for_ahead_while_words_are_waited_for(seed):
+    fed = check_collect(5, "in any order", order=np.random.default_rng(seed), ring=AHEAD)
+    ahead = range(AHEAD.slots, AHEAD.slots + AHEAD.l2_tiles)
+    assert fed.machine.prefetched == fed.copies_of(ahead)
 
 
 @pytest.mark.parametrize("pieces", [2, 6])
@@ -573,6 +608,70 @@ def test_a_pair_is_stored_and_loaded_as_one():
     first, second = load.run(machine, at)
     np.testing.assert_array_equal(first, np.where(odd, lane, lane + 50))
     np.testing.assert_array_equal(second, np.where(odd, lane + 100, 0xFFFFFFFF))
+
+
+def check_pieces(pieces: int, edit: Edit = None) -> None:
+    """Each thread's pieces, as many as it has; those it has not may lie beyond memory."""
+    threads, step = 32, 256
+
+    def body(weights: Any) -> None:
+        each = jnp.zeros((threads,), jnp.int32)
+        words = ptx.load_pieces(weights, each, step, pieces, each)
+        # Of no use, it would be dropped.
+        ptx.write_row(each, [words[0]] * 8, each == 0)
+
+    text, _ = inlines(body, shape(16, jnp.bfloat16))
+    text, thread = text.edited(edit), np.arange(threads)
+    # There is room for the last piece of half of the threads.
+    machine = Machine(threads, 16, 2 * step * (pieces - 1) + 16 * 16)
+    held = np.random.default_rng(pieces).integers(1, 1 << 32, len(machine.memory) // 4)
+    machine.view(machine.memory_base, len(held), np.uint32)[:] = held
+    first = 4 * thread  # in words
+    there = np.minimum(thread % (pieces + 1), np.where(thread < 16, pieces, pieces - 1))
+    got = np.stack(text.run(machine, machine.memory_base + 4 * first, there))
+    for q in range(pieces):
+        for i in range(4):
+            at = np.where(q < there, first + q * (step // 2) + i, 0)
+            np.testing.assert_array_equal(got[4 * q + i], np.where(q < there, held[at], 0))
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 4])
+def test_pieces_that_are_not_there_are_zeros(pieces):
+    check_pieces(pieces)
+
+
+def check_row(edit: Edit = None) -> None:
+    """A row is read by all threads, and its neighbours are not."""
+    text = inline(lambda: ptx.read_row(jnp.int32(0))).edited(edit)
+    machine = Machine(64, 128, 16)
+    machine.view(machine.shared_base, 32, np.uint32)[:] = 1000 + np.arange(32)
+    got = np.stack(text.run(machine, machine.shared_base + 48))
+    np.testing.assert_array_equal(got, np.broadcast_to(1012 + np.arange(8)[:, None], (8, 64)))
+
+
+def test_a_row_is_read():
+    check_row()
+
+
+def check_halves(edit: Edit = None) -> None:
+    """Numbers of two bytes are written to their places, and nothing beside them."""
+
+    def body() -> None:
+        each = jnp.zeros((32,), jnp.int32)
+        ptx.write_halves(each, each.astype(jnp.bfloat16), each == 0)
+
+    text, lane = inline(body).edited(edit), np.arange(32)
+    machine = Machine(32, 128, 16)
+    # Every other one is negative, and its sign extended to a word.
+    values, mask = np.where(lane % 2, -32768 + lane, 0x3F80 + lane), lane % 3 != 0
+    text.run(machine, machine.shared_base + 2 * (5 * lane % 32), values, mask.astype(int))
+    wanted = np.full(64, 0xFFFF, np.uint16)
+    wanted[(5 * lane % 32)[mask]] = values[mask] & 0xFFFF
+    np.testing.assert_array_equal(machine.view(machine.shared_base, 64, np.uint16), wanted)
+
+
+def test_halves_are_written():
+    check_halves()
 
 
 def test_the_ring_lies_at_the_end_of_shared_memory():
@@ -617,13 +716,13 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("setp.lt.u32 %go, %n, %u;", "setp.le.u32 %go, %n, %u;"),
             ("and.pred %go, %go, %p;", ""),
             ("xor.b32 %h, %h, 1;", ""),
-            ("xor.b32 %y, %y, %h;", ""),
-            ("selp.u32 %y, 1, 0, %q;", "selp.u32 %y, 0, 1, %q;"),
+            ("xor.b32 %r, %r, %h;", ""),
+            ("selp.u32 %r, 1, 0, %q;", "selp.u32 %r, 0, 1, %q;"),
             ("mul.wide.u32 %far, %l, %v;", "mul.wide.u32 %far, %e, %v;"),
             ("@%p mov.u32 %e, 1;", ""),
             ("mul.lo.u32 %t, %x, %y;", "mov.u32 %t, %x;"),
             ("add.u64 %from, %from, %by;", "sub.u64 %from, %from, %by;"),
-            ("mov.b64 %from, {%t, %u};", "mov.b64 %from, {%t, %t};"),
+            ("mov.b64 %from, {%t, %c};", "mov.b64 %from, {%t, %t};"),
             ("setp.gt.and.u32 %p, %y, 1, %go;", "setp.gt.u32 %p, %y, 1;"),
         ],
     ),
@@ -639,9 +738,23 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
         lambda edit: check_feed(AHEAD, 0, edit),
         [
             ("@%p mov.b32 %x, %n;", ""),
+            ("@%p mov.b32 %z, %l;", ""),
             ("sub.u32 %u, %u, 1; bra l2;", "sub.u32 %u, %u, 2; bra l2;"),
             ("add.u32 %u, %n, 3;", "add.u32 %u, %n, 4;"),
+            ("add.u32 %u, %n, 3; min.u32 %u, %u, 12;", "add.u32 %u, %n, 3;"),
             ("mul.wide.u32 %far, %z, %v;", "mul.wide.u32 %far, %l, %v;"),
+            ("@%p mov.u32 %y, 1;", ""),
+            ("@%p add.u32 %z, %z, 1;", ""),
+            ("setp.lt.and.u32 %p, %z, 2, %p;", "setp.lt.and.u32 %p, %z, 3, %p;"),
+        ],
+    ),
+    "look ahead": (
+        lambda edit: check_feed(TWO, 0, edit),
+        [
+            ("mad.lo.u32 %b, $1, 32, $13;", "mad.lo.u32 %b, $2, 32, $13;"),
+            (f"$4, [$13+{TWO.feed.control + 16}]", f"$4, [$13+{TWO.feed.control + 12}]"),
+            ("{$9, $10, $11", "{$9, $11, $10"),
+            ("mov.b32 %c, $10;", "mov.b32 %c, $9;"),
         ],
     ),
     "wait": (
@@ -656,6 +769,25 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("sub.u32 %left, %left, 1;", ""),
             ("@%p and.b32 %left", "and.b32 %left"),
             ("setp.eq.u32 %p, %left, 0; @%p bra done;", "bra done;"),
+        ],
+    ),
+    "pieces": (
+        lambda edit: check_pieces(3, edit),
+        [
+            ("mov.b32 $5, 0;", ""),
+            ("setp.gt.s32 %p, $13, 1;", "setp.ge.s32 %p, $13, 1;"),
+            ("setp.gt.s32 %p, $13, 2;", ""),
+            ("[$12+1024]", "[$12+512]"),
+            ("{$4, $5", "{$5, $4"),
+        ],
+    ),
+    "row": (check_row, [("[$8+16]", "[$8+0]"), ("{$0, $1", "{$1, $0")]),
+    "halves": (
+        check_halves,
+        [
+            ("@%p st", "st"),
+            ("mov.b32 {%x, %y}", "mov.b32 {%y, %x}"),
+            ("st.shared.b16", "st.shared.b32"),
         ],
     ),
     "collect many": (
@@ -939,6 +1071,36 @@ def test_a_copy_waits_for_those_who_use_its_place(between):
     text, operands = COPY.replace("{between}", between), [machine.shared_base, machine.memory_base]
     with pytest.raises(PtxError, match=message):
         machine.run(text, "=&r,r,l", operands)
+
+
+WORD_BY_ONE = (
+    "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 32;"
+    "@%p st.shared.b32 [$1], %t; ld.shared.b32 $0, [$1]; }"
+)
+
+
+@pytest.mark.parametrize("order", [None, np.random.default_rng(0)], ids=["in step", "drawn"])
+def test_a_word_may_be_read_meanwhile_if_that_is_declared(order):
+    machine = Machine(64, 64, 16, order=order)
+    address = machine.shared_base + 16
+    machine.view(address, 1, np.uint32)[:] = 7
+    machine.allow_race(address)
+    [got] = machine.run(WORD_BY_ONE, "=r,r", [address])
+    assert (got[32:] == 32).all()
+    assert np.isin(got, [7, 32]).all()
+    with pytest.raises(PtxError, match="nothing has told it"):
+        machine.run(WORD_BY_ONE, "=r,r", [address + 4])
+    # Two may not write it.
+    other = "setp.eq.u32 %p, %t, 0; @%p st.shared.b32 [$1], %t; ld.shared"
+    with pytest.raises(PtxError, match=r"writes byte 16 .* nothing has told it"):
+        machine.run(WORD_BY_ONE.replace("ld.shared", other), "=r,r", [address])
+
+
+def test_the_clock_counts_instructions_in_32_bits():
+    machine = Machine(32, 16, 16)
+    machine.clock = (1 << 32) - 1
+    first, last = machine.run("mov.u32 $0, %clock; mov.u32 $1, %clock;", "=r,=r", [])
+    assert (first[0], last[0]) == (0xFFFFFFFF, 0)
 
 
 def test_whoever_uses_a_copy_has_waited_for_it():

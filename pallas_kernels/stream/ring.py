@@ -11,6 +11,7 @@ beginning: the plan leaves room for both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ __all__ = [
     "feed_of",
     "feed_ring",
     "first_turn",
+    "look_ahead",
     "next_turn",
     "products_address",
     "read_tile",
@@ -43,8 +45,6 @@ __all__ = [
 
 # A wait looks so often before it gives up; a look takes up to some microseconds.
 MOST_LOOKS = 1 << 22
-# What a program asks for into the L2 cache: a little more than its share of what memory gives.
-L2_BYTES_A_CLOCK = 22
 
 
 class Turn(NamedTuple):
@@ -154,12 +154,17 @@ def feed_of(plan: StreamPlan) -> ptx.Feed:
         thread=feeding_thread(plan),
         copies=most_copies(plan),
         l2_tiles=plan.tuning.l2_tiles,
-        l2_clocks=plan.slot_bytes // L2_BYTES_A_CLOCK,
-        l2_thread=feeding_thread(plan) - 32,
     )
 
 
-def feed_ring(env: StreamEnv, turn: Turn, used: Array | None = None) -> None:
+def look_ahead(env: StreamEnv, turn: Turn) -> list[Array]:
+    """Reads what asking for the next tile needs, while the program has something else to do."""
+    return [] if env.interpret else ptx.look_ahead(turn.base, feed_of(env.plan))
+
+
+def feed_ring(
+    env: StreamEnv, turn: Turn, used: Array | None = None, ahead: Sequence[Array] = ()
+) -> None:
     """Asks for the next tile if a slot is free and few tiles are on their way.
 
     Too many on their way, and whoever waits for other programs' words waits behind them.
@@ -169,9 +174,10 @@ def feed_ring(env: StreamEnv, turn: Turn, used: Array | None = None) -> None:
         turn: any tile's turn.
         used: int32 scalar, tiles that all threads have done with: a barrier of the program
             stands between. None: as many as last time.
+        ahead: what `look_ahead` has read, if it has.
     """
     if not env.interpret:
-        ptx.feed_ring(weights_of(env)[0], turn.base, feed_of(env.plan), used)
+        ptx.feed_ring(weights_of(env)[0], turn.base, feed_of(env.plan), used, ahead)
 
 
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:

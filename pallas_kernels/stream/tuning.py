@@ -33,7 +33,8 @@ class Tuning:
             do not multiply: one of them feeds the ring.
         slots: tiles that shared memory holds; None: as many as there is room for.
         in_flight: of them those that are asked for and have not come, at most, 1 to 16.
-        l2_tiles: tiles beyond those of the ring that are asked for into the L2 cache, 0 to 16.
+        l2_tiles: tiles beyond those that are asked for into the L2 cache while the program
+            waits for others, 0 to 16.
         cache_tile_bytes: bytes of a tile of keys and values, 16 or 32 KiB.
         cache_tiles: such tiles that shared memory holds, 2 to 6.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -177,13 +178,14 @@ class _Attend:
         self.keys = f.block // f.warps  # of a tile, for each warp
         self.octets = self.keys // 8  # blocks of 8 keys: columns of a block of scores
         self.pieces = f.head_dim // 32  # of 8 elements of a row, 4 threads having one each
-        # Elements of a value that a thread holds of a block: 8 neighbours, or fewer.
-        self.width = min(8, f.head_dim // 8)
-        self.blocks = f.head_dim // (8 * self.width)
+        self.blocks = f.head_dim // 16  # of elements of a value: 2 neighbours a thread
+        # Threads of a query take so many blocks in turn, each another one first: no two of a
+        # warp then read the same bank.
+        self.turns = min(4, self.blocks)
         self.resident = f.head_dim <= 128  # whether there are registers for the queries
 
     def _query(self, j: int) -> list[str]:
-        return [f"%q{j if self.resident else 0}_{i}" for i in range(8)]
+        return [f"%q{j if self.resident else j % 2}_{i}" for i in range(8)]
 
     def _load_query(self, j: int) -> list[str]:
         names = self._query(j)
@@ -197,17 +199,18 @@ class _Attend:
         return [f"%o{s}_{i}_{n}" for n in range(4)]
 
     def _all_sums(self) -> list[str]:
-        blocks = [self._sum(s, i) for s in range(self.blocks) for i in range(self.width)]
+        blocks = [self._sum(s, i) for s in range(self.blocks) for i in range(2)]
         return [name for block in blocks for name in block]
 
     def registers(self) -> list[str]:
-        queries = [x for j in range(self.pieces if self.resident else 1) for x in self._query(j)]
-        words = [f"%{x}{n}" for x in "abcd" for n in range(4)]
+        queries = [x for j in range(self.pieces if self.resident else 2) for x in self._query(j)]
+        words = [f"%{x}{n}" for x in "abcdkm" for n in range(4)] + [f"%v{n}" for n in range(4)]
         octets = [f"%{name}{t}" for t in range(self.octets) for name in ("ph", "pl", "mask")]
         floats = [f"%s{t}_{n}" for t in range(self.octets) for n in range(4)]
         return [
-            ".reg .pred %p; .reg .b32 %thread, %g, %c, %first, %i, %count, %left, %new, %stage;",
-            ".reg .b32 %phase, %looks, %qa, %at, %x, %y, %z; .reg .f32 %top, %total, %f, %h;",
+            ".reg .pred %p, %odd, %one, %two;",
+            ".reg .b32 %thread, %g, %c, %first, %i, %count, %left, %new, %stage, %phase, %looks;",
+            ".reg .b32 %qa, %at, %x, %y, %z; .reg .f32 %top, %total, %f, %h;",
             f".reg .b32 {', '.join(words + queries + octets)};",
             f".reg .f32 %shrink, {', '.join(floats + self._all_sums())};",
         ]
@@ -217,6 +220,8 @@ class _Attend:
         lines = [
             "mov.u32 %thread, %tid.x; shr.u32 %g, %thread, 2; and.b32 %g, %g, 7;",
             "and.b32 %c, %thread, 3; shr.u32 %first, %thread, 5;",
+            "and.b32 %x, %g, 1; setp.ne.u32 %odd, %x, 0;",
+            "and.b32 %x, %c, 1; setp.ne.u32 %one, %x, 0; setp.ge.u32 %two, %c, 2;",
             f"mul.lo.u32 %first, %first, {self.keys};",
             f"ld.shared.v4.b32 {{%x, %left, %count, %new}}, [{row}]; add.u32 %left, %left, %new;",
             f"ld.shared.v2.b32 {{%stage, %phase}}, [{ring}+{f.control + 24}];",
@@ -265,22 +270,48 @@ class _Attend:
             f"add.u32 %x, %first, %g; mad.lo.u32 %x, %x, {f.row_bytes}, %at;",
             "mad.lo.u32 %x, %c, 16, %x;",
         ]
-        for j in range(self.pieces):
-            if not self.resident:
-                lines += self._load_query(j)
-            q = self._query(j)
-            for t in range(self.octets):
-                k = [f"%{'abcd'[t % 4]}{n}" for n in range(4)]
-                lines.append(
-                    f"ld.shared.v4.b32 {{{', '.join(k)}}}, [%x+{8 * t * f.row_bytes + 64 * j}];"
-                )
-                sums = ", ".join(f"%s{t}_{n}" for n in range(4))
+        if self.pieces == 1:
+            return lines + self._scores_of(
+                0, lambda t: self._load("k", f"%x+{8 * t * f.row_bytes}")
+            )
+        # Of two pieces, threads of every other key read the second one first: so that the keys of
+        # two neighbours lie in different banks.
+        lines += [
+            "selp.b32 %y, 64, 0, %odd; add.u32 %y, %x, %y;",
+            "selp.b32 %z, 0, 64, %odd; add.u32 %z, %x, %z;",
+        ]
+        for j in range(0, self.pieces, 2):
+
+            def load(t: int, j: int = j) -> list[str]:
+                at = 8 * t * f.row_bytes + 64 * j
+                swap = [
+                    f"selp.b32 %{to}{n}, %{x}{n}, %{y}{n}, %odd;"
+                    for to, x, y in (("k", "b", "a"), ("m", "a", "b"))
+                    for n in range(4)
+                ]
+                return [*self._load("a", f"%y+{at}"), *self._load("b", f"%z+{at}"), *swap]
+
+            lines += self._scores_of(j, load)
+        return lines
+
+    def _load(self, name: str, at: str) -> list[str]:
+        return [f"ld.shared.v4.b32 {{%{name}0, %{name}1, %{name}2, %{name}3}}, [{at}];"]
+
+    def _scores_of(self, first: int, load: Callable[[int], list[str]]) -> list[str]:
+        """Adds the products of a piece, or two, of all the warp's keys: words `k`, and `m`."""
+        pieces = range(first, min(first + 2, self.pieces))
+        lines = [] if self.resident else [x for j in pieces for x in self._load_query(j)]
+        for t in range(self.octets):
+            lines += load(t)
+            sums = ", ".join(f"%s{t}_{n}" for n in range(4))
+            for j, k in zip(pieces, "km", strict=False):
+                q = self._query(j)
                 for half in range(2):
                     low, high = 2 * half, 2 * half + 1
                     lines.append(
                         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                         f"{{{sums}}}, {{{q[low]}, {q[4 + low]}, {q[high]}, {q[4 + high]}}}, "
-                        f"{{{k[low]}, {k[high]}}}, {{{sums}}};"
+                        f"{{%{k}{low}, %{k}{high}}}, {{{sums}}};"
                     )
         return lines
 
@@ -333,41 +364,55 @@ class _Attend:
     def values(self) -> list[str]:
         """Adds weights times values.
 
-        A thread has neighbouring elements of the values of two keys, or four: column n of the
-        i-th product of a block is the i-th of the elements that threads of g = n have.
+        Of each block of 16 elements a thread has two neighbours of the values of two keys, or four:
+        column n of the i-th product is the i-th of those that threads of g = n have.
         """
-        f, size = self.f, self.width // 2
-        vector = f".v{size}" if size > 1 else ""
-        lines = [
-            f"mad.lo.u32 %x, %c, 2, %first; mad.lo.u32 %x, %x, {f.row_bytes}, %at;",
-            f"mad.lo.u32 %x, %g, {2 * self.width}, %x;",
-        ]
+        f = self.f
+        lines = [f"mad.lo.u32 %x, %c, 2, %first; mad.lo.u32 %x, %x, {f.row_bytes}, %at;"]
+        lines.append("mad.lo.u32 %x, %g, 4, %x;")
+        for r in range(self.turns):
+            lines.append(f"add.u32 %v{r}, %c, {r}; and.b32 %v{r}, %v{r}, {self.turns - 1};")
+            lines.append(f"mad.lo.u32 %v{r}, %v{r}, 32, %x;")
         together = min(2, self.octets)
-        for s in range(self.blocks):
-            for t in range(0, self.octets, together):
-                rows = [8 * (t + o) + n for o in range(together) for n in range(2)]
+        for t in range(0, self.octets, together):
+            rows = [8 * (t + o) + n for o in range(together) for n in range(2)]
+            for s in range(0, self.blocks, self.turns):
                 for name, row in zip("abcd", rows, strict=False):
-                    words = ", ".join(f"%{name}{n}" for n in range(size))
-                    at = f.tile_bytes // 2 + row * f.row_bytes + 16 * self.width * s
-                    lines.append(f"ld.shared{vector}.b32 {{{words}}}, [%x+{at}];")
-                for i in range(self.width):
-                    pick = "0x7632" if i % 2 else "0x5410"
-                    lines.append(f"prmt.b32 %y, %a{i // 2}, %b{i // 2}, {pick};")
-                    lines.append(f"and.b32 %y, %y, %mask{t};")
-                    sums = ", ".join(self._sum(s, i))
-                    if together == 1:
-                        lines.append(
-                            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
-                            f"{{{sums}}}, {{%ph{t}, %pl{t}}}, {{%y}}, {{{sums}}};"
-                        )
-                        continue
-                    lines.append(f"prmt.b32 %z, %c{i // 2}, %d{i // 2}, {pick};")
-                    lines.append(f"and.b32 %z, %z, %mask{t + 1};")
-                    lines.append(
-                        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                        f"{{{sums}}}, {{%ph{t}, %pl{t}, %ph{t + 1}, %pl{t + 1}}}, "
-                        f"{{%y, %z}}, {{{sums}}};"
-                    )
+                    at = f.tile_bytes // 2 + row * f.row_bytes + 32 * s
+                    lines += [f"ld.shared.b32 %{name}{r}, [%v{r}+{at}];" for r in range(self.turns)]
+                    lines += self._turned(name)
+                for block in range(self.turns):
+                    for i in range(2):
+                        lines += self._add_products(t, together, block, i, self._sum(s + block, i))
+        return lines
+
+    def _turned(self, name: str) -> list[str]:
+        """Puts words in the order of blocks: the r-th is that of block r + c."""
+        lines, size = [], self.turns
+        for predicate, by in (("%one", 1), ("%two", 2))[: size.bit_length() - 1]:
+            lines += [
+                f"selp.b32 %k{n}, %{name}{(n - by) % size}, %{name}{n}, {predicate};"
+                for n in range(size)
+            ]
+            lines += [f"mov.b32 %{name}{n}, %k{n};" for n in range(size)]
+        return lines
+
+    def _add_products(
+        self, t: int, together: int, block: int, i: int, sums: list[str]
+    ) -> list[str]:
+        pick, summed = "0x7632" if i else "0x5410", ", ".join(sums)
+        lines = [f"prmt.b32 %y, %a{block}, %b{block}, {pick}; and.b32 %y, %y, %mask{t};"]
+        if together == 1:
+            lines.append(
+                "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+                f"{{{summed}}}, {{%ph{t}, %pl{t}}}, {{%y}}, {{{summed}}};"
+            )
+            return lines
+        lines.append(f"prmt.b32 %z, %c{block}, %d{block}, {pick}; and.b32 %z, %z, %mask{t + 1};")
+        lines.append(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            f"{{{summed}}}, {{%ph{t}, %pl{t}, %ph{t + 1}, %pl{t + 1}}}, {{%y, %z}}, {{{summed}}};"
+        )
         return lines
 
     def end(self, ring: str) -> list[str]:
@@ -382,18 +427,13 @@ class _Attend:
             f"mad.lo.u32 %x, %x, {LOT}, %g; mad.lo.u32 %y, %x, 8, {ring};",
             f"setp.eq.u32 %p, %c, 0; @%p st.shared.v2.f32 [%y+{f.sums}], {{%top, %total}};",
             f"mad.lo.u32 %x, %x, {f.out_pitch}, {ring};",
-            f"mad.lo.u32 %x, %c, {8 * self.width}, %x;",
+            "mad.lo.u32 %x, %c, 16, %x;",
         ]
         for s in range(self.blocks):
-            for column in range(2):
-                rounded = [self._sum(s, i) for i in range(self.width)]
-                lines += [
-                    f"add.f32 {one[column]}, {one[column]}, {one[column + 2]};" for one in rounded
-                ]
-                for i in range(0, self.width, 4):
-                    some = ", ".join(one[column] for one in rounded[i : i + 4])
-                    at = f.out + 4 * (8 * self.width * s + self.width * column + i)
-                    lines.append(f"st.shared.v4.f32 [%x+{at}], {{{some}}};")
+            blocks = [self._sum(s, i) for i in range(2)]
+            lines += [f"add.f32 {x[n]}, {x[n]}, {x[n + 2]};" for x in blocks for n in range(2)]
+            some = ", ".join(x[n] for n in range(2) for x in blocks)
+            lines.append(f"st.shared.v4.f32 [%x+{f.out + 64 * s}], {{{some}}};")
         # Those who wait for words next look where the tiles have got to.
         lines += [
             f"idle: setp.eq.u32 %p, %thread, {f.thread};",

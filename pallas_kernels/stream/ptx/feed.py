@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["Feed", "feed_lines", "feed_ring", "start_barriers", "wait_copies"]
+__all__ = ["Feed", "feed_lines", "feed_ring", "look_ahead", "start_barriers", "wait_copies"]
 
 _start_barriers_p = core.Primitive("ffjax_start_barriers")
 
@@ -56,17 +57,15 @@ class Feed:
         barriers: likewise the slots' barriers, 8 bytes each.
         control: likewise the feed's own 16 words: tiles asked for, row of the route, layer,
             slot and phase of the next, tiles used; from the 9th on, tiles asked for into the
-            L2 cache, row and layer of the next, and the clock when the last one was.
+            L2 cache, row and layer of the next.
         layer_tiles: tiles of a layer.
         layers: how many.
         total: tiles of the step.
         in_flight: tiles that are asked for and have not come, at most.
         thread: the thread that asks.
         copies: of a tile, at most.
-        l2_tiles: tiles beyond the ring's that are asked for into the L2 cache.
-        l2_clocks: from one of those to the next, at least.
-        l2_thread: the thread that does; of another warp, so that the two do not wait for each
-            other.
+        l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
+            waits.
     """
 
     slots: int
@@ -81,8 +80,6 @@ class Feed:
     thread: int
     copies: int
     l2_tiles: int
-    l2_clocks: int
-    l2_thread: int
 
 
 def _copy_lines(most: int) -> list[str]:
@@ -104,35 +101,65 @@ def _copy_lines(most: int) -> list[str]:
     ]
 
 
-def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[str]:
+# What `look_ahead` reads: of the control words the first five, and a row of the route.
+_AHEAD = 13
+
+
+def _ahead_lines(feed: Feed, ring: str, names: Sequence[str]) -> list[str]:
+    """Reads what asking for the next tile needs: see `_AHEAD`. Clobbers %b."""
+    control, row = names[:4], names[5:9]
+    return [
+        f"ld.shared.v4.b32 {{{', '.join(control)}}}, [{ring}+{feed.control}];",
+        f"ld.shared.b32 {names[4]}, [{ring}+{feed.control + 16}];",
+        f"mad.lo.u32 %b, {names[1]}, 32, {ring};",
+        f"ld.shared.v4.b32 {{{', '.join(row)}}}, [%b+{feed.route}];",
+        f"ld.shared.v4.b32 {{{', '.join(names[9:13])}}}, [%b+{feed.route + 16}];",
+    ]
+
+
+def feed_lines(
+    feed: Feed, ring: str, pointer: str, used: str | None, ahead: Sequence[str] | None = None
+) -> list[str]:
     """Asks for the next tile where a slot is free and few are on their way.
 
     One thread does, while its warp waits: what is loaded is loaded before it is known whether
-    it is wanted, and nothing but the end is jumped to. Another one sees to the L2 cache.
+    it is wanted, and nothing but the end is jumped to.
+
+    Args:
+        feed: where everything lies.
+        ring: the ring's address.
+        pointer: the first array's.
+        used: tiles that all threads have done with; None: as many as last time.
+        ahead: what `look_ahead` has read; None: it is read here.
     """
     f = feed
-    lines = _l2_lines(f, ring, pointer) if f.l2_tiles else []
-    lines += [
-        "{ .reg .pred %p, %q, %go; .reg .b32 %t, %n, %e, %l, %s, %h, %u, %b, %v, %w, %x, %y, %z;",
-        ".reg .b64 %from, %far, %by, %policy; mov.u32 %t, %tid.x;",
+    # %x bytes a copy, %y copies, %z bytes between their places, %w pieces between them
+    names = ["%n", "%e", "%l", "%s", "%h", "%t", "%c", "%v", "%w", "%x", "%y", "%z", "%d"]
+    lines = [
+        "{ .reg .pred %p, %q, %go; .reg .b32 %n, %e, %l, %s, %h, %t, %u, %v, %w, %x, %y, %z;",
+        ".reg .b32 %b, %c, %d, %r; .reg .b64 %from, %far, %by, %policy; mov.u32 %t, %tid.x;",
         f"setp.ne.u32 %p, %t, {f.thread}; @%p bra fed;",
-        f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [{ring}+{f.control}];",
-        f"ld.shared.v2.b32 {{%h, %u}}, [{ring}+{f.control + 16}];",
     ]
-    if used is not None:
+    if ahead is None:
+        lines += _ahead_lines(f, ring, names)
+    else:
+        lines += [f"mov.b32 {name}, {at};" for name, at in zip(names, ahead, strict=True)]
+    if used is None:
+        lines.append(f"ld.shared.b32 %u, [{ring}+{f.control + 20}];")
+    else:
         lines.append(f"mov.b32 %u, {used};")
     lines.append(f"add.u32 %u, %u, {f.slots}; min.u32 %u, %u, {f.total};")
+    if f.l2_tiles and used is None:
+        lines += ["setp.lt.u32 %p, %n, %u; @%p bra room;", *_l2_lines(f, ring, pointer), "room:"]
     lines += [
         "setp.lt.u32 %go, %n, %u;",
-        f"mad.lo.u32 %x, %e, 32, {ring}; ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%x+{f.route}];",
         # Has the tile come that was asked for some before?
-        f"sub.s32 %b, %s, {f.in_flight}; setp.lt.s32 %q, %b, 0; selp.u32 %y, 1, 0, %q;",
-        f"@%q add.s32 %b, %b, {f.slots}; xor.b32 %y, %y, %h; mad.lo.u32 %b, %b, 8, {ring};",
-        f"mbarrier.test_wait.parity.shared::cta.b64 %p, [%b+{f.barriers}], %y;",
-        f"setp.lt.or.u32 %p, %n, {f.in_flight}, %p; and.pred %go, %go, %p;",
-        f"ld.shared.v4.b32 {{%x, %y, %z, %b}}, [%x+{f.route + 16}];",
-        # %x bytes a copy, %y copies, %z bytes between their places, %w pieces between them
-        "mov.b64 %from, {%t, %u}; mul.wide.u32 %far, %l, %v; add.u64 %from, %from, %far;",
+        # In the first round they all have: it is the phase before a barrier's first.
+        f"sub.s32 %b, %s, {f.in_flight}; setp.lt.s32 %q, %b, 0; selp.u32 %r, 1, 0, %q;",
+        f"@%q add.s32 %b, %b, {f.slots}; xor.b32 %r, %r, %h; mad.lo.u32 %b, %b, 8, {ring};",
+        f"mbarrier.test_wait.parity.shared::cta.b64 %p, [%b+{f.barriers}], %r;",
+        "and.pred %go, %go, %p;",
+        "mov.b64 %from, {%t, %c}; mul.wide.u32 %far, %l, %v; add.u64 %from, %from, %far;",
         f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %w, 16;",
         f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
         f"mad.lo.u32 %v, %s, {f.slot_bytes}, {ring}; mul.lo.u32 %t, %x, %y;",
@@ -155,56 +182,85 @@ def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[st
 
 
 def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
-    """Asks for the next of a few tiles beyond the ring's into the L2 cache.
-
-    Not too soon after the last one: copies to shared memory take their turn behind what has
-    been asked for here, and the memory gives no more than it can.
-    """
+    """Asks for the next tile beyond a full ring into the L2 cache, if there are few such."""
     return [
-        "{ .reg .pred %p, %past; .reg .b32 %t, %u, %v, %w, %n, %x, %y, %z, %c, %b;",
-        ".reg .b64 %from, %far, %by; mov.u32 %t, %tid.x;",
-        f"setp.ne.u32 %p, %t, {f.l2_thread}; @%p bra ahead;",
-        f"ld.shared.b32 %n, [{ring}+{f.control}];",
-        f"ld.shared.v4.b32 {{%x, %y, %z, %c}}, [{ring}+{f.control + 32}];",
+        "{ .reg .b32 %u, %t, %v, %w, %x, %y, %z;",
+        f"ld.shared.v4.b32 {{%x, %y, %z, %w}}, [{ring}+{f.control + 32}];",
+        # Tiles that have been asked for in earnest meanwhile are past.
+        "setp.lt.u32 %p, %x, %n; @%p mov.b32 %x, %n; @%p mov.b32 %y, %e; @%p mov.b32 %z, %l;",
         f"add.u32 %u, %n, {f.l2_tiles}; min.u32 %u, %u, {f.total};",
-        "next: setp.ge.u32 %p, %x, %u; @%p bra kept;",
-        # The ring has asked for those before by itself.
-        "setp.lt.u32 %past, %x, %n; @%past bra step;",
-        "mov.u32 %t, %clock; sub.u32 %b, %t, %c;",
-        f"setp.lt.u32 %p, %b, {f.l2_clocks}; @%p bra kept; mov.b32 %c, %t;",
-        f"mad.lo.u32 %b, %y, 32, {ring}; ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%b+{f.route}];",
+        "setp.ge.u32 %p, %x, %u; @%p bra fed;",
+        f"mad.lo.u32 %b, %y, 32, {ring};",
+        f"ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%b+{f.route}];",
         "mov.b64 %from, {%t, %u}; mul.wide.u32 %far, %z, %v; add.u64 %from, %from, %far;",
         f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %w, 16;",
         f"ld.shared.v2.b32 {{%t, %u}}, [%b+{f.route + 16}];",
-        "part: setp.eq.u32 %p, %u, 0; @%p bra step;",
+        "l2: setp.eq.u32 %p, %u, 0; @%p bra asked;",
         "cp.async.bulk.prefetch.L2.global [%from], %t;",
-        "add.u64 %from, %from, %by; sub.u32 %u, %u, 1; bra part;",
-        f"step: add.u32 %x, %x, 1; add.u32 %y, %y, 1; setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
+        "add.u64 %from, %from, %by; sub.u32 %u, %u, 1; bra l2; asked:",
+        f"add.u32 %x, %x, 1; add.u32 %y, %y, 1; setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %z, {f.layers - 1}, %p; @%p mov.u32 %y, 1; @%p add.u32 %z, %z, 1;",
-        "@%past bra next;",
-        f"kept: st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %c}}; ahead: }}",
+        f"st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %w}}; bra fed; }}",
     ]
+
+
+_look_ahead_p = core.Primitive("ffjax_look_ahead")
+_look_ahead_p.multiple_results = True
+
+
+@_look_ahead_p.def_effectful_abstract_eval
+def _(ring, *, feed):
+    return [core.ShapedArray((1,), jnp.int32)] * _AHEAD, {lowered.ORDERED}
+
+
+@lowering.register_lowering(_look_ahead_p)
+def _(ctx, ring, *, feed):
+    [ring] = lowered.values(ctx, [ring])
+    names = [f"${i}" for i in range(_AHEAD)]
+    lines = ["{ .reg .b32 %b;", *_ahead_lines(feed, f"${_AHEAD}", names), "}"]
+    constraints = ",".join(["=&r"] * _AHEAD + ["r"])
+    results = [lowered.like((1,), lowered.i32())] * _AHEAD
+    return lowered.assembly(results, " ".join(lines), constraints, [ring])
+
+
+def look_ahead(ring: Array, feed: Feed) -> list[Array]:
+    """Reads what asking for the next tile needs, for `feed_ring`, which then takes less time.
+
+    Nothing may be asked for in between.
+
+    Args:
+        ring: int32 scalar, the ring's address.
+        feed: the rest.
+
+    Returns:
+        int32 `[1]` each.
+    """
+    return _look_ahead_p.bind(jnp.full((1,), ring), feed=feed)
 
 
 _feed_p = core.Primitive("ffjax_feed")
 
 
 @_feed_p.def_effectful_abstract_eval
-def _(ref, ring, used, *, feed, store):
+def _(ref, ring, used, *ahead, feed, store):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED, state.ReadEffect(0)}
 
 
 @lowering.register_lowering(_feed_p)
 def _(ctx, ref, *args, feed, store):
-    ring, used = lowered.values(ctx, args)
+    args = lowered.values(ctx, args)
     pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), [1])
-    lines = ["{", *feed_lines(feed, "$2", "$1", "$3" if store else None), "mov.u32 $0, 0; }"]
-    return lowered.assembly(
-        [lowered.like((1,), lowered.i32())], " ".join(lines), "=r,l,r,r", [pointer, ring, used]
-    )[0]
+    ahead = [f"${4 + i}" for i in range(len(args) - 2)]
+    lines = feed_lines(feed, "$2", "$1", "$3" if store else None, ahead or None)
+    text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
+    constraints = "=&r,l" + ",r" * len(args)
+    result = lowered.like((1,), lowered.i32())
+    return lowered.assembly([result], text, constraints, [pointer, *args])[0]
 
 
-def feed_ring(ref: Any, ring: Array, feed: Feed, used: Array | None = None) -> None:
+def feed_ring(
+    ref: Any, ring: Array, feed: Feed, used: Array | None = None, ahead: Sequence[Array] = ()
+) -> None:
     """Asks for the next tile if a slot is free and few tiles are on their way.
 
     Bulk copies (compute capability 9.0) bring it to shared memory while the program goes on.
@@ -214,10 +270,11 @@ def feed_ring(ref: Any, ring: Array, feed: Feed, used: Array | None = None) -> N
         ring: int32 scalar, the ring's address.
         feed: the rest.
         used: int32 scalar, tiles that all threads have done with; None: as many as last time.
+        ahead: what `look_ahead` gave; empty: it is read now.
     """
     store = used is not None
     used = jnp.full((1,), used if used is not None else 0)
-    _feed_p.bind(ref, jnp.full((1,), ring), used, feed=feed, store=store)
+    _feed_p.bind(ref, jnp.full((1,), ring), used, *ahead, feed=feed, store=store)
 
 
 _wait_copies_p = core.Primitive("ffjax_wait_copies")
