@@ -476,6 +476,21 @@ def test_tiles_beyond_a_full_ring_come_to_the_cache():
     assert fed.ahead == list(range(AHEAD.slots, AHEAD.slots + AHEAD.l2_tiles))
 
 
+def check_skipped(edit: Edit = None) -> None:
+    """What the ring has asked for meanwhile is not asked for ahead, in whichever layer it is."""
+    fed = Fed(AHEAD, 0, edit)
+    for number in (2, 9, 11):  # of the first layer, of the last one, and of the head
+        while fed.asked < number:
+            fed.machine.pass_time(2000)
+            fed.ask(used=max(0, fed.asked - AHEAD.slots + 1))
+        fed.ask()
+    assert fed.ahead == [2, 9, 11]
+
+
+def test_tiles_that_the_ring_has_asked_for_are_skipped():
+    check_skipped()
+
+
 def test_a_tile_that_never_comes_ends_the_launch():
     fed = Fed(ONE, 0)
     fed.machine.delay = 1 << 30
@@ -738,7 +753,6 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
         lambda edit: check_feed(AHEAD, 0, edit),
         [
             ("@%p mov.b32 %x, %n;", ""),
-            ("@%p mov.b32 %z, %l;", ""),
             ("sub.u32 %u, %u, 1; bra l2;", "sub.u32 %u, %u, 2; bra l2;"),
             ("add.u32 %u, %n, 3;", "add.u32 %u, %n, 4;"),
             ("add.u32 %u, %n, 3; min.u32 %u, %u, 12;", "add.u32 %u, %n, 3;"),
@@ -746,6 +760,14 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("@%p mov.u32 %y, 1;", ""),
             ("@%p add.u32 %z, %z, 1;", ""),
             ("setp.lt.and.u32 %p, %z, 2, %p;", "setp.lt.and.u32 %p, %z, 3, %p;"),
+        ],
+    ),
+    "skipping ahead": (
+        check_skipped,
+        [
+            ("@%p mov.b32 %y, %e;", ""),
+            ("@%p mov.b32 %z, %l;", ""),
+            ("setp.lt.u32 %p, %x, %n;", "setp.gt.u32 %p, %x, %n;"),
         ],
     ),
     "look ahead": (

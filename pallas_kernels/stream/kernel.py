@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.stream.cache import feed_cache
+from pallas_kernels.stream.cache import feed_cache, prefetch_cache
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.mail import Meanwhile
 from pallas_kernels.stream.operand import collect_operand
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import multiply, outputs_of, sum_up
-from pallas_kernels.stream.ring import Turn, feed_of, feed_ring, look_ahead, next_turn, start_ring
+from pallas_kernels.stream.ring import Turn, feed_of, feed_ring, next_turn, start_ring
 from pallas_kernels.stream.route import weights_of
 from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
 from pallas_kernels.stream.segments.gate_up import finish_gate_up
@@ -130,14 +130,18 @@ def stream_kernel(env: StreamEnv) -> None:
 
     def tile_step(index, carry):
         turn, place, state = carry
-        ahead = look_ahead(env, turn)
         multiply(env, turn, index, place, state.operand)
         _meet(env)
-        feed_ring(env, turn, index + 1, ahead)
+        feed_ring(env, turn, index + 1)
 
         def change_segment(state):
             left = leave_segment(env, place, state)
             following = next_segment(env, place)
+            lax.cond(
+                following.segment == Segment.QKV,
+                lambda: prefetch_cache(env, following.layer),
+                lambda: None,
+            )
             operand = lax.cond(
                 index < total - 1, lambda: collect_operand(env, following), lambda: left.operand
             )

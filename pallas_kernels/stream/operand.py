@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -56,21 +58,40 @@ def unpacked(word: Array) -> tuple[Array, Array]:
     )
 
 
-def _norm_pieces(env: StreamEnv, name: str, pieces: int, *index: Array) -> list[Array]:
-    """A norm's weights of each thread's inputs, two bfloat16 a word; 0 beyond the row."""
-    plan, ref = env.plan, env[name]
-    first, step, size = first_input(plan, pieces), next_input(plan), plan.dims.model_dim
+def _norm_weights(env: StreamEnv, segment: Array, layer: Array) -> tuple[list[Array], Array]:
+    """A residual's norm's weights of each thread's inputs, and whether it is normed.
+
+    Two bfloat16 a word; 0 beyond the row, ones where the operand is not normed.
+    """
+    plan, d = env.plan, env.dims
+    pieces = plan.segments[Segment.QKV].pieces
+    first, step, size = first_input(plan, pieces), next_input(plan), d.model_dim
+    is_head = segment == Segment.HEAD
+    is_normed = is_head
+    if before := env.features.pre_norm:
+        is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
+    refs = [env["attn_norm"], env["mlp_norm"], env["final_norm"]] if before else [env["final_norm"]]
     if env.interpret:
         elements = [first + q * step + j for q in range(pieces) for j in range(PIECE)]
-        values = [
-            plgpu.load(ref.at[(*index, jnp.minimum(x, size - 1))], mask=x < size, other=0.0)
-            for x in elements
-        ]
-        pairs = zip(values[::2], values[1::2], strict=True)
-        return [_packed(*(x.astype(jnp.float32) for x in pair)) for pair in pairs]
-    there = jnp.clip(lax.div(size - first + (step - 1), jnp.int32(step)), 0, pieces)
-    row = index[0] * size if index else 0
-    return ptx.load_pieces(ref, row + first, step, pieces, there)
+
+        def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
+            where = [(*index, jnp.minimum(x, size - 1)) for x in elements]
+            return lambda: tuple(
+                plgpu.load(ref.at[at], mask=x < size, other=0.0).astype(jnp.float32)
+                for at, x in zip(where, elements, strict=True)
+            )
+
+        ways = [*(read(ref, layer) for ref in refs[:-1]), read(refs[-1])]
+        number = jnp.where(is_head, 2, jnp.where(segment == Segment.QKV, 0, 1))
+        values = lax.switch(number if before else jnp.int32(0) * segment, ways)
+        words = [_packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
+    else:
+        row = (1 - is_head.astype(jnp.int32)) * layer * size
+        there = jnp.clip(lax.div(size - first + (step - 1), jnp.int32(step)), 0, pieces)
+        beyond = [segment != Segment.QKV, is_head] if before else []
+        conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]
+        words = ptx.load_pieces(refs, conditions, row + first, step, pieces, there)
+    return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed
 
 
 def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
@@ -86,6 +107,16 @@ def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
         each = squares.reshape(cube).sum(axis=2).sum(axis=0)
         total = jnp.broadcast_to(each[None, :, None], cube).reshape(squares.shape)
     return total / plan.dims.model_dim
+
+
+def _without_l2(env: StreamEnv) -> StreamEnv:
+    """The program's view, with a mail that feeds the ring alone."""
+    mail = env.mail
+    if mail.meanwhile is None:
+        return env
+    feed = dataclasses.replace(mail.meanwhile.feed, l2_tiles=0)
+    mail = dataclasses.replace(mail, meanwhile=mail.meanwhile._replace(feed=feed))
+    return dataclasses.replace(env, mail=mail)
 
 
 def collect_inputs(
@@ -137,38 +168,22 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
         return (*words, *[words[0] * 0] * (_most_words(env) - len(words)))
 
     def of_hidden() -> Operand:
+        # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
         column = first.split * down.width
         width = jnp.where(first.real, jnp.minimum(down.width, down.inner - column), 0)
         start = at.ffw + column
-        return pack(collect_inputs(env, down.pieces, start, down.inner, width, tag))
+        return pack(collect_inputs(_without_l2(env), down.pieces, start, down.inner, width, tag))
 
     def of_residual() -> Operand:
         pieces = plan.segments[Segment.QKV].pieces
         is_attn = segment == Segment.ATTN_OUT
-
-        def of(name: str, *index: Array) -> Callable[[], Operand]:
-            return lambda: tuple(_norm_pieces(env, name, pieces, *index))
-
-        def ones() -> Operand:
-            return (jnp.full((plan.threads,), _ONES),) * (pieces * PIECE // 2)
-
-        before = env.features.pre_norm
-        ways = [
-            of("attn_norm", layer) if before else ones,
-            ones,
-            of("mlp_norm", layer) if before else ones,
-            of("final_norm"),
-        ]
         # Asked for before the residual is waited for.
-        weights = lax.switch(jnp.minimum(segment, 3), ways)
+        weights, is_normed = _norm_weights(env, segment, layer)
         start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_in])
         inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
         width = jnp.where(first.real, inner, 0)
         x = collect_inputs(env, pieces, start, inner, width, tag)
         scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
-        is_normed = segment == Segment.HEAD
-        if env.features.pre_norm:
-            is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
         scale = jnp.where(is_normed, scale, 1.0)
         by = [weight for word in weights for weight in unpacked(word)]
         if (offset := env.features.norm_offset) != 0:

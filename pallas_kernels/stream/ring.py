@@ -11,7 +11,6 @@ beginning: the plan leaves room for both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -34,7 +33,6 @@ __all__ = [
     "feed_of",
     "feed_ring",
     "first_turn",
-    "look_ahead",
     "next_turn",
     "products_address",
     "read_tile",
@@ -157,14 +155,7 @@ def feed_of(plan: StreamPlan) -> ptx.Feed:
     )
 
 
-def look_ahead(env: StreamEnv, turn: Turn) -> list[Array]:
-    """Reads what asking for the next tile needs, while the program has something else to do."""
-    return [] if env.interpret else ptx.look_ahead(turn.base, feed_of(env.plan))
-
-
-def feed_ring(
-    env: StreamEnv, turn: Turn, used: Array | None = None, ahead: Sequence[Array] = ()
-) -> None:
+def feed_ring(env: StreamEnv, turn: Turn, used: Array | None = None) -> None:
     """Asks for the next tile if a slot is free and few tiles are on their way.
 
     Too many on their way, and whoever waits for other programs' words waits behind them.
@@ -174,10 +165,9 @@ def feed_ring(
         turn: any tile's turn.
         used: int32 scalar, tiles that all threads have done with: a barrier of the program
             stands between. None: as many as last time.
-        ahead: what `look_ahead` has read, if it has.
     """
     if not env.interpret:
-        ptx.feed_ring(weights_of(env)[0], turn.base, feed_of(env.plan), used, ahead)
+        ptx.feed_ring(weights_of(env)[0], turn.base, feed_of(env.plan), used)
 
 
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:

@@ -5,8 +5,8 @@ others has a plain twin for interpret mode; the ring and the products are only u
 """
 
 from pallas_kernels.stream.ptx.address import Begin, begin_words
-from pallas_kernels.stream.ptx.cache import UNIT, CacheFeed, attend_span, feed_cache
-from pallas_kernels.stream.ptx.feed import Feed, feed_ring, look_ahead, start_barriers, wait_copies
+from pallas_kernels.stream.ptx.cache import UNIT, CacheFeed, attend_span, feed_cache, prefetch_cache
+from pallas_kernels.stream.ptx.feed import Feed, feed_ring, start_barriers, wait_copies
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
     clear_shared,
@@ -36,8 +36,8 @@ __all__ = [
     "feed_ring",
     "load_pair",
     "load_pieces",
-    "look_ahead",
     "multiply_tile",
+    "prefetch_cache",
     "read_row",
     "ring_base",
     "start_barriers",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["Feed", "feed_lines", "feed_ring", "look_ahead", "start_barriers", "wait_copies"]
+__all__ = ["Feed", "feed_lines", "feed_ring", "start_barriers", "wait_copies"]
 
 _start_barriers_p = core.Primitive("ffjax_start_barriers")
 
@@ -101,25 +100,7 @@ def _copy_lines(most: int) -> list[str]:
     ]
 
 
-# What `look_ahead` reads: of the control words the first five, and a row of the route.
-_AHEAD = 13
-
-
-def _ahead_lines(feed: Feed, ring: str, names: Sequence[str]) -> list[str]:
-    """Reads what asking for the next tile needs: see `_AHEAD`. Clobbers %b."""
-    control, row = names[:4], names[5:9]
-    return [
-        f"ld.shared.v4.b32 {{{', '.join(control)}}}, [{ring}+{feed.control}];",
-        f"ld.shared.b32 {names[4]}, [{ring}+{feed.control + 16}];",
-        f"mad.lo.u32 %b, {names[1]}, 32, {ring};",
-        f"ld.shared.v4.b32 {{{', '.join(row)}}}, [%b+{feed.route}];",
-        f"ld.shared.v4.b32 {{{', '.join(names[9:13])}}}, [%b+{feed.route + 16}];",
-    ]
-
-
-def feed_lines(
-    feed: Feed, ring: str, pointer: str, used: str | None, ahead: Sequence[str] | None = None
-) -> list[str]:
+def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[str]:
     """Asks for the next tile where a slot is free and few are on their way.
 
     One thread does, while its warp waits: what is loaded is loaded before it is known whether
@@ -130,23 +111,20 @@ def feed_lines(
         ring: the ring's address.
         pointer: the first array's.
         used: tiles that all threads have done with; None: as many as last time.
-        ahead: what `look_ahead` has read; None: it is read here.
     """
     f = feed
     # %x bytes a copy, %y copies, %z bytes between their places, %w pieces between them
-    names = ["%n", "%e", "%l", "%s", "%h", "%t", "%c", "%v", "%w", "%x", "%y", "%z", "%d"]
     lines = [
         "{ .reg .pred %p, %q, %go; .reg .b32 %n, %e, %l, %s, %h, %t, %u, %v, %w, %x, %y, %z;",
-        ".reg .b32 %b, %c, %d, %r; .reg .b64 %from, %far, %by, %policy; mov.u32 %t, %tid.x;",
+        ".reg .b32 %b, %c, %r; .reg .b64 %from, %far, %by, %policy; mov.u32 %t, %tid.x;",
         f"setp.ne.u32 %p, %t, {f.thread}; @%p bra fed;",
+        f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [{ring}+{f.control}];",
+        f"ld.shared.v2.b32 {{%h, %u}}, [{ring}+{f.control + 16}];",
+        f"mad.lo.u32 %b, %e, 32, {ring};",
+        f"ld.shared.v4.b32 {{%t, %c, %v, %w}}, [%b+{f.route}];",
+        f"ld.shared.v4.b32 {{%x, %y, %z, %b}}, [%b+{f.route + 16}];",
     ]
-    if ahead is None:
-        lines += _ahead_lines(f, ring, names)
-    else:
-        lines += [f"mov.b32 {name}, {at};" for name, at in zip(names, ahead, strict=True)]
-    if used is None:
-        lines.append(f"ld.shared.b32 %u, [{ring}+{f.control + 20}];")
-    else:
+    if used is not None:
         lines.append(f"mov.b32 %u, {used};")
     lines.append(f"add.u32 %u, %u, {f.slots}; min.u32 %u, %u, {f.total};")
     if f.l2_tiles and used is None:
@@ -204,45 +182,11 @@ def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
     ]
 
 
-_look_ahead_p = core.Primitive("ffjax_look_ahead")
-_look_ahead_p.multiple_results = True
-
-
-@_look_ahead_p.def_effectful_abstract_eval
-def _(ring, *, feed):
-    return [core.ShapedArray((1,), jnp.int32)] * _AHEAD, {lowered.ORDERED}
-
-
-@lowering.register_lowering(_look_ahead_p)
-def _(ctx, ring, *, feed):
-    [ring] = lowered.values(ctx, [ring])
-    names = [f"${i}" for i in range(_AHEAD)]
-    lines = ["{ .reg .b32 %b;", *_ahead_lines(feed, f"${_AHEAD}", names), "}"]
-    constraints = ",".join(["=&r"] * _AHEAD + ["r"])
-    results = [lowered.like((1,), lowered.i32())] * _AHEAD
-    return lowered.assembly(results, " ".join(lines), constraints, [ring])
-
-
-def look_ahead(ring: Array, feed: Feed) -> list[Array]:
-    """Reads what asking for the next tile needs, for `feed_ring`, which then takes less time.
-
-    Nothing may be asked for in between.
-
-    Args:
-        ring: int32 scalar, the ring's address.
-        feed: the rest.
-
-    Returns:
-        int32 `[1]` each.
-    """
-    return _look_ahead_p.bind(jnp.full((1,), ring), feed=feed)
-
-
 _feed_p = core.Primitive("ffjax_feed")
 
 
 @_feed_p.def_effectful_abstract_eval
-def _(ref, ring, used, *ahead, feed, store):
+def _(ref, ring, used, *, feed, store):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED, state.ReadEffect(0)}
 
 
@@ -250,17 +194,13 @@ def _(ref, ring, used, *ahead, feed, store):
 def _(ctx, ref, *args, feed, store):
     args = lowered.values(ctx, args)
     pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), [1])
-    ahead = [f"${4 + i}" for i in range(len(args) - 2)]
-    lines = feed_lines(feed, "$2", "$1", "$3" if store else None, ahead or None)
+    lines = feed_lines(feed, "$2", "$1", "$3" if store else None)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
-    constraints = "=&r,l" + ",r" * len(args)
     result = lowered.like((1,), lowered.i32())
-    return lowered.assembly([result], text, constraints, [pointer, *args])[0]
+    return lowered.assembly([result], text, "=r,l,r,r", [pointer, *args])[0]
 
 
-def feed_ring(
-    ref: Any, ring: Array, feed: Feed, used: Array | None = None, ahead: Sequence[Array] = ()
-) -> None:
+def feed_ring(ref: Any, ring: Array, feed: Feed, used: Array | None = None) -> None:
     """Asks for the next tile if a slot is free and few tiles are on their way.
 
     Bulk copies (compute capability 9.0) bring it to shared memory while the program goes on.
@@ -270,11 +210,10 @@ def feed_ring(
         ring: int32 scalar, the ring's address.
         feed: the rest.
         used: int32 scalar, tiles that all threads have done with; None: as many as last time.
-        ahead: what `look_ahead` gave; empty: it is read now.
     """
     store = used is not None
     used = jnp.full((1,), used if used is not None else 0)
-    _feed_p.bind(ref, jnp.full((1,), ring), used, *ahead, feed=feed, store=store)
+    _feed_p.bind(ref, jnp.full((1,), ring), used, feed=feed, store=store)
 
 
 _wait_copies_p = core.Primitive("ffjax_wait_copies")

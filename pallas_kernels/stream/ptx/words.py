@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -258,13 +259,15 @@ _load_pieces_p.multiple_results = True
 
 
 @_load_pieces_p.def_effectful_abstract_eval
-def _(ref, offset, there, *, step, pieces):
-    return [core.ShapedArray(offset.shape, jnp.int32)] * (4 * pieces), {state.ReadEffect(0)}
+def _(*args, step, pieces, arrays):
+    reads = {state.ReadEffect(i) for i in range(arrays)}
+    return [core.ShapedArray(args[-1].shape, jnp.int32)] * (4 * pieces), {lowered.ORDERED, *reads}
 
 
 @lowering.register_lowering(_load_pieces_p)
-def _(ctx, ref, *args, step, pieces):
-    offset, there = lowered.values(ctx, args)
+def _(ctx, *args, step, pieces, arrays):
+    refs = args[:arrays]
+    *beyond, offset, there = lowered.values(ctx, args[arrays:])
     shape, count = ctx.avals_out[0].shape, 4 * pieces
     lines = ["{ .reg .pred %p;"]
     for q in range(pieces):
@@ -274,17 +277,30 @@ def _(ctx, ref, *args, step, pieces):
         to = ", ".join(words)
         lines.append(f"@%p ld.global.nc.v4.b32 {{{to}}}, [${count}+{2 * step * q}];")
     lines.append("}")
-    addresses = lowered.addresses(ref, offset, shape)
+    address = lowered.addresses(refs[0], offset, shape)
+    for condition, ref in zip(beyond, refs[1:], strict=True):
+        address = arith.select(condition, lowered.addresses(ref, offset, shape), address)
     constraints = ",".join(["=&r"] * count + ["l", "r"])
     results = [lowered.like(shape, lowered.i32())] * count
-    return lowered.assembly(results, " ".join(lines), constraints, [addresses, there])
+    return lowered.assembly(results, " ".join(lines), constraints, [address, there])
 
 
-def load_pieces(ref: Any, offset: Array, step: int, pieces: int, there: Array) -> list[Array]:
-    """Loads pieces of 8 neighbouring bfloat16 that nobody writes.
+def load_pieces(
+    refs: Sequence[Any],
+    beyond: Sequence[Array],
+    offset: Array,
+    step: int,
+    pieces: int,
+    there: Array,
+) -> list[Array]:
+    """Loads pieces of 8 neighbouring bfloat16 that nobody writes, from one of several arrays.
+
+    Which array is no matter of branches: behind one, what was loaded would be waited for.
 
     Args:
-        ref: bfloat16 array; it counts as flat.
+        refs: bfloat16 arrays; they count as flat.
+        beyond: bool `[T]`, one for each array but the first: the last one whose condition
+            holds is read, or the first.
         offset: int32 `[T]`, where each thread's first piece begins: multiples of 8 elements.
         step: elements from a thread's piece to its next one, a multiple of 8.
         pieces: how many at most.
@@ -293,4 +309,5 @@ def load_pieces(ref: Any, offset: Array, step: int, pieces: int, there: Array) -
     Returns:
         Words of two, int32 `[T]`, 4 a piece; 0 for those that are not there.
     """
-    return _load_pieces_p.bind(ref, offset, there, step=step, pieces=pieces)
+    options = {"step": step, "pieces": pieces, "arrays": len(refs)}
+    return _load_pieces_p.bind(*refs, *beyond, offset, there, **options)
