@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.stream.cache import feed_cache, prefetch_cache
+from pallas_kernels.stream.cache import feed_cache
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.mail import Meanwhile
 from pallas_kernels.stream.operand import collect_operand
@@ -137,11 +137,6 @@ def stream_kernel(env: StreamEnv) -> None:
         def change_segment(state):
             left = leave_segment(env, place, state)
             following = next_segment(env, place)
-            lax.cond(
-                following.segment == Segment.QKV,
-                lambda: prefetch_cache(env, following.layer),
-                lambda: None,
-            )
             operand = lax.cond(
                 index < total - 1, lambda: collect_operand(env, following), lambda: left.operand
             )

@@ -81,7 +81,7 @@ class Feed:
     l2_tiles: int
 
 
-def _copy_lines(most: int) -> list[str]:
+def _copy_lines(most: int, together: bool) -> list[str]:
     """If %go, copies %y parts of %x bytes from %from to %v, %by and %z bytes apart."""
     # Weights are read once a step: they are the first to leave the L2 cache.
     copy = (
@@ -89,6 +89,12 @@ def _copy_lines(most: int) -> list[str]:
         "[%v], [%from], %x, [%b], %policy;"
     )
     ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %z;"
+    if together:
+        return [
+            "mov.u32 %t, %laneid; setp.lt.and.u32 %p, %t, %y, %go; mad.lo.u32 %v, %t, %z, %v;",
+            "mul.lo.u32 %w, %w, %t; mul.wide.u32 %by, %w, 16; add.u64 %from, %from, %by;",
+            f"bar.warp.sync 0xffffffff; @%p {copy}",
+        ]
     if most > 2:
         return [
             "@!%go mov.b32 %y, 0; copy: setp.eq.u32 %p, %y, 0; @%p bra copied;",
@@ -100,7 +106,9 @@ def _copy_lines(most: int) -> list[str]:
     ]
 
 
-def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[str]:
+def feed_lines(
+    feed: Feed, ring: str, pointer: str, used: str | None, together: bool = False
+) -> list[str]:
     """Asks for the next tile where a slot is free and few are on their way.
 
     One thread does, while its warp waits: what is loaded is loaded before it is known whether
@@ -111,13 +119,21 @@ def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[st
         ring: the ring's address.
         pointer: the first array's.
         used: tiles that all threads have done with; None: as many as last time.
+        together: whether the thread's whole warp is here, so that its threads share many copies.
     """
     f = feed
+    together = together and f.copies > 2
+    others = (
+        (f"shr.u32 %b, %t, 5; setp.ne.u32 %p, %b, {f.thread // 32};")
+        if together
+        else (f"setp.ne.u32 %p, %t, {f.thread};")
+    )
     # %x bytes a copy, %y copies, %z bytes between their places, %w pieces between them
     lines = [
-        "{ .reg .pred %p, %q, %go; .reg .b32 %n, %e, %l, %s, %h, %t, %u, %v, %w, %x, %y, %z;",
+        "{ .reg .pred %p, %q, %go, %lead;",
+        ".reg .b32 %n, %e, %l, %s, %h, %t, %u, %v, %w, %x, %y, %z;",
         ".reg .b32 %b, %c, %r; .reg .b64 %from, %far, %by, %policy; mov.u32 %t, %tid.x;",
-        f"setp.ne.u32 %p, %t, {f.thread}; @%p bra fed;",
+        f"{others} @%p bra fed; setp.eq.u32 %lead, %t, {f.thread};",
         f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [{ring}+{f.control}];",
         f"ld.shared.v2.b32 {{%h, %u}}, [{ring}+{f.control + 16}];",
         f"mad.lo.u32 %b, %e, 32, {ring};",
@@ -142,20 +158,21 @@ def feed_lines(feed: Feed, ring: str, pointer: str, used: str | None) -> list[st
         f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
         f"mad.lo.u32 %v, %s, {f.slot_bytes}, {ring}; mul.lo.u32 %t, %x, %y;",
         "createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
-        "@%go mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %t;",
-        *_copy_lines(f.copies),
+        "and.pred %q, %go, %lead;",
+        "@%q mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %t;",
+        *_copy_lines(f.copies, together),
         "@%go add.u32 %n, %n, 1; @%go add.u32 %e, %e, 1;",
         f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p;",
         "@%p mov.u32 %e, 1; @%p add.u32 %l, %l, 1; @%go add.u32 %s, %s, 1;",
         # The head's matrix has no layers: its row's stride is 0.
         f"setp.eq.u32 %p, %s, {f.slots}; @%p mov.u32 %s, 0; @%p xor.b32 %h, %h, 1;",
-        f"st.shared.v4.b32 [{ring}+{f.control}], {{%n, %e, %l, %s}};",
+        f"@%lead st.shared.v4.b32 [{ring}+{f.control}], {{%n, %e, %l, %s}};",
     ]
     if used is None:
-        lines.append(f"st.shared.b32 [{ring}+{f.control + 16}], %h; fed: }}")
+        lines.append(f"@%lead st.shared.b32 [{ring}+{f.control + 16}], %h; fed: }}")
     else:
-        lines.append(f"st.shared.v2.b32 [{ring}+{f.control + 16}], {{%h, {used}}}; fed: }}")
+        lines.append(f"@%lead st.shared.v2.b32 [{ring}+{f.control + 16}], {{%h, {used}}}; fed: }}")
     return lines
 
 
@@ -194,7 +211,7 @@ def _(ref, ring, used, *, feed, store):
 def _(ctx, ref, *args, feed, store):
     args = lowered.values(ctx, args)
     pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), [1])
-    lines = feed_lines(feed, "$2", "$1", "$3" if store else None)
+    lines = feed_lines(feed, "$2", "$1", "$3" if store else None, together=store)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
     result = lowered.like((1,), lowered.i32())
     return lowered.assembly([result], text, "=r,l,r,r", [pointer, *args])[0]

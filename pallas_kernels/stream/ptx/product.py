@@ -15,6 +15,21 @@ from pallas_kernels.stream.ptx import lowered
 __all__ = ["multiply_tile", "sum_shared"]
 
 
+def _load_batched(q: int, pieces: int, step: int) -> list[str]:
+    """Loads the q-th piece of a row, if there is such a row, and the next one with it."""
+    x = [f"%x0_{q}_{i}" for i in range(4)]
+    if q == pieces - 1 and q % 2 == 0:
+        lines = [f"mov.b32 {name}, 0;" for name in x]
+        return [*lines, f"@%mine ld.shared.v4.b32 {{{', '.join(x)}}}, [%a+{step * q}];"]
+    u, v = ([f"%{name}{q // 2}_{i}" for i in range(4)] for name in "uv")
+    if q % 2:
+        return [f"selp.b32 {x[i]}, {u[i]}, {v[i]}, %odd;" for i in range(4)]
+    lines = [f".reg .b32 {', '.join(u + v)};", *(f"mov.b32 {name}, 0;" for name in u + v)]
+    lines.append(f"@%mine ld.shared.v4.b32 {{{', '.join(u)}}}, [%t+{step * q}];")
+    lines.append(f"@%mine ld.shared.v4.b32 {{{', '.join(v)}}}, [%b+{step * q}];")
+    return lines + [f"selp.b32 {x[i]}, {v[i]}, {u[i]}, %odd;" for i in range(4)]
+
+
 def _multiply_text(rows: int, pieces: int, step: int, chunked: bool, threads: int) -> str:
     """Each thread's part of a tile's products: see `multiply_tile`.
 
@@ -40,8 +55,15 @@ def _multiply_text(rows: int, pieces: int, step: int, chunked: bool, threads: in
         # Threads of rows that there are not hold zeros.
         lines.append(f"setp.lt.u32 %mine, %g, {rows}; mul.lo.u32 %a, %g, $2;")
         lines.append("add.u32 %a, %a, $1;")
+    if not chunked:
+        # Of two pieces, threads of every other row read the second one first: rows begin in the
+        # same bank.
+        lines.append("and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0;")
+        lines.append(f"selp.b32 %t, {step}, 0, %odd; add.u32 %t, %a, %t;")
+        lines.append(f"selp.b32 %b, 0, {step}, %odd; add.u32 %b, %a, %b;")
     for m in range(sums):
-        lines.append("add.u32 %b, %a, $2;")
+        if chunked:
+            lines.append("add.u32 %b, %a, $2;")
         for q in range(pieces):
             x = [f"%x{m}_{q}_{i}" for i in range(4)]
             y = [f"%y{m}_{q}_{i}" for i in range(4)]
@@ -50,8 +72,8 @@ def _multiply_text(rows: int, pieces: int, step: int, chunked: bool, threads: in
                 lines.append(f"ld.shared.v4.b32 {{{', '.join(x)}}}, [%a+{step * q}];")
                 lines.append(f"ld.shared.v4.b32 {{{', '.join(y)}}}, [%b+{step * q}];")
             else:
-                lines.extend(f"mov.b32 {name}, 0;" for name in x + y)
-                lines.append(f"@%mine ld.shared.v4.b32 {{{', '.join(x)}}}, [%a+{step * q}];")
+                lines.extend(f"mov.b32 {name}, 0;" for name in y)
+                lines += _load_batched(q, pieces, step)
             for half in range(2):
                 c = (2 * q + half) % chains
                 d = ", ".join(f"%c{m}_{c}_{i}" for i in range(4))
