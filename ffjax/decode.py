@@ -29,10 +29,10 @@ __all__ = [
     "DecodeOutput",
     "Implementation",
     "Kernel",
+    "choose_kernel",
     "decode_step",
     "default_device",
     "fused_step",
-    "kernels_for",
     "resolve_implementation",
     "resolve_implementation_config",
     "unsupported_field",
@@ -178,17 +178,22 @@ def _why_not(
     return reason
 
 
-def kernels_for(config: ModelConfig, batch: int) -> tuple[Kernel, ...]:
-    """The fused kernels to try where none is named, the best one first.
+def choose_kernel(
+    config: ModelConfig, dtype: Any, batch: int, capacity: int
+) -> tuple[Kernel | None, str | None]:
+    """The best fused kernel that can run here; or None, and why the best one cannot.
 
-    Args:
-        config: the model's.
-        batch: B.
+    Args: see `resolve_implementation_config`.
     """
-    # What the streamed kernel has been measured with on a GPU: one sequence, of a Llama.
-    if batch == 1 and unsupported_field(config) is None:
-        return "pallas_stream", "pallas"
-    return ("pallas",)
+    # The streamed kernel is the faster one; the phased one runs on older GPUs as well.
+    kernels: tuple[Kernel, ...] = ("pallas_stream", "pallas")
+    reasons = []
+    for kernel in kernels:
+        reason = why_not_fused_config(config, dtype, batch, capacity, kernel)
+        if reason is None:
+            return kernel, None
+        reasons.append(reason)
+    return None, reasons[0]
 
 
 @functools.lru_cache
@@ -249,12 +254,10 @@ def resolve_implementation_config(
         if reason is not None:
             raise NotImplementedError(reason)
         return implementation
-    reason = None
-    for kernel in kernels_for(config, batch):
-        reason = why_not_fused_config(config, dtype, batch, capacity, kernel)
-        if reason is None:
-            _say_once(f"decode_step uses {kernel!r}: the fused kernel can run here.")
-            return kernel
+    kernel, reason = choose_kernel(config, dtype, batch, capacity)
+    if kernel is not None:
+        _say_once(f"decode_step uses {kernel!r}: the fused kernel can run here.")
+        return kernel
     _say_once(f"decode_step uses 'xla': {reason}")
     return "xla"
 
@@ -330,8 +333,7 @@ def decode_step(
         cache: the cache; each sequence's token goes to position `lengths[b]`.
         tokens: int `[B]`.
         implementation: "pallas_stream", the streamed kernel; "pallas", the phased one; "xla",
-            the reference; None: the streamed one for one sequence of a Llama, else the phased
-            one, where they can run, else the reference, said once by logging.
+            the reference; None: the first of these that can run, said once by logging.
 
     Returns:
         Cache, logits and greedy token.

@@ -25,8 +25,8 @@ from ffjax.config import ModelConfig
 from ffjax.decode import (
     Implementation,
     Kernel,
+    choose_kernel,
     default_device,
-    kernels_for,
     why_not_fused_config,
 )
 from ffjax.dims import step_dims
@@ -251,15 +251,14 @@ def _choose(sweep: Sweep, batch: int, position: int) -> tuple[Implementation, st
     """
     if sweep.implementation == "xla":
         return "xla", None
-    named = sweep.implementation
-    capacity, reason = capacity_for(position, sweep.steps), None
-    for kernel in kernels_for(sweep.config, batch) if named is None else (named,):
-        reason = why_not_fused_config(sweep.config, jnp.bfloat16, batch, capacity, kernel)
-        if reason is None:
-            return kernel, None
-    if named is not None:
-        raise NotImplementedError(reason)
-    return "xla", reason
+    capacity, config = capacity_for(position, sweep.steps), sweep.config
+    if (named := sweep.implementation) is not None:
+        reason = why_not_fused_config(config, jnp.bfloat16, batch, capacity, named)
+        if reason is not None:
+            raise NotImplementedError(reason)
+        return named, None
+    kernel, reason = choose_kernel(config, jnp.bfloat16, batch, capacity)
+    return ("xla", reason) if kernel is None else (kernel, None)
 
 
 def _measure(

@@ -7,8 +7,6 @@ used, whatever part it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -20,7 +18,7 @@ from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.ring import MOST_LOOKS
 from pallas_kernels.stream.spans import Share, row_of, share_of
 
-__all__ = ["attend_span", "feed_cache", "layer_share", "prefetch_cache"]
+__all__ = ["attend_span", "feed_cache", "layer_share"]
 
 
 def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
@@ -31,7 +29,6 @@ def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
         block=cut.block,
         warps=cut.warps,
         stages=cut.tiles,
-        l2_tiles=plan.tuning.cache_l2_tiles,
         layer_units=2 * d.batch * d.num_kv_heads * d.capacity * d.head_dim // ptx.UNIT,
         tile_bytes=at.tile_bytes,
         query_pitch=at.query_pitch,
@@ -56,25 +53,15 @@ def layer_share(env: StreamEnv, layer: Array) -> Share:
 
 def feed_cache(env: StreamEnv, layer: Array) -> None:
     """Asks for a layer's first keys and values, where there is such a layer."""
-    _ask(env, layer, ptx.feed_cache)
-
-
-def prefetch_cache(env: StreamEnv, layer: Array) -> None:
-    """Asks for some more of them into the L2 cache."""
-    if env.plan.tuning.cache_l2_tiles:
-        _ask(env, layer, ptx.prefetch_cache)
-
-
-def _ask(env: StreamEnv, layer: Array, ask: Callable[..., None]) -> None:
     if env.interpret:
         return
 
-    def there() -> Array:
+    def feed() -> Array:
         rows = layer_share(env, layer).rows
-        ask(env["k"], env["v"], env.shared, rows, layer, _feed_of(env.plan))
+        ptx.feed_cache(env["k"], env["v"], env.shared, rows, layer, _feed_of(env.plan))
         return rows
 
-    lax.cond(layer < env.dims.num_layers, there, lambda: jnp.int32(0) + layer * 0)
+    lax.cond(layer < env.dims.num_layers, feed, lambda: jnp.int32(0) + layer * 0)
 
 
 def attend_span(env: StreamEnv, layer: Array, share: Share, j: Array) -> None:

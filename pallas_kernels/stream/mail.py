@@ -321,9 +321,9 @@ class Mail:
             return first
 
         def again(state):
-            if self.meanwhile is not None:
-                ptx.feed_ring(*self.meanwhile)
             words = read()
+            if self.meanwhile is not None:
+                ptx.feed_ring(*self.meanwhile)  # while the words are on their way
             return words, still(words), trap_if_over(state[2] + 1, MAX_POLLS)
 
         words, _, _ = lax.while_loop(

@@ -37,8 +37,6 @@ class Tuning:
             waits for others, 0 to 16.
         cache_tile_bytes: bytes of a tile of keys and values, 16 or 32 KiB.
         cache_tiles: such tiles that shared memory holds, 2 to 6.
-        cache_l2_tiles: such tiles beyond those that are asked for into the L2 cache before a
-            layer begins, 0 to 16.
 
     Raises:
         ValueError: a value is none of these.
@@ -51,7 +49,6 @@ class Tuning:
     l2_tiles: int = 0
     cache_tile_bytes: int = 32 * 1024
     cache_tiles: int = 2
-    cache_l2_tiles: int = 4
 
     def __post_init__(self):
         for name, allowed in {
@@ -61,7 +58,6 @@ class Tuning:
             "l2_tiles": list(range(17)),
             "cache_tile_bytes": [16 * 1024, 32 * 1024],
             "cache_tiles": list(range(2, 7)),
-            "cache_l2_tiles": list(range(17)),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(

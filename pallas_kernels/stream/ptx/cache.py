@@ -24,7 +24,6 @@ __all__ = [
     "attend_span",
     "cache_feed_lines",
     "feed_cache",
-    "prefetch_cache",
 ]
 
 # What a cached row's beginning is counted in, bytes.
@@ -48,7 +47,6 @@ class CacheFeed:
         block: positions of a tile.
         warps: that attend, `block / warps` positions each.
         stages: tiles that shared memory holds.
-        l2_tiles: tiles beyond those that `prefetch_cache` asks for.
         layer_units: from a layer of the cache to the next, in units of 16 bytes.
         tile_bytes: of the keys and values of a tile.
         query_pitch: from a query to the next, bytes.
@@ -69,7 +67,6 @@ class CacheFeed:
     block: int
     warps: int
     stages: int
-    l2_tiles: int
     layer_units: int
     tile_bytes: int
     query_pitch: int
@@ -145,30 +142,9 @@ _feed_cache_p = core.Primitive("ffjax_feed_cache")
 
 
 @_feed_cache_p.def_effectful_abstract_eval
-def _(keys, values, ring, parts, layer, *, feed, to_l2):
+def _(keys, values, ring, parts, layer, *, feed):
     effects = {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
     return core.ShapedArray((1,), jnp.int32), effects
-
-
-def _prefetch_lines(
-    f: CacheFeed, ring: str, keys: str, values: str, parts: str, layer: str
-) -> list[str]:
-    """Asks for a few tiles behind those that have been asked for into the L2 cache."""
-    return [
-        "{ .reg .pred %p; .reg .b32 %t, %n, %j, %i, %l, %m, %o, %c, %x; .reg .b64 %d, %e;",
-        f"mov.u32 %t, %tid.x; setp.ne.u32 %p, %t, {f.thread}; @%p bra asked;",
-        f"ld.shared.v4.b32 {{%n, %j, %i, %l}}, [{ring}+{f.control}];",
-        f"ld.shared.b32 %m, [{parts}]; setp.ne.u32 %p, %l, {layer};",
-        "setp.ge.or.u32 %p, %j, %m, %p; @%p bra asked;",
-        f"mad.lo.u32 %x, %j, 32, {parts}; ld.shared.v2.b32 {{%o, %c}}, [%x+32];",
-        f"mul.lo.u32 %x, %i, {f.block}; sub.s32 %c, %c, %x;",
-        f"min.s32 %c, %c, {f.l2_tiles * f.block}; setp.le.s32 %p, %c, 0; @%p bra asked;",
-        f"mul.lo.u32 %c, %c, {f.row_bytes}; mad.lo.u32 %o, %x, {f.row_bytes // UNIT}, %o;",
-        f"mul.wide.u32 %d, %l, {f.layer_units}; cvt.u64.u32 %e, %o;",
-        "add.u64 %d, %d, %e; shl.b64 %d, %d, 4;",
-        f"add.u64 %e, %d, {keys}; cp.async.bulk.prefetch.L2.global [%e], %c;",
-        f"add.u64 %e, %d, {values}; cp.async.bulk.prefetch.L2.global [%e], %c; asked: }}",
-    ]
 
 
 def _pointers(refs: list[Any]) -> list[Any]:
@@ -176,9 +152,8 @@ def _pointers(refs: list[Any]) -> list[Any]:
 
 
 @lowering.register_lowering(_feed_cache_p)
-def _(ctx, keys, values, *args, feed, to_l2):
-    at = "$3", "$1", "$2", "$4", "$5"
-    lines = _prefetch_lines(feed, *at) if to_l2 else cache_feed_lines(feed, *at, 0)
+def _(ctx, keys, values, *args, feed):
+    lines = cache_feed_lines(feed, "$3", "$1", "$2", "$4", "$5", 0)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
     arguments = [*_pointers([keys, values]), *lowered.values(ctx, args)]
     result = lowered.like((1,), lowered.i32())
@@ -199,18 +174,7 @@ def feed_cache(
         feed: the rest.
     """
     scalars = [jnp.full((1,), x) for x in (ring, parts, layer)]
-    _feed_cache_p.bind(keys, values, *scalars, feed=feed, to_l2=False)
-
-
-def prefetch_cache(
-    keys: Any, values: Any, ring: Array, parts: Array, layer: Array, feed: CacheFeed
-) -> None:
-    """Asks for a layer's next tiles into the L2 cache, those behind `feed_cache`'s.
-
-    Args: see `feed_cache`.
-    """
-    scalars = [jnp.full((1,), x) for x in (ring, parts, layer)]
-    _feed_cache_p.bind(keys, values, *scalars, feed=feed, to_l2=True)
+    _feed_cache_p.bind(keys, values, *scalars, feed=feed)
 
 
 class _Attend:

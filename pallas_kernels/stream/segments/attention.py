@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import ceil_div, next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.cache import attend_span, layer_share, prefetch_cache
+from pallas_kernels.stream.cache import attend_span, layer_share
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import LOT
@@ -180,7 +180,6 @@ def _hand_over_part(
 def attend_parts(env: StreamEnv, layer: Array) -> None:
     """This program's parts of the layer's attention; heads of one span are then finished."""
     d, tag, share = env.dims, env.tag(layer), layer_share(env, layer)
-    prefetch_cache(env, layer)  # while the queries are on their way
 
     def part_step(j, carry):
         part = part_of(env, layer, share, j)

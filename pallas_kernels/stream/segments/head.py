@@ -66,8 +66,8 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
         program, b = iota(shape, 0), iota(shape, 1)
         there = (program < plan.programs) & (b < d.batch)
         at = start + 4 * (program * d.batch + b)
-        logit = lax.bitcast_convert_type(env.mail.collect_pair(at, tag, there), jnp.float32)
-        token = env.mail.collect_pair(at + 2, tag, there)
+        bits, token = env.mail.collect_pairs([(at, there), (at + 2, there)], tag)
+        logit = lax.bitcast_convert_type(bits, jnp.float32)
         logit = jnp.where(there, logit, -jnp.inf)
         _, winner = _best(logit, jnp.where(there, token, NO_TOKEN))
         # Every logit -inf leaves no winner; jnp.argmax then says 0.

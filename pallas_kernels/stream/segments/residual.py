@@ -105,14 +105,15 @@ def close_block(env: StreamEnv, place: Place, state: State) -> State:
         shape = (*own.first.shape, next_power_of_2(splits))
         split, b = iota(shape, 1), own.sequence[:, None]
 
-        def of(element: Array) -> Array:
+        def wanted(element: Array) -> tuple[Array, Array]:
             element = element[:, None]
             real = (element < env.dims.model_dim) & (b < env.dims.batch) & (split < splits)
             pair = (b * env.dims.model_dim + element) * splits + split
-            bits = env.mail.collect_pair(layout.partial + 2 * pair, tag, real)
-            return lax.bitcast_convert_type(bits, jnp.float32).sum(axis=1)
+            return layout.partial + 2 * pair, real
 
-        return state._replace(block=Sums(of(own.first), of(own.second)))
+        both = env.mail.collect_pairs([wanted(own.first), wanted(own.second)], tag)
+        sums = (lax.bitcast_convert_type(bits, jnp.float32).sum(axis=1) for bits in both)
+        return state._replace(block=Sums(*sums))
 
     is_down = place.segment == Segment.DOWN
     if splits > 1:
