@@ -122,7 +122,8 @@ def load(path: str | Path, *, dtype: Any = None) -> Transformer:
         return load_hf(path, dtype=dtype)
     manifest = Manifest.read(path)
     manifest.check_files(path)
-    model = skeleton(manifest.config, dtype or manifest.dtype)
+    stored = skeleton(manifest.config, manifest.dtype)
+    model = stored if dtype is None else skeleton(manifest.config, dtype)
     state = nnx.state(model, nnx.Param)
     # Orbax notes the device that each array was saved from. Saying where it is to go
     # lets a model saved on one machine be loaded on another.
@@ -132,7 +133,7 @@ def load(path: str | Path, *, dtype: Any = None) -> Transformer:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     targets = jax.tree.map(target, weights_of(state))
-    wanted = weights_of(nnx.state(skeleton(manifest.config, manifest.dtype), nnx.Param))
+    wanted = weights_of(nnx.state(stored, nnx.Param))
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             _check_arrays(path, checkpointer.metadata(path / WEIGHTS), wanted)
