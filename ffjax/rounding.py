@@ -54,14 +54,14 @@ def round_matrix(weight: Array, format: WeightFormat) -> tuple[Array, Array]:
 
 
 def expand(integers: Array, scale: Array, format: WeightFormat, dtype) -> Array:
-    """The matrix that integers and scales stand for: their products, rounded to `dtype` once.
+    """The matrix that integers and scales stand for: their products.
 
     Args:
         integers: `[..., out, in]`, or packed `[..., out, in / 8]`.
         scale: `[..., out]`, or `[..., out, in / group_size]`.
         format: how they are stored.
-        dtype: float32, in which every product is exact enough to be rounded once more, or
-            bfloat16.
+        dtype: to which the products are rounded, once they are computed in float32; there
+            those of int4 are exact, a scale of 8 bits times an integer of 4.
 
     Returns:
         `[..., out, in]`.

@@ -142,7 +142,8 @@ def test_int4s_scales_leave_less_error_than_the_largest_magnitude_alone_would(si
 @pytest.mark.parametrize("format", [INT8, int4(32)], ids=str)
 def test_rows_of_zeros_stay_zero(format):
     weight = jnp.asarray(matrix(4, 64)).at[1].set(0).at[2].set(-0.0)
-    exact = np.asarray(expand(*round_matrix(weight, format), format, jnp.float32))
+    with jax.debug_nans(True):  # as an integer, NaN is 0 on some devices and not on others
+        exact = np.asarray(expand(*round_matrix(weight, format), format, jnp.float32))
     assert not exact[1:3].any()
     assert exact[0].any() and exact[3].any()
 
@@ -210,7 +211,7 @@ def test_weights_are_close_to_those_they_were_made_of(bits, most):
 
 @every_format
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_dequantized_weights_are_the_products_rounded_once(formats, dtype):
+def test_dequantized_weights_are_the_products(formats, dtype):
     model = quantize(model_to_quantize(), formats)
     stored, exact = named_arrays(model), named_arrays(dequantize(model, dtype))
     assert dequantize(model, dtype).config == dataclasses.replace(model.config, weights=FLOATING)
@@ -219,7 +220,7 @@ def test_dequantized_weights_are_the_products_rounded_once(formats, dtype):
             want = by_hand(stored[name], scale)
         else:
             want = stored[name]
-        # Through float32: what int8's products lose there may change the last bit of few.
+        # By way of float32, in which products are computed.
         assert got.dtype == dtype
         assert got.tobytes() == want.astype(np.float32).astype(dtype).tobytes(), name
 
