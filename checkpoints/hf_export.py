@@ -69,8 +69,8 @@ def export_hf(
     Raises:
         FileNotFoundError: there is nothing at `checkpoint`.
         FileExistsError: there is something at `path`.
-        CheckpointError: the checkpoint is damaged, or a Hugging Face folder itself; or
-            Hugging Face has no model of its kind.
+        CheckpointError: the checkpoint is damaged, or a Hugging Face folder itself, or
+            quantized; or Hugging Face has no model of its kind.
         ValueError: shard_bytes is not positive.
     """
     checkpoint = Path(checkpoint).expanduser().resolve()
@@ -83,6 +83,12 @@ def export_hf(
         )
     manifest = Manifest.read(checkpoint)
     manifest.check_files(checkpoint)
+    if manifest.config.weights.quantized:
+        raise CheckpointError(
+            "An export rounds nothing, and Hugging Face's tensors are not quantized as those of "
+            f"{checkpoint} are ({manifest.config.weights}). Export the checkpoint that it was "
+            "made of; or save ffjax.dequantize(model) and export that."
+        )
     shapes = array_shapes(manifest.config, manifest.dtype)
     slots = [slot for mine in slots_of(manifest.config, shapes).values() for slot in mine]
     itemsize = np.dtype(shapes["embed"].dtype).itemsize

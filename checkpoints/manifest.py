@@ -46,7 +46,7 @@ class Manifest:
 
     Attributes:
         config: the model's configuration.
-        dtype: of all its weights, one of `DTYPES`.
+        dtype: of all its weights that are not quantized, one of `DTYPES`.
         source: where the weights come from, JSON-able, or None if nobody said.
         files: bytes of every other file, by its path within the checkpoint: a copy
             that was cut short is noticed before anything is read.

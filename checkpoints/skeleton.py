@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 
-__all__ = ["array_shapes", "flat", "nested", "skeleton", "weights_of"]
+__all__ = ["array_shapes", "flat", "nested", "quantized_arrays", "skeleton", "weights_of"]
 
 
 def skeleton(config: ModelConfig, dtype: Any) -> Transformer:
@@ -38,3 +38,14 @@ def nested(leaves: dict[str, Any]) -> dict[str, Any]:
 def array_shapes(config: ModelConfig, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of the configuration's model, by its dotted name."""
     return flat(weights_of(nnx.state(skeleton(config, dtype), nnx.Param)))
+
+
+def quantized_arrays(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of the integers and scales of the configuration's model, by dotted name."""
+    names = {
+        f"{'' if name == 'head' else 'layers.'}{name}{kind}"
+        for name in config.weights.quantized
+        for kind in ("", "_scale")
+    }
+    shapes = array_shapes(config, jnp.bfloat16) if names else {}
+    return {name: leaf for name, leaf in shapes.items() if name in names}

@@ -30,7 +30,8 @@ from checkpoints.manifest import (
     check_free,
     supported_dtype,
 )
-from checkpoints.skeleton import flat, skeleton, weights_of
+from checkpoints.skeleton import flat, quantized_arrays, skeleton, weights_of
+from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 
 __all__ = ["SHIPPED_MODEL", "load", "save", "tokenizer_directory"]
@@ -56,7 +57,7 @@ def save(
     leaves nothing half-written at `path`, and a checkpoint that was there as it was.
 
     Args:
-        model: the model, its weights all bfloat16 or all float32.
+        model: the model, its weights all bfloat16 or all float32, but for quantized ones.
         path: the directory to make; the directories above it are made too.
         source: where the weights come from, JSON-able; kept in the manifest.
         tokenizer_from: a checkpoint or Hugging Face folder whose tokenizer is this model's, or
@@ -68,7 +69,8 @@ def save(
         FileExistsError: there is something at `path`, and overwrite is false or it is
             no checkpoint.
         FileNotFoundError: there is no tokenizer at `tokenizer_from`.
-        CheckpointError: the weights are of another dtype, or of several.
+        CheckpointError: the weights are of another dtype, or of several; or those that the
+            configuration calls quantized are not.
         TypeError: the source is not JSON-able.
     """
     path = Path(path).expanduser().resolve()
@@ -79,7 +81,8 @@ def save(
             f"keeps one; {tokenizer_from} is not. Leave it out for a model of bytes."
         )
     weights = weights_of(nnx.state(model, nnx.Param))
-    manifest = Manifest(config=model.config, dtype=_dtype_of(weights), source=source, files={})
+    dtype = _dtype_of(weights, model.config)
+    manifest = Manifest(config=model.config, dtype=dtype, source=source, files={})
     manifest.to_json()  # a source that cannot be kept is refused before the weights are written
     with written_beside(path, lambda: check_free(path, overwrite)) as partial:
         with (
@@ -103,7 +106,8 @@ def load(path: str | Path, *, dtype: Any = None) -> Transformer:
         path: the directory of a checkpoint, or of a Hugging Face model: `config.json`
             beside safetensors.
         dtype: bfloat16 or float32, to which the weights are cast; None: as they were
-            saved, bit by bit. A Hugging Face folder's are cast to bfloat16 then.
+            saved, bit by bit. A Hugging Face folder's are cast to bfloat16 then. Quantized
+            weights stay as they are; it is what products with them take as inputs.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -118,17 +122,18 @@ def load(path: str | Path, *, dtype: Any = None) -> Transformer:
         return load_hf(path, dtype=dtype)
     manifest = Manifest.read(path)
     manifest.check_files(path)
-    model = skeleton(manifest.config, manifest.dtype)
+    stored = skeleton(manifest.config, manifest.dtype)
+    model = stored if dtype is None else skeleton(manifest.config, dtype)
     state = nnx.state(model, nnx.Param)
     # Orbax notes the device that each array was saved from. Saying where it is to go
     # lets a model saved on one machine be loaded on another.
     place = jnp.zeros(()).sharding
 
     def target(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    wanted = weights_of(state)
-    targets = jax.tree.map(target, wanted)
+    targets = jax.tree.map(target, weights_of(state))
+    wanted = weights_of(nnx.state(stored, nnx.Param))
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             _check_arrays(path, checkpointer.metadata(path / WEIGHTS), wanted)
@@ -158,9 +163,18 @@ def tokenizer_directory(path: str | Path) -> Path | None:
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 
 
-def _dtype_of(weights: dict[str, Any]) -> str:
-    """The one dtype of all weights."""
-    names = sorted({leaf.dtype.name for leaf in jax.tree.leaves(weights)})
+def _dtype_of(weights: dict[str, Any], config: ModelConfig) -> str:
+    """The one dtype of all weights that are not quantized."""
+    arrays = flat(weights)
+    for name, leaf in quantized_arrays(config).items():
+        found = arrays.pop(name, None)
+        if found is None or (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
+            raise CheckpointError(
+                f"The configuration of {config.name} calls weights quantized ({config.weights}), "
+                f"where {name} is {_one(leaf)}; the model has {_one(found)}. Save what "
+                "ffjax.quantize returns."
+            )
+    names = sorted({leaf.dtype.name for leaf in arrays.values()})
     if len(names) > 1:
         raise CheckpointError(
             f"A model's weights share one dtype; these have {', '.join(names)}. "
@@ -171,12 +185,27 @@ def _dtype_of(weights: dict[str, Any]) -> str:
 
 def _described(tree: dict[str, Any]) -> dict[str, str]:
     """Dtype and shape of every array, by its dotted name."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in flat(tree).items()}
+    return {name: _one(leaf) for name, leaf in flat(tree).items()}
+
+
+def _one(leaf: Any) -> str:
+    return "no such array" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def _check_arrays(path: Path, metadata: Any, wanted: dict[str, Any]) -> None:
     """Whether the weights are those that the manifest promises, before any is read."""
     stored, expected = _described(metadata.item_metadata.tree), _described(wanted)
+    scales = {name for name in stored.keys() ^ expected.keys() if name.endswith("_scale")}
+    if scales:
+        name = min(scales)
+        found, needed = "quantized", "not quantized"
+        if name in expected:
+            found, needed = needed, found
+        raise CheckpointError(
+            f"The weights of the checkpoint at {path} are not those of its {MANIFEST}: "
+            f"{name.removesuffix('_scale')} is {found}, and in the model there it is {needed}. "
+            "Copy or save it again."
+        )
     for name in sorted(stored.keys() | expected.keys()):
         if (found := stored.get(name)) != (needed := expected.get(name)):
             raise CheckpointError(

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 from ffjax.cache import KVCache
 from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
 from ffjax.decode import DecodeOutput, decode_step
+from ffjax.formats import WeightFormat, WeightFormats
 from ffjax.generate import GenerateOutput, generate
 from ffjax.model import Transformer
+from ffjax.quantize import dequantize, quantize
 from ffjax.streaming import Stream, stream
 from ffjax.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -27,13 +29,17 @@ __all__ = [
     "RopeScaling",
     "Stream",
     "Transformer",
+    "WeightFormat",
+    "WeightFormats",
     "convert_hf",
     "decode_step",
+    "dequantize",
     "export_hf",
     "generate",
     "load",
     "load_tokenizer",
     "preset",
+    "quantize",
     "save",
     "stream",
 ]

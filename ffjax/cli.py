@@ -8,7 +8,17 @@ import io
 import sys
 from collections.abc import Sequence
 
-from ffjax.commands import bench, convert, evaluate, export, fidelity, generate, inspect, tune
+from ffjax.commands import (
+    bench,
+    convert,
+    evaluate,
+    export,
+    fidelity,
+    generate,
+    inspect,
+    quantize,
+    tune,
+)
 
 __all__ = ["COMMANDS", "main"]
 
@@ -16,6 +26,7 @@ COMMANDS = {
     "generate": generate,
     "convert": convert,
     "export": export,
+    "quantize": quantize,
     "inspect": inspect,
     "bench": bench,
     "tune": tune,

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+from ffjax.formats import FLOATING, WeightFormats
 from ffjax.presets import RELEASED
 
 __all__ = [
@@ -109,6 +110,7 @@ class ModelConfig:
         window_pattern: which layers are local where there is a window, repeated over the layers.
         tied_embeddings: whether the head is the embedding itself.
         max_context: positions the model was made for; a cache may be shorter.
+        weights: which matrices are stored as integers with scales, and how; by default none.
     """
 
     name: str = "custom"
@@ -140,6 +142,7 @@ class ModelConfig:
     window_pattern: tuple[bool, ...] = (True,)
     tied_embeddings: bool = False
     max_context: int = 8192
+    weights: WeightFormats = FLOATING
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -161,6 +164,7 @@ class ModelConfig:
                 f"{self.rope_theta} and {self.norm_eps}."
             )
         self._check_family_fields()
+        self._check_weights()
 
     def _check_family_fields(self) -> None:
         """Raises a sentence for what no model can be made of."""
@@ -203,6 +207,33 @@ class ModelConfig:
                 "and a window_pattern that makes one of the layers local."
             )
 
+    def _check_weights(self) -> None:
+        """Raises a sentence for formats that the matrices cannot have."""
+        if not isinstance(self.weights, WeightFormats):
+            raise ValueError(f"ModelConfig.weights must be a WeightFormats, got {self.weights!r}.")
+        if self.tied_embeddings and self.weights.head is not None:
+            raise ValueError(
+                "A tied head is the embedding, which is not quantized: weights.head must be None "
+                f"where tied_embeddings is true, got {self.weights.head}. ffjax.quantize with "
+                "head= makes a model whose head is an array of its own."
+            )
+        for name, value in self.weights.quantized.items():
+            if (reason := value.why_not(self.matrices[name][1])) is not None:
+                raise ValueError(f"The matrix {name} of {self.name} cannot be {value}. {reason}")
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """[out, in] of the matrices that may be quantized, by name; a tied head is none."""
+        attn_dim = self.num_heads * self.head_dim
+        head = {} if self.tied_embeddings else {"head": (self.vocab_size, self.model_dim)}
+        return {
+            "qkv": (attn_dim + 2 * self.num_kv_heads * self.head_dim, self.model_dim),
+            "attn_out": (self.model_dim, attn_dim),
+            "gate_up": (2 * self.ffw_dim, self.model_dim),
+            "down": (self.model_dim, self.ffw_dim),
+            **head,
+        }
+
     @property
     def local_layers(self) -> tuple[bool, ...]:
         """For each of the L layers, whether it is local: sees no further back than `window`."""
@@ -216,7 +247,7 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """Number of weights; a tied head counts once."""
+        """Number of weights; a tied head counts once, scales of quantized weights do not."""
         heads = self.num_heads + self.num_kv_heads  # of queries and of keys
         qkv = (heads + self.num_kv_heads) * self.head_dim
         qk_norms = {None: 0, "head": 2 * self.head_dim, "full": heads * self.head_dim}
@@ -256,6 +287,8 @@ class ModelConfig:
             made["rope_scaling"] = _rope_scaling(scaling)
         if isinstance(pattern := data.get("window_pattern"), list):  # JSON has no tuples
             made["window_pattern"] = tuple(pattern)
+        if "weights" in data:
+            made["weights"] = WeightFormats.from_dict(data["weights"])
         return cls(**made)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "decode_step",
     "default_device",
     "fused_step",
+    "quantized_weights",
     "resolve_implementation",
     "resolve_implementation_config",
     "unsupported_field",
@@ -75,8 +76,14 @@ class DecodeOutput(NamedTuple):
 
 
 def decode_weights(model: Transformer) -> DecodeWeights:
-    """The model's own arrays, as the fused kernels take them: no copy."""
+    """The model's own arrays, as the fused kernels take them: no copy.
+
+    Raises:
+        NotImplementedError: they are quantized.
+    """
     config, layers = model.config, model.layers
+    if (reason := quantized_weights(config)) is not None:
+        raise NotImplementedError(reason)
 
     def stacked(name: str) -> Array | None:
         param = getattr(layers, name, None)
@@ -102,6 +109,16 @@ def decode_weights(model: Transformer) -> DecodeWeights:
         k_norm=stacked("k_norm"),
         attn_post_norm=stacked("attn_post_norm"),
         mlp_post_norm=stacked("mlp_post_norm"),
+    )
+
+
+def quantized_weights(config: ModelConfig) -> str | None:
+    """Why the fused kernels cannot read the weights of a model that is quantized; else None."""
+    if not config.weights.quantized:
+        return None
+    return (
+        f"The fused kernels read bfloat16 weights; those of {config.name} are quantized "
+        f"({config.weights}). Use implementation='xla', or ffjax.dequantize(model)."
     )
 
 
@@ -168,6 +185,8 @@ def _why_not(
     gpu: Gpu | None,
     found: str = "",
 ) -> str | None:
+    if (reason := quantized_weights(config)) is not None:
+        return reason
     if kernel == "pallas" and (reason := unsupported_field(config)) is not None:
         return reason
     dims = step_dims(config, batch, capacity)

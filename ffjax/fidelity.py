@@ -41,6 +41,7 @@ from ffjax.decode import (
     Implementation,
     Kernel,
     fused_step,
+    quantized_weights,
     reference_step,
     resolve_implementation_config,
     unsupported_field,
@@ -402,6 +403,8 @@ def choose_candidate(
             name, and the model is too large to be interpreted.
     """
     asked = config, jnp.bfloat16, batch, capacity
+    if implementation is None and (reason := quantized_weights(config)) is not None:
+        raise NotImplementedError(reason)
     kernel: Kernel = "pallas" if unsupported_field(config) is None else "pallas_stream"
     if implementation is None and (reason := why_not_fused_config(*asked, kernel)) is not None:
         if config.num_params > _MOST_INTERPRETED_WEIGHTS:

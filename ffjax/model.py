@@ -4,6 +4,15 @@ Weights are stored once, `[L, out, in]`, and read from there both by this
 reference and by the fused kernel of `pallas_kernels`. Matrix products take
 inputs in the dtype of the weights and accumulate in float32; norms, RoPE,
 softmax, the residual stream and logits are float32.
+
+A matrix that `ModelConfig.weights` says is quantized has an array of scales beside it. Its
+integers are read where they lie, and what a product needs of them exists while it is computed:
+
+- int8: the sums of inputs times integers, both exact in bfloat16, are multiplied by their row's
+  scale, in float32.
+- int4: integers times scales, rounded to the model's dtype, are the weights of the product. In
+  bfloat16 this rounding, of 2^-9 of each weight, is the one way in which the result differs from
+  that of float32 sums over groups, multiplied by their scales and added up.
 """
 
 from __future__ import annotations
@@ -18,7 +27,9 @@ from jax import Array, lax
 
 from ffjax.cache import KVCache
 from ffjax.config import Activation, ModelConfig
+from ffjax.formats import WeightFormat
 from ffjax.rope import apply_rope, inverse_frequencies
+from ffjax.rounding import expand, random_matrix
 
 __all__ = ["Layers", "Transformer", "capped", "gated", "rms_norm"]
 
@@ -59,12 +70,16 @@ def _einsum(spec: str, a: Array, b: Array) -> Array:
     return lax.platform_dependent(a, b, cpu=dot_upcast, default=dot)
 
 
-def _linear(x: Array, weight: Array, dtype=None, *, bias: Array | None = None) -> Array:
-    """`x[..., in] @ weight[out, in].T + bias`, accumulated in float32, returned in `dtype`."""
-    out = _einsum("...i,oi->...o", x.astype(weight.dtype), weight)
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(dtype or weight.dtype)
+def _linear(
+    x: Array, weight: Array, dtype, *, scale: Array | None = None, format: WeightFormat | None
+) -> Array:
+    """`x[..., in] @ weight[out, in].T`, inputs of `dtype`, accumulated and returned in float32."""
+    if scale is None or format is None:
+        return _einsum("...i,oi->...o", x.astype(dtype), weight)
+    if format.group_size is None:
+        # The row's scale comes after the sum: integers are exact in bfloat16, products are not.
+        return _einsum("...i,oi->...o", x.astype(dtype), weight.astype(dtype)) * scale
+    return _einsum("...i,oi->...o", x.astype(dtype), expand(weight, scale, format, dtype))
 
 
 def capped(x: Array, cap: float | None) -> Array:
@@ -116,6 +131,9 @@ def _attend(
 class Layers(nnx.Module):
     """The weights of all L layers, stacked. What the configuration does not ask for is absent.
 
+    The matrices are these where they are not quantized; `ffjax.formats` has the shapes of those
+    that are, and of their scales, which are `qkv_scale` and so on.
+
     Attributes:
         attn_norm, mlp_norm: `[L, D]`, before each block. Where `config.pre_norm`.
         attn_post_norm, mlp_post_norm: `[L, D]`, behind each block. Where `config.post_norm`.
@@ -130,11 +148,12 @@ class Layers(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
         c = config
-        qkv_dim = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        attn_dim = c.num_heads * c.head_dim
 
-        def weight(out: int, inner: int) -> nnx.Param:
-            shape = (c.num_layers, out, inner)
+        def weight(name: str) -> nnx.Param:
+            shape = (c.num_layers, *c.matrices[name])
+            inner, format = shape[-1], c.weights.quantized.get(name)
+            if format is not None:
+                return _quantized(self, name, shape, format, rngs)
             scale = jnp.asarray(1 / math.sqrt(inner), dtype)
             return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
 
@@ -149,12 +168,21 @@ class Layers(nnx.Module):
             full = c.qk_norm == "full"
             self.q_norm = norm(c.num_heads * c.head_dim if full else c.head_dim)
             self.k_norm = norm(c.num_kv_heads * c.head_dim if full else c.head_dim)
-        self.qkv = weight(qkv_dim, c.model_dim)
+        self.qkv = weight("qkv")
         if c.qkv_bias:
-            self.qkv_bias = nnx.Param(jnp.zeros((c.num_layers, qkv_dim), dtype))
-        self.attn_out = weight(c.model_dim, attn_dim)
-        self.gate_up = weight(2 * c.ffw_dim, c.model_dim)
-        self.down = weight(c.model_dim, c.ffw_dim)
+            self.qkv_bias = nnx.Param(jnp.zeros((c.num_layers, c.matrices["qkv"][0]), dtype))
+        self.attn_out = weight("attn_out")
+        self.gate_up = weight("gate_up")
+        self.down = weight("down")
+
+
+def _quantized(
+    module: nnx.Module, name: str, shape: tuple[int, ...], format: WeightFormat, rngs: nnx.Rngs
+) -> nnx.Param:
+    """Random integers; their scales become the module's attribute `{name}_scale`."""
+    integers, scale = random_matrix(rngs, shape, format)
+    setattr(module, f"{name}_scale", nnx.Param(scale))
+    return nnx.Param(integers)
 
 
 class Transformer(nnx.Module):
@@ -165,7 +193,8 @@ class Transformer(nnx.Module):
         embed: `[V, D]`.
         layers: the stacked layers.
         final_norm: `[D]`.
-        head: `[V, D]`, or None when the embedding serves as head.
+        head: `[V, D]`, or None when the embedding serves as head; where it is quantized,
+            integers, with `head_scale` beside them.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
@@ -183,16 +212,21 @@ class Transformer(nnx.Module):
         self.embed = table(0.02)
         self.layers = Layers(config, rngs=rngs, dtype=dtype)
         self.final_norm = nnx.Param(jnp.full((config.model_dim,), 1 - config.norm_offset, dtype))
-        self.head = None if config.tied_embeddings else table(1 / math.sqrt(config.model_dim))
+        if config.tied_embeddings:
+            self.head = None
+        elif config.weights.head is None:
+            self.head = table(1 / math.sqrt(config.model_dim))
+        else:
+            self.head = _quantized(self, "head", vocab_shape, config.weights.head, rngs)
 
     @property
     def dtype(self):
-        """The dtype of the weights and of the inputs to matrix products."""
+        """The dtype of weights that are not quantized and of the inputs to matrix products."""
         return self.embed[...].dtype
 
     @property
     def head_weight(self) -> Array:
-        """`[V, D]`: the head, or the embedding when they are tied."""
+        """`[V, D]`: the head, or the embedding when they are tied; integers if quantized."""
         return (self.embed if self.head is None else self.head)[...]
 
     def __call__(
@@ -291,7 +325,10 @@ class Transformer(nnx.Module):
             x = jnp.take_along_axis(x, last[..., None], axis=1)  # [B, 1, D]
             positions = jnp.take_along_axis(positions, last, axis=1)
         x = self._norm(x, self.final_norm[...])
-        logits = _linear(x, self.head_weight, jnp.float32)
+        head = {"head": self.head_weight}
+        if c.weights.head is not None:
+            head["head_scale"] = vars(self)["head_scale"][...]
+        logits = self._product(x, head, "head")
         if c.logit_scale != 1:
             logits = logits * c.logit_scale
         logits = capped(logits, c.logit_softcap)
@@ -314,7 +351,10 @@ class Transformer(nnx.Module):
         c = self.config
         batch, count, _ = x.shape
         h = self._norm(x, w["attn_norm"]) if c.pre_norm else x
-        qkv = _linear(h, w["qkv"], bias=w.get("qkv_bias")).reshape(batch, count, -1, c.head_dim)
+        qkv = self._product(h, w, "qkv")
+        if c.qkv_bias:
+            qkv = qkv + w["qkv_bias"].astype(jnp.float32)
+        qkv = qkv.astype(self.dtype).reshape(batch, count, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
         if c.qk_norm is not None:
             q, k = self._norm_heads(q, w["q_norm"]), self._norm_heads(k, w["k_norm"])
@@ -327,11 +367,17 @@ class Transformer(nnx.Module):
         k_all = lax.dynamic_index_in_dim(k_cache, index, keepdims=False)
         v_all = lax.dynamic_index_in_dim(v_cache, index, keepdims=False)
         attended = _attend(q, k_all, v_all, visible, c.attn_scale, c.attn_softcap)
-        x = self._add(x, _linear(attended, w["attn_out"]), w.get("attn_post_norm"))
+        attn_out = self._product(attended, w, "attn_out").astype(self.dtype)
+        x = self._add(x, attn_out, w.get("attn_post_norm"))
         h = self._norm(x, w["mlp_norm"]) if c.pre_norm else x
-        gate, up = jnp.split(_linear(h, w["gate_up"]), 2, axis=-1)
-        down = _linear(gated(gate, up, c.activation), w["down"])
-        return self._add(x, down, w.get("mlp_post_norm")), k_cache, v_cache
+        gate, up = jnp.split(self._product(h, w, "gate_up").astype(self.dtype), 2, axis=-1)
+        down = self._product(gated(gate, up, c.activation), w, "down")
+        return self._add(x, down.astype(self.dtype), w.get("mlp_post_norm")), k_cache, v_cache
+
+    def _product(self, x: Array, w: dict[str, Array], name: str) -> Array:
+        """`x[..., in]` times a matrix of `w`, whatever its format: float32 `[..., out]`."""
+        scale, format = w.get(f"{name}_scale"), self.config.weights.quantized.get(name)
+        return _linear(x, w[name], self.dtype, scale=scale, format=format)
 
     def _norm(self, x: Array, weight: Array) -> Array:
         return rms_norm(x, weight, self.config.norm_eps, self.config.norm_offset)

@@ -107,7 +107,16 @@ class LayerCaches:
 
 
 def split_weights(model: Transformer) -> BaselineWeights:
-    """The model's weights, each layer's copied out of the stack."""
+    """The model's weights, each layer's copied out of the stack.
+
+    Raises:
+        NotImplementedError: they are quantized.
+    """
+    if model.config.weights.quantized:
+        raise NotImplementedError(
+            f"The baseline multiplies by floating-point weights; those of {model.config.name} are "
+            f"quantized ({model.config.weights}). Give it ffjax.dequantize(model)."
+        )
     unstack = jax.jit(lambda stacked: tuple(stacked))
 
     def arrays(name: str) -> tuple[Array | None, ...]:

@@ -72,6 +72,11 @@ class Sweep:
 
     def __post_init__(self):
         limit = self.config.max_context
+        if self.config.weights.quantized:
+            raise NotImplementedError(
+                "Steps are timed with floating-point weights; those of "
+                f"{self.config.name} are quantized ({self.config.weights})."
+            )
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"A batch has at least 1 sequence, got {_listed(self.batches)}.")
         if not self.positions or min(self.positions) < 0:

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     )
     seconds = time.perf_counter() - start
     device, dtype = jax.devices()[0].device_kind, str(model.dtype)
+    stored = [dtype, *filter(None, [str(model.config.weights)])]
     if args.json:
         report = {
             "bits_per_byte": _in_json(result.bits_per_byte),
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
             "context": result.context,
             "model": model.config.name,
             "dtype": dtype,
+            "quantized": str(model.config.weights) or None,
             "device": device,
             "seconds": seconds,
         }
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{model.config.name}: {result.bits_per_byte:.4f} bits per byte, perplexity "
             f"{result.perplexity:.4f} a token, over {result.bytes} bytes of {args.text} "
-            f"({dtype}, windows of {result.context} on {device}, {seconds:.1f} s)"
+            f"({', '.join(stored)}, windows of {result.context} on {device}, {seconds:.1f} s)"
         )
     return 0
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
         config, loaded_as = manifest.config, np.dtype(manifest.dtype)
         kind, source = "ffjax checkpoint", manifest.source
         shapes = array_shapes(config, loaded_as)
-        dtypes = {manifest.dtype: len(shapes)}
-        weight_bytes = sum(math.prod(leaf.shape) for leaf in shapes.values()) * loaded_as.itemsize
+        dtypes = dict(Counter(str(leaf.dtype) for leaf in shapes.values()))
+        weight_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values())
     return {
         "path": str(path),
         "kind": kind,
@@ -82,6 +83,7 @@ def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
         "weights": config.num_params,
         "dtypes": dtypes,
         "weight_bytes": weight_bytes,
+        "quantized": str(config.weights) or None,
         "disk_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "config": config.to_dict(),
         "tokenizer": _tokenizer(path, config),
@@ -123,7 +125,8 @@ def _table(report: dict[str, Any]) -> dict[str, str]:
         if field.default is not dataclasses.MISSING
     }
     special = [f"{name}={c[name]!r}" for name in defaults if c[name] != defaults[name]]
-    shown = [entry for entry in special if entry.partition("=")[0] not in ("name", "family")]
+    elsewhere = ("name", "family", "weights")  # on lines of their own
+    shown = [entry for entry in special if entry.partition("=")[0] not in elsewhere]
     return {
         "path": report["path"],
         "kind": report["kind"],
@@ -136,6 +139,7 @@ def _table(report: dict[str, Any]) -> dict[str, str]:
         "dtypes": ", ".join(
             f"{count} arrays of {name}" for name, count in report["dtypes"].items()
         ),
+        "quantized": report["quantized"] or "no",
         "bytes": f"{report['weight_bytes']:,} of weights, {report['disk_bytes']:,} on disk",
         "tokenizer": tokenizer,
         "source": _short(json.dumps(report["source"])) if report["source"] else "not said",

@@ -1,0 +1,169 @@
+"""Quantizes a model: its matrices become integers with scales, without any calibration text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from ffjax.config import ModelConfig
+from ffjax.formats import DEFAULT_GROUP, FLOATING, INT8, WeightFormat, WeightFormats, int4
+from ffjax.model import Transformer
+from ffjax.rounding import expand, round_matrix
+
+__all__ = ["Kind", "dequantize", "named_format", "quantize"]
+
+Kind = Literal["int8", "int4"]
+
+
+def named_format(kind: str, group_size: int = DEFAULT_GROUP) -> WeightFormat:
+    """The format of that name.
+
+    Args:
+        kind: "int8" or "int4".
+        group_size: of int4: 32, 64 or 128; int8 has no groups, and it is not looked at.
+
+    Raises:
+        ValueError: there is no format of that name, or no group of that size.
+    """
+    if kind not in get_args(Kind):
+        names = " or ".join(map(repr, get_args(Kind)))
+        raise ValueError(f"Weights are quantized to {names}, got {kind!r}.")
+    return INT8 if kind == "int8" else int4(group_size)
+
+
+def quantize(
+    model: Transformer,
+    weights: Kind | WeightFormats,
+    group_size: int = DEFAULT_GROUP,
+    *,
+    head: Kind | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Transformer:
+    """A model whose matrices are integers with scales: half or a quarter of the bytes.
+
+    It is a model like any other: the reference runs it, `ffjax.save` keeps it, and
+    `model.config.weights` says what its arrays are. Embedding, norms and biases stay as they
+    are and are shared with the model that was given; what is quantized is not, and is freed
+    with that model.
+
+    Args:
+        model: the model.
+        weights: "int8" or "int4", for all matrices of the layers; or a format for each matrix,
+            None for those to be left as they are.
+        group_size: of "int4": the inputs that share a scale, 32, 64 or 128.
+        head: the format of the head, where `weights` is a name; None: it stays as it is. A
+            step reads the whole head, so that it pays for large vocabularies. A tied head
+            becomes an array of its own then, quantized, beside the embedding, and the
+            configuration says that they are not tied.
+        progress: is told, after each matrix, how many bytes of them were read and of how many.
+
+    Raises:
+        ValueError: there is no such format; inputs are not whole groups; a matrix is quantized
+            already, or holds what is not finite.
+        TypeError: head is given beside formats, which say it themselves.
+    """
+    config = model.config
+    if isinstance(weights, WeightFormats):
+        if head is not None:
+            raise TypeError(
+                f"WeightFormats says the head's format itself; head={head!r} was given beside it. "
+                "Leave one of them out."
+            )
+        formats = weights
+    else:
+        of_head = None if head is None else named_format(head, group_size)
+        formats = WeightFormats.of_layers(named_format(weights, group_size), of_head)
+    if config.weights.quantized:
+        raise ValueError(
+            f"Weights are rounded once, and those of {config.name} are quantized already "
+            f"({config.weights}). Start from the model that they were made of."
+        )
+    quantized_config = dataclasses.replace(
+        config, weights=formats, tied_embeddings=config.tied_embeddings and formats.head is None
+    )
+    arrays = _arrays(model)
+    if formats.head is not None:
+        arrays["head"] = model.head_weight
+    places = {_place(name): value for name, value in formats.quantized.items()}
+    total, read = sum(arrays[place].nbytes for place in places), 0
+    for place, value in places.items():
+        source = arrays[place]
+        if not _all_finite(source):
+            raise ValueError(
+                f"Integers stand for finite numbers only, and {place} of {config.name} holds "
+                "others. Is the model damaged?"
+            )
+        arrays[place], arrays[f"{place}_scale"] = _round(source, value)
+        read += source.nbytes
+        if progress is not None:
+            progress(read, total)
+    return _assembled(quantized_config, model.dtype, arrays)
+
+
+def dequantize(model: Transformer, dtype: Any = None) -> Transformer:
+    """The model with the weights that its integers and scales stand for.
+
+    Each is the product of an integer and a scale, computed in float32, then rounded to the
+    dtype. The float32 model is what a quantized one is to be compared with: there int4's
+    products are exact, and int8's off by 2^-24 of themselves at most.
+
+    Args:
+        model: a model, also one of which nothing is quantized.
+        dtype: of all weights, bfloat16 or float32; None: that of the model.
+    """
+    config, dtype = model.config, jnp.dtype(dtype or model.dtype)
+    arrays = _arrays(model)
+    for name, value in config.weights.quantized.items():
+        place = _place(name)
+        arrays[place] = _expand(arrays[place], arrays.pop(f"{place}_scale"), value, dtype)
+    arrays = {place: array.astype(dtype) for place, array in arrays.items()}
+    return _assembled(dataclasses.replace(config, weights=FLOATING), dtype, arrays)
+
+
+def _place(name: str) -> str:
+    """A matrix's dotted name in the model."""
+    return name if name == "head" else f"layers.{name}"
+
+
+def _arrays(model: Transformer) -> dict[str, Array]:
+    """The model's arrays by their dotted names."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): param[...] for path, param in flat}
+
+
+def _assembled(config: ModelConfig, dtype: Any, arrays: dict[str, Array]) -> Transformer:
+    """The configuration's model of these arrays, by dotted name."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    assert {".".join(map(str, path)) for path, _ in flat} == arrays.keys()
+    for path, param in flat:
+        array = arrays[".".join(map(str, path))]
+        assert (array.shape, array.dtype) == (param.shape, param.dtype), path
+        param.set_value(array)
+    nnx.update(model, nnx.from_flat_state(flat))
+    return model
+
+
+@jax.jit  # one program, that a large array's flags need not exist
+def _all_finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def _round(weight: Array, format: WeightFormat) -> tuple[Array, Array]:
+    """Of `[out, in]`, or `[L, out, in]`: a layer at a time, which is what float32 copies take."""
+    if weight.ndim == 2:
+        return round_matrix(weight, format)
+    return lax.map(lambda matrix: round_matrix(matrix, format), weight)
+
+
+@functools.partial(jax.jit, static_argnames=("format", "dtype"))
+def _expand(integers: Array, scale: Array, format: WeightFormat, dtype: Any) -> Array:
+    return expand(integers, scale, format, dtype)

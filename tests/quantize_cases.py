@@ -1,0 +1,70 @@
+"""Models to quantize, and what integers and scales stand for, in numpy and bit by bit."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from flax import nnx
+from reference_cases import random_model
+
+from ffjax.formats import INT8, WeightFormats, int4
+from ffjax.model import Transformer
+
+__all__ = [
+    "FORMATS",
+    "MIXED",
+    "by_hand",
+    "model_to_quantize",
+    "named_arrays",
+    "nbytes",
+    "numbers_of",
+]
+
+# Inputs of 96, 192 and 160: whole groups of 32 and no powers of two; rows and vocabulary are
+# no multiples of anything.
+_SIZES = (("model_dim", 96), ("ffw_dim", 160), ("head_dim", 32), ("vocab_size", 101))
+
+# Every way a matrix can be stored, and one left as it is.
+MIXED = WeightFormats(qkv=int4(32), attn_out=int4(64), gate_up=None, down=INT8, head=int4(32))
+FORMATS = {
+    "int8": WeightFormats.of_layers(INT8),
+    "int8 and its head": WeightFormats.of_layers(INT8, INT8),
+    "int4": WeightFormats.of_layers(int4(32)),
+    "mixed": MIXED,
+}
+
+# The input that each nibble of a word holds, the lowest nibble first.
+_INPUT_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def model_to_quantize(dtype: str = "bfloat16", name: str = "grouped, untied") -> Transformer:
+    """A random model whose inputs are whole groups of 32."""
+    return random_model(name, dtype, config=_SIZES)
+
+
+def named_arrays(model: Transformer) -> dict[str, np.ndarray]:
+    """The model's arrays by dotted name."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(param[...]) for path, param in flat}
+
+
+def numbers_of(words: np.ndarray) -> np.ndarray:
+    """The integers of packed words, `[..., in / 8]` to `[..., in]`, nibble by nibble."""
+    numbers = np.zeros((*words.shape, 8), np.int64)
+    for nibble, which in enumerate(_INPUT_OF_NIBBLE):
+        numbers[..., which] = (words.view(np.uint32) // np.uint32(16**nibble)) % 16
+    return numbers.reshape(*words.shape[:-1], -1)
+
+
+def by_hand(integers: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The weights that integers and scales stand for, exactly, float64 `[..., out, in]`."""
+    exact = scale.astype(np.float32).astype(np.float64)
+    if integers.dtype == np.int8:
+        return integers.astype(np.float64) * exact[..., None]
+    numbers = numbers_of(integers) - 8
+    return numbers * np.repeat(exact, numbers.shape[-1] // scale.shape[-1], axis=-1)
+
+
+def nbytes(model: Transformer) -> int:
+    """Bytes of all arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
