@@ -187,14 +187,6 @@ class Machine:
         if (data[index] != values).any():
             raise PtxError("Two threads store different values in the same place at once.")
 
-    def allow_race(self, address: int) -> None:
-        """Lets warps read a word of shared memory while another one writes it.
-
-        That is benign only where the reader may do with an old number as well as with a new one.
-        """
-        [at] = self.places("shared", np.array([address]), 4, 4)
-        self.races.allow(at + np.arange(4))
-
     # What comes later
 
     def later(self, steps: int, action: Callable[[], Any]) -> None:

@@ -24,21 +24,15 @@ class Races:
         self._written = np.zeros(size, np.int64)
         self._read = np.zeros((warps, size), np.int64)
         self._fenced = np.ones(size, bool)
-        self._benign = np.zeros(size, bool)
-
-    def allow(self, places: np.ndarray) -> None:
-        """Warps may read these bytes while another writes them; two still may not write them."""
-        self._benign[places] = True
 
     def load(self, warps: np.ndarray, places: np.ndarray) -> None:
         """Warps `[n]` read bytes `[n, size]`."""
-        unknown = self._unknown_writes(warps, places) & ~self._benign[places]
-        self._look("reads", warps, places, "written", unknown)
+        self._look("reads", warps, places, "written", self._unknown_writes(warps, places))
         self._read[warps[:, None], places] = self.known[warps, warps][:, None]
 
     def store(self, warps: np.ndarray, places: np.ndarray, changed: np.ndarray) -> None:
         """Warps write bytes, some of which it changes: `[n, size]` each."""
-        self._overwrite(warps, places, changed, changed & ~self._benign[places])
+        self._overwrite(warps, places, changed)
         self._writer[places] = warps[:, None]
         self._written[places] = self.known[warps, warps][:, None]
         self._fenced[places] = False
@@ -46,8 +40,7 @@ class Races:
     def copy(self, warp: int, places: np.ndarray) -> int:
         """A warp starts a copy to bytes; returns the copy's number."""
         one, places = np.array([warp]), places[None]
-        everything = np.ones(places.shape, bool)
-        self._overwrite(one, places, everything, everything)
+        self._overwrite(one, places, np.ones(places.shape, bool))
         if not self._fenced[places].all():
             raise PtxError("No fence.proxy.async stands between a store and a copy to its place.")
         self.known[self.copier, self.copier] += 1
@@ -77,14 +70,11 @@ class Races:
     def _unknown_writes(self, warps: np.ndarray, places: np.ndarray) -> np.ndarray:
         return self._written[places] > self.known[warps[:, None], self._writer[places]]
 
-    def _overwrite(
-        self, warps: np.ndarray, places: np.ndarray, changed: np.ndarray, read: np.ndarray
-    ) -> None:
-        """Looks at bytes that are changed, and at those of them whose readers matter."""
+    def _overwrite(self, warps: np.ndarray, places: np.ndarray, changed: np.ndarray) -> None:
         lost = changed & self._unknown_writes(warps, places)
         self._look("writes", warps, places, "written", lost)
         readers = self._read[:, places] > self.known[warps].T[: self.copier, :, None]
-        self._look("writes", warps, places, "read", read & readers.any(axis=0))
+        self._look("writes", warps, places, "read", changed & readers.any(axis=0))
 
     def _look(
         self, what: str, warps: np.ndarray, places: np.ndarray, before: str, wrong: np.ndarray

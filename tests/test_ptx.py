@@ -8,87 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from ptx_inline import Edit, Inline, bound, inline, inlines, shape
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input
 from pallas_kernels.stream.plan import COLUMNS, LINE, PIECE
-from pallas_kernels.stream.ptx import lowered
-
-Edit = tuple[str, str] | None
-
-
-class Inline(NamedTuple):
-    """Inline PTX as Triton is given it."""
-
-    text: str
-    constraints: str
-
-    def edited(self, edit: Edit) -> Inline:
-        if edit is None:
-            return self
-        assert edit[0] in self.text, f"{edit[0]} does not occur in {self.text}"
-        return self._replace(text=self.text.replace(*edit))
-
-    def run(self, machine: Machine, *operands: Any, limit: int = 20_000) -> list[np.ndarray]:
-        return machine.run(self.text, self.constraints, operands, limit)
-
-
-def inlines(body: Callable[..., Any], *arrays: jax.ShapeDtypeStruct) -> list[Inline]:
-    """What a kernel's body is lowered to, for a GPU that need not be there.
-
-    Args:
-        body: of the arrays' refs.
-        arrays: of the kernel.
-    """
-    found: list[Inline] = []
-    original = lowered.assembly
-
-    def recorded(results: Any, text: str, constraints: str, args: Any) -> Any:
-        found.append(Inline(text, constraints))
-        return original(results, text, constraints, args)
-
-    def kernel(*refs: Any) -> None:
-        body(*refs[:-1])
-
-    call = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((1,), jnp.int32),
-        compiler_params=plgpu.CompilerParams(num_warps=1),
-    )
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
-    with (
-        jax.sharding.use_abstract_mesh(mesh),
-        mock.patch.object(lowered, "assembly", recorded),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Pallas for Triton
-        jax.jit(lambda *x: call(*x)).trace(*arrays).lower(lowering_platforms=("cuda",))
-    return found
-
-
-def inline(body: Callable[..., Any], *arrays: jax.ShapeDtypeStruct) -> Inline:
-    [found] = inlines(body, *arrays)
-    return found
-
-
-def shape(count: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((count,), dtype)
-
 
 # bfloat16
 
@@ -274,18 +206,12 @@ class Ring:
 
 
 @functools.cache
-def feed_text(feed: ptx.Feed, store: bool, ahead: bool) -> Inline:
+def feed_text(feed: ptx.Feed, store: bool) -> Inline:
     def body(weights: Any) -> None:
         zero = jnp.int32(0)
-        words = [jnp.zeros((1,), jnp.int32)] * 13 if ahead else []
-        ptx.feed_ring(weights, zero, feed, zero if store else None, words)
+        ptx.feed_ring(weights, zero, feed, zero if store else None)
 
     return inline(body, shape(16, jnp.bfloat16))
-
-
-@functools.cache
-def look_text(feed: ptx.Feed) -> Inline:
-    return inline(lambda: ptx.look_ahead(jnp.int32(0), feed))
 
 
 @functools.cache
@@ -372,21 +298,15 @@ class Fed:
         flying = set(self.machine.flying)
         return {i for (i, *_), x in zip(wanted, self.machine.copies, strict=True) if x in flying}
 
-    def _edited(self, text: Inline) -> Inline:
-        """With the edit, if it is one of this text."""
-        return text.edited(self.edit if self.edit and self.edit[0] in text.text else None)
-
-    def look(self) -> list[np.ndarray]:
-        """As `look_ahead` does."""
-        return self._edited(look_text(self.feed)).run(self.machine, self.base)
-
-    def ask(self, used: int | None = None, words: Sequence[np.ndarray] = ()) -> None:
+    def ask(self, used: int | None = None) -> None:
         """As `feed_ring` does: the next tile is asked for just where it may be."""
         f, number, before = self.feed, self.asked, self.on_their_way()
         if used is not None:
             self.used = used
-        text = self._edited(feed_text(f, used is not None, bool(words)))
-        text.run(self.machine, self.pointer, self.base, used or 0, *words)
+        text = feed_text(f, used is not None)
+        if self.edit is not None and self.edit[0] in text.text:  # or it is of the other text
+            text = text.edited(self.edit)
+        text.run(self.machine, self.pointer, self.base, used or 0)
         after = self.on_their_way()
         waits_for = number - f.in_flight
         if number >= min(self.used + f.slots, f.total):
@@ -433,10 +353,8 @@ def check_feed(ring: Ring, seed: int = 0, edit: Edit = None, wait_edit: Edit = N
         for _ in range(max(0, int(rng.integers(-3, 6)))):
             fed.machine.pass_time(int(rng.integers(300)))
             fed.ask()
-        # What is needed may be read before, while nothing else is asked for.
-        words = fed.look() if rng.integers(3) else []
         fed.wait(index, wait_edit)
-        fed.ask(index + 1, words)
+        fed.ask(index + 1)
     assert fed.asked == fed.feed.total
     fed.ask()
     return fed
@@ -631,7 +549,7 @@ def check_pieces(pieces: int, edit: Edit = None) -> None:
 
     def body(weights: Any) -> None:
         each = jnp.zeros((threads,), jnp.int32)
-        words = ptx.load_pieces(weights, each, step, pieces, each)
+        words = ptx.load_pieces([weights], [], each, step, pieces, each)
         # Of no use, it would be dropped.
         ptx.write_row(each, [words[0]] * 8, each == 0)
 
@@ -653,6 +571,36 @@ def check_pieces(pieces: int, edit: Edit = None) -> None:
 @pytest.mark.parametrize("pieces", [1, 3, 4])
 def test_pieces_that_are_not_there_are_zeros(pieces):
     check_pieces(pieces)
+
+
+@pytest.mark.parametrize("arrays", [1, 2, 3, 4])
+def test_pieces_come_of_the_last_array_whose_condition_holds(arrays):
+    threads, step, pieces, size = 32, 256, 2, 1024
+    thread = np.arange(threads)
+
+    def body(*refs: Any) -> None:
+        each = jnp.arange(threads, dtype=jnp.int32)
+        # Every combination of conditions is that of some threads.
+        beyond = [each & (1 << i) != 0 for i in range(arrays - 1)]
+        words = ptx.load_pieces(refs, beyond, 8 * each, step, pieces, each & 8)
+        ptx.write_row(each, [words[0]] * 8, each == 0)
+
+    arguments = [shape(size, jnp.bfloat16)] * arrays
+    text = inlines(body, *arguments)[0]
+    machine = Machine(threads, 16, 4 * 2 * size)
+    held = np.random.default_rng(arrays).integers(1, 1 << 32, (4, size // 2), np.uint32)
+    machine.view(machine.memory_base, held.size, np.uint32)[:] = held.ravel()
+    # Some arrays lie before the first one.
+    places = [2, 0, 3, 1][:arrays]
+    pointers = [machine.memory_base + 2 * size * place for place in places]
+    got = np.stack(text.run(machine, *bound(body, pointers, *arguments)))
+    which = np.zeros(threads, int)
+    for i in range(arrays - 1):
+        which[thread & (1 << i) != 0] = i + 1
+    for q in range(pieces):
+        for i in range(4):
+            wanted = held[np.array(places)[which], 4 * thread + q * step // 2 + i]
+            np.testing.assert_array_equal(got[4 * q + i], np.where(thread & 8, wanted, 0))
 
 
 def check_row(edit: Edit = None) -> None:
@@ -749,6 +697,17 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("sub.u32 %y, %y, 1; bra copy;", "bra copy;"),
         ],
     ),
+    "feed of many by a warp": (
+        lambda edit: check_feed(MANY, 0, edit),
+        [
+            ("setp.lt.and.u32 %p, %t, %y, %go;", "setp.lt.u32 %p, %t, %y;"),
+            ("setp.lt.and.u32 %p, %t, %y, %go;", "setp.le.and.u32 %p, %t, %y, %go;"),
+            ("mad.lo.u32 %v, %t, %z, %v;", "mad.lo.u32 %v, %t, %x, %v;"),
+            ("mul.lo.u32 %w, %w, %t;", ""),
+            ("and.pred %q, %go, %lead;", "and.pred %q, %go, %go;"),
+            ("shr.u32 %b, %t, 5;", "shr.u32 %b, %t, 6;"),
+        ],
+    ),
     "feed ahead": (
         lambda edit: check_feed(AHEAD, 0, edit),
         [
@@ -768,15 +727,6 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("@%p mov.b32 %y, %e;", ""),
             ("@%p mov.b32 %z, %l;", ""),
             ("setp.lt.u32 %p, %x, %n;", "setp.gt.u32 %p, %x, %n;"),
-        ],
-    ),
-    "look ahead": (
-        lambda edit: check_feed(TWO, 0, edit),
-        [
-            ("mad.lo.u32 %b, $1, 32, $13;", "mad.lo.u32 %b, $2, 32, $13;"),
-            (f"$4, [$13+{TWO.feed.control + 16}]", f"$4, [$13+{TWO.feed.control + 12}]"),
-            ("{$9, $10, $11", "{$9, $11, $10"),
-            ("mov.b32 %c, $10;", "mov.b32 %c, $9;"),
         ],
     ),
     "wait": (
@@ -1095,27 +1045,12 @@ def test_a_copy_waits_for_those_who_use_its_place(between):
         machine.run(text, "=&r,r,l", operands)
 
 
-WORD_BY_ONE = (
-    "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 32;"
-    "@%p st.shared.b32 [$1], %t; ld.shared.b32 $0, [$1]; }"
-)
-
-
 @pytest.mark.parametrize("order", [None, np.random.default_rng(0)], ids=["in step", "drawn"])
-def test_a_word_may_be_read_meanwhile_if_that_is_declared(order):
+def test_two_warps_do_not_write_a_word(order):
     machine = Machine(64, 64, 16, order=order)
-    address = machine.shared_base + 16
-    machine.view(address, 1, np.uint32)[:] = 7
-    machine.allow_race(address)
-    [got] = machine.run(WORD_BY_ONE, "=r,r", [address])
-    assert (got[32:] == 32).all()
-    assert np.isin(got, [7, 32]).all()
-    with pytest.raises(PtxError, match="nothing has told it"):
-        machine.run(WORD_BY_ONE, "=r,r", [address + 4])
-    # Two may not write it.
-    other = "setp.eq.u32 %p, %t, 0; @%p st.shared.b32 [$1], %t; ld.shared"
-    with pytest.raises(PtxError, match=r"writes byte 16 .* nothing has told it"):
-        machine.run(WORD_BY_ONE.replace("ld.shared", other), "=r,r", [address])
+    text = "{ .reg .b32 %w; mov.u32 %w, %warpid; st.shared.b32 [$0], %w; }"
+    with pytest.raises(PtxError):
+        machine.run(text, "r", [machine.shared_base])
 
 
 def test_the_clock_counts_instructions_in_32_bits():

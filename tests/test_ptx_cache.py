@@ -92,7 +92,6 @@ class Bench:
             block=s.block,
             warps=s.warps,
             stages=s.stages,
-            l2_tiles=4,
             layer_units=self.heads * CAPACITY * row // 16,
             tile_bytes=tile,
             query_pitch=row + 64,

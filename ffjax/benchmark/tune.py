@@ -76,7 +76,7 @@ def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
         if plan.why_no_room is not None:
             continue
         rows = tuple((part.rows, part.splits) for part in plan.segments.values())
-        ring = plan.slots, min(plan.in_flight, plan.slots), tuning.l2_tiles
+        ring = plan.slots, min(plan.in_flight, plan.slots), tuning.l2_tiles, plan.attention.tiles
         plans.setdefault((rows, plan.num_warps, *ring), tuning)
     return list(plans.values())
 
@@ -90,14 +90,15 @@ def candidates(dims: Dims, gpu: Gpu) -> list[Tuning]:
 
 
 def refinements(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
-    """The same sizes with fewer slots, other numbers of tiles in flight, or some asked for ahead.
+    """The same sizes with fewer slots, or other numbers of tiles in flight, ahead, or of the cache.
 
     The tuning itself is not among them.
     """
     usual = make_stream_plan(dims, gpu, tuning).slots
     options = [dataclasses.replace(tuning, slots=number) for number in range(usual - 1, 1, -1)]
     options += [dataclasses.replace(tuning, in_flight=number) for number in range(1, 5)]
-    options += [dataclasses.replace(tuning, l2_tiles=tiles) for tiles in (2, 4, 8)]
+    options += [dataclasses.replace(tuning, l2_tiles=tiles) for tiles in (0, 2, 4, 8, 16)]
+    options += [dataclasses.replace(tuning, cache_tiles=tiles) for tiles in (2, 3)]
     return _distinct(dims, gpu, [tuning, *options])[1:]
 
 

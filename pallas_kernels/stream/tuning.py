@@ -2,8 +2,8 @@
 
 A choice changes the step's speed, and the order of its sums, and nothing else. `tuned.json`
 holds a row for each device, model shape and batch that `ffjax tune` was run for. Where it has
-none, the rule is the defaults of `Tuning`: tiles of 32 KiB, as many in flight as a
-multiprocessor's shared memory holds.
+none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on their way, and 8 more asked for
+into the L2 cache while a program waits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Tuning:
     num_warps: int | None = None
     slots: int | None = None
     in_flight: int = 2
-    l2_tiles: int = 0
+    l2_tiles: int = 8
     cache_tile_bytes: int = 32 * 1024
     cache_tiles: int = 2
 

@@ -1,0 +1,139 @@
+"""Inline PTX as lowerings hand it to Triton, and what they bind to it, with no GPU there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+from ptx_machine import Machine
+
+from pallas_kernels.stream.ptx import lowered
+
+__all__ = ["Edit", "Inline", "bound", "inline", "inlines", "shape"]
+
+Edit = tuple[str, str] | None
+
+
+class Inline(NamedTuple):
+    """Inline PTX as Triton is given it."""
+
+    text: str
+    constraints: str
+
+    def edited(self, edit: Edit) -> Inline:
+        if edit is None:
+            return self
+        assert edit[0] in self.text, f"{edit[0]} does not occur in {self.text}"
+        return self._replace(text=self.text.replace(*edit))
+
+    def run(self, machine: Machine, *operands: Any, limit: int = 20_000) -> list[np.ndarray]:
+        return machine.run(self.text, self.constraints, operands, limit)
+
+
+def _recorded(found: list[Any], make: Callable[[str, str, Any], Any]) -> Any:
+    """Patches the lowering so that what `make` makes of each inline PTX is found."""
+    original = lowered.assembly
+
+    def recorded(results: Any, text: str, constraints: str, args: Any) -> Any:
+        found.append(make(text, constraints, args))
+        return original(results, text, constraints, args)
+
+    return mock.patch.object(lowered, "assembly", recorded)
+
+
+def _lower(body: Callable[..., Any], arrays: Sequence[jax.ShapeDtypeStruct]) -> None:
+    def kernel(*refs: Any) -> None:
+        body(*refs[:-1])
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((1,), jnp.int32),
+        compiler_params=plgpu.CompilerParams(num_warps=1),
+    )
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Pallas for Triton
+        jax.jit(lambda *x: call(*x)).trace(*arrays).lower(lowering_platforms=("cuda",))
+
+
+def inlines(body: Callable[..., Any], *arrays: jax.ShapeDtypeStruct) -> list[Inline]:
+    """What a kernel's body is lowered to, for a GPU that need not be there.
+
+    Args:
+        body: of the arrays' refs.
+        arrays: of the kernel.
+    """
+    found: list[Inline] = []
+    with _recorded(found, lambda text, constraints, _: Inline(text, constraints)):
+        _lower(body, arrays)
+    return found
+
+
+def inline(body: Callable[..., Any], *arrays: jax.ShapeDtypeStruct) -> Inline:
+    [found] = inlines(body, *arrays)
+    return found
+
+
+def bound(
+    body: Callable[..., Any], pointers: Sequence[int], *arrays: jax.ShapeDtypeStruct
+) -> list[np.ndarray]:
+    """What is bound to the first inline PTX of a body.
+
+    Args:
+        body: of the arrays' refs. What is bound follows from those and from constants.
+        pointers: of the arrays.
+        arrays: of the kernel.
+    """
+    found: list[list[np.ndarray]] = []
+
+    def numbers(_text: str, _constraints: str, args: Any) -> list[np.ndarray]:
+        return [_number(x, pointers) for x in args] if not found else []
+
+    with _recorded(found, numbers):
+        _lower(body, arrays)
+    return found[0]
+
+
+def shape(count: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count,), dtype)
+
+
+_COMPARE = [np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal]
+_BINARY = {
+    "arith.addi": np.add,
+    "arith.andi": np.bitwise_and,
+    "arith.muli": np.multiply,
+    "arith.subi": np.subtract,
+}
+
+
+def _number(value: Any, pointers: Sequence[int]) -> np.ndarray:
+    """A value of the intermediate representation, int64."""
+    if "Block" in type(value.owner).__name__:
+        return np.array(pointers[value.arg_number], np.int64)
+    op = value.owner
+    at, inputs = op.attributes, [_number(x, pointers) for x in op.operands]
+    if op.name == "arith.constant":
+        return np.array(at["value"].value, np.int64)
+    if op.name == "tt.make_range":
+        return np.arange(at["start"].value, at["end"].value)
+    if op.name == "tt.addptr":
+        size = next(n for kind, n in (("bf16", 2), ("i32", 4)) if f"ptr<{kind}>" in str(value.type))
+        return inputs[0] + size * inputs[1]
+    if op.name == "arith.select":
+        return np.where(*inputs)
+    if op.name == "arith.cmpi":
+        return _COMPARE[at["predicate"].value](*inputs)
+    if op.name in _BINARY:
+        return _BINARY[op.name](*inputs)
+    assert op.name in ("tt.splat", "tt.ptr_to_int"), f"{op.name} is not known."
+    return inputs[0]
