@@ -40,12 +40,12 @@ from ffjax.decode import (
     DecodeOutput,
     Implementation,
     Kernel,
+    choose_kernel,
     fused_step,
     quantized_weights,
     reference_step,
     resolve_implementation_config,
     unsupported_field,
-    why_not_fused_config,
 )
 from ffjax.model import Transformer
 from ffjax.stdlib_text import Source, read_sources
@@ -405,16 +405,18 @@ def choose_candidate(
     asked = config, jnp.bfloat16, batch, capacity
     if implementation is None and (reason := quantized_weights(config)) is not None:
         raise NotImplementedError(reason)
-    kernel: Kernel = "pallas" if unsupported_field(config) is None else "pallas_stream"
-    if implementation is None and (reason := why_not_fused_config(*asked, kernel)) is not None:
+    kernel, reason = choose_kernel(*asked)
+    if implementation is None and kernel is None:
         if config.num_params > _MOST_INTERPRETED_WEIGHTS:
             raise NotImplementedError(
                 f"{reason} Nor is the kernel's body interpreted for the {config.num_params} "
                 f"weights of {config.name}: that takes too long for more than "
                 f"{_MOST_INTERPRETED_WEIGHTS}."
             )
-        step = functools.partial(fused_step, kernel=kernel, interpret=True)
-        return Candidate(step, kernel, reason)
+        # Interpreted, the phased one is the faster.
+        body: Kernel = "pallas" if unsupported_field(config) is None else "pallas_stream"
+        step = functools.partial(fused_step, kernel=body, interpret=True)
+        return Candidate(step, body, reason)
     name = resolve_implementation_config(*asked, implementation or kernel)
     if name == "xla":
         return Candidate(reference_step, name)

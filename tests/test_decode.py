@@ -77,8 +77,8 @@ def test_a_device_that_can_takes_the_kernel(model, cache, tokens, caplog, monkey
     monkeypatch.setattr(decode, "fused_step", lambda *arguments, kernel: took[kernel])
     decode._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="ffjax"):
-        assert decode_step(model, cache, tokens) is took["pallas"]
-    assert "uses 'pallas'" in caplog.text
+        assert decode_step(model, cache, tokens) is took["pallas_stream"]
+    assert "uses 'pallas_stream'" in caplog.text
     for name in get_args(Kernel):
         assert decode_step(model, cache, tokens, implementation=name) is took[name]
     assert decode_step(model, cache, tokens, implementation="xla") not in took.values()
@@ -105,8 +105,9 @@ def test_a_model_that_does_not_exist_can_be_asked_about(monkeypatch):
     assert resolve_implementation_config(*asked) == "pallas"
     one = vast, "bfloat16", 1, 10**6
     assert resolve_implementation_config(*one) == "pallas_stream"
-    other = dataclasses.replace(vast, qkv_bias=True), *one[1:]
+    other = dataclasses.replace(vast, qkv_bias=True), *asked[1:]
     assert resolve_implementation_config(*other) == "xla"
+    assert resolve_implementation_config(other[0], *one[1:]) == "pallas_stream"
     reason = why_not_fused_config(*asked, "pallas_stream")
     assert reason is not None
     assert "this model has 16384" in reason

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -432,8 +433,7 @@ def test_random_prompts_use_the_whole_vocabulary():
 
 @pytest.fixture
 def without_gpu(monkeypatch):
-    for module in ("ffjax.fidelity", "ffjax.decode"):
-        monkeypatch.setattr(f"{module}.why_not_fused_config", lambda *_: "There is no GPU.")
+    monkeypatch.setattr("ffjax.decode.why_not_fused_config", lambda *_: "There is no GPU.")
 
 
 def test_without_a_gpu_a_small_model_is_interpreted_and_a_large_one_refused(without_gpu):
@@ -459,9 +459,8 @@ def test_a_named_candidate_is_that_one(model, monkeypatch):
     assert out.logits.shape == (2, 257)
     with pytest.raises(ValueError, match="'cuda'"):
         fidelity.choose_candidate(CONFIG, 2, 8, "cuda")  # pyright: ignore[reportArgumentType]
-    for module in ("ffjax.fidelity", "ffjax.decode"):
-        monkeypatch.setattr(f"{module}.why_not_fused_config", lambda *_: None)
-    kernels: dict[Kernel | None, Kernel] = {None: "pallas", "pallas_stream": "pallas_stream"}
+    monkeypatch.setattr("ffjax.decode.why_not_fused_config", lambda *_: None)
+    kernels: dict[Kernel | None, Kernel] = {None: "pallas_stream", "pallas": "pallas"}
     for name, kernel in kernels.items():
         chosen = fidelity.choose_candidate(CONFIG, 2, 8, name)
         assert (chosen.implementation, chosen.why_interpreted) == (kernel, None)
@@ -631,8 +630,8 @@ GPU_WARNING = pytest.mark.filterwarnings(
 )
 
 
-def check_on_gpu(model: Transformer, prompts: np.ndarray, batch: int) -> None:
-    candidate = fidelity.choose_candidate(model.config, batch, prompts.shape[1] - 1, "pallas")
+def check_on_gpu(model: Transformer, prompts: np.ndarray, batch: int, kernel: Kernel) -> None:
+    candidate = fidelity.choose_candidate(model.config, batch, prompts.shape[1] - 1, kernel)
     result = measure(model, prompts, candidate.step, batch=batch)
     print(result)
     assert math.isfinite(result.reference_nll)
@@ -643,20 +642,22 @@ def check_on_gpu(model: Transformer, prompts: np.ndarray, batch: int) -> None:
 
 @pytest.mark.gpu
 @GPU_WARNING
+@pytest.mark.parametrize("kernel", get_args(Kernel))
 @pytest.mark.parametrize(("batch", "count", "tokens"), [(1, 16, 200), (8, 32, 500)])
-def test_the_kernel_passes_with_the_shipped_model_on_held_out_prompts(batch, count, tokens):
+def test_the_kernel_passes_with_the_shipped_model_on_held_out_prompts(batch, count, tokens, kernel):
     model = checkpoints.load(checkpoints.SHIPPED_MODEL)
-    check_on_gpu(model, fidelity.held_out_prompts(count, tokens), batch)
+    check_on_gpu(model, fidelity.held_out_prompts(count, tokens), batch, kernel)
 
 
 @pytest.mark.gpu
 @GPU_WARNING
+@pytest.mark.parametrize("kernel", get_args(Kernel))
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 40), (8, 150)])
-def test_the_kernel_passes_with_random_weights_of_a_billion(batch, tokens):
+def test_the_kernel_passes_with_random_weights_of_a_billion(batch, tokens, kernel):
     config = preset("llama3.2-1b")
     model = fidelity.random_model(config)
     try:
-        check_on_gpu(model, fidelity.random_prompts(config, 16, tokens), batch)
+        check_on_gpu(model, fidelity.random_prompts(config, 16, tokens), batch, kernel)
     finally:
         for array in jax.tree.leaves(nnx.state(model)):
             array.delete()
@@ -667,4 +668,4 @@ def test_the_kernel_passes_with_random_weights_of_a_billion(batch, tokens):
 def test_the_command_runs_the_kernel_where_there_is_a_gpu(capsys):
     assert main(["fidelity", "--prompts", "16", "--tokens", "64", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["implementation"], report["interpreted"]) == ("pallas", False)
+    assert (report["implementation"], report["interpreted"]) == ("pallas_stream", False)

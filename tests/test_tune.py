@@ -41,14 +41,17 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     finer = refinements(dims, H200, Tuning())
     assert Tuning() not in finer
     planned = [make_stream_plan(dims, H200, tuning) for tuning in finer]
-    rings = {(p.slots, min(p.in_flight, p.slots), p.tuning.l2_tiles) for p in planned}
+    rings = {
+        (p.slots, min(p.in_flight, p.slots), p.tuning.l2_tiles, p.attention.tiles) for p in planned
+    }
     assert len(rings) == len(planned)
     slots = [t.slots for t in finer if t.slots is not None]
     assert slots == list(range(plans[0].slots - 1, 1, -1))
     usual = Tuning().in_flight
     flying = [t.in_flight for t in finer if t.in_flight != usual]
     assert flying == [n for n in range(1, min(4, plans[0].slots) + 1) if n != usual]
-    assert [t.l2_tiles for t in finer if t.l2_tiles] == [2, 4, 8]
+    assert [t.l2_tiles for t in finer if t.l2_tiles != Tuning().l2_tiles] == [0, 2, 4, 16]
+    assert [t.cache_tiles for t in finer if t.cache_tiles != Tuning().cache_tiles] == [3]
 
 
 def test_a_gpu_that_streams_nothing_has_no_candidates():
