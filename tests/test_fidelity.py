@@ -37,7 +37,11 @@ from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.model import Transformer
 from ffjax.stdlib_text import Source, is_held_out, read_sources
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings(
+    # JAX 0.11 says so of every kernel of this backend; the project pins the versions that have it.
+    "error",
+    "ignore:The Pallas Triton backend:DeprecationWarning",
+)
 
 CONFIG = ModelConfig(
     name="tiny-bytes",
@@ -625,11 +629,6 @@ def test_the_interpreted_kernel_is_closer_to_float32_than_the_bfloat16_model(wit
     assert kl.endswith("passes"), out
 
 
-GPU_WARNING = pytest.mark.filterwarnings(
-    "error", "ignore:The Pallas Triton backend:DeprecationWarning"
-)
-
-
 def check_on_gpu(model: Transformer, prompts: np.ndarray, batch: int, kernel: Kernel) -> None:
     candidate = fidelity.choose_candidate(model.config, batch, prompts.shape[1] - 1, kernel)
     result = measure(model, prompts, candidate.step, batch=batch)
@@ -641,7 +640,6 @@ def check_on_gpu(model: Transformer, prompts: np.ndarray, batch: int, kernel: Ke
 
 
 @pytest.mark.gpu
-@GPU_WARNING
 @pytest.mark.parametrize("kernel", get_args(Kernel))
 @pytest.mark.parametrize(("batch", "count", "tokens"), [(1, 16, 200), (8, 32, 500)])
 def test_the_kernel_passes_with_the_shipped_model_on_held_out_prompts(batch, count, tokens, kernel):
@@ -650,7 +648,6 @@ def test_the_kernel_passes_with_the_shipped_model_on_held_out_prompts(batch, cou
 
 
 @pytest.mark.gpu
-@GPU_WARNING
 @pytest.mark.parametrize("kernel", get_args(Kernel))
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 40), (8, 150)])
 def test_the_kernel_passes_with_random_weights_of_a_billion(batch, tokens, kernel):
@@ -664,7 +661,6 @@ def test_the_kernel_passes_with_random_weights_of_a_billion(batch, tokens, kerne
 
 
 @pytest.mark.gpu
-@GPU_WARNING
 def test_the_command_runs_the_kernel_where_there_is_a_gpu(capsys):
     assert main(["fidelity", "--prompts", "16", "--tokens", "64", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
