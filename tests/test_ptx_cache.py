@@ -10,7 +10,8 @@ import pytest
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream.plan import LOT
-from pallas_kernels.stream.ptx.cache import CacheFeed, attend_lines, cache_feed_lines
+from pallas_kernels.stream.ptx.attend import attend_lines
+from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
 from pallas_kernels.stream.ring import MOST_LOOKS
 
 LAYERS, CAPACITY = 2, 320
