@@ -66,7 +66,7 @@ class Layout:
         ffw: hidden activations, `[B, F]`.
         attn_block, ffw_block: outputs of the two blocks, `[B, D]`, where they are normed.
         partial: pairs `[B, D, splits]`, partial sums of the down projection.
-        parts: pairs `[B * K, max_splits, G, H + 2]`: of one span of attention the weighted
+        parts: pairs `[B * N, max_splits, H + 2]`: of one span of attention the weighted
             values, the sum of the weights and their maximum.
         best: pairs `[P, B, 2]`: each program's best logit and its token.
         words: length of the whole array.
