@@ -615,18 +615,17 @@ def test_tags_go_round():
         assert int(got[2].counters[at]) == np.int64(steps + 1).astype(np.int32)
 
 
-TUNINGS = [
-    Tuning(tile_bytes=8192),
-    Tuning(tile_bytes=65536),
-    Tuning(num_warps=8),
-    Tuning(slots=2, in_flight=1),
-    Tuning(tile_bytes=8192, num_warps=8, in_flight=16, l2_tiles=2),
-]
+# Interpreted, there is no ring: what is left of a tuning is how tiles are cut.
+TUNINGS = {
+    "large": (Tuning(tile_bytes=65536), [65]),
+    "small, warps that only feed": (Tuning(tile_bytes=8192, num_warps=8), [65]),
+    "small, batch of 3": (Tuning(tile_bytes=8192, num_warps=8), [65, 3, 70]),
+}
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.parametrize("lengths", [[65], [65, 3, 70]], ids=["alone", "batch of 3"])
-def test_every_tile_shape_gives_the_same(tuning, lengths):
+@pytest.mark.parametrize("name", TUNINGS)
+def test_every_tile_shape_gives_the_same(name):
+    tuning, lengths = TUNINGS[name]
     config = small_config(num_heads=4, num_kv_heads=2)
     model = random_model(config)
     cache, tokens = filled_cache(config, lengths, 80), random_tokens(config, len(lengths))
@@ -726,9 +725,7 @@ def test_inputs_wider_than_a_program_are_split():
 SPLIT = {1: (8208, 8), 2: (656, 1)}
 
 
-@pytest.mark.parametrize(
-    ("family", "batch"), [("llama", 1), ("llama", 2), ("olmo2", 1), ("gemma3", 2)]
-)
+@pytest.mark.parametrize(("family", "batch"), [("llama", 1), ("llama", 2), ("gemma3", 2)])
 def test_programs_hand_over_all_that_others_need(family, batch):
     """Inputs of the down projection in parts, heads in parts, more programs than some groups.
 
@@ -754,9 +751,6 @@ def test_programs_hand_over_all_that_others_need(family, batch):
     assert attn_out.groups < 19
     got = run_stages(plan, model, cache, tokens)
     check(config, got, reference(model, cache, tokens), lengths)
-    if family == "llama":  # the others' stages take their time to compile
-        other = make_stream_plan(dims_of(config, batch, 310), machine(2))
-        assert_close(got[0], run_stages(other, model, cache, tokens)[0], "fused_vs_fused")
 
 
 @pytest.mark.parametrize("programs", [1, 4])
