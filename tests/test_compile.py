@@ -87,13 +87,15 @@ def test_the_stream_spills_next_to_nothing(config):
 
 
 @needs_compiler
-@pytest.mark.parametrize("config", ["llama3.2-1b", "llama3.1-8b", "gemma3-1b"])
-def test_the_plan_leaves_the_compiler_what_it_takes(config):
+@pytest.mark.parametrize(
+    ("config", "batch"), [("llama3.2-1b", 1), ("llama3.1-8b", 8), ("gemma3-1b", 1)]
+)
+def test_the_plan_leaves_the_compiler_what_it_takes(config, batch):
     """Heads of 64, 128 and 256. Without stages nothing is taken for the ring."""
-    dims = dims_of(preset(config), 1, 16_384)
+    dims = dims_of(preset(config), batch, 16_384)
     report = compile_for("h200", dims, kernel="streamed", num_stages=1)
     assert report.num_stages == 1
-    assert 1024 < report.shared_memory_bytes <= COMPILER_BYTES
+    assert 0 < report.shared_memory_bytes <= COMPILER_BYTES
 
 
 def test_the_stream_is_refused_for_a_gpu_without_bulk_copies(capsys):
