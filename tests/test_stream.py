@@ -410,7 +410,7 @@ def test_interpreted_what_has_not_come_is_nan():
         mail.publish(offsets, ones, jnp.int32(3), half)
         words[...] = mail.collect(offsets, jnp.int32(3), offsets != 7)
         mail.publish_pair(16 + 2 * offsets, ones, jnp.int32(3 + 256), half)
-        got = mail.collect_pair(16 + 2 * offsets, jnp.int32(3), offsets != 7)
+        [got] = mail.collect_pairs([(16 + 2 * offsets, offsets != 7)], jnp.int32(3))
         pairs[...] = jax.lax.bitcast_convert_type(got, jnp.float32)
 
     result = jax.ShapeDtypeStruct((8,), jnp.float32)

@@ -259,22 +259,15 @@ class Mail:
         )
         return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
 
-    def collect_pair(self, offsets: Array, tag: Array, mask: Array) -> Array:
-        """Waits for pairs; returns their values as int32 bits, 0 where the mask is false.
-
-        Args:
-            offsets: int32, even numbers.
-            tag: int32 scalar they must carry.
-            mask: bool, the same shape.
-        """
-        return self.collect_pairs([(offsets, mask)], tag)[0]
-
     def collect_pairs(self, wanted: Sequence[tuple[Array, Array]], tag: Array) -> list[Array]:
         """Waits for several arrays of pairs, of one shape, at the same time.
 
         Args:
-            wanted: offsets and mask of each, as in `collect_pair`.
+            wanted: offsets, even numbers, and mask of each.
             tag: int32 scalar they must carry.
+
+        Returns:
+            Their values as int32 bits, 0 where the mask is false.
         """
         shape = wanted[0][0].shape
         spread = [self._spread(offsets, mask) for offsets, mask in wanted]

@@ -29,7 +29,7 @@ def _float(x: float) -> str:
 
 
 class _Attend:
-    """The text of `attend_span`. Names of registers: see `lines`."""
+    """The text of `attend_span`, piece by piece, in the order in which `attend_lines` has it."""
 
     def __init__(self, f: CacheFeed):
         self.f = f
