@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["DecodeWeights", "Dims", "Features", "ceil_div", "next_power_of_2"]
+__all__ = [
+    "GROUP",
+    "DecodeWeights",
+    "Dims",
+    "Features",
+    "WeightBits",
+    "ceil_div",
+    "next_power_of_2",
+]
+
+# Inputs of a row of int4 weights that share a scale.
+GROUP = 128
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -64,11 +75,32 @@ class Features:
     local_rope: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightBits:
+    """Bits of a weight of each matrix: 16 (bfloat16), 8 or 4 (integers with scales).
+
+    int8 matrices have a float32 scale a row; int4 ones, eight inputs an int32 word as
+    `ffjax.packing` has them, a bfloat16 scale for every `GROUP` inputs of a row.
+    """
+
+    qkv: int = 16
+    attn_out: int = 16
+    gate_up: int = 16
+    down: int = 16
+    head: int = 16
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some matrix is."""
+        return any(bits != 16 for bits in dataclasses.astuple(self))
+
+
 class DecodeWeights(NamedTuple):
     """The weights as the model stores them, and the rotary frequencies.
 
     A tied head is passed as the embedding once more: the same buffer. What a model does not
-    have is None.
+    have is None. Quantized matrices have the shapes of `ffjax.formats`: int8 ones their own, int4
+    ones an eighth of the inputs; `WeightBits` says more.
 
     Attributes:
         embed: `[V, D]`.
@@ -87,6 +119,8 @@ class DecodeWeights(NamedTuple):
         k_norm: `[L, H]` or `[L, K * H]`.
         attn_post_norm: `[L, D]`.
         mlp_post_norm: `[L, D]`.
+        qkv_scale, attn_out_scale, gate_up_scale, down_scale, head_scale: of quantized matrices:
+            `[L, out]` or `[L, out, in / GROUP]`; the head's without L.
     """
 
     embed: Array
@@ -105,6 +139,11 @@ class DecodeWeights(NamedTuple):
     k_norm: Array | None = None
     attn_post_norm: Array | None = None
     mlp_post_norm: Array | None = None
+    qkv_scale: Array | None = None
+    attn_out_scale: Array | None = None
+    gate_up_scale: Array | None = None
+    down_scale: Array | None = None
+    head_scale: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +162,7 @@ class Dims:
         capacity: S, cache slots a sequence.
         norm_eps: added to the mean square in RMSNorm.
         features: what the model does besides Llama.
+        weight_bits: how the matrices are stored.
     """
 
     batch: int
@@ -136,6 +176,7 @@ class Dims:
     capacity: int
     norm_eps: float
     features: Features = Features()
+    weight_bits: WeightBits = WeightBits()
 
     @property
     def q_per_kv(self) -> int:
@@ -159,10 +200,10 @@ class Dims:
 
     @property
     def step_weight_bytes(self) -> int:
-        """Bytes of bfloat16 weights a step reads: each once, one embedding row a sequence."""
+        """Bytes of weights a step reads: each once, one embedding row a sequence."""
         weights = self.abstract_weights()._replace(embed=None, inv_freq=None, inv_freq_local=None)
-        read = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
-        return 2 * (read + self.batch * self.model_dim)
+        read = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights))
+        return read + 2 * self.batch * self.model_dim
 
     def cache_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes of bfloat16 keys and values a step reads for sequences of these lengths.
@@ -177,7 +218,11 @@ class Dims:
         return 2 * 2 * self.num_kv_heads * self.head_dim * positions
 
     def abstract_weights(self, dtype=jnp.bfloat16) -> DecodeWeights:
-        """The weights' shapes and dtypes, for tracing without arrays."""
+        """The weights' shapes and dtypes, for tracing without arrays.
+
+        Args:
+            dtype: of what is not quantized.
+        """
         d, f, n_layers, features = self.model_dim, self.ffw_dim, self.num_layers, self.features
         full = features.qk_norm == "full"
 
@@ -190,18 +235,29 @@ class Dims:
         def frequencies(there: bool) -> Any:
             return spec(self.head_dim // 2, dtype=jnp.float32, there=there)
 
+        def matrix(name: str, *shape: int) -> dict[str, Any]:
+            bits = getattr(self.weight_bits, name)
+            *rows, inner = shape
+            if bits == 16:
+                return {name: spec(*shape)}
+            if bits == 8:
+                scale = spec(*rows, dtype=jnp.float32)
+                return {name: spec(*shape, dtype=jnp.int8), f"{name}_scale": scale}
+            scale = spec(*rows, inner // GROUP)
+            return {name: spec(*rows, inner // 8, dtype=jnp.int32), f"{name}_scale": scale}
+
         normed = features.qk_norm is not None
         kv_dim = self.num_kv_heads * self.head_dim
         return DecodeWeights(
             embed=spec(self.vocab_size, d),
             attn_norm=norm(d, features.pre_norm),
-            qkv=spec(n_layers, self.qkv_dim, d),
-            attn_out=spec(n_layers, d, self.attn_dim),
+            **matrix("qkv", n_layers, self.qkv_dim, d),
+            **matrix("attn_out", n_layers, d, self.attn_dim),
             mlp_norm=norm(d, features.pre_norm),
-            gate_up=spec(n_layers, 2 * f, d),
-            down=spec(n_layers, d, f),
+            **matrix("gate_up", n_layers, 2 * f, d),
+            **matrix("down", n_layers, d, f),
             final_norm=spec(d),
-            head=spec(self.vocab_size, d),
+            **matrix("head", self.vocab_size, d),
             inv_freq=frequencies(True),
             inv_freq_local=frequencies(features.local_rope),
             qkv_bias=norm(self.qkv_dim, features.qkv_bias),

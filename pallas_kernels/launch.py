@@ -41,6 +41,11 @@ _WEIGHT_NAMES = (
     "k_norm",
     "attn_post_norm",
     "mlp_post_norm",
+    "qkv_scale",
+    "attn_out_scale",
+    "gate_up_scale",
+    "down_scale",
+    "head_scale",
 )
 _STATE = ("k", "v", "lengths", "counters")
 
