@@ -211,9 +211,36 @@ def _registers(t: Threads, number: int, kind: str, count: int) -> list[np.ndarra
     return [_warps(t.get(x, kind)) for x in parts]  # [warps, 32]
 
 
-@instruction("mma", also="sync aligned m16n8k16 m16n8k8 row col")
+def _multiply_bytes(t: Threads, kinds: list[str]) -> None:
+    """An m16n8k32 product of whole numbers of 8 bits, added up in 32 bits, which wrap around."""
+    if kinds[0] != "s32" or kinds[3] != "s32" or not {kinds[1], kinds[2]} <= {"s8", "u8"}:
+        raise PtxError("The machine has no such matrix product.")
+    warps, fourth = len(t.threads) // WARP, 4 * (_LANE[:, None] % 4) + np.arange(4)  # [32, 4]
+    a, b = np.zeros((warps, 16, 32), np.int64), np.zeros((warps, 32, 8), np.int64)
+    for i, words in enumerate(_registers(t, 1, "b32", 4)):
+        a[:, _GROUP + 8 * (i % 2), fourth + 16 * (i // 2)] = _bytes(kinds[1], words)
+    for i, words in enumerate(_registers(t, 2, "b32", 2)):
+        b[:, fourth + 16 * i, _GROUP] = _bytes(kinds[2], words)
+    c = np.stack(_registers(t, 3, "s32", 4), axis=-1)  # [warps, 32, 4]
+    product = a @ b
+    if len(t.parts(0)) != 4:
+        raise PtxError(f"{len(t.parts(0))} registers are given for 4.")
+    for i, operand in enumerate(t.parts(0)):
+        total = product[:, _LANE // 4 + 8 * (i // 2), 2 * (_LANE % 4) + i % 2] + c[..., i]
+        t.put(operand, "s32", total.astype(np.int32).ravel())
+
+
+def _bytes(kind: str, words: np.ndarray) -> np.ndarray:
+    """The four numbers of each word, `[..., 4]`."""
+    return np.ascontiguousarray(words)[..., None].view(DTYPES[kind])
+
+
+@instruction("mma", also="sync aligned m16n8k32 m16n8k16 m16n8k8 row col")
 def _(t: Threads) -> None:
     shape, row, col, *kinds = [m for m in t.instruction.modifiers if m not in ("sync", "aligned")]
+    if shape == "m16n8k32" and (row, col) == ("row", "col"):
+        _multiply_bytes(t, kinds)
+        return
     if (row, col, kinds[0], kinds[3]) != ("row", "col", "f32", "f32") or kinds[1] != kinds[2]:
         raise PtxError("The machine has no such matrix product.")
     depth = 16 if shape == "m16n8k16" else 8

@@ -44,8 +44,6 @@ def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 _compute("add", also="rn ftz", only="usf")(np.add)
 _compute("sub", also="rn ftz", only="usf")(np.subtract)
-_compute("min", also="ftz", only="usf")(np.fmin)
-_compute("max", also="ftz", only="usf")(np.fmax)
 _compute("neg", also="ftz", only="sf")(np.negative)
 _compute("abs", also="ftz", only="sf")(np.abs)
 _compute("and", only="b")(np.bitwise_and)
@@ -65,6 +63,23 @@ _compute("sqrt", also="approx rn ftz", only="f")(np.sqrt)
 @_compute("fma", also="rn ftz", only="f")
 def _(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return a.astype(np.float64) * b + c
+
+
+def _extreme(name: str, quiet: Callable[..., np.ndarray], loud: Callable[..., np.ndarray]) -> None:
+    """Enters min or max: of a number and a NaN the number, and with .NaN the NaN."""
+
+    @instruction(name, also="ftz NaN")
+    def _(t: Threads) -> None:
+        if t.kind[0] not in "usf" or (t.has("NaN") and t.kind[0] != "f"):
+            raise PtxError(f"There is none of {'.NaN' * t.has('NaN')}.{t.kind}.")
+        made = (loud if t.has("NaN") else quiet)(_flushed(t, t[1]), _flushed(t, t[2]))
+        if t.kind == "f32":  # a NaN that comes out is the canonical one
+            made = np.where(np.isnan(made), np.uint32(0x7FFFFFFF).view(np.float32), made)
+        t[0] = made
+
+
+_extreme("min", np.fmin, np.minimum)
+_extreme("max", np.fmax, np.maximum)
 
 
 def _product(t: Threads) -> tuple[np.ndarray, str]:

@@ -820,7 +820,21 @@ HAND = [
     ("add.f32", f32(1.5, -0.25), f32(1.25)[0]),
     ("fma.rn.f32", f32(1 + 2**-23, 1 + 2**-23, -1), f32(2**-22 + 2**-46)[0]),
     ("mul.rn.f32", f32(3, -0.5), f32(-1.5)[0]),
+    ("mad.lo.s32", [-3 & ONES, 32, 5], -91 & ONES),
+    ("and.b32", [0xF0F0, 0x3C3C], 0x3030),
+    ("or.b32", [0xF0F0, 0x0F00], 0xFFF0),
+    ("xor.b32", [0xF0F0, 0x3C3C], 0xCCCC),
     ("max.f32", f32(np.nan, 2), f32(2)[0]),
+    ("max.NaN.f32", f32(np.nan, 2), 0x7FFFFFFF),
+    ("max.NaN.f32", f32(2, np.nan), 0x7FFFFFFF),
+    ("max.NaN.f32", f32(-3, 2), f32(2)[0]),
+    ("min.NaN.f32", f32(-3, 2), f32(-3)[0]),
+    ("abs.f32", f32(-1.5), f32(1.5)[0]),
+    ("abs.ftz.f32", [0x80000001], 0),
+    ("div.rn.f32", f32(1, 3), 0x3EAAAAAB),
+    ("div.rn.f32", f32(-1, 0), 0xFF800000),
+    ("rcp.rn.f32", f32(3), 0x3EAAAAAB),
+    ("rcp.rn.f32", f32(0), 0x7F800000),
     ("neg.f32", f32(0), 0x80000000),
     ("add.ftz.f32", [1, 0], 0),
     ("add.f32", [1, 0], 1),
@@ -833,6 +847,8 @@ HAND = [
     ("cvt.rn.f32.u32", [ONES], f32(2.0**32)[0]),
     ("cvt.rzi.s32.f32", f32(-2.75), -2 & ONES),
     ("cvt.rni.u32.f32", f32(2.5), 2),
+    ("cvt.rni.s32.f32", f32(-3.5), -4 & ONES),
+    ("cvt.rni.s32.f32", f32(np.nan), 0),
     ("cvt.rzi.u32.f32", f32(-5), 0),
 ]
 
@@ -930,6 +946,75 @@ def test_a_matrix_product_has_the_fragments_of_the_manual(depth):
     product = as_float(a).astype(np.float64) @ as_float(b) + c
     wanted = np.array([[product[at] for at in places[thread]] for thread in range(64)]).T
     np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def as_signed(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of 8 bits, of which some are the smallest and the largest there are."""
+    limits = np.iinfo({"s8": np.int8, "u8": np.uint8}[kind])
+    made = rng.integers(limits.min, limits.max, shape, limits.dtype, endpoint=True)
+    extreme = rng.random(shape)
+    made[extreme < 0.1], made[extreme > 0.9] = limits.min, limits.max
+    return made
+
+
+@pytest.mark.parametrize("kinds", [("s8", "s8"), ("u8", "s8"), ("s8", "u8")], ids="-".join)
+def test_a_matrix_product_of_bytes_has_the_fragments_of_the_manual(kinds):
+    """Every element, of a lane at a time, as the manual's two columns of formulas place it."""
+    rng = np.random.default_rng(1)
+    a, b = as_signed(rng, kinds[0], (2, 16, 32)), as_signed(rng, kinds[1], (2, 32, 8))
+    c = rng.integers(-1000, 1000, (2, 16, 8)).astype(np.int32)
+    c[1] = rng.choice([-(1 << 31), (1 << 31) - 1], (16, 8))  # of which sums wrap around
+    a_bytes, b_bytes = np.zeros((4, 64, 4), a.dtype), np.zeros((2, 64, 4), b.dtype)
+    c_words, places = np.zeros((4, 64), np.int32), []
+    for thread in range(64):
+        w, group, t = thread // 32, thread % 32 // 4, thread % 4
+        for i in range(16):
+            row = group if i // 4 in (0, 2) else group + 8
+            a_bytes[i // 4, thread, i % 4] = a[w, row, 4 * t + i % 4 + (16 if i >= 8 else 0)]
+        for i in range(8):
+            b_bytes[i // 4, thread, i % 4] = b[w, 4 * t + i % 4 + (16 if i >= 4 else 0), group]
+        at = [(w, group + 8 * (i // 2), 2 * t + i % 2) for i in range(4)]
+        c_words[:, thread] = [c[x] for x in at]
+        places.append(at)
+    words = [*a_bytes.view(np.uint32)[..., 0], *b_bytes.view(np.uint32)[..., 0], *c_words]
+    text = (
+        f"mma.sync.aligned.m16n8k32.row.col.s32.{kinds[0]}.{kinds[1]}.s32 {{$0, $1, $2, $3}}, "
+        "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    got = np.stack(Machine(64, 16, 16).run(text, ",".join(["=r"] * 4 + ["r"] * 10), words))
+    product = a.astype(np.int64) @ b.astype(np.int64) + c
+    wanted = np.array([[product[at] for at in places[thread]] for thread in range(64)]).T
+    assert (np.abs(wanted) >= 1 << 31).any()
+    np.testing.assert_array_equal(got.view(np.int32), wanted.astype(np.int32))
+
+
+def test_vectors_of_shared_memory_are_loaded_and_stored():
+    machine = Machine(32, 1024, 16)
+    values = np.random.default_rng(0).standard_normal(256).astype(np.float32)
+    machine.view(machine.shared_base, 256, np.float32)[:] = values
+    lane = np.arange(32)
+    at = machine.shared_base + 16 * lane
+    text = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4]; st.shared.v2.f32 [$4+512], {$3, $0};"
+    four = machine.run(text, "=&f,=&f,=&f,=&f,r", [at])
+    np.testing.assert_array_equal(np.stack(four, axis=1).ravel(), values[:128])
+    stored = machine.view(machine.shared_base + 512, 128, np.float32).reshape(32, 4)
+    np.testing.assert_array_equal(stored[:, :2], values[:128].reshape(32, 4)[:, [3, 0]])
+    text = "ld.shared.v2.f32 {$0, $1}, [$3]; ld.shared.u16 $2, [$3+6];"
+    x, y, half = machine.run(text, "=&f,=&f,=&r,r", [at])
+    np.testing.assert_array_equal(np.stack([x, y], axis=1), values[:128].reshape(32, 4)[:, :2])
+    np.testing.assert_array_equal(half, values[1:128:4].view(np.uint32) >> 16)
+
+
+def test_a_choice_is_of_bits_or_of_numbers():
+    lane = np.arange(32)
+    text = (
+        "{ .reg .pred %p; setp.lt.s32 %p, $3, 5; selp.f32 $0, 0f3F800000, 0f00000000, %p;"
+        "selp.b32 $1, $3, 9, %p; selp.s32 $2, -1, $3, !%p; }"
+    )
+    number, bits, signed = lane_values(text, "=&f,=&r,=&r,r", lane)
+    np.testing.assert_array_equal(number, lane < 5)
+    np.testing.assert_array_equal(bits, np.where(lane < 5, lane, 9))
+    np.testing.assert_array_equal(signed.view(np.int32), np.where(lane < 5, lane, -1))
 
 
 SHUFFLES = [
@@ -1118,6 +1203,25 @@ ERRORS = [
     ("trap;", "", "come to a trap"),
     ("div.u32 $0, $1, 0;", "=r,r", "divided by 0"),
     ("mov.u32 $0, 1", "=r", "lacks its end"),
+    ("max.NaN.u32 $0, $1, 1;", "=r,r", "none of .NaN.u32"),
+    (
+        "mma.sync.aligned.m16n8k32.row.col.s32.s4.s4.s32 {$0, $0, $0, $0}, {$1, $1, $1, $1}, "
+        "{$1, $1}, {$1, $1, $1, $1};",
+        "=&r,r",
+        "does not know `.s4`",
+    ),
+    (
+        "mma.sync.aligned.m16n8k32.row.col.f32.s8.s8.f32 {$0, $0, $0, $0}, {$1, $1, $1, $1}, "
+        "{$1, $1}, {$1, $1, $1, $1};",
+        "=&r,r",
+        "no such matrix product",
+    ),
+    (
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $0, $0, $0}, {$1, $1}, {$1, $1}, "
+        "{$1, $1, $1, $1};",
+        "=&r,r",
+        "2 registers are given for 4",
+    ),
     (
         f"{{ {SOME} @%p shfl.sync.idx.b32 $0, $1, 0, 31, -1; }}",
         "=r,r",
