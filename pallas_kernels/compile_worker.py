@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.dims import Dims, Features
+from pallas_kernels.dims import Dims, Features, WeightBits
 from pallas_kernels.launch import StepState, launch_step
 from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.stream.launch import stream_step
@@ -76,7 +76,8 @@ def main(directory: str) -> None:
     options, sizes = request["options"], request["dims"]
     features = sizes.pop("features")
     features["local_layers"] = tuple(features["local_layers"])  # JSON has lists alone
-    dims = Dims(**sizes, features=Features(**features))
+    bits = WeightBits(**sizes.pop("weight_bits"))
+    dims = Dims(**sizes, features=Features(**features), weight_bits=bits)
     if request["kernel"] == "streamed":
         stages = {key: options.pop(key) for key in ("num_stages",) if key in options}
         plan = make_stream_plan(dims, gpu.gpu, Tuning(**options))

@@ -20,7 +20,7 @@ from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input
-from pallas_kernels.stream.plan import COLUMNS, LINE, PIECE
+from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, READ
 
 # bfloat16
 
@@ -54,7 +54,7 @@ class Tile:
     @property
     def plan(self) -> Any:
         """As much of a `StreamPlan` as `lanes` looks at."""
-        line = LINE * COLUMNS if self.chunked else LINE
+        line = QUAD * COLUMNS if self.chunked else QUAD
         return SimpleNamespace(
             threads=32 * self.warps,
             product_warps=self.product_warps,
@@ -64,7 +64,7 @@ class Tile:
 
     @property
     def span(self) -> int:
-        return self.product_warps * self.pieces * self.plan.line
+        return self.product_warps * self.pieces * self.plan.line * PIECE
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def product_text(tile: Tile) -> Inline:
             [none] * (4 * tile.pieces),
             none,
             rows=tile.rows,
-            step=2 * plan.line,
+            step=READ * plan.line,
             chunked=tile.chunked,
             threads=32 * tile.product_warps,
         )
@@ -109,10 +109,11 @@ def check_product(
     machine.view(ring, weights.size, np.uint16)[:] = weights.ravel()
     thread = np.arange(plan.threads)
     warp, column = thread // 32, thread % 32 // 4
-    first = np.asarray(first_input(plan, tile.pieces))
+    part: Any = SimpleNamespace(reads=tile.pieces, grain=PIECE)
+    first = np.asarray(first_input(plan, part))
     words = []
     for q in range(tile.pieces):
-        at = first[:, None] + q * plan.line + np.arange(PIECE)
+        at = first[:, None] + q * plan.line * PIECE + np.arange(PIECE)
         # Warps that do not multiply hold zeros.
         held = inputs[0 if tile.chunked else column[:, None], at]
         held = np.where(thread[:, None] < 32 * tile.product_warps, held, 0).astype(np.uint16)
@@ -168,6 +169,12 @@ class Ring:
     size: int = 64  # bytes of a copy
     threads: int = 64
     slot_bytes: int = 512
+    scales: int = 0  # copies of a tile's scales at most, 32 bytes each; every other tile has some
+
+    @property
+    def row_words(self) -> int:
+        """Of the route."""
+        return 16 if self.scales else 8
 
     @property
     def copies(self) -> tuple[int, ...]:
@@ -177,7 +184,7 @@ class Ring:
     @property
     def feed(self) -> ptx.Feed:
         route = self.slots * self.slot_bytes
-        barriers = route + 32 * len(self.copies)
+        barriers = route + 4 * self.row_words * len(self.copies)
         return ptx.Feed(
             slots=self.slots,
             slot_bytes=self.slot_bytes,
@@ -190,6 +197,7 @@ class Ring:
             in_flight=self.in_flight,
             thread=self.threads - 32,
             copies=max(2, *self.copies),
+            scales=self.scales,
             l2_tiles=self.l2_tiles,
         )
 
@@ -251,35 +259,53 @@ class Fed:
         self._next_ahead = 0
         # Places of tiles are drawn, in pieces of 16 bytes from the pointer on.
         units = ring.size // 16
-        self.rows = np.zeros((len(ring.copies), 8), np.int64)
+        self.rows = np.zeros((len(ring.copies), ring.row_words), np.int64)
         for number, copies in enumerate(ring.copies):
             in_layers = number <= len(ring.layer_copies)
-            begin = int(rng.integers(-2000, 500))
-            self.rows[number] = [
-                begin & 0xFFFFFFFF,
-                begin >> 32 & 0xFFFFFFFF,
-                300 if in_layers else 0,
+            self.rows[number, :8] = [
+                *self._begin(rng, 300 if in_layers else 0),
                 int(rng.integers(units, 30)),
                 ring.size,
                 copies,
                 int(rng.integers(units, units + 3)) * 16,
                 0,
             ]
+            if ring.scales:
+                some = int(rng.integers(1, ring.scales + 1)) if number % 2 and copies else 0
+                self.rows[number, 8:] = [
+                    *self._begin(rng, 40 if in_layers else 0),
+                    int(rng.integers(2, 9)),
+                    32,
+                    some,
+                    400,  # behind the weights
+                    0,
+                ]
         clear, write, start = setup_texts(self.feed, ring.threads)
         clear.run(m, self.base)
         thread = np.arange(ring.threads)
         mask = thread < len(self.rows)
         words = np.pad(self.rows, ((0, ring.threads - len(self.rows)), (0, 0))).T
-        write.run(m, self.base + self.feed.route + 32 * thread, mask.astype(int), *words)
+        for first in range(0, ring.row_words, 8):
+            at = self.base + self.feed.route + 4 * (ring.row_words * thread + first)
+            write.run(m, at, mask.astype(int), *words[first : first + 8])
         start.run(m, self.base + self.feed.barriers)
 
-    def places(self, index: int) -> list[tuple[int, int]]:
-        """Where each copy of a tile comes from, and its place in the slot."""
+    @staticmethod
+    def _begin(rng: np.random.Generator, stride: int) -> list[int]:
+        begin = int(rng.integers(-2000, 500))
+        return [begin & 0xFFFFFFFF, begin >> 32 & 0xFFFFFFFF, stride]
+
+    def places(self, index: int) -> list[tuple[int, int, int]]:
+        """Where each copy of a tile comes from, its place in the slot, and its size."""
         row, layer = self.ring.order[index]
-        low, high, stride, apart, _, copies, pitch, _ = self.rows[row].tolist()
-        begin = (high << 32 | low) - (1 << 64 if high >> 31 else 0)
-        at = self.pointer + 16 * (begin + layer * stride)
-        return [(at + 16 * apart * i, pitch * i) for i in range(copies)]
+        places = []
+        for half in range(0, self.ring.row_words, 8):
+            low, high, stride, apart, size, copies, last, _ = self.rows[row, half:][:8].tolist()
+            begin = (high << 32 | low) - (1 << 64 if high >> 31 else 0)
+            at = self.pointer + 16 * (begin + layer * stride)
+            first, pitch = (last, size) if half else (0, last)
+            places += [(at + 16 * apart * i, first + pitch * i, size) for i in range(copies)]
+        return places
 
     def slot(self, index: int) -> int:
         return self.base + index % self.ring.slots * self.ring.slot_bytes
@@ -292,11 +318,18 @@ class Fed:
     def on_their_way(self) -> set[int]:
         """Tiles of which some copy has not come. All copies are those of the tiles in order."""
         assert self.asked <= self.feed.total
-        wanted = [(i, *place) for i in range(self.asked) for place in self.places(i)]
-        made = [(copy.to, copy.source, copy.size) for copy in self.machine.copies]
-        assert made == [(self.slot(i) + to, at, self.ring.size) for i, at, to in wanted]
-        flying = set(self.machine.flying)
-        return {i for (i, *_), x in zip(wanted, self.machine.copies, strict=True) if x in flying}
+        flying, number = set(), 0
+        copies = self.machine.copies
+        for i in range(self.asked):
+            wanted = [(self.slot(i) + to, at, size) for at, to, size in self.places(i)]
+            made = copies[number : number + len(wanted)]
+            # Threads that share the scales' copies begin with the last.
+            assert sorted((x.to, x.source, x.size) for x in made) == sorted(wanted)
+            if any(x in self.machine.flying for x in made):
+                flying.add(i)
+            number += len(wanted)
+        assert number == len(copies)
+        return flying
 
     def ask(self, used: int | None = None) -> None:
         """As `feed_ring` does: the next tile is asked for just where it may be."""
@@ -328,7 +361,12 @@ class Fed:
 
     def copies_of(self, tiles: Sequence[int]) -> list[tuple[int, int]]:
         """Address and size of what is copied of tiles."""
-        return [(at, self.ring.size) for index in tiles for at, _ in self.places(index)]
+        return [
+            (at, size)
+            for index in tiles
+            for at, to, size in self.places(index)
+            if not self.ring.scales or to < 400  # of scales, none
+        ]
 
     def wait(self, index: int, edit: Edit = None, most: int = 2000) -> None:
         """Waits for a tile, and looks at it."""
@@ -336,9 +374,9 @@ class Fed:
         around, slot = divmod(index, self.ring.slots)
         barrier = self.base + self.feed.barriers + 8 * slot
         wait_text(most).edited(edit).run(self.machine, barrier, around % 2)
-        for at, to in self.places(index):
-            here = self.machine.view(self.slot(index) + to, self.ring.size, np.uint8)
-            there = self.machine.view(at, self.ring.size, np.uint8)
+        for at, to, size in self.places(index):
+            here = self.machine.view(self.slot(index) + to, size, np.uint8)
+            there = self.machine.view(at, size, np.uint8)
             np.testing.assert_array_equal(here, there)
 
 
@@ -364,7 +402,16 @@ ONE = Ring(3, (1, 1, 1), (1, 1), slots=4, in_flight=4)
 TWO = Ring(3, (2, 1, 0, 2), (1, 1, 0), slots=5, in_flight=3)
 MANY = Ring(2, (2, 5, 1, 0), (1,), slots=3, in_flight=2)
 AHEAD = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, l2_tiles=3)
-RINGS = {"one": ONE, "two": TWO, "many": MANY, "l2": AHEAD}
+SCALED = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, scales=2, l2_tiles=3)
+SCALED_MANY = Ring(2, (2, 4, 1, 0), (1,), slots=3, in_flight=2, scales=3)
+RINGS = {
+    "one": ONE,
+    "two": TWO,
+    "many": MANY,
+    "l2": AHEAD,
+    "scales": SCALED,
+    "many scales": SCALED_MANY,
+}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -427,11 +474,11 @@ WAYS = ("at once", "in any order", "one last")
 
 @functools.cache
 def collect_text(ring: Ring, pieces: int, step: int, most: int) -> Inline:
+    places = [q * step for q in range(pieces)]
+
     def body(mail: Any, weights: Any) -> None:
         each = jnp.zeros((ring.threads,), jnp.int32)
-        ptx.collect_words(
-            mail, each, step, pieces, each, each, most, weights, jnp.int32(0), ring.feed
-        )
+        ptx.collect_words(mail, each, places, each, each, most, weights, jnp.int32(0), ring.feed)
 
     return inline(body, shape(1024), shape(16, jnp.bfloat16))
 
@@ -549,7 +596,7 @@ def check_pieces(pieces: int, edit: Edit = None) -> None:
 
     def body(weights: Any) -> None:
         each = jnp.zeros((threads,), jnp.int32)
-        words = ptx.load_pieces([weights], [], each, step, pieces, each)
+        words = ptx.load_pieces([weights], [], each, [q * step for q in range(pieces)], each)
         # Of no use, it would be dropped.
         ptx.write_row(each, [words[0]] * 8, each == 0)
 
@@ -582,7 +629,7 @@ def test_pieces_come_of_the_last_array_whose_condition_holds(arrays):
         each = jnp.arange(threads, dtype=jnp.int32)
         # Every combination of conditions is that of some threads.
         beyond = [each & (1 << i) != 0 for i in range(arrays - 1)]
-        words = ptx.load_pieces(refs, beyond, 8 * each, step, pieces, each & 8)
+        words = ptx.load_pieces(refs, beyond, 8 * each, [q * step for q in range(pieces)], each & 8)
         ptx.write_row(each, [words[0]] * 8, each == 0)
 
     arguments = [shape(size, jnp.bfloat16)] * arrays

@@ -1,10 +1,10 @@
 """Which inputs of a span each thread of a program holds.
 
 In a product of tensor cores, the threads of a warp hold the operand's 8 columns as 8 groups of
-4. Each thread holds a few inputs of its column: here a *piece* of 8 neighbours, so that it reads
-16 bytes of weights at once, and as many as the warps share. A single sequence's columns are
-chunks, whose lines of 4 pieces take turns; several sequences are columns themselves, and every
-column's threads hold the same inputs.
+4. Each thread holds a few inputs of its column: as many neighbours as 16 bytes of weights have,
+8, 16 or 32, so that it reads those at once, and as many such *reads* as the warps share. A single
+sequence's columns are chunks, whose lines of 4 reads take turns; several sequences are columns
+themselves, and every column's threads hold the same inputs.
 
 Warps that do not multiply hold zeros.
 """
@@ -14,9 +14,17 @@ from __future__ import annotations
 from jax import Array, lax
 
 from pallas_kernels.program import iota
-from pallas_kernels.stream.plan import LINE, PIECE, StreamPlan
+from pallas_kernels.stream.plan import QUAD, SegmentPlan, StreamPlan
 
-__all__ = ["column_of", "feeding_thread", "first_input", "multiplies", "next_input", "waits"]
+__all__ = [
+    "column_of",
+    "feeding_thread",
+    "first_input",
+    "first_read",
+    "multiplies",
+    "next_input",
+    "waits",
+]
 
 
 def _lane(plan: StreamPlan) -> Array:
@@ -28,11 +36,16 @@ def column_of(plan: StreamPlan) -> Array:
     return lax.shift_right_logical(_lane(plan), 2)
 
 
-def first_input(plan: StreamPlan, pieces: int) -> Array:
-    """The first input of each thread's first piece, of `pieces`: int32 `[T]`."""
+def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
+    """Reads of a row that come before each thread's first: int32 `[T]`."""
     warp = lax.shift_right_logical(iota((plan.threads,), 0), 5) & (plan.product_warps - 1)
-    chunk = column_of(plan) * LINE if plan.chunked else 0
-    return warp * (pieces * plan.line) + chunk + (_lane(plan) & 3) * PIECE
+    chunk = column_of(plan) * QUAD if plan.chunked else 0
+    return warp * (part.reads * plan.line) + chunk + (_lane(plan) & 3)
+
+
+def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
+    """The first input of each thread's first read: int32 `[T]`."""
+    return first_read(plan, part) * part.grain
 
 
 def multiplies(plan: StreamPlan) -> Array:
@@ -53,6 +66,6 @@ def waits(plan: StreamPlan) -> Array:
     return multiplies(plan) | (iota((plan.threads,), 0) >= feeding_thread(plan))
 
 
-def next_input(plan: StreamPlan) -> int:
-    """Inputs from a thread's piece to its next one."""
-    return plan.line
+def next_input(plan: StreamPlan, part: SegmentPlan) -> int:
+    """Inputs from a thread's read to its next one."""
+    return plan.line * part.grain

@@ -7,7 +7,7 @@ import dataclasses
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.stream.plan import LOT, Segment, StreamPlan
 
-__all__ = ["ALIGNMENT", "ROW_WORDS", "SharedLayout", "route_rows", "spans_rows"]
+__all__ = ["ALIGNMENT", "ROW_WORDS", "SharedLayout", "route_rows", "route_words", "spans_rows"]
 
 ALIGNMENT = 128
 # Words of a row of the tables that lie there.
@@ -17,6 +17,11 @@ ROW_WORDS = 8
 def route_rows(plan: StreamPlan) -> int:
     """Of the route; the first is that of the embedding, empty."""
     return 1 + plan.layer_tiles + plan.segments[Segment.HEAD].tiles
+
+
+def route_words(plan: StreamPlan) -> int:
+    """Of a row of the route: as many again where tiles have scales."""
+    return 2 * ROW_WORDS if plan.quantized else ROW_WORDS
 
 
 def spans_rows(plan: StreamPlan) -> int:
@@ -74,7 +79,8 @@ class SharedLayout:
         }
         down = plan.segments[Segment.DOWN]
         of_down = down.run * plan.products_bytes(Segment.DOWN)
-        products = plan.flush * max(plan.products_bytes(Segment.QKV), of_down)
+        others = (plan.products_bytes(s) for s in plan.segments if s != Segment.DOWN)
+        products = plan.flush * max(*others, of_down)
         kinds = len(set(plan.dims.features.local_layers)) or 1
         sizes = {
             "slots": plan.slots * plan.slot_bytes + plan.tail_bytes,
@@ -83,7 +89,7 @@ class SharedLayout:
             "sums": cut.warps * LOT * 8,
             "queries": 2 * LOT * pitches["query_pitch"],
             "new": 2 * row,
-            "route": 4 * ROW_WORDS * route_rows(plan),
+            "route": 4 * route_words(plan) * route_rows(plan),
             "spans": 4 * ROW_WORDS * kinds * spans_rows(plan),
             "slot_barriers": 8 * plan.slots,
             "tile_barriers": 8 * cut.tiles,

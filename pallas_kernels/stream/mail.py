@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import Dims, ceil_div
+from pallas_kernels.dims import Dims, WeightBits, ceil_div
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS
 from pallas_kernels.stream.planner import splits_of
@@ -117,8 +117,9 @@ def mail_words(dims: Dims) -> int:
     if dims.batch > MAX_BATCH:
         return num_counters(dims.batch, dims.num_kv_heads)
     max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
-    # The smallest tiles split most.
-    splits = splits_of(dims, Tuning(tile_bytes=min(TILE_BYTES)))
+    # The smallest tiles of the largest weights split most.
+    largest = dataclasses.replace(dims, weight_bits=WeightBits())
+    splits = splits_of(largest, Tuning(tile_bytes=min(TILE_BYTES)))
     words = Layout.of(dims, splits, max_splits, MAX_PROGRAMS).words
     return words + _LINE  # spare: see `ptx`
 
@@ -232,14 +233,13 @@ class Mail:
         return [jnp.where(x == 0, y, jnp.nan) for x, y in zip(lacking, values, strict=True)]
 
     def collect_pieces(
-        self, offset: Array, step: int, pieces: int, tag: Array, there: Array
+        self, offset: Array, places: Sequence[int], tag: Array, there: Array
     ) -> list[Array]:
         """Waits for pieces of 8 neighbouring words, each thread for its own.
 
         Args:
             offset: int32 `[T]`, where the thread's first piece begins.
-            step: words from a thread's piece to its next one.
-            pieces: how many at most.
+            places: words from there to each of its pieces.
             tag: int32 scalar they must carry.
             there: int32 `[T]`, how many pieces the thread has.
 
@@ -248,14 +248,14 @@ class Mail:
         """
         if self.interpret:
             return [
-                self.collect(offset + q * step + j, tag, q < there)
-                for q in range(pieces)
+                self.collect(offset + place + j, tag, q < there)
+                for q, place in enumerate(places)
                 for j in range(8)
             ]
         tags = jnp.full(offset.shape, tag & _TAG_BITS)
         assert self.meanwhile is not None
         words = ptx.collect_words(
-            self.words, offset, step, pieces, tags, there, MAX_POLLS, *self.meanwhile
+            self.words, offset, places, tags, there, MAX_POLLS, *self.meanwhile
         )
         return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -13,22 +14,32 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import column_of, first_input, multiplies, next_input, waits
-from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment
+from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.tiles import Place
 
 __all__ = [
     "Operand",
     "collect_inputs",
     "collect_operand",
+    "inputs_of",
     "mean_squares",
     "no_operand",
-    "unpacked",
 ]
 
 # Two bfloat16 of 1.
 _ONES = 0x3F803F80
-# What each thread holds of a span's activations: int32 `[T]` each, two bfloat16.
-Operand = tuple[Array, ...]
+
+
+class Operand(NamedTuple):
+    """What each thread holds of a span's activations.
+
+    Attributes:
+        words: int32 `[T]` each: two bfloat16, or digits as `ptx.pack_digits` has them.
+        scale: of digits, float32 `[T]`; None where no matrix is quantized.
+    """
+
+    words: tuple[Array, ...]
+    scale: Array | None
 
 
 def _most_words(env: StreamEnv) -> int:
@@ -37,7 +48,9 @@ def _most_words(env: StreamEnv) -> int:
 
 def no_operand(env: StreamEnv) -> Operand:
     """Before the first is collected."""
-    return (jnp.zeros((env.plan.threads,), jnp.int32),) * _most_words(env)
+    shape = (env.plan.threads,)
+    words = (jnp.zeros(shape, jnp.int32),) * _most_words(env)
+    return Operand(words, jnp.zeros(shape, jnp.float32) if env.plan.quantized else None)
 
 
 def _packed(first: Array, second: Array) -> Array:
@@ -49,8 +62,17 @@ def _packed(first: Array, second: Array) -> Array:
     return (low & 0xFFFF) | lax.shift_left(high, 16)
 
 
-def unpacked(word: Array) -> tuple[Array, Array]:
-    """The two numbers of a word of an operand, float32."""
+def inputs_of(part: SegmentPlan, operand: Operand) -> list[Array]:
+    """A segment's operand as numbers, for interpret mode: float32 `[T]`, inputs in order."""
+    words = operand.words[: part.pieces * PIECE // 2]
+    if part.bits == 16:
+        return [x for word in words for x in _unpacked(word)]
+    assert operand.scale is not None
+    return ptx.unpack_digits(words, operand.scale, part.bits)
+
+
+def _unpacked(word: Array) -> tuple[Array, Array]:
+    """The two numbers of a word of two bfloat16, float32."""
     low, high = lax.shift_left(word, 16), word & ~0xFFFF
     return (
         lax.bitcast_convert_type(low, jnp.float32),
@@ -58,21 +80,34 @@ def unpacked(word: Array) -> tuple[Array, Array]:
     )
 
 
-def _norm_weights(env: StreamEnv, segment: Array, layer: Array) -> tuple[list[Array], Array]:
+def _there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
+    """Of so many inputs from each thread's first on, the pieces that it has: int32."""
+    step = next_input(plan, part)
+    if part.grain == PIECE:  # inputs are whole pieces
+        return jnp.clip(lax.div(left + (step - 1), jnp.int32(step)), 0, part.pieces)
+    left = jnp.maximum(left, 0)
+    lines = lax.div(left, jnp.int32(step))
+    a_read = part.grain // PIECE
+    rest = lax.div(left - lines * step + (PIECE - 1), jnp.int32(PIECE))
+    return jnp.minimum(lines * a_read + jnp.minimum(rest, a_read), part.pieces)
+
+
+def _norm_weights(
+    env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array
+) -> tuple[list[Array], Array]:
     """A residual's norm's weights of each thread's inputs, and whether it is normed.
 
     Two bfloat16 a word; 0 beyond the row, ones where the operand is not normed.
     """
     plan, d = env.plan, env.dims
-    pieces = plan.segments[Segment.QKV].pieces
-    first, step, size = first_input(plan, pieces), next_input(plan), d.model_dim
+    first, step, size = first_input(plan, part), next_input(plan, part), d.model_dim
     is_head = segment == Segment.HEAD
     is_normed = is_head
     if before := env.features.pre_norm:
         is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
     refs = [env["attn_norm"], env["mlp_norm"], env["final_norm"]] if before else [env["final_norm"]]
     if env.interpret:
-        elements = [first + q * step + j for q in range(pieces) for j in range(PIECE)]
+        elements = [first + q * step + j for q in range(part.reads) for j in range(part.grain)]
 
         def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
             where = [(*index, jnp.minimum(x, size - 1)) for x in elements]
@@ -87,10 +122,10 @@ def _norm_weights(env: StreamEnv, segment: Array, layer: Array) -> tuple[list[Ar
         words = [_packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
     else:
         row = (1 - is_head.astype(jnp.int32)) * layer * size
-        there = jnp.clip(lax.div(size - first + (step - 1), jnp.int32(step)), 0, pieces)
+        there = _there(plan, part, size - first)
         beyond = [segment != Segment.QKV, is_head] if before else []
         conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]
-        words = ptx.load_pieces(refs, conditions, row + first, step, pieces, there)
+        words = ptx.load_pieces(refs, conditions, row + first, _places(plan, part), there)
     return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed
 
 
@@ -119,14 +154,25 @@ def _without_l2(env: StreamEnv) -> StreamEnv:
     return dataclasses.replace(env, mail=mail)
 
 
+def _places(plan: StreamPlan, part: SegmentPlan) -> list[int]:
+    """Inputs from a thread's first piece to each of its pieces."""
+    step = next_input(plan, part)
+    return [q * step + i for q in range(part.reads) for i in range(0, part.grain, PIECE)]
+
+
 def collect_inputs(
-    env: StreamEnv, pieces: int, start: Array | int, row: Array | int, width: Array, tag: Array
+    env: StreamEnv,
+    part: SegmentPlan,
+    start: Array | int,
+    row: Array | int,
+    width: Array,
+    tag: Array,
 ) -> list[Array]:
     """Waits for a span of activations.
 
     Args:
         env: the program's view.
-        pieces: of each thread.
+        part: a segment that has such an operand.
         start: word of the mail with which the first sequence's span begins.
         row: words from a sequence to the next.
         width: int32 scalar, inputs of the span; 0 to wait for none.
@@ -136,19 +182,30 @@ def collect_inputs(
         Float32 `[T]`, 8 a piece; 0 beyond the span and for padding sequences.
     """
     plan = env.plan
-    first, step = first_input(plan, pieces), next_input(plan)
+    first = first_input(plan, part)
     left = width - first
     if not plan.chunked:
         column = column_of(plan)
         left = jnp.where(column < plan.dims.batch, left, 0)
         start = start + jnp.minimum(column, plan.dims.batch - 1) * row
-    # Spans are whole pieces.
-    there = jnp.clip(lax.div(left + (step - 1), jnp.int32(step)), 0, pieces)
+    there, places = _there(plan, part, left), _places(plan, part)
     if plan.product_warps == plan.num_warps:
-        return env.mail.collect_pieces(start + first, step, pieces, tag, there)
+        return env.mail.collect_pieces(start + first, places, tag, there)
     there = jnp.where(waits(plan), there, 0)
-    values = env.mail.collect_pieces(start + first, step, pieces, tag, there)
+    values = env.mail.collect_pieces(start + first, places, tag, there)
     return [jnp.where(multiplies(plan), value, 0.0) for value in values]
+
+
+def _pack(env: StreamEnv, part: SegmentPlan, values: list[Array]) -> Operand:
+    """Activations as the segment's weights want them."""
+    scale = jnp.zeros_like(values[0]) if env.plan.quantized else None
+    if part.bits == 16:
+        words = [_packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
+    else:
+        words, scale = ptx.pack_digits(values, part.bits, interpret=env.interpret)
+    # Pallas lets no plain constant out of a branch.
+    rest = [words[0] * 0] * (_most_words(env) - len(words))
+    return Operand((*words, *rest), scale)
 
 
 def collect_operand(env: StreamEnv, first: Place) -> Operand:
@@ -162,33 +219,44 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
     layer = jnp.minimum(first.layer, d.num_layers - 1)
     tag = env.tag(first.layer)
 
-    def pack(values: list[Array]) -> Operand:
-        words = [_packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
-        # Pallas lets no plain constant out of a branch.
-        return (*words, *[words[0] * 0] * (_most_words(env) - len(words)))
-
     def of_hidden() -> Operand:
         # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
         column = first.split * down.width
         width = jnp.where(first.real, jnp.minimum(down.width, down.inner - column), 0)
-        start = at.ffw + column
-        return pack(collect_inputs(_without_l2(env), down.pieces, start, down.inner, width, tag))
+        quiet, start = _without_l2(env), at.ffw + column
+        return _pack(env, down, collect_inputs(quiet, down, start, down.inner, width, tag))
 
-    def of_residual() -> Operand:
-        pieces = plan.segments[Segment.QKV].pieces
+    def of_residual(part: SegmentPlan) -> Operand:
         is_attn = segment == Segment.ATTN_OUT
         # Asked for before the residual is waited for.
-        weights, is_normed = _norm_weights(env, segment, layer)
+        weights, is_normed = _norm_weights(env, part, segment, layer)
         start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_in])
         inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
         width = jnp.where(first.real, inner, 0)
-        x = collect_inputs(env, pieces, start, inner, width, tag)
+        x = collect_inputs(env, part, start, inner, width, tag)
         scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
         scale = jnp.where(is_normed, scale, 1.0)
-        by = [weight for word in weights for weight in unpacked(word)]
+        by = [weight for word in weights for weight in _unpacked(word)]
         if (offset := env.features.norm_offset) != 0:
             # The attention's output is not normed, and its ones stay ones.
             by = [weight + is_normed.astype(jnp.float32) * offset for weight in by]
-        return pack([value * scale * weight for value, weight in zip(x, by, strict=True)])
+        normed = [value * scale * weight for value, weight in zip(x, by, strict=True)]
+        return _pack(env, part, normed)
 
-    return lax.cond(segment == Segment.DOWN, of_hidden, of_residual)
+    # By the bits of their weights, segments of a residual.
+    kinds: dict[int, list[Segment]] = {}
+    for one, part in sorted(plan.segments.items()):
+        if one != Segment.DOWN:
+            kinds.setdefault(part.bits, []).append(one)
+    ways = [functools.partial(of_residual, env.segment(kind[0])) for kind in kinds.values()]
+
+    def of_any_residual() -> Operand:
+        if len(ways) == 1:
+            return ways[0]()
+        number = jnp.int32(0)
+        for i, kind in enumerate(kinds.values()):
+            for one in kind:
+                number = jnp.where(segment == one, jnp.int32(i), number)
+        return lax.switch(number, ways)
+
+    return lax.cond(segment == Segment.DOWN, of_hidden, of_any_residual)

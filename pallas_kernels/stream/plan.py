@@ -6,6 +6,9 @@ cut into 8 *chunks*, which become the block's 8 columns and 8 of its rows, and o
 the entries where both mean the same chunk are summed. Several sequences are the columns
 themselves. The span's inputs are shared out among the threads of a program, see `lanes`.
 
+Matrices may be stored in different formats: what a tile has of rows and inputs follows from the
+bytes of a weight.
+
 A *segment* is a mat-vec's part of the stream. Its rows are dealt out in groups, one tile
 each. Where a mat-vec has more inputs than its span, they are split among teams of programs, and
 the partial sums of a row are added up by the program that owns the row.
@@ -16,17 +19,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from pallas_kernels.dims import Dims, ceil_div, next_power_of_2
+from pallas_kernels.dims import GROUP, Dims, ceil_div, next_power_of_2
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = ["AttentionPlan", "Segment", "SegmentPlan", "StreamPlan"]
 
 # Columns of a tensor core's block: several sequences are padded to as many.
 COLUMNS = 8
-# Inputs that a thread reads at once: 16 bytes.
+# Activations that a thread waits for at once.
 PIECE = 8
-# Threads that read one row's, or chunk's, inputs: 4 pieces.
-LINE = 4 * PIECE
+# Bytes of weights that a thread reads at once.
+READ = 16
+# Threads that read one row's, or chunk's, inputs side by side.
+QUAD = 4
 # Pieces that a thread holds of the operand: half of its 255 registers, packed in pairs.
 MAX_PIECES = 16
 MAX_ROWS = 16
@@ -65,8 +70,9 @@ class SegmentPlan:
     Attributes:
         out: rows of the matrix.
         inner: inputs of the matrix.
+        bits: of a weight: 16, 8 or 4.
         rows: rows of a tile.
-        pieces: pieces of the span that a thread holds.
+        reads: of each row, by a thread.
         groups: groups of rows, a tile each.
         splits: parts the inputs are cut into; program p works on part `p % splits`.
         width: inputs of a part.
@@ -77,8 +83,9 @@ class SegmentPlan:
 
     out: int
     inner: int
+    bits: int
     rows: int
-    pieces: int
+    reads: int
     groups: int
     splits: int
     width: int
@@ -90,6 +97,31 @@ class SegmentPlan:
     def run_rows(self) -> int:
         """Rows of the groups that are dealt out together."""
         return self.rows * self.run
+
+    @property
+    def grain(self) -> int:
+        """Neighbouring inputs that a thread reads at once."""
+        return 8 * READ // self.bits
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of the span that a thread holds."""
+        return self.reads * self.grain // PIECE
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of a tile."""
+        return self.width * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of a row of a tile."""
+        return {16: 0, 8: 4, 4: 2 * (self.width // GROUP)}[self.bits]
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile, with the scales of its run's rows."""
+        return self.rows * self.row_bytes + self.run_rows * self.scale_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,12 +218,27 @@ class StreamPlan:
 
     @property
     def line(self) -> int:
-        """Inputs that a warp reads at once of a row."""
-        return LINE * (COLUMNS if self.chunked else 1)
+        """Reads of a row that a warp makes side by side."""
+        return QUAD * (COLUMNS if self.chunked else 1)
 
     def span(self, segment: Segment) -> int:
         """Inputs of a segment's tile, those that are padding included."""
-        return self.segments[segment].pieces * self.product_warps * self.line
+        part = self.segments[segment]
+        return part.reads * part.grain * self.product_warps * self.line
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some matrix is."""
+        return self.dims.weight_bits.quantized
+
+    @property
+    def kinds(self) -> list[list[Segment]]:
+        """The segments with weights, those together whose tiles are multiplied alike."""
+        kinds: dict[tuple[bool, int, int], list[Segment]] = {}
+        for segment, part in sorted(self.segments.items()):
+            kind = segment == Segment.DOWN, part.bits, part.scale_bytes
+            kinds.setdefault(kind, []).append(segment)
+        return list(kinds.values())
 
     def products_bytes(self, segment: Segment) -> int:
         """Bytes of a tile's products, not summed up yet: float32, `COLUMNS` a row and warp.
@@ -218,7 +265,12 @@ class StreamPlan:
     @property
     def ragged(self) -> bool:
         """Whether some tile's rows are shorter than its span."""
-        return any(p.width != self.span(s) or p.inner % p.width for s, p in self.segments.items())
+        return any(self.is_ragged(segment) for segment in self.segments)
+
+    def is_ragged(self, segment: Segment) -> bool:
+        """Whether some tile of the segment has rows shorter than its span."""
+        part = self.segments[segment]
+        return part.width != self.span(segment) or part.inner % part.width != 0
 
     @property
     def layer_tiles(self) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels.dims import Dims, ceil_div, next_power_of_2
+from pallas_kernels.dims import GROUP, Dims, ceil_div, next_power_of_2
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import (
     COLUMNS,
-    LINE,
     LOT,
     MAX_PIECES,
     MAX_PROGRAMS,
@@ -20,6 +19,8 @@ from pallas_kernels.stream.plan import (
     MIN_FLUSH,
     MIN_SPAN,
     PIECE,
+    QUAD,
+    READ,
     RESERVED_TILE,
     AttentionPlan,
     Segment,
@@ -39,34 +40,61 @@ class _Geometry:
     """Of tiles, whatever the device."""
 
     def __init__(self, dims: Dims, tuning: Tuning):
+        self.dims, self.tuning = dims, tuning
         self.batch = 1 if dims.batch == 1 else COLUMNS
-        line = LINE * (COLUMNS if self.batch == 1 else 1)
-        widest = max(dims.model_dim, dims.attn_dim)
-        most = MAX_PIECES if self.batch == 1 else 2 * MAX_PIECES
+        self.line = QUAD * (COLUMNS if self.batch == 1 else 1)
+        self.widest = max(dims.model_dim, dims.attn_dim)
+        self.most = MAX_PIECES if self.batch == 1 else 2 * MAX_PIECES
         # Of several sequences each thread has 8 times as much to collect.
-        warps = 4 if self.batch == 1 or ceil_div(widest, 4 * line) <= MAX_PIECES // 2 else 8
-        self.product_warps = warps
+        few = ceil_div(self.widest, 4 * self.line * PIECE) <= MAX_PIECES // 2
+        self.product_warps = 4 if self.batch == 1 or few else 8
         # Those beyond feed the ring meanwhile.
-        self.num_warps = max(warps, tuning.num_warps or warps)
-        self.unit = warps * line  # inputs of one piece of every thread
-        self.pieces = ceil_div(widest, self.unit)
-        self.most = most
-        self.rows = self._rows(dims, self.pieces * self.unit, tuning)
-        # The down projection's inputs are split where threads, or tiles of two rows, have no room.
-        room = max(self.pieces, 4)
-        if self.batch == 1:
-            room = max(1, min(MAX_PIECES // 2, tuning.tile_bytes // (2 * 2 * self.unit)))
-        self.splits = ceil_div(dims.ffw_dim, room * self.unit)
-        self.width = ceil_div(ceil_div(dims.ffw_dim, self.splits), PIECE) * PIECE
-        self.down_pieces = ceil_div(self.width, self.unit)
-        self.down_rows = min(self.rows, self._rows(dims, self.down_pieces * self.unit, tuning))
+        self.num_warps = max(self.product_warps, tuning.num_warps or self.product_warps)
+        self.bits = dims.weight_bits
+        self.rows = self.rows_of(self.bits.attn_out)
+        self._cut_down()
 
-    def _rows(self, dims: Dims, span: int, tuning: Tuning) -> int:
+    def unit(self, bits: int) -> int:
+        """Inputs of one read of every thread."""
+        return self.product_warps * self.line * (8 * READ // bits)
+
+    def reads(self, bits: int) -> int:
+        """Of a row of the model's width, by a thread."""
+        return ceil_div(self.widest, self.unit(bits))
+
+    def rows_of(self, bits: int) -> int:
+        """Rows of a tile of the model's width."""
+        scale = {16: 0, 8: 4, 4: 2 * (self.dims.model_dim // GROUP)}[bits]
+        rows = self._rows(bits, self.reads(bits))
+        # Scales are copied by 16 bytes: those of half a tile's rows are whole ones.
+        while rows // 2 * scale % READ and rows < MAX_ROWS:
+            rows *= 2
+        return rows
+
+    def _cut_down(self) -> None:
+        """The down projection's inputs are split where threads, or tiles, have no room."""
+        bits, size = self.bits.down, self.dims.ffw_dim
+        unit, pieces = self.unit(bits), 8 * READ // bits // PIECE
+        room = max(self.reads(bits), ceil_div(4, pieces))
+        if self.batch == 1:
+            # Integers leave room for twice as many: their rows are shorter.
+            held = (MAX_PIECES // 2 if bits == 16 else MAX_PIECES) // pieces
+            room = max(1, min(held, self.tuning.tile_bytes // (2 * unit * bits // 8)))
+        self.splits = ceil_div(size, room * unit)
+        whole = PIECE if self.splits == 1 or bits == 16 else READ
+        if bits == 4:  # scales, too, are copied by 16 bytes
+            whole = GROUP if self.splits == 1 else GROUP * READ // 2
+        self.width = ceil_div(ceil_div(size, self.splits), whole) * whole
+        self.down_reads = ceil_div(self.width, unit)
+        self.down_rows = min(self.rows, self._rows(bits, self.down_reads))
+
+    def _rows(self, bits: int, reads: int) -> int:
         """Rows of a tile: whole pairs, of RoPE, and of gate and up, of one head."""
         rows = 2
-        limit = MAX_ROWS if self.batch == 1 else COLUMNS
-        while 2 * rows <= limit and 4 * rows * span <= tuning.tile_bytes:
-            if dims.head_dim % (2 * rows):
+        limit = COLUMNS if self.batch > 1 and bits == 16 else MAX_ROWS
+        row_bytes = reads * self.unit(bits) * bits // 8
+        while 2 * rows <= limit and 2 * rows * row_bytes <= self.tuning.tile_bytes:
+            if self.dims.head_dim % (2 * rows):
                 break
             rows *= 2
         return rows
@@ -80,9 +108,10 @@ def splits_of(dims: Dims, tuning: Tuning = DEFAULT) -> int:
 def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
     """Why these sizes cannot be streamed, as a sentence; None if they can."""
     geometry = _Geometry(dims, tuning)
-    if geometry.pieces > geometry.most:
+    held = geometry.product_warps * geometry.line * PIECE * geometry.most
+    if geometry.widest > held:
         return (
-            f"The streamed kernel holds at most {geometry.most * geometry.unit} activations of "
+            f"The streamed kernel holds at most {held} activations of "
             f"each of {dims.batch} sequences in place; this model has "
             f"{max(dims.model_dim, dims.attn_dim)}. Take the phased kernel."
         )
@@ -91,12 +120,28 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
             f"The streamed kernel splits {dims.ffw_dim} hidden activations among "
             f"{geometry.splits} programs; this GPU has {programs}. Take the phased kernel."
         )
-    if odd := [n for n in (dims.model_dim, dims.attn_dim, dims.ffw_dim) if n % PIECE]:
+    for name, inner in _inputs(dims).items():
+        bits = getattr(dims.weight_bits, name)
+        whole = GROUP if bits == 4 else 8 * READ // bits
+        if inner % whole:
+            return (
+                f"The streamed kernel copies rows of weights of whole {whole} elements, of {bits} "
+                f"bits each; this model's {name} has rows of {inner}. Take the phased kernel."
+            )
+    down = geometry.splits > 1 and dims.weight_bits.down == 4
+    if down and dims.ffw_dim % (GROUP * READ // 2):
         return (
-            f"The streamed kernel copies rows of weights of whole {PIECE} elements; this model "
-            f"has rows of {odd[0]}. Take the phased kernel."
+            "The streamed kernel splits rows of int4 weights where their scales make up whole 16 "
+            f"bytes, every {GROUP * READ // 2} inputs; this model's down has rows of "
+            f"{dims.ffw_dim}. Decode fewer sequences, or choose int8 for it."
         )
     return None
+
+
+def _inputs(dims: Dims) -> dict[str, int]:
+    """Inputs of each matrix."""
+    d = dims.model_dim
+    return {"qkv": d, "attn_out": dims.attn_dim, "gate_up": d, "down": dims.ffw_dim, "head": d}
 
 
 def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning = DEFAULT) -> str | None:
@@ -137,15 +182,18 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
     d, programs = dims, gpu.cores
     if (reason := _why_not_there(gpu) or why_not(dims, programs, tuning)) is not None:
         raise ValueError(reason)
-    g = _Geometry(dims, tuning)
+    g, bits = _Geometry(dims, tuning), dims.weight_bits
 
-    def segment(out: int, inner: int, outputs: int = g.rows) -> SegmentPlan:
-        groups = ceil_div(out, outputs)
+    def segment(out: int, inner: int, bits: int, *, paired: bool = False) -> SegmentPlan:
+        rows = g.rows_of(bits)
+        # A group of gate and up holds half its rows of each.
+        groups = ceil_div(out, rows // 2 if paired else rows)
         return SegmentPlan(
             out=out,
             inner=inner,
-            rows=g.rows,
-            pieces=g.pieces,
+            bits=bits,
+            rows=rows,
+            reads=g.reads(bits),
             groups=groups,
             splits=1,
             width=inner,
@@ -164,8 +212,9 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
     down = SegmentPlan(
         out=d.model_dim,
         inner=d.ffw_dim,
+        bits=bits.down,
         rows=g.down_rows,
-        pieces=g.down_pieces,
+        reads=g.down_reads,
         groups=groups,
         splits=g.splits,
         width=g.width,
@@ -174,16 +223,16 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         tiles=tiles,
     )
     segments = {
-        Segment.QKV: segment(d.qkv_dim, d.model_dim),
-        Segment.ATTN_OUT: segment(d.model_dim, d.attn_dim),
-        # A group holds half its rows of the gate and the same rows of the up projection.
-        Segment.GATE_UP: segment(d.ffw_dim, d.model_dim, g.rows // 2),
+        Segment.QKV: segment(d.qkv_dim, d.model_dim, bits.qkv),
+        Segment.ATTN_OUT: segment(d.model_dim, d.attn_dim, bits.attn_out),
+        Segment.GATE_UP: segment(d.ffw_dim, d.model_dim, bits.gate_up, paired=True),
         Segment.DOWN: down,
-        Segment.HEAD: segment(d.vocab_size, d.model_dim),
+        Segment.HEAD: segment(d.vocab_size, d.model_dim, bits.head),
     }
     owned = next_power_of_2(ceil_div(ceil_div(d.model_dim, g.rows), programs))
     # What is rotated, and what is added to the residual, is made use of at once.
-    flush = next_power_of_2(max(MIN_FLUSH, owned, segments[Segment.QKV].tiles))
+    least = MIN_FLUSH if g.product_warps * g.rows <= 64 else MIN_FLUSH // 2
+    flush = next_power_of_2(max(least, owned, segments[Segment.QKV].tiles))
     taken = gpu.shared_memory // RESERVED_TILE
     plan = StreamPlan(
         dims=dims,
@@ -195,9 +244,11 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         num_stages=taken + 1,
         slots=0,
         in_flight=tuning.in_flight,
-        slot_bytes=2 * max(p.rows * p.width for p in segments.values()),
+        slot_bytes=READ * max(ceil_div(p.tile_bytes, READ) for p in segments.values()),
         room=0,
-        tail_bytes=2 * max(p.pieces * g.unit - p.width for p in segments.values()),
+        tail_bytes=max(
+            p.reads * g.unit(p.bits) * p.bits // 8 - p.row_bytes for p in segments.values()
+        ),
         flush=flush,
         padded_batch=g.batch,
         rows=g.rows,

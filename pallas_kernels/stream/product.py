@@ -6,18 +6,20 @@ summed up for several tiles at once: of a segment that is short, for all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.dims import GROUP
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import column_of, first_input, next_input
-from pallas_kernels.stream.operand import Operand, unpacked
-from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, StreamPlan
+from pallas_kernels.stream.lanes import column_of, first_input, first_read, next_input
+from pallas_kernels.stream.operand import Operand, inputs_of
+from pallas_kernels.stream.plan import COLUMNS, PIECE, READ, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.ring import (
     Turn,
     products_address,
@@ -61,16 +63,18 @@ def outputs_of(env: StreamEnv, segment: Segment) -> Outputs:
 def products_shape(plan: StreamPlan) -> tuple[int, int, int, int]:
     """Of the products put aside in interpret mode, float32: programs, tiles, rows, sequences."""
     down = plan.segments[Segment.DOWN]
-    return plan.programs, plan.flush * down.run, plan.rows, plan.padded_batch
+    rows = max(part.rows for part in plan.segments.values())
+    return plan.programs, plan.flush * down.run, rows, plan.padded_batch
 
 
-def _pitch(env: StreamEnv, segment: Array) -> Array:
-    """Bytes from a row of the tile to the next, where it is not the down projection's."""
-    d = env.dims
-    if d.attn_dim == d.model_dim:
-        return jnp.int32(2 * d.model_dim)
-    is_attn = segment == Segment.ATTN_OUT
-    return jnp.where(is_attn, jnp.int32(2 * d.attn_dim), jnp.int32(2 * d.model_dim))
+def _of_segment(env: StreamEnv, segment: Array, kind: list[Segment], of: str) -> Array:
+    """An attribute of the segment's plan, one of a kind's."""
+    values = {s: getattr(env.segment(s), of) for s in kind}
+    out = jnp.int32(values[kind[0]])
+    for s in kind[1:]:
+        if values[s] != values[kind[0]]:
+            out = jnp.where(segment == s, jnp.int32(values[s]), out)
+    return out
 
 
 def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Operand) -> None:
@@ -84,12 +88,14 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
         operand: of its segment.
     """
     wait_for_tile(env, turn)
+    plan = env.plan
 
-    def product(segment: Segment, pitch: Array) -> Array:
-        plan, part = env.plan, env.segment(segment)
-        words = operand[: part.pieces * PIECE // 2]
+    def product(kind: list[Segment]) -> Array:
+        segment, part = kind[0], env.segment(kind[0])
+        pitch = _of_segment(env, place.segment, kind, "row_bytes")
+        words = operand.words[: part.pieces * PIECE // 2]
         if env.interpret:
-            _interpreted(env, index, place, pitch, part.rows, part.pieces, words)
+            _interpreted(env, index, place, pitch, part, operand)
             return index
         thread = iota((plan.threads,), 0)
         warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
@@ -97,23 +103,67 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
             where = (warp * COLUMNS + column) * (4 * part.rows)
         else:
             where = (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
-        return ptx.multiply_tile(
-            slot_address(env, turn) + 2 * first_input(plan, part.pieces),
-            jnp.full((plan.threads,), pitch),
+        where += products_address(env, turn) + place.slot * plan.products_bytes(segment)
+        first = first_read(plan, part)
+        slot = slot_address(env, turn)
+        pitches = jnp.full((plan.threads,), pitch)
+        threads = 32 * plan.product_warps
+        if part.bits == 16:
+            there = None
+            if plan.quantized and any(plan.is_ragged(s) for s in kind):
+                # Beyond a row lies what may be no number.
+                left = _of_segment(env, place.segment, kind, "width") - first * part.grain
+                there = lax.div(left + (plan.line * part.grain - 1), jnp.int32(plan.line * PIECE))
+            return ptx.multiply_tile(
+                slot + READ * first,
+                pitches,
+                words,
+                where,
+                there,
+                rows=part.rows,
+                step=READ * plan.line,
+                chunked=plan.chunked,
+                threads=threads,
+            )
+        assert operand.scale is not None
+        scales = slot + part.rows * pitch
+        if part.run > 1:  # they are those of the whole run
+            scales += (place.number & (part.run - 1)) * (part.rows * part.scale_bytes)
+        return ptx.multiply_integers(
+            slot + READ * first,
+            pitches,
+            where,
+            jnp.full((plan.threads,), scales),
+            operand.scale,
+            lax.div(first * part.grain, jnp.int32(GROUP)),
             words,
-            products_address(env, turn) + place.slot * plan.products_bytes(segment) + where,
-            rows=part.rows,
-            step=2 * next_input(plan),
-            chunked=plan.chunked,
-            threads=32 * plan.product_warps,
+            ptx.IntegerTile(
+                bits=part.bits,
+                rows=part.rows,
+                reads=part.reads,
+                step=READ * plan.line,
+                scale_bytes=part.scale_bytes,
+                ragged=any(plan.is_ragged(s) for s in kind),
+                chunked=plan.chunked,
+                threads=threads,
+            ),
         )
 
-    down = env.segment(Segment.DOWN)
-    lax.cond(
-        place.segment == Segment.DOWN,
-        lambda: product(Segment.DOWN, jnp.int32(2 * down.width)),
-        lambda: product(Segment.QKV, _pitch(env, place.segment)),
-    )
+    _switch_kind(env, place.segment, product)
+
+
+def _switch_kind(env: StreamEnv, segment: Array, way: Callable[[list[Segment]], Array]) -> None:
+    """Goes the way of the kind that the segment is of; the embedding's is of no matter."""
+    down, *others = sorted(env.plan.kinds, key=lambda kind: kind != [Segment.DOWN])
+    if len(others) == 1:
+        lax.cond(segment == Segment.DOWN, lambda: way(down), lambda: way(others[0]))
+        return
+    kinds = [down, *others]
+    number = jnp.int32(1)
+    for i, kind in enumerate(kinds):
+        for one in kind:
+            number = jnp.where(segment == one, jnp.int32(i), number)
+    lax.switch(number, [lambda kind=kind: way(kind) for kind in kinds])
 
 
 def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Sums:
@@ -141,29 +191,19 @@ def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Su
 
 
 def _interpreted(
-    env: StreamEnv,
-    index: Array,
-    place: Place,
-    pitch: Array,
-    rows: int,
-    pieces: int,
-    words: Operand,
+    env: StreamEnv, index: Array, place: Place, pitch: Array, part: SegmentPlan, operand: Operand
 ) -> None:
     """Puts a tile's sums where `sum_up` finds them."""
     plan = env.plan
-    values = jnp.stack([x for word in words for x in unpacked(word)])  # [8 * pieces, T]
-    inputs = jnp.stack(
-        [
-            first_input(plan, pieces) + q * next_input(plan) + j
-            for q in range(pieces)
-            for j in range(PIECE)
-        ]
-    )
-    weights = read_tile(env, index, jnp.arange(rows)[:, None, None] * pitch + 2 * inputs[None])
-    products = (weights.astype(jnp.float32) * values).sum(axis=1)  # [rows, T]
+    first, step = first_input(plan, part), next_input(plan, part)
+    inputs = jnp.stack([first + q * step + j for q in range(part.reads) for j in range(part.grain)])
+    values = jnp.stack(inputs_of(part, operand))  # [inputs, T]
+    rows = jnp.arange(part.rows)[:, None, None] * pitch
+    weights = read_tile(env, index, part, rows + lax.div(inputs * part.bits, 8)[None], inputs)
+    products = (weights * values).sum(axis=1)  # [rows, T]
     if plan.chunked:
         sums = products.sum(axis=1)[:, None]
     else:
-        sums = products.reshape(rows, plan.num_warps, COLUMNS, 4).sum(axis=(1, 3))
+        sums = products.reshape(part.rows, plan.num_warps, COLUMNS, 4).sum(axis=(1, 3))
     row, b = iota(sums.shape, 0), iota(sums.shape, 1)
     plgpu.store(env["products"].at[env.program, place.slot, row, b], sums)

@@ -11,6 +11,7 @@ beginning: the plan leaves room for both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,13 +19,21 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.dims import GROUP
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import ALIGNMENT, ROW_WORDS, SharedLayout
-from pallas_kernels.stream.plan import COLUMNS, PIECE, RESERVED_TILE, StreamPlan
-from pallas_kernels.stream.route import make_route, most_copies, read_route, weights_of
+from pallas_kernels.stream.plan import COLUMNS, RESERVED_TILE, Segment, SegmentPlan, StreamPlan
+from pallas_kernels.stream.route import (
+    make_route,
+    most_copies,
+    most_scale_copies,
+    read_route,
+    scales_of,
+    weights_of,
+)
 from pallas_kernels.stream.spans import make_spans
 
 __all__ = [
@@ -102,7 +111,7 @@ def _reserve(env: StreamEnv) -> None:
         vectors = jnp.ones((COLUMNS, depth), jnp.bfloat16)
 
         def step(i, total):
-            tile = plgpu.load(env["w_head"].at[iota(shape, 0) + i, iota(shape, 1)])
+            tile = plgpu.load(env["embed"].at[iota(shape, 0) + i, iota(shape, 1)])
             return total + env.dot(tile, vectors, transpose_b=True)
 
         total = jnp.zeros((shape[0], COLUMNS), jnp.float32)
@@ -151,6 +160,7 @@ def feed_of(plan: StreamPlan) -> ptx.Feed:
         in_flight=min(plan.in_flight, plan.slots),
         thread=feeding_thread(plan),
         copies=most_copies(plan),
+        scales=most_scale_copies(plan),
         l2_tiles=plan.tuning.l2_tiles,
     )
 
@@ -176,31 +186,57 @@ def wait_for_tile(env: StreamEnv, turn: Turn) -> None:
         ptx.wait_copies(_barrier(env, turn), turn.phase, MOST_LOOKS)
 
 
-def read_tile(env: StreamEnv, index: Array, places: Array) -> Array:
+def read_tile(
+    env: StreamEnv, index: Array, part: SegmentPlan, places: Array, inputs: Array
+) -> Array:
     """What would lie in the slot of the program's `index`-th tile, for interpret mode.
 
     Args:
         env: the program's view.
         index: int32 scalar.
-        places: int32, bytes from the slot's beginning on; multiples of 2.
+        part: the segment's plan, or that of another of the same kind.
+        places: int32, bytes from the slot's beginning on.
+        inputs: int32, the same shape: inputs from the beginning of a tile's row.
 
     Returns:
-        bfloat16, the same shape; 0 where no copy goes.
+        Weights, float32, times their scales, the same shape; 0 where no copy goes.
     """
     source, layer = read_route(env, index)
     copy = jnp.minimum(lax.div(places, source.pitch), jnp.maximum(source.copies, 1) - 1)
     within = places - copy * source.pitch
     there = (within < source.size) & (source.copies > 0)
-    at = (source.begin.low + copy * source.stride) * PIECE + lax.div(within, 2)
+    at = (source.begin.low + copy * source.stride) * part.grain + lax.div(8 * within, part.bits)
+    if part.bits == 4:  # a byte holds two
+        at += inputs & 1
 
-    def reader(ref):
+    def reader(segment: Segment) -> Callable[[], Array]:
         def read():
-            safe = jnp.clip(at, 0, ref.shape[-2] * ref.shape[-1] - 1)
-            where = (lax.div(safe, ref.shape[-1]), lax.rem(safe, ref.shape[-1]))
-            if len(ref.shape) == 3:
-                where = (jnp.clip(layer, 0, ref.shape[0] - 1), *where)
-            return plgpu.load(ref.at[where], mask=there, other=0.0)
+            if env.segment(segment).bits != part.bits:
+                return jnp.zeros(at.shape, jnp.float32)
+            return _dequantized(env, segment, layer, at, there)
 
         return read
 
-    return lax.switch(source.begin.high, [reader(ref) for ref in weights_of(env)])
+    return lax.switch(source.begin.high, [reader(s) for s in sorted(env.plan.segments)])
+
+
+def _dequantized(env: StreamEnv, segment: Segment, layer: Array, at: Array, there: Array) -> Array:
+    """Elements of a layer's matrix, counted as if it were flat."""
+    part, ref = env.segment(segment), weights_of(env)[segment]
+    inner = jnp.int32(part.inner)
+    safe = jnp.clip(at, 0, ref.shape[-2] * part.inner - 1)
+    before = () if len(ref.shape) == 2 else (jnp.clip(layer, 0, ref.shape[0] - 1),)
+    row, column = lax.div(safe, inner), lax.rem(safe, inner)
+    words = lax.div(column, jnp.int32(8)) if part.bits == 4 else column
+    weights = plgpu.load(ref.at[(*before, row, words)], mask=there, other=0)
+    if part.bits == 16:
+        return weights.astype(jnp.float32)
+    scales = scales_of(env, segment)
+    if part.bits == 8:
+        return weights.astype(jnp.float32) * plgpu.load(scales.at[(*before, row)])
+    place = column & 7
+    # Where in a word of eight each lies: see `ffjax.packing`.
+    shift = 4 * (lax.shift_right_logical(place, 1) + 4 * (place & 1))
+    integers = (lax.shift_right_logical(weights, shift) & 15) - 8
+    scale = plgpu.load(scales.at[(*before, row, lax.div(column, jnp.int32(GROUP)))])
+    return jnp.where(there, integers.astype(jnp.float32) * scale.astype(jnp.float32), 0.0)

@@ -8,10 +8,14 @@ A tile is copied in one piece where its rows are neighbours. In a group of queri
 values the first half of the rows holds elements of the first half of a head and the second half
 those that RoPE rotates them with; in one of gate and up, rows of the gate and the same ones of
 the up projection: those come in two pieces.
+
+Scales of quantized weights come to the tile's slot too, behind its rows, by copies of their own: of
+all the rows that are dealt out together, so that they begin at whole 16 bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,20 +23,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import next_power_of_2
+from pallas_kernels.dims import GROUP, next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, pick
-from pallas_kernels.stream.layout import ROW_WORDS, route_rows
-from pallas_kernels.stream.plan import PIECE, Segment, SegmentPlan, StreamPlan
+from pallas_kernels.stream.layout import ROW_WORDS, route_rows, route_words
+from pallas_kernels.stream.plan import READ, Segment, SegmentPlan, StreamPlan
 
 __all__ = [
     "Source",
     "busy_tiles",
     "make_route",
     "most_copies",
+    "most_scale_copies",
     "read_route",
     "route_shape",
+    "scales_of",
     "team_of",
     "weights_of",
 ]
@@ -49,9 +55,12 @@ _WEIGHTS = {
 class Source(NamedTuple):
     """Where a tile's weights lie, and where they go: int32 scalars, as they stand in the table.
 
+    Of scales the same follows, without `pitch`: the copies lie side by side. In its place stands
+    where in the slot the first one goes.
+
     Attributes:
         begin: where the tile begins.
-        stride: pieces of 8 elements from a copy's beginning to the next one's.
+        stride: units of 16 bytes from a copy's beginning to the next one's.
         size: bytes of a copy.
         copies: how many; 0 for an empty tile.
         pitch: bytes from a copy's place in the slot to the next one's.
@@ -70,17 +79,28 @@ def _is_paired(segment: Segment) -> bool:
 
 def route_shape(plan: StreamPlan) -> tuple[int, int, int]:
     """Of the table, int32: programs, rows, words."""
-    return plan.programs, route_rows(plan), ROW_WORDS
+    return plan.programs, route_rows(plan), route_words(plan)
 
 
 def most_copies(plan: StreamPlan) -> int:
-    """Copies of a tile at most."""
+    """Copies of a tile's weights at most."""
     return max([2, *(part.rows for part in plan.segments.values() if part.splits > 1)])
+
+
+def most_scale_copies(plan: StreamPlan) -> int:
+    """Copies of a tile's scales at most."""
+    parts = [part for part in plan.segments.values() if part.bits == 4 and part.splits > 1]
+    return max([2, *(part.rows for part in parts)]) if plan.quantized else 0
 
 
 def weights_of(env: StreamEnv) -> list[Any]:
     """The arrays in the order of `Segment`."""
     return [env[_WEIGHTS[s]] for s in sorted(_WEIGHTS)]
+
+
+def scales_of(env: StreamEnv, segment: Segment) -> Any:
+    """The scales of a quantized matrix."""
+    return env[_WEIGHTS[segment].removeprefix("w_") + "_scale"]
 
 
 def team_of(env: StreamEnv, part: SegmentPlan) -> Array:
@@ -133,9 +153,12 @@ def make_route(env: StreamEnv, table: Array) -> None:
     column = (env.program - team * of([part.splits for part in parts])) * of(
         [p.width for p in parts]
     )
-    inner = of([p.inner // PIECE for p in parts])
-    start = row * inner + lax.div(column, jnp.int32(PIECE))
-    begin = ptx.begin_words(weights_of(env), beyond, start, PIECE, interpret=env.interpret)
+    inner = of([_units(p.inner * p.bits) for p in parts])
+    start = row * inner + lax.div(column * of([p.bits for p in parts]), jnp.int32(8 * READ))
+    weights = weights_of(env)
+    strides = _strides(weights)
+    interpret = env.interpret
+    begin = ptx.begin_words(weights[0], weights, strides, beyond, start, interpret=interpret)
     # Rows of a copy's kind that there are; all groups of a head are whole.
     out = of([d.qkv_dim, *(p.out for p in parts[1:])])
     there = jnp.clip(out - row, 0, outputs)
@@ -147,24 +170,108 @@ def make_route(env: StreamEnv, table: Array) -> None:
     count = jnp.where(split, there, jnp.where(paired, 2, 1))
     pitch = of(
         [
-            2 * p.width * (p.rows // 2 if _is_paired(s) else 1)
+            p.row_bytes * (p.rows // 2 if _is_paired(s) else 1)
             for s, p in zip(order, parts, strict=True)
         ]
     )
     words = [
         *begin,
         jnp.where(split, inner, second * inner),
-        2 * width * jnp.where(split, 1, there),
+        lax.div(width * of([p.bits for p in parts]), jnp.int32(8)) * jnp.where(split, 1, there),
         jnp.where(busy & (there > 0), count, 0),
         pitch,
     ]
     words += [jnp.zeros_like(pitch)] * (ROW_WORDS - len(words))
+    if plan.quantized and not env.interpret:
+        words += _scale_words(env, parts, beyond, row, second, there, width, words[5])
     if env.interpret:
         for number, word in enumerate(words):
             plgpu.store(env["route"].at[env.program, entry, number], word, mask=entry < rows)
         return
-    ptx.write_row(table + entry * (4 * ROW_WORDS), words, entry < rows)
+    for first in range(0, len(words), ROW_WORDS):
+        at = table + 4 * (entry * len(words) + first)
+        ptx.write_row(at, words[first : first + ROW_WORDS], entry < rows)
     plgpu.debug_barrier()
+
+
+def _units(bits: int) -> int:
+    """Whole units of 16 bytes."""
+    return bits // (8 * READ)
+
+
+def _strides(arrays: Sequence[Any]) -> list[int]:
+    """Units of a layer of each array; the head, which is the last, has no layers."""
+    sizes = [math.prod(ref.shape[1:]) * jnp.dtype(ref.dtype).itemsize for ref in arrays[:-1]]
+    return [*(_units(8 * size) for size in sizes), 0]
+
+
+def _scale_words(
+    env: StreamEnv,
+    parts: list[SegmentPlan],
+    beyond: list[Array],
+    row: Array,
+    second: Array,
+    there: Array,
+    width: Array,
+    copies: Array,
+) -> list[Array]:
+    """What the table says of the tiles' scales.
+
+    Args:
+        env: the program's view.
+        parts: the segments.
+        beyond: of each row of the table, whether it is one of a later segment.
+        row: the first that a tile has.
+        second: rows from a pair's first half to the second.
+        there: rows of a copy of weights, where these are not split.
+        width: inputs of the tile's rows.
+        copies: of weights; 0 for an empty tile.
+    """
+    names, unit = sorted(env.plan.segments), jnp.int32(READ)
+
+    def of(values: Sequence[Array | int]) -> Array:
+        return jnp.broadcast_to(pick(beyond, values), row.shape)
+
+    def array_of(segment: Segment) -> Any:
+        # Of what has no scales, nothing is copied.
+        quantized = env.segment(segment).bits != 16
+        return scales_of(env, segment) if quantized else env[_WEIGHTS[segment]]
+
+    # Bytes of the scales of a matrix's row.
+    sizes = [2 * (p.inner // GROUP) if p.bits == 4 else p.scale_bytes for p in parts]
+    # A row's scales are cut only where there are several of them.
+    cut = [p.splits > 1 and p.bits == 4 for p in parts]
+    column = of(
+        [
+            (env.program - team_of(env, p) * p.splits) * p.scale_bytes if is_cut else 0
+            for p, is_cut in zip(parts, cut, strict=True)
+        ]
+    )
+    # All tiles of a run have the scales of all its rows.
+    row = row - lax.rem(row, of([p.run_rows if p.run > 1 else 1 for p in parts]))
+    there = of([p.run_rows if p.run > 1 else there for p in parts])
+    arrays = [array_of(segment) for segment in names]
+    start = lax.div(row * of(sizes) + column, unit)
+    base = weights_of(env)[0]
+    begin = ptx.begin_words(base, arrays, _strides(arrays), beyond, start, interpret=False)
+    split = of([int(is_cut) for is_cut in cut]) != 0
+    size = jnp.where(split, lax.div(width, jnp.int32(GROUP // 2)), there * of(sizes))
+    most = of(
+        [
+            p.rows if is_cut else 2 if _is_paired(s) else 1
+            for s, p, is_cut in zip(names, parts, cut, strict=True)
+        ]
+    )
+    has_some = of([int(p.bits != 16) for p in parts]) != 0
+    return [
+        *begin,
+        lax.div(jnp.where(split, 1, second) * of(sizes), unit),
+        # Whole units: one that holds a scale lies in the array.
+        lax.div(size + (READ - 1), unit) * READ,
+        jnp.where(has_some, jnp.minimum(copies, most), 0),
+        of([p.rows * p.row_bytes for p in parts]),
+        jnp.zeros_like(size),
+    ]
 
 
 def read_route(env: StreamEnv, index: Array) -> tuple[Source, Array]:

@@ -4,10 +4,12 @@ This is the one place that touches JAX's private interface to Triton. What a pro
 others has a plain twin for interpret mode; the ring and the products are only used compiled.
 """
 
-from pallas_kernels.stream.ptx.address import Begin, begin_words
+from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
 from pallas_kernels.stream.ptx.attend import attend_span
-from pallas_kernels.stream.ptx.cache import UNIT, CacheFeed, feed_cache
+from pallas_kernels.stream.ptx.cache import CacheFeed, feed_cache
+from pallas_kernels.stream.ptx.digits import pack_digits, unpack_digits
 from pallas_kernels.stream.ptx.feed import Feed, feed_ring, start_barriers, wait_copies
+from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
     clear_shared,
@@ -29,6 +31,7 @@ __all__ = [
     "Begin",
     "CacheFeed",
     "Feed",
+    "IntegerTile",
     "attend_span",
     "begin_words",
     "clear_shared",
@@ -37,13 +40,16 @@ __all__ = [
     "feed_ring",
     "load_pair",
     "load_pieces",
+    "multiply_integers",
     "multiply_tile",
+    "pack_digits",
     "read_row",
     "ring_base",
     "start_barriers",
     "store_pair",
     "store_word",
     "sum_shared",
+    "unpack_digits",
     "wait_copies",
     "write_halves",
     "write_row",

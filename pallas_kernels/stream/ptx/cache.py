@@ -12,11 +12,9 @@ from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.address import UNIT
 
-__all__ = ["UNIT", "CacheFeed", "cache_feed_lines", "feed_cache", "pointers"]
-
-# What a cached row's beginning is counted in, bytes.
-UNIT = 16
+__all__ = ["CacheFeed", "cache_feed_lines", "feed_cache", "pointers"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,9 @@ class Feed:
         total: tiles of the step.
         in_flight: tiles that are asked for and have not come, at most.
         thread: the thread that asks.
-        copies: of a tile, at most.
+        copies: of a tile's weights, at most.
+        scales: of its scales, at most; 0 where no tile has any. Rows of the route are then 16
+            words, the second 8 of scales, and 8 otherwise.
         l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
             waits.
     """
@@ -78,7 +80,49 @@ class Feed:
     in_flight: int
     thread: int
     copies: int
+    scales: int
     l2_tiles: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the route."""
+        return 64 if self.scales else 32
+
+
+def _scale_lines(f: Feed, pointer: str, together: bool) -> list[str]:
+    """If %go, copies the scales of the tile to its slot, which begins at %slot.
+
+    %q0 to %q7 are its words of the route, and %layer is its layer. Together, the threads of the
+    warp that no copy of weights falls to share them.
+    """
+    copy = (
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%v], [%from], %x, [%b];"
+    )
+    lines = [
+        "mov.b64 %from, {%q0, %q1}; mul.wide.u32 %far, %layer, %q2; add.u64 %from, %from, %far;",
+        f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; add.u32 %v, %slot, %q6;",
+        "mov.b32 %x, %q4; mov.b32 %y, %q5;",
+    ]
+    if together:
+        return [
+            *lines,
+            "mov.u32 %t, %laneid; sub.s32 %t, 31, %t; setp.lt.and.u32 %p, %t, %y, %go;",
+            "mad.lo.u32 %v, %t, %x, %v; mul.lo.u32 %w, %q3, %t; mul.wide.u32 %by, %w, 16;",
+            f"add.u64 %from, %from, %by; @%p {copy}",
+        ]
+    lines.append("mul.wide.u32 %by, %q3, 16;")
+    ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %x;"
+    if f.scales > 2:
+        return [
+            *lines,
+            "@!%go mov.b32 %y, 0; scale: setp.eq.u32 %p, %y, 0; @%p bra scaled;",
+            f"{copy} {ahead} sub.u32 %y, %y, 1; bra scale; scaled:",
+        ]
+    return [
+        *lines,
+        f"setp.gt.and.u32 %p, %y, 0, %go; @%p {copy}",
+        f"{ahead} setp.gt.and.u32 %p, %y, 1, %go; @%p {copy}",
+    ]
 
 
 def _copy_lines(most: int, together: bool) -> list[str]:
@@ -122,7 +166,7 @@ def feed_lines(
         together: whether the thread's whole warp is here, so that its threads share many copies.
     """
     f = feed
-    together = together and f.copies > 2
+    together = together and max(f.copies, f.scales) > 2
     others = (
         (f"shr.u32 %b, %t, 5; setp.ne.u32 %p, %b, {f.thread // 32};")
         if together
@@ -136,10 +180,16 @@ def feed_lines(
         f"{others} @%p bra fed; setp.eq.u32 %lead, %t, {f.thread};",
         f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [{ring}+{f.control}];",
         f"ld.shared.v2.b32 {{%h, %u}}, [{ring}+{f.control + 16}];",
-        f"mad.lo.u32 %b, %e, 32, {ring};",
+        f"mad.lo.u32 %b, %e, {f.row_bytes}, {ring};",
         f"ld.shared.v4.b32 {{%t, %c, %v, %w}}, [%b+{f.route}];",
-        f"ld.shared.v4.b32 {{%x, %y, %z, %b}}, [%b+{f.route + 16}];",
     ]
+    if f.scales:
+        lines += [
+            f".reg .b32 %slot, %layer, {', '.join(f'%q{i}' for i in range(8))};",
+            f"ld.shared.v4.b32 {{%q0, %q1, %q2, %q3}}, [%b+{f.route + 32}];",
+            f"ld.shared.v4.b32 {{%q4, %q5, %q6, %q7}}, [%b+{f.route + 48}]; mov.b32 %layer, %l;",
+        ]
+    lines.append(f"ld.shared.v4.b32 {{%x, %y, %z, %b}}, [%b+{f.route + 16}];")
     if used is not None:
         lines.append(f"mov.b32 %u, {used};")
     lines.append(f"add.u32 %u, %u, {f.slots}; min.u32 %u, %u, {f.total};")
@@ -158,9 +208,11 @@ def feed_lines(
         f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
         f"mad.lo.u32 %v, %s, {f.slot_bytes}, {ring}; mul.lo.u32 %t, %x, %y;",
         "createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
+        *(["mad.lo.u32 %t, %q4, %q5, %t; mov.b32 %slot, %v;"] if f.scales else []),
         "and.pred %q, %go, %lead;",
         "@%q mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %t;",
         *_copy_lines(f.copies, together),
+        *(_scale_lines(f, pointer, together) if f.scales else []),
         "@%go add.u32 %n, %n, 1; @%go add.u32 %e, %e, 1;",
         f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p;",
@@ -185,7 +237,7 @@ def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
         "setp.lt.u32 %p, %x, %n; @%p mov.b32 %x, %n; @%p mov.b32 %y, %e; @%p mov.b32 %z, %l;",
         f"add.u32 %u, %n, {f.l2_tiles}; min.u32 %u, %u, {f.total};",
         "setp.ge.u32 %p, %x, %u; @%p bra fed;",
-        f"mad.lo.u32 %b, %y, 32, {ring};",
+        f"mad.lo.u32 %b, %y, {f.row_bytes}, {ring};",
         f"ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%b+{f.route}];",
         "mov.b64 %from, {%t, %u}; mul.wide.u32 %far, %z, %v; add.u64 %from, %from, %far;",
         f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %w, 16;",

@@ -30,13 +30,16 @@ def _load_batched(q: int, pieces: int, step: int) -> list[str]:
     return lines + [f"selp.b32 {x[i]}, {v[i]}, {u[i]}, %odd;" for i in range(4)]
 
 
-def _multiply_text(rows: int, pieces: int, step: int, chunked: bool, threads: int) -> str:
+def _multiply_text(
+    rows: int, pieces: int, step: int, chunked: bool, threads: int, guarded: bool = False
+) -> str:
     """Each thread's part of a tile's products: see `multiply_tile`.
 
-    Operands: result $0, unused; address $1, pitch $2, where $3, then the operand's words.
+    Operands: result $0, unused; address $1, pitch $2, where $3, the operand's words, and, where
+    pieces are guarded, how many there are.
     """
     lines = [
-        "{ .reg .pred %odd, %mine; .reg .b32 %l, %g, %t, %a, %b;",
+        f"{{ .reg .pred %odd, %mine{', %p' if guarded else ''}; .reg .b32 %l, %g, %t, %a, %b;",
         "mov.u32 $0, 0;",
         f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {threads}; @%mine bra idle;",
         "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
@@ -74,6 +77,9 @@ def _multiply_text(rows: int, pieces: int, step: int, chunked: bool, threads: in
             else:
                 lines.extend(f"mov.b32 {name}, 0;" for name in y)
                 lines += _load_batched(q, pieces, step)
+            if guarded:
+                lines.append(f"setp.gt.s32 %p, ${4 + 4 * pieces}, {q};")
+                lines += [f"selp.b32 {name}, {name}, 0, %p;" for name in x + y]
             for half in range(2):
                 c = (2 * q + half) % chains
                 d = ", ".join(f"%c{m}_{c}_{i}" for i in range(4))
@@ -111,14 +117,14 @@ _multiply_p = core.Primitive("ffjax_multiply")
 
 
 @_multiply_p.def_effectful_abstract_eval
-def _(address, pitch, where, *words, rows, step, chunked, threads):
+def _(address, pitch, where, *words, rows, step, chunked, threads, guarded):
     return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
 
 
 @lowering.register_lowering(_multiply_p)
-def _(ctx, *args, rows, step, chunked, threads):
+def _(ctx, *args, rows, step, chunked, threads, guarded):
     args = lowered.values(ctx, args)
-    text = _multiply_text(rows, (len(args) - 3) // 4, step, chunked, threads)
+    text = _multiply_text(rows, (len(args) - 3) // 4, step, chunked, threads, guarded)
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
     return lowered.assembly([result], text, "=&r" + ",r" * len(args), args)[0]
 
@@ -128,6 +134,7 @@ def multiply_tile(
     pitch: Array,
     words: Sequence[Array],
     where: Array,
+    there: Array | None = None,
     *,
     rows: int,
     step: int,
@@ -145,6 +152,8 @@ def multiply_tile(
         pitch: int32 `[T]`, bytes from a row to the next; all the same.
         words: int32 `[T]`, 4 for each of a thread's pieces: the operand, two bfloat16 a word.
         where: int32 `[T]`, address in shared memory where what the thread stores begins.
+        there: int32 `[T]`, how many of its pieces each thread has, where what lies beyond may be
+            no number; None where it is one, and the operand 0.
         rows: of the tile, a power of two from 2 on.
         step: bytes from a thread's piece to its next one.
         chunked: whether the operand's 8 columns are chunks of one sequence.
@@ -154,7 +163,9 @@ def multiply_tile(
         Nothing of use: a branch of a `cond` must have a result.
     """
     options = {"rows": rows, "step": step, "chunked": chunked, "threads": threads}
-    return _multiply_p.bind(address, pitch, where, *words, **options)
+    guard = [] if there is None else [there]
+    options["guarded"] = there is not None
+    return _multiply_p.bind(address, pitch, where, *words, *guard, **options)
 
 
 _sum_shared_p = core.Primitive("ffjax_sum_shared")

@@ -26,15 +26,16 @@ _collect_p.multiple_results = True
 
 
 @_collect_p.def_effectful_abstract_eval
-def _(ref, weights, offset, tag, there, ring, *, step, pieces, most, feed):
+def _(ref, weights, offset, tag, there, ring, *, places, most, feed):
     word = core.ShapedArray(offset.shape, jnp.int32)
-    return [word] * (8 * pieces), {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
+    return [word] * (8 * len(places)), {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
 
 
 @lowering.register_lowering(_collect_p)
-def _(ctx, ref, weights, *args, step, pieces, most, feed):
+def _(ctx, ref, weights, *args, places, most, feed):
     offset, tag, there, ring = lowered.values(ctx, args)
     shape = ctx.avals_out[0].shape
+    pieces = len(places)
     count = 8 * pieces
     address, tag_of, there_of = f"${count}", f"${count + 1}", f"${count + 2}"
     # A bit for each piece that is still missing: only those are loaded again.
@@ -48,7 +49,7 @@ def _(ctx, ref, weights, *args, step, pieces, most, feed):
         return [
             f"{guard}ld.relaxed.gpu.global.v4.b32 "
             f"{{{', '.join(f'${8 * q + 4 * half + i}' for i in range(4))}}}, "
-            f"[{address}+{4 * (step * q + 4 * half)}];"
+            f"[{address}+{4 * (places[q] + 4 * half)}];"
             for half in range(2)
         ]
 
@@ -90,8 +91,7 @@ def _(ctx, ref, weights, *args, step, pieces, most, feed):
 def collect_words(
     ref: Any,
     offset: Array,
-    step: int,
-    pieces: int,
+    places: Sequence[int],
     tag: Array,
     there: Array,
     most: int,
@@ -104,8 +104,7 @@ def collect_words(
     Args:
         ref: int32 array.
         offset: int32 `[T]`, where each thread's first piece of 8 words begins: multiples of 4.
-        step: words from a thread's piece to its next one, a multiple of 4.
-        pieces: how many at most.
+        places: words from there to each of its pieces, multiples of 4.
         tag: int32 `[T]`, all the same, of 8 bits.
         there: int32 `[T]`, how many pieces the thread has.
         most: how often to load before the launch ends in an error.
@@ -118,7 +117,7 @@ def collect_words(
     """
     rings = jnp.full(offset.shape, ring)
     return _collect_p.bind(
-        ref, weights, offset, tag, there, rings, step=step, pieces=pieces, most=most, feed=feed
+        ref, weights, offset, tag, there, rings, places=tuple(places), most=most, feed=feed
     )
 
 
@@ -259,23 +258,24 @@ _load_pieces_p.multiple_results = True
 
 
 @_load_pieces_p.def_effectful_abstract_eval
-def _(*args, step, pieces, arrays):
+def _(*args, places, arrays):
     reads = {state.ReadEffect(i) for i in range(arrays)}
-    return [core.ShapedArray(args[-1].shape, jnp.int32)] * (4 * pieces), {lowered.ORDERED, *reads}
+    words = [core.ShapedArray(args[-1].shape, jnp.int32)] * (4 * len(places))
+    return words, {lowered.ORDERED, *reads}
 
 
 @lowering.register_lowering(_load_pieces_p)
-def _(ctx, *args, step, pieces, arrays):
+def _(ctx, *args, places, arrays):
     refs = args[:arrays]
     *beyond, offset, there = lowered.values(ctx, args[arrays:])
-    shape, count = ctx.avals_out[0].shape, 4 * pieces
+    shape, count = ctx.avals_out[0].shape, 4 * len(places)
     lines = ["{ .reg .pred %p;"]
-    for q in range(pieces):
+    for q, place in enumerate(places):
         words = [f"${4 * q + i}" for i in range(4)]
         lines.extend(f"mov.b32 {word}, 0;" for word in words)
         lines.append(f"setp.gt.s32 %p, ${count + 1}, {q};")
         to = ", ".join(words)
-        lines.append(f"@%p ld.global.nc.v4.b32 {{{to}}}, [${count}+{2 * step * q}];")
+        lines.append(f"@%p ld.global.nc.v4.b32 {{{to}}}, [${count}+{2 * place}];")
     lines.append("}")
     address = lowered.addresses(refs[0], offset, shape)
     for condition, ref in zip(beyond, refs[1:], strict=True):
@@ -289,8 +289,7 @@ def load_pieces(
     refs: Sequence[Any],
     beyond: Sequence[Array],
     offset: Array,
-    step: int,
-    pieces: int,
+    places: Sequence[int],
     there: Array,
 ) -> list[Array]:
     """Loads pieces of 8 neighbouring bfloat16 that nobody writes, from one of several arrays.
@@ -302,12 +301,11 @@ def load_pieces(
         beyond: bool `[T]`, one for each array but the first: the last one whose condition
             holds is read, or the first.
         offset: int32 `[T]`, where each thread's first piece begins: multiples of 8 elements.
-        step: elements from a thread's piece to its next one, a multiple of 8.
-        pieces: how many at most.
+        places: elements from there to each of its pieces, multiples of 8.
         there: int32 `[T]`, how many pieces the thread has.
 
     Returns:
         Words of two, int32 `[T]`, 4 a piece; 0 for those that are not there.
     """
-    options = {"step": step, "pieces": pieces, "arrays": len(refs)}
+    options = {"places": tuple(places), "arrays": len(refs)}
     return _load_pieces_p.bind(*refs, *beyond, offset, there, **options)

@@ -10,6 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, Sums
 from pallas_kernels.stream.state import NO_TOKEN, State
 from pallas_kernels.stream.tiles import Flush, Place
@@ -21,9 +22,10 @@ def finish_head(env: StreamEnv, flush: Flush, outputs: Outputs, sums: Sums, stat
     """logits[b] = W_head @ rmsnorm(x[b]). A sequence whose cache was full gets NaN logits."""
     d, features, b = env.dims, env.features, outputs.sequence
     best_logit, best_token = state.best_logit, state.best_token
-    first = flush.group(outputs.number) * env.plan.rows + outputs.pair
+    rows = env.segment(Segment.HEAD).rows
+    first = flush.group(outputs.number) * rows + outputs.pair
     real = flush.real(outputs.number)
-    for token, logits in zip((first, first + env.plan.rows // 2), sums, strict=True):
+    for token, logits in zip((first, first + rows // 2), sums, strict=True):
         if features.logit_scale != 1:
             logits = logits * features.logit_scale
         if (cap := features.logit_softcap) is not None:

@@ -45,7 +45,7 @@ def make_rotations(env: StreamEnv) -> Rotations:
     d, plan = env.dims, env.plan
     outputs = outputs_of(env, Segment.QKV)
     group = env.program + outputs.number * plan.programs
-    head, pair = _head_and_pair(env, group * (plan.rows // 2) + outputs.pair)
+    head, pair = _head_and_pair(env, group * (env.segment(Segment.QKV).rows // 2) + outputs.pair)
     position = env.batch_lengths(outputs.sequence).astype(jnp.float32)
     rotates = head < d.num_heads + d.num_kv_heads
 
@@ -87,7 +87,7 @@ def finish_qkv(
     b = outputs.sequence
     length = env.batch_lengths(b)
     group = flush.group(outputs.number)
-    head, pair = _head_and_pair(env, group * (env.plan.rows // 2) + outputs.pair)
+    head, pair = _head_and_pair(env, group * (env.segment(Segment.QKV).rows // 2) + outputs.pair)
     first, second = sums
     is_query, is_value = head < d.num_heads, head >= d.num_heads + d.num_kv_heads
     real = flush.real(outputs.number) & (b < d.batch) & (head < d.num_heads + 2 * d.num_kv_heads)

@@ -85,8 +85,7 @@ def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
     # A program that owns nothing needs nothing.
     owns = env.program < env.segment(Segment.ATTN_OUT).groups
     width = jnp.where(owns, jnp.int32(d.model_dim), 0)
-    pieces = env.segment(Segment.QKV).pieces
-    values = collect_inputs(env, pieces, start, d.model_dim, width, tag)
+    values = collect_inputs(env, env.segment(Segment.QKV), start, d.model_dim, width, tag)
     squares = mean_squares(env, values)
     if plan.chunked:
         return (jnp.sum(squares) / plan.threads)[None]

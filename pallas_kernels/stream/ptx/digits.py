@@ -1,0 +1,146 @@
+"""Activations as integers: two digits of 8 bits each, for products with integer weights.
+
+The four threads that hold a column's inputs share a scale s, a 16256th of the largest magnitude
+among them, and every x becomes s * (128 * high + low), with high of -127 to 127 and low of -64 to
+64: rounded to s, where bfloat16 rounds to x / 256. Of a few hundred inputs that is closer, unless
+the largest is thousands of times the others; then its own rounding to bfloat16 would be worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax._src import core
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.pallas.triton import lowering
+
+from pallas_kernels.stream.ptx import lowered
+
+__all__ = ["pack_digits", "packing_order", "unpack_digits"]
+
+LARGEST = 127 * 128
+# So that nothing is divided by zero.
+_SMALLEST = 1e-30
+# A float32 to which an integer is added shows it in its lowest bits.
+_MAGIC = "0f4B400000"
+
+
+def packing_order(bits: int) -> list[int]:
+    """Which of a read's inputs each byte of its digits belongs to, the lowest byte first.
+
+    Weights of 8 bits lie in order. Of words of eight weights of 4 bits (`ffjax.packing`), the low
+    nibbles of the bytes become one word of bytes and the high ones another.
+    """
+    if bits == 8:
+        return list(range(16))
+    return [8 * word + i for word in range(4) for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+
+
+_pack_digits_p = core.Primitive("ffjax_pack_digits")
+_pack_digits_p.multiple_results = True
+
+
+@_pack_digits_p.def_effectful_abstract_eval
+def _(*values, order):
+    word = core.ShapedArray(values[0].shape, jnp.int32)
+    scale = core.ShapedArray(values[0].shape, jnp.float32)
+    return [*[word] * (len(values) // 2), scale], {lowered.ORDERED}
+
+
+def pack_digits_text(count: int, order: Sequence[int]) -> str:
+    """Operands: the words, the scale, then `count` values."""
+    words = count // 2
+    value = [f"${words + 1 + i}" for i in range(count)]
+    names = [f"%{x}{i}" for x in "hl" for i in range(4)]
+    lines = [
+        f"{{ .reg .f32 %m, %n, %i, %y, {', '.join(names)}; .reg .b32 %a, %b;",
+        f"abs.f32 %m, {value[0]};",
+        *(f"abs.f32 %n, {x}; max.NaN.f32 %m, %m, %n;" for x in value[1:]),
+    ]
+    for step in (1, 2):
+        lines.append(f"shfl.sync.bfly.b32 %n, %m, {step}, 31, 0xffffffff; max.NaN.f32 %m, %m, %n;")
+    lines += [
+        "max.NaN.f32 %m, %m, 0f0DA24260; rcp.approx.ftz.f32 %i, %m;",  # 1e-30
+        f"mul.rn.f32 %i, %i, 0f467E0000; mul.rn.f32 ${words}, %m, 0f38810204;",  # 16256, 1 / 16256
+    ]
+    grain = len(order)
+    for word in range(0, count // 4):
+        read, within = divmod(word, grain // 4)
+        for i in range(4):
+            x = value[read * grain + order[4 * within + i]]
+            lines += [
+                f"mul.rn.f32 %y, {x}, %i; fma.rn.f32 %h{i}, %y, 0f3C000000, {_MAGIC};",
+                f"sub.rn.f32 %n, %h{i}, {_MAGIC}; fma.rn.f32 %y, %n, 0fC3000000, %y;",
+                f"add.rn.f32 %l{i}, %y, {_MAGIC};",
+            ]
+        first = read * (grain // 2) + within
+        for name, to in (("h", first), ("l", first + grain // 4)):
+            lines += [
+                f"mov.b32 %a, %{name}0; mov.b32 %b, %{name}1; prmt.b32 %a, %a, %b, 0x0040;",
+                f"mov.b32 %b, %{name}2; mov.b32 ${to}, %{name}3;",
+                f"prmt.b32 %b, %b, ${to}, 0x0040; prmt.b32 ${to}, %a, %b, 0x5410;",
+            ]
+    return " ".join([*lines, "}"])
+
+
+@lowering.register_lowering(_pack_digits_p)
+def _(ctx, *args, order):
+    args = lowered.values(ctx, args)
+    shape, words = ctx.avals_out[0].shape, len(args) // 2
+    results = [lowered.like(shape, lowered.i32())] * words
+    results.append(lowered.like(shape, ir.F32Type.get()))
+    constraints = ",".join(["=&r"] * words + ["=&f"] + ["f"] * len(args))
+    return lowered.assembly(results, pack_digits_text(len(args), order), constraints, args)
+
+
+def pack_digits(
+    values: Sequence[Array], bits: int, *, interpret: bool
+) -> tuple[list[Array], Array]:
+    """A column's inputs as digits.
+
+    Args:
+        values: float32 `[T]`, a thread's inputs in order, whole reads.
+        bits: of the weights they will be multiplied by.
+        interpret: whether the kernel is interpreted.
+
+    Returns:
+        Words, int32 `[T]`: of every read the high digits, then the low ones, four a word in
+        `packing_order`; and the scale, float32 `[T]`, NaN where some value is.
+    """
+    order = packing_order(bits)
+    if not interpret:
+        *words, scale = _pack_digits_p.bind(*values, order=tuple(order))
+        return words, scale
+    stacked = jnp.stack(values)
+    quads = jnp.abs(stacked).max(axis=0).reshape(-1, 4).max(axis=1)
+    largest = jnp.maximum(jnp.repeat(quads, 4), _SMALLEST)
+    scaled = stacked / largest * LARGEST
+    high = jnp.round(scaled / 128)
+    digits = [x.astype(jnp.int32) & 0xFF for x in (high, jnp.round(scaled - 128 * high))]
+    words = []
+    for read in range(0, len(values), len(order)):
+        for digit in digits:
+            for first in range(0, len(order), 4):
+                four = [digit[read + i] for i in order[first : first + 4]]
+                words.append(sum(lax.shift_left(x, 8 * i) for i, x in enumerate(four)))
+    return words, largest / LARGEST
+
+
+def unpack_digits(words: Sequence[Array], scale: Array, bits: int) -> list[Array]:
+    """The inverse of `pack_digits`, for interpret mode: float32 `[T]`, inputs in order."""
+    order = packing_order(bits)
+    grain, values = len(order), []
+    for first in range(0, len(words), grain // 2):
+        read: list[Array] = [scale] * grain
+        for byte, place in enumerate(order):
+            high, low = (
+                lax.shift_right_arithmetic(
+                    lax.shift_left(words[first + half + byte // 4], 24 - 8 * (byte % 4)), 24
+                )
+                for half in (0, grain // 4)
+            )
+            read[place] = (128 * high + low).astype(jnp.float32) * scale
+        values += read
+    return values

@@ -1,0 +1,325 @@
+"""A tile of integer weights times an operand of digits: see `digits`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jax._src import core
+from jax._src.pallas.triton import lowering
+
+from pallas_kernels.stream.ptx import lowered
+
+__all__ = ["IntegerTile", "multiply_integers", "multiply_integers_text"]
+
+# int4 weights are multiplied as 16 times what they stand for.
+_SIXTEENTH = "0f3D800000"
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerTile:
+    """What multiplying a tile needs to know when it is traced.
+
+    Attributes:
+        bits: of a weight, 8 or 4.
+        rows: a power of two from 2 on, at most 16.
+        reads: of 16 bytes, of each row, by a thread.
+        step: bytes from a thread's read to its next one.
+        scale_bytes: from a row's scales to the next one's.
+        ragged: whether the last of a row's reads may lie beyond it, where anything is.
+        chunked: whether the operand's 8 columns are chunks of one sequence.
+        threads: that take part, from the first on.
+    """
+
+    bits: int
+    rows: int
+    reads: int
+    step: int
+    scale_bytes: int
+    ragged: bool
+    chunked: bool
+    threads: int
+
+    @property
+    def words(self) -> int:
+        """Words of a read's weights as bytes, and of one digit of its inputs."""
+        return 32 // self.bits
+
+
+def _float(name: str, high: str, low: str) -> list[str]:
+    """128 * high + low, both integers, as a float32."""
+    return [f"mad.lo.s32 %v, {high}, 128, {low}; cvt.rn.f32.s32 {name}, %v;"]
+
+
+class _Multiply:
+    """The text of `multiply_integers`, piece by piece.
+
+    Operands: result $0, unused; address $1, pitch $2, where $3, scales $4, the operand's scale $5,
+    the first group of each thread $6, then the operand's words.
+    """
+
+    def __init__(self, tile: IntegerTile):
+        self.t = tile
+        # Of what a warp holds of a product, those that count: chunked, of two rows the column
+        # that is the row's own chunk; else two columns of one row, or two.
+        self.halves = 2 if tile.chunked or tile.rows > 8 else 1
+
+    def digit(self, q: int, low: bool, word: int) -> str:
+        """The operand's word."""
+        size = self.t.words
+        return f"${7 + (2 * q + low) * size + word}"
+
+    def load(self, name: str, at: str, q: int, guard: str = "") -> list[str]:
+        """The q-th read of a row, as bytes: words {name}{q}_0 and so on."""
+        t, raw = self.t, [f"%{name}{q}_{i}" for i in range(4)]
+        words = ", ".join(f"%{name}{q}_{i}" for i in range(t.words))
+        lines = [f".reg .b32 {words};"]
+        if t.bits == 4:
+            raw = [f"%{name}r{q}_{i}" for i in range(4)]
+            lines.append(f".reg .b32 {', '.join(raw)};")
+        if guard:
+            lines += [f"mov.b32 {x}, 0;" for x in raw]
+        lines.append(f"{guard}ld.shared.v4.b32 {{{', '.join(raw)}}}, [{at}+{t.step * q}];")
+        return lines
+
+    def widen(self, name: str, q: int) -> list[str]:
+        """Of int4 weights n, words of bytes 16 * (n - 8)."""
+        if self.t.bits == 8:
+            return []
+        lines = []
+        for i in range(4):
+            raw, low, high = f"%{name}r{q}_{i}", f"%{name}{q}_{2 * i}", f"%{name}{q}_{2 * i + 1}"
+            # (x ^ 0x88888888) & 0xF0F0F0F0 is one instruction
+            lines.append(f"shl.b32 {low}, {raw}, 4;")
+            for to, x in ((low, low), (high, raw)):
+                lines.append(f"lop3.b32 {to}, {x}, 0x88888888, 0xF0F0F0F0, 0x28;")
+        return lines
+
+    def products(self, q: int, x: str, y: str | None, first: bool) -> list[str]:
+        """Adds the q-th read's products to the sums %hi and %lo."""
+        lines = []
+        for word in range(0, self.t.words, 2):
+            a = [f"%{n}{q}_{word + i}" if n else "%zero" for i in range(2) for n in (x, y)]
+            for name, low in (("hi", False), ("lo", True)):
+                sums = ", ".join(f"%{name}{i}" for i in range(4))
+                before = "%zero, %zero, %zero, %zero" if first and word == 0 else sums
+                b = [self.digit(q, low, word + i) for i in range(2)]
+                lines.append(
+                    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+                    f"{{{sums}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {{{before}}};"
+                )
+        return lines
+
+    def scaled(self, q: int, row: str, values: Sequence[str], first: int) -> list[str]:
+        """Of int4 weights: adds what the sums are of one row, times the group's scale.
+
+        Args:
+            q: the read.
+            row: bytes from the tile's scales to the row's, and perhaps a register before it.
+            values: what is added to.
+            first: of the sums, the first of the row's.
+        """
+        t = self.t
+        stride = 8 if t.chunked else 1  # groups from a read to the next
+        lines = [f"ld.shared.u16 %w, [{row}+{2 * stride * q}]; shl.b32 %w, %w, 16; mov.b32 %s, %w;"]
+        for i, value in enumerate(values):
+            if t.chunked:
+                lines += [
+                    f"selp.b32 %v, %hi{first + 1}, %hi{first}, %odd;",
+                    f"selp.b32 %w, %lo{first + 1}, %lo{first}, %odd;",
+                    *_float("%f", "%v", "%w"),
+                ]
+            else:
+                lines += _float("%f", f"%hi{first + i}", f"%lo{first + i}")
+            if t.ragged:
+                lines.append(
+                    f"setp.ne.f32 %p, %f, 0f00000000; @%p fma.rn.f32 {value}, %f, %s, {value};"
+                )
+            else:
+                lines.append(f"fma.rn.f32 {value}, %f, %s, {value};")
+        return lines
+
+    def text(self) -> str:
+        """The whole text."""
+        t = self.t
+        values = [f"%v{r}" for r in range(t.rows if t.chunked else 2 * self.halves)]
+        lines = [
+            "{ .reg .pred %p, %odd, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero;",
+            f".reg .b32 {', '.join(f'%{n}{i}' for n in ('hi', 'lo') for i in range(4))};",
+            f".reg .f32 %f, %s, %own, {', '.join(values)}; mov.u32 $0, 0; mov.b32 %zero, 0;",
+            f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {t.threads}; @%mine bra idle;",
+            "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
+            "and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0;",
+        ]
+        lines += [f"mov.f32 {value}, 0f00000000;" for value in values]
+        lines += self.chunks(values) if t.chunked else self.sequences(values)
+        return " ".join([*lines, "idle: }"])
+
+    def chunks(self, values: list[str]) -> list[str]:
+        """Columns are chunks: two rows at a time."""
+        t = self.t
+        lines = ["mov.u32 %a, $1;"]
+        lines.append("mad.lo.u32 %c, $6, 2, $4;" if t.bits == 4 else "mov.u32 %c, $4;")
+        for r in range(0, t.rows, 2):
+            # A scope of its own for the names of what is loaded.
+            lines.append("{ add.u32 %b, %a, $2;")
+            for q in range(t.reads):
+                lines += [*self.load("x", "%a", q), *self.load("y", "%b", q)]
+            for q in range(t.reads):
+                lines += [*self.widen("x", q), *self.widen("y", q)]
+                lines += self.products(q, "x", "y", first=q == 0 or t.bits == 4)
+                if t.bits == 4:
+                    for i in range(2):
+                        row = f"%c+{(r + i) * t.scale_bytes}"
+                        lines += self.scaled(q, row, values[r + i : r + i + 1], 2 * i)
+            if t.bits == 8:
+                for i in range(2):
+                    lines += [
+                        f"selp.b32 %v, %hi{2 * i + 1}, %hi{2 * i}, %odd;",
+                        f"selp.b32 %w, %lo{2 * i + 1}, %lo{2 * i}, %odd;",
+                        *_float(values[r + i], "%v", "%w"),
+                        f"ld.shared.f32 %s, [%c+{(r + i) * t.scale_bytes}];",
+                        f"mul.rn.f32 {values[r + i]}, {values[r + i]}, %s;",
+                    ]
+            lines.append("add.u32 %a, %b, $2; }")
+        own = "$5"
+        if t.bits == 4:
+            lines.append(f"mul.rn.f32 %own, $5, {_SIXTEENTH};")
+            own = "%own"
+        lines += [f"mul.rn.f32 {value}, {value}, {own};" for value in values]
+        # Of a block's 16 x 8 products those count whose row and column are the same chunk's.
+        lines.append("shr.u32 %b, %g, 1; setp.eq.u32 %mine, %b, %t;")
+        size = min(4, t.rows)
+        for r in range(0, t.rows, size):
+            some = ", ".join(values[r : r + size])
+            lines.append(f"@%mine st.shared.v{size}.f32 [$3+{4 * r}], {{{some}}};")
+        return lines
+
+    def sequences(self, values: list[str]) -> list[str]:
+        """Columns are sequences: a row, or two that are 8 apart, for every four threads."""
+        t = self.t
+        lines = [
+            # Threads of rows that there are not hold zeros.
+            f"setp.lt.u32 %mine, %g, {t.rows}; mad.lo.u32 %a, %g, $2, $1;",
+            f"mad.lo.u32 %c, %g, {t.scale_bytes}, $4;",
+        ]
+        if t.bits == 4:
+            lines.append("mad.lo.u32 %c, $6, 2, %c;")
+        if self.halves == 2:
+            lines.append("shl.b32 %b, $2, 3; add.u32 %b, %a, %b;")
+        names = ["x", "y"][: self.halves]
+        for q in range(t.reads):
+            lines += self.pieces(q, names)
+        for q in range(t.reads):
+            for name in names:
+                lines += self.widen(name, q)
+            y = names[1] if self.halves == 2 else None
+            lines += self.products(q, "x", y, first=q == 0 or t.bits == 4)
+            if t.bits == 4:
+                for i in range(self.halves):
+                    row = f"%c+{8 * i * t.scale_bytes}"
+                    lines += self.scaled(q, row, values[2 * i : 2 * i + 2], 2 * i)
+        if t.bits == 8:
+            for i in range(self.halves):
+                lines.append(f"ld.shared.f32 %s, [%c+{8 * i * t.scale_bytes}];")
+                for n in (2 * i, 2 * i + 1):
+                    lines += _float(values[n], f"%hi{n}", f"%lo{n}")
+                    lines.append(f"mul.rn.f32 {values[n]}, {values[n]}, %s;")
+        # A sequence's scale is with the threads that hold its inputs.
+        lines.append("shl.b32 %l, %t, 3;")
+        for n in range(2):
+            lines.append("shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff; add.u32 %l, %l, 4;")
+            if t.bits == 4:
+                lines.append(f"mul.rn.f32 %own, %own, {_SIXTEENTH};")
+            for value in values[n::2]:
+                lines.append(f"mul.rn.f32 {value}, {value}, %own;")
+        for i in range(self.halves):
+            pair = ", ".join(values[2 * i : 2 * i + 2])
+            lines.append(f"@%mine st.shared.v2.f32 [$3+{256 * i}], {{{pair}}};")
+        return lines
+
+    def pieces(self, q: int, names: list[str]) -> list[str]:
+        """Loads the q-th read of each row, and the next one with it.
+
+        Rows begin in the same bank: of two reads, threads of every other row make the second one
+        first.
+        """
+        t, lines = self.t, []
+        alone = q == t.reads - 1 and q % 2 == 0
+        raw = "r" if t.bits == 4 else ""
+        for name, at in zip(names, ("%a", "%b"), strict=False):
+            if alone:
+                lines += self.load(name, at, q, "@%mine ")
+                continue
+            u, v = ([f"%{name}{n}{q // 2}_{i}" for i in range(4)] for n in "uv")
+            x = [f"%{name}{raw}{q}_{i}" for i in range(4)]
+            words = {*x, *(f"%{name}{q}_{i}" for i in range(t.words))}
+            lines.append(f".reg .b32 {', '.join(sorted(words))};")
+            if q % 2 == 0:
+                lines.append(f".reg .b32 {', '.join(u + v)};")
+                lines += [f"mov.b32 {n}, 0;" for n in u + v]
+                for to, way in ((u, f"selp.b32 %v, {t.step}, 0, %odd;"), (v, None)):
+                    lines.append(way or f"selp.b32 %v, 0, {t.step}, %odd;")
+                    lines.append(f"add.u32 %v, %v, {at};")
+                    some = ", ".join(to)
+                    lines.append(f"@%mine ld.shared.v4.b32 {{{some}}}, [%v+{t.step * q}];")
+                lines += [f"selp.b32 {x[i]}, {v[i]}, {u[i]}, %odd;" for i in range(4)]
+            else:
+                lines += [f"selp.b32 {x[i]}, {u[i]}, {v[i]}, %odd;" for i in range(4)]
+        return lines
+
+
+def multiply_integers_text(tile: IntegerTile) -> str:
+    """Each thread's part of a tile's products: see `multiply_integers`."""
+    return _Multiply(tile).text()
+
+
+_multiply_p = core.Primitive("ffjax_multiply_integers")
+
+
+@_multiply_p.def_effectful_abstract_eval
+def _(address, *args, tile):
+    return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
+
+
+@lowering.register_lowering(_multiply_p)
+def _(ctx, *args, tile):
+    args = lowered.values(ctx, args)
+    result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
+    constraints = "=&r,r,r,r,r,f,r" + ",r" * (len(args) - 6)
+    return lowered.assembly([result], multiply_integers_text(tile), constraints, args)[0]
+
+
+def multiply_integers(
+    address: Array,
+    pitch: Array,
+    where: Array,
+    scales: Array,
+    scale: Array,
+    group: Array,
+    words: Sequence[Array],
+    tile: IntegerTile,
+) -> Array:
+    """Multiplies a tile of integers in shared memory by digits in registers, on tensor cores.
+
+    Sums of a group of int4 weights, or of all a thread's inputs of int8 ones, are exact; then they
+    become float32 and are multiplied by the weights' scales and the operand's. What is stored is
+    what `multiply_tile` stores.
+
+    Args:
+        address: int32 `[T]`, of each thread's first read of the first row.
+        pitch: int32 `[T]`, bytes from a row to the next; all the same.
+        where: int32 `[T]`, address in shared memory where what the thread stores begins.
+        scales: int32 `[T]`, address of the first row's scales; all the same.
+        scale: float32 `[T]`, the operand's.
+        group: int32 `[T]`, number in the row of the group that each thread's first read is of; of
+            int4 weights.
+        words: int32 `[T]`, the operand, from `pack_digits`.
+        tile: the rest.
+
+    Returns:
+        Nothing of use: a branch of a `cond` must have a result.
+    """
+    return _multiply_p.bind(address, pitch, where, scales, scale, group, *words, tile=tile)

@@ -1,0 +1,296 @@
+"""The inline PTX of quantized weights, run on a CPU: digits of activations, and products."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ptx_inline import Edit, Inline, inline
+from ptx_machine import Machine, PtxError
+
+from ffjax.packing import pack
+from pallas_kernels.dims import GROUP
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.lanes import first_input, first_read
+from pallas_kernels.stream.plan import COLUMNS, QUAD, READ
+
+# Digits
+
+
+@functools.cache
+def digits_text(count: int, bits: int) -> Inline:
+    def body() -> None:
+        values = [jnp.zeros((64,), jnp.float32)] * count
+        ptx.pack_digits(values, bits, interpret=False)
+
+    return inline(body)
+
+
+def run_digits(
+    values: np.ndarray, bits: int, machine: Machine, edit: Edit = None
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Digits of `[inputs, T]` values, and their scale."""
+    text = digits_text(len(values), bits).edited(edit)
+    *words, scale = text.run(machine, *(x.view(np.uint32) for x in values))
+    return words, np.asarray(scale).view(np.float32)
+
+
+def check_digits(bits: int, reads: int, edit: Edit = None) -> None:
+    rng = np.random.default_rng(bits + reads)
+    count, threads = reads * 128 // bits, 64
+    spread = np.exp(rng.uniform(-20, 20, threads // 4)).repeat(4)
+    values = (rng.standard_normal((count, threads)) * spread).astype(np.float32)
+    values[:, 8:12] = 0  # of a sequence that there is not
+    values[0, 16:20] = [1, -1, 1, 0.25]  # ends of the range
+    values[1:, 16:20] /= 1e12
+    words, scale = run_digits(values, bits, Machine(threads, 16, 16), edit)
+    back = np.stack(ptx.unpack_digits([jnp.asarray(w, jnp.int32) for w in words], scale, bits))
+    largest = np.abs(values).max(axis=0).reshape(-1, 4).max(axis=1).repeat(4)
+    np.testing.assert_allclose(scale, np.maximum(largest, 1e-30) / (127 * 128), rtol=1e-6)
+    # Rounded to the scale; and what multiplies is not far from it.
+    assert (np.abs(back - values) <= 0.5001 * scale + 3e-7 * np.abs(values)).all()
+    twin, its_scale = ptx.pack_digits([jnp.asarray(x) for x in values], bits, interpret=True)
+    same = np.stack(ptx.unpack_digits(twin, its_scale, bits))
+    np.testing.assert_allclose(same, back, rtol=0, atol=float(1.01 * scale.max()))
+
+
+@pytest.mark.parametrize("reads", [1, 3])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_digits_are_the_activations_rounded_to_a_scale(bits, reads):
+    check_digits(bits, reads)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_no_number_stays_none(bad):
+    values = np.ones((16, 64), np.float32)
+    values[3, 5] = bad
+    words, scale = run_digits(values, 8, Machine(64, 16, 16))
+    with np.errstate(invalid="ignore"):
+        back = np.stack(ptx.unpack_digits([jnp.asarray(w, jnp.int32) for w in words], scale, 8))
+    whole = np.isfinite(back).all(axis=0)
+    # Whoever shares the scale shares the fault.
+    assert not whole[4:8].any() or not np.isfinite(scale[4:8]).any()
+    assert whole[8:].all()
+
+
+DIGIT_EDITS = [
+    ("0f467E0000", "0f467C0000"),
+    ("0f38810204", "0f38800000"),
+    ("0fC3000000", "0fC2000000"),
+    ("%m, 2, 31", "%m, 1, 31"),
+    ("abs.f32 %n, $12;", "abs.f32 %n, $11;"),
+    ("0x5410", "0x5401"),
+    ("0f0DA24260", "0f00000000"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), DIGIT_EDITS)
+def test_an_edit_of_the_digits_is_noticed(old, new):
+    with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
+        check_digits(8, 1, (old, new))
+
+
+# A tile's products
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a product is made of."""
+
+    bits: int
+    rows: int
+    reads: int
+    chunked: bool
+    product_warps: int = 4
+    warps: int = 4
+    short: int = 0  # inputs that a row lacks of the span
+    run: int = 1
+
+    @property
+    def grain(self) -> int:
+        return 8 * READ // self.bits
+
+    @property
+    def plan(self) -> Any:
+        """As much of a `StreamPlan` as `lanes` looks at."""
+        return SimpleNamespace(
+            threads=32 * self.warps,
+            product_warps=self.product_warps,
+            chunked=self.chunked,
+            line=QUAD * COLUMNS if self.chunked else QUAD,
+        )
+
+    @property
+    def part(self) -> Any:
+        return SimpleNamespace(reads=self.reads, grain=self.grain)
+
+    @property
+    def span(self) -> int:
+        return self.product_warps * self.reads * self.plan.line * self.grain
+
+    @property
+    def inner(self) -> int:
+        return self.span - self.short
+
+    @property
+    def scale_bytes(self) -> int:
+        return 4 if self.bits == 8 else 2 * (self.inner // GROUP)
+
+
+@functools.cache
+def product_text(tile: Tile) -> Inline:
+    plan = tile.plan
+
+    def body() -> None:
+        none = jnp.zeros((plan.threads,), jnp.int32)
+        words = [none] * (tile.reads * tile.grain // 2)
+        ptx.multiply_integers(
+            none,
+            none,
+            none,
+            none,
+            jnp.zeros((plan.threads,), jnp.float32),
+            none,
+            words,
+            ptx.IntegerTile(
+                bits=tile.bits,
+                rows=tile.rows,
+                reads=tile.reads,
+                step=READ * plan.line,
+                scale_bytes=tile.scale_bytes,
+                ragged=tile.short > 0,
+                chunked=tile.chunked,
+                threads=32 * tile.product_warps,
+            ),
+        )
+
+    return inline(body)
+
+
+def weights_of(tile: Tile, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random weights: what they are, their rows as bytes, and those of their scales."""
+    if tile.bits == 8:
+        integers = rng.integers(-127, 128, (tile.rows, tile.inner), np.int8)
+        scales = np.exp(rng.uniform(-2, 2, (tile.rows, 1))).astype(np.float32)
+        data = integers.view(np.uint8)
+        return integers * scales.astype(np.float64), data, scales.view(np.uint8)
+    integers = rng.integers(0, 16, (tile.rows, tile.inner))
+    scales = jnp.asarray(rng.standard_normal((tile.rows, tile.inner // GROUP)), jnp.bfloat16)
+    data = np.asarray(pack(jnp.asarray(integers))).view(np.uint8).reshape(tile.rows, -1)
+    values = np.asarray(scales).astype(np.float64).repeat(GROUP, axis=1)
+    return (integers - 8) * values, data, np.asarray(scales).view(np.uint8)
+
+
+def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | None = None) -> None:
+    """A tile in shared memory times an operand in registers, against float64."""
+    rng, plan = np.random.default_rng(0), tile.plan
+    weights, data, scales = weights_of(tile, rng)
+    floats = COLUMNS * tile.product_warps * tile.rows
+    beyond = 2 * tile.span  # that a whole span of the last row reaches
+    size = data.size + scales.size + beyond + 4 * floats + 512
+    machine = Machine(plan.threads, -(-size // 16) * 16, 16, order=order)
+    ring = machine.shared_base
+    # Beyond rows lies anything, of which many are no numbers.
+    machine.view(ring, data.size + scales.size + beyond, np.uint8)[:] = 0xFF
+    machine.view(ring, data.size, np.uint8)[:] = data.ravel()
+    machine.view(ring + data.size, scales.size, np.uint8)[:] = scales.ravel()
+    sequences = 1 if tile.chunked else COLUMNS
+    inputs = rng.standard_normal((sequences, tile.inner)).astype(np.float32)
+    padded = np.pad(inputs, ((0, 0), (0, tile.short)))
+    thread = np.arange(plan.threads)
+    warp, column = thread // 32, thread % 32 // 4
+    first = np.asarray(first_input(plan, tile.part))
+    step = plan.line * tile.grain
+    at = np.stack([first + q * step + j for q in range(tile.reads) for j in range(tile.grain)])
+    held = padded[0 if tile.chunked else column, at]
+    held = np.where(thread < 32 * tile.product_warps, held, 0).astype(np.float32)
+    words, scale = ptx.pack_digits([jnp.asarray(x) for x in held], tile.bits, interpret=True)
+    products = ring + -(-(data.size + scales.size + beyond) // 16) * 16
+    if tile.chunked:
+        where = (warp * COLUMNS + column) * (4 * tile.rows)
+    else:
+        where = (warp * tile.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
+    read = np.asarray(first_read(plan, tile.part))
+    product_text(tile).edited(edit).run(
+        machine,
+        ring + READ * read,
+        data.shape[1],
+        products + where,
+        ring + data.size,
+        np.asarray(scale).view(np.uint32),
+        first // GROUP,
+        *(np.asarray(word).view(np.uint32) for word in words),
+    )
+    after = machine.view(products + 4 * floats, 256, np.uint8)
+    assert (after == 0xFF).all(), "More is stored than the products."
+    stored = machine.view(products, floats, np.float32).astype(np.float64)
+    if tile.chunked:
+        got = stored.reshape(-1, tile.rows).sum(axis=0)[:, None]
+    else:
+        got = stored.reshape(tile.product_warps, tile.rows, COLUMNS).sum(axis=0)
+    # What the digits stand for, and no other rounding than of some sums.
+    digits = np.stack(ptx.unpack_digits(words, scale, tile.bits)).astype(np.float64)
+    exact = np.zeros((sequences, tile.span))
+    for i in range(len(at)):
+        mine = thread < 32 * tile.product_warps
+        exact[0 if tile.chunked else column[mine], at[i, mine]] = digits[i, mine]
+    wanted = weights @ exact[:, : tile.inner].T
+    bound = np.abs(weights) @ np.abs(exact[:, : tile.inner]).T
+    assert (np.abs(got - wanted) <= 1e-6 * bound).all()
+    close = weights @ inputs.T.astype(np.float64)
+    assert np.linalg.norm(got - close) <= 2e-4 * np.linalg.norm(bound) / tile.inner**0.5
+
+
+CHUNKED = [
+    Tile(8, 2, 2, True),
+    Tile(8, 4, 1, True),
+    Tile(8, 16, 1, True, short=48),
+    Tile(8, 8, 3, True, 4, 8),
+    Tile(4, 16, 1, True),
+    Tile(4, 4, 2, True, short=3 * GROUP),
+    Tile(4, 2, 2, True),
+]
+BATCHED = [
+    Tile(8, 8, 3, False),
+    Tile(8, 16, 2, False, 8, 8),
+    Tile(8, 4, 4, False, short=16),
+    Tile(4, 16, 3, False),
+    Tile(4, 8, 2, False, short=GROUP),
+    Tile(4, 2, 1, False, 8, 8),
+]
+
+
+@pytest.mark.parametrize("tile", [*CHUNKED, *BATCHED], ids=str)
+def test_a_tiles_products_are_its_rows_times_the_digits(tile):
+    check_product(tile)
+
+
+def test_warps_make_their_products_in_any_order():
+    check_product(Tile(8, 8, 2, True, 4, 8), order=np.random.default_rng(3))
+
+
+PRODUCT_EDITS = [
+    (Tile(4, 4, 2, True), "0x28", "0x48"),
+    (Tile(4, 4, 2, True), "shl.b32 %x0_0, %xr0_0, 4", "shl.b32 %x0_0, %xr0_0, 0"),
+    (Tile(4, 4, 2, True), "0f3D800000", "0f3D000000"),
+    (Tile(4, 4, 2, True), "mad.lo.u32 %c, $6, 2, $4", "mad.lo.u32 %c, $6, 0, $4"),
+    (Tile(4, 4, 2, True), "%hi1, %hi0, %odd", "%hi0, %hi1, %odd"),
+    (Tile(8, 4, 1, True), "128, %w", "127, %w"),
+    (Tile(8, 4, 1, True), "%c+4]", "%c+8]"),
+    (Tile(8, 4, 1, True), "@%mine st", "st"),
+    (Tile(8, 8, 3, False), "$5, %l, 31", "$5, %t, 31"),
+    (Tile(8, 16, 2, False), "[$3+256]", "[$3+128]"),
+    (Tile(8, 16, 2, False), "shl.b32 %b, $2, 3", "shl.b32 %b, $2, 2"),
+    (Tile(4, 4, 2, True, short=3 * GROUP), "setp.ne.f32 %p, %f, 0f00000000; @%p", ""),
+]
+
+
+@pytest.mark.parametrize(("tile", "old", "new"), PRODUCT_EDITS)
+def test_an_edit_of_the_products_is_noticed(tile, old, new):
+    with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
+        check_product(tile, (old, new))
