@@ -59,12 +59,12 @@ class Tile:
             threads=32 * self.warps,
             product_warps=self.product_warps,
             chunked=self.chunked,
-            line=line,
+            line=lambda part: line,
         )
 
     @property
     def span(self) -> int:
-        return self.product_warps * self.pieces * self.plan.line * PIECE
+        return self.product_warps * self.pieces * self.plan.line(None) * PIECE
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def product_text(tile: Tile) -> Inline:
             [none] * (4 * tile.pieces),
             none,
             rows=tile.rows,
-            step=READ * plan.line,
+            step=READ * plan.line(None),
             chunked=tile.chunked,
             threads=32 * tile.product_warps,
         )
@@ -109,11 +109,11 @@ def check_product(
     machine.view(ring, weights.size, np.uint16)[:] = weights.ravel()
     thread = np.arange(plan.threads)
     warp, column = thread // 32, thread % 32 // 4
-    part: Any = SimpleNamespace(reads=tile.pieces, grain=PIECE)
+    part: Any = SimpleNamespace(reads=tile.pieces, grain=PIECE, held=PIECE, bits=16)
     first = np.asarray(first_input(plan, part))
     words = []
     for q in range(tile.pieces):
-        at = first[:, None] + q * plan.line * PIECE + np.arange(PIECE)
+        at = first[:, None] + q * plan.line(part) * PIECE + np.arange(PIECE)
         # Warps that do not multiply hold zeros.
         held = inputs[0 if tile.chunked else column[:, None], at]
         held = np.where(thread[:, None] < 32 * tile.product_warps, held, 0).astype(np.uint16)
@@ -277,8 +277,8 @@ class Fed:
                     int(rng.integers(2, 9)),
                     32,
                     some,
-                    400,  # behind the weights
-                    0,
+                    384,  # behind the weights
+                    48,
                 ]
         clear, write, start = setup_texts(self.feed, ring.threads)
         clear.run(m, self.base)
@@ -300,10 +300,10 @@ class Fed:
         row, layer = self.ring.order[index]
         places = []
         for half in range(0, self.ring.row_words, 8):
-            low, high, stride, apart, size, copies, last, _ = self.rows[row, half:][:8].tolist()
+            low, high, stride, apart, size, copies, *last = self.rows[row, half:][:8].tolist()
             begin = (high << 32 | low) - (1 << 64 if high >> 31 else 0)
             at = self.pointer + 16 * (begin + layer * stride)
-            first, pitch = (last, size) if half else (0, last)
+            first, pitch = last if half else (0, last[0])
             places += [(at + 16 * apart * i, first + pitch * i, size) for i in range(copies)]
         return places
 
@@ -365,7 +365,7 @@ class Fed:
             (at, size)
             for index in tiles
             for at, to, size in self.places(index)
-            if not self.ring.scales or to < 400  # of scales, none
+            if not self.ring.scales or to < 384  # of scales, none
         ]
 
     def wait(self, index: int, edit: Edit = None, most: int = 2000) -> None:

@@ -17,52 +17,59 @@ from ffjax.packing import pack
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input, first_read
-from pallas_kernels.stream.plan import COLUMNS, QUAD, READ
+from pallas_kernels.stream.plan import COLUMNS, QUAD, READ, line_of
 
 # Digits
 
 
 @functools.cache
-def digits_text(count: int, bits: int) -> Inline:
+def digits_text(count: int, bits: int, halved: bool) -> Inline:
     def body() -> None:
         values = [jnp.zeros((64,), jnp.float32)] * count
-        ptx.pack_digits(values, bits, interpret=False)
+        ptx.pack_digits(values, bits, halved=halved, interpret=False)
 
     return inline(body)
 
 
 def run_digits(
-    values: np.ndarray, bits: int, machine: Machine, edit: Edit = None
+    values: np.ndarray, bits: int, machine: Machine, edit: Edit = None, *, halved: bool = False
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Digits of `[inputs, T]` values, and their scale."""
-    text = digits_text(len(values), bits).edited(edit)
+    text = digits_text(len(values), bits, halved).edited(edit)
     *words, scale = text.run(machine, *(x.view(np.uint32) for x in values))
     return words, np.asarray(scale).view(np.float32)
 
 
-def check_digits(bits: int, reads: int, edit: Edit = None) -> None:
+def check_digits(bits: int, reads: int, halved: bool, edit: Edit = None) -> None:
     rng = np.random.default_rng(bits + reads)
-    count, threads = reads * 128 // bits, 64
-    spread = np.exp(rng.uniform(-20, 20, threads // 4)).repeat(4)
+    sharing = 8 if halved else 4
+    count, threads = reads * 128 // bits // (1 + halved), 64
+    spread = np.exp(rng.uniform(-20, 20, threads // sharing)).repeat(sharing)
     values = (rng.standard_normal((count, threads)) * spread).astype(np.float32)
-    values[:, 8:12] = 0  # of a sequence that there is not
+    values[:, 8:16] = 0  # of a sequence that there is not
     values[0, 16:20] = [1, -1, 1, 0.25]  # ends of the range
     values[1:, 16:20] /= 1e12
-    words, scale = run_digits(values, bits, Machine(threads, 16, 16), edit)
-    back = np.stack(ptx.unpack_digits([jnp.asarray(w, jnp.int32) for w in words], scale, bits))
-    largest = np.abs(values).max(axis=0).reshape(-1, 4).max(axis=1).repeat(4)
+    values[:, 20:24] /= 1e12
+    words, scale = run_digits(values, bits, Machine(threads, 16, 16), edit, halved=halved)
+    words = [jnp.asarray(w, jnp.int32) for w in words]
+    back = np.stack(ptx.unpack_digits(words, jnp.asarray(scale), bits, halved=halved))
+    largest = np.abs(values).max(axis=0).reshape(-1, sharing).max(axis=1).repeat(sharing)
     np.testing.assert_allclose(scale, np.maximum(largest, 1e-30) / (127 * 128), rtol=1e-6)
     # Rounded to the scale; and what multiplies is not far from it.
     assert (np.abs(back - values) <= 0.5001 * scale + 3e-7 * np.abs(values)).all()
-    twin, its_scale = ptx.pack_digits([jnp.asarray(x) for x in values], bits, interpret=True)
-    same = np.stack(ptx.unpack_digits(twin, its_scale, bits))
-    np.testing.assert_allclose(same, back, rtol=0, atol=float(1.01 * scale.max()))
+    given = [jnp.asarray(x) for x in values]
+    twin, its_scale = ptx.pack_digits(given, bits, halved=halved, interpret=True)
+    same = np.stack(ptx.unpack_digits(twin, its_scale, bits, halved=halved))
+    assert (np.abs(same - back) <= 1.01 * scale).all()
+    # Most words are the same: what is rounded up here may be rounded down there.
+    assert np.mean(np.stack(words) == np.stack(twin)) > 0.9
 
 
+@pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize("reads", [1, 3])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_digits_are_the_activations_rounded_to_a_scale(bits, reads):
-    check_digits(bits, reads)
+def test_digits_are_the_activations_rounded_to_a_scale(bits, reads, halved):
+    check_digits(bits, reads, halved)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -71,7 +78,8 @@ def test_no_number_stays_none(bad):
     values[3, 5] = bad
     words, scale = run_digits(values, 8, Machine(64, 16, 16))
     with np.errstate(invalid="ignore"):
-        back = np.stack(ptx.unpack_digits([jnp.asarray(w, jnp.int32) for w in words], scale, 8))
+        words = [jnp.asarray(w, jnp.int32) for w in words]
+        back = np.stack(ptx.unpack_digits(words, jnp.asarray(scale), 8, halved=False))
     whole = np.isfinite(back).all(axis=0)
     # Whoever shares the scale shares the fault.
     assert not whole[4:8].any() or not np.isfinite(scale[4:8]).any()
@@ -83,16 +91,18 @@ DIGIT_EDITS = [
     ("0f38810204", "0f38800000"),
     ("0fC3000000", "0fC2000000"),
     ("%m, 2, 31", "%m, 1, 31"),
-    ("abs.f32 %n, $12;", "abs.f32 %n, $11;"),
+    ("abs.f32 %n, $8;", "abs.f32 %n, $9;"),
     ("0x5410", "0x5401"),
     ("0f0DA24260", "0f00000000"),
+    ("%b, %a, 4, 31", "%b, %a, 1, 31"),
+    ("selp.b32 %a, $0, $2, %odd", "selp.b32 %a, $2, $0, %odd"),
 ]
 
 
 @pytest.mark.parametrize(("old", "new"), DIGIT_EDITS)
 def test_an_edit_of_the_digits_is_noticed(old, new):
     with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
-        check_digits(8, 1, (old, new))
+        check_digits(8, 1, True, (old, new))
 
 
 # A tile's products
@@ -122,16 +132,21 @@ class Tile:
             threads=32 * self.warps,
             product_warps=self.product_warps,
             chunked=self.chunked,
-            line=QUAD * COLUMNS if self.chunked else QUAD,
+            line=lambda part: line_of(self.chunked, part.bits),
         )
 
     @property
+    def line(self) -> int:
+        return line_of(self.chunked, self.bits)
+
+    @property
     def part(self) -> Any:
-        return SimpleNamespace(reads=self.reads, grain=self.grain)
+        held = self.grain // 2 if self.chunked else self.grain
+        return SimpleNamespace(reads=self.reads, grain=self.grain, held=held, bits=self.bits)
 
     @property
     def span(self) -> int:
-        return self.product_warps * self.reads * self.plan.line * self.grain
+        return self.product_warps * self.reads * self.line * self.grain
 
     @property
     def inner(self) -> int:
@@ -148,7 +163,7 @@ def product_text(tile: Tile) -> Inline:
 
     def body() -> None:
         none = jnp.zeros((plan.threads,), jnp.int32)
-        words = [none] * (tile.reads * tile.grain // 2)
+        words = [none] * (tile.reads * tile.part.held // 2)
         ptx.multiply_integers(
             none,
             none,
@@ -161,7 +176,7 @@ def product_text(tile: Tile) -> Inline:
                 bits=tile.bits,
                 rows=tile.rows,
                 reads=tile.reads,
-                step=READ * plan.line,
+                step=READ * tile.line,
                 scale_bytes=tile.scale_bytes,
                 ragged=tile.short > 0,
                 chunked=tile.chunked,
@@ -190,7 +205,8 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
     """A tile in shared memory times an operand in registers, against float64."""
     rng, plan = np.random.default_rng(0), tile.plan
     weights, data, scales = weights_of(tile, rng)
-    floats = COLUMNS * tile.product_warps * tile.rows
+    columns = tile.line // QUAD if tile.chunked else COLUMNS
+    floats = columns * tile.product_warps * tile.rows
     beyond = 2 * tile.span  # that a whole span of the last row reaches
     size = data.size + scales.size + beyond + 4 * floats + 512
     machine = Machine(plan.threads, -(-size // 16) * 16, 16, order=order)
@@ -205,17 +221,18 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
     thread = np.arange(plan.threads)
     warp, column = thread // 32, thread % 32 // 4
     first = np.asarray(first_input(plan, tile.part))
-    step = plan.line * tile.grain
-    at = np.stack([first + q * step + j for q in range(tile.reads) for j in range(tile.grain)])
+    step, part = tile.line * tile.grain, tile.part
+    at = np.stack([first + q * step + j for q in range(tile.reads) for j in range(part.held)])
     held = padded[0 if tile.chunked else column, at]
     held = np.where(thread < 32 * tile.product_warps, held, 0).astype(np.float32)
-    words, scale = ptx.pack_digits([jnp.asarray(x) for x in held], tile.bits, interpret=True)
+    given, halved = [jnp.asarray(x) for x in held], tile.chunked
+    words, scale = ptx.pack_digits(given, tile.bits, halved=halved, interpret=True)
     products = ring + -(-(data.size + scales.size + beyond) // 16) * 16
     if tile.chunked:
-        where = (warp * COLUMNS + column) * (4 * tile.rows)
+        where = (warp * columns + column % 4) * (4 * tile.rows) + column // 4 * (2 * tile.rows)
     else:
         where = (warp * tile.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
-    read = np.asarray(first_read(plan, tile.part))
+    read = np.asarray(first_read(plan, part))
     product_text(tile).edited(edit).run(
         machine,
         ring + READ * read,
@@ -223,7 +240,7 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
         products + where,
         ring + data.size,
         np.asarray(scale).view(np.uint32),
-        first // GROUP,
+        read * tile.grain // GROUP,
         *(np.asarray(word).view(np.uint32) for word in words),
     )
     after = machine.view(products + 4 * floats, 256, np.uint8)
@@ -234,7 +251,7 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
     else:
         got = stored.reshape(tile.product_warps, tile.rows, COLUMNS).sum(axis=0)
     # What the digits stand for, and no other rounding than of some sums.
-    digits = np.stack(ptx.unpack_digits(words, scale, tile.bits)).astype(np.float64)
+    digits = np.stack(ptx.unpack_digits(words, scale, tile.bits, halved=halved), dtype=np.float64)
     exact = np.zeros((sequences, tile.span))
     for i in range(len(at)):
         mine = thread < 32 * tile.product_warps
@@ -243,7 +260,7 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
     bound = np.abs(weights) @ np.abs(exact[:, : tile.inner]).T
     assert (np.abs(got - wanted) <= 1e-6 * bound).all()
     close = weights @ inputs.T.astype(np.float64)
-    assert np.linalg.norm(got - close) <= 2e-4 * np.linalg.norm(bound) / tile.inner**0.5
+    assert np.linalg.norm(got - close) <= 4e-4 * np.linalg.norm(bound) / tile.inner**0.5
 
 
 CHUNKED = [
@@ -279,8 +296,8 @@ PRODUCT_EDITS = [
     (Tile(4, 4, 2, True), "shl.b32 %x0_0, %xr0_0, 4", "shl.b32 %x0_0, %xr0_0, 0"),
     (Tile(4, 4, 2, True), "0f3D800000", "0f3D000000"),
     (Tile(4, 4, 2, True), "mad.lo.u32 %c, $6, 2, $4", "mad.lo.u32 %c, $6, 0, $4"),
-    (Tile(4, 4, 2, True), "%hi1, %hi0, %odd", "%hi0, %hi1, %odd"),
-    (Tile(8, 4, 1, True), "128, %w", "127, %w"),
+    (Tile(4, 4, 2, True), "%hi0, 128, %hi1", "%hi1, 128, %hi0"),
+    (Tile(8, 4, 1, True), "128, %hi", "127, %hi"),
     (Tile(8, 4, 1, True), "%c+4]", "%c+8]"),
     (Tile(8, 4, 1, True), "@%mine st", "st"),
     (Tile(8, 8, 3, False), "$5, %l, 31", "$5, %t, 31"),

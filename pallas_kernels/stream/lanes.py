@@ -1,10 +1,13 @@
 """Which inputs of a span each thread of a program holds.
 
 In a product of tensor cores, the threads of a warp hold the operand's 8 columns as 8 groups of
-4. Each thread holds a few inputs of its column: as many neighbours as 16 bytes of weights have,
-8, 16 or 32, so that it reads those at once, and as many such *reads* as the warps share. A single
-sequence's columns are chunks, whose lines of 4 reads take turns; several sequences are columns
-themselves, and every column's threads hold the same inputs.
+4. Each thread *reads* 16 bytes of a row of weights at once, 8, 16 or 32 neighbouring inputs, as
+often as the warps share. A single sequence's columns are chunks, whose lines of 4 reads take turns;
+several sequences are columns themselves, and every column's threads hold the same inputs.
+
+Where a single sequence meets integers, its activations are two digits, and each chunk has two
+columns, one a digit: of the 16 rows of weights that a product takes, 4 are then the same chunk of
+different rows. The threads of both columns wait for half of the inputs each.
 
 Warps that do not multiply hold zeros.
 """
@@ -38,14 +41,23 @@ def column_of(plan: StreamPlan) -> Array:
 
 def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
     """Reads of a row that come before each thread's first: int32 `[T]`."""
+    column = column_of(plan)
+    return _first(plan, part, column if part.bits == 16 else column & 3)
+
+
+def _first(plan: StreamPlan, part: SegmentPlan, chunk: Array) -> Array:
     warp = lax.shift_right_logical(iota((plan.threads,), 0), 5) & (plan.product_warps - 1)
-    chunk = column_of(plan) * QUAD if plan.chunked else 0
-    return warp * (part.reads * plan.line) + chunk + (_lane(plan) & 3)
+    chunk = chunk * QUAD if plan.chunked else 0
+    return warp * (part.reads * plan.line(part)) + chunk + (_lane(plan) & 3)
 
 
 def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
-    """The first input of each thread's first read: int32 `[T]`."""
-    return first_read(plan, part) * part.grain
+    """The first input whose activation each thread waits for: int32 `[T]`."""
+    column = column_of(plan)
+    if part.held == part.grain:
+        return _first(plan, part, column) * part.grain
+    pair = lax.shift_right_logical(column, 1)
+    return _first(plan, part, pair) * part.grain + (column & 1) * part.held
 
 
 def multiplies(plan: StreamPlan) -> Array:
@@ -68,4 +80,4 @@ def waits(plan: StreamPlan) -> Array:
 
 def next_input(plan: StreamPlan, part: SegmentPlan) -> int:
     """Inputs from a thread's read to its next one."""
-    return plan.line * part.grain
+    return plan.line(part) * part.grain

@@ -68,7 +68,8 @@ def inputs_of(part: SegmentPlan, operand: Operand) -> list[Array]:
     if part.bits == 16:
         return [x for word in words for x in _unpacked(word)]
     assert operand.scale is not None
-    return ptx.unpack_digits(words, operand.scale, part.bits)
+    halved = part.held != part.grain
+    return ptx.unpack_digits(words, operand.scale, part.bits, halved=halved)
 
 
 def _unpacked(word: Array) -> tuple[Array, Array]:
@@ -83,11 +84,11 @@ def _unpacked(word: Array) -> tuple[Array, Array]:
 def _there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
     """Of so many inputs from each thread's first on, the pieces that it has: int32."""
     step = next_input(plan, part)
-    if part.grain == PIECE:  # inputs are whole pieces
+    if part.grain == PIECE:  # a read is a piece
         return jnp.clip(lax.div(left + (step - 1), jnp.int32(step)), 0, part.pieces)
     left = jnp.maximum(left, 0)
     lines = lax.div(left, jnp.int32(step))
-    a_read = part.grain // PIECE
+    a_read = part.held // PIECE
     rest = lax.div(left - lines * step + (PIECE - 1), jnp.int32(PIECE))
     return jnp.minimum(lines * a_read + jnp.minimum(rest, a_read), part.pieces)
 
@@ -107,7 +108,7 @@ def _norm_weights(
         is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
     refs = [env["attn_norm"], env["mlp_norm"], env["final_norm"]] if before else [env["final_norm"]]
     if env.interpret:
-        elements = [first + q * step + j for q in range(part.reads) for j in range(part.grain)]
+        elements = [first + q * step + j for q in range(part.reads) for j in range(part.held)]
 
         def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
             where = [(*index, jnp.minimum(x, size - 1)) for x in elements]
@@ -157,7 +158,7 @@ def _without_l2(env: StreamEnv) -> StreamEnv:
 def _places(plan: StreamPlan, part: SegmentPlan) -> list[int]:
     """Inputs from a thread's first piece to each of its pieces."""
     step = next_input(plan, part)
-    return [q * step + i for q in range(part.reads) for i in range(0, part.grain, PIECE)]
+    return [q * step + i for q in range(part.reads) for i in range(0, part.held, PIECE)]
 
 
 def collect_inputs(
@@ -202,7 +203,8 @@ def _pack(env: StreamEnv, part: SegmentPlan, values: list[Array]) -> Operand:
     if part.bits == 16:
         words = [_packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
     else:
-        words, scale = ptx.pack_digits(values, part.bits, interpret=env.interpret)
+        halved = part.held != part.grain
+        words, scale = ptx.pack_digits(values, part.bits, halved=halved, interpret=env.interpret)
     # Pallas lets no plain constant out of a branch.
     rest = [words[0] * 0] * (_most_words(env) - len(words))
     return Operand((*words, *rest), scale)

@@ -22,7 +22,7 @@ import enum
 from pallas_kernels.dims import GROUP, Dims, ceil_div, next_power_of_2
 from pallas_kernels.stream.tuning import Tuning
 
-__all__ = ["AttentionPlan", "Segment", "SegmentPlan", "StreamPlan"]
+__all__ = ["AttentionPlan", "Segment", "SegmentPlan", "StreamPlan", "line_of"]
 
 # Columns of a tensor core's block: several sequences are padded to as many.
 COLUMNS = 8
@@ -49,6 +49,16 @@ LOT = 8
 RESERVED_TILE = 32 * 1024
 
 
+def line_of(chunked: bool, bits: int) -> int:
+    """Reads of a row that a warp makes side by side: of all chunks, or of all sequences' inputs.
+
+    A single sequence has as many chunks as columns. With integers each takes two, one a digit.
+    """
+    if not chunked:
+        return QUAD
+    return QUAD * (COLUMNS if bits == 16 else COLUMNS // 2)
+
+
 class Segment(enum.IntEnum):
     """The segments in the order of the stream; those with weights have their array's number."""
 
@@ -73,6 +83,7 @@ class SegmentPlan:
         bits: of a weight: 16, 8 or 4.
         rows: rows of a tile.
         reads: of each row, by a thread.
+        held: inputs of each read whose activations a thread waits for.
         groups: groups of rows, a tile each.
         splits: parts the inputs are cut into; program p works on part `p % splits`.
         width: inputs of a part.
@@ -86,6 +97,7 @@ class SegmentPlan:
     bits: int
     rows: int
     reads: int
+    held: int
     groups: int
     splits: int
     width: int
@@ -106,7 +118,7 @@ class SegmentPlan:
     @property
     def pieces(self) -> int:
         """Pieces of the span that a thread holds."""
-        return self.reads * self.grain // PIECE
+        return self.reads * self.held // PIECE
 
     @property
     def row_bytes(self) -> int:
@@ -216,15 +228,18 @@ class StreamPlan:
         """Threads of a program."""
         return 32 * self.num_warps
 
-    @property
-    def line(self) -> int:
+    def line(self, part: SegmentPlan) -> int:
         """Reads of a row that a warp makes side by side."""
-        return QUAD * (COLUMNS if self.chunked else 1)
+        return line_of(self.chunked, part.bits)
+
+    def columns(self, part: SegmentPlan) -> int:
+        """Numbers that a warp makes of a row: one a chunk, or one a sequence."""
+        return self.line(part) // QUAD if self.chunked else COLUMNS
 
     def span(self, segment: Segment) -> int:
         """Inputs of a segment's tile, those that are padding included."""
         part = self.segments[segment]
-        return part.reads * part.grain * self.product_warps * self.line
+        return part.reads * part.grain * self.product_warps * self.line(part)
 
     @property
     def quantized(self) -> bool:
@@ -241,11 +256,12 @@ class StreamPlan:
         return list(kinds.values())
 
     def products_bytes(self, segment: Segment) -> int:
-        """Bytes of a tile's products, not summed up yet: float32, `COLUMNS` a row and warp.
+        """Bytes of a tile's products, not summed up yet: float32, `columns` a row and warp.
 
         With 16 bytes between them, the same rows of several tiles lie in different banks.
         """
-        return 4 * COLUMNS * self.product_warps * self.segments[segment].rows + 16
+        part = self.segments[segment]
+        return 4 * self.columns(part) * self.product_warps * part.rows + 16
 
     def flushed(self, segment: Segment) -> int:
         """Tiles of a segment, or groups of the residual, that are made use of together."""

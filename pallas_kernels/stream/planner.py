@@ -26,6 +26,7 @@ from pallas_kernels.stream.plan import (
     Segment,
     SegmentPlan,
     StreamPlan,
+    line_of,
 )
 from pallas_kernels.stream.tuning import Tuning
 
@@ -42,11 +43,10 @@ class _Geometry:
     def __init__(self, dims: Dims, tuning: Tuning):
         self.dims, self.tuning = dims, tuning
         self.batch = 1 if dims.batch == 1 else COLUMNS
-        self.line = QUAD * (COLUMNS if self.batch == 1 else 1)
         self.widest = max(dims.model_dim, dims.attn_dim)
         self.most = MAX_PIECES if self.batch == 1 else 2 * MAX_PIECES
         # Of several sequences each thread has 8 times as much to collect.
-        few = ceil_div(self.widest, 4 * self.line * PIECE) <= MAX_PIECES // 2
+        few = ceil_div(self.widest, 4 * QUAD * PIECE) <= MAX_PIECES // 2
         self.product_warps = 4 if self.batch == 1 or few else 8
         # Those beyond feed the ring meanwhile.
         self.num_warps = max(self.product_warps, tuning.num_warps or self.product_warps)
@@ -56,7 +56,12 @@ class _Geometry:
 
     def unit(self, bits: int) -> int:
         """Inputs of one read of every thread."""
-        return self.product_warps * self.line * (8 * READ // bits)
+        return self.product_warps * line_of(self.batch == 1, bits) * (8 * READ // bits)
+
+    def held(self, bits: int) -> int:
+        """Inputs of a read whose activations a thread waits for."""
+        grain = 8 * READ // bits
+        return grain // 2 if self.batch == 1 and bits != 16 else grain
 
     def reads(self, bits: int) -> int:
         """Of a row of the model's width, by a thread."""
@@ -74,7 +79,7 @@ class _Geometry:
     def _cut_down(self) -> None:
         """The down projection's inputs are split where threads, or tiles, have no room."""
         bits, size = self.bits.down, self.dims.ffw_dim
-        unit, pieces = self.unit(bits), 8 * READ // bits // PIECE
+        unit, pieces = self.unit(bits), self.held(bits) // PIECE
         room = max(self.reads(bits), ceil_div(4, pieces))
         if self.batch == 1:
             # Integers leave room for twice as many: their rows are shorter.
@@ -108,7 +113,7 @@ def splits_of(dims: Dims, tuning: Tuning = DEFAULT) -> int:
 def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
     """Why these sizes cannot be streamed, as a sentence; None if they can."""
     geometry = _Geometry(dims, tuning)
-    held = geometry.product_warps * geometry.line * PIECE * geometry.most
+    held = geometry.product_warps * line_of(geometry.batch == 1, 16) * PIECE * geometry.most
     if geometry.widest > held:
         return (
             f"The streamed kernel holds at most {held} activations of "
@@ -194,6 +199,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
             bits=bits,
             rows=rows,
             reads=g.reads(bits),
+            held=g.held(bits),
             groups=groups,
             splits=1,
             width=inner,
@@ -215,6 +221,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         bits=bits.down,
         rows=g.down_rows,
         reads=g.down_reads,
+        held=g.held(bits.down),
         groups=groups,
         splits=g.splits,
         width=g.width,

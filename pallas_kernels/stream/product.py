@@ -99,10 +99,13 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
             return index
         thread = iota((plan.threads,), 0)
         warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
-        if plan.chunked:
-            where = (warp * COLUMNS + column) * (4 * part.rows)
-        else:
+        if not plan.chunked:
             where = (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
+        elif part.bits == 16:
+            where = (warp * COLUMNS + column) * (4 * part.rows)
+        else:  # each half of the columns has half of the rows
+            half = lax.shift_right_logical(column, 2) * (2 * part.rows)
+            where = (warp * plan.columns(part) + (column & 3)) * (4 * part.rows) + half
         where += products_address(env, turn) + place.slot * plan.products_bytes(segment)
         first = first_read(plan, part)
         slot = slot_address(env, turn)
@@ -113,7 +116,9 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
             if plan.quantized and any(plan.is_ragged(s) for s in kind):
                 # Beyond a row lies what may be no number.
                 left = _of_segment(env, place.segment, kind, "width") - first * part.grain
-                there = lax.div(left + (plan.line * part.grain - 1), jnp.int32(plan.line * PIECE))
+                there = lax.div(
+                    left + (plan.line(part) * part.grain - 1), jnp.int32(plan.line(part) * PIECE)
+                )
             return ptx.multiply_tile(
                 slot + READ * first,
                 pitches,
@@ -121,7 +126,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
                 where,
                 there,
                 rows=part.rows,
-                step=READ * plan.line,
+                step=READ * plan.line(part),
                 chunked=plan.chunked,
                 threads=threads,
             )
@@ -141,7 +146,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
                 bits=part.bits,
                 rows=part.rows,
                 reads=part.reads,
-                step=READ * plan.line,
+                step=READ * plan.line(part),
                 scale_bytes=part.scale_bytes,
                 ragged=any(plan.is_ragged(s) for s in kind),
                 chunked=plan.chunked,
@@ -183,7 +188,7 @@ def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Su
         at = products_address(env, turn) + tile * plan.products_bytes(segment)
         if plan.chunked:
             at += 4 * row
-            return ptx.sum_shared(at, COLUMNS * plan.product_warps, 4 * part.rows)
+            return ptx.sum_shared(at, plan.columns(part) * plan.product_warps, 4 * part.rows)
         at += 4 * (row * COLUMNS + outputs.sequence)
         return ptx.sum_shared(at, plan.product_warps, 4 * COLUMNS * part.rows)
 
@@ -196,7 +201,7 @@ def _interpreted(
     """Puts a tile's sums where `sum_up` finds them."""
     plan = env.plan
     first, step = first_input(plan, part), next_input(plan, part)
-    inputs = jnp.stack([first + q * step + j for q in range(part.reads) for j in range(part.grain)])
+    inputs = jnp.stack([first + q * step + j for q in range(part.reads) for j in range(part.held)])
     values = jnp.stack(inputs_of(part, operand))  # [inputs, T]
     rows = jnp.arange(part.rows)[:, None, None] * pitch
     weights = read_tile(env, index, part, rows + lax.div(inputs * part.bits, 8)[None], inputs)

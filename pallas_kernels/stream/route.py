@@ -55,8 +55,7 @@ _WEIGHTS = {
 class Source(NamedTuple):
     """Where a tile's weights lie, and where they go: int32 scalars, as they stand in the table.
 
-    Of scales the same follows, without `pitch`: the copies lie side by side. In its place stands
-    where in the slot the first one goes.
+    Of scales the same follows; but before `pitch` stands where in the slot the first copy goes.
 
     Attributes:
         begin: where the tile begins.
@@ -256,6 +255,8 @@ def _scale_words(
     begin = ptx.begin_words(base, arrays, _strides(arrays), beyond, start, interpret=False)
     split = of([int(is_cut) for is_cut in cut]) != 0
     size = jnp.where(split, lax.div(width, jnp.int32(GROUP // 2)), there * of(sizes))
+    # Whole units: one that holds a scale lies in the array.
+    size = lax.div(size + (READ - 1), unit) * READ
     most = of(
         [
             p.rows if is_cut else 2 if _is_paired(s) else 1
@@ -266,11 +267,10 @@ def _scale_words(
     return [
         *begin,
         lax.div(jnp.where(split, 1, second) * of(sizes), unit),
-        # Whole units: one that holds a scale lies in the array.
-        lax.div(size + (READ - 1), unit) * READ,
+        size,
         jnp.where(has_some, jnp.minimum(copies, most), 0),
         of([p.rows * p.row_bytes for p in parts]),
-        jnp.zeros_like(size),
+        jnp.where(split, of([p.scale_bytes for p in parts]), size),
     ]
 
 

@@ -1,6 +1,6 @@
 """Activations as integers: two digits of 8 bits each, for products with integer weights.
 
-The four threads that hold a column's inputs share a scale s, a 16256th of the largest magnitude
+The threads that hold a column's inputs share a scale s, a 16256th of the largest magnitude
 among them, and every x becomes s * (128 * high + low), with high of -127 to 127 and low of -64 to
 64: rounded to s, where bfloat16 rounds to x / 256. Of a few hundred inputs that is closer, unless
 the largest is thousands of times the others; then its own rounding to bfloat16 would be worse.
@@ -9,6 +9,7 @@ the largest is thousands of times the others; then its own rounding to bfloat16 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -16,6 +17,7 @@ from jax._src import core
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.pallas.triton import lowering
 
+from pallas_kernels.program import iota
 from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["pack_digits", "packing_order", "unpack_digits"]
@@ -43,104 +45,141 @@ _pack_digits_p.multiple_results = True
 
 
 @_pack_digits_p.def_effectful_abstract_eval
-def _(*values, order):
+def _(*values, order, halved):
     word = core.ShapedArray(values[0].shape, jnp.int32)
     scale = core.ShapedArray(values[0].shape, jnp.float32)
     return [*[word] * (len(values) // 2), scale], {lowered.ORDERED}
 
 
-def pack_digits_text(count: int, order: Sequence[int]) -> str:
+def pack_digits_text(count: int, order: Sequence[int], halved: bool) -> str:
     """Operands: the words, the scale, then `count` values."""
     words = count // 2
     value = [f"${words + 1 + i}" for i in range(count)]
     names = [f"%{x}{i}" for x in "hl" for i in range(4)]
     lines = [
-        f"{{ .reg .f32 %m, %n, %i, %y, {', '.join(names)}; .reg .b32 %a, %b;",
+        f"{{ .reg .f32 %m, %n, %i, %y, {', '.join(names)}; .reg .b32 %a, %b; .reg .pred %odd;",
         f"abs.f32 %m, {value[0]};",
         *(f"abs.f32 %n, {x}; max.NaN.f32 %m, %m, %n;" for x in value[1:]),
+        "mov.u32 %a, %laneid; and.b32 %a, %a, 4; setp.ne.u32 %odd, %a, 0;",
     ]
-    for step in (1, 2):
+    for step in (1, 2, 4) if halved else (1, 2):
         lines.append(f"shfl.sync.bfly.b32 %n, %m, {step}, 31, 0xffffffff; max.NaN.f32 %m, %m, %n;")
     lines += [
         "max.NaN.f32 %m, %m, 0f0DA24260; rcp.approx.ftz.f32 %i, %m;",  # 1e-30
         f"mul.rn.f32 %i, %i, 0f467E0000; mul.rn.f32 ${words}, %m, 0f38810204;",  # 16256, 1 / 16256
     ]
-    grain = len(order)
+    held = len(order)
     for word in range(0, count // 4):
-        read, within = divmod(word, grain // 4)
+        read, within = divmod(word, held // 4)
         for i in range(4):
-            x = value[read * grain + order[4 * within + i]]
+            x = value[read * held + order[4 * within + i]]
             lines += [
                 f"mul.rn.f32 %y, {x}, %i; fma.rn.f32 %h{i}, %y, 0f3C000000, {_MAGIC};",
                 f"sub.rn.f32 %n, %h{i}, {_MAGIC}; fma.rn.f32 %y, %n, 0fC3000000, %y;",
                 f"add.rn.f32 %l{i}, %y, {_MAGIC};",
             ]
-        first = read * (grain // 2) + within
-        for name, to in (("h", first), ("l", first + grain // 4)):
+        first = read * (held // 2) + within
+        for name, to in (("h", first), ("l", first + held // 4)):
             lines += [
                 f"mov.b32 %a, %{name}0; mov.b32 %b, %{name}1; prmt.b32 %a, %a, %b, 0x0040;",
                 f"mov.b32 %b, %{name}2; mov.b32 ${to}, %{name}3;",
                 f"prmt.b32 %b, %b, ${to}, 0x0040; prmt.b32 ${to}, %a, %b, 0x5410;",
             ]
+        if halved:
+            high, low = f"${first}", f"${first + held // 4}"
+            lines += [
+                f"selp.b32 %a, {high}, {low}, %odd; shfl.sync.bfly.b32 %b, %a, 4, 31, 0xffffffff;",
+                f"selp.b32 {high}, %b, {high}, %odd; selp.b32 {low}, {low}, %b, %odd;",
+            ]
     return " ".join([*lines, "}"])
 
 
 @lowering.register_lowering(_pack_digits_p)
-def _(ctx, *args, order):
+def _(ctx, *args, order, halved):
     args = lowered.values(ctx, args)
     shape, words = ctx.avals_out[0].shape, len(args) // 2
     results = [lowered.like(shape, lowered.i32())] * words
     results.append(lowered.like(shape, ir.F32Type.get()))
     constraints = ",".join(["=&r"] * words + ["=&f"] + ["f"] * len(args))
-    return lowered.assembly(results, pack_digits_text(len(args), order), constraints, args)
+    text = pack_digits_text(len(args), order, halved)
+    return lowered.assembly(results, text, constraints, args)
 
 
 def pack_digits(
-    values: Sequence[Array], bits: int, *, interpret: bool
+    values: Sequence[Array], bits: int, *, halved: bool, interpret: bool
 ) -> tuple[list[Array], Array]:
     """A column's inputs as digits.
 
     Args:
-        values: float32 `[T]`, a thread's inputs in order, whole reads.
+        values: float32 `[T]`, a thread's inputs in order, whole reads or halves of them.
         bits: of the weights they will be multiplied by.
+        halved: whether pairs of columns share their reads: the first's threads hold the first
+            half of each, and get the high digits of all of it; the second's get the low ones.
         interpret: whether the kernel is interpreted.
 
     Returns:
         Words, int32 `[T]`: of every read the high digits, then the low ones, four a word in
-        `packing_order`; and the scale, float32 `[T]`, NaN where some value is.
+        `packing_order`; halved, one of the two. And the scale, float32 `[T]`, NaN where some value
+        is.
     """
     order = packing_order(bits)
+    order = order[: len(order) // 2] if halved else order
     if not interpret:
-        *words, scale = _pack_digits_p.bind(*values, order=tuple(order))
+        *words, scale = _pack_digits_p.bind(*values, order=tuple(order), halved=halved)
         return words, scale
-    stacked = jnp.stack(values)
-    quads = jnp.abs(stacked).max(axis=0).reshape(-1, 4).max(axis=1)
-    largest = jnp.maximum(jnp.repeat(quads, 4), _SMALLEST)
+    stacked, sharing = jnp.stack(values), 8 if halved else 4
+    largest = jnp.abs(stacked).max(axis=0).reshape(-1, sharing).max(axis=1)
+    largest = jnp.maximum(jnp.repeat(largest, sharing), _SMALLEST)
     scaled = stacked / largest * LARGEST
     high = jnp.round(scaled / 128)
     digits = [x.astype(jnp.int32) & 0xFF for x in (high, jnp.round(scaled - 128 * high))]
     words = []
     for read in range(0, len(values), len(order)):
-        for digit in digits:
-            for first in range(0, len(order), 4):
-                four = [digit[read + i] for i in order[first : first + 4]]
-                words.append(sum(lax.shift_left(x, 8 * i) for i, x in enumerate(four)))
+        both = [
+            [
+                sum(lax.shift_left(digit[read + order[i + j]], 8 * j) for j in range(4))
+                for i in range(0, len(order), 4)
+            ]
+            for digit in digits
+        ]
+        words += _exchanged(*both) if halved else [*both[0], *both[1]]
     return words, largest / LARGEST
 
 
-def unpack_digits(words: Sequence[Array], scale: Array, bits: int) -> list[Array]:
+def _exchanged(high: list[Any], low: list[Any]) -> list[Array]:
+    """What both columns of a pair hold of a read, when each has given the other what it wants.
+
+    It is its own inverse, but for the order of what is given and what is got.
+    """
+    odd = iota(high[0].shape, 0) & 4 != 0
+    got = [_of_partner(jnp.where(odd, x, y)) for x, y in zip(high, low, strict=True)]
+    first = [jnp.where(odd, x, y) for x, y in zip(got, high, strict=True)]
+    return [*first, *(jnp.where(odd, x, y) for x, y in zip(low, got, strict=True))]
+
+
+def _of_partner(word: Array) -> Array:
+    """The word of the thread whose lane differs in the bit 4."""
+    return jnp.flip(word.reshape(-1, 2, 4), axis=1).reshape(word.shape)
+
+
+def unpack_digits(words: Sequence[Array], scale: Array, bits: int, *, halved: bool) -> list[Array]:
     """The inverse of `pack_digits`, for interpret mode: float32 `[T]`, inputs in order."""
     order = packing_order(bits)
-    grain, values = len(order), []
-    for first in range(0, len(words), grain // 2):
-        read: list[Array] = [scale] * grain
+    order = order[: len(order) // 2] if halved else order
+    held, values = len(order), []
+    for first in range(0, len(words), held // 2):
+        some = list(words[first : first + held // 2])
+        high, low = some[: held // 4], some[held // 4 :]
+        if halved:
+            some = _exchanged(high, low)
+            high, low = some[: held // 4], some[held // 4 :]
+        read: list[Array] = [scale] * held
         for byte, place in enumerate(order):
-            high, low = (
-                lax.shift_right_arithmetic(
-                    lax.shift_left(words[first + half + byte // 4], 24 - 8 * (byte % 4)), 24
-                )
-                for half in (0, grain // 4)
-            )
-            read[place] = (128 * high + low).astype(jnp.float32) * scale
+            shift = 24 - 8 * (byte % 4)
+            digits = [
+                lax.shift_right_arithmetic(lax.shift_left(x[byte // 4], shift), 24)
+                for x in (high, low)
+            ]
+            read[place] = (128 * digits[0] + digits[1]).astype(jnp.float32) * scale
         values += read
     return values

@@ -107,11 +107,11 @@ def _scale_lines(f: Feed, pointer: str, together: bool) -> list[str]:
         return [
             *lines,
             "mov.u32 %t, %laneid; sub.s32 %t, 31, %t; setp.lt.and.u32 %p, %t, %y, %go;",
-            "mad.lo.u32 %v, %t, %x, %v; mul.lo.u32 %w, %q3, %t; mul.wide.u32 %by, %w, 16;",
+            "mad.lo.u32 %v, %t, %q7, %v; mul.lo.u32 %w, %q3, %t; mul.wide.u32 %by, %w, 16;",
             f"add.u64 %from, %from, %by; @%p {copy}",
         ]
     lines.append("mul.wide.u32 %by, %q3, 16;")
-    ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %x;"
+    ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %q7;"
     if f.scales > 2:
         return [
             *lines,

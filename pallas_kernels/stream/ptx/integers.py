@@ -29,7 +29,8 @@ class IntegerTile:
         step: bytes from a thread's read to its next one.
         scale_bytes: from a row's scales to the next one's.
         ragged: whether the last of a row's reads may lie beyond it, where anything is.
-        chunked: whether the operand's 8 columns are chunks of one sequence.
+        chunked: whether the operand's 8 columns are both digits of 4 chunks of one sequence; else
+            each of 8 sequences has its digits one after the other.
         threads: that take part, from the first on.
     """
 
@@ -48,9 +49,9 @@ class IntegerTile:
         return 32 // self.bits
 
 
-def _float(name: str, high: str, low: str) -> list[str]:
+def _float(name: str, high: str, low: str) -> str:
     """128 * high + low, both integers, as a float32."""
-    return [f"mad.lo.s32 %v, {high}, 128, {low}; cvt.rn.f32.s32 {name}, %v;"]
+    return f"mad.lo.s32 %v, {high}, 128, {low}; cvt.rn.f32.s32 {name}, %v;"
 
 
 class _Multiply:
@@ -62,14 +63,13 @@ class _Multiply:
 
     def __init__(self, tile: IntegerTile):
         self.t = tile
-        # Of what a warp holds of a product, those that count: chunked, of two rows the column
-        # that is the row's own chunk; else two columns of one row, or two.
-        self.halves = 2 if tile.chunked or tile.rows > 8 else 1
+        # Rows that a warp multiplies at once: of a product's 16, 8 are of each half of them.
+        self.both = tile.rows > (2 if tile.chunked else 8)
 
     def digit(self, q: int, low: bool, word: int) -> str:
-        """The operand's word."""
-        size = self.t.words
-        return f"${7 + (2 * q + low) * size + word}"
+        """A word of the operand; chunked, a thread has one digit alone."""
+        read = q if self.t.chunked else 2 * q + low
+        return f"${7 + read * self.t.words + word}"
 
     def load(self, name: str, at: str, q: int, guard: str = "") -> list[str]:
         """The q-th read of a row, as bytes: words {name}{q}_0 and so on."""
@@ -97,104 +97,114 @@ class _Multiply:
                 lines.append(f"lop3.b32 {to}, {x}, 0x88888888, 0xF0F0F0F0, 0x28;")
         return lines
 
-    def products(self, q: int, x: str, y: str | None, first: bool) -> list[str]:
-        """Adds the q-th read's products to the sums %hi and %lo."""
+    def products(self, q: int, y: bool, first: bool) -> list[str]:
+        """Adds the q-th read's products to the sums %hi, and to %lo where the low digits are."""
         lines = []
         for word in range(0, self.t.words, 2):
-            a = [f"%{n}{q}_{word + i}" if n else "%zero" for i in range(2) for n in (x, y)]
-            for name, low in (("hi", False), ("lo", True)):
+            names = [("x", True), ("y", y)]
+            a = [
+                f"%{n}{q}_{word + i}" if there else "%zero" for i in range(2) for n, there in names
+            ]
+            for name in ("hi",) if self.t.chunked else ("hi", "lo"):
                 sums = ", ".join(f"%{name}{i}" for i in range(4))
                 before = "%zero, %zero, %zero, %zero" if first and word == 0 else sums
-                b = [self.digit(q, low, word + i) for i in range(2)]
+                b = [self.digit(q, name == "lo", word + i) for i in range(2)]
                 lines.append(
                     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
                     f"{{{sums}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {{{before}}};"
                 )
         return lines
 
-    def scaled(self, q: int, row: str, values: Sequence[str], first: int) -> list[str]:
+    def scaled(self, q: int, row: str, half: int, values: Sequence[str]) -> list[str]:
         """Of int4 weights: adds what the sums are of one row, times the group's scale.
 
         Args:
             q: the read.
-            row: bytes from the tile's scales to the row's, and perhaps a register before it.
+            row: address of the row's scale of the thread's first group.
+            half: which of the two rows of a product.
             values: what is added to.
-            first: of the sums, the first of the row's.
         """
         t = self.t
-        stride = 8 if t.chunked else 1  # groups from a read to the next
+        stride = 4 if t.chunked else 1  # groups from a read to the next
         lines = [f"ld.shared.u16 %w, [{row}+{2 * stride * q}]; shl.b32 %w, %w, 16; mov.b32 %s, %w;"]
         for i, value in enumerate(values):
-            if t.chunked:
-                lines += [
-                    f"selp.b32 %v, %hi{first + 1}, %hi{first}, %odd;",
-                    f"selp.b32 %w, %lo{first + 1}, %lo{first}, %odd;",
-                    *_float("%f", "%v", "%w"),
-                ]
-            else:
-                lines += _float("%f", f"%hi{first + i}", f"%lo{first + i}")
-            if t.ragged:
-                lines.append(
-                    f"setp.ne.f32 %p, %f, 0f00000000; @%p fma.rn.f32 {value}, %f, %s, {value};"
-                )
-            else:
-                lines.append(f"fma.rn.f32 {value}, %f, %s, {value};")
+            lines.append(_float("%f", *self.sums(half, i)))
+            # Beyond a row, the sum is 0, and in the scale's place may lie anything.
+            guard = "setp.ne.f32 %p, %f, 0f00000000; @%p " if t.ragged else ""
+            lines.append(f"{guard}fma.rn.f32 {value}, %f, %s, {value};")
         return lines
+
+    def sums(self, half: int, i: int) -> tuple[str, str]:
+        """The sums of high and low digits of one of the two rows; of its i-th column."""
+        if self.t.chunked:
+            return f"%hi{2 * half}", f"%hi{2 * half + 1}"
+        return f"%hi{2 * half + i}", f"%lo{2 * half + i}"
 
     def text(self) -> str:
         """The whole text."""
         t = self.t
-        values = [f"%v{r}" for r in range(t.rows if t.chunked else 2 * self.halves)]
+        values = [f"%v{r}" for r in range(t.rows // 2 if t.chunked else 2 + 2 * self.both)]
         lines = [
             "{ .reg .pred %p, %odd, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero;",
             f".reg .b32 {', '.join(f'%{n}{i}' for n in ('hi', 'lo') for i in range(4))};",
             f".reg .f32 %f, %s, %own, {', '.join(values)}; mov.u32 $0, 0; mov.b32 %zero, 0;",
             f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {t.threads}; @%mine bra idle;",
             "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
-            "and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0;",
         ]
         lines += [f"mov.f32 {value}, 0f00000000;" for value in values]
         lines += self.chunks(values) if t.chunked else self.sequences(values)
         return " ".join([*lines, "idle: }"])
 
     def chunks(self, values: list[str]) -> list[str]:
-        """Columns are chunks: two rows at a time."""
+        """Columns are digits of chunks.
+
+        Of a product's 16 rows, 4 are the chunks of one row of the tile. Threads of g below 4 have
+        the tile's first half of rows, two at a time, and the others its second half.
+        """
         t = self.t
-        lines = ["mov.u32 %a, $1;"]
-        lines.append("mad.lo.u32 %c, $6, 2, $4;" if t.bits == 4 else "mov.u32 %c, $4;")
-        for r in range(0, t.rows, 2):
+        half = t.rows // 2
+        lines = [
+            f"shr.u32 %l, %g, 2; mul.lo.u32 %l, %l, {half};",
+            "mad.lo.u32 %a, %l, $2, $1;",
+            f"mad.lo.u32 %c, %l, {t.scale_bytes}, $4;",
+        ]
+        if t.bits == 4:
+            lines.append("mad.lo.u32 %c, $6, 2, %c;")
+        # The scale of a chunk is with the threads that hold its inputs.
+        lines.append("shl.b32 %l, %t, 3; shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff;")
+        if t.bits == 4:
+            lines.append(f"mul.rn.f32 %own, %own, {_SIXTEENTH};")
+        names = "xy" if self.both else "x"
+        for r in range(0, half, len(names)):
             # A scope of its own for the names of what is loaded.
             lines.append("{ add.u32 %b, %a, $2;")
             for q in range(t.reads):
-                lines += [*self.load("x", "%a", q), *self.load("y", "%b", q)]
+                for name, at in zip(names, ("%a", "%b"), strict=False):
+                    lines += self.load(name, at, q)
             for q in range(t.reads):
-                lines += [*self.widen("x", q), *self.widen("y", q)]
-                lines += self.products(q, "x", "y", first=q == 0 or t.bits == 4)
+                for name in names:
+                    lines += self.widen(name, q)
+                lines += self.products(q, self.both, first=q == 0 or t.bits == 4)
                 if t.bits == 4:
-                    for i in range(2):
+                    for i in range(len(names)):
                         row = f"%c+{(r + i) * t.scale_bytes}"
-                        lines += self.scaled(q, row, values[r + i : r + i + 1], 2 * i)
-            if t.bits == 8:
-                for i in range(2):
-                    lines += [
-                        f"selp.b32 %v, %hi{2 * i + 1}, %hi{2 * i}, %odd;",
-                        f"selp.b32 %w, %lo{2 * i + 1}, %lo{2 * i}, %odd;",
-                        *_float(values[r + i], "%v", "%w"),
-                        f"ld.shared.f32 %s, [%c+{(r + i) * t.scale_bytes}];",
-                        f"mul.rn.f32 {values[r + i]}, {values[r + i]}, %s;",
-                    ]
+                        lines += self.scaled(q, row, i, values[r + i : r + i + 1])
+            for i in range(len(names)):
+                value = values[r + i]
+                if t.bits == 8:
+                    lines.append(_float(value, *self.sums(i, 0)))
+                    lines.append(f"ld.shared.f32 %s, [%c+{(r + i) * t.scale_bytes}];")
+                    lines.append(f"mul.rn.f32 {value}, {value}, %s;")
+                lines.append(f"mul.rn.f32 {value}, {value}, %own;")
             lines.append("add.u32 %a, %b, $2; }")
-        own = "$5"
-        if t.bits == 4:
-            lines.append(f"mul.rn.f32 %own, $5, {_SIXTEENTH};")
-            own = "%own"
-        lines += [f"mul.rn.f32 {value}, {value}, {own};" for value in values]
-        # Of a block's 16 x 8 products those count whose row and column are the same chunk's.
-        lines.append("shr.u32 %b, %g, 1; setp.eq.u32 %mine, %b, %t;")
-        size = min(4, t.rows)
-        for r in range(0, t.rows, size):
+        # Those count whose row and column are the same chunk's.
+        lines.append("and.b32 %l, %g, 3; setp.eq.u32 %mine, %l, %t;")
+        size = min(4, half)
+        vector = f".v{size}" if size > 1 else ""
+        for r in range(0, half, size):
             some = ", ".join(values[r : r + size])
-            lines.append(f"@%mine st.shared.v{size}.f32 [$3+{4 * r}], {{{some}}};")
+            some = f"{{{some}}}" if size > 1 else some
+            lines.append(f"@%mine st.shared{vector}.f32 [$3+{4 * r}], {some};")
         return lines
 
     def sequences(self, values: list[str]) -> list[str]:
@@ -204,29 +214,29 @@ class _Multiply:
             # Threads of rows that there are not hold zeros.
             f"setp.lt.u32 %mine, %g, {t.rows}; mad.lo.u32 %a, %g, $2, $1;",
             f"mad.lo.u32 %c, %g, {t.scale_bytes}, $4;",
+            "and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0;",
         ]
         if t.bits == 4:
             lines.append("mad.lo.u32 %c, $6, 2, %c;")
-        if self.halves == 2:
+        if self.both:
             lines.append("shl.b32 %b, $2, 3; add.u32 %b, %a, %b;")
-        names = ["x", "y"][: self.halves]
+        names = ["x", "y"][: 1 + self.both]
         for q in range(t.reads):
             lines += self.pieces(q, names)
         for q in range(t.reads):
             for name in names:
                 lines += self.widen(name, q)
-            y = names[1] if self.halves == 2 else None
-            lines += self.products(q, "x", y, first=q == 0 or t.bits == 4)
+            lines += self.products(q, self.both, first=q == 0 or t.bits == 4)
             if t.bits == 4:
-                for i in range(self.halves):
+                for i in range(len(names)):
                     row = f"%c+{8 * i * t.scale_bytes}"
-                    lines += self.scaled(q, row, values[2 * i : 2 * i + 2], 2 * i)
+                    lines += self.scaled(q, row, i, values[2 * i : 2 * i + 2])
         if t.bits == 8:
-            for i in range(self.halves):
+            for i in range(len(names)):
                 lines.append(f"ld.shared.f32 %s, [%c+{8 * i * t.scale_bytes}];")
-                for n in (2 * i, 2 * i + 1):
-                    lines += _float(values[n], f"%hi{n}", f"%lo{n}")
-                    lines.append(f"mul.rn.f32 {values[n]}, {values[n]}, %s;")
+                for n, value in enumerate(values[2 * i : 2 * i + 2]):
+                    lines.append(_float(value, *self.sums(i, n)))
+                    lines.append(f"mul.rn.f32 {value}, {value}, %s;")
         # A sequence's scale is with the threads that hold its inputs.
         lines.append("shl.b32 %l, %t, 3;")
         for n in range(2):
@@ -235,7 +245,7 @@ class _Multiply:
                 lines.append(f"mul.rn.f32 %own, %own, {_SIXTEENTH};")
             for value in values[n::2]:
                 lines.append(f"mul.rn.f32 {value}, {value}, %own;")
-        for i in range(self.halves):
+        for i in range(len(names)):
             pair = ", ".join(values[2 * i : 2 * i + 2])
             lines.append(f"@%mine st.shared.v2.f32 [$3+{256 * i}], {{{pair}}};")
         return lines
