@@ -65,6 +65,10 @@ class _Multiply:
         self.t = tile
         # Rows that a warp multiplies at once: of a product's 16, 8 are of each half of them.
         self.both = tile.rows > (2 if tile.chunked else 8)
+        # A product waits for the one before it that it is added to: of few rows, every other one,
+        # or fourth, begins a sum of its own.
+        rows = tile.rows // (4 if self.both else 2) if tile.chunked else 2
+        self.chains = max(1, 4 // rows) if tile.bits == 8 else 1
 
     def digit(self, q: int, low: bool, word: int) -> str:
         """A word of the operand; chunked, a thread has one digit alone."""
@@ -97,23 +101,48 @@ class _Multiply:
                 lines.append(f"lop3.b32 {to}, {x}, 0x88888888, 0xF0F0F0F0, 0x28;")
         return lines
 
-    def products(self, q: int, y: bool, first: bool) -> list[str]:
-        """Adds the q-th read's products to the sums %hi, and to %lo where the low digits are."""
+    def products(self, q: int, y: bool) -> list[str]:
+        """Adds the q-th read's products to the sums %hi, and to %lo where the low digits are.
+
+        Those of int4 weights begin with every read: a group's.
+        """
         lines = []
         for word in range(0, self.t.words, 2):
             names = [("x", True), ("y", y)]
             a = [
                 f"%{n}{q}_{word + i}" if there else "%zero" for i in range(2) for n, there in names
             ]
-            for name in ("hi",) if self.t.chunked else ("hi", "lo"):
-                sums = ", ".join(f"%{name}{i}" for i in range(4))
-                before = "%zero, %zero, %zero, %zero" if first and word == 0 else sums
+            number = 0 if self.t.bits == 4 else (q * self.t.words + word) // 2
+            chain, first = (
+                number % self.chains,
+                number < self.chains if self.t.bits == 8 else word == 0,
+            )
+            for name in self._names():
+                sums = ", ".join(f"%{name}{chain or ''}_{i}" for i in range(4))
+                before = "%zero, %zero, %zero, %zero" if first else sums
                 b = [self.digit(q, name == "lo", word + i) for i in range(2)]
                 lines.append(
                     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
                     f"{{{sums}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {{{before}}};"
                 )
         return lines
+
+    def add_chains(self) -> list[str]:
+        """Adds up the sums of the chains that there are."""
+        chains = min(self.chains, self.t.reads * self.t.words // 2)
+        return [
+            f"add.s32 %{name}_{i}, %{name}_{i}, %{name}{chain}_{i};"
+            for chain in range(1, chains)
+            for name in self._names()
+            for i in range(4)
+        ]
+
+    def _sums(self) -> list[str]:
+        chains = [chain or "" for chain in range(self.chains)]
+        return [f"%{n}{c}_{i}" for n in ("hi", "lo") for c in chains for i in range(4)]
+
+    def _names(self) -> tuple[str, ...]:
+        return ("hi",) if self.t.chunked else ("hi", "lo")
 
     def scaled(self, q: int, row: str, half: int, values: Sequence[str]) -> list[str]:
         """Of int4 weights: adds what the sums are of one row, times the group's scale.
@@ -137,8 +166,8 @@ class _Multiply:
     def sums(self, half: int, i: int) -> tuple[str, str]:
         """The sums of high and low digits of one of the two rows; of its i-th column."""
         if self.t.chunked:
-            return f"%hi{2 * half}", f"%hi{2 * half + 1}"
-        return f"%hi{2 * half + i}", f"%lo{2 * half + i}"
+            return f"%hi_{2 * half}", f"%hi_{2 * half + 1}"
+        return f"%hi_{2 * half + i}", f"%lo_{2 * half + i}"
 
     def text(self) -> str:
         """The whole text."""
@@ -146,7 +175,7 @@ class _Multiply:
         values = [f"%v{r}" for r in range(t.rows // 2 if t.chunked else 2 + 2 * self.both)]
         lines = [
             "{ .reg .pred %p, %odd, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero;",
-            f".reg .b32 {', '.join(f'%{n}{i}' for n in ('hi', 'lo') for i in range(4))};",
+            f".reg .b32 {', '.join(self._sums())};",
             f".reg .f32 %f, %s, %own, {', '.join(values)}; mov.u32 $0, 0; mov.b32 %zero, 0;",
             f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {t.threads}; @%mine bra idle;",
             "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
@@ -184,11 +213,12 @@ class _Multiply:
             for q in range(t.reads):
                 for name in names:
                     lines += self.widen(name, q)
-                lines += self.products(q, self.both, first=q == 0 or t.bits == 4)
+                lines += self.products(q, self.both)
                 if t.bits == 4:
                     for i in range(len(names)):
                         row = f"%c+{(r + i) * t.scale_bytes}"
                         lines += self.scaled(q, row, i, values[r + i : r + i + 1])
+            lines += self.add_chains()
             for i in range(len(names)):
                 value = values[r + i]
                 if t.bits == 8:
@@ -226,11 +256,12 @@ class _Multiply:
         for q in range(t.reads):
             for name in names:
                 lines += self.widen(name, q)
-            lines += self.products(q, self.both, first=q == 0 or t.bits == 4)
+            lines += self.products(q, self.both)
             if t.bits == 4:
                 for i in range(len(names)):
                     row = f"%c+{8 * i * t.scale_bytes}"
                     lines += self.scaled(q, row, i, values[2 * i : 2 * i + 2])
+        lines += self.add_chains()
         if t.bits == 8:
             for i in range(len(names)):
                 lines.append(f"ld.shared.f32 %s, [%c+{8 * i * t.scale_bytes}];")
