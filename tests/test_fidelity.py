@@ -21,7 +21,7 @@ import checkpoints
 from ffjax import fidelity
 from ffjax.cache import KVCache
 from ffjax.cli import main
-from ffjax.config import ModelConfig, preset
+from ffjax.config import PRESETS, ModelConfig, preset
 from ffjax.decode import DecodeOutput, Kernel, fused_step, reference_step
 from ffjax.fidelity import (
     Candidate,
@@ -569,7 +569,7 @@ def test_nan_is_null_in_json_and_fails(path, capsys, monkeypatch):
 
 
 def test_a_configuration_gets_random_weights_and_prompts(capsys, monkeypatch):
-    monkeypatch.setattr("ffjax.config.preset", lambda name: CONFIG)
+    monkeypatch.setitem(PRESETS, "tiny", CONFIG)
     arguments = [*ARGUMENTS, "--config", "tiny", "--implementation", "xla", "--json"]
     assert main([*arguments, "--seed", "3"]) == 0
     report = json.loads(capsys.readouterr().out)
