@@ -13,7 +13,7 @@ from jax import Array
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.dims import step_dims, step_features
+from ffjax.dims import step_dims, step_features, unknown_groups
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
 from pallas_kernels.dims import DecodeWeights
@@ -78,16 +78,20 @@ class DecodeOutput(NamedTuple):
 def decode_weights(model: Transformer) -> DecodeWeights:
     """The model's own arrays, as the fused kernels take them: no copy.
 
+    Of quantized matrices these are the integers, and the scales beside them.
+
     Raises:
-        NotImplementedError: they are quantized.
+        NotImplementedError: they are int4 in groups that no kernel reads.
     """
     config, layers = model.config, model.layers
-    if (reason := quantized_weights(config)) is not None:
+    if (reason := unknown_groups(config)) is not None:
         raise NotImplementedError(reason)
 
     def stacked(name: str) -> Array | None:
         param = getattr(layers, name, None)
         return None if param is None else param[...]
+
+    head_scale = getattr(model, "head_scale", None)
 
     local = None
     if step_features(config).local_rope:
@@ -109,17 +113,31 @@ def decode_weights(model: Transformer) -> DecodeWeights:
         k_norm=stacked("k_norm"),
         attn_post_norm=stacked("attn_post_norm"),
         mlp_post_norm=stacked("mlp_post_norm"),
+        qkv_scale=stacked("qkv_scale"),
+        attn_out_scale=stacked("attn_out_scale"),
+        gate_up_scale=stacked("gate_up_scale"),
+        down_scale=stacked("down_scale"),
+        head_scale=None if head_scale is None else head_scale[...],
     )
 
 
-def quantized_weights(config: ModelConfig) -> str | None:
-    """Why the fused kernels cannot read the weights of a model that is quantized; else None."""
+def quantized_weights(config: ModelConfig, kernel: Kernel) -> str | None:
+    """Why a fused kernel cannot read the weights of a model that is quantized; else None.
+
+    Args:
+        config: the model's.
+        kernel: "pallas", which reads none such, or "pallas_stream", which reads int8, and int4
+            in groups of 128.
+    """
     if not config.weights.quantized:
         return None
-    return (
-        f"The fused kernels read bfloat16 weights; those of {config.name} are quantized "
-        f"({config.weights}). Use implementation='xla', or ffjax.dequantize(model)."
-    )
+    if kernel == "pallas":
+        return (
+            f"The phased kernel reads bfloat16 weights; those of {config.name} are quantized "
+            f"({config.weights}). Use implementation='pallas_stream' or 'xla', or "
+            "ffjax.dequantize(model)."
+        )
+    return unknown_groups(config)
 
 
 def unsupported_field(config: ModelConfig) -> str | None:
@@ -185,7 +203,7 @@ def _why_not(
     gpu: Gpu | None,
     found: str = "",
 ) -> str | None:
-    if (reason := quantized_weights(config)) is not None:
+    if (reason := quantized_weights(config, kernel)) is not None:
         return reason
     if kernel == "pallas" and (reason := unsupported_field(config)) is not None:
         return reason

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffjax.config import ModelConfig
-from pallas_kernels.dims import Dims, Features
+from pallas_kernels.dims import GROUP, Dims, Features, WeightBits
 
-__all__ = ["step_dims", "step_features"]
+__all__ = ["step_dims", "step_features", "unknown_groups", "weight_bits"]
 
 
 def step_features(config: ModelConfig) -> Features:
@@ -39,6 +39,33 @@ def step_features(config: ModelConfig) -> Features:
     )
 
 
+def weight_bits(config: ModelConfig) -> WeightBits:
+    """How the matrices are stored, as the kernels are told.
+
+    That int4 weights come in groups of `GROUP` goes without saying there: see `unknown_groups`.
+
+    Args:
+        config: the model's.
+    """
+    return WeightBits(**{name: value.bits for name, value in config.weights.quantized.items()})
+
+
+def unknown_groups(config: ModelConfig) -> str | None:
+    """Why the kernels, and their count of bytes, know no such int4 weights; else None.
+
+    Args:
+        config: the model's.
+    """
+    formats = config.weights
+    if all(value.group_size in (None, GROUP) for value in formats.quantized.values()):
+        return None
+    return (
+        f"int4 weights are read in groups of {GROUP}; those of {config.name} are quantized "
+        f"otherwise ({formats}). Quantize the model with group_size={GROUP}, or use "
+        "implementation='xla'."
+    )
+
+
 def step_dims(config: ModelConfig, batch: int, capacity: int) -> Dims:
     """The sizes of a decode step.
 
@@ -60,4 +87,5 @@ def step_dims(config: ModelConfig, batch: int, capacity: int) -> Dims:
         capacity=capacity,
         norm_eps=c.norm_eps,
         features=step_features(c),
+        weight_bits=weight_bits(c),
     )

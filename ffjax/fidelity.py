@@ -3,9 +3,9 @@
 Three computations of the same bfloat16 weights read the same prompts, teacher forced, a decode
 step a token, each with a cache of its own:
 
-- the reference: the weights upcast to float32, a float32 cache, products at the highest
-  precision;
-- the baseline: the reference model in bfloat16;
+- the reference: the weights in float32, those of a quantized model multiplied out, a float32
+  cache, products at the highest precision;
+- the baseline: the reference model in bfloat16; of a quantized model, that very model;
 - the candidate: the fused kernel, or whatever else is given.
 
 Two metrics say how far the baseline and the candidate each lie from the reference, at every
@@ -48,6 +48,7 @@ from ffjax.decode import (
     unsupported_field,
 )
 from ffjax.model import Transformer
+from ffjax.quantize import dequantize
 from ffjax.stdlib_text import Source, read_sources
 from ffjax.tokenizer import ByteTokenizer, Tokenizer
 from pallas_kernels.support import MAX_BATCH
@@ -243,13 +244,8 @@ class Fidelity:
 
 
 def upcast(model: Transformer) -> Transformer:
-    """A copy of the model with the same weights in float32."""
-    graph, state = nnx.split(model)
-
-    def in_float32(array: jax.Array) -> jax.Array:
-        return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-    return nnx.merge(graph, jax.tree.map(in_float32, state))
+    """A copy of the model with the same weights in float32; nothing of it is quantized."""
+    return dequantize(model, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("step", "graph"), donate_argnames="cache")
@@ -312,7 +308,7 @@ def measure(
     A float32 copy of the weights is made beside them, and lives as long as the call.
 
     Args:
-        model: the model, its weights bfloat16.
+        model: the model, its weights bfloat16, or quantized.
         prompts: int `[n, T + 1]`: T tokens are fed, and each is followed by the next. The
             caches have T slots.
         candidate: its decode step, with the model's own weights and a bfloat16 cache.
@@ -374,7 +370,7 @@ class Candidate:
 
     Attributes:
         step: its decode step.
-        implementation: "pallas", the fused kernel; "xla", the baseline once more.
+        implementation: "pallas" or "pallas_stream", that kernel; "xla", the baseline once more.
         why_interpreted: None, or why the kernel's body is interpreted, a sentence.
     """
 
@@ -403,8 +399,9 @@ def choose_candidate(
             name, and the model is too large to be interpreted.
     """
     asked = config, jnp.bfloat16, batch, capacity
-    if implementation is None and (reason := quantized_weights(config)) is not None:
-        raise NotImplementedError(reason)
+    unreadable = quantized_weights(config, "pallas_stream")
+    if implementation is None and unreadable is not None:
+        raise NotImplementedError(unreadable)
     kernel, reason = choose_kernel(*asked)
     if implementation is None and kernel is None:
         if config.num_params > _MOST_INTERPRETED_WEIGHTS:

@@ -17,7 +17,7 @@ from ffjax.formats import DEFAULT_GROUP, FLOATING, INT8, WeightFormat, WeightFor
 from ffjax.model import Transformer
 from ffjax.rounding import expand, round_matrix
 
-__all__ = ["Kind", "dequantize", "named_format", "quantize"]
+__all__ = ["Kind", "dequantize", "named_format", "quantize", "quantized_config"]
 
 Kind = Literal["int8", "int4"]
 
@@ -36,6 +36,26 @@ def named_format(kind: str, group_size: int = DEFAULT_GROUP) -> WeightFormat:
         names = " or ".join(map(repr, get_args(Kind)))
         raise ValueError(f"Weights are quantized to {names}, got {kind!r}.")
     return INT8 if kind == "int8" else int4(group_size)
+
+
+def quantized_config(config: ModelConfig, formats: WeightFormats) -> ModelConfig:
+    """The configuration of a model whose matrices have these formats.
+
+    Args:
+        config: of the model before it is quantized.
+        formats: of its matrices. Where they name one of the head, a tied head becomes an array of
+            its own.
+
+    Raises:
+        ValueError: it is quantized already; inputs are not whole groups.
+    """
+    if config.weights.quantized:
+        raise ValueError(
+            f"Weights are rounded once, and those of {config.name} are quantized already "
+            f"({config.weights}). Start from the model that they were made of."
+        )
+    tied = config.tied_embeddings and formats.head is None
+    return dataclasses.replace(config, weights=formats, tied_embeddings=tied)
 
 
 def quantize(
@@ -69,7 +89,6 @@ def quantize(
             already, or holds what is not finite.
         TypeError: head is given beside formats, which say it themselves.
     """
-    config = model.config
     if isinstance(weights, WeightFormats):
         if head is not None:
             raise TypeError(
@@ -80,14 +99,7 @@ def quantize(
     else:
         of_head = None if head is None else named_format(head, group_size)
         formats = WeightFormats.of_layers(named_format(weights, group_size), of_head)
-    if config.weights.quantized:
-        raise ValueError(
-            f"Weights are rounded once, and those of {config.name} are quantized already "
-            f"({config.weights}). Start from the model that they were made of."
-        )
-    quantized_config = dataclasses.replace(
-        config, weights=formats, tied_embeddings=config.tied_embeddings and formats.head is None
-    )
+    config = quantized_config(model.config, formats)
     arrays = _arrays(model)
     if formats.head is not None:
         arrays["head"] = model.head_weight
@@ -104,7 +116,7 @@ def quantize(
         read += source.nbytes
         if progress is not None:
             progress(read, total)
-    return _assembled(quantized_config, model.dtype, arrays)
+    return _assembled(config, model.dtype, arrays)
 
 
 def dequantize(model: Transformer, dtype: Any = None) -> Transformer:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
+from decode_cases import small_config
 from flax import nnx
 from reference_cases import random_model
 
+from ffjax.config import ModelConfig
 from ffjax.formats import INT8, WeightFormats, int4
 from ffjax.model import Transformer
 
 __all__ = [
     "FORMATS",
+    "FOR_KERNELS",
     "MIXED",
     "by_hand",
+    "kernel_config",
     "model_to_quantize",
     "named_arrays",
     "nbytes",
@@ -33,6 +39,17 @@ FORMATS = {
     "mixed": MIXED,
 }
 
+# What the streamed kernel reads: each matrix in every format of some model, and two of them
+# as they are.
+FOR_KERNELS = {
+    "int8": WeightFormats.of_layers(INT8),
+    "int8 and its head": WeightFormats.of_layers(INT8, INT8),
+    "int4": WeightFormats.of_layers(int4()),
+    "int4 and its head": WeightFormats.of_layers(int4(), int4()),
+    "mixed": WeightFormats(qkv=int4(), attn_out=INT8, down=int4(), head=INT8),
+    "mixed otherwise": WeightFormats(qkv=INT8, attn_out=int4(), gate_up=int4(), head=int4()),
+}
+
 # The input that each nibble of a word holds, the lowest nibble first.
 _INPUT_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -40,6 +57,16 @@ _INPUT_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 def model_to_quantize(dtype: str = "bfloat16", name: str = "grouped, untied") -> Transformer:
     """A random model whose inputs are whole groups of 32."""
     return random_model(name, dtype, config=_SIZES)
+
+
+def kernel_config(formats: WeightFormats, **sizes: int) -> ModelConfig:
+    """A small configuration of these formats, whose inputs are whole groups of 128: no two alike.
+
+    Of the layers' rows none is a power of two, and the vocabulary is no multiple of anything.
+    """
+    fields = {"model_dim": 256, "ffw_dim": 384, "num_heads": 10, "num_kv_heads": 2}
+    config = small_config(**(fields | sizes))
+    return dataclasses.replace(config, weights=formats)
 
 
 def named_arrays(model: Transformer) -> dict[str, np.ndarray]:

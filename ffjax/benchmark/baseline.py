@@ -4,7 +4,8 @@ XLA copies every slice of a stacked weight before it multiplies by it, which tak
 times the time of a step without such copies. Here each layer has arrays of its own, for its
 weights and for its keys and values, and the layers are a Python loop: what a careful user
 would write for speed without a kernel. It computes every family and rounds where the reference
-model rounds.
+model rounds. Quantized matrices are multiplied out where they are used, inside the step, so that
+XLA may join that to the product.
 
 A local layer keeps a ring, position p in slot p modulo the ring's size, and attends over all
 of it. A slice of the window out of a cache of the whole capacity would be copied first, as the
@@ -18,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,10 @@ from ffjax.benchmark.inputs import capacity_for
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import DecodeOutput
+from ffjax.formats import WeightFormat
 from ffjax.model import Transformer, capped, gated, rms_norm
 from ffjax.rope import apply_rope, inverse_frequencies
+from ffjax.rounding import expand
 
 __all__ = [
     "BaselineWeights",
@@ -57,6 +60,8 @@ class LayerWeights(NamedTuple):
         k_norm: `[H]` or `[K * H]`.
         attn_post_norm: `[D]`.
         mlp_post_norm: `[D]`.
+        qkv_scale, attn_out_scale, gate_up_scale, down_scale: of quantized matrices, whose shapes
+            `ffjax.formats` has.
     """
 
     attn_norm: Array | None
@@ -70,6 +75,10 @@ class LayerWeights(NamedTuple):
     k_norm: Array | None
     attn_post_norm: Array | None
     mlp_post_norm: Array | None
+    qkv_scale: Array | None
+    attn_out_scale: Array | None
+    gate_up_scale: Array | None
+    down_scale: Array | None
 
 
 class BaselineWeights(NamedTuple):
@@ -80,12 +89,14 @@ class BaselineWeights(NamedTuple):
         layers: L layers.
         final_norm: `[D]`, the model's own array.
         head: `[V, D]`, the model's own array: the embedding where they are tied.
+        head_scale: of a quantized head, the model's own array; else None.
     """
 
     embed: Array
     layers: tuple[LayerWeights, ...]
     final_norm: Array
     head: Array
+    head_scale: Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -107,16 +118,7 @@ class LayerCaches:
 
 
 def split_weights(model: Transformer) -> BaselineWeights:
-    """The model's weights, each layer's copied out of the stack.
-
-    Raises:
-        NotImplementedError: they are quantized.
-    """
-    if model.config.weights.quantized:
-        raise NotImplementedError(
-            f"The baseline multiplies by floating-point weights; those of {model.config.name} are "
-            f"quantized ({model.config.weights}). Give it ffjax.dequantize(model)."
-        )
+    """The model's weights, each layer's copied out of the stack."""
     unstack = jax.jit(lambda stacked: tuple(stacked))
 
     def arrays(name: str) -> tuple[Array | None, ...]:
@@ -124,11 +126,13 @@ def split_weights(model: Transformer) -> BaselineWeights:
         return (None,) * model.config.num_layers if param is None else unstack(param[...])
 
     columns = map(arrays, LayerWeights._fields)
+    head_scale = getattr(model, "head_scale", None)
     return BaselineWeights(
         embed=model.embed[...],
         layers=tuple(LayerWeights(*layer) for layer in zip(*columns, strict=True)),
         final_norm=model.final_norm[...],
         head=model.head_weight,
+        head_scale=None if head_scale is None else head_scale[...],
     )
 
 
@@ -205,10 +209,15 @@ def _einsum(spec: str, a: Array, b: Array) -> Array:
     return lax.platform_dependent(a, b, cpu=dot_upcast, default=dot)
 
 
-def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """`x[B, in] @ weight[out, in].T + bias`, accumulated in float32, in weight's dtype."""
-    out = _einsum("bi,oi->bo", x.astype(weight.dtype), weight)
-    return (out if bias is None else out + bias.astype(jnp.float32)).astype(weight.dtype)
+def _product(
+    x: Array, weight: Array, scale: Array | None, format: WeightFormat | None, dtype: Any
+) -> Array:
+    """`x[B, in] @ weight[out, in].T`, of operands in `dtype`, accumulated: float32 `[B, out]`."""
+    if scale is None or format is None:
+        return _einsum("bi,oi->bo", x.astype(dtype), weight)
+    if format.group_size is None:  # a scale a row, which is the sum's as well
+        return _einsum("bi,oi->bo", x.astype(dtype), weight.astype(dtype)) * scale
+    return _einsum("bi,oi->bo", x.astype(dtype), expand(weight, scale, format, dtype))
 
 
 def _append(cache: Array, new: Array, slots: Array) -> Array:
@@ -249,7 +258,7 @@ def baseline_step(
 
     Args:
         config: the model's.
-        weights: bfloat16, from `split_weights`.
+        weights: from `split_weights`; what is not quantized is bfloat16.
         cache: from `split_cache`, with a free position in every sequence; donate it.
         tokens: int `[B]`, in the vocabulary.
 
@@ -261,6 +270,11 @@ def baseline_step(
     # All local layers are alike, and so are all others.
     slots = {local: k.shape[2] for local, k in zip(c.local_layers, cache.k, strict=True)}
     reaches = {local: _reach(c, positions, count, local) for local, count in slots.items()}
+
+    def linear(x: Array, w: LayerWeights, name: str, bias: Array | None = None) -> Array:
+        weight, scale = getattr(w, name), getattr(w, f"{name}_scale")
+        out = _product(x, weight, scale, getattr(c.weights, name), dtype)
+        return (out if bias is None else out + bias.astype(jnp.float32)).astype(dtype)
 
     def norm(x: Array, weight: Array | None) -> Array:
         return x if weight is None else rms_norm(x, weight, c.norm_eps, c.norm_offset)
@@ -285,17 +299,17 @@ def baseline_step(
     layers = zip(weights.layers, cache.k, cache.v, c.local_layers, strict=True)
     for w, k_cache, v_cache, local in layers:
         reach = reaches[local]
-        qkv = _linear(norm(x, w.attn_norm), w.qkv, w.qkv_bias).reshape(batch, -1, c.head_dim)
+        qkv = linear(norm(x, w.attn_norm), w, "qkv", w.qkv_bias).reshape(batch, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1)
         q, k = norm_heads(q, w.q_norm), norm_heads(k, w.k_norm)
         keys.append(_append(k_cache, rotate(k, reach), reach.slot))
         values.append(_append(v_cache, v, reach.slot))
         attended = _attend(c, rotate(q, reach), keys[-1], values[-1], reach.visible)
-        x = add(x, _linear(attended, w.attn_out), w.attn_post_norm)
-        gate, up = jnp.split(_linear(norm(x, w.mlp_norm), w.gate_up), 2, axis=-1)
-        x = add(x, _linear(gated(gate, up, c.activation), w.down), w.mlp_post_norm)
+        x = add(x, linear(attended, w, "attn_out"), w.attn_post_norm)
+        gate, up = jnp.split(linear(norm(x, w.mlp_norm), w, "gate_up"), 2, axis=-1)
+        x = add(x, linear(gated(gate, up, c.activation), w, "down"), w.mlp_post_norm)
     x = norm(x, weights.final_norm)
-    logits = _einsum("bi,oi->bo", x.astype(weights.head.dtype), weights.head)
+    logits = _product(x, weights.head, weights.head_scale, c.weights.head, dtype)
     if c.logit_scale != 1:
         logits = logits * c.logit_scale
     logits = capped(logits, c.logit_softcap)

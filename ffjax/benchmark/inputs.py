@@ -36,6 +36,7 @@ def capacity_for(position: int, steps: int) -> int:
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
     """A bfloat16 model with random weights, made on the device by one program.
 
+    Quantized matrices are drawn as integers and scales: of none is there a bfloat16 one first.
     Matrices are normal with standard deviation 1/sqrt(in), the embedding too, so that the
     next token is not simply the last one again. Norms scale by 0.5 to 1.5, evenly drawn, and
     biases are normal with standard deviation 0.1: a step that leaves one out is found out.

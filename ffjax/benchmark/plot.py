@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ffjax.benchmark.report import stored_as
 from ffjax.benchmark.suite import Point, Report
 
 __all__ = ["check_plot", "draw"]
@@ -48,7 +49,8 @@ def draw(report: Report, path: Path) -> None:
     _panel(by_position, report, "position", lambda p: p.position, "batch", lambda p: p.batch)
     _panel(by_batch, report, "batch", lambda p: p.batch, "position", lambda p: p.position)
     by_position.set_ylabel("µs a step")
-    figure.suptitle(f"{report.sweep.config.name}, bfloat16, {report.device}")
+    config = report.sweep.config
+    figure.suptitle(f"{config.name}, {stored_as(config)}, {report.device}")
     figure.savefig(path, format="png", dpi=150)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from ffjax.benchmark.suite import Point, Report
 from ffjax.benchmark.timing import Timing
+from ffjax.config import ModelConfig
 
-__all__ = ["as_data", "as_text"]
+__all__ = ["as_data", "as_text", "stored_as"]
 
 
 def as_data(report: Report) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def as_data(report: Report) -> dict[str, Any]:
         "versions": report.versions,
         "config": report.sweep.config.name,
         "dtype": "bfloat16",
+        "quantized": str(report.sweep.config.weights) or None,
         "steps": report.sweep.steps,
         "repetitions": report.sweep.repetitions,
         "read_bandwidth": {
@@ -77,11 +79,16 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def stored_as(config: ModelConfig) -> str:
+    """How the weights are stored, as in "bfloat16" or "int8: qkv, down; the rest bfloat16"."""
+    return f"{config.weights}; the rest bfloat16" if config.weights.quantized else "bfloat16"
+
+
 def as_text(report: Report) -> str:
     """What was measured where and how, and a table in Markdown, a row a point."""
     sweep, versions, bandwidth = report.sweep, report.versions, report.bandwidth
     lines = [
-        f"{sweep.config.name}, bfloat16, on {report.device} ({report.platform}); "
+        f"{sweep.config.name}, {stored_as(sweep.config)}, on {report.device} ({report.platform}); "
         f"ffjax {versions['ffjax']}, JAX {versions['jax']}. "
         f"Median of {sweep.repetitions} loops of {sweep.steps} steps; spread is "
         "(slowest - fastest) / median.",

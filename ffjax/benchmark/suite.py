@@ -29,7 +29,7 @@ from ffjax.decode import (
     default_device,
     why_not_fused_config,
 )
-from ffjax.dims import step_dims
+from ffjax.dims import step_dims, unknown_groups
 from ffjax.model import Transformer
 from pallas_kernels.support import MAX_BATCH
 
@@ -60,6 +60,7 @@ class Sweep:
     Raises:
         ValueError: a number is out of its range; the model has too few positions; the fused
             kernel is asked for too many sequences.
+        NotImplementedError: int4 weights are in groups that no kernel reads.
     """
 
     config: ModelConfig
@@ -72,11 +73,8 @@ class Sweep:
 
     def __post_init__(self):
         limit = self.config.max_context
-        if self.config.weights.quantized:
-            raise NotImplementedError(
-                "Steps are timed with floating-point weights; those of "
-                f"{self.config.name} are quantized ({self.config.weights})."
-            )
+        if (reason := unknown_groups(self.config)) is not None:  # nor are its bytes counted
+            raise NotImplementedError(reason)
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"A batch has at least 1 sequence, got {_listed(self.batches)}.")
         if not self.positions or min(self.positions) < 0:
@@ -345,13 +343,21 @@ def _check_memory(sweep: Sweep, device: Any) -> None:
     copies = 2 if sweep.baseline or sweep.implementation == "xla" else 1
     slots = max(b * capacity_for(p, sweep.steps) for b, p in _grid(sweep))
     cache = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim * slots
-    needed = copies * (2 * c.num_params + cache)
+    needed = copies * (_model_bytes(c) + cache)
     if needed > limit:
         raise ValueError(
             f"Weights and caches take {needed / 1e9:.1f} GB at the largest point; this device "
             f"has {limit / 1e9:.1f} GB. Ask for a smaller batch or position"
             + (", or leave --compare out." if sweep.baseline else ".")
         )
+
+
+def _model_bytes(config: ModelConfig) -> int:
+    """Of all weights: those that a step reads, and the embedding where it is not the head."""
+    d = step_dims(config, 1, 1)
+    row = 2 * d.model_dim  # of the embedding, which is counted for the one sequence
+    embed = 0 if config.tied_embeddings else row * d.vocab_size
+    return d.step_weight_bytes - row + embed
 
 
 def _versions(device: Any) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Times decode steps of a model of real shapes with random weights, and checks their numbers.
 
+Weights are made in the format that --weights and --head name: int8, or int4 in groups of 128.
 Every batch is timed at every position, in loops on the device that feed each step the token
 of the one before it. With --compare xla, a baseline in plain JAX, one array per layer, is
 timed in turn with it. The exit code is 1 where a step had a logit that is not finite, or
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from ffjax.commands.formats import add_format_arguments, chosen_config
 from ffjax.decode import Implementation
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -35,6 +37,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax bench`."""
     parser.add_argument("--config", metavar="NAME", required=True, help="a preset: llama3.2-1b")
+    add_format_arguments(parser)
     parser.add_argument(
         "--batch",
         metavar="B,..",
@@ -78,10 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints a table on stdout, what is being done on stderr; or JSON."""
     from ffjax.benchmark import plot, report, suite
-    from ffjax.config import preset
 
     sweep = suite.Sweep(
-        config=preset(args.config),
+        config=chosen_config(args),
         batches=args.batch,
         positions=args.position,
         steps=args.steps,

@@ -1,10 +1,12 @@
 """The fidelity gate: is the fused kernel at least as close to float32 as the bfloat16 model is?
 
-The reference is the model in float32, with the same bfloat16 weights. For the KL divergence of
+The reference is the model in float32, with the same weights: bfloat16 ones, or what integers and
+scales stand for. For the KL divergence of
 the logits and for the absolute difference of the next token's negative log-likelihood, the mean
 over prompts of kernel minus bfloat16 model, and the upper 95% bound of a paired bootstrap over
 prompts, may not be above zero. Prompts are held-out text of the shipped model's kind, in the
-checkpoint's own tokens; with --config, weights and prompts are random. Exit code 0: the gate
+checkpoint's own tokens; with --config, weights and prompts are random, and --weights and --head say
+how the weights are stored. Exit code 0: the gate
 passes; 1: it fails.
 """
 
@@ -18,6 +20,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, get_args
 
+from ffjax.commands.formats import PLAIN, add_format_arguments, chosen_config
 from ffjax.config import PRESETS
 from ffjax.decode import Implementation
 
@@ -43,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint, or Hugging Face folder; default: the shipped model",
     )
     what.add_argument("--config", metavar="NAME", help=f"random weights: {', '.join(PRESETS)}")
+    add_format_arguments(parser)
     parser.add_argument("--prompts", metavar="N", type=int, default=16, help="default: %(default)s")
     parser.add_argument(
         "--tokens",
@@ -81,13 +85,18 @@ def run(args: argparse.Namespace) -> int:
 
     import checkpoints
     from ffjax import fidelity
-    from ffjax.config import preset
     from ffjax.tokenizer import load_tokenizer
 
     for name, least in (("prompts", 2), ("tokens", 1), ("batch", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} is at least {least}, got {value}.")
+    if args.config is None and (args.weights != PLAIN or args.head is not None):
+        raise ValueError(
+            "--weights and --head say how the random weights of --config are made; a checkpoint "
+            "is in the format that it was saved in. Give --config, or quantize the checkpoint "
+            "first, with ffjax quantize."
+        )
     start = time.perf_counter()
     path = args.model or checkpoints.SHIPPED_MODEL
     if args.config is None:
@@ -95,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         config = model.config
     else:
         # Made later: what cannot run here is refused before gigabytes are filled.
-        model, config = None, preset(args.config)
+        model, config = None, chosen_config(args)
     batch = min(args.batch, args.prompts)
     longest = _TOKENS if args.tokens is None else args.tokens
     candidate = fidelity.choose_candidate(config, batch, longest, args.implementation)
@@ -127,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
     facts = {
         "model": config.name,
         "weights": "random" if args.config else "trained",
+        "quantized": str(config.weights) or None,
         "implementation": candidate.implementation,
         "interpreted": candidate.why_interpreted is not None,
         "device": jax.devices()[0].device_kind,
@@ -175,9 +185,10 @@ def _table(facts: dict[str, Any], result: Fidelity) -> str:
     }[facts["implementation"]]
     if facts["interpreted"]:
         kernel += ", interpreted"
+    stored = f" ({facts['quantized']})" if facts["quantized"] else ""
     names = {"candidate": kernel, "baseline": "bfloat16 model", "difference": "difference"}
     lines = [
-        f"{facts['model']}, {facts['weights']} weights: {facts['prompts']} prompts of "
+        f"{facts['model']}, {facts['weights']} weights{stored}: {facts['prompts']} prompts of "
         f"{facts['tokens']} tokens, {facts['batch']} side by side, on {facts['device']}",
         f"Distance from the model in float32, of which a token's NLL is "
         f"{result.reference_nll:.4f} nats",

@@ -47,8 +47,8 @@ def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
         batch: B, sequences that the fused kernel is asked about.
 
     Returns:
-        JSON-able facts by name. "why_not_fused" is None where the kernel can run
-        over all of the model's positions, else why not.
+        JSON-able facts by name. "why_not_fused" is None where a kernel can run
+        over all of the model's positions, else why the better one cannot.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -60,7 +60,7 @@ def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
     import checkpoints
     from checkpoints.hf_import import HFFolder, is_hf_folder
     from checkpoints.skeleton import array_shapes
-    from ffjax.decode import why_not_fused_config
+    from ffjax.decode import choose_kernel
 
     if is_hf_folder(path):
         folder = HFFolder.open(path)
@@ -88,7 +88,7 @@ def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
         "config": config.to_dict(),
         "tokenizer": _tokenizer(path, config),
         "source": source,
-        "why_not_fused": why_not_fused_config(config, loaded_as, batch, config.max_context),
+        "why_not_fused": choose_kernel(config, loaded_as, batch, config.max_context)[1],
     }
 
 

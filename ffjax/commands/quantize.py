@@ -12,20 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ffjax.commands.formats import KINDS
 from ffjax.formats import DEFAULT_GROUP, GROUP_SIZES
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "make a checkpoint of int8 or int4 weights"
 
-_KINDS = ("int8", "int4")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax quantize`."""
     parser.add_argument("model", metavar="IN", help="checkpoint, or Hugging Face folder")
     parser.add_argument("out", metavar="OUT", help="the checkpoint to make")
-    parser.add_argument("--weights", choices=_KINDS, required=True, help="of the layers' matrices")
+    parser.add_argument("--weights", choices=KINDS, required=True, help="of the layers' matrices")
     parser.add_argument(
         "--group-size",
         metavar="GROUP",
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--head",
-        choices=_KINDS,
+        choices=KINDS,
         help="of the head, which a tied model then has beside its embedding; default: as it is",
     )
     parser.add_argument(

@@ -11,6 +11,8 @@ import argparse
 import json
 import sys
 
+from ffjax.commands.formats import add_format_arguments, chosen_config
+
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "find the streamed kernel's fastest tuning on this device"
@@ -21,6 +23,7 @@ _NONE_SOUND = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax tune`."""
     parser.add_argument("--config", metavar="NAME", required=True, help="a preset: llama3.2-1b")
+    add_format_arguments(parser)
     parser.add_argument(
         "--batch", metavar="B", type=int, default=1, help="sequences; default: %(default)s"
     )
@@ -53,13 +56,12 @@ def run(args: argparse.Namespace) -> int:
     from ffjax.benchmark.inputs import capacity_for, random_model
     from ffjax.benchmark.suite import Sweep
     from ffjax.benchmark.tune import tune
-    from ffjax.config import preset
     from ffjax.decode import default_device, why_not_fused_config
     from ffjax.dims import step_dims
     from pallas_kernels.gpu import Gpu
     from pallas_kernels.stream.tuning import row_key
 
-    config = preset(args.config)
+    config = chosen_config(args)
     # It refuses what cannot be measured.
     Sweep(
         config=config,
@@ -92,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
             "us_per_step": round(1e6 * timing.step_seconds, 1),
             "config": config.name,
         }
+        if config.weights.quantized:
+            row["quantized"] = str(config.weights)
     if args.json:
         print(json.dumps({"row": row, "trials": [_data(trial) for trial in trials]}))
     else:
