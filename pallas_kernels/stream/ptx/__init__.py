@@ -5,7 +5,7 @@ others has a plain twin for interpret mode; the ring and the products are only u
 """
 
 from pallas_kernels.stream.ptx.address import Begin, begin_words
-from pallas_kernels.stream.ptx.attend import attend_span
+from pallas_kernels.stream.ptx.attend import attend_span, query_place
 from pallas_kernels.stream.ptx.cache import UNIT, CacheFeed, feed_cache
 from pallas_kernels.stream.ptx.feed import Feed, feed_ring, start_barriers, wait_copies
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
@@ -38,6 +38,7 @@ __all__ = [
     "load_pair",
     "load_pieces",
     "multiply_tile",
+    "query_place",
     "read_row",
     "ring_base",
     "start_barriers",
