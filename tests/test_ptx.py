@@ -1153,6 +1153,25 @@ def test_a_missing_barrier_is_noticed(order):
         machine.run(HAND_OVER.replace("bar.sync 0;", ""), "=r,r", [machine.shared_base])
 
 
+TELL = (
+    "{ .reg .pred %p; .reg .b32 %w; mov.u32 %w, %warpid; setp.eq.u32 %p, %w, 0; @%p bra waits;"
+    "st.shared.b32 [$1], 7; bar.arrive 1, 64; mov.u32 $0, 7; {after} bra over;"
+    "waits: {before} bar.sync 1, 64; ld.shared.b32 $0, [$1]; over: }"
+)
+
+
+@pytest.mark.parametrize("order", [None, np.random.default_rng(0)], ids=["in step", "drawn"])
+def test_who_arrives_at_a_barrier_tells_and_is_told_nothing(order):
+    def told(before: str, after: str) -> np.ndarray:
+        machine = Machine(64, 64, 16, order=order)
+        text = TELL.replace("{before}", before).replace("{after}", after)
+        return machine.run(text, "=&r,r", [machine.shared_base])[0]
+
+    assert (told("", "") == 7).all()
+    with pytest.raises(PtxError, match="nothing has told it"):
+        told("st.shared.b32 [$1+4], 5;", "ld.shared.b32 $0, [$1+4];")
+
+
 COPY = (
     "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.ne.u32 %p, %t, 32; "
     "st.shared.b32 [$1+32], %t; ld.shared.b32 $0, [$1+16]; {between} @%p bra over;"
