@@ -17,8 +17,8 @@ from pallas_kernels.stream.ptx.shared import (
     write_row,
 )
 from pallas_kernels.stream.ptx.words import (
+    collect_each,
     collect_words,
-    load_pair,
     load_pieces,
     store_pair,
     store_word,
@@ -32,10 +32,10 @@ __all__ = [
     "attend_span",
     "begin_words",
     "clear_shared",
+    "collect_each",
     "collect_words",
     "feed_cache",
     "feed_ring",
-    "load_pair",
     "load_pieces",
     "multiply_tile",
     "query_place",
