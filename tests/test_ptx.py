@@ -573,19 +573,87 @@ def test_words_that_never_come_end_the_launch(pieces):
     assert all((word == TAG).all() for word in words)
 
 
-def test_a_pair_is_stored_and_loaded_as_one():
+@functools.cache
+def each_text(ring: Ring, arrays: int, together: int, pairs: bool, most: int) -> Inline:
+    def body(mail: Any, weights: Any) -> None:
+        each = [jnp.zeros((ring.threads * together,), jnp.int32)] * arrays
+        zero = jnp.int32(0)
+        ptx.collect_each(mail, each, zero, pairs, together, most, weights, zero, ring.feed)
+
+    return inline(body, shape(1024), shape(16, jnp.bfloat16))
+
+
+def check_each(
+    arrays: int, together: int, pairs: bool, edit: Edit = None, order: Any = None, ring: Ring = TWO
+) -> None:
+    """Words or pairs of several arrays, anywhere, which another program writes meanwhile."""
+    rng, fed = np.random.default_rng(arrays), Fed(ring, arrays)
+    m, threads, count = fed.machine, ring.threads, arrays * together
+    m.order = order
+    places = rng.permutation(count * threads).reshape(count, threads)
+    mask = rng.random(places.shape) < 0.8
+    mask[:, fed.feed.thread] = True  # who feeds the ring waits as well
+    mail, tag = m.memory_base + len(m.memory), 0x37 if not pairs else 0x1234_5637
+    m.memory = np.concatenate([m.memory, np.zeros(4 * (1 + pairs) * places.size, np.uint8)])
+    held = m.view(mail, (1 + pairs) * places.size, np.uint32).reshape(-1, 1 + pairs)
+    values = rng.integers(0, 1 << 24, held.shape) << 8 | 0x37
+    held[:] = values ^ 0x100  # of others
+    if pairs:
+        values[:, 1], held[:, 1] = tag, tag ^ (1 << rng.integers(0, 32, len(held)))
+    else:
+        held ^= (1 << rng.integers(0, 8, held.shape)).astype(np.uint32)
+    stale, wanted = held.copy(), np.where(mask, values[places, 0], 0 if pairs else tag)
+    # What is not waited for never comes.
+    turn = np.full(len(held), 1 << 30)
+    turn[places[mask]] = rng.integers(0, 30, mask.sum())
+
+    def write(number: int) -> None:
+        held[turn == number] = values[turn == number]
+
+    for number in range(30):
+        m.later(90 * number, functools.partial(write, number))
+    text = each_text(ring, arrays, together, pairs, 400).edited(edit)
+    offsets = np.where(mask, (1 + pairs) * places, -1 - rng.integers(0, 5, places.shape))
+    others = [x for x in (tag, mail, fed.pointer, fed.base) for _ in range(together)]
+    got = np.stack(text.run(m, *offsets, *others, limit=60_000))
+    np.testing.assert_array_equal(got, wanted)
+    assert (held[turn == 1 << 30] == stale[turn == 1 << 30]).all()
+    assert fed.asked == ring.slots
+    for index in range(fed.asked):
+        fed.wait(index)
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["words", "pairs"])
+@pytest.mark.parametrize(("arrays", "together"), [(1, 1), (3, 2), (2, 4)])
+def test_arrays_are_waited_for_until_all_carry_the_tag(arrays, together, pairs):
+    check_each(arrays, together, pairs)
+    check_each(arrays, together, pairs, order=np.random.default_rng(7))
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["words", "pairs"])
+def test_arrays_that_never_come_end_the_launch(pairs):
+    fed = Fed(ONE, 0)
+    text, base = each_text(ONE, 1, 1, pairs, 20), fed.machine.memory_base
+    fed.machine.memory[:] = STALE
+    with pytest.raises(PtxError, match="come to a trap"):
+        text.run(fed.machine, 0, TAG, base, fed.pointer, fed.base)
+    # A program that has nothing to wait for goes on.
+    [words] = text.run(fed.machine, -1, TAG, base, fed.pointer, fed.base)
+    assert (words == (0 if pairs else TAG)).all()
+
+
+def test_a_pair_is_stored_as_one():
     def body(mail: Any) -> None:
         each = jnp.zeros((32,), jnp.int32)
         ptx.store_word(mail, each, each, each == 0, interpret=False)
         ptx.store_pair(mail, each, each, each, each == 0, interpret=False)
-        ptx.load_pair(mail, each, interpret=False)
 
-    word, pair, load = inlines(body, shape(64))
+    word, pair = inlines(body, shape(64))
     machine, lane = Machine(32, 16, 512), np.arange(32)
     at, odd = machine.memory_base + 8 * lane, lane % 2
     pair.run(machine, at, lane, lane + 100, odd)
     word.run(machine, at, lane + 50, 1 - odd)
-    first, second = load.run(machine, at)
+    first, second = machine.view(machine.memory_base, 64, np.uint32).reshape(32, 2).T
     np.testing.assert_array_equal(first, np.where(odd, lane, lane + 50))
     np.testing.assert_array_equal(second, np.where(odd, lane + 100, 0xFFFFFFFF))
 
@@ -788,6 +856,28 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("sub.u32 %left, %left, 1;", ""),
             ("@%p and.b32 %left", "and.b32 %left"),
             ("setp.eq.u32 %p, %left, 0; @%p bra done;", "bra done;"),
+        ],
+    ),
+    "words of arrays": (
+        lambda edit: check_each(3, 2, False, edit),
+        [
+            ("and.b32 %left, %left, 255;", "and.b32 %left, %left, 254;"),
+            ("xor.b32 %x, $3, $12;", "xor.b32 %x, $2, $12;"),
+            ("setp.ge.s32 %p, $7, 0;", ""),
+            ("mov.b32 $5, $12;", ""),
+            ("mad.wide.s32 %a, $9, 4,", "mad.wide.s32 %a, $8, 4,"),
+            ("mad.wide.s32 %a, $9, 4,", "mad.wide.s32 %a, $9, 8,"),
+            ("setp.eq.u32 %p, %left, 0; @%p bra done;", "bra done;"),
+        ],
+    ),
+    "pairs of arrays": (
+        lambda edit: check_each(3, 2, True, edit),
+        [
+            ("mov.b64 {$2, %t2}", "mov.b64 {%t2, $2}"),
+            ("mov.b32 %t1, $12;", ""),
+            ("xor.b32 %x, %t4, $12; or.b32 %left, %left, %x;", ""),
+            ("mov.b32 $5, 0;", ""),
+            ("ld.relaxed.gpu.global.b64 %w, [%a]; @%p mov", "mov"),
         ],
     ),
     "pieces": (

@@ -26,7 +26,6 @@ is 1. Its first word counts the steps.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -41,7 +40,7 @@ from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS
 from pallas_kernels.stream.planner import splits_of
 from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
 from pallas_kernels.support import MAX_BATCH
-from pallas_kernels.sync import MAX_POLLS, num_counters, trap_if_over
+from pallas_kernels.sync import MAX_POLLS, num_counters
 
 __all__ = ["Layout", "Mail", "Meanwhile", "mail_words"]
 
@@ -132,14 +131,6 @@ class Meanwhile(NamedTuple):
     feed: ptx.Feed
 
 
-def _gathered(values: Array, shape: tuple[int, ...]) -> Array:
-    """One of the copies that `_spread` made."""
-    if values.shape == shape:
-        return values
-    is_first = lax.broadcasted_iota(jnp.int32, values.shape, 0) == 0
-    return jnp.sum(jnp.where(is_first, values, jnp.zeros_like(values)), axis=0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Mail:
     """One program's view of the mail while the kernel is traced.
@@ -199,38 +190,23 @@ class Mail:
         return self.collect_all([(offsets, mask)], tag)[0]
 
     def collect_all(self, wanted: Sequence[tuple[Array, Array]], tag: Array) -> list[Array]:
-        """Waits for several arrays of words at the same time.
+        """Waits for several arrays of words, of one shape, at the same time.
 
         Args:
             wanted: offsets and mask of each, as in `collect`.
             tag: int32 scalar they must carry.
         """
         tag = tag & _TAG_BITS
-        spread = [self._spread(offsets, mask) for offsets, mask in wanted]
-
-        def read():
-            return tuple(
-                plgpu.load(self.words.at[offsets], mask=mask, other=0, volatile=True)
-                for offsets, mask in spread
-            )
-
-        def missing(words):
-            pairs = zip(words, spread, strict=True)
-            each = [jnp.where(mask, (word ^ tag) & _TAG_BITS, 0) for word, (_, mask) in pairs]
-            if self.interpret or len({x.shape for x in each}) > 1:
-                return each
-            return [functools.reduce(jnp.bitwise_or, each)]  # to be looked through once
-
-        words = self._poll(read, missing)
-        values = [
-            lax.bitcast_convert_type(jnp.where(mask, word & ~_TAG_BITS, 0), jnp.float32)
-            for word, (_, mask) in zip(words, spread, strict=True)
-        ]
         if not self.interpret:
-            shapes = [offsets.shape for offsets, _ in wanted]
-            return [_gathered(x, shape) for x, shape in zip(values, shapes, strict=True)]
-        lacking = missing(words)
-        return [jnp.where(x == 0, y, jnp.nan) for x, y in zip(lacking, values, strict=True)]
+            words = self._wait(wanted, tag, pairs=False)
+            return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
+        found = []
+        for offsets, mask in wanted:
+            word = plgpu.load(self.words.at[offsets], mask=mask, other=0)
+            value = lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32)
+            there = (word ^ tag) & _TAG_BITS == 0
+            found.append(jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0))
+        return found
 
     def collect_pieces(
         self, offset: Array, places: Sequence[int], tag: Array, there: Array
@@ -269,59 +245,34 @@ class Mail:
         Returns:
             Their values as int32 bits, 0 where the mask is false.
         """
-        shape = wanted[0][0].shape
-        spread = [self._spread(offsets, mask) for offsets, mask in wanted]
-        masks = [mask for _, mask in spread]
-        # What the mask hides is read too, from a place that is always there.
-        places = [jnp.where(mask, offsets, self.layout.best) for offsets, mask in spread]
+        if not self.interpret:
+            return self._wait(wanted, tag, pairs=True)
+        found = []
+        for offsets, mask in wanted:
+            # What the mask hides is read too, from a place that is always there.
+            at = jnp.where(mask, offsets, self.layout.best)
+            there = plgpu.load(self.words.at[at + 1]) == tag
+            value = jnp.where(there, plgpu.load(self.words.at[at]), _NAN)
+            found.append(jnp.where(mask, value, 0))
+        return found
 
-        def read():
-            return [ptx.load_pair(self.words, x, interpret=self.interpret) for x in places]
+    def _wait(
+        self, wanted: Sequence[tuple[Array, Array]], tag: Array, *, pairs: bool
+    ) -> list[Array]:
+        """Polls until all have come, each thread until its own have; `ptx.collect_each` says what.
 
-        def missing(pairs):
-            each = [jnp.where(m, pair[1] ^ tag, 0) for m, pair in zip(masks, pairs, strict=True)]
-            return each if self.interpret else [functools.reduce(jnp.bitwise_or, each)]
-
-        pairs = self._poll(read, missing)
-        values = [jnp.where(mask, pair[0], 0) for mask, pair in zip(masks, pairs, strict=True)]
-        if self.interpret:
-            lacking = missing(pairs)
-            return [jnp.where(x == 0, y, _NAN) for x, y in zip(lacking, values, strict=True)]
-        return [_gathered(value, shape) for value in values]
-
-    def _spread(self, offsets: Array, mask: Array) -> tuple[Array, Array]:
-        """The same words, as often as it takes for every thread to have some of its own.
-
-        Of an array that is smaller than a program, several threads hold the same elements.
-        Each would load them, and see them come, by itself; but when the compiler asks whether
-        any is missing, it asks one of the threads.
+        An element that several threads have is waited for by each of them: none goes on with
+        what it loaded before. Threads come out of it one by one.
         """
-        copies = self.threads // max(1, math.prod(offsets.shape))
-        if self.interpret or copies <= 1:
-            return offsets, mask
-        shape = (copies, *offsets.shape)
-        return jnp.broadcast_to(offsets[None], shape), jnp.broadcast_to(mask[None], shape)
-
-    def _poll(self, read: Any, missing: Any) -> Any:
-        """Reads until nothing is missing; ends the launch in an error if that never comes."""
-
-        def still(words):
-            lacking = [jnp.max((x != 0).astype(jnp.int32)) for x in missing(words)]
-            return functools.reduce(jnp.maximum, lacking)
-
-        first = read()
-        if self.interpret:
-            return first
-
-        def again(state):
-            words = read()
-            if self.meanwhile is not None:
-                ptx.feed_ring(*self.meanwhile)  # while the words are on their way
-            return words, still(words), trap_if_over(state[2] + 1, MAX_POLLS)
-
-        words, _, _ = lax.while_loop(
-            lambda state: (state[1] != 0) & (state[2] >= 0),
-            again,
-            (first, still(first), jnp.int32(0)),
+        assert self.meanwhile is not None
+        offsets = [jnp.where(mask, at, -1) for at, mask in wanted]
+        size = math.prod(offsets[0].shape)
+        together = max(1, size // self.threads)
+        words = ptx.collect_each(
+            self.words, offsets, tag, pairs, together, MAX_POLLS, *self.meanwhile
         )
+        if size < self.threads:
+            # Of those who have the same element, one might be left behind when others have gone
+            # so far that it is overwritten.
+            plgpu.debug_barrier()
         return words

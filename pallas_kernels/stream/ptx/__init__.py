@@ -19,8 +19,8 @@ from pallas_kernels.stream.ptx.shared import (
     write_row,
 )
 from pallas_kernels.stream.ptx.words import (
+    collect_each,
     collect_words,
-    load_pair,
     load_pieces,
     store_pair,
     store_word,
@@ -35,10 +35,10 @@ __all__ = [
     "attend_span",
     "begin_words",
     "clear_shared",
+    "collect_each",
     "collect_words",
     "feed_cache",
     "feed_ring",
-    "load_pair",
     "load_pieces",
     "multiply_integers",
     "multiply_tile",

@@ -44,9 +44,14 @@ def addresses(ptr: Any, offsets: Any, shape: Sequence[int]) -> Any:
     return tt_dialect.ptr_to_int(like(shape, i64()), pointers)
 
 
-def assembly(results: list[Any], text: str, constraints: str, args: list[Any]) -> list[Any]:
-    """Inline PTX, run by every thread for each of its elements; has effects."""
+def assembly(
+    results: list[Any], text: str, constraints: str, args: list[Any], together: int = 1
+) -> list[Any]:
+    """Inline PTX, run by every thread for each of its elements, or for some together.
+
+    Of several elements, an operand's and a result's registers follow each other. Has effects.
+    """
     out = tt_dialect.elementwise_inline_asm(
-        results, text, constraints=constraints, pure=False, packed_element=1, args=args
+        results, text, constraints=constraints, pure=False, packed_element=together, args=args
     )
     return [out] if len(results) == 1 else list(out)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
 
-__all__ = ["collect_words", "load_pair", "load_pieces", "store_pair", "store_word"]
+__all__ = ["collect_each", "collect_words", "load_pieces", "store_pair", "store_word"]
 
 # Of more pieces, the last one is waited for first.
 _FEW_PIECES = 4
@@ -121,6 +121,97 @@ def collect_words(
     )
 
 
+_collect_each_p = core.Primitive("ffjax_collect_each")
+_collect_each_p.multiple_results = True
+
+
+@_collect_each_p.def_effectful_abstract_eval
+def _(ref, weights, tag, ring, *offsets, pairs, together, most, feed):
+    word = core.ShapedArray(offsets[0].shape, jnp.int32)
+    return [word] * len(offsets), {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
+
+
+def _collect_each_text(count: int, pairs: bool, together: int, most: int, feed: Feed) -> str:
+    """Operands: `count` results, as many offsets, the tag, the arrays' addresses, the ring's."""
+    tag, base, weights, ring = (f"${2 * count + i * together}" for i in range(4))
+    lines = [
+        "{ .reg .pred %p; .reg .b32 %n, %left, %x; .reg .b64 %a, %w; mov.u32 %n, 0;",
+        *(f"mov.b32 ${i}, {0 if pairs else tag};" for i in range(count)),
+        *([f".reg .b32 %t<{count}>;", *(f"mov.b32 %t{i}, {tag};" for i in range(count))] * pairs),
+        "again:",
+    ]
+    for i in range(count):
+        offset = f"${count + i}"
+        lines.append(f"setp.ge.s32 %p, {offset}, 0; mad.wide.s32 %a, {offset}, 4, {base};")
+        if pairs:
+            lines.append(
+                f"@%p ld.relaxed.gpu.global.b64 %w, [%a]; @%p mov.b64 {{${i}, %t{i}}}, %w;"
+            )
+        else:
+            lines.append(f"@%p ld.relaxed.gpu.global.b32 ${i}, [%a];")
+    lines.append("mov.b32 %left, 0;")
+    # Not by lop3: ptxas crashes on it here.
+    for word in [f"%t{i}" if pairs else f"${i}" for i in range(count)]:
+        lines.append(f"xor.b32 %x, {word}, {tag}; or.b32 %left, %left, %x;")
+    if not pairs:
+        lines.append("and.b32 %left, %left, 255;")
+    lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
+    lines += feed_lines(feed, ring, weights, None)
+    lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done: }}")
+    return " ".join(lines)
+
+
+@lowering.register_lowering(_collect_each_p)
+def _(ctx, ref, weights, *args, pairs, together, most, feed):
+    tag, ring, *offsets = lowered.values(ctx, args)
+    shape = list(ctx.avals_out[0].shape)
+    count = len(offsets) * together
+    text = _collect_each_text(count, pairs, together, most, feed)
+    kinds = ["=&r"] * count + ["r"] * (count + together) + ["l"] * (2 * together)
+    constraints = ",".join(kinds + ["r"] * together)
+    arrays = [
+        lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), x), shape) for x in (ref, weights)
+    ]
+    results = [lowered.like(shape, lowered.i32())] * len(offsets)
+    return lowered.assembly(results, text, constraints, [*offsets, tag, *arrays, ring], together)
+
+
+def collect_each(
+    ref: Any,
+    offsets: Sequence[Array],
+    tag: Array,
+    pairs: bool,
+    together: int,
+    most: int,
+    weights: Any,
+    ring: Array,
+    feed: Feed,
+) -> list[Array]:
+    """Loads words or pairs over and over until all of a thread's carry a tag.
+
+    Args:
+        ref: int32 array.
+        offsets: int32 arrays of one shape: of words, or of pairs' first words, even numbers;
+            negative where nothing is waited for.
+        tag: int32 scalar, of a word's lowest 8 bits, or of a pair's second word.
+        pairs: whether pairs are waited for.
+        together: elements of each array that a thread waits for at the same time: as many as it
+            has.
+        most: how often to load before the launch ends in an error.
+        weights: as `ref` in `feed_ring`, which is done between two looks.
+        ring: int32 scalar, as in `feed_ring`.
+        feed: as in `feed_ring`.
+
+    Returns:
+        Int32: words, or the first ones of pairs; the tag, or 0, where nothing is waited for.
+    """
+    shape = offsets[0].shape
+    assert all(x.shape == shape for x in offsets), "Arrays of one shape are waited for together."
+    scalars = [jnp.full(shape, x) for x in (tag, ring)]
+    options = {"pairs": pairs, "together": together, "most": most, "feed": feed}
+    return _collect_each_p.bind(ref, weights, *scalars, *offsets, **options)
+
+
 def _spared(ref: Any, offsets: Array, mask: Array) -> Array:
     """Offsets, those the mask hides moved to the array's last words, which nobody uses.
 
@@ -211,46 +302,6 @@ def store_pair(
         plgpu.store(ref.at[offsets + 1], second, mask=mask)
     else:
         _store_pair_p.bind(ref, offsets, first, second, mask)
-
-
-_load_pair_p = core.Primitive("ffjax_load_pair")
-_load_pair_p.multiple_results = True
-
-
-@_load_pair_p.def_effectful_abstract_eval
-def _(ref, offsets):
-    words = core.ShapedArray(offsets.shape, jnp.int32)
-    return [words, words], {lowered.ORDERED, state.ReadEffect(0)}
-
-
-@lowering.register_lowering(_load_pair_p)
-def _(ctx, ref, *args):
-    [offsets] = lowered.values(ctx, args)
-    shape = ctx.avals_out[0].shape
-    words = lowered.like(shape, lowered.i32())
-    return lowered.assembly(
-        [words, words],
-        "{ .reg .b64 %w; ld.relaxed.gpu.global.b64 %w, [$2]; mov.b64 {$0, $1}, %w; }",
-        "=r,=r,l",
-        [lowered.addresses(ref, offsets, shape)],
-    )
-
-
-def load_pair(ref: Any, offsets: Array, *, interpret: bool) -> tuple[Array, Array]:
-    """Loads two neighbouring words as one.
-
-    Args:
-        ref: int32 array.
-        offsets: int32, even numbers.
-        interpret: whether the kernel is interpreted.
-
-    Returns:
-        The words at the offsets and those behind them, int32.
-    """
-    if interpret:
-        return plgpu.load(ref.at[offsets]), plgpu.load(ref.at[offsets + 1])
-    first, second = _load_pair_p.bind(ref, offsets)
-    return first, second
 
 
 _load_pieces_p = core.Primitive("ffjax_load_pieces")

@@ -69,6 +69,8 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
         there = (program < plan.programs) & (b < d.batch)
         at = start + 4 * (program * d.batch + b)
         bits, token = env.mail.collect_pairs([(at, there), (at + 2, there)], tag)
+        if not env.interpret:
+            plgpu.debug_barrier()  # each thread has heard its own alone
         logit = lax.bitcast_convert_type(bits, jnp.float32)
         logit = jnp.where(there, logit, -jnp.inf)
         _, winner = _best(logit, jnp.where(there, token, NO_TOKEN))
