@@ -21,6 +21,7 @@ from ptx_machine import Machine, PtxError
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input
 from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, READ
+from pallas_kernels.stream.segments.attention import combining_threads
 
 # bfloat16
 
@@ -642,6 +643,83 @@ def test_arrays_that_never_come_end_the_launch(pairs):
     assert (words == (0 if pairs else TAG)).all()
 
 
+# Combining spans
+
+
+@functools.cache
+def combine_text(ring: Ring, count: int, lanes: int, step: int) -> Inline:
+    def body(mail: Any, weights: Any) -> None:
+        each, zero = jnp.zeros((ring.threads,), jnp.int32), jnp.int32(0)
+        out = ptx.combine_spans(
+            mail, each, each, each, zero, count, lanes, step, 400, weights, zero, ring.feed
+        )
+        # Of no use, it would be dropped.
+        ptx.store_word(mail, each, out.astype(jnp.int32), each == 0, interpret=False)
+
+    return inlines(body, shape(1024), shape(16, jnp.bfloat16))[0]
+
+
+def check_combine(splits: int, width: int, edit: Edit = None, order: Any = None) -> None:
+    """Elements of spans that other programs hand over meanwhile, more or fewer of them."""
+    ring, size, tag = TWO, 32, 0x7654_3210
+    lanes, *split = combining_threads(ring.threads, width, splits)
+    number, within = (np.asarray(x, np.int64) for x in split)
+    element = 16 + (within & (width - 1))
+    rng, row = np.random.default_rng(splits), 2 * (size + 2)
+    for spans in {2, splits // 2 + 1, splits}:
+        fed = Fed(ring, 0)
+        m, mail = fed.machine, fed.machine.memory_base + len(fed.machine.memory)
+        m.order = order
+        m.memory = np.concatenate([m.memory, np.full(4 * row * splits, 0xFF, np.uint8)])
+        held = m.view(mail, row * splits, np.uint32).reshape(splits, size + 2, 2)
+        out, top = rng.normal(size=(spans, size)), 30 * rng.normal(size=(spans, 1)) - 300
+        total = rng.uniform(1, 200, (spans, 1))
+        made = np.concatenate([out, total, top], axis=1).astype(np.float32)
+        turn = rng.integers(0, 20, made.shape)
+
+        def write(now: int, held=held, made=made, turn=turn, spans=spans) -> None:
+            held[:spans, :, 0][turn == now] = made.view(np.uint32)[turn == now]
+            held[:spans, :, 1][turn == now] = tag
+
+        for now in range(20):
+            m.later(150 * now, functools.partial(write, now))
+        text = combine_text(ring, splits // lanes, lanes, lanes * row).edited(edit)
+        at = mail + 4 * (number * row)
+        there = -((number - spans) // lanes)
+        operands = (at + 8 * element, at + 8 * size, there, tag, fed.pointer, fed.base)
+        [got] = text.run(m, *operands, limit=60_000)
+        made = made.astype(np.float64)
+        weight = np.exp2(made[:, -1:] - made[:, -1].max())
+        wanted = (weight * made[:, :size]).sum(axis=0) / (weight * made[:, size : size + 1]).sum()
+        np.testing.assert_allclose(got, wanted[element], rtol=2e-5, atol=1e-6)
+        assert fed.asked == ring.slots
+
+
+@pytest.mark.parametrize(("splits", "width"), [(16, 4), (4, 16), (2, 16), (32, 8)])
+def test_spans_are_combined_when_all_have_come(splits, width):
+    check_combine(splits, width)
+
+
+def test_warps_combine_spans_in_any_order():
+    check_combine(16, 8, order=np.random.default_rng(1))
+
+
+@pytest.mark.parametrize("threads", [128, 256])
+@pytest.mark.parametrize(
+    ("width", "splits"), [(8, 16), (16, 16), (16, 32), (128, 8), (32, 2), (8, 1)]
+)
+def test_threads_of_a_warp_combine_an_element(threads, width, splits):
+    lanes, *split = combining_threads(threads, width, splits)
+    number, within = (np.asarray(x) for x in split)
+    for element in range(width):
+        mine = np.flatnonzero(within == element)
+        np.testing.assert_array_equal(number[mine], np.arange(lanes))
+        assert len({*(mine // 32)}) == 1
+        # A shuffle reaches them.
+        assert (np.diff(mine) == 32 // lanes).all()
+    assert splits % lanes == 0
+
+
 def test_a_pair_is_stored_as_one():
     def body(mail: Any) -> None:
         each = jnp.zeros((32,), jnp.int32)
@@ -878,6 +956,19 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("xor.b32 %x, %t4, $12; or.b32 %left, %left, %x;", ""),
             ("mov.b32 $5, 0;", ""),
             ("ld.relaxed.gpu.global.b64 %w, [%a]; @%p mov", "mov"),
+        ],
+    ),
+    "combined spans": (
+        lambda edit: check_combine(16, 8, edit),
+        [
+            ("selp.f32 %m1, %m1, 0fF149F2CA, %p;", ""),
+            ("shfl.sync.bfly.b32 %h, %top, 8,", "shfl.sync.bfly.b32 %h, %top, 0,"),
+            ("shfl.sync.bfly.b32 %h, %o0, 4,", "shfl.sync.bfly.b32 %h, %o0, 1,"),
+            ("mul.f32 %t1, %t1, %m1;", ""),
+            ("add.f32 %o0, %o0, %o1;", ""),
+            ("mov.b64 %b1, {0, $4};", ""),
+            ("{%y, %x}, %c0; xor.b32 %x, %x, $4; or.b32 %left, %left, %x;", "{%y, %x}, %c0;"),
+            ("max.f32 %top, %top, %h;", ""),
         ],
     ),
     "pieces": (

@@ -256,6 +256,22 @@ class Mail:
             found.append(jnp.where(mask, value, 0))
         return found
 
+    def combine(
+        self,
+        values: Array,
+        sums: Array,
+        there: Array,
+        tag: Array,
+        count: int,
+        lanes: int,
+        step: int,
+    ) -> Array:
+        """Waits for pairs of a head's spans, and combines them: see `ptx.combine_spans`."""
+        assert self.meanwhile is not None
+        return ptx.combine_spans(
+            self.words, values, sums, there, tag, count, lanes, step, MAX_POLLS, *self.meanwhile
+        )
+
     def _wait(
         self, wanted: Sequence[tuple[Array, Array]], tag: Array, *, pairs: bool
     ) -> list[Array]:

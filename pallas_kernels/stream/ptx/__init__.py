@@ -7,6 +7,7 @@ others has a plain twin for interpret mode; the ring and the products are only u
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
 from pallas_kernels.stream.ptx.attend import attend_span, query_place
 from pallas_kernels.stream.ptx.cache import CacheFeed, feed_cache
+from pallas_kernels.stream.ptx.combine import combine_spans
 from pallas_kernels.stream.ptx.digits import pack_digits, unpack_digits
 from pallas_kernels.stream.ptx.feed import Feed, feed_ring, start_barriers, wait_copies
 from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
@@ -37,6 +38,7 @@ __all__ = [
     "clear_shared",
     "collect_each",
     "collect_words",
+    "combine_spans",
     "feed_cache",
     "feed_ring",
     "load_pieces",

@@ -20,10 +20,10 @@ from pallas_kernels.stream.ptx.cache import (
     pointers,
 )
 
-__all__ = ["attend_lines", "attend_span", "query_place"]
+__all__ = ["LOWEST", "attend_lines", "attend_span", "query_place"]
 
 # Stands for minus infinity: it survives a subtraction from itself.
-_LOWEST = "0fF149F2CA"  # -1e30
+LOWEST = "0fF149F2CA"  # -1e30
 _ONE, _TWO = "0f3F800000", "0f40000000"
 # How far scores in base 2 may exceed the maximum that weights are taken from before it is raised.
 _SLACK = 8.0
@@ -158,7 +158,7 @@ class _Attend:
         else:
             lines += [f"mov.b32 %mask{t}, -1;" for t in range(self.octets)]
         lines += [f"mov.f32 {name}, 0f00000000;" for name in self._all_sums()]
-        return [*lines, f"mov.f32 %top, {_LOWEST}; mov.f32 %total, 0f00000000;"]
+        return [*lines, f"mov.f32 %top, {LOWEST}; mov.f32 %total, 0f00000000;"]
 
     def plan(self, ring: str, parts: str, layer: str) -> list[str]:
         """What to ask for in this tile's place: worked out while the tile is on its way."""
@@ -327,7 +327,7 @@ class _Attend:
         for t in range(self.octets):
             for n in range(2):
                 s = f"%s{t}_{n}"
-                lines.append(f"setp.gt.s32 %p, %y, {8 * t + n}; selp.f32 {s}, {s}, {_LOWEST}, %p;")
+                lines.append(f"setp.gt.s32 %p, %y, {8 * t + n}; selp.f32 {s}, {s}, {LOWEST}, %p;")
                 if self.resident and t in self.late:
                     words = [f"%w{t}_{n}_{b}" for b in blocks]
                     lines += [f"selp.b32 {word}, {word}, 0, %p;" for word in words]

@@ -29,12 +29,14 @@ from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.segments.heads import Heads, collect_heads
 from pallas_kernels.stream.spans import Part, Share, part_of, spans_of
 
-__all__ = ["attend_parts", "combine_parts"]
+__all__ = ["attend_parts", "combine_parts", "combining_threads"]
 
 # Stands for minus infinity: it survives a subtraction from itself.
 LOWEST = -1e30
 # Elements of a head that a program combines at least.
 MIN_COMBINED = 8
+# Spans that a thread combines at most.
+MOST_SPANS = 8
 
 
 class _Made(NamedTuple):
@@ -204,11 +206,12 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
 def combine_parts(env: StreamEnv, layer: Array) -> None:
     """Finishes this program's elements of heads of several spans."""
     d, tag, share = env.dims, env.tag(layer), layer_share(env, layer)
-    heads = d.batch * d.num_heads
+    heads, splits = d.batch * d.num_heads, env.plan.attention.max_splits
     width = next_power_of_2(ceil_div(heads * d.head_dim, env.plan.programs))
     width = min(max(width, MIN_COMBINED), d.head_dim)
+    width = min(width, env.plan.threads, MOST_SPANS * env.plan.threads // splits)
     pieces = d.head_dim // width
-    shape = (env.plan.attention.max_splits, width)
+    combine = _combine_interpreted if env.interpret else _combine
 
     def step(j, carry):
         number = env.program + j * env.plan.programs
@@ -220,13 +223,27 @@ def combine_parts(env: StreamEnv, layer: Array) -> None:
 
         @pl.when(spans > 1)
         def _():
-            _combine(env, tag, sequence, query, first, spans, shape)
+            combine(env, tag, sequence, query, first, spans, width)
 
         return carry
 
     @pl.when(share.combines)
     def _():
         lax.fori_loop(jnp.int32(0), env.share(heads * pieces), step, jnp.int32(0))
+
+
+def combining_threads(threads: int, width: int, splits: int) -> tuple[int, Array, Array]:
+    """Which of a program's threads combine which spans of which of `width` elements.
+
+    Returns:
+        How many threads have an element, neighbours apart by `32 / lanes`; of each thread the first
+        span, the others being `lanes` apart; and its element, which may lie beyond `width`.
+    """
+    lanes = min(32, splits, threads // width)
+    thread, elements = iota((threads,), 0), jnp.int32(32 // lanes)
+    lane = thread & 31
+    number = lax.div(lane, elements)
+    return lanes, number, lax.div(thread, jnp.int32(32)) * elements + (lane - number * elements)
 
 
 def _combine(
@@ -236,10 +253,40 @@ def _combine(
     query: Array,
     first: Array,
     spans: Array,
-    shape: tuple[int, int],
+    width: int,
 ) -> None:
-    """Waits for all spans of some elements of a head, and combines them in order."""
-    size = env.dims.head_dim
+    """Waits for all spans of some elements of a head, and combines them in order.
+
+    An element's threads belong to one warp, so that nothing goes through shared memory. Threads
+    beyond the elements have some of them again.
+    """
+    splits, size, threads = env.plan.attention.max_splits, env.dims.head_dim, env.plan.threads
+    lanes, number, within = combining_threads(threads, width, splits)
+    element = first + (within & (width - 1))
+    out = env.mail.combine(
+        _pair_at(env, sequence, query, number, element),
+        _pair_at(env, sequence, query, number, size),
+        lax.div(spans - number + (lanes - 1), jnp.int32(lanes)),
+        tag,
+        count=splits // lanes,
+        lanes=lanes,
+        step=lanes * 2 * (size + 2),
+    )
+    mask = (number == 0) & (within < width)
+    _publish_heads(env, tag, sequence, query, element, out, mask)
+
+
+def _combine_interpreted(
+    env: StreamEnv,
+    tag: Array,
+    sequence: Array,
+    query: Array,
+    first: Array,
+    spans: Array,
+    width: int,
+) -> None:
+    """The same as plain arrays."""
+    shape, size = (env.plan.attention.max_splits, width), env.dims.head_dim
     number, element = iota(shape, 0), first + iota(shape, 1)
     there = number < spans
     wanted = [
