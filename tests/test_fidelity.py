@@ -33,8 +33,10 @@ from ffjax.fidelity import (
     measure,
     upper_bound,
 )
+from ffjax.formats import WeightFormats
 from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.model import Transformer
+from ffjax.quantize import Kind, named_format, quantize, quantized_config
 from ffjax.stdlib_text import Source, is_held_out, read_sources
 
 pytestmark = pytest.mark.filterwarnings(
@@ -655,6 +657,29 @@ def test_the_kernel_passes_with_random_weights_of_a_billion(batch, tokens, kerne
     model = fidelity.random_model(config)
     try:
         check_on_gpu(model, fidelity.random_prompts(config, 16, tokens), batch, kernel)
+    finally:
+        for array in jax.tree.leaves(nnx.state(model)):
+            array.delete()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize(("batch", "count", "tokens"), [(1, 16, 200), (8, 32, 500)])
+def test_the_kernel_passes_with_the_shipped_model_quantized(batch, count, tokens, kind):
+    model = quantize(checkpoints.load(checkpoints.SHIPPED_MODEL), kind)
+    check_on_gpu(model, fidelity.held_out_prompts(count, tokens), batch, "pallas_stream")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 40), (8, 150)])
+def test_the_kernel_passes_with_a_billion_random_integers(batch, tokens, kind):
+    layers = WeightFormats.of_layers(named_format(kind))
+    config = quantized_config(preset("llama3.2-1b"), layers)
+    model = fidelity.random_model(config)
+    try:
+        prompts = fidelity.random_prompts(config, 16, tokens)
+        check_on_gpu(model, prompts, batch, "pallas_stream")
     finally:
         for array in jax.tree.leaves(nnx.state(model)):
             array.delete()

@@ -12,14 +12,17 @@ import pytest
 from decode_cases import dims_of, filled_cache, random_model, small_config
 from flax import nnx
 from numerics import TOLERANCES, assert_close, assert_same_choice
+from quantize_cases import FOR_KERNELS, kernel_config
 from test_kernel import CASES
 
 from checkpoints.store import SHIPPED_MODEL, load
 from ffjax.cache import KVCache
 from ffjax.config import PRESETS, ModelConfig, preset
 from ffjax.decode import DecodeOutput, Implementation, Kernel, decode_step
+from ffjax.formats import INT8, WeightFormats, int4
 from ffjax.generate import generate
 from ffjax.model import Transformer
+from ffjax.quantize import quantized_config
 from ffjax.tokenizer import ByteTokenizer
 
 pytestmark = [
@@ -44,8 +47,7 @@ class Split(NamedTuple):
     params: Any
 
 
-def made_on_the_device(name: str) -> Iterator[Split]:
-    config = preset(name)
+def made_on_the_device(config: ModelConfig) -> Iterator[Split]:
     # Not the cached one: nothing may hold 16 GB of weights after the last test with them.
     split = Split(config, *nnx.split(random_model.__wrapped__(config)))
     yield split
@@ -56,13 +58,32 @@ def made_on_the_device(name: str) -> Iterator[Split]:
 @pytest.fixture(scope="module", params=["llama3.2-1b", "llama3.1-8b"])
 def model(request) -> Iterator[Split]:
     """Random weights of a real model's shapes, made on the device; one model at a time."""
-    yield from made_on_the_device(request.param)
+    yield from made_on_the_device(preset(request.param))
 
 
 @pytest.fixture(scope="module", params=[n for n, c in PRESETS.items() if c.family != "llama"])
 def family(request) -> Iterator[Split]:
     """The same for every family besides Llama."""
-    yield from made_on_the_device(request.param)
+    yield from made_on_the_device(preset(request.param))
+
+
+QUANTIZED = {
+    "int8": WeightFormats.of_layers(INT8),
+    "int4": WeightFormats.of_layers(int4()),
+    "int4 and its head": WeightFormats.of_layers(int4(), int4()),
+    "int8, and a head of int4": WeightFormats.of_layers(INT8, int4()),
+}
+
+
+@pytest.fixture(scope="module", params=QUANTIZED)
+def formats(request) -> WeightFormats:
+    return QUANTIZED[request.param]
+
+
+@pytest.fixture(scope="module", params=["llama3.2-1b", "llama3.1-8b"])
+def quantized(request, formats) -> Iterator[Split]:
+    """The same of random integers with scales."""
+    yield from made_on_the_device(quantized_config(preset(request.param), formats))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
@@ -145,6 +166,22 @@ def test_a_step_matches_the_reference(model, batch, kernel):
     for lengths in mixed_lengths(batch):
         parts = model.config, model.graph, model.params
         check_step(kernel, *parts, lengths, CAPACITY, "fused_vs_model_deep")
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_step_of_quantized_weights_matches_the_reference(quantized, batch):
+    for lengths in mixed_lengths(batch):
+        parts = quantized.config, quantized.graph, quantized.params
+        check_step("pallas_stream", *parts, lengths, CAPACITY, "fused_vs_model_deep")
+
+
+@pytest.mark.parametrize("name", FOR_KERNELS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_of_small_quantized_weights_matches_the_reference(name, batch):
+    config = kernel_config(FOR_KERNELS[name])
+    graph, params = nnx.split(random_model(config))
+    lengths = [65, 0, 129][:batch]
+    check_step("pallas_stream", config, graph, params, lengths, 150, "fused_vs_model")
 
 
 @pytest.mark.parametrize("batch", [1, 4])
