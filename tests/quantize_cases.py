@@ -60,12 +60,9 @@ def model_to_quantize(dtype: str = "bfloat16", name: str = "grouped, untied") ->
 
 
 def kernel_config(formats: WeightFormats, **sizes: int) -> ModelConfig:
-    """A small configuration of these formats, whose inputs are whole groups of 128: no two alike.
-
-    Of the layers' rows none is a power of two, and the vocabulary is no multiple of anything.
-    """
-    fields = {"model_dim": 256, "ffw_dim": 384, "num_heads": 10, "num_kv_heads": 2}
-    config = small_config(**(fields | sizes))
+    """A small configuration of these formats, whose inputs are 1, 2 or 3 whole groups of 128."""
+    fields = {"model_dim": 256, "ffw_dim": 384}  # and attention of 128
+    config = small_config(**fields | sizes)
     return dataclasses.replace(config, weights=formats)
 
 
