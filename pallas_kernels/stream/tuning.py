@@ -79,7 +79,13 @@ def row_key(device: str, dims: Dims) -> dict[str, Any]:
         dims: the sizes; batches are rounded up to powers of two.
     """
     sizes = {name: getattr(dims, name) for name in _SIZES}
-    return {"device": device, "batch": next_power_of_2(dims.batch), **sizes}
+    bits = list(dataclasses.astuple(dims.weight_bits))
+    return {
+        "device": device,
+        "batch": next_power_of_2(dims.batch),
+        **sizes,
+        "weight_bits": bits,
+    }
 
 
 @functools.cache

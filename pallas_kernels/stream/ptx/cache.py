@@ -116,14 +116,17 @@ def _store_lines(f: CacheFeed, ring: str) -> list[str]:
 
 def _copy_lines(f: CacheFeed, ring: str, stage: str, keys: str, values: str) -> list[str]:
     """Asks for what `_source_lines` has found."""
-    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    # Like weights, keys and values are read once a step: they are the first to leave the L2 cache,
+    # where weights may wait that have been asked for ahead.
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
     return [
+        "{ .reg .b64 %policy; createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
         f"mad.lo.u32 %b, {stage}, 8, {ring}; add.u32 %b, %b, {f.barriers}; shl.b32 %x, %size, 1;",
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %x; setp.gt.u32 %q, %size, 0;",
         f"mad.lo.u32 %v, {stage}, {f.tile_bytes}, {ring}; add.u32 %v, %v, {f.tiles};",
-        f"add.u64 %e, %from, {keys}; @%q {copy} [%v], [%e], %size, [%b];",
+        f"add.u64 %e, %from, {keys}; @%q {copy} [%v], [%e], %size, [%b], %policy;",
         f"add.u64 %e, %from, {values}; add.u32 %v, %v, {f.tile_bytes // 2};",
-        f"@%q {copy} [%v], [%e], %size, [%b];",
+        f"@%q {copy} [%v], [%e], %size, [%b], %policy; }}",
     ]
 
 
