@@ -198,7 +198,7 @@ class Ring:
             in_flight=self.in_flight,
             thread=self.threads - 32,
             copies=max(2, *self.copies),
-            scales=self.scales,
+            has_scales=self.scales > 0,
             l2_tiles=self.l2_tiles,
         )
 
@@ -404,7 +404,7 @@ TWO = Ring(3, (2, 1, 0, 2), (1, 1, 0), slots=5, in_flight=3)
 MANY = Ring(2, (2, 5, 1, 0), (1,), slots=3, in_flight=2)
 AHEAD = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, l2_tiles=3)
 SCALED = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, scales=2, l2_tiles=3)
-SCALED_MANY = Ring(2, (2, 4, 1, 0), (1,), slots=3, in_flight=2, scales=3)
+SCALED_MANY = Ring(2, (2, 4, 1, 0), (1,), slots=3, in_flight=2, scales=2)
 RINGS = {
     "one": ONE,
     "two": TWO,

@@ -127,8 +127,8 @@ class SegmentPlan:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of the scales of a row of a tile."""
-        return {16: 0, 8: 4, 4: 2 * (self.width // GROUP)}[self.bits]
+        """Bytes of the scales of a row of the matrix."""
+        return {16: 0, 8: 4, 4: 2 * (self.inner // GROUP)}[self.bits]
 
     @property
     def tile_bytes(self) -> int:

@@ -87,8 +87,8 @@ class _Geometry:
             room = max(1, min(held, self.tuning.tile_bytes // (2 * unit * bits // 8)))
         self.splits = ceil_div(size, room * unit)
         whole = PIECE if self.splits == 1 or bits == 16 else READ
-        if bits == 4:  # scales, too, are copied by 16 bytes
-            whole = GROUP if self.splits == 1 else GROUP * READ // 2
+        if bits == 4:
+            whole = GROUP
         self.width = ceil_div(ceil_div(size, self.splits), whole) * whole
         self.down_reads = ceil_div(self.width, unit)
         self.down_rows = min(self.rows, self._rows(bits, self.down_reads))
@@ -133,13 +133,6 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
                 f"The streamed kernel copies rows of weights of whole {whole} elements, of {bits} "
                 f"bits each; this model's {name} has rows of {inner}. Take the phased kernel."
             )
-    down = geometry.splits > 1 and dims.weight_bits.down == 4
-    if down and dims.ffw_dim % (GROUP * READ // 2):
-        return (
-            "The streamed kernel splits rows of int4 weights where their scales make up whole 16 "
-            f"bytes, every {GROUP * READ // 2} inputs; this model's down has rows of "
-            f"{dims.ffw_dim}. Decode fewer sequences, or choose int8 for it."
-        )
     return None
 
 

@@ -134,13 +134,15 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
         scales = slot + part.rows * pitch
         if part.run > 1:  # they are those of the whole run
             scales += (place.number & (part.run - 1)) * (part.rows * part.scale_bytes)
+        # Groups of a row that others have.
+        before = place.split * (part.width // GROUP) if part.splits > 1 else 0
         return ptx.multiply_integers(
             slot + READ * first,
             pitches,
             where,
             jnp.full((plan.threads,), scales),
             operand.scale,
-            lax.div(first * part.grain, jnp.int32(GROUP)),
+            lax.div(first * part.grain, jnp.int32(GROUP)) + before,
             words,
             ptx.IntegerTile(
                 bits=part.bits,

@@ -29,7 +29,6 @@ from pallas_kernels.stream.plan import COLUMNS, RESERVED_TILE, Segment, SegmentP
 from pallas_kernels.stream.route import (
     make_route,
     most_copies,
-    most_scale_copies,
     read_route,
     scales_of,
     weights_of,
@@ -160,7 +159,7 @@ def feed_of(plan: StreamPlan) -> ptx.Feed:
         in_flight=min(plan.in_flight, plan.slots),
         thread=feeding_thread(plan),
         copies=most_copies(plan),
-        scales=most_scale_copies(plan),
+        has_scales=plan.quantized,
         l2_tiles=plan.tuning.l2_tiles,
     )
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import GROUP, next_power_of_2
+from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, pick
@@ -35,7 +35,6 @@ __all__ = [
     "busy_tiles",
     "make_route",
     "most_copies",
-    "most_scale_copies",
     "read_route",
     "route_shape",
     "scales_of",
@@ -84,12 +83,6 @@ def route_shape(plan: StreamPlan) -> tuple[int, int, int]:
 def most_copies(plan: StreamPlan) -> int:
     """Copies of a tile's weights at most."""
     return max([2, *(part.rows for part in plan.segments.values() if part.splits > 1)])
-
-
-def most_scale_copies(plan: StreamPlan) -> int:
-    """Copies of a tile's scales at most."""
-    parts = [part for part in plan.segments.values() if part.bits == 4 and part.splits > 1]
-    return max([2, *(part.rows for part in parts)]) if plan.quantized else 0
 
 
 def weights_of(env: StreamEnv) -> list[Any]:
@@ -182,7 +175,7 @@ def make_route(env: StreamEnv, table: Array) -> None:
     ]
     words += [jnp.zeros_like(pitch)] * (ROW_WORDS - len(words))
     if plan.quantized and not env.interpret:
-        words += _scale_words(env, parts, beyond, row, second, there, width, words[5])
+        words += _scale_words(env, parts, beyond, row, second, there, words[5])
     if env.interpret:
         for number, word in enumerate(words):
             plgpu.store(env["route"].at[env.program, entry, number], word, mask=entry < rows)
@@ -211,10 +204,9 @@ def _scale_words(
     row: Array,
     second: Array,
     there: Array,
-    width: Array,
     copies: Array,
 ) -> list[Array]:
-    """What the table says of the tiles' scales.
+    """What the table says of the tiles' scales: of whole rows, also where the inputs are split.
 
     Args:
         env: the program's view.
@@ -223,7 +215,6 @@ def _scale_words(
         row: the first that a tile has.
         second: rows from a pair's first half to the second.
         there: rows of a copy of weights, where these are not split.
-        width: inputs of the tile's rows.
         copies: of weights; 0 for an empty tile.
     """
     names, unit = sorted(env.plan.segments), jnp.int32(READ)
@@ -236,42 +227,18 @@ def _scale_words(
         quantized = env.segment(segment).bits != 16
         return scales_of(env, segment) if quantized else env[_WEIGHTS[segment]]
 
-    # Bytes of the scales of a matrix's row.
-    sizes = [2 * (p.inner // GROUP) if p.bits == 4 else p.scale_bytes for p in parts]
-    # A row's scales are cut only where there are several of them.
-    cut = [p.splits > 1 and p.bits == 4 for p in parts]
-    column = of(
-        [
-            (env.program - team_of(env, p) * p.splits) * p.scale_bytes if is_cut else 0
-            for p, is_cut in zip(parts, cut, strict=True)
-        ]
-    )
     # All tiles of a run have the scales of all its rows.
     row = row - lax.rem(row, of([p.run_rows if p.run > 1 else 1 for p in parts]))
     there = of([p.run_rows if p.run > 1 else there for p in parts])
-    arrays = [array_of(segment) for segment in names]
-    start = lax.div(row * of(sizes) + column, unit)
-    base = weights_of(env)[0]
+    arrays, sizes = [array_of(segment) for segment in names], of([p.scale_bytes for p in parts])
+    start, base = lax.div(row * sizes, unit), weights_of(env)[0]
     begin = ptx.begin_words(base, arrays, _strides(arrays), beyond, start, interpret=False)
-    split = of([int(is_cut) for is_cut in cut]) != 0
-    size = jnp.where(split, lax.div(width, jnp.int32(GROUP // 2)), there * of(sizes))
     # Whole units: one that holds a scale lies in the array.
-    size = lax.div(size + (READ - 1), unit) * READ
-    most = of(
-        [
-            p.rows if is_cut else 2 if _is_paired(s) else 1
-            for s, p, is_cut in zip(names, parts, cut, strict=True)
-        ]
-    )
-    has_some = of([int(p.bits != 16) for p in parts]) != 0
-    return [
-        *begin,
-        lax.div(jnp.where(split, 1, second) * of(sizes), unit),
-        size,
-        jnp.where(has_some, jnp.minimum(copies, most), 0),
-        of([p.rows * p.row_bytes for p in parts]),
-        jnp.where(split, of([p.scale_bytes for p in parts]), size),
-    ]
+    size = lax.div(there * sizes + (READ - 1), unit) * READ
+    most = of([(1 + _is_paired(s)) * (p.bits != 16) for s, p in zip(names, parts, strict=True)])
+    place = of([p.rows * p.row_bytes for p in parts])
+    stride = lax.div(second * sizes, unit)
+    return [*begin, stride, size, jnp.minimum(copies, most), place, size]
 
 
 def read_route(env: StreamEnv, index: Array) -> tuple[Source, Array]:

@@ -63,8 +63,8 @@ class Feed:
         in_flight: tiles that are asked for and have not come, at most.
         thread: the thread that asks.
         copies: of a tile's weights, at most.
-        scales: of its scales, at most; 0 where no tile has any. Rows of the route are then 16
-            words, the second 8 of scales, and 8 otherwise.
+        has_scales: whether tiles may have scales, in one or two copies. Rows of the route are then
+            16 words, the second 8 of scales, and 8 otherwise.
         l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
             waits.
     """
@@ -80,16 +80,16 @@ class Feed:
     in_flight: int
     thread: int
     copies: int
-    scales: int
+    has_scales: bool
     l2_tiles: int
 
     @property
     def row_bytes(self) -> int:
         """Of the route."""
-        return 64 if self.scales else 32
+        return 64 if self.has_scales else 32
 
 
-def _scale_lines(f: Feed, pointer: str, together: bool) -> list[str]:
+def _scale_lines(pointer: str, together: bool) -> list[str]:
     """If %go, copies the scales of the tile to its slot, which begins at %slot.
 
     %q0 to %q7 are its words of the route, and %layer is its layer. Together, the threads of the
@@ -112,12 +112,6 @@ def _scale_lines(f: Feed, pointer: str, together: bool) -> list[str]:
         ]
     lines.append("mul.wide.u32 %by, %q3, 16;")
     ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %q7;"
-    if f.scales > 2:
-        return [
-            *lines,
-            "@!%go mov.b32 %y, 0; scale: setp.eq.u32 %p, %y, 0; @%p bra scaled;",
-            f"{copy} {ahead} sub.u32 %y, %y, 1; bra scale; scaled:",
-        ]
     return [
         *lines,
         f"setp.gt.and.u32 %p, %y, 0, %go; @%p {copy}",
@@ -166,7 +160,7 @@ def feed_lines(
         together: whether the thread's whole warp is here, so that its threads share many copies.
     """
     f = feed
-    together = together and max(f.copies, f.scales) > 2
+    together = together and f.copies > 2
     others = (
         (f"shr.u32 %b, %t, 5; setp.ne.u32 %p, %b, {f.thread // 32};")
         if together
@@ -183,7 +177,7 @@ def feed_lines(
         f"mad.lo.u32 %b, %e, {f.row_bytes}, {ring};",
         f"ld.shared.v4.b32 {{%t, %c, %v, %w}}, [%b+{f.route}];",
     ]
-    if f.scales:
+    if f.has_scales:
         lines += [
             f".reg .b32 %slot, %layer, {', '.join(f'%q{i}' for i in range(8))};",
             f"ld.shared.v4.b32 {{%q0, %q1, %q2, %q3}}, [%b+{f.route + 32}];",
@@ -208,11 +202,11 @@ def feed_lines(
         f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
         f"mad.lo.u32 %v, %s, {f.slot_bytes}, {ring}; mul.lo.u32 %t, %x, %y;",
         "createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
-        *(["mad.lo.u32 %t, %q4, %q5, %t; mov.b32 %slot, %v;"] if f.scales else []),
+        *(["mad.lo.u32 %t, %q4, %q5, %t; mov.b32 %slot, %v;"] if f.has_scales else []),
         "and.pred %q, %go, %lead;",
         "@%q mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %t;",
         *_copy_lines(f.copies, together),
-        *(_scale_lines(f, pointer, together) if f.scales else []),
+        *(_scale_lines(pointer, together) if f.has_scales else []),
         "@%go add.u32 %n, %n, 1; @%go add.u32 %e, %e, 1;",
         f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p;",
