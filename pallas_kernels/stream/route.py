@@ -170,7 +170,7 @@ def make_route(env: StreamEnv, table: Array) -> None:
         pitch,
     ]
     words += [jnp.zeros_like(pitch)] * (ROW_WORDS - len(words))
-    if plan.quantized and not env.interpret:
+    if plan.quantized:
         words += _scale_words(env, parts, beyond, row, second, there, words[5])
     if env.interpret:
         for number, word in enumerate(words):
@@ -228,7 +228,8 @@ def _scale_words(
     there = of([p.run_rows if p.run > 1 else there for p in parts])
     arrays, sizes = [array_of(segment) for segment in names], of([p.scale_bytes for p in parts])
     start, base = lax.div(row * sizes, unit), weights_of(env)[0]
-    begin = ptx.begin_words(base, arrays, _strides(arrays), beyond, start, interpret=False)
+    strides, interpret = _strides(arrays), env.interpret
+    begin = ptx.begin_words(base, arrays, strides, beyond, start, interpret=interpret)
     # Whole units: one that holds a scale lies in the array.
     size = lax.div(there * sizes + (READ - 1), unit) * READ
     most = of([(1 + is_paired(s)) * (p.bits != 16) for s, p in zip(names, parts, strict=True)])
