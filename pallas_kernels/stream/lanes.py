@@ -47,8 +47,8 @@ def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
 
 def _first(plan: StreamPlan, part: SegmentPlan, chunk: Array) -> Array:
     warp = lax.shift_right_logical(iota((plan.threads,), 0), 5) & (plan.product_warps - 1)
-    chunk = chunk * QUAD if plan.chunked else 0
-    return warp * (part.reads * plan.line(part)) + chunk + (_lane(plan) & 3)
+    before = chunk * QUAD if plan.chunked else 0
+    return warp * (part.reads * plan.line(part)) + before + (_lane(plan) & 3)
 
 
 def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
