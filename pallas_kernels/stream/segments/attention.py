@@ -59,9 +59,9 @@ def _put_heads(env: StreamEnv, part: Part, heads: Heads) -> None:
     everywhere, is_first = row >= 0, (row == 0) & part.has_new
     high = heads.queries.astype(jnp.bfloat16)
     low = (heads.queries - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    place = env.shared + at.queries + ptx.query_place(at.query_pitch, row, element)
+    place = env.shared + at.queries + row * at.query_pitch + 2 * element
     ptx.write_halves(place, high, everywhere)
-    ptx.write_halves(place + 4, low, everywhere)
+    ptx.write_halves(place + LOT * at.query_pitch, low, everywhere)
     place = env.shared + at.new + 2 * element
     ptx.write_halves(place, heads.key.astype(jnp.bfloat16), is_first)
     ptx.write_halves(place + 2 * env.dims.head_dim, heads.value.astype(jnp.bfloat16), is_first)
