@@ -17,8 +17,8 @@ from decode_cases import QUICK_COMPILE, dims_of, filled_cache, random_model, ran
 from flax import nnx
 from numerics import assert_close, relative_error
 from quantize_cases import FOR_KERNELS, kernel_config
+from stream_cases import check, machine, run_stages, streamed
 from test_kernel import bits, in_float32, newest, reference
-from test_stream import check, machine, run_stages, streamed
 
 import checkpoints
 from ffjax.cache import KVCache

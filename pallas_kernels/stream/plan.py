@@ -22,7 +22,15 @@ import enum
 from pallas_kernels.dims import GROUP, Dims, ceil_div, next_power_of_2
 from pallas_kernels.stream.tuning import Tuning
 
-__all__ = ["AttentionPlan", "Segment", "SegmentPlan", "StreamPlan", "line_of"]
+__all__ = [
+    "AttentionPlan",
+    "Segment",
+    "SegmentPlan",
+    "StreamPlan",
+    "is_paired",
+    "line_of",
+    "scale_bytes",
+]
 
 # Columns of a tensor core's block: several sequences are padded to as many.
 COLUMNS = 8
@@ -59,6 +67,11 @@ def line_of(chunked: bool, bits: int) -> int:
     return QUAD * (COLUMNS if bits == 16 else COLUMNS // 2)
 
 
+def scale_bytes(bits: int, inner: int) -> int:
+    """Bytes of the scales of a row of so many inputs: float32 a row, or bfloat16 a group."""
+    return {16: 0, 8: 4, 4: 2 * (inner // GROUP)}[bits]
+
+
 class Segment(enum.IntEnum):
     """The segments in the order of the stream; those with weights have their array's number."""
 
@@ -68,6 +81,11 @@ class Segment(enum.IntEnum):
     DOWN = 3
     HEAD = 4
     EMBED = 5
+
+
+def is_paired(segment: Segment) -> bool:
+    """Whether a tile's first and second half of rows lie apart in the matrix."""
+    return segment in (Segment.QKV, Segment.GATE_UP)
 
 
 LAYER_SEGMENTS = (Segment.QKV, Segment.ATTN_OUT, Segment.GATE_UP, Segment.DOWN)
@@ -128,7 +146,7 @@ class SegmentPlan:
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of a row of the matrix."""
-        return {16: 0, 8: 4, 4: 2 * (self.inner // GROUP)}[self.bits]
+        return scale_bytes(self.bits, self.inner)
 
     @property
     def tile_bytes(self) -> int:
@@ -212,10 +230,11 @@ class StreamPlan:
         """Why two tiles do not fit in shared memory, as a sentence; None if they do."""
         if self.slots * (self.slot_bytes + 8) <= self.room:
             return None
+        instead = "use implementation='xla'" if self.quantized else "the phased kernel"
         return (
             f"A stream has a tile in flight while another is used: two tiles of {self.slot_bytes} "
             f"bytes do not fit in the {max(self.room, 0)} bytes of shared memory that are left for "
-            "them. Take a tuning with smaller tiles, or the phased kernel."
+            f"them. Take a tuning with smaller tiles, or {instead}."
         )
 
     @property

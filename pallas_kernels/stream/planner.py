@@ -26,7 +26,9 @@ from pallas_kernels.stream.plan import (
     Segment,
     SegmentPlan,
     StreamPlan,
+    is_paired,
     line_of,
+    scale_bytes,
 )
 from pallas_kernels.stream.tuning import Tuning
 
@@ -69,10 +71,9 @@ class _Geometry:
 
     def rows_of(self, bits: int) -> int:
         """Rows of a tile of the model's width."""
-        scale = {16: 0, 8: 4, 4: 2 * (self.dims.model_dim // GROUP)}[bits]
         rows = self._rows(bits, self.reads(bits))
         # Scales are copied by 16 bytes: those of half a tile's rows are whole ones.
-        while rows // 2 * scale % READ and rows < MAX_ROWS:
+        while rows // 2 * scale_bytes(bits, self.dims.model_dim) % READ and rows < MAX_ROWS:
             rows *= 2
         return rows
 
@@ -92,6 +93,11 @@ class _Geometry:
         self.width = ceil_div(ceil_div(size, self.splits), whole) * whole
         self.down_reads = ceil_div(self.width, unit)
         self.down_rows = min(self.rows, self._rows(bits, self.down_reads))
+        # Where a tile's scales come without those of its run.
+        while self.splits > 1 and self.down_rows * scale_bytes(bits, size) % READ:
+            if self.down_rows == self.rows:
+                break
+            self.down_rows *= 2
 
     def _rows(self, bits: int, reads: int) -> int:
         """Rows of a tile: whole pairs, of RoPE, and of gate and up, of one head."""
@@ -112,18 +118,18 @@ def splits_of(dims: Dims, tuning: Tuning = DEFAULT) -> int:
 
 def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
     """Why these sizes cannot be streamed, as a sentence; None if they can."""
-    geometry = _Geometry(dims, tuning)
+    geometry, instead = _Geometry(dims, tuning), _instead(dims)
     held = geometry.product_warps * line_of(geometry.batch == 1, 16) * PIECE * geometry.most
     if geometry.widest > held:
         return (
             f"The streamed kernel holds at most {held} activations of "
             f"each of {dims.batch} sequences in place; this model has "
-            f"{max(dims.model_dim, dims.attn_dim)}. Take the phased kernel."
+            f"{max(dims.model_dim, dims.attn_dim)}. {instead}"
         )
     if geometry.splits > programs:
         return (
             f"The streamed kernel splits {dims.ffw_dim} hidden activations among "
-            f"{geometry.splits} programs; this GPU has {programs}. Take the phased kernel."
+            f"{geometry.splits} programs; this GPU has {programs}. {instead}"
         )
     for name, inner in _inputs(dims).items():
         bits = getattr(dims.weight_bits, name)
@@ -131,56 +137,56 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
         if inner % whole:
             return (
                 f"The streamed kernel copies rows of weights of whole {whole} elements, of {bits} "
-                f"bits each; this model's {name} has rows of {inner}. Take the phased kernel."
+                f"bits each; this model's {name} has rows of {inner}. {instead}"
+            )
+    segments = _segments(dims, programs, geometry)
+    for name, (segment, part) in zip(_inputs(dims), segments.items(), strict=True):
+        rows = part.run_rows // 2 if is_paired(segment) else part.run_rows
+        if rows * part.scale_bytes % READ:
+            return (
+                f"The streamed kernel copies scales by whole {READ} bytes; those of {rows} rows "
+                f"of this model's {name}, which it copies at once, are "
+                f"{rows * part.scale_bytes}. {instead}"
             )
     return None
 
 
+def _instead(dims: Dims) -> str:
+    """What to do where a step cannot be streamed: the phased kernel reads bfloat16 alone."""
+    return "Use implementation='xla'." if dims.weight_bits.quantized else "Take the phased kernel."
+
+
 def _inputs(dims: Dims) -> dict[str, int]:
-    """Inputs of each matrix."""
+    """Inputs of each matrix, in the order of `Segment`."""
     d = dims.model_dim
     return {"qkv": d, "attn_out": dims.attn_dim, "gate_up": d, "down": dims.ffw_dim, "head": d}
 
 
 def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning = DEFAULT) -> str | None:
     """Why these sizes cannot be streamed on a GPU, as a sentence; None if they can."""
-    if (reason := _why_not_there(gpu) or why_not(dims, gpu.cores, tuning)) is not None:
+    if (reason := _why_not_there(gpu, dims) or why_not(dims, gpu.cores, tuning)) is not None:
         return reason
     # Interpreted, no shared memory is taken.
     return None if gpu == INTERPRETER else make_stream_plan(dims, gpu, tuning).why_no_room
 
 
-def _why_not_there(gpu: Gpu) -> str | None:
+def _why_not_there(gpu: Gpu, dims: Dims) -> str | None:
     if gpu.cores > MAX_PROGRAMS:
         return (
             f"The programs of a streamed step hand over what is theirs in at most {MAX_PROGRAMS} "
-            f"places; this GPU has {gpu.cores} multiprocessors, a program each. Take the phased "
-            "kernel."
+            f"places; this GPU has {gpu.cores} multiprocessors, a program each. {_instead(dims)}"
         )
     if float(gpu.capability) < 9:
         return (
             "Weights are streamed by an instruction of compute capability 9.0 and newer; "
-            f"this GPU has {gpu.capability}. Take the phased kernel."
+            f"this GPU has {gpu.capability}. {_instead(dims)}"
         )
     return None
 
 
-@functools.lru_cache
-def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPlan:
-    """The plan for a streamed step of these sizes on a GPU.
-
-    Args:
-        dims: the sizes.
-        gpu: the device.
-        tuning: what may be chosen freely.
-
-    Raises:
-        ValueError: the sizes cannot be streamed there; see `why_not_on`.
-    """
-    d, programs = dims, gpu.cores
-    if (reason := _why_not_there(gpu) or why_not(dims, programs, tuning)) is not None:
-        raise ValueError(reason)
-    g, bits = _Geometry(dims, tuning), dims.weight_bits
+def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan]:
+    """How each mat-vec is cut and dealt out."""
+    bits = d.weight_bits
 
     def segment(out: int, inner: int, bits: int, *, paired: bool = False) -> SegmentPlan:
         rows = g.rows_of(bits)
@@ -222,13 +228,32 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         run=a_group if g.splits == 1 else 1,
         tiles=tiles,
     )
-    segments = {
+    return {
         Segment.QKV: segment(d.qkv_dim, d.model_dim, bits.qkv),
         Segment.ATTN_OUT: segment(d.model_dim, d.attn_dim, bits.attn_out),
         Segment.GATE_UP: segment(d.ffw_dim, d.model_dim, bits.gate_up, paired=True),
         Segment.DOWN: down,
         Segment.HEAD: segment(d.vocab_size, d.model_dim, bits.head),
     }
+
+
+@functools.lru_cache
+def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPlan:
+    """The plan for a streamed step of these sizes on a GPU.
+
+    Args:
+        dims: the sizes.
+        gpu: the device.
+        tuning: what may be chosen freely.
+
+    Raises:
+        ValueError: the sizes cannot be streamed there; see `why_not_on`.
+    """
+    d, programs = dims, gpu.cores
+    if (reason := _why_not_there(gpu, dims) or why_not(dims, programs, tuning)) is not None:
+        raise ValueError(reason)
+    g = _Geometry(dims, tuning)
+    segments = _segments(dims, programs, g)
     owned = next_power_of_2(ceil_div(ceil_div(d.model_dim, g.rows), programs))
     # What is rotated, and what is added to the residual, is made use of at once.
     least = MIN_FLUSH if g.product_warps * g.rows <= 64 else MIN_FLUSH // 2

@@ -28,7 +28,7 @@ from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, pick
 from pallas_kernels.stream.layout import ROW_WORDS, route_rows, route_words
-from pallas_kernels.stream.plan import READ, Segment, SegmentPlan, StreamPlan
+from pallas_kernels.stream.plan import READ, Segment, SegmentPlan, StreamPlan, is_paired
 
 __all__ = [
     "Source",
@@ -69,10 +69,6 @@ class Source(NamedTuple):
     size: Array
     copies: Array
     pitch: Array
-
-
-def _is_paired(segment: Segment) -> bool:
-    return segment in (Segment.QKV, Segment.GATE_UP)
 
 
 def route_shape(plan: StreamPlan) -> tuple[int, int, int]:
@@ -135,7 +131,7 @@ def make_route(env: StreamEnv, table: Array) -> None:
     group = (team + turn * of([part.teams for part in parts])) * run + number - turn * run
     # Of a pair's two halves, this is the first one's row.
     outputs = of(
-        [p.rows // 2 if _is_paired(s) else p.rows for s, p in zip(order, parts, strict=True)]
+        [p.rows // 2 if is_paired(s) else p.rows for s, p in zip(order, parts, strict=True)]
     )
     row = group * outputs
     qkv = parts[Segment.QKV]
@@ -155,14 +151,14 @@ def make_route(env: StreamEnv, table: Array) -> None:
     out = of([d.qkv_dim, *(p.out for p in parts[1:])])
     there = jnp.clip(out - row, 0, outputs)
     width = jnp.minimum(of([p.width for p in parts]), of([p.inner for p in parts]) - column)
-    paired = of([int(_is_paired(s)) for s in order]) != 0
+    paired = of([int(is_paired(s)) for s in order]) != 0
     split = of([int(p.splits > 1) for p in parts]) != 0
     second = of([d.head_dim // 2, 0, d.ffw_dim, 0, 0])
     busy = (number >= 0) & (number < of([busy_tiles(env, part) for part in parts]))
     count = jnp.where(split, there, jnp.where(paired, 2, 1))
     pitch = of(
         [
-            p.row_bytes * (p.rows // 2 if _is_paired(s) else 1)
+            p.row_bytes * (p.rows // 2 if is_paired(s) else 1)
             for s, p in zip(order, parts, strict=True)
         ]
     )
@@ -174,7 +170,7 @@ def make_route(env: StreamEnv, table: Array) -> None:
         pitch,
     ]
     words += [jnp.zeros_like(pitch)] * (ROW_WORDS - len(words))
-    if plan.quantized and not env.interpret:
+    if plan.quantized:
         words += _scale_words(env, parts, beyond, row, second, there, words[5])
     if env.interpret:
         for number, word in enumerate(words):
@@ -232,10 +228,11 @@ def _scale_words(
     there = of([p.run_rows if p.run > 1 else there for p in parts])
     arrays, sizes = [array_of(segment) for segment in names], of([p.scale_bytes for p in parts])
     start, base = lax.div(row * sizes, unit), weights_of(env)[0]
-    begin = ptx.begin_words(base, arrays, _strides(arrays), beyond, start, interpret=False)
+    strides, interpret = _strides(arrays), env.interpret
+    begin = ptx.begin_words(base, arrays, strides, beyond, start, interpret=interpret)
     # Whole units: one that holds a scale lies in the array.
     size = lax.div(there * sizes + (READ - 1), unit) * READ
-    most = of([(1 + _is_paired(s)) * (p.bits != 16) for s, p in zip(names, parts, strict=True)])
+    most = of([(1 + is_paired(s)) * (p.bits != 16) for s, p in zip(names, parts, strict=True)])
     place = of([p.rows * p.row_bytes for p in parts])
     stride = lax.div(second * sizes, unit)
     return [*begin, stride, size, jnp.minimum(copies, most), place, size]

@@ -1,0 +1,194 @@
+"""What the tests of the streamed kernel share: plans, steps of one program and of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decode_cases import QUICK_COMPILE, dims_of, kernel_inputs, small_config
+from numerics import assert_close
+from test_kernel import bits, newest, untouched
+
+from ffjax.cache import KVCache
+from ffjax.config import preset
+from pallas_kernels.dims import Dims, WeightBits
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.launch import StepState
+from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.launch import run_stream, stream_step
+from pallas_kernels.stream.plan import StreamPlan
+from pallas_kernels.stream.planner import make_stream_plan
+from pallas_kernels.stream.stages import run_stage, stages_of, state_shapes
+from pallas_kernels.stream.tuning import Tuning
+
+__all__ = [
+    "BFLOAT16",
+    "FAMILIES",
+    "H200",
+    "INT4",
+    "INT8",
+    "PLANS",
+    "WINDOW",
+    "check",
+    "env_of",
+    "machine",
+    "preset_dims",
+    "run_stages",
+    "stream",
+    "streamed",
+]
+
+H200 = Gpu.named("H200", "9.0", 132)
+BFLOAT16, INT8, INT4 = (
+    WeightBits(**dict.fromkeys(("qkv", "attn_out", "gate_up", "down", "head"), bits))
+    for bits in (16, 8, 4)
+)
+
+
+def machine(programs: int) -> Gpu:
+    return Gpu.named("made up", "9.0", programs)
+
+
+def preset_dims(name: str, batch: int, bits: WeightBits = BFLOAT16) -> Dims:
+    return dataclasses.replace(dims_of(preset(name), batch, 1024), weight_bits=bits)
+
+
+def env_of(plan: StreamPlan, program: int) -> StreamEnv:
+    """Enough of an environment to ask where tiles stand."""
+    nothing: Any = None
+    return StreamEnv(
+        plan=plan,
+        refs={},
+        program=jnp.int32(program),
+        lengths=(),
+        interpret=True,
+        step=jnp.int32(0),
+        mail=nothing,
+        shared=nothing,
+    )
+
+
+PLANS = {
+    "1B on an H200": lambda: make_stream_plan(preset_dims("llama3.2-1b", 1), H200),
+    "8B on an H200": lambda: make_stream_plan(preset_dims("llama3.1-8b", 1), H200),
+    "8B on an H200, 2 sequences": lambda: make_stream_plan(preset_dims("llama3.1-8b", 2), H200),
+    "3B, tiles of 8 KiB": lambda: make_stream_plan(
+        preset_dims("llama3.2-3b", 1), H200, Tuning(tile_bytes=8192)
+    ),
+    "attention wider than the model": lambda: make_stream_plan(
+        preset_dims("qwen3-0.6b", 1), H200, Tuning(tile_bytes=16384)
+    ),
+    "odd sizes, 7 programs": lambda: make_stream_plan(
+        dims_of(small_config(ffw_dim=2320), 3, 64), machine(7)
+    ),
+    "a group of the down projection in 4 tiles": lambda: make_stream_plan(
+        dims_of(small_config(ffw_dim=2064), 1, 64), machine(4)
+    ),
+    "odd sizes, 1 program": lambda: make_stream_plan(dims_of(small_config(), 1, 64), INTERPRETER),
+    "the shipped model": lambda: make_stream_plan(preset_dims("python-bytes-3m", 1), H200),
+    "1B, int8": lambda: make_stream_plan(preset_dims("llama3.2-1b", 1, INT8), H200),
+    "8B, int4": lambda: make_stream_plan(preset_dims("llama3.1-8b", 1, INT4), H200),
+    "8B, int4, 2 sequences": lambda: make_stream_plan(preset_dims("llama3.1-8b", 2, INT4), H200),
+    "8B, int8 in tiles of 8 KiB": lambda: make_stream_plan(
+        preset_dims("llama3.1-8b", 1, INT8), H200, Tuning(tile_bytes=8192)
+    ),
+    "mixed, groups of the down projection in several tiles": lambda: make_stream_plan(
+        preset_dims("qwen2.5-1.5b", 2, WeightBits(qkv=8, attn_out=4, down=8, head=4)), H200
+    ),
+    "int4 rows that are split, 7 programs": lambda: make_stream_plan(
+        dataclasses.replace(
+            dims_of(small_config(model_dim=256, ffw_dim=2432), 3, 64), weight_bits=INT4
+        ),
+        machine(7),
+    ),
+}
+
+
+@functools.lru_cache
+def stream(plan: StreamPlan):
+    run = functools.partial(stream_step, plan, interpret=True)
+    return jax.jit(run, compiler_options=QUICK_COMPILE)
+
+
+def streamed(model, cache: KVCache, tokens, tuning: Tuning | None = None):
+    dims = dims_of(model.config, cache.batch, cache.capacity)
+    plan = make_stream_plan(dims, INTERPRETER, tuning or Tuning())
+    weights, state = kernel_inputs(model, cache)
+    logits, token, state = stream(plan)(weights, state, tokens)
+    return logits, token, KVCache(*state)
+
+
+def check(config, got, want, lengths):
+    logits, token, cache = got
+    assert_close(logits, want.logits, "fused_vs_model")
+    assert_close(newest(cache), newest(want.cache), "fused_vs_model")
+    assert bits(untouched(cache)) == bits(untouched(want.cache))
+    assert token.tolist() == np.argmax(logits, axis=-1).tolist()
+    assert cache.lengths.tolist() == [n + 1 for n in lengths]
+
+
+# A window of 40 positions; lengths at its edge, and where the query of a local layer sees
+# less than the cache holds.
+WINDOW = [39, 40, 100]
+FAMILIES = {
+    "mistral": {"window": 40},
+    "qwen2": {"qkv_bias": True, "num_heads": 4, "num_kv_heads": 2},
+    "qwen3": {"qk_norm": "head", "num_heads": 4, "num_kv_heads": 2},
+    "olmo2": {
+        "qk_norm": "full",
+        "pre_norm": False,
+        "post_norm": True,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    },
+    "granite": {
+        "embed_scale": 3.0,
+        "residual_scale": 0.6,
+        "attn_scale": 0.6,
+        "logit_scale": 0.125,
+    },
+    "gemma2": {
+        "norm_offset": 1.0,
+        "post_norm": True,
+        "activation": "gelu_tanh",
+        "attn_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "window": 40,
+        "window_pattern": (True, False),
+        "embed_scale": 2.02,  # rounded to bfloat16
+        "attn_scale": 0.6,
+    },
+    "gemma3": {
+        "norm_offset": 1.0,
+        "post_norm": True,
+        "activation": "gelu_tanh",
+        "qk_norm": "head",
+        "window": 40,
+        "window_pattern": (True, True, False),
+        "num_layers": 3,
+        "rope_theta_local": 100.0,
+    },
+}
+
+
+def run_stages(plan: StreamPlan, model, cache: KVCache, tokens):
+    """A step of several programs: one launch a stage, so that nobody has to wait."""
+    weights, state = kernel_inputs(model, cache)
+    carried = {name: jnp.zeros(x.shape, x.dtype) for name, x in state_shapes(plan).items()}
+    for name in ("residual_first", "residual_second"):
+        carried[name] = jnp.full_like(carried[name], jnp.nan)
+    carried["best_logit"] = jnp.full_like(carried["best_logit"], -jnp.inf)
+    carried["best_token"] = jnp.full(carried["best_logit"].shape, 2**31 - 1, jnp.int32)
+    carried["logits"] = jnp.full((cache.batch, model.config.vocab_size), jnp.nan, jnp.float32)
+    carried["token"] = jnp.full((cache.batch,), -1, jnp.int32)
+    for stage in stages_of(plan):
+        body = functools.partial(run_stage, stage)
+        run = functools.partial(run_stream, body, plan, interpret=True)
+        out = jax.jit(run, compiler_options=QUICK_COMPILE)(weights, state, tokens, updated=carried)
+        state = StepState(*(out[name] for name in StepState._fields))
+        carried = {name: out[name] for name in carried}
+    return carried["logits"], carried["token"], KVCache(*state)

@@ -1,0 +1,501 @@
+"""The streamed kernel's plan, and its mail."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import (
+    dims_of,
+    filled_cache,
+    kernel_inputs,
+    random_model,
+    random_tokens,
+    small_config,
+)
+from jax.experimental import pallas as pl
+from stream_cases import BFLOAT16, H200, INT4, INT8, PLANS, env_of, machine, preset_dims
+
+from ffjax.cache import KVCache
+from ffjax.config import PRESETS
+from pallas_kernels.dims import Features, WeightBits
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.launch import StepState, named_weights
+from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
+from pallas_kernels.stream.layout import SharedLayout
+from pallas_kernels.stream.mail import Mail, mail_words
+from pallas_kernels.stream.plan import LAYER_SEGMENTS, RESERVED_TILE, Segment, StreamPlan, is_paired
+from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan, why_not, why_not_on
+from pallas_kernels.stream.route import make_route, route_shape
+from pallas_kernels.stream.tiles import first_place, next_place, next_segment
+from pallas_kernels.stream.tuning import Tuning
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+# Who computes what
+
+
+def route_of(plan: StreamPlan) -> np.ndarray:
+    """The route of every program, of weights that need not exist: `[P, rows, words]`."""
+    specs = named_weights(plan.dims.abstract_weights())
+
+    def kernel(ref):
+        refs = {**specs, "route": ref}
+        env = dataclasses.replace(env_of(plan, 0), program=pl.program_id(0), refs=refs)
+        make_route(env, jnp.int32(0))
+
+    shape = jax.ShapeDtypeStruct(route_shape(plan), jnp.int32)
+    grid = (plan.programs,)
+    return np.asarray(pl.pallas_call(kernel, grid=grid, out_shape=shape, interpret=True)())
+
+
+def rows_of(plan: StreamPlan, segment: Segment, program: int, tile: int) -> np.ndarray:
+    """The matrix's rows whose products are taken to be those of a tile's rows."""
+    d, part = plan.dims, plan.segments[segment]
+    row = np.arange(part.rows)
+    team = program // part.splits
+    half, turn = part.rows // 2, tile * part.teams + team
+    if segment == Segment.QKV:
+        head, pair = divmod(turn * half + row % half, d.head_dim // 2)
+        return head * d.head_dim + pair + row // half * (d.head_dim // 2)
+    if segment == Segment.GATE_UP:
+        return turn * half + row % half + row // half * d.ffw_dim
+    if segment == Segment.DOWN and part.splits == 1:
+        # A group of the residual has the rows of some tiles.
+        group = tile // part.run * plan.programs + program
+        return group * plan.rows + tile % part.run * part.rows + row
+    return turn * part.rows + row
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_weight_is_read_once(name):
+    plan = PLANS[name]()
+    route = route_of(plan)
+    assert not route[:, 0, 5].any()
+    first = 1
+    for segment, part in plan.segments.items():
+        matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
+        seen = []  # where copies begin and end in the matrix, in elements
+        for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
+            low, which, layer_stride, stride, size, count, pitch, _ = route[
+                program, first + tile, :8
+            ].tolist()
+            if not count:
+                continue
+            copies = np.arange(count)
+            start = (low + copies * stride) * part.grain
+            length = 8 * size // part.bits
+            units = matrix_rows * part.inner // part.grain if segment != Segment.HEAD else 0
+            assert (which, layer_stride) == (segment, units)
+            # Bulk copies are of 16 bytes, and lie in the slot.
+            assert size % 16 == pitch % 16 == 0
+            assert (count - 1) * pitch + size <= plan.slot_bytes
+            # They lie where the tile's rows are looked for.
+            width = min(part.width, part.inner - program % part.splits * part.width)
+            slot_row, there = pitch * copies // part.row_bytes, length // width
+            assert (slot_row * part.row_bytes == pitch * copies).all()
+            wanted = rows_of(plan, segment, program, tile)[slot_row[:, None] + np.arange(there)]
+            row, column = np.divmod(start, part.inner)
+            assert (wanted == row[:, None] + np.arange(there)).all()
+            assert (column == program % part.splits * part.width).all()
+            seen += zip(start.tolist(), (start + length).tolist(), strict=True)
+        first += part.tiles
+        starts, ends = np.sort(np.array(seen), axis=0).T
+        assert starts[0] == 0
+        assert (starts[1:] == ends[:-1]).all(), segment
+        assert ends[-1] == matrix_rows * part.inner
+        assert part.splits * part.width >= part.inner > (part.splits - 1) * part.width
+        assert part.width <= plan.span(segment)
+    assert first == route.shape[1]
+
+
+QUANTIZED = [name for name, plan in PLANS.items() if plan().quantized]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_scales_of_every_row_come_with_it(name):
+    plan = PLANS[name]()
+    route, first = route_of(plan), 1
+    for segment, part in plan.segments.items():
+        matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
+        seen, bytes_of_row = [], part.scale_bytes
+        for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
+            row = route[program, first + tile].tolist()
+            low, which, layer_stride, stride, size, count, place, pitch = row[8:]
+            if part.bits == 16 or not row[5]:
+                assert not count
+                continue
+            units = matrix_rows * bytes_of_row // 16 if segment != Segment.HEAD else 0
+            assert (which, layer_stride) == (segment, units)
+            # Bulk copies are of 16 bytes, begin at whole ones, and lie in the slot.
+            assert size % 16 == place % 16 == pitch % 16 == 0
+            assert place >= part.rows * part.row_bytes
+            assert place + (count - 1) * pitch + size <= plan.slot_bytes
+            # Which byte of the scales lies in each of the slot.
+            held = np.full(plan.slot_bytes, -1)
+            for copy in range(count):
+                start = 16 * (low + copy * stride)
+                assert start + size <= 16 * -(-matrix_rows * bytes_of_row // 16)
+                held[place + copy * pitch :][:size] = start + np.arange(size)
+            # They lie where those of the tile's rows are looked for.
+            rows = rows_of(plan, segment, program, tile)
+            there = rows < matrix_rows
+            behind = place + tile % part.run * part.rows * bytes_of_row
+            found = held[behind:][: part.rows * bytes_of_row].reshape(part.rows, -1)
+            wanted = rows[:, None] * bytes_of_row + np.arange(bytes_of_row)
+            np.testing.assert_array_equal(found[there], wanted[there])
+            seen += rows[there].tolist()
+        first += part.tiles
+        if part.bits != 16:
+            # Where inputs are split, each part has the scales of whole rows.
+            assert sorted(seen) == np.repeat(np.arange(matrix_rows), part.splits).tolist()
+
+
+def test_plans_of_quantized_weights_differ_in_what_is_hard():
+    plans = [PLANS[name]() for name in QUANTIZED]
+    downs = {(p.segments[Segment.DOWN].bits, p.segments[Segment.DOWN].splits > 1) for p in plans}
+    assert downs == {(8, False), (8, True), (4, False), (4, True)}
+    assert any(p.segments[Segment.DOWN].run > 1 for p in plans)
+    assert any(p.padded_batch > 1 for p in plans)
+
+
+@pytest.mark.parametrize("name", ["1B on an H200", "odd sizes, 7 programs"])
+def test_the_stream_passes_every_tile_in_order(name):
+    plan = PLANS[name]()
+    order = [(Segment.EMBED, 0, 0)]
+    for layer in range(plan.dims.num_layers):
+        for segment in LAYER_SEGMENTS:
+            order += [(segment, layer, j) for j in range(plan.segments[segment].tiles)]
+    order += [
+        (Segment.HEAD, plan.dims.num_layers, j) for j in range(plan.segments[Segment.HEAD].tiles)
+    ]
+    env = env_of(plan, plan.programs - 1)
+    place, got, last = first_place(env, Segment.EMBED, 0), [], []
+    ahead = jax.jit(next_place)
+    over = jax.jit(lambda place: next_segment(env, place))
+    for _ in order:
+        got.append(tuple(int(x) for x in place[:3]))
+        last.append(bool(place.last))
+        place = over(place) if last[-1] else ahead(place)
+    assert got == order
+    changes = [a[:2] != b[:2] for a, b in itertools.pairwise(order)] + [True]
+    assert last == changes
+    starts = [plan.first_tile(segment, layer) for segment, layer, number in order if number == 0]
+    assert starts == [i for i, (_, _, number) in enumerate(order) if number == 0]
+
+
+def test_a_ring_that_does_not_fit_is_refused():
+    """99 KiB of shared memory hold two tiles of 8 KiB beside the rest, not two of 32."""
+    small, dims = Gpu.named("RTX PRO 6000", "12.0", 188), preset_dims("llama3.2-1b", 1)
+    reason = why_not_on(small, dims)
+    assert reason is not None
+    assert "two tiles of 32768 bytes do not fit" in reason
+    assert "Take a tuning with smaller tiles" in reason
+    plan = make_stream_plan(dims, small)
+    nothing: Any = jax.ShapeDtypeStruct((), jnp.int32)  # it is refused before it is looked at
+    state = StepState(nothing, nothing, nothing, nothing)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        run_stream(lambda env: None, plan, dims.abstract_weights(), state, nothing)
+    assert why_not_on(small, dims, Tuning(tile_bytes=8192)) is None
+    assert why_not_on(H200, dims) is None
+
+
+def test_all_programs_end_a_segment_at_about_the_same_time():
+    for name in ("llama3.2-1b", "llama3.2-3b", "llama3.1-8b"):
+        plan = make_stream_plan(preset_dims(name, 1), H200)
+        dealt = plan.total_tiles - 1
+        needed = sum(p.groups / p.teams * plan.dims.num_layers for p in plan.segments.values())
+        needed -= (plan.dims.num_layers - 1) * (
+            plan.segments[Segment.HEAD].groups / plan.segments[Segment.HEAD].teams
+        )
+        assert dealt < 1.04 * needed, name
+
+
+@pytest.mark.parametrize("bits", [BFLOAT16, INT8, INT4], ids=["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_ring_fits_shared_memory(name, bits):
+    planned = 0
+    sizes = (8192, 16384, 32768, 65536)
+    for batch, warps, tile_bytes in itertools.product((1, 2, 8), (None, 8), sizes):
+        tuning, dims = (
+            Tuning(tile_bytes=tile_bytes, num_warps=warps),
+            preset_dims(name, batch, bits),
+        )
+        if (reason := why_not(dims, H200.cores, tuning)) is not None:
+            assert bits == INT4 and "rows of weights of whole 128 elements" in reason
+            continue
+        planned += 1
+        plan = make_stream_plan(dims, H200, tuning)
+        assert plan.slots >= 2
+        assert plan.slot_bytes % 16 == 0
+        # The compiler takes the ring's stand-in, and uses the beginning of it for other things.
+        taken = (plan.num_stages - 1) * RESERVED_TILE
+        assert taken <= H200.shared_memory
+        size = SharedLayout.of(plan).size
+        assert plan.slots * plan.slot_bytes + plan.tail_bytes < size
+        fits = size + COMPILER_BYTES <= taken
+        assert fits or (tile_bytes == 65536 and plan.why_no_room), (plan.slots, plan.slot_bytes)
+        for segment, part in plan.segments.items():
+            # All threads read a whole span of every row.
+            span_bytes = plan.span(segment) * part.bits // 8
+            read = (part.rows - 1) * part.row_bytes + span_bytes
+            assert read <= plan.slot_bytes + plan.tail_bytes
+            # The least tiles are pairs of rows; of int8, those whose scales are whole 16 bytes.
+            least = 2 if part.bits == 16 else 16
+            assert part.rows <= least or part.rows * span_bytes <= tile_bytes
+            # Scales are copied by 16 bytes.
+            copied = part.run_rows // 2 if is_paired(segment) else part.run_rows
+            assert copied * part.scale_bytes % 16 == 0
+    assert planned or bits == INT4
+
+
+def test_tiles_in_flight_fill_the_shared_memory():
+    for batch in (1, 2, 8):
+        for name in ("llama3.2-1b", "llama3.1-8b"):
+            plan = make_stream_plan(preset_dims(name, batch), H200)
+            # By Little's law 4.4 TB/s at a latency of 1.5 µs are 50 KB on each of 132 cores.
+            assert plan.slots * plan.slot_bytes > 90_000
+            assert plan.in_flight * plan.slot_bytes > 30_000
+            fewer = make_stream_plan(preset_dims(name, batch), H200, Tuning(slots=2))
+            assert fewer.slots == 2
+            more = make_stream_plan(preset_dims(name, batch), H200, Tuning(slots=99))
+            assert more.slots == plan.slots
+
+
+def test_a_single_sequence_is_cut_into_chunks():
+    for batch, padded, chunked in ((1, 1, True), (2, 8, False), (8, 8, False)):
+        plan = make_stream_plan(preset_dims("llama3.2-1b", batch), H200)
+        assert (plan.padded_batch, plan.chunked) == (padded, chunked)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tile_bytes": 4096}, "tile_bytes is one of 8192, 16384, 32768, 65536; got 4096"),
+        ({"num_warps": 5}, "num_warps is one of None, 4, 8; got 5"),
+        ({"in_flight": 0}, "in_flight is one of 1, 2, .*, 16; got 0"),
+        ({"l2_tiles": 17}, "l2_tiles is one of 0, 1, .*; got 17"),
+        ({"slots": 1}, "slots is at least 2, got 1"),
+    ],
+)
+def test_a_tunable_out_of_range_is_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        Tuning(**options)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.9"])
+def test_gpus_without_bulk_copies_are_refused(capability):
+    gpu = Gpu.named("older", capability, 108)
+    with pytest.raises(ValueError, match=f"capability 9.0 and newer; this GPU has {capability}"):
+        make_stream_plan(preset_dims("llama3.2-1b", 1), gpu)
+
+
+def test_a_model_too_wide_for_its_batch_is_refused():
+    dims = dataclasses.replace(preset_dims("llama3.1-8b", 8), model_dim=8208)
+    assert why_not(dataclasses.replace(dims, batch=1), 132) is None
+    assert why_not(dataclasses.replace(dims, model_dim=8192), 132) is None
+    reason = why_not(dims, 132)
+    assert reason is not None
+    assert "at most 8192 activations of each of 8 sequences in place; this model has 8208" in reason
+    with pytest.raises(ValueError, match="at most 8192 activations"):
+        make_stream_plan(dims, H200)
+
+
+def test_inputs_in_more_parts_than_programs_are_refused():
+    dims = preset_dims("llama3.1-8b", 1)
+    assert why_not(dims, 2) is None
+    with pytest.raises(ValueError, match=r"14336 hidden activations among 2 programs; .* has 1"):
+        make_stream_plan(dims, machine(1))
+
+
+# What is wrong of a model's dims, how its matrices are stored, and what is said.
+UNEVEN = {
+    "bfloat16": (
+        {"ffw_dim": 8188},
+        BFLOAT16,
+        "of whole 8 elements, of 16 bits each; this model's down has rows of 8188. "
+        "Take the phased kernel.",
+    ),
+    "int8": (
+        {"model_dim": 2056},
+        INT8,
+        "of whole 16 elements, of 8 bits each; this model's qkv has rows of 2056. "
+        "Use implementation='xla'.",
+    ),
+    "int4": (
+        {"ffw_dim": 8208},
+        INT4,
+        "of whole 128 elements, of 4 bits each; this model's down has rows of 8208. "
+        "Use implementation='xla'.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_rows_that_bulk_copies_cannot_begin_at_are_refused(name):
+    sizes, bits, said = UNEVEN[name]
+    dims = dataclasses.replace(preset_dims("llama3.2-1b", 1, bits), **sizes)
+    reason = why_not(dims, H200.cores)
+    assert reason == f"The streamed kernel copies rows of weights {said}"
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        make_stream_plan(dims, H200)
+
+
+def test_int4_rows_are_split_at_whole_groups():
+    for groups in range(1, 200):
+        for batch in (1, 2, 8):
+            dims = dataclasses.replace(
+                preset_dims("llama3.2-1b", batch, INT4), ffw_dim=128 * groups
+            )
+            assert why_not(dims, H200.cores) is None
+            down = make_stream_plan(dims, H200).segments[Segment.DOWN]
+            assert down.width % 128 == 0
+            assert (down.splits - 1) * down.width < down.inner <= down.splits * down.width
+    assert down.splits > 1
+
+
+def test_scales_that_bulk_copies_cannot_begin_at_are_refused():
+    """A group of the residual has 2 rows, which are all that a tile of a split part can have."""
+    dims = dataclasses.replace(
+        preset_dims("llama3.1-8b", 1, WeightBits(down=8)), model_dim=8192, num_heads=64
+    )
+    said = (
+        "The streamed kernel copies scales by whole 16 bytes; those of 2 rows of this model's "
+        "down, which it copies at once, are 8. Use implementation='xla'."
+    )
+    assert why_not(dims, H200.cores) == said
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make_stream_plan(dims, H200)
+
+
+def test_quantized_weights_are_never_sent_to_the_phased_kernel():
+    """It reads none."""
+    dims = preset_dims("llama3.1-8b", 8, INT8)
+    old, many = Gpu.named("A100", "8.0", 108), machine(321)
+    small = Gpu.named("RTX PRO 6000", "12.0", 188)
+    for gpu, sizes in ((old, dims), (many, dims), (small, dims), (machine(1), dims)):
+        reason = why_not_on(gpu, sizes)
+        assert reason is not None
+        assert reason.endswith("se implementation='xla'."), reason
+        plain = why_not_on(gpu, dataclasses.replace(sizes, weight_bits=BFLOAT16))
+        assert plain is not None
+        assert plain.endswith("the phased kernel."), plain
+
+
+def test_a_cache_made_for_a_smaller_batch_is_refused():
+    config = small_config()
+    model, cache = random_model(config), filled_cache(config, [1, 2], 16)
+    small = KVCache.create(config, 1, 16).counters
+    weights, state = kernel_inputs(model, dataclasses.replace(cache, counters=small))
+    plan = make_stream_plan(dims_of(config, 2, 16), INTERPRETER)
+    with pytest.raises(ValueError, match=r"hands over activations in .* words; the cache has"):
+        stream_step(plan, weights, state, random_tokens(config, 2), interpret=True)
+
+
+def test_a_grid_that_does_not_fit_the_device_is_refused():
+    config = small_config()
+    weights, state = kernel_inputs(random_model(config), filled_cache(config, [1], 16))
+    plan = make_stream_plan(dims_of(config, 1, 16), machine(7))
+    with pytest.raises(ValueError, match="this plan has 7, the device holds 6"):
+        stream_step(dataclasses.replace(plan, resident=6), weights, state, jnp.zeros(1, jnp.int32))
+
+
+# The mail
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_mail_has_room_for_every_plan(name, batch):
+    """It is made with the cache, before anybody knows the device or the tuning."""
+    dims = preset_dims(name, batch)
+    planned = 0
+    for cores in (1, 78, 108, 132, 160, 320):
+        for tuning in (Tuning(), Tuning(tile_bytes=8192), Tuning(num_warps=8)):
+            if why_not(dims, cores, tuning) is None:
+                layout = layout_of(make_stream_plan(dims, machine(cores), tuning))
+                assert layout.words <= mail_words(dims) - 2
+                planned += 1
+    assert planned
+
+
+def test_more_programs_than_the_mail_has_places_are_refused():
+    with pytest.raises(ValueError, match="at most 320 places; this GPU has 321 multiprocessors"):
+        make_stream_plan(preset_dims("llama3.2-1b", 1), machine(321))
+
+
+def test_buffers_of_the_mail_do_not_overlap():
+    dims = preset_dims("llama3.1-8b", 8)
+    plan = make_stream_plan(dims, H200)
+    layout = dataclasses.astuple(layout_of(plan))
+    assert sorted(layout) == list(layout)
+    assert layout[-1] <= mail_words(dims) - 2
+    at = layout_of(plan)
+    assert at.x_mid - at.x_in >= 8 * 4096
+    assert at.attn - at.qkv >= 8 * 6144
+    assert at.parts - at.partial >= 2 * 8 * 4096 * plan.segments[Segment.DOWN].splits
+
+
+def interpreted(body, *results: jax.ShapeDtypeStruct) -> list[np.ndarray]:
+    """Runs `body(mail, *results)` as an interpreted kernel; the mail's words, and the results."""
+    layout = layout_of(PLANS["odd sizes, 1 program"]())
+
+    def kernel(words, *out):
+        words[...] = jnp.zeros((64,), jnp.int32)
+        body(Mail(words, layout, True, 128), *out)
+
+    shapes = [jax.ShapeDtypeStruct((64,), jnp.int32), *results]
+    return [np.asarray(x) for x in pl.pallas_call(kernel, out_shape=shapes, interpret=True)()]
+
+
+def test_a_word_holds_24_bits_of_a_number_and_a_tag():
+    values = np.array([0, -0.0, 1, -1.5, np.pi, 1e-30, 3e38, np.inf, -np.inf, np.nan], np.float32)
+    # The NaN of all ones, which rounding up would carry into another number.
+    values = np.append(values, np.array([0x7FFFFFFF], np.int32).view(np.float32))
+    for tag in (1, 255, 256, 300):
+
+        def body(mail, tag=tag):
+            for i, value in enumerate(values):
+                at = jnp.full((1,), i)
+                number = jnp.full((1,), int(value.view(np.int32)), jnp.int32)
+                number = jax.lax.bitcast_convert_type(number, jnp.float32)
+                mail.publish(at, number, jnp.int32(tag), jnp.ones((1,), bool))
+
+        [words] = interpreted(body)
+        words = words[: len(values)]
+        assert (words & 255 == tag & 255).all()
+        got = (words & ~255).view(np.float32)
+        np.testing.assert_allclose(got, values, rtol=2**-16)
+        assert np.isnan(got).tolist() == np.isnan(values).tolist()
+
+
+def test_interpreted_what_has_not_come_is_nan():
+    def body(mail, words, pairs):
+        offsets = jax.lax.iota(jnp.int32, 8)
+        ones, half = jnp.ones((8,), jnp.float32), offsets < 4
+        mail.publish(offsets, ones, jnp.int32(3), half)
+        words[...] = mail.collect(offsets, jnp.int32(3), offsets != 7)
+        mail.publish_pair(16 + 2 * offsets, ones, jnp.int32(3 + 256), half)
+        [got] = mail.collect_pairs([(16 + 2 * offsets, offsets != 7)], jnp.int32(3))
+        pairs[...] = jax.lax.bitcast_convert_type(got, jnp.float32)
+
+    result = jax.ShapeDtypeStruct((8,), jnp.float32)
+    _, words, pairs = interpreted(body, result, result)
+    np.testing.assert_array_equal(words, [1, 1, 1, 1, np.nan, np.nan, np.nan, 0])
+    # The tag of a pair has 32 bits: 259 is not 3.
+    np.testing.assert_array_equal(pairs, [np.nan] * 7 + [0])
+
+
+def test_layers_beyond_the_31st_know_whether_they_are_local():
+    local = tuple(i % 3 == 0 or i > 60 for i in range(70))
+    plan = PLANS["odd sizes, 1 program"]()
+    features = Features(window=4, local_layers=local)
+    plan = dataclasses.replace(plan, dims=dataclasses.replace(plan.dims, features=features))
+    ask = jax.vmap(env_of(plan, 0).is_local)
+    assert np.asarray(ask(jnp.arange(70))).tolist() == list(local)
