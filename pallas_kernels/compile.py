@@ -1,6 +1,7 @@
 """Compiles the decode step for a GPU on a machine that need not have one.
 
     python -m pallas_kernels.compile --config llama3.2-1b --gpu h200 --batch 1 --json
+    python -m pallas_kernels.compile --config llama3.2-1b --weights int8 --json
 
 XLA's CUDA plugin compiles for a GPU that it only knows from a description (`gpus/`), down
 to PTX, without a driver; `ptxas` then says what a kernel costs: registers, spills, shared
@@ -113,7 +114,7 @@ def compile_for(
     gpu: str,
     dims: Dims,
     *,
-    kernel: Kernel = "phased",
+    kernel: Kernel = "streamed",
     num_warps: int | None = None,
     num_stages: int | None = None,
 ) -> CompileReport:
@@ -254,19 +255,26 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _dims_of(config: str, batch: int, capacity: int, kernel: Kernel) -> Dims:
-    """The sizes of a step of a preset of ffjax.
+def _dims_of(asked: argparse.Namespace) -> Dims:
+    """The sizes of a step of a preset of ffjax, its matrices in the formats asked for.
 
     Raises:
-        ValueError: there is no such preset, or the kernel computes no such model.
+        ValueError: there is no such preset, its matrices cannot have that format, or the kernel
+            computes no such model.
     """
     # The kernels know no model; only this command looks up sizes by a model's name.
-    preset = importlib.import_module("ffjax.config").preset(config)
-    if kernel == "phased":
-        reason = importlib.import_module("ffjax.decode").unsupported_field(preset)
+    config = _formats().chosen_config(asked)
+    if asked.kernel == "phased":
+        decode = importlib.import_module("ffjax.decode")
+        reason = decode.quantized_weights(config, "pallas") or decode.unsupported_field(config)
         if reason is not None:
             raise ValueError(reason)
-    return importlib.import_module("ffjax.dims").step_dims(preset, batch, capacity)
+    return importlib.import_module("ffjax.dims").step_dims(config, asked.batch, asked.capacity)
+
+
+def _formats() -> Any:
+    """The options of ffjax's own commands that say how weights are stored."""
+    return importlib.import_module("ffjax.commands.formats")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -279,8 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
     parser.add_argument("--capacity", type=int, default=16_384, help="cache slots (default 16384)")
     parser.add_argument(
-        "--kernel", choices=get_args(Kernel), default="phased", help="default: %(default)s"
+        "--kernel", choices=get_args(Kernel), default="streamed", help="default: %(default)s"
     )
+    _formats().add_format_arguments(parser)
     parser.add_argument("--num-warps", type=int, help="overrides the plan's")
     parser.add_argument("--num-stages", type=int, help="overrides the plan's")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -296,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = compile_for(
             asked.gpu,
-            _dims_of(asked.config, asked.batch, asked.capacity, asked.kernel),
+            _dims_of(asked),
             kernel=asked.kernel,
             num_warps=asked.num_warps,
             num_stages=asked.num_stages,
@@ -304,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, CompileError) as error:
         print(error, file=sys.stderr)
         return 1
-    names = ("config", "kernel", "batch", "capacity")
+    names = ("config", "weights", "head", "kernel", "batch", "capacity")
     asked_for = {name: getattr(asked, name) for name in names}
     fields = asked_for | dataclasses.asdict(report)
     if asked.json:

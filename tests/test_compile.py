@@ -78,6 +78,21 @@ def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, g
 
 
 @needs_compiler
+@pytest.mark.parametrize("formats", [("int8", None), ("int4", "int4")], ids=["int8", "int4"])
+def test_a_step_of_quantized_weights_is_one_kernel_that_fits(capsys, formats):
+    weights, head = formats
+    command = ["--config", "llama3.2-1b", "--gpu", "h200", "--batch", "1", "--weights", weights]
+    assert main([*command, *(["--head", head] if head else []), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["weights"], report["head"], report["kernel"]) == (weights, head, "streamed")
+    assert report["kernels"] == 1
+    assert report["spill_bytes"] <= 300
+    assert report["temp_bytes"] == 0
+    assert report["registers"] <= 255
+    assert report["shared_memory_bytes"] <= target("h200").gpu.shared_memory
+
+
+@needs_compiler
 @pytest.mark.parametrize("config", ["llama3.2-1b", "llama3.2-3b", "llama3.1-8b"])
 def test_the_stream_spills_next_to_nothing(config):
     """All that a single sequence's step carries stays in registers."""
@@ -141,7 +156,15 @@ def test_a_missing_compiler_names_the_extra(capsys, monkeypatch, missing):
         (["--config", "gpt-5"], "No preset is called 'gpt-5'; there are llama3.2-1b"),
         (["--config", "llama3.2-1b", "--gpu", "v100"], "called 'v100'; there are a100, h100, h200"),
         (["--config", "llama3.2-1b", "--batch", "9"], "takes 1 to 8 sequences; there are 9"),
-        (["--config", "qwen3-0.6b"], "does not support qk_norm='head' yet"),
+        (["--config", "qwen3-0.6b", "--kernel", "phased"], "does not support qk_norm='head' yet"),
+        (
+            ["--config", "llama3.2-1b", "--weights", "int8", "--kernel", "phased"],
+            "The phased kernel reads bfloat16 weights; those of llama3.2-1b are quantized",
+        ),
+        (
+            ["--config", "llama3.2-1b", "--weights", "int8", "--gpu", "a100"],
+            "this GPU has 8.0. Use implementation='xla'.",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(capsys, arguments, message):
