@@ -24,8 +24,9 @@ from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.cache import attend_span, layer_share
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.lanes import place_in_mail
 from pallas_kernels.stream.layout import SharedLayout
-from pallas_kernels.stream.plan import LOT
+from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.segments.heads import Heads, collect_heads
 from pallas_kernels.stream.spans import Part, Share, part_of, spans_of
 
@@ -151,7 +152,8 @@ def _publish_heads(
 ) -> None:
     """Hands finished heads to the output projection."""
     d = env.dims
-    at = env.mail.layout.attn + sequence * d.attn_dim + query * d.head_dim + element
+    element = place_in_mail(env.plan, env.segment(Segment.ATTN_OUT), query * d.head_dim + element)
+    at = env.mail.layout.attn + sequence * d.attn_dim + element
     env.mail.publish(at, out, tag, mask)
 
 
