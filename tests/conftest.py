@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import pathlib
 import re
 import signal
 
 import pytest
 
+# Each takes some gigabytes.
+_MOST_PROCESSES = 2
 # The oldest NVIDIA GPUs the fused kernel supports.
 _OLDEST = (8, 0)
 
@@ -23,6 +26,20 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Some tests start a process that needs the same GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes that share the files of tests; 0: none but this.
+
+    Two on one GPU would fight for its memory.
+    """
+    if asked := os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return int(asked)
+    markers = config.option.markexpr
+    has_driver = pathlib.Path("/proc/driver/nvidia").exists()
+    if ("gpu" in markers or has_driver) and "not gpu" not in markers:
+        return 0
+    return min(_MOST_PROCESSES, os.cpu_count() or 1)
 
 
 @functools.cache
