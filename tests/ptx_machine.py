@@ -1,11 +1,11 @@
 """A machine that runs the kernel's inline PTX on a CPU: one program's threads, in numpy.
 
-Of the threads that can go on, those at the lowest instruction take it together, most of the time.
-Beyond running, it looks for what a GPU does not report: registers and results that nobody wrote,
-results that share a register with an operand still to be read, addresses outside of memory or
-between the words, shared memory touched while a bulk copy is on its way there, warps that use what
-others make without waiting for it, stores that meet, and warps that come to a collective
-instruction in part. Memory begins as ones: NaNs, and wild addresses.
+Of the threads that can go on, those at the lowest instruction take it together. Beyond running,
+it looks for what a GPU does not report: registers and results that nobody wrote, results that
+share a register with an operand still to be read, addresses outside of memory or between the
+words, shared memory touched while a bulk copy is on its way there, warps that use what others
+make without waiting for it, stores that meet, and warps that come to a collective instruction in
+part. Memory begins as ones: NaNs, and wild addresses.
 
     machine = Machine(threads=128, shared_bytes=4096, memory=1 << 16)
     machine.view(machine.shared_base, 4, np.float32)[:] = 1
@@ -34,8 +34,6 @@ __all__ = ["Copy", "Machine", "PtxError"]
 _INSTRUCTIONS = (ptx_memory, ptx_numbers)
 # A run of a warp before another one's turn, on average, where turns are drawn.
 _TURN = 16
-# Every so many instructions those go on that are ahead of all others.
-_PASS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +274,6 @@ class Run:
         self._values: dict[str, np.ndarray] = {}
         self._written: dict[str, np.ndarray] = {}
         self._meetings: dict[int, list[int]] = collections.defaultdict(list)
-        self._staying: dict[int, list[int]] = collections.defaultdict(list)
-        self._news: dict[int, np.ndarray] = {}
         self._warp = 0
         # A result may have the register of any operand, unless it is written early.
         self._clobbers = {
@@ -329,23 +325,16 @@ class Run:
         for name in self._clobbers.get(register.name, ()):
             self._written[name][threads] = False
 
-    def meet(self, threads: np.ndarray, number: int, count: int, stays: bool = True) -> None:
-        """Has threads come to a barrier, and wait there until so many have, if they stay."""
-        here, races = self._meetings[number], self.machine.races
+    def meet(self, threads: np.ndarray, number: int, count: int) -> None:
+        """Has threads wait at a barrier until so many have come."""
+        here = self._meetings[number]
         here.extend(int(x) for x in threads)
-        news = self._news.setdefault(number, np.zeros(self.machine.threads // WARP + 1, np.int64))
-        for warp in np.unique(threads // WARP):
-            news[:] = races.tell(warp, news)
-        if stays:
-            self.waiting[threads] = True
-            self._staying[number].extend(int(x) for x in threads)
+        self.waiting[threads] = True
         if len(here) > count:
             raise PtxError(f"{len(here)} threads have come to barrier {number}, which has {count}.")
         if len(here) == count:
-            staying = self._staying.pop(number, [])
-            self.waiting[staying] = False
-            for warp in np.unique(np.array(staying, int) // WARP):
-                races.learn(warp, news)
+            self.waiting[here] = False
+            self.machine.races.meet(np.unique(np.array(here) // WARP))
             here.clear()
 
     def step(self) -> bool:
@@ -375,18 +364,15 @@ class Run:
             if warps.any() and (not warps[self._warp] or draw.random() < 1 / _TURN):
                 self._warp = int(draw.choice(np.flatnonzero(warps)))
             mine = np.repeat(np.arange(len(warps)) == self._warp, WARP)
-            if (found := self._together(ready & mine)) is not None:
+            if (found := self._lowest(ready & mine)) is not None:
                 return found
-        # Those who look over and over for what others make do not keep them from making it.
-        last = self.machine.clock % _PASS == 0
-        if (found := self._together(ready, last)) is None:
+        if (found := self._lowest(ready)) is None:
             raise PtxError(f"Nobody can go on: {self.standing()}")
         return found
 
-    def _together(self, ready: np.ndarray, last: bool = False) -> tuple[int, np.ndarray] | None:
-        """The lowest instruction that threads can execute together, or the highest, and they."""
+    def _lowest(self, ready: np.ndarray) -> tuple[int, np.ndarray] | None:
         while ready.any():
-            number = int(self.at[ready].max() if last else self.at[ready].min())
+            number = int(self.at[ready].min())
             standing = ready & (self.at == number)
             if not self.program.instructions[number].collective:
                 return number, np.flatnonzero(standing)

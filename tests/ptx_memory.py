@@ -136,13 +136,15 @@ def _(t: Threads) -> None:
     if t.has("warp"):
         _whole(t, 0)
         return
-    numbers, count = t.get(t.operands[0], "u32"), t.machine.threads
+    number = int(t.get(t.operands[0], "u32")[0])
+    count = t.machine.threads
     if len(t.operands) > 1:
         count = int(t.get(t.operands[1], "u32")[0])
-    for number in np.unique(numbers):
-        if count % WARP or not 0 <= number < 16:
-            raise PtxError(f"There is no barrier {number} of {count} threads.")
-        t.run.meet(t.threads[numbers == number], int(number), count, not t.has("arrive"))
+    if count % WARP or not 0 <= number < 16:
+        raise PtxError(f"There is no barrier {number} of {count} threads.")
+    t.run.meet(t.threads, number, count)
+    if t.has("arrive"):
+        t.run.waiting[t.threads] = False
 
 
 def _whole(t: Threads, mask: int) -> None:

@@ -27,16 +27,61 @@ from ffjax.config import PRESETS
 from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
+from pallas_kernels.stream.lanes import column_of, first_input, next_input, place_in_mail
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.mail import Mail, mail_words
-from pallas_kernels.stream.plan import LAYER_SEGMENTS, RESERVED_TILE, Segment, StreamPlan, is_paired
+from pallas_kernels.stream.plan import (
+    LAYER_SEGMENTS,
+    PIECE,
+    QUAD,
+    RESERVED_TILE,
+    Segment,
+    StreamPlan,
+    is_paired,
+)
 from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan, why_not, why_not_on
 from pallas_kernels.stream.route import make_route, route_shape
 from pallas_kernels.stream.tiles import first_place, next_place, next_segment
 from pallas_kernels.stream.tuning import Tuning
 
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+# Who holds what
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("name", ["llama3.2-1b", "llama3.1-8b", "gemma2-2b"])
+def test_every_input_is_waited_for_where_it_was_put(name, batch, bits):
+    all_bits = WeightBits(qkv=bits, attn_out=bits, gate_up=bits, down=bits, head=bits)
+    plan = make_stream_plan(preset_dims(name, batch, all_bits), H200)
+    for segment in (Segment.QKV, Segment.DOWN):
+        part = plan.segments[segment]
+        inputs = np.arange(part.inner)
+        put = np.asarray(place_in_mail(plan, part, inputs))
+        assert sorted(put) == inputs.tolist()  # as long a row as before
+        first = np.asarray(first_input(plan, part))
+        distances = [
+            q * next_input(plan, part) + i
+            for q in range(part.reads)
+            for i in range(0, part.held, PIECE)
+        ]
+        # Of one sequence each thread has inputs of its own, of several those of a column.
+        seen = first[:, None, None] + np.array(distances)[:, None] + np.arange(PIECE)
+        mine = slice(None) if plan.chunked else column_of(plan) == 0
+        assert sorted(seen[mine].ravel()) == list(range(plan.span(segment)))
+        # Pieces lie whole where their threads look for them.
+        place = np.asarray(place_in_mail(plan, part, first))[:, None]
+        place = place + [place_in_mail(plan, part, x) for x in distances]
+        there = seen[..., -1] < part.inner
+        assert (put[seen[there]] == place[there][:, None] + np.arange(PIECE)).all()
+        # What four threads read at once are whole lines.
+        if not plan.chunked and part.inner % (QUAD * part.grain) == 0:
+            line = place.reshape(-1, QUAD, len(distances))
+            assert (line - line[:, :1] == PIECE * np.arange(QUAD)[:, None]).all()
+            assert (line[:, 0] % (QUAD * PIECE) == 0).all()
 
 
 # Who computes what

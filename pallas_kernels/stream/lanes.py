@@ -14,10 +14,12 @@ Warps that do not multiply hold zeros.
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax import Array, lax
 
 from pallas_kernels.program import iota
-from pallas_kernels.stream.plan import QUAD, SegmentPlan, StreamPlan
+from pallas_kernels.stream.plan import PIECE, QUAD, SegmentPlan, StreamPlan
 
 __all__ = [
     "column_of",
@@ -26,6 +28,7 @@ __all__ = [
     "first_read",
     "multiplies",
     "next_input",
+    "place_in_mail",
     "waits",
 ]
 
@@ -47,8 +50,8 @@ def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
 
 def _first(plan: StreamPlan, part: SegmentPlan, chunk: Array) -> Array:
     warp = lax.shift_right_logical(iota((plan.threads,), 0), 5) & (plan.product_warps - 1)
-    before = chunk * QUAD if plan.chunked else 0
-    return warp * (part.reads * plan.line(part)) + before + (_lane(plan) & 3)
+    first = warp * (part.reads * plan.line(part)) + (_lane(plan) & 3)
+    return first + chunk * QUAD if plan.chunked else first
 
 
 def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
@@ -81,3 +84,26 @@ def waits(plan: StreamPlan) -> Array:
 def next_input(plan: StreamPlan, part: SegmentPlan) -> int:
     """Inputs from a thread's read to its next one."""
     return plan.line(part) * part.grain
+
+
+def place_in_mail(plan: StreamPlan, part: SegmentPlan, element: Any) -> Any:
+    """Where in its row of the mail an input of the segment lies: int32, or int.
+
+    Threads wait for 8 words at a time. Where 16 or 32 neighbours are a thread's, the four of its
+    column would read from different lines; so pieces lie in the order in which they are read.
+    `element` is an input, a thread's first one, or the distance from there to one of its pieces.
+    """
+    size, pieces = QUAD * part.grain, part.grain // PIECE
+    if plan.chunked or pieces == 1 or part.inner % size:
+        return element
+    thread, piece = (
+        _shifted(element, part.grain) & (QUAD - 1),
+        _shifted(element, PIECE) & (pieces - 1),
+    )
+    inside = piece * (QUAD * PIECE) + thread * PIECE + (element & (PIECE - 1))
+    return element - (element & (size - 1)) + inside
+
+
+def _shifted(element: Any, size: int) -> Any:
+    """Divided by a power of two."""
+    return element >> (size.bit_length() - 1)

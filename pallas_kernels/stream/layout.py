@@ -39,7 +39,7 @@ class SharedLayout:
         products: of tiles of weights, not summed up yet; or what attention's warps have made,
             `LOT` rows each: the two are never wanted at the same time.
         sums: of those rows, the maximum and the sum of the weights.
-        queries: of `LOT` queries, two bfloat16 for each number: see `ptx.query_place`.
+        queries: the bfloat16 of `LOT` queries, then what they leave of float32.
         new: the new position's key, and its value.
         route: see `route`.
         spans: see `spans`.

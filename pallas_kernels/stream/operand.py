@@ -13,7 +13,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, select
-from pallas_kernels.stream.lanes import column_of, first_input, multiplies, next_input, waits
+from pallas_kernels.stream.lanes import (
+    column_of,
+    first_input,
+    multiplies,
+    next_input,
+    place_in_mail,
+    waits,
+)
 from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.tiles import Place
 
@@ -185,15 +192,17 @@ def collect_inputs(
     plan = env.plan
     first = first_input(plan, part)
     left = width - first
+    offset = start + place_in_mail(plan, part, first)
     if not plan.chunked:
         column = column_of(plan)
         left = jnp.where(column < plan.dims.batch, left, 0)
-        start = start + jnp.minimum(column, plan.dims.batch - 1) * row
-    there, places = _there(plan, part, left), _places(plan, part)
+        offset += jnp.minimum(column, plan.dims.batch - 1) * row
+    there = _there(plan, part, left)
+    places = [place_in_mail(plan, part, place) for place in _places(plan, part)]
     if plan.product_warps == plan.num_warps:
-        return env.mail.collect_pieces(start + first, places, tag, there)
+        return env.mail.collect_pieces(offset, places, tag, there)
     there = jnp.where(waits(plan), there, 0)
-    values = env.mail.collect_pieces(start + first, places, tag, there)
+    values = env.mail.collect_pieces(offset, places, tag, there)
     return [jnp.where(multiplies(plan), value, 0.0) for value in values]
 
 

@@ -87,9 +87,8 @@ class _Geometry:
             held = (MAX_PIECES // 2 if bits == 16 else MAX_PIECES) // pieces
             room = max(1, min(held, self.tuning.tile_bytes // (2 * unit * bits // 8)))
         self.splits = ceil_div(size, room * unit)
-        whole = PIECE if self.splits == 1 or bits == 16 else READ
-        if bits == 4:
-            whole = GROUP
+        # The mail has the inputs of several reads in another order, and int4 weights whole groups.
+        whole = PIECE if self.splits == 1 or bits == 16 else QUAD * (8 * READ // bits)
         self.width = ceil_div(ceil_div(size, self.splits), whole) * whole
         self.down_reads = ceil_div(self.width, unit)
         self.down_rows = min(self.rows, self._rows(bits, self.down_reads))

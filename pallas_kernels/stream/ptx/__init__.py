@@ -5,7 +5,7 @@ others has a plain twin for interpret mode; the ring and the products are only u
 """
 
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
-from pallas_kernels.stream.ptx.attend import attend_span, query_place
+from pallas_kernels.stream.ptx.attend import attend_span
 from pallas_kernels.stream.ptx.cache import CacheFeed, feed_cache
 from pallas_kernels.stream.ptx.combine import combine_spans
 from pallas_kernels.stream.ptx.digits import pack_digits, unpack_digits
@@ -45,7 +45,6 @@ __all__ = [
     "multiply_integers",
     "multiply_tile",
     "pack_digits",
-    "query_place",
     "read_row",
     "ring_base",
     "start_barriers",

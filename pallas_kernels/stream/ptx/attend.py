@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,20 +14,13 @@ from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.cache import (
-    CacheFeed,
-    ask_tile_lines,
-    next_tile_lines,
-    pointers,
-)
+from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines, pointers
 
-__all__ = ["LOWEST", "attend_lines", "attend_span", "query_place"]
+__all__ = ["LOWEST", "attend_lines", "attend_span"]
 
 # Stands for minus infinity: it survives a subtraction from itself.
 LOWEST = "0fF149F2CA"  # -1e30
 _ONE, _TWO = "0f3F800000", "0f40000000"
-# How far scores in base 2 may exceed the maximum that weights are taken from before it is raised.
-_SLACK = 8.0
 
 
 def _float(x: float) -> str:
@@ -34,45 +28,19 @@ def _float(x: float) -> str:
     return f"0f{struct.unpack('>I', struct.pack('>f', x))[0]:08X}"
 
 
-def query_place(pitch: int, row: Any, element: Any) -> Any:
-    """Where an element of a query lies, bytes behind the first; what bfloat16 leaves of it, 4 on.
-
-    Two neighbours, and what is left of them, lie behind each other, and so does what a thread
-    multiplies at once: of 8 neighbours the first 4 in the query's own row, the others 8 rows on.
-
-    Args:
-        pitch: from a query to the next, bytes.
-        row: the query's number, below `LOT`: an integer or an array of them.
-        element: likewise, of the query.
-    """
-    later, within = (element >> 2) & 1, 2 * (element & 1) + 8 * ((element >> 1) & 1)
-    return (row + later * LOT) * pitch + 16 * (element >> 3) + within
-
-
 class _Attend:
-    """The text of `attend_span`, piece by piece, in the order in which `attend_lines` has it.
-
-    One warp has each scheduler to itself: what nobody waits for yet is loaded first, sums that do
-    not depend on each other take turns, and what is seldom needed stands behind the loop.
-    """
+    """The text of `attend_span`, piece by piece, in the order in which `attend_lines` has it."""
 
     def __init__(self, f: CacheFeed):
         self.f = f
         self.keys = f.block // f.warps  # of a tile, for each warp
-        self.feeding = f.thread // 32 * self.keys  # `first` of the feeding thread's warp
         self.octets = self.keys // 8  # blocks of 8 keys: columns of a block of scores
         self.pieces = f.head_dim // 32  # of 8 elements of a row, 4 threads having one each
         self.blocks = f.head_dim // 16  # of elements of a value: 2 neighbours a thread
         # Threads of a query take so many blocks in turn, each another one first: no two of a
         # warp then read the same bank.
         self.turns = min(4, self.blocks)
-        # Whether there are registers for the queries, and for values besides the scores.
-        self.resident = f.head_dim <= 128
-        # Sums of a block of scores that are added up in the end: some products at a time.
-        self.chains = max(1, (4 if self.resident else 2) // self.octets)
-        # Blocks of keys whose values are put in order before the scores are known, not after.
-        self.early = range(self.octets // 2 if self.resident else 0)
-        self.late = range(len(self.early), self.octets)
+        self.resident = f.head_dim <= 128  # whether there are registers for the queries
 
     def _query(self, j: int) -> list[str]:
         return [f"%q{j if self.resident else j % 2}_{i}" for i in range(8)]
@@ -85,9 +53,6 @@ class _Attend:
             f"ld.shared.v4.b32 {{{', '.join(names[4:])}}}, [%qa+{64 * j + low}];",
         ]
 
-    def _scores(self) -> list[str]:
-        return [f"%s{t}_{n}" for t in range(self.octets) for n in range(2)]
-
     def _sum(self, s: int, i: int) -> list[str]:
         return [f"%o{s}_{i}_{n}" for n in range(4)]
 
@@ -96,78 +61,36 @@ class _Attend:
         return [name for block in blocks for name in block]
 
     def registers(self) -> list[str]:
-        octets, four = range(self.octets), range(4)
-        words = [x for j in range(self.pieces if self.resident else 2) for x in self._query(j)]
-        words += [
-            f"%{x}{t}_{j}_{n}"
-            for x in "rk"
-            for t in octets
-            for j in range(self.pieces)
-            for n in four
-        ]
-        blocks = range(self.blocks)
-        words += [
-            f"%{x}{t}_{n}_{s}" for x in "wu" for t in octets for n in range(2) for s in blocks
-        ]
-        words += [f"%y{t}_{s}_{i}" for t in octets for s in blocks for i in range(2)]
-        words += [f"%{name}{t}" for t in octets for name in ("ph", "pl", "mask")]
-        words += [f"%v{r}" for r in range(self.turns)]
-        floats = [f"%z{t}_{i}_{n}" for t in octets for i in range(self.chains) for n in four]
-        floats += [f"%{x}{t}_{n}" for x in "se" for t in octets for n in range(2)]
+        queries = [x for j in range(self.pieces if self.resident else 2) for x in self._query(j)]
+        words = [f"%{x}{n}" for x in "abcdkm" for n in range(4)] + [f"%v{n}" for n in range(4)]
+        octets = [f"%{name}{t}" for t in range(self.octets) for name in ("ph", "pl", "mask")]
+        floats = [f"%s{t}_{n}" for t in range(self.octets) for n in range(4)]
         return [
-            ".reg .pred %p, %odd, %one, %two, %masked, %asks;",
-            ".reg .b32 %g, %c, %first, %left, %mine, %new, %stage, %phase, %looks;",
-            ".reg .b32 %qa, %ka, %va, %at, %x, %y, %size; .reg .b64 %from;",
-            f".reg .b32 {', '.join(words)};",
-            f".reg .f32 %top, %total, %shrink, %f, %h, %some<{self.octets}>;",
-            f".reg .f32 {', '.join(floats + self._all_sums())};",
-        ]
-
-    def _lane(self) -> list[str]:
-        """The thread's place in its warp: `g` and `c`, a query, or a key, and a fourth of it."""
-        return [
-            "mov.u32 %x, %tid.x; shr.u32 %g, %x, 2; and.b32 %g, %g, 7; and.b32 %c, %x, 3;",
+            ".reg .pred %p, %odd, %one, %two;",
+            ".reg .b32 %thread, %g, %c, %first, %i, %count, %left, %new, %stage, %phase, %looks;",
+            ".reg .b32 %qa, %at, %x, %y, %z; .reg .f32 %top, %total, %f, %h;",
+            f".reg .b32 {', '.join(words + queries + octets)};",
+            f".reg .f32 %shrink, {', '.join(floats + self._all_sums())};",
         ]
 
     def begin(self, ring: str, row: str) -> list[str]:
         f = self.f
         lines = [
-            *self._lane(),
-            f"mov.u32 %x, %tid.x; shr.u32 %first, %x, 5; mul.lo.u32 %first, %first, {self.keys};",
+            "mov.u32 %thread, %tid.x; shr.u32 %g, %thread, 2; and.b32 %g, %g, 7;",
+            "and.b32 %c, %thread, 3; shr.u32 %first, %thread, 5;",
             "and.b32 %x, %g, 1; setp.ne.u32 %odd, %x, 0;",
             "and.b32 %x, %c, 1; setp.ne.u32 %one, %x, 0; setp.ge.u32 %two, %c, 2;",
-            f"ld.shared.v4.b32 {{%x, %left, %y, %new}}, [{row}]; add.u32 %left, %left, %new;",
-            # A warp that does not attend puts nothing anywhere.
-            f"setp.ge.u32 %p, %first, {f.block}; @%p mov.u32 %new, 0;",
+            f"mul.lo.u32 %first, %first, {self.keys};",
+            f"ld.shared.v4.b32 {{%x, %left, %count, %new}}, [{row}]; add.u32 %left, %left, %new;",
             f"ld.shared.v2.b32 {{%stage, %phase}}, [{ring}+{f.control + 24}];",
             f"mad.lo.u32 %qa, %g, {f.query_pitch}, {ring}; mad.lo.u32 %qa, %c, 16, %qa;",
             f"add.u32 %qa, %qa, {f.queries};",
-            # Places of the thread's first words in a tile.
-            f"add.u32 %x, %first, %g; mul.lo.u32 %x, %x, {f.row_bytes};",
-            "mad.lo.u32 %ka, %c, 16, %x;",
-            f"mad.lo.u32 %x, %c, 2, %first; mul.lo.u32 %x, %x, {f.row_bytes};",
-            f"mad.lo.u32 %va, %g, 4, %x; and.b32 %y, %c, {self.turns - 1};",
-            "mad.lo.u32 %va, %y, 32, %va;",
         ]
-        if self.pieces > 1:
-            # Of two pieces, threads of every other key read the second one first: so that the keys
-            # of two neighbours lie in different banks.
-            lines.append("selp.b32 %y, 64, 0, %odd; add.u32 %ka, %ka, %y;")
         if self.resident:
             lines += [line for j in range(self.pieces) for line in self._load_query(j)]
-        else:
-            lines += [f"mov.b32 %mask{t}, -1;" for t in range(self.octets)]
         lines += [f"mov.f32 {name}, 0f00000000;" for name in self._all_sums()]
-        return [*lines, f"mov.f32 %top, {LOWEST}; mov.f32 %total, 0f00000000;"]
-
-    def plan(self, ring: str, parts: str, layer: str) -> list[str]:
-        """What to ask for in this tile's place: worked out while the tile is on its way."""
-        return [
-            f"setp.ne.u32 %p, %first, {self.feeding}; @%p bra.uni known;",
-            f"mov.u32 %x, %tid.x; setp.ne.u32 %p, %x, {self.f.thread}; @%p bra known;",
-            *next_tile_lines(self.f, ring, parts, layer),
-            "known:",
-        ]
+        lines += [f"mov.f32 %top, {LOWEST}; mov.f32 %total, 0f00000000; mov.u32 %i, 0;"]
+        return lines
 
     def wait(self, ring: str, most: int) -> list[str]:
         f = self.f
@@ -180,176 +103,111 @@ class _Attend:
         ]
 
     def add_new(self, ring: str) -> list[str]:
-        """Puts the new position's key and value behind the cached ones in the last tile.
-
-        The warp does whose position it is: nobody else looks there.
-        """
+        """Puts the new position's key and value behind the cached ones in the last tile."""
         f = self.f
-        units = f.row_bytes // 16
-        assert units <= 32, "A row is put there by a warp's threads, 16 bytes each."
-        here = "{%r0_0_0, %r0_0_1, %r0_0_2, %r0_0_3}"
-        return [
-            # Keys that the warp has from its first one on.
-            "sub.s32 %mine, %left, %first;",
-            f"sub.u32 %x, %mine, 1; setp.ge.u32 %p, %x, {self.keys};",
-            "setp.eq.or.u32 %p, %new, 0, %p; @%p bra.uni old;",
-            f"mov.u32 %x, %laneid; setp.ge.u32 %p, %x, {units}; @%p bra put;",
-            f"sub.u32 %y, %left, 1; mad.lo.u32 %y, %y, {f.row_bytes}, %at;",
-            f"mad.lo.u32 %y, %x, 16, %y; mad.lo.u32 %x, %x, 16, {ring};",
-            f"ld.shared.v4.b32 {here}, [%x+{f.new}]; st.shared.v4.b32 [%y+0], {here};",
-            f"ld.shared.v4.b32 {here}, [%x+{f.new + f.row_bytes}];",
-            f"st.shared.v4.b32 [%y+{f.tile_bytes // 2}], {here};",
-            "put: bar.warp.sync 0xffffffff; old:",
+        lines = [
+            f"setp.gt.s32 %p, %left, {f.block}; setp.eq.or.u32 %p, %new, 0, %p; @%p bra old;",
+            f"setp.ge.u32 %p, %thread, {f.row_bytes // 16}; @%p bra put;",
+            f"mad.lo.u32 %x, %thread, 16, {ring}; sub.u32 %y, %left, 1;",
+            f"mul.lo.u32 %y, %y, {f.row_bytes}; mad.lo.u32 %y, %thread, 16, %y;",
+            "add.u32 %y, %y, %at;",
         ]
+        for number in range(2):
+            here = "{%a0, %a1, %a2, %a3}"
+            lines.append(f"ld.shared.v4.b32 {here}, [%x+{f.new + number * f.row_bytes}];")
+            lines.append(f"st.shared.v4.b32 [%y+{number * f.tile_bytes // 2}], {here};")
+        # The place will be copied to by other means.
+        lines.append("fence.proxy.async.shared::cta; put: bar.sync 0; old:")
+        return lines
 
     def scores(self) -> list[str]:
         """Products of 8 queries and the warp's keys, `s{t}_{n}`: of keys 8t + 2c + n."""
         f = self.f
-        lines = ["add.u32 %x, %ka, %at; xor.b32 %y, %ka, 64; add.u32 %y, %y, %at;"]
-        if self.resident:
-            lines += [x for j in range(0, self.pieces, 2) for x in self._load_keys(j)]
-            lines += self._place_values()
-            starts = range(0, self.blocks, self.turns)
-            lines += [x for s in starts for x in self._load_values(s)]
-            lines += [x for s in starts for x in self._sorted_values(s, self.early)]
+        lines = [f"mov.f32 %s{t}_{n}, 0f00000000;" for t in range(self.octets) for n in range(4)]
         lines += [
-            f"mov.f32 %z{t}_{i}_{n}, 0f00000000;"
-            for t in range(self.octets)
-            for i in range(self.chains)
-            for n in range(4)
+            f"add.u32 %x, %first, %g; mad.lo.u32 %x, %x, {f.row_bytes}, %at;",
+            "mad.lo.u32 %x, %c, 16, %x;",
         ]
-        for j in range(self.pieces):
-            if j % 2 == 0:
-                if not self.resident:
-                    lines += self._load_keys(j)
-                    lines += [x for i in range(j, j + 2) for x in self._load_query(i)]
-                if self.pieces > 1:
-                    lines += self._sorted_pieces(j)
-            q = self._query(j)
-            for half in range(2):
-                chain = (2 * j + half) % self.chains
-                for t in range(self.octets):
-                    sums = ", ".join(f"%z{t}_{chain}_{n}" for n in range(4))
+        if self.pieces == 1:
+            return lines + self._scores_of(
+                0, lambda t: self._load("k", f"%x+{8 * t * f.row_bytes}")
+            )
+        # Of two pieces, threads of every other key read the second one first: so that the keys of
+        # two neighbours lie in different banks.
+        lines += [
+            "selp.b32 %y, 64, 0, %odd; add.u32 %y, %x, %y;",
+            "selp.b32 %z, 0, 64, %odd; add.u32 %z, %x, %z;",
+        ]
+        for j in range(0, self.pieces, 2):
+
+            def load(t: int, j: int = j) -> list[str]:
+                at = 8 * t * f.row_bytes + 64 * j
+                swap = [
+                    f"selp.b32 %{to}{n}, %{x}{n}, %{y}{n}, %odd;"
+                    for to, x, y in (("k", "b", "a"), ("m", "a", "b"))
+                    for n in range(4)
+                ]
+                return [*self._load("a", f"%y+{at}"), *self._load("b", f"%z+{at}"), *swap]
+
+            lines += self._scores_of(j, load)
+        return lines
+
+    def _load(self, name: str, at: str) -> list[str]:
+        return [f"ld.shared.v4.b32 {{%{name}0, %{name}1, %{name}2, %{name}3}}, [{at}];"]
+
+    def _scores_of(self, first: int, load: Callable[[int], list[str]]) -> list[str]:
+        """Adds the products of a piece, or two, of all the warp's keys: words `k`, and `m`."""
+        pieces = range(first, min(first + 2, self.pieces))
+        lines = [] if self.resident else [x for j in pieces for x in self._load_query(j)]
+        for t in range(self.octets):
+            lines += load(t)
+            sums = ", ".join(f"%s{t}_{n}" for n in range(4))
+            for j, k in zip(pieces, "km", strict=False):
+                q = self._query(j)
+                for half in range(2):
+                    low, high = 2 * half, 2 * half + 1
                     lines.append(
                         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                        f"{{{sums}}}, {{{', '.join(q[4 * half : 4 * half + 4])}}}, "
-                        f"{{%k{t}_{j}_{2 * half}, %k{t}_{j}_{2 * half + 1}}}, {{{sums}}};"
+                        f"{{{sums}}}, {{{q[low]}, {q[4 + low]}, {q[high]}, {q[4 + high]}}}, "
+                        f"{{%{k}{low}, %{k}{high}}}, {{{sums}}};"
                     )
-        for t in range(self.octets):
-            for n in range(2):
-                parts = [f"%z{t}_{i}_{m}" for i in range(self.chains) for m in (n, n + 2)]
-                lines += self._folded("add", parts)
-                lines.append(f"mov.f32 %s{t}_{n}, {parts[0]};")
-                if f.softcap is not None:
-                    lines += self._cap(f"%s{t}_{n}")
         return lines
 
-    def _load_keys(self, j: int) -> list[str]:
-        """Words of two pieces of the warp's keys, or of the only one."""
-        lines = []
-        for t in range(self.octets):
-            at = 8 * t * self.f.row_bytes + 64 * j
-            if self.pieces == 1:
-                lines += self._load_words(f"%k{t}_0", f"%x+{at}")
-            else:
-                lines += self._load_words(f"%r{t}_{j}", f"%x+{at}")
-                lines += self._load_words(f"%r{t}_{j + 1}", f"%y+{at}")
-        return lines
-
-    def _load_words(self, name: str, at: str) -> list[str]:
-        return [f"ld.shared.v4.b32 {{{name}_0, {name}_1, {name}_2, {name}_3}}, [{at}];"]
-
-    def _sorted_pieces(self, j: int) -> list[str]:
-        """Of two pieces: the words that were loaded first are those of either."""
-        return [
-            f"selp.b32 %k{t}_{j + i}_{n}, %r{t}_{j + 1 - i}_{n}, %r{t}_{j + i}_{n}, %odd;"
-            for t in range(self.octets)
-            for i in range(2)
-            for n in range(4)
-        ]
-
-    def _folded(self, operation: str, names: list[str]) -> list[str]:
-        """Combines numbers in pairs; the first register has the result."""
-        lines, left = [], names
-        while len(left) > 1:
-            lines += [
-                f"{operation}.f32 {a}, {a}, {b};"
-                for a, b in zip(left[::2], left[1::2], strict=True)
-            ]
-            left = left[::2]
-        return lines
-
-    def _highest(self) -> list[str]:
-        """The thread's highest score, in %some0."""
-        scores = self._scores()
-        names = [f"%some{t}" for t in range(self.octets)]
-        lines = [
-            f"max.f32 {name}, {scores[2 * i]}, {scores[2 * i + 1]};" for i, name in enumerate(names)
-        ]
-        return lines + self._folded("max", names)
-
-    def weights(self) -> list[str]:
-        """Weights of the warp's keys, as two bfloat16 each.
-
-        They are powers of 2 of what scores exceed a maximum by that is seldom raised: only when
-        some score of the warp's exceeds it by more than the slack. Weights may thus reach 2^8: it
-        is all the same to floating-point numbers, and all is divided by their sum in the end.
-        """
-        lines = [
-            f"setp.lt.s32 %masked, %mine, {self.keys};",
-            *self._highest(),
-            f"add.f32 %h, %top, {_float(_SLACK)}; setp.gt.or.f32 %p, %some0, %h, %masked;",
-            "vote.sync.any.pred %p, %p, 0xffffffff; @%p bra.uni care; weigh:",
-        ]
-        every = self._scores()
-        powers = [s.replace("s", "e") for s in every]
-        for s, e in zip(every, powers, strict=True):
-            lines.append(f"sub.f32 {e}, {s}, %top; ex2.approx.ftz.f32 {e}, {e};")
-        for t in range(self.octets):
-            lines += [
-                f"cvt.rn.bf16x2.f32 %ph{t}, %e{t}_1, %e{t}_0;",
-                f"shl.b32 %x, %ph{t}, 16; mov.b32 %f, %x; sub.f32 %f, %e{t}_0, %f;",
-                f"and.b32 %x, %ph{t}, 0xffff0000; mov.b32 %h, %x; sub.f32 %h, %e{t}_1, %h;",
-                f"cvt.rn.bf16x2.f32 %pl{t}, %h, %f;",
-            ]
-        names = [f"%some{t}" for t in range(self.octets)]
-        for i, name in enumerate(names):
-            lines.append(f"add.f32 {name}, {powers[2 * i]}, {powers[2 * i + 1]};")
-        return [*lines, *self._folded("add", names), "add.f32 %total, %total, %some0;"]
-
-    def care(self) -> list[str]:
-        """What most tiles do without: keys beyond the span, and a maximum that is raised."""
-        lines = [
-            "care: @!%masked bra.uni raise; mov.u32 %y, %tid.x; and.b32 %y, %y, 3;",
-            "shl.b32 %y, %y, 1; sub.s32 %y, %mine, %y;",
-        ]
-        blocks = range(self.blocks)
+    def softmax(self) -> list[str]:
+        """Weights of the warp's keys, as two bfloat16 each; what was summed up is scaled."""
+        lines = ["mad.lo.u32 %y, %c, 2, %first; sub.s32 %y, %left, %y;"]  # keys from the first on
         for t in range(self.octets):
             for n in range(2):
                 s = f"%s{t}_{n}"
+                lines.append(f"add.f32 {s}, {s}, %s{t}_{n + 2};")
+                if self.f.softcap is not None:
+                    lines += self._cap(s)
                 lines.append(f"setp.gt.s32 %p, %y, {8 * t + n}; selp.f32 {s}, {s}, {LOWEST}, %p;")
-                if self.resident and t in self.late:
-                    words = [f"%w{t}_{n}_{b}" for b in blocks]
-                    lines += [f"selp.b32 {word}, {word}, 0, %p;" for word in words]
-                elif n == 0:
-                    lines.append(f"selp.b32 %mask{t}, {0xFFFF}, 0, %p;")
+                keep = 0xFFFF << 16 * n
+                if n == 0:
+                    lines.append(f"selp.b32 %mask{t}, {keep}, 0, %p;")
                 else:
-                    lines.append(
-                        f"selp.b32 %x, {0xFFFF0000}, 0, %p; or.b32 %mask{t}, %mask{t}, %x;"
-                    )
-        lines += [x for t in self.early for b in blocks for x in self._masked(t, b)]
-        lines += [*self._highest(), "raise: mov.f32 %f, %some0;"]
+                    lines.append(f"selp.b32 %x, {keep}, 0, %p; or.b32 %mask{t}, %mask{t}, %x;")
+        every = [f"%s{t}_{n}" for t in range(self.octets) for n in range(2)]
+        lines.append(f"max.f32 %f, {every[0]}, {every[1]};")
+        lines += [f"max.f32 %f, %f, {s};" for s in every[2:]]
         for step in (1, 2):
             lines.append(f"shfl.sync.bfly.b32 %h, %f, {step}, 31, 0xffffffff; max.f32 %f, %f, %h;")
         lines += [
             "max.f32 %f, %f, %top; sub.f32 %shrink, %top, %f; mov.f32 %top, %f;",
             "ex2.approx.ftz.f32 %shrink, %shrink; mul.f32 %total, %total, %shrink;",
         ]
-        return [
-            *lines,
-            *(f"mul.f32 {name}, {name}, %shrink;" for name in self._all_sums()),
-            "bra.uni weigh;",
-        ]
+        for s in every:
+            lines.append(f"sub.f32 {s}, {s}, %top; ex2.approx.ftz.f32 {s}, {s};")
+            lines.append(f"add.f32 %total, %total, {s};")
+        for t in range(self.octets):
+            lines += [
+                f"cvt.rn.bf16x2.f32 %ph{t}, %s{t}_1, %s{t}_0;",
+                f"shl.b32 %x, %ph{t}, 16; mov.b32 %f, %x; sub.f32 %f, %s{t}_0, %f;",
+                f"and.b32 %x, %ph{t}, 0xffff0000; mov.b32 %h, %x; sub.f32 %h, %s{t}_1, %h;",
+                f"cvt.rn.bf16x2.f32 %pl{t}, %h, %f;",
+            ]
+        return lines + [f"mul.f32 {name}, {name}, %shrink;" for name in self._all_sums()]
 
     def _cap(self, score: str) -> list[str]:
         """c * tanh(x) = c * (1 - 2 / (1 + exp(2x))), for powers of 2."""
@@ -361,107 +219,69 @@ class _Attend:
             f"mul.f32 {score}, %f, {by};",
         ]
 
-    def _place_values(self) -> list[str]:
-        return [
-            f"xor.b32 %v{r}, %va, {32 * r}; add.u32 %v{r}, %v{r}, %at;" for r in range(self.turns)
-        ]
-
-    def _masked(self, t: int, s: int) -> list[str]:
-        return [f"and.b32 %y{t}_{s}_{i}, %y{t}_{s}_{i}, %mask{t};" for i in range(2)]
-
-    def _load_values(self, s: int) -> list[str]:
-        f = self.f
-        return [
-            f"ld.shared.b32 %w{t}_{n}_{s + r}, "
-            f"[%v{r}+{f.tile_bytes // 2 + (8 * t + n) * f.row_bytes + 32 * s}];"
-            for t in range(self.octets)
-            for n in range(2)
-            for r in range(self.turns)
-        ]
-
-    def _sorted_values(self, s: int, octets: range) -> list[str]:
-        """Words `y{t}_{s}_{i}`: of two keys the i-th elements of blocks from s on.
+    def values(self) -> list[str]:
+        """Adds weights times values.
 
         Of each block of 16 elements a thread has two neighbours of the values of two keys, or four:
-        column n of the i-th product is the i-th of those that threads of g = n have. The r-th word
-        that was loaded is that of block r ^ c.
-        """
-        lines, size = [], self.turns
-        for t in octets:
-            for n in range(2):
-                for predicate, by in (("%one", 1), ("%two", 2))[: size.bit_length() - 1]:
-                    to, source = ("u", "w") if by == 1 else ("w", "u")
-                    lines += [
-                        f"selp.b32 %{to}{t}_{n}_{s + r}, %{source}{t}_{n}_{s + (r ^ by)}, "
-                        f"%{source}{t}_{n}_{s + r}, {predicate};"
-                        for r in range(size)
-                    ]
-            name = "w" if size == 4 else "u"
-            for r in range(s, s + size):
-                for i, pick in enumerate(("0x5410", "0x7632")):
-                    lines.append(
-                        f"prmt.b32 %y{t}_{r}_{i}, %{name}{t}_0_{r}, %{name}{t}_1_{r}, {pick};"
-                    )
-        return lines
-
-    def values(self) -> list[str]:
-        """Adds weights times values."""
-        lines = [] if self.resident else self._place_values()
-        for s in range(0, self.blocks, self.turns):
-            blocks = range(s, s + self.turns)
-            lines += [] if self.resident else self._load_values(s)
-            lines += self._sorted_values(s, self.late)
-            if not self.resident:
-                lines += [x for t in self.late for b in blocks for x in self._masked(t, b)]
-                lines += self._products_of(blocks)
-        return lines + (self._products_of(range(self.blocks)) if self.resident else [])
-
-    def _products_of(self, blocks: range) -> list[str]:
-        lines, together = [], min(2, self.octets)
-        for t in range(0, self.octets, together):
-            octets = range(t, t + together)
-            weights = ", ".join(f"%{x}{o}" for o in octets for x in ("ph", "pl"))
-            for s in blocks:
-                for i in range(2):
-                    summed = ", ".join(self._sum(s, i))
-                    words = ", ".join(f"%y{o}_{s}_{i}" for o in octets)
-                    lines.append(
-                        f"mma.sync.aligned.m16n8k{8 * together}.row.col.f32.bf16.bf16.f32 "
-                        f"{{{summed}}}, {{{weights}}}, {{{words}}}, {{{summed}}};"
-                    )
-        return lines
-
-    def used(self, ring: str, keys: str, values: str) -> list[str]:
-        """The tile is free when all warps have told so; the feeding thread's alone waits for it.
-
-        A warp comes back to a tile's barrier only when the tile has been asked for anew, which is
-        behind its last meeting.
+        column n of the i-th product is the i-th of those that threads of g = n have.
         """
         f = self.f
-        threads = f.thread + 32
-        return [
-            # The place of what is new will be copied to by other means.
-            f"used: sub.u32 %x, %mine, 1; setp.ge.u32 %p, %x, {self.keys};",
-            "setp.eq.or.u32 %p, %new, 0, %p; @%p bra.uni clean;",
-            "fence.proxy.async.shared::cta; clean:",
-            f"add.u32 %x, %stage, 1; setp.eq.u32 %p, %first, {self.feeding}; @%p bra.uni feed;",
-            f"bar.arrive %x, {threads}; bra.uni told;",
-            f"feed: bar.sync %x, {threads};",
-            f"mov.u32 %x, %tid.x; setp.ne.u32 %p, %x, {f.thread}; @%p bra told;",
-            *ask_tile_lines(f, ring, "%stage", keys, values),
-            "told:",
-        ]
+        lines = [f"mad.lo.u32 %x, %c, 2, %first; mad.lo.u32 %x, %x, {f.row_bytes}, %at;"]
+        lines.append("mad.lo.u32 %x, %g, 4, %x;")
+        for r in range(self.turns):
+            lines.append(f"add.u32 %v{r}, %c, {r}; and.b32 %v{r}, %v{r}, {self.turns - 1};")
+            lines.append(f"mad.lo.u32 %v{r}, %v{r}, 32, %x;")
+        together = min(2, self.octets)
+        for t in range(0, self.octets, together):
+            rows = [8 * (t + o) + n for o in range(together) for n in range(2)]
+            for s in range(0, self.blocks, self.turns):
+                for name, row in zip("abcd", rows, strict=False):
+                    at = f.tile_bytes // 2 + row * f.row_bytes + 32 * s
+                    lines += [f"ld.shared.b32 %{name}{r}, [%v{r}+{at}];" for r in range(self.turns)]
+                    lines += self._turned(name)
+                for block in range(self.turns):
+                    for i in range(2):
+                        lines += self._add_products(t, together, block, i, self._sum(s + block, i))
+        return lines
+
+    def _turned(self, name: str) -> list[str]:
+        """Puts words in the order of blocks: the r-th is that of block r + c."""
+        lines, size = [], self.turns
+        for predicate, by in (("%one", 1), ("%two", 2))[: size.bit_length() - 1]:
+            lines += [
+                f"selp.b32 %k{n}, %{name}{(n - by) % size}, %{name}{n}, {predicate};"
+                for n in range(size)
+            ]
+            lines += [f"mov.b32 %{name}{n}, %k{n};" for n in range(size)]
+        return lines
+
+    def _add_products(
+        self, t: int, together: int, block: int, i: int, sums: list[str]
+    ) -> list[str]:
+        pick, summed = "0x7632" if i else "0x5410", ", ".join(sums)
+        lines = [f"prmt.b32 %y, %a{block}, %b{block}, {pick}; and.b32 %y, %y, %mask{t};"]
+        if together == 1:
+            lines.append(
+                "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+                f"{{{summed}}}, {{%ph{t}, %pl{t}}}, {{%y}}, {{{summed}}};"
+            )
+            return lines
+        lines.append(f"prmt.b32 %z, %c{block}, %d{block}, {pick}; and.b32 %z, %z, %mask{t + 1};")
+        lines.append(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            f"{{{summed}}}, {{%ph{t}, %pl{t}, %ph{t + 1}, %pl{t + 1}}}, {{%y, %z}}, {{{summed}}};"
+        )
+        return lines
 
     def end(self, ring: str) -> list[str]:
         """Puts aside what the warp has made of its positions."""
         f = self.f
-        lines = self._lane()
+        lines = []
         for step in (1, 2):
             lines.append(f"shfl.sync.bfly.b32 %h, %total, {step}, 31, 0xffffffff;")
             lines.append("add.f32 %total, %total, %h;")
         lines += [
-            f"setp.ge.u32 %p, %first, {f.block}; @%p bra.uni idle;",
-            "mov.u32 %x, %tid.x; shr.u32 %x, %x, 5;",
+            f"setp.ge.u32 %p, %thread, {32 * f.warps}; @%p bra idle; shr.u32 %x, %thread, 5;",
             f"mad.lo.u32 %x, %x, {LOT}, %g; mad.lo.u32 %y, %x, 8, {ring};",
             f"setp.eq.u32 %p, %c, 0; @%p st.shared.v2.f32 [%y+{f.sums}], {{%top, %total}};",
             f"mad.lo.u32 %x, %x, {f.out_pitch}, {ring};",
@@ -474,7 +294,7 @@ class _Attend:
             lines.append(f"st.shared.v4.f32 [%x+{f.out + 64 * s}], {{{some}}};")
         # Those who wait for words next look where the tiles have got to.
         lines += [
-            f"idle: mov.u32 %x, %tid.x; setp.eq.u32 %p, %x, {f.thread};",
+            f"idle: setp.eq.u32 %p, %thread, {f.thread};",
             f"@%p st.shared.b32 [{ring}+{f.control + 24}], %stage;",
             f"@%p st.shared.b32 [{ring}+{f.control + 28}], %phase;",
             "bar.sync 0;",
@@ -491,22 +311,19 @@ def attend_lines(
         "{",
         *text.registers(),
         *text.begin(ring, row),
-        "tile:",
-        *text.plan(ring, parts, layer),
+        "tile: setp.ge.u32 %p, %i, %count; @%p bra end;",
         *text.wait(ring, most),
         *text.add_new(ring),
         # A warp may have no position here.
-        f"setp.le.s32 %p, %mine, 0; setp.ge.or.u32 %p, %first, {f.block}, %p; @%p bra.uni used;",
+        f"setp.ge.s32 %p, %first, %left; setp.ge.or.u32 %p, %first, {f.block}, %p; @%p bra used;",
         *text.scores(),
-        *text.weights(),
+        *text.softmax(),
         *text.values(),
-        *text.used(ring, keys, values),
+        "used: bar.sync 0;",
+        *cache_feed_lines(f, ring, keys, values, parts, layer, 1),
         f"add.u32 %stage, %stage, 1; setp.eq.u32 %p, %stage, {f.stages};",
         "@%p mov.u32 %stage, 0; @%p xor.b32 %phase, %phase, 1;",
-        f"sub.s32 %left, %left, {f.block}; setp.gt.s32 %p, %left, 0;",
-        "@%p bra.uni tile; bra.uni end;",
-        *text.care(),
-        "end:",
+        f"sub.s32 %left, %left, {f.block}; add.u32 %i, %i, 1; bra tile; end:",
         *text.end(ring),
         "}",
     ]

@@ -135,15 +135,16 @@ def pack_digits(
     digits = [x.astype(jnp.int32) & 0xFF for x in (high, jnp.round(scaled - 128 * high))]
     words = []
     for read in range(0, len(values), len(order)):
-        both = [
-            [
-                sum(lax.shift_left(digit[read + order[i + j]], 8 * j) for j in range(4))
-                for i in range(0, len(order), 4)
-            ]
-            for digit in digits
-        ]
+        fours = [order[i : i + 4] for i in range(0, len(order), 4)]
+        both = [[_word([digit[read + i] for i in four]) for four in fours] for digit in digits]
         words += _exchanged(*both) if halved else [*both[0], *both[1]]
     return words, largest / LARGEST
+
+
+def _word(four: list[Array]) -> Array:
+    """Four bytes, the lowest first."""
+    a, b, c, d = (lax.shift_left(x, 8 * i) for i, x in enumerate(four))
+    return a | b | c | d
 
 
 def _exchanged(high: list[Any], low: list[Any]) -> list[Array]:

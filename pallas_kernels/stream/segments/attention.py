@@ -24,8 +24,9 @@ from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.cache import attend_span, layer_share
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.lanes import place_in_mail
 from pallas_kernels.stream.layout import SharedLayout
-from pallas_kernels.stream.plan import LOT
+from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.segments.heads import Heads, collect_heads
 from pallas_kernels.stream.spans import Part, Share, part_of, spans_of
 
@@ -59,9 +60,9 @@ def _put_heads(env: StreamEnv, part: Part, heads: Heads) -> None:
     everywhere, is_first = row >= 0, (row == 0) & part.has_new
     high = heads.queries.astype(jnp.bfloat16)
     low = (heads.queries - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    place = env.shared + at.queries + ptx.query_place(at.query_pitch, row, element)
+    place = env.shared + at.queries + row * at.query_pitch + 2 * element
     ptx.write_halves(place, high, everywhere)
-    ptx.write_halves(place + 4, low, everywhere)
+    ptx.write_halves(place + LOT * at.query_pitch, low, everywhere)
     place = env.shared + at.new + 2 * element
     ptx.write_halves(place, heads.key.astype(jnp.bfloat16), is_first)
     ptx.write_halves(place + 2 * env.dims.head_dim, heads.value.astype(jnp.bfloat16), is_first)
@@ -151,7 +152,8 @@ def _publish_heads(
 ) -> None:
     """Hands finished heads to the output projection."""
     d = env.dims
-    at = env.mail.layout.attn + sequence * d.attn_dim + query * d.head_dim + element
+    element = place_in_mail(env.plan, env.segment(Segment.ATTN_OUT), query * d.head_dim + element)
+    at = env.mail.layout.attn + sequence * d.attn_dim + element
     env.mail.publish(at, out, tag, mask)
 
 

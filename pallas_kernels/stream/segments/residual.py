@@ -6,6 +6,7 @@ registers, in float32, for the whole step, and hands copies to whoever normalise
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.lanes import place_in_mail
 from pallas_kernels.stream.operand import collect_inputs, mean_squares
 from pallas_kernels.stream.plan import COLUMNS, Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of
@@ -39,11 +41,23 @@ def _elements(env: StreamEnv) -> _Elements:
     return _Elements(first, first + env.plan.rows // 2, outputs.sequence)
 
 
-def _publish(env: StreamEnv, residual: Sums, start: Array | int, tag: Array) -> None:
+def _publish(
+    env: StreamEnv,
+    residual: Sums,
+    start: Array | int,
+    tag: Array,
+    readers: Sequence[tuple[Array | bool, Segment]],
+) -> None:
+    """Hands elements over; the reader is the last one whose condition holds."""
     d, own = env.dims, _elements(env)
     for element, values in zip(own[:2], residual, strict=True):
         real = (element < d.model_dim) & (own.sequence < d.batch)
-        env.mail.publish(start + own.sequence * d.model_dim + element, values, tag, real)
+        places = [place_in_mail(env.plan, env.segment(s), element) for _, s in readers]
+        place = places[0]
+        if any(other is not place for other in places):
+            for (condition, _), other in zip(readers[1:], places[1:], strict=True):
+                place = jnp.where(condition, other, place)
+        env.mail.publish(start + own.sequence * d.model_dim + place, values, tag, real)
 
 
 def leave_embed(env: StreamEnv, state: State) -> State:
@@ -58,7 +72,7 @@ def leave_embed(env: StreamEnv, state: State) -> State:
         return x if env.features.embed_scale == 1 else x * env.features.embed_scale
 
     residual = Sums(of(own.first), of(own.second))
-    _publish(env, residual, env.mail.layout.x_in, env.tag(0))
+    _publish(env, residual, env.mail.layout.x_in, env.tag(0), [(True, Segment.QKV)])
     return state._replace(residual=residual)
 
 
@@ -119,7 +133,7 @@ def close_block(env: StreamEnv, place: Place, state: State) -> State:
         state = lax.cond(is_down, add_partial_sums, lambda: state)
     if env.features.post_norm:
         start = jnp.where(is_down, jnp.int32(layout.ffw_block), jnp.int32(layout.attn_block))
-        _publish(env, state.block, start, tag)
+        _publish(env, state.block, start, tag, [(True, Segment.QKV)])
     return state
 
 
@@ -149,5 +163,10 @@ def add_block(env: StreamEnv, place: Place, state: State) -> State:
         *(x + (y if by == 1 else y * by) for x, y in zip(state.residual, block, strict=True))
     )
     start = jnp.where(is_down, jnp.int32(layout.x_in), jnp.int32(layout.x_mid))
-    _publish(env, residual, start, jnp.where(is_down, tag + 1, tag))
+    readers = [
+        (True, Segment.GATE_UP),
+        (is_down, Segment.QKV),
+        (is_down & (place.layer == d.num_layers - 1), Segment.HEAD),
+    ]
+    _publish(env, residual, start, jnp.where(is_down, tag + 1, tag), readers)
     return state._replace(residual=residual)
