@@ -1,0 +1,79 @@
+"""The streamed kernel of several programs, interpreted stage by stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+from decode_cases import (
+    dims_of,
+    filled_cache,
+    random_model,
+    random_tokens,
+    small_config,
+)
+from stream_cases import FAMILIES, check, machine, run_stages, streamed
+from test_kernel import reference
+
+from pallas_kernels.stream.plan import Segment
+from pallas_kernels.stream.planner import make_stream_plan
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def test_inputs_wider_than_a_program_are_split():
+    config, lengths = small_config(num_layers=1, model_dim=1040, ffw_dim=1296), [5, 0]
+    model = random_model(config)
+    cache, tokens = filled_cache(config, lengths, 8), random_tokens(config, 2)
+    plan = make_stream_plan(dims_of(config, 2, 8), machine(2))
+    assert plan.product_warps == 8
+    assert plan.segments[Segment.DOWN].splits == 2
+    got = run_stages(plan, model, cache, tokens)
+    check(config, got, reference(model, cache, tokens), lengths)
+
+
+# Of each batch size: how wide the hidden activations are, so that they come in two parts; the
+# down projection's tiles of a group of the residual.
+SPLIT = {1: (8208, 8), 2: (656, 1)}
+
+
+@pytest.mark.parametrize(("family", "batch"), [("llama", 1), ("gemma3", 2)])
+def test_programs_hand_over_all_that_others_need(family, batch):
+    """Inputs of the down projection in parts, heads in parts, more programs than some groups.
+
+    A word that is read and was not written would be NaN, in this step or, if it was written
+    in the first alone, in the next.
+    """
+    fields = FAMILIES.get(family, {})
+    if "window" in fields:
+        fields = fields | {"window": 150, "window_pattern": (True,)}
+    ffw_dim, tiles = SPLIT[batch]
+    config = small_config(**fields | {"num_layers": 1, "ffw_dim": ffw_dim})
+    model = random_model(config)
+    lengths = [300, 2][:batch]
+    cache, tokens = filled_cache(config, lengths, 310), random_tokens(config, batch)
+    plan = make_stream_plan(dims_of(config, batch, 310), machine(19))
+    short = dataclasses.replace(plan.attention, min_span=64, max_splits=4)
+    plan = dataclasses.replace(plan, attention=short)
+    down, attn_out = plan.segments[Segment.DOWN], plan.segments[Segment.ATTN_OUT]
+    assert down.splits == 2
+    assert down.teams == 9  # the 19th program has no team
+    assert down.rows * tiles == plan.rows
+    assert attn_out.groups * plan.rows == 144
+    assert attn_out.groups < 19
+    got = run_stages(plan, model, cache, tokens)
+    check(config, got, reference(model, cache, tokens), lengths)
+
+
+@pytest.mark.parametrize("programs", [1, 4])
+def test_a_group_of_the_residual_has_several_tiles_of_the_down_projection(programs):
+    """All of a group's tiles are one program's, and summed up at once."""
+    config = small_config(num_layers=1, ffw_dim=2064)
+    model = random_model(config)
+    cache, tokens = filled_cache(config, [9], 16), random_tokens(config, 1)
+    plan = make_stream_plan(dims_of(config, 1, 16), machine(programs))
+    down = plan.segments[Segment.DOWN]
+    assert (down.splits, down.run, plan.rows) == (1, 4, 16)
+    got = (streamed if programs == 1 else functools.partial(run_stages, plan))(model, cache, tokens)
+    check(config, got, reference(model, cache, tokens), [9])
