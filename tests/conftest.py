@@ -28,7 +28,19 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Has processes share the files of tests, where pytest-xdist is there and nobody says how many.
+
+    Not by `addopts`: without pytest-xdist, pytest would not know the option.
+    """
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    if config.option.numprocesses is None and (workers := _workers(config)):
+        config.option.numprocesses, config.option.dist = workers, "loadfile"
+
+
+def _workers(config: pytest.Config) -> int:
     """Processes that share the files of tests; 0: none but this.
 
     Two on one GPU would fight for its memory.
