@@ -31,6 +31,7 @@ __all__ = [
     "inputs_of",
     "mean_squares",
     "no_operand",
+    "pieces_there",
 ]
 
 # Two bfloat16 of 1.
@@ -88,7 +89,7 @@ def _unpacked(word: Array) -> tuple[Array, Array]:
     )
 
 
-def _there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
+def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
     """Of so many inputs from each thread's first on, the pieces that it has: int32."""
     step = next_input(plan, part)
     if part.grain == PIECE:  # a read is a piece
@@ -130,7 +131,7 @@ def _norm_weights(
         words = [_packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
     else:
         row = (1 - is_head.astype(jnp.int32)) * layer * size
-        there = _there(plan, part, size - first)
+        there = pieces_there(plan, part, size - first)
         beyond = [segment != Segment.QKV, is_head] if before else []
         conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]
         words = ptx.load_pieces(refs, conditions, row + first, _places(plan, part), there)
@@ -197,7 +198,7 @@ def collect_inputs(
         column = column_of(plan)
         left = jnp.where(column < plan.dims.batch, left, 0)
         offset += jnp.minimum(column, plan.dims.batch - 1) * row
-    there = _there(plan, part, left)
+    there = pieces_there(plan, part, left)
     places = [place_in_mail(plan, part, place) for place in _places(plan, part)]
     if plan.product_warps == plan.num_warps:
         return env.mail.collect_pieces(offset, places, tag, there)
@@ -264,10 +265,12 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
     def of_any_residual() -> Operand:
         if len(ways) == 1:
             return ways[0]()
-        number = jnp.int32(0)
-        for i, kind in enumerate(kinds.values()):
-            for one in kind:
-                number = jnp.where(segment == one, jnp.int32(i), number)
-        return lax.switch(number, ways)
+        # The down projection's is of no matter.
+        order = list(kinds)
+        numbers = [
+            order.index(plan.segments[s].bits) if s != Segment.DOWN else 0
+            for s in sorted(plan.segments)
+        ]
+        return lax.switch(select(segment, numbers), ways)
 
     return lax.cond(segment == Segment.DOWN, of_hidden, of_any_residual)

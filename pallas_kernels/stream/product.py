@@ -16,9 +16,9 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import GROUP
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import column_of, first_input, first_read, next_input
-from pallas_kernels.stream.operand import Operand, inputs_of
+from pallas_kernels.stream.operand import Operand, inputs_of, pieces_there
 from pallas_kernels.stream.plan import COLUMNS, PIECE, READ, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.ring import (
     Turn,
@@ -70,11 +70,7 @@ def products_shape(plan: StreamPlan) -> tuple[int, int, int, int]:
 def _of_segment(env: StreamEnv, segment: Array, kind: list[Segment], of: str) -> Array:
     """An attribute of the segment's plan, one of a kind's."""
     values = {s: getattr(env.segment(s), of) for s in kind}
-    out = jnp.int32(values[kind[0]])
-    for s in kind[1:]:
-        if values[s] != values[kind[0]]:
-            out = jnp.where(segment == s, jnp.int32(values[s]), out)
-    return out
+    return select(segment, [values.get(s, values[kind[0]]) for s in sorted(env.plan.segments)])
 
 
 def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Operand) -> None:
@@ -116,9 +112,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
             if plan.quantized and any(plan.is_ragged(s) for s in kind):
                 # Beyond a row lies what may be no number.
                 left = _of_segment(env, place.segment, kind, "width") - first * part.grain
-                there = lax.div(
-                    left + (plan.line(part) * part.grain - 1), jnp.int32(plan.line(part) * PIECE)
-                )
+                there = pieces_there(plan, part, left)
             return ptx.multiply_tile(
                 slot + READ * first,
                 pitches,
@@ -166,11 +160,10 @@ def _switch_kind(env: StreamEnv, segment: Array, way: Callable[[list[Segment]], 
         lax.cond(segment == Segment.DOWN, lambda: way(down), lambda: way(others[0]))
         return
     kinds = [down, *others]
-    number = jnp.int32(1)
-    for i, kind in enumerate(kinds):
-        for one in kind:
-            number = jnp.where(segment == one, jnp.int32(i), number)
-    lax.switch(number, [lambda kind=kind: way(kind) for kind in kinds])
+    numbers = [
+        next(i for i, kind in enumerate(kinds) if s in kind) for s in sorted(env.plan.segments)
+    ]
+    lax.switch(select(segment, numbers), [lambda kind=kind: way(kind) for kind in kinds])
 
 
 def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Sums:

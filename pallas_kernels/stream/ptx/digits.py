@@ -51,7 +51,7 @@ def _(*values, order, halved):
     return [*[word] * (len(values) // 2), scale], {lowered.ORDERED}
 
 
-def pack_digits_text(count: int, order: Sequence[int], halved: bool) -> str:
+def _pack_digits_text(count: int, order: Sequence[int], halved: bool) -> str:
     """Operands: the words, the scale, then `count` values."""
     words = count // 2
     value = [f"${words + 1 + i}" for i in range(count)]
@@ -101,7 +101,7 @@ def _(ctx, *args, order, halved):
     results = [lowered.like(shape, lowered.i32())] * words
     results.append(lowered.like(shape, ir.F32Type.get()))
     constraints = ",".join(["=&r"] * words + ["=&f"] + ["f"] * len(args))
-    text = pack_digits_text(len(args), order, halved)
+    text = _pack_digits_text(len(args), order, halved)
     return lowered.assembly(results, text, constraints, args)
 
 

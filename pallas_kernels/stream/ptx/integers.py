@@ -12,7 +12,7 @@ from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["IntegerTile", "multiply_integers", "multiply_integers_text"]
+__all__ = ["IntegerTile", "multiply_integers"]
 
 # int4 weights are multiplied as 16 times what they stand for.
 _SIXTEENTH = "0f3D800000"
@@ -101,22 +101,15 @@ class _Multiply:
                 lines.append(f"lop3.b32 {to}, {x}, 0x88888888, 0xF0F0F0F0, 0x28;")
         return lines
 
-    def products(self, q: int, y: bool) -> list[str]:
-        """Adds the q-th read's products to the sums %hi, and to %lo where the low digits are.
-
-        Those of int4 weights begin with every read: a group's.
-        """
+    def products(self, q: int) -> list[str]:
+        """Adds the q-th read's products to the sums %hi, and to %lo where the low digits are."""
         lines = []
         for word in range(0, self.t.words, 2):
-            names = [("x", True), ("y", y)]
-            a = [
-                f"%{n}{q}_{word + i}" if there else "%zero" for i in range(2) for n, there in names
-            ]
-            number = 0 if self.t.bits == 4 else (q * self.t.words + word) // 2
-            chain, first = (
-                number % self.chains,
-                number < self.chains if self.t.bits == 8 else word == 0,
-            )
+            rows = ("x", "y") if self.both else ("x", None)
+            a = [f"%{n}{q}_{word + i}" if n else "%zero" for i in range(2) for n in rows]
+            # Of int4 weights, every read begins a sum.
+            number = (word + (q * self.t.words if self.t.bits == 8 else 0)) // 2
+            chain, first = number % self.chains, number < self.chains
             for name in self._names():
                 sums = ", ".join(f"%{name}{chain or ''}_{i}" for i in range(4))
                 before = "%zero, %zero, %zero, %zero" if first else sums
@@ -213,7 +206,7 @@ class _Multiply:
             for q in range(t.reads):
                 for name in names:
                     lines += self.widen(name, q)
-                lines += self.products(q, self.both)
+                lines += self.products(q)
                 if t.bits == 4:
                     for i in range(len(names)):
                         row = f"%c+{(r + i) * t.scale_bytes}"
@@ -256,7 +249,7 @@ class _Multiply:
         for q in range(t.reads):
             for name in names:
                 lines += self.widen(name, q)
-            lines += self.products(q, self.both)
+            lines += self.products(q)
             if t.bits == 4:
                 for i in range(len(names)):
                     row = f"%c+{8 * i * t.scale_bytes}"
@@ -301,8 +294,8 @@ class _Multiply:
             if q % 2 == 0:
                 lines.append(f".reg .b32 {', '.join(u + v)};")
                 lines += [f"mov.b32 {n}, 0;" for n in u + v]
-                for to, way in ((u, f"selp.b32 %v, {t.step}, 0, %odd;"), (v, None)):
-                    lines.append(way or f"selp.b32 %v, 0, {t.step}, %odd;")
+                for to, if_odd, if_even in ((u, t.step, 0), (v, 0, t.step)):
+                    lines.append(f"selp.b32 %v, {if_odd}, {if_even}, %odd;")
                     lines.append(f"add.u32 %v, %v, {at};")
                     some = ", ".join(to)
                     lines.append(f"@%mine ld.shared.v4.b32 {{{some}}}, [%v+{t.step * q}];")
@@ -310,11 +303,6 @@ class _Multiply:
             else:
                 lines += [f"selp.b32 {x[i]}, {u[i]}, {v[i]}, %odd;" for i in range(4)]
         return lines
-
-
-def multiply_integers_text(tile: IntegerTile) -> str:
-    """Each thread's part of a tile's products: see `multiply_integers`."""
-    return _Multiply(tile).text()
 
 
 _multiply_p = core.Primitive("ffjax_multiply_integers")
@@ -330,7 +318,7 @@ def _(ctx, *args, tile):
     args = lowered.values(ctx, args)
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
     constraints = "=&r,r,r,r,r,f,r" + ",r" * (len(args) - 6)
-    return lowered.assembly([result], multiply_integers_text(tile), constraints, args)[0]
+    return lowered.assembly([result], _Multiply(tile).text(), constraints, args)[0]
 
 
 def multiply_integers(
