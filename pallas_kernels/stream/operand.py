@@ -223,7 +223,8 @@ def _pack(env: StreamEnv, part: SegmentPlan, values: list[Array]) -> Operand:
 def collect_operand(env: StreamEnv, first: Place) -> Operand:
     """Waits for the activations of the segment that begins with the tile `first`.
 
-    RMSNorm and its rounding to bfloat16 are those of the reference.
+    RMSNorm is that of the reference, and so is its rounding to bfloat16; digits have its scale in
+    theirs.
     """
     plan, d = env.plan, env.dims
     at, down = env.mail.layout, env.segment(Segment.DOWN)
@@ -252,8 +253,11 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
         if (offset := env.features.norm_offset) != 0:
             # The attention's output is not normed, and its ones stay ones.
             by = [weight + is_normed.astype(jnp.float32) * offset for weight in by]
-        normed = [value * scale * weight for value, weight in zip(x, by, strict=True)]
-        return _pack(env, part, normed)
+        if part.bits == 16:
+            return _pack(env, part, [v * scale * w for v, w in zip(x, by, strict=True)])
+        operand = _pack(env, part, [v * w for v, w in zip(x, by, strict=True)])
+        assert operand.scale is not None
+        return operand._replace(scale=operand.scale * scale)
 
     # By the bits of their weights, segments of a residual.
     kinds: dict[int, list[Segment]] = {}

@@ -1,8 +1,8 @@
 """Activations as integers: two digits of 8 bits each, for products with integer weights.
 
 The threads that hold a column's inputs share a scale s, a 16256th of the largest magnitude
-among them, and every x becomes s * (128 * high + low), with high of -127 to 127 and low of -64 to
-64: rounded to s, where bfloat16 rounds to x / 256. Of a few hundred inputs that is closer, unless
+among them, and every x becomes s * (256 * high + low), with high of -64 to 64 and low of -128 to
+127: rounded to s, where bfloat16 rounds to x / 256. Of a few hundred inputs that is closer, unless
 the largest is thousands of times the others; then its own rounding to bfloat16 would be worse.
 """
 
@@ -22,11 +22,13 @@ from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["pack_digits", "packing_order", "unpack_digits"]
 
+# Of 1024 products by weights of 8 bits, the sum is below 2^31.
 LARGEST = 127 * 128
 # So that nothing is divided by zero.
 _SMALLEST = 1e-30
-# A float32 to which an integer is added shows it in its lowest bits.
-_MAGIC = "0f4B400000"
+# A float32 to which an integer is added shows it in its lowest bits: here 128 more, so that the
+# second byte is the high digit, and the first one is 128 more than the low one.
+_MAGIC = "0f4B400080"
 
 
 def packing_order(bits: int) -> list[int]:
@@ -55,9 +57,8 @@ def _pack_digits_text(count: int, order: Sequence[int], halved: bool) -> str:
     """Operands: the words, the scale, then `count` values."""
     words = count // 2
     value = [f"${words + 1 + i}" for i in range(count)]
-    names = [f"%{x}{i}" for x in "hl" for i in range(4)]
     lines = [
-        f"{{ .reg .f32 %m, %n, %i, %y, {', '.join(names)}; .reg .b32 %a, %b; .reg .pred %odd;",
+        "{ .reg .f32 %m, %n, %i, %y; .reg .b32 %a, %b, %c, %d; .reg .pred %odd;",
         f"abs.f32 %m, {value[0]};",
         *(f"abs.f32 %n, {x}; max.NaN.f32 %m, %m, %n;" for x in value[1:]),
         "mov.u32 %a, %laneid; and.b32 %a, %a, 4; setp.ne.u32 %odd, %a, 0;",
@@ -71,20 +72,15 @@ def _pack_digits_text(count: int, order: Sequence[int], halved: bool) -> str:
     held = len(order)
     for word in range(0, count // 4):
         read, within = divmod(word, held // 4)
-        for i in range(4):
+        for i, name in enumerate("abcd"):
             x = value[read * held + order[4 * within + i]]
-            lines += [
-                f"mul.rn.f32 %y, {x}, %i; fma.rn.f32 %h{i}, %y, 0f3C000000, {_MAGIC};",
-                f"sub.rn.f32 %n, %h{i}, {_MAGIC}; fma.rn.f32 %y, %n, 0fC3000000, %y;",
-                f"add.rn.f32 %l{i}, %y, {_MAGIC};",
-            ]
+            lines.append(f"fma.rn.f32 %y, {x}, %i, {_MAGIC}; mov.b32 %{name}, %y;")
         first = read * (held // 2) + within
-        for name, to in (("h", first), ("l", first + held // 4)):
-            lines += [
-                f"mov.b32 %a, %{name}0; mov.b32 %b, %{name}1; prmt.b32 %a, %a, %b, 0x0040;",
-                f"mov.b32 %b, %{name}2; mov.b32 ${to}, %{name}3;",
-                f"prmt.b32 %b, %b, ${to}, 0x0040; prmt.b32 ${to}, %a, %b, 0x5410;",
-            ]
+        lines += [
+            "prmt.b32 %a, %a, %b, 0x5140; prmt.b32 %c, %c, %d, 0x5140;",
+            f"prmt.b32 ${first}, %a, %c, 0x7632; prmt.b32 %a, %a, %c, 0x5410;",
+            f"xor.b32 ${first + held // 4}, %a, 0x80808080;",
+        ]
         if halved:
             high, low = f"${first}", f"${first + held // 4}"
             lines += [
@@ -130,9 +126,9 @@ def pack_digits(
     stacked, sharing = jnp.stack(values), 8 if halved else 4
     largest = jnp.abs(stacked).max(axis=0).reshape(-1, sharing).max(axis=1)
     largest = jnp.maximum(jnp.repeat(largest, sharing), _SMALLEST)
-    scaled = stacked / largest * LARGEST
-    high = jnp.round(scaled / 128)
-    digits = [x.astype(jnp.int32) & 0xFF for x in (high, jnp.round(scaled - 128 * high))]
+    whole = jnp.round(stacked / largest * LARGEST).astype(jnp.int32)
+    high = lax.shift_right_arithmetic(whole + 128, 8)
+    digits = [high & 0xFF, whole & 0xFF]
     words = []
     for read in range(0, len(values), len(order)):
         fours = [order[i : i + 4] for i in range(0, len(order), 4)]
@@ -181,6 +177,6 @@ def unpack_digits(words: Sequence[Array], scale: Array, bits: int, *, halved: bo
                 lax.shift_right_arithmetic(lax.shift_left(x[byte // 4], shift), 24)
                 for x in (high, low)
             ]
-            read[place] = (128 * digits[0] + digits[1]).astype(jnp.float32) * scale
+            read[place] = (256 * digits[0] + digits[1]).astype(jnp.float32) * scale
         values += read
     return values

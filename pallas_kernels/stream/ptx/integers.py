@@ -50,8 +50,8 @@ class IntegerTile:
 
 
 def _float(name: str, high: str, low: str) -> str:
-    """128 * high + low, both integers, as a float32."""
-    return f"mad.lo.s32 %v, {high}, 128, {low}; cvt.rn.f32.s32 {name}, %v;"
+    """256 * high + low, both integers, as a float32."""
+    return f"mad.lo.s32 %v, {high}, 256, {low}; cvt.rn.f32.s32 {name}, %v;"
 
 
 class _Multiply:
