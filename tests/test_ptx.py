@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input
 from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, READ
 from pallas_kernels.stream.segments.attention import combining_threads
+from pallas_kernels.stream.twins import TWIN_TAG_BITS
 
 # bfloat16
 
@@ -473,13 +474,27 @@ TAG, STALE = 0x37, 0x36
 WAYS = ("at once", "in any order", "one last")
 
 
+class Kind(NamedTuple):
+    """Of words: how many a piece has, which bits are the tag, and two tags."""
+
+    size: int
+    bits: int
+    tag: int
+    stale: int
+
+
+ONES = Kind(8, 0xFF, TAG, STALE)
+TWINS = Kind(4, TWIN_TAG_BITS % 2**32, 1 << 22, 1 << 31)
+
+
 @functools.cache
-def collect_text(ring: Ring, pieces: int, step: int, most: int) -> Inline:
+def collect_text(ring: Ring, pieces: int, step: int, most: int, kind: Kind = ONES) -> Inline:
     places = [q * step for q in range(pieces)]
 
     def body(mail: Any, weights: Any) -> None:
-        each = jnp.zeros((ring.threads,), jnp.int32)
-        ptx.collect_words(mail, each, places, each, each, most, weights, jnp.int32(0), ring.feed)
+        each, zero = jnp.zeros((ring.threads,), jnp.int32), jnp.int32(0)
+        how = kind.size, kind.bits, most, weights, zero, ring.feed
+        ptx.collect_words(mail, each, places, each, each, *how)
 
     return inline(body, shape(1024), shape(16, jnp.bfloat16))
 
@@ -490,6 +505,7 @@ def check_collect(
     edit: Edit = None,
     order: np.random.Generator | None = None,
     ring: Ring = TWO,
+    kind: Kind = ONES,
 ) -> Fed:
     """Words that another program writes meanwhile are waited for.
 
@@ -499,10 +515,11 @@ def check_collect(
         edit: of the text.
         order: of warps.
         ring: that is fed meanwhile.
+        kind: of words.
     """
-    rng = np.random.default_rng(pieces)
+    rng, size = np.random.default_rng(pieces), kind.size
     fed = Fed(ring, pieces)
-    m, threads, words = fed.machine, fed.ring.threads, fed.ring.threads * pieces * 8
+    m, threads, words = fed.machine, fed.ring.threads, fed.ring.threads * pieces * size
     m.order = order
     there = rng.integers(0, pieces + 1, threads)
     there[fed.feed.thread] = pieces
@@ -512,17 +529,17 @@ def check_collect(
     mail = m.memory_base + len(m.memory)
     m.memory = np.concatenate([m.memory, np.zeros(4 * words, np.uint8)])
     held = m.view(mail, words, np.uint32)
-    values = rng.integers(0, 1 << 24, words) << 8 | TAG
-    held[:] = rng.integers(0, 1 << 24, words) << 8 | STALE
+    values = rng.integers(0, 1 << 32, words) & ~kind.bits | kind.tag
+    held[:] = rng.integers(0, 1 << 32, words) & ~kind.bits | kind.stale
     is_there = np.arange(pieces)[:, None] < there  # [pieces, threads]
     # Words that no thread waits for are never written.
-    waited = np.broadcast_to(is_there[..., None], (pieces, threads, 8)).ravel()
+    waited = np.broadcast_to(is_there[..., None], (pieces, threads, size)).ravel()
     turn = rng.integers(0, 1 if way == "at once" else 40, words)
     if way == "one last":
-        piece, thread, word = np.unravel_index(np.arange(words), (pieces, threads, 8))
-        last = thread % (8 * pieces)
+        piece, thread, word = np.unravel_index(np.arange(words), (pieces, threads, size))
+        last = thread % (size * pieces)
         # That of the last piece, which may be waited for first, before those of others.
-        turn = np.where(8 * piece + word == last, 1 + (last + 8) % (8 * pieces), 0)
+        turn = np.where(size * piece + word == last, 1 + (last + size) % (size * pieces), 0)
 
     def write(number: int) -> None:
         some = waited & (turn == number)
@@ -530,11 +547,11 @@ def check_collect(
 
     for number in range(turn.max() + 1):
         m.later(70 * number, functools.partial(write, number))
-    text = collect_text(fed.ring, pieces, 8 * threads, 400).edited(edit)
-    operands = (mail + 32 * np.arange(threads), TAG, there, fed.pointer, fed.base)
-    got = np.stack(text.run(m, *operands)).reshape(pieces, 8, threads)
-    wanted = values.reshape(pieces, threads, 8).swapaxes(1, 2)
-    np.testing.assert_array_equal(got, np.where(is_there[:, None], wanted, TAG))
+    text = collect_text(fed.ring, pieces, size * threads, 400, kind).edited(edit)
+    operands = (mail + 4 * size * np.arange(threads), kind.tag, there, fed.pointer, fed.base)
+    got = np.stack(text.run(m, *operands)).reshape(pieces, size, threads)
+    wanted = values.reshape(pieces, threads, size).swapaxes(1, 2)
+    np.testing.assert_array_equal(got, np.where(is_there[:, None], wanted, kind.tag))
     # Meanwhile the ring was fed.
     assert way != "at once" or fed.asked == 0
     assert way != "in any order" or fed.asked == fed.ring.slots
@@ -548,6 +565,12 @@ def check_collect(
 @pytest.mark.parametrize("pieces", [1, 4, 5, 8])
 def test_words_are_waited_for_until_all_carry_the_tag(pieces, way):
     check_collect(pieces, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("pieces", [4, 8])
+def test_words_of_two_activations_are_waited_for(pieces, way):
+    check_collect(pieces, way, kind=TWINS)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -934,6 +957,15 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("sub.u32 %left, %left, 1;", ""),
             ("@%p and.b32 %left", "and.b32 %left"),
             ("setp.eq.u32 %p, %left, 0; @%p bra done;", "bra done;"),
+        ],
+    ),
+    "collect twins": (
+        lambda edit: check_collect(4, "one last", edit, kind=TWINS),
+        [
+            ("and.b32 %w, %w, 2151677952;", "and.b32 %w, %w, 2147483648;"),
+            ("and.b32 %w, %w, 2151677952;", "and.b32 %w, %w, 4194304;"),
+            ("lop3.b32 %w, $7, $17, %w, 0xbe;", ""),
+            ("{$4, $5, $6, $7}", "{$5, $4, $6, $7}"),
         ],
     ),
     "words of arrays": (

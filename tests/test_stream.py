@@ -24,6 +24,7 @@ from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.stream.launch import layout_of
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.tuning import Tuning
+from pallas_kernels.stream.twins import TWIN_TAG_BITS, twin_tag
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -60,7 +61,9 @@ def test_steps_in_a_row_match_the_model():
 def check_tags(model, cache: KVCache, steps: int) -> None:
     """After so many steps every word has the tag of its last hand-over: none is a step old."""
     dims = dims_of(model.config, cache.batch, cache.capacity)
-    at, words = layout_of(make_stream_plan(dims, INTERPRETER)), np.asarray(cache.counters)
+    plan = make_stream_plan(dims, INTERPRETER)
+    at, words = layout_of(plan), np.asarray(cache.counters)
+    assert plan.twins == (dims.batch > 1)
     assert words[at.steps] == steps
     tag_of_head = steps * (dims.num_layers + 1)
     for start, width, tag in (
@@ -70,7 +73,10 @@ def check_tags(model, cache: KVCache, steps: int) -> None:
         (at.attn, dims.attn_dim, tag_of_head - 1),
         (at.ffw, dims.ffw_dim, tag_of_head - 1),
     ):
-        assert (words[start : start + dims.batch * width] & 255 == tag & 255).all()
+        bits, wanted = 255, tag & 255
+        if plan.twins and start != at.qkv:
+            bits, wanted, width = TWIN_TAG_BITS, twin_tag(jnp.int32(tag)), width // 2
+        assert (words[start : start + dims.batch * width] & bits == wanted).all()
 
 
 def layout_start(model, cache: KVCache) -> int:

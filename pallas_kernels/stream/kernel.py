@@ -55,16 +55,16 @@ def finish_tiles(
 
     def way(segment: Segment) -> Callable[[], State]:
         def finish():
+            if segment == Segment.GATE_UP:
+                finish_gate_up(env, turn, flush)
+                return state
             outputs = outputs_of(env, segment)
             sums = sum_up(env, turn, segment, outputs)
             if segment == Segment.HEAD:
                 return finish_head(env, flush, outputs, sums, state)
             if segment in (Segment.ATTN_OUT, Segment.DOWN):
                 return finish_projection(env, segment, flush, outputs, sums, state)
-            if segment == Segment.QKV:
-                finish_qkv(env, rotations, flush, outputs, sums)
-            else:
-                finish_gate_up(env, flush, outputs, sums)
+            finish_qkv(env, rotations, flush, outputs, sums)
             return state
 
         return finish

@@ -36,9 +36,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import Dims, WeightBits, ceil_div
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS
+from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS, PIECE
 from pallas_kernels.stream.planner import splits_of
 from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
+from pallas_kernels.stream.twins import TWIN_TAG_BITS, joined, parted, twin_tag
 from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS, num_counters
 
@@ -165,6 +166,21 @@ class Mail:
         word = (bits & ~_TAG_BITS) | (tag & _TAG_BITS)
         ptx.store_word(self.words, offsets, word, mask, interpret=self.interpret)
 
+    def publish_twins(
+        self, offsets: Array, first: Array, second: Array, tag: Array, mask: Array
+    ) -> None:
+        """Stores two activations a word: see `twins`.
+
+        Args:
+            offsets: int32, any shape.
+            first: float32, the same shape.
+            second: float32, the same shape.
+            tag: int32 scalar.
+            mask: bool, the same shape.
+        """
+        word = joined(first, second, tag)
+        ptx.store_word(self.words, offsets, word, mask, interpret=self.interpret)
+
     def publish_pair(self, offsets: Array, values: Array, tag: Array, mask: Array) -> None:
         """Stores 32-bit values (float32 or int32) whole, each with its tag.
 
@@ -200,40 +216,56 @@ class Mail:
         if not self.interpret:
             words = self._wait(wanted, tag, pairs=False)
             return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
-        found = []
-        for offsets, mask in wanted:
-            word = plgpu.load(self.words.at[offsets], mask=mask, other=0)
-            value = lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32)
-            there = (word ^ tag) & _TAG_BITS == 0
-            found.append(jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0))
-        return found
+        return [value for offsets, mask in wanted for value in self._look(offsets, tag, mask)]
 
     def collect_pieces(
-        self, offset: Array, places: Sequence[int], tag: Array, there: Array
+        self, offset: Array, places: Sequence[int], tag: Array, there: Array, *, twins: bool
     ) -> list[Array]:
-        """Waits for pieces of 8 neighbouring words, each thread for its own.
+        """Waits for pieces of 8 neighbouring activations, each thread for its own.
 
         Args:
-            offset: int32 `[T]`, where the thread's first piece begins.
+            offset: int32 `[T]`, where the thread's first piece begins, words.
             places: words from there to each of its pieces.
             tag: int32 scalar they must carry.
             there: int32 `[T]`, how many pieces the thread has.
+            twins: whether a word has two activations.
 
         Returns:
             Float32 `[T]`, 8 a piece; 0 where there is none.
         """
+        size = PIECE // 2 if twins else PIECE
         if self.interpret:
+            look = self._look_for_twins if twins else self._look
             return [
-                self.collect(offset + place + j, tag, q < there)
+                value
                 for q, place in enumerate(places)
-                for j in range(8)
+                for j in range(size)
+                for value in look(offset + place + j, tag, q < there)
             ]
-        tags = jnp.full(offset.shape, tag & _TAG_BITS)
+        bits = TWIN_TAG_BITS if twins else _TAG_BITS
+        tags = jnp.full(offset.shape, twin_tag(tag) if twins else tag & _TAG_BITS)
         assert self.meanwhile is not None
         words = ptx.collect_words(
-            self.words, offset, places, tags, there, MAX_POLLS, *self.meanwhile
+            self.words, offset, places, tags, there, size, bits, MAX_POLLS, *self.meanwhile
         )
+        if twins:
+            return [value for word in words for value in parted(word)]
         return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
+
+    def _look(self, offsets: Array, tag: Array, mask: Array) -> tuple[Array, ...]:
+        """Interpreted: words as they are; NaN where one has another tag."""
+        word = plgpu.load(self.words.at[offsets], mask=mask, other=0)
+        there = (word ^ tag) & _TAG_BITS == 0
+        value = lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32)
+        return (jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0),)
+
+    def _look_for_twins(self, offsets: Array, tag: Array, mask: Array) -> tuple[Array, ...]:
+        """The same of words of two."""
+        word = plgpu.load(self.words.at[offsets], mask=mask, other=0)
+        there = (word ^ twin_tag(tag)) & TWIN_TAG_BITS == 0
+        return tuple(
+            jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0) for value in parted(word)
+        )
 
     def collect_pairs(self, wanted: Sequence[tuple[Array, Array]], tag: Array) -> list[Array]:
         """Waits for several arrays of pairs, of one shape, at the same time.

@@ -34,9 +34,6 @@ __all__ = [
     "pieces_there",
 ]
 
-# Two bfloat16 of 1.
-_ONES = 0x3F803F80
-
 
 class Operand(NamedTuple):
     """What each thread holds of a span's activations.
@@ -103,17 +100,14 @@ def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
 
 def _norm_weights(
     env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array
-) -> tuple[list[Array], Array]:
-    """A residual's norm's weights of each thread's inputs, and whether it is normed.
+) -> tuple[list[Array], Array | None]:
+    """A residual's norm's weights of each thread's inputs, and whether it is normed: None if ever.
 
-    Two bfloat16 a word; 0 beyond the row, ones where the operand is not normed.
+    Two bfloat16 a word; 0 beyond the row.
     """
     plan, d = env.plan, env.dims
     first, step, size = first_input(plan, part), next_input(plan, part), d.model_dim
-    is_head = segment == Segment.HEAD
-    is_normed = is_head
-    if before := env.features.pre_norm:
-        is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
+    is_head, before = segment == Segment.HEAD, env.features.pre_norm
     refs = [env["attn_norm"], env["mlp_norm"], env["final_norm"]] if before else [env["final_norm"]]
     if env.interpret:
         elements = [first + q * step + j for q in range(part.reads) for j in range(part.held)]
@@ -135,7 +129,7 @@ def _norm_weights(
         beyond = [segment != Segment.QKV, is_head] if before else []
         conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]
         words = ptx.load_pieces(refs, conditions, row + first, _places(plan, part), there)
-    return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed
+    return words, None if before else is_head
 
 
 def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
@@ -176,16 +170,18 @@ def collect_inputs(
     row: Array | int,
     width: Array,
     tag: Array,
+    before: Array | int = 0,
 ) -> list[Array]:
     """Waits for a span of activations.
 
     Args:
         env: the program's view.
         part: a segment that has such an operand.
-        start: word of the mail with which the first sequence's span begins.
-        row: words from a sequence to the next.
+        start: word of the mail with which the first sequence's activations begin.
+        row: activations of a sequence.
         width: int32 scalar, inputs of the span; 0 to wait for none.
         tag: they carry.
+        before: activations of a sequence before the span.
 
     Returns:
         Float32 `[T]`, 8 a piece; 0 beyond the span and for padding sequences.
@@ -193,17 +189,19 @@ def collect_inputs(
     plan = env.plan
     first = first_input(plan, part)
     left = width - first
-    offset = start + place_in_mail(plan, part, first)
+    offset = before + place_in_mail(plan, part, first)
     if not plan.chunked:
         column = column_of(plan)
         left = jnp.where(column < plan.dims.batch, left, 0)
         offset += jnp.minimum(column, plan.dims.batch - 1) * row
     there = pieces_there(plan, part, left)
     places = [place_in_mail(plan, part, place) for place in _places(plan, part)]
+    if plan.twins:
+        offset, places = lax.div(offset, jnp.int32(2)), [place // 2 for place in places]
+    collect = functools.partial(env.mail.collect_pieces, start + offset, places, tag)
     if plan.product_warps == plan.num_warps:
-        return env.mail.collect_pieces(offset, places, tag, there)
-    there = jnp.where(waits(plan), there, 0)
-    values = env.mail.collect_pieces(offset, places, tag, there)
+        return collect(there, twins=plan.twins)
+    values = collect(jnp.where(waits(plan), there, 0), twins=plan.twins)
     return [jnp.where(multiplies(plan), value, 0.0) for value in values]
 
 
@@ -226,55 +224,52 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
     RMSNorm is that of the reference, and so is its rounding to bfloat16; digits have its scale in
     theirs.
     """
-    plan, d = env.plan, env.dims
-    at, down = env.mail.layout, env.segment(Segment.DOWN)
-    segment = first.segment
+    plan, d, at = env.plan, env.dims, env.mail.layout
+    segment, tag = first.segment, env.tag(first.layer)
     layer = jnp.minimum(first.layer, d.num_layers - 1)
-    tag = env.tag(first.layer)
+
+    def of_attention() -> Operand:
+        part = env.segment(Segment.ATTN_OUT)
+        width = jnp.where(first.real, jnp.int32(part.inner), 0)
+        return _pack(env, part, collect_inputs(env, part, at.attn, part.inner, width, tag))
 
     def of_hidden() -> Operand:
         # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
-        column = first.split * down.width
-        width = jnp.where(first.real, jnp.minimum(down.width, down.inner - column), 0)
-        quiet, start = _without_l2(env), at.ffw + column
-        return _pack(env, down, collect_inputs(quiet, down, start, down.inner, width, tag))
+        down, quiet = env.segment(Segment.DOWN), _without_l2(env)
+        before = first.split * down.width
+        width = jnp.where(first.real, jnp.minimum(down.width, down.inner - before), 0)
+        hidden = collect_inputs(quiet, down, at.ffw, down.inner, width, tag, before)
+        return _pack(env, down, hidden)
 
     def of_residual(part: SegmentPlan) -> Operand:
-        is_attn = segment == Segment.ATTN_OUT
         # Asked for before the residual is waited for.
         weights, is_normed = _norm_weights(env, part, segment, layer)
-        start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_in])
-        inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
-        width = jnp.where(first.real, inner, 0)
-        x = collect_inputs(env, part, start, inner, width, tag)
+        start = jnp.where(segment == Segment.GATE_UP, jnp.int32(at.x_mid), jnp.int32(at.x_in))
+        width = jnp.where(first.real, jnp.int32(d.model_dim), 0)
+        x = collect_inputs(env, part, start, d.model_dim, width, tag)
         scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
-        scale = jnp.where(is_normed, scale, 1.0)
         by = [weight for word in weights for weight in _unpacked(word)]
         if (offset := env.features.norm_offset) != 0:
-            # The attention's output is not normed, and its ones stay ones.
-            by = [weight + is_normed.astype(jnp.float32) * offset for weight in by]
+            by = [weight + offset for weight in by]
+        if is_normed is not None:  # ones are not to be added to, nor the operand to be scaled
+            by = [jnp.where(is_normed, weight, 1.0) for weight in by]
+            scale = jnp.where(is_normed, scale, 1.0)
         if part.bits == 16:
             return _pack(env, part, [v * scale * w for v, w in zip(x, by, strict=True)])
         operand = _pack(env, part, [v * w for v, w in zip(x, by, strict=True)])
         assert operand.scale is not None
         return operand._replace(scale=operand.scale * scale)
 
-    # By the bits of their weights, segments of a residual.
-    kinds: dict[int, list[Segment]] = {}
-    for one, part in sorted(plan.segments.items()):
-        if one != Segment.DOWN:
-            kinds.setdefault(part.bits, []).append(one)
-    ways = [functools.partial(of_residual, env.segment(kind[0])) for kind in kinds.values()]
+    # Those of the residual, by the bits of their weights.
+    kinds: dict[int, SegmentPlan] = {}
+    for one in (Segment.QKV, Segment.GATE_UP, Segment.HEAD):
+        kinds.setdefault(env.segment(one).bits, env.segment(one))
+    ways = [of_hidden, of_attention]
+    ways += [functools.partial(of_residual, part) for part in kinds.values()]
 
-    def of_any_residual() -> Operand:
-        if len(ways) == 1:
-            return ways[0]()
-        # The down projection's is of no matter.
-        order = list(kinds)
-        numbers = [
-            order.index(plan.segments[s].bits) if s != Segment.DOWN else 0
-            for s in sorted(plan.segments)
-        ]
-        return lax.switch(select(segment, numbers), ways)
+    def way_of(one: Segment) -> int:
+        if one in (Segment.DOWN, Segment.ATTN_OUT):
+            return int(one == Segment.ATTN_OUT)
+        return 2 + list(kinds).index(plan.segments[one].bits)
 
-    return lax.cond(segment == Segment.DOWN, of_hidden, of_any_residual)
+    return lax.switch(select(segment, [way_of(s) for s in sorted(plan.segments)]), ways)

@@ -28,6 +28,7 @@ __all__ = [
     "SegmentPlan",
     "StreamPlan",
     "is_paired",
+    "is_residual",
     "line_of",
     "scale_bytes",
 ]
@@ -86,6 +87,11 @@ class Segment(enum.IntEnum):
 def is_paired(segment: Segment) -> bool:
     """Whether a tile's first and second half of rows lie apart in the matrix."""
     return segment in (Segment.QKV, Segment.GATE_UP)
+
+
+def is_residual(segment: Segment) -> bool:
+    """Whether its rows are elements of the residual."""
+    return segment in (Segment.ATTN_OUT, Segment.DOWN, Segment.EMBED)
 
 
 LAYER_SEGMENTS = (Segment.QKV, Segment.ATTN_OUT, Segment.GATE_UP, Segment.DOWN)
@@ -241,6 +247,11 @@ class StreamPlan:
     def chunked(self) -> bool:
         """Whether the columns of a product are chunks of one sequence."""
         return self.padded_batch == 1
+
+    @property
+    def twins(self) -> bool:
+        """Whether activations are handed over two a word: where a tile has two hidden ones."""
+        return not self.chunked and self.segments[Segment.GATE_UP].rows >= 4
 
     @property
     def threads(self) -> int:

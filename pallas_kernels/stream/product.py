@@ -19,7 +19,15 @@ from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import column_of, first_input, first_read, next_input
 from pallas_kernels.stream.operand import Operand, inputs_of, pieces_there
-from pallas_kernels.stream.plan import COLUMNS, PIECE, READ, Segment, SegmentPlan, StreamPlan
+from pallas_kernels.stream.plan import (
+    COLUMNS,
+    PIECE,
+    READ,
+    Segment,
+    SegmentPlan,
+    StreamPlan,
+    is_residual,
+)
 from pallas_kernels.stream.ring import (
     Turn,
     products_address,
@@ -29,13 +37,14 @@ from pallas_kernels.stream.ring import (
 )
 from pallas_kernels.stream.tiles import Place
 
-__all__ = ["Outputs", "Sums", "multiply", "outputs_of", "products_shape", "sum_up"]
+__all__ = ["Outputs", "Sums", "multiply", "outputs_of", "products_shape", "rows_of", "sum_up"]
 
 
 class Outputs(NamedTuple):
     """What a flush makes: pairs of rows of some groups, for each sequence; int32 `[E]`.
 
-    A pair is a row of a group's first half and the same one of its second half.
+    A pair is a row of a group's first half and the same one of its second half; of the residual,
+    two neighbours.
     """
 
     number: Array  # of the group among those that are flushed
@@ -50,14 +59,28 @@ class Sums(NamedTuple):
     second: Array
 
 
-def outputs_of(env: StreamEnv, segment: Segment) -> Outputs:
-    """What a flush of the segment makes, or the residual that a program owns."""
+def outputs_of(env: StreamEnv, segment: Segment, every: int = 1) -> Outputs:
+    """What a flush of the segment makes, or the residual that a program owns.
+
+    Args:
+        env: the program's view.
+        segment: which.
+        every: of a group's pairs; the first one included.
+    """
     plan, bp = env.plan, env.plan.padded_batch
     rows = plan.rows if segment == Segment.EMBED else env.segment(segment).run_rows
-    index = iota((plan.flushed(segment) * (rows // 2) * bp,), 0)
+    pairs = rows // 2 // every
+    index = iota((plan.flushed(segment) * pairs * bp,), 0)
     pair = lax.div(index, jnp.int32(bp))
-    number = lax.div(pair, jnp.int32(rows // 2))
-    return Outputs(number, pair - number * (rows // 2), index & (bp - 1))
+    number = lax.div(pair, jnp.int32(pairs))
+    return Outputs(number, (pair - number * pairs) * every, index & (bp - 1))
+
+
+def rows_of(segment: Segment, pair: Array, rows: int) -> tuple[Array, Array]:
+    """Both rows of a pair, of a group of so many."""
+    if is_residual(segment):
+        return 2 * pair, 2 * pair + 1
+    return pair, pair + rows // 2
 
 
 def products_shape(plan: StreamPlan) -> tuple[int, int, int, int]:
@@ -187,7 +210,8 @@ def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Su
         at += 4 * (row * COLUMNS + outputs.sequence)
         return ptx.sum_shared(at, plan.product_warps, 4 * COLUMNS * part.rows)
 
-    return Sums(of(outputs.pair), of(outputs.pair + part.run_rows // 2))
+    first, second = rows_of(segment, outputs.pair, part.run_rows)
+    return Sums(of(first), of(second))
 
 
 def _interpreted(

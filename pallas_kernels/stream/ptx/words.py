@@ -26,17 +26,21 @@ _collect_p.multiple_results = True
 
 
 @_collect_p.def_effectful_abstract_eval
-def _(ref, weights, offset, tag, there, ring, *, places, most, feed):
+def _(ref, weights, offset, tag, there, ring, *, places, size, bits, most, feed):
     word = core.ShapedArray(offset.shape, jnp.int32)
-    return [word] * (8 * len(places)), {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
+    return [word] * (size * len(places)), {
+        lowered.ORDERED,
+        state.ReadEffect(0),
+        state.ReadEffect(1),
+    }
 
 
 @lowering.register_lowering(_collect_p)
-def _(ctx, ref, weights, *args, places, most, feed):
+def _(ctx, ref, weights, *args, places, size, bits, most, feed):
     offset, tag, there, ring = lowered.values(ctx, args)
     shape = ctx.avals_out[0].shape
     pieces = len(places)
-    count = 8 * pieces
+    count = size * pieces
     address, tag_of, there_of = f"${count}", f"${count + 1}", f"${count + 2}"
     # A bit for each piece that is still missing: only those are loaded again.
     lines = [
@@ -48,9 +52,9 @@ def _(ctx, ref, weights, *args, places, most, feed):
     def load(q: int, guard: str) -> list[str]:
         return [
             f"{guard}ld.relaxed.gpu.global.v4.b32 "
-            f"{{{', '.join(f'${8 * q + 4 * half + i}' for i in range(4))}}}, "
-            f"[{address}+{4 * (places[q] + 4 * half)}];"
-            for half in range(2)
+            f"{{{', '.join(f'${size * q + four + i}' for i in range(4))}}}, "
+            f"[{address}+{4 * (places[q] + four)}];"
+            for four in range(0, size, 4)
         ]
 
     def check(q: int) -> list[str]:
@@ -58,8 +62,8 @@ def _(ctx, ref, weights, *args, places, most, feed):
         return [
             "mov.b32 %w, 0;",
             # w |= word ^ tag, for all words
-            *(f"lop3.b32 %w, ${8 * q + i}, {tag_of}, %w, 0xbe;" for i in range(8)),
-            "and.b32 %w, %w, 255; setp.eq.u32 %p, %w, 0;",
+            *(f"lop3.b32 %w, ${size * q + i}, {tag_of}, %w, 0xbe;" for i in range(size)),
+            f"and.b32 %w, %w, {bits % 2**32}; setp.eq.u32 %p, %w, 0;",
             f"@%p and.b32 %left, %left, {~(1 << q)};",
         ]
 
@@ -94,31 +98,34 @@ def collect_words(
     places: Sequence[int],
     tag: Array,
     there: Array,
+    size: int,
+    bits: int,
     most: int,
     weights: Any,
     ring: Array,
     feed: Feed,
 ) -> list[Array]:
-    """Loads words over and over until all carry a tag in their lowest 8 bits.
+    """Loads words over and over until all carry a tag.
 
     Args:
         ref: int32 array.
-        offset: int32 `[T]`, where each thread's first piece of 8 words begins: multiples of 4.
+        offset: int32 `[T]`, where each thread's first piece begins: multiples of 4.
         places: words from there to each of its pieces, multiples of 4.
-        tag: int32 `[T]`, all the same, of 8 bits.
+        tag: int32 `[T]`, all the same, 0 but in `bits`.
         there: int32 `[T]`, how many pieces the thread has.
+        size: words of a piece, 4 or 8.
+        bits: those of a word that are its tag.
         most: how often to load before the launch ends in an error.
         weights: as `ref` in `feed_ring`, which is done between two looks.
         ring: int32 scalar, as in `feed_ring`.
         feed: as in `feed_ring`.
 
     Returns:
-        Words, int32 `[T]`, 8 a piece; the tag in place of those that are not there.
+        Words, int32 `[T]`, `size` a piece; the tag in place of those that are not there.
     """
     rings = jnp.full(offset.shape, ring)
-    return _collect_p.bind(
-        ref, weights, offset, tag, there, rings, places=tuple(places), most=most, feed=feed
-    )
+    options = {"places": tuple(places), "size": size, "bits": bits, "most": most, "feed": feed}
+    return _collect_p.bind(ref, weights, offset, tag, there, rings, **options)
 
 
 _collect_each_p = core.Primitive("ffjax_collect_each")

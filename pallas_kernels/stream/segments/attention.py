@@ -29,6 +29,7 @@ from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.segments.heads import Heads, collect_heads
 from pallas_kernels.stream.spans import Part, Share, part_of, spans_of
+from pallas_kernels.stream.twins import neighbours
 
 __all__ = ["attend_parts", "combine_parts", "combining_threads"]
 
@@ -150,11 +151,16 @@ def _publish_heads(
     out: Array,
     mask: Array,
 ) -> None:
-    """Hands finished heads to the output projection."""
-    d = env.dims
+    """Hands finished heads to the output projection; neighbouring elements lie side by side."""
+    d, start = env.dims, env.mail.layout.attn
     element = place_in_mail(env.plan, env.segment(Segment.ATTN_OUT), query * d.head_dim + element)
-    at = env.mail.layout.attn + sequence * d.attn_dim + element
-    env.mail.publish(at, out, tag, mask)
+    at = sequence * d.attn_dim + element
+    if not env.plan.twins:
+        env.mail.publish(start + at, out, tag, mask)
+        return
+    at, mask = (neighbours(x)[0] for x in (at, mask.astype(jnp.int32)))
+    at = start + lax.div(at, jnp.int32(2))
+    env.mail.publish_twins(at, *neighbours(out), tag, mask != 0)
 
 
 def _pair_at(
@@ -241,7 +247,7 @@ def combining_threads(threads: int, width: int, splits: int) -> tuple[int, Array
         How many threads have an element, neighbours apart by `32 / lanes`; of each thread the first
         span, the others being `lanes` apart; and its element, which may lie beyond `width`.
     """
-    lanes = min(32, splits, threads // width)
+    lanes = min(16, splits, threads // width)  # two neighbours in a warp
     thread, elements = iota((threads,), 0), jnp.int32(32 // lanes)
     lane = thread & 31
     number = lax.div(lane, elements)

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
 
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import place_in_mail
 from pallas_kernels.stream.plan import Segment
-from pallas_kernels.stream.product import Outputs, Sums
+from pallas_kernels.stream.product import Outputs, outputs_of, sum_up
+from pallas_kernels.stream.ring import Turn
 from pallas_kernels.stream.tiles import Flush
 
 __all__ = ["finish_gate_up"]
 
 
-def finish_gate_up(env: StreamEnv, flush: Flush, outputs: Outputs, sums: Sums) -> None:
+def finish_gate_up(env: StreamEnv, turn: Turn, flush: Flush) -> None:
     """hidden[b] = silu(W_gate @ h) * (W_up @ h) with h = rmsnorm(x[b]); or with GELU."""
-    gate, up = sums
-    if env.features.activation == "silu":
-        hidden = gate * jax.nn.sigmoid(gate) * up
-    else:
-        hidden = jax.nn.gelu(gate, approximate=True) * up
+    each = 2 if env.plan.twins else 1  # neighbours that a thread computes and hands over
+    outputs = outputs_of(env, Segment.GATE_UP, each)
+    hidden = [
+        _hidden(env, turn, outputs._replace(pair=outputs.pair + number)) for number in range(each)
+    ]
     half, b = env.segment(Segment.GATE_UP).rows // 2, outputs.sequence
     element = flush.group(outputs.number) * half + outputs.pair
     real = flush.real(outputs.number) & (element < env.dims.ffw_dim) & (b < env.dims.batch)
     place = place_in_mail(env.plan, env.segment(Segment.DOWN), element)
-    at = env.mail.layout.ffw + b * env.dims.ffw_dim + place
-    env.mail.publish(at, hidden, env.tag(flush.layer), real)
+    start, at, tag = env.mail.layout.ffw, b * env.dims.ffw_dim + place, env.tag(flush.layer)
+    if env.plan.twins:
+        at = lax.div(at, jnp.int32(2))
+        env.mail.publish_twins(start + at, *hidden, tag, real)
+    else:
+        env.mail.publish(start + at, *hidden, tag, real)
+
+
+def _hidden(env: StreamEnv, turn: Turn, outputs: Outputs) -> Array:
+    """The hidden activations of pairs of rows, float32 `[E]`."""
+    gate, up = sum_up(env, turn, Segment.GATE_UP, outputs)
+    if env.features.activation == "silu":
+        return gate * jax.nn.sigmoid(gate) * up
+    return jax.nn.gelu(gate, approximate=True) * up

@@ -19,7 +19,7 @@ from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import place_in_mail
 from pallas_kernels.stream.operand import collect_inputs, mean_squares
 from pallas_kernels.stream.plan import COLUMNS, Segment
-from pallas_kernels.stream.product import Outputs, Sums, outputs_of
+from pallas_kernels.stream.product import Outputs, Sums, outputs_of, rows_of
 from pallas_kernels.stream.state import State
 from pallas_kernels.stream.tiles import Flush, Place
 
@@ -37,8 +37,8 @@ class _Elements(NamedTuple):
 def _elements(env: StreamEnv) -> _Elements:
     outputs = outputs_of(env, Segment.EMBED)
     group = env.program + outputs.number * env.plan.programs
-    first = group * env.plan.rows + outputs.pair
-    return _Elements(first, first + env.plan.rows // 2, outputs.sequence)
+    rows = rows_of(Segment.EMBED, outputs.pair, env.plan.rows)
+    return _Elements(*(group * env.plan.rows + row for row in rows), outputs.sequence)
 
 
 def _publish(
@@ -50,14 +50,22 @@ def _publish(
 ) -> None:
     """Hands elements over; the reader is the last one whose condition holds."""
     d, own = env.dims, _elements(env)
-    for element, values in zip(own[:2], residual, strict=True):
-        real = (element < d.model_dim) & (own.sequence < d.batch)
+
+    def place_of(element: Array) -> Array:
         places = [place_in_mail(env.plan, env.segment(s), element) for _, s in readers]
         place = places[0]
         if any(other is not place for other in places):
             for (condition, _), other in zip(readers[1:], places[1:], strict=True):
                 place = jnp.where(condition, other, place)
-        env.mail.publish(start + own.sequence * d.model_dim + place, values, tag, real)
+        return own.sequence * d.model_dim + place
+
+    real = own.sequence < d.batch
+    if env.plan.twins:
+        at = start + lax.div(place_of(own.first), jnp.int32(2))
+        env.mail.publish_twins(at, *residual, tag, real & (own.first < d.model_dim))
+        return
+    for element, values in zip(own[:2], residual, strict=True):
+        env.mail.publish(start + place_of(element), values, tag, real & (element < d.model_dim))
 
 
 def leave_embed(env: StreamEnv, state: State) -> State:
@@ -83,9 +91,10 @@ def finish_projection(
     d, part = env.dims, env.segment(segment)
     if part.splits == 1:
         return state._replace(block=sums)
-    first = flush.group(outputs.number) * part.rows + outputs.pair
+    first = flush.group(outputs.number) * part.rows
     b, real = outputs.sequence, flush.real(outputs.number)
-    for element, values in zip((first, first + part.rows // 2), sums, strict=True):
+    for row, values in zip(rows_of(segment, outputs.pair, part.rows), sums, strict=True):
+        element = first + row
         pair = (b * d.model_dim + element) * part.splits + flush.split
         there = real & (element < d.model_dim) & (b < d.batch)
         at = env.mail.layout.partial + 2 * pair
