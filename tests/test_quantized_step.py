@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_cases import QUICK_COMPILE, filled_cache, random_model, random_tokens
+from decode_cases import (
+    QUICK_COMPILE,
+    dims_of,
+    filled_cache,
+    kernel_inputs,
+    random_model,
+    random_tokens,
+)
 from flax import nnx
 from numerics import assert_close, relative_error
 from quantize_cases import FOR_KERNELS, kernel_config
@@ -24,6 +31,10 @@ import checkpoints
 from ffjax.cache import KVCache
 from ffjax.decode import fused_step
 from ffjax.quantize import dequantize, quantize
+from pallas_kernels.gpu import INTERPRETER
+from pallas_kernels.stream import operand
+from pallas_kernels.stream.launch import stream_step
+from pallas_kernels.stream.planner import make_stream_plan
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -118,3 +129,22 @@ def test_sequences_of_a_batch_do_not_see_each_other():
     logits, _, _ = streamed(model, cache, tokens)
     again, _, _ = streamed(model, shuffled, tokens[order])
     assert bits(again) == bits(logits[order])
+
+
+def test_operands_that_are_collected_by_the_same_code_are_the_same(monkeypatch):
+    """Of wide models, attention's output and hidden activations."""
+    config = kernel_config(FOR_KERNELS["int4"], num_layers=1)
+    model = random_model(config)
+    cache, tokens = started(model, 3)
+    plan = make_stream_plan(dims_of(config, 3, CAPACITY), INTERPRETER)
+    weights, state = kernel_inputs(model, cache)
+    results = []
+    for many in (operand._MANY, 1):
+        monkeypatch.setattr(operand, "_MANY", many)
+        step = functools.partial(stream_step, plan, interpret=True)  # traced anew
+        text = str(jax.make_jaxpr(step)(weights, state, tokens))
+        step = jax.jit(step, compiler_options=QUICK_COMPILE)
+        results.append((step(weights, state, tokens), text))
+    (apart, text), (together, other_text) = results
+    assert text != other_text
+    assert bits(apart) == bits(together)

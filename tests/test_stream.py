@@ -118,6 +118,18 @@ def test_every_tile_shape_gives_the_same(name):
     assert_close(newest(got[2]), newest(want[2]), "fused_vs_fused")
 
 
+def test_where_a_tile_has_one_hidden_activation_words_have_one():
+    config = small_config(num_layers=1, model_dim=2056)
+    model = random_model(config)
+    cache, tokens = filled_cache(config, [5, 0], 16), random_tokens(config, 2)
+    tuning = Tuning(tile_bytes=8192)
+    plan = make_stream_plan(dims_of(config, 2, 16), INTERPRETER, tuning)
+    assert plan.rows == 2
+    assert not plan.twins
+    got = streamed(model, cache, tokens, tuning)
+    check(config, got, reference(model, cache, tokens), [5, 0])
+
+
 def test_a_full_cache_gives_nan_and_keeps_what_it_holds():
     config = small_config()
     model = random_model(config)

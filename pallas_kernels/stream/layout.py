@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pallas_kernels.dims import ceil_div
-from pallas_kernels.stream.plan import LOT, Segment, StreamPlan
+from pallas_kernels.stream.plan import COLUMNS, LOT, Segment, StreamPlan
 
 __all__ = ["ALIGNMENT", "ROW_WORDS", "SharedLayout", "route_rows", "route_words", "spans_rows"]
 
@@ -39,6 +39,7 @@ class SharedLayout:
         products: of tiles of weights, not summed up yet; or what attention's warps have made,
             `LOT` rows each: the two are never wanted at the same time.
         sums: of those rows, the maximum and the sum of the weights.
+        squares: each warp's sums of the squares of what it holds of a residual.
         queries: the bfloat16 of `LOT` queries, then what they leave of float32.
         new: the new position's key, and its value.
         route: see `route`.
@@ -56,6 +57,7 @@ class SharedLayout:
     tiles: int
     products: int
     sums: int
+    squares: int
     queries: int
     new: int
     route: int
@@ -87,6 +89,7 @@ class SharedLayout:
             "tiles": cut.tiles * pitches["tile_bytes"],
             "products": max(products, cut.warps * LOT * pitches["out_pitch"]),
             "sums": cut.warps * LOT * 8,
+            "squares": 4 * COLUMNS * plan.num_warps,
             "queries": 2 * LOT * pitches["query_pitch"],
             "new": 2 * row,
             "route": 4 * route_words(plan) * route_rows(plan),

@@ -249,7 +249,7 @@ class Mail:
             self.words, offset, places, tags, there, size, bits, MAX_POLLS, *self.meanwhile
         )
         if twins:
-            return [value for word in words for value in parted(word)]
+            return [value for word in words for value in ptx.parted(word)]
         return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
 
     def _look(self, offsets: Array, tag: Array, mask: Array) -> tuple[Array, ...]:

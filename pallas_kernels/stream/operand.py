@@ -21,6 +21,7 @@ from pallas_kernels.stream.lanes import (
     place_in_mail,
     waits,
 )
+from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.tiles import Place
 
@@ -33,6 +34,10 @@ __all__ = [
     "no_operand",
     "pieces_there",
 ]
+
+
+# Activations of a thread from which on instructions would come from far too often.
+_MANY = 128
 
 
 class Operand(NamedTuple):
@@ -133,8 +138,15 @@ def _norm_weights(
 
 
 def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
-    """Mean square of each thread's own sequence, whose residual all threads hold: `[T]`."""
+    """Mean square of each thread's own sequence, whose residual all threads hold: `[T]`.
+
+    Before the next time, a barrier must stand.
+    """
     plan = env.plan
+    if not env.interpret:
+        address = env.shared + SharedLayout.of(plan).squares
+        columns = 1 if plan.chunked else COLUMNS
+        return ptx.sum_squares(address, values, columns, plan.num_warps) / plan.dims.model_dim
     squares = values[0] * values[0]
     for x in values[1:]:
         squares += x * x
@@ -228,18 +240,28 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
     segment, tag = first.segment, env.tag(first.layer)
     layer = jnp.minimum(first.layer, d.num_layers - 1)
 
+    attn, down = env.segment(Segment.ATTN_OUT), env.segment(Segment.DOWN)
+    is_down = segment == Segment.DOWN
+    before = first.split * down.width
+    hidden_width = jnp.minimum(down.width, down.inner - before)
+    # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
+    quiet = _without_l2(env)
+
     def of_attention() -> Operand:
-        part = env.segment(Segment.ATTN_OUT)
-        width = jnp.where(first.real, jnp.int32(part.inner), 0)
-        return _pack(env, part, collect_inputs(env, part, at.attn, part.inner, width, tag))
+        width = jnp.where(first.real, jnp.int32(attn.inner), 0)
+        return _pack(env, attn, collect_inputs(env, attn, at.attn, attn.inner, width, tag))
 
     def of_hidden() -> Operand:
-        # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
-        down, quiet = env.segment(Segment.DOWN), _without_l2(env)
-        before = first.split * down.width
-        width = jnp.where(first.real, jnp.minimum(down.width, down.inner - before), 0)
+        width = jnp.where(first.real, hidden_width, 0)
         hidden = collect_inputs(quiet, down, at.ffw, down.inner, width, tag, before)
         return _pack(env, down, hidden)
+
+    def of_either() -> Operand:
+        start = jnp.where(is_down, jnp.int32(at.ffw), jnp.int32(at.attn))
+        inner = jnp.where(is_down, jnp.int32(down.inner), jnp.int32(attn.inner))
+        width = jnp.where(first.real, jnp.where(is_down, hidden_width, inner), 0)
+        skip = jnp.where(is_down, before, 0)
+        return _pack(env, attn, collect_inputs(quiet, attn, start, inner, width, tag, skip))
 
     def of_residual(part: SegmentPlan) -> Operand:
         # Asked for before the residual is waited for.
@@ -264,7 +286,10 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
     kinds: dict[int, SegmentPlan] = {}
     for one in (Segment.QKV, Segment.GATE_UP, Segment.HEAD):
         kinds.setdefault(env.segment(one).bits, env.segment(one))
-    ways = [of_hidden, of_attention]
+    # Code that is long is shared: a program goes through all of it in every layer.
+    alike = (down.bits, down.reads, down.held) == (attn.bits, attn.reads, attn.held)
+    shared = alike and attn.pieces * PIECE >= _MANY
+    ways = [of_either] * 2 if shared else [of_hidden, of_attention]
     ways += [functools.partial(of_residual, part) for part in kinds.values()]
 
     def way_of(one: Segment) -> int:

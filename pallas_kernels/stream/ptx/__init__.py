@@ -19,6 +19,8 @@ from pallas_kernels.stream.ptx.shared import (
     write_halves,
     write_row,
 )
+from pallas_kernels.stream.ptx.squares import sum_squares
+from pallas_kernels.stream.ptx.twins import parted
 from pallas_kernels.stream.ptx.words import (
     collect_each,
     collect_words,
@@ -45,12 +47,14 @@ __all__ = [
     "multiply_integers",
     "multiply_tile",
     "pack_digits",
+    "parted",
     "read_row",
     "ring_base",
     "start_barriers",
     "store_pair",
     "store_word",
     "sum_shared",
+    "sum_squares",
     "unpack_digits",
     "wait_copies",
     "write_halves",

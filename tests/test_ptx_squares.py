@@ -1,0 +1,130 @@
+"""The inline PTX of sums of squares, and of words of two activations, run on a CPU."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ptx_inline import Edit, Inline, inline
+from ptx_machine import Machine, PtxError
+
+from pallas_kernels.stream import ptx, twins
+
+RNG = np.random.default_rng(0)
+ROOM = 8 * 8 * 4
+
+
+@functools.cache
+def squares_text(count: int, columns: int, warps: int) -> Inline:
+    def body() -> None:
+        values = [jnp.zeros((32 * warps,), jnp.float32)] * count
+        ptx.sum_squares(jnp.int32(0), values, columns, warps)
+
+    return inline(body)
+
+
+def check_squares(
+    count: int,
+    columns: int,
+    warps: int,
+    edit: Edit = None,
+    order: np.random.Generator | None = None,
+) -> None:
+    machine = Machine(32 * warps, ROOM + 32, 16, order=order)
+    values = RNG.standard_normal((count, 32 * warps)).astype(np.float32)
+    text, before = squares_text(count, columns, warps).edited(edit), machine.shared.copy()
+    [got] = text.run(machine, machine.shared_base + 16, *values)
+    # [count, warps, columns, threads]
+    squares = (values.astype(np.float64) ** 2).reshape(count, warps, columns, -1)
+    wanted = np.broadcast_to(squares.sum(axis=(0, 1, 3))[:, None], squares.shape[2:])
+    np.testing.assert_allclose(got, np.tile(wanted.ravel(), warps), rtol=1e-6)
+    # Nothing is written beside.
+    beside = [slice(16), slice(16 + 4 * columns * warps, None)]
+    assert all((machine.shared[part] == before[part]).all() for part in beside)
+
+
+@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("columns", [1, 8])
+@pytest.mark.parametrize("count", [8, 24, 128])
+def test_squares_are_summed_over_a_column(count, columns, warps):
+    check_squares(count, columns, warps)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_warps_come_in_any_order(seed):
+    check_squares(8, 8, 8, order=np.random.default_rng(seed))
+
+
+def test_no_number_stays_in_its_column():
+    machine = Machine(128, ROOM, 16)
+    values = np.ones((8, 128), np.float32)
+    values[3, 37] = np.nan  # column 1
+    [got] = squares_text(8, 8, 4).run(machine, machine.shared_base, *values)
+    assert np.isnan(got.reshape(4, 8, 4)).all(axis=(0, 2)).tolist() == [i == 1 for i in range(8)]
+    assert np.isnan(got).sum() == 16
+
+
+SQUARES_EDITS = [
+    ("bar.sync 0;", ""),
+    ("fma.rn.f32 %s1, $7, $7, %s1;", "fma.rn.f32 %s1, $7, $6, %s1;"),
+    ("add.f32 %s0, %s0, %s2;", ""),
+    ("%s0, 2, 31", "%s0, 4, 31"),
+    ("setp.eq.u32 %p, %l, 0;", "setp.eq.u32 %p, %l, 1; mov.f32 %s0, 0f00000000;"),
+    ("mad.lo.u32 %a, %a, 32, $1;", "mad.lo.u32 %a, %a, 16, $1;"),
+    ("[%a+16]", "[%a+0]"),
+    ("shr.u32 %l, %l, 5;", "shr.u32 %l, %l, 6;"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), SQUARES_EDITS)
+def test_an_edit_of_the_squares_is_noticed(old, new):
+    with pytest.raises((AssertionError, PtxError)):
+        check_squares(8, 8, 8, (old, new), np.random.default_rng(1))
+
+
+# Twins
+
+
+@functools.cache
+def parted_text() -> Inline:
+    return inline(lambda: ptx.parted(jnp.zeros((64,), jnp.int32)))
+
+
+def check_parted(words: np.ndarray, edit: Edit = None) -> None:
+    machine = Machine(64, 16, 16)
+    with np.errstate(invalid="ignore", over="ignore"):
+        got = np.stack(parted_text().edited(edit).run(machine, words.view(np.uint32)))
+    wanted = np.stack(jax.jit(twins.parted)(jnp.asarray(words)))
+    np.testing.assert_array_equal(got, wanted)
+
+
+def words_of_twins() -> np.ndarray:
+    first, second = RNG.standard_normal((2, 64)).astype(np.float32)
+    first *= np.float32(10.0) ** RNG.integers(-30, 30, 64).astype(np.float32)
+    return np.asarray(twins.joined(jnp.asarray(first), jnp.asarray(second), jnp.int32(3)))
+
+
+def test_both_ways_to_part_twins_agree():
+    check_parted(words_of_twins())
+    check_parted(np.zeros(64, np.int32))
+    nothing = jnp.full((64,), jnp.nan)
+    check_parted(np.asarray(twins.joined(nothing, nothing, jnp.int32(2))))
+
+
+PARTED_EDITS = [
+    ("0x7F800000", "0xFF800000"),
+    ("0fCB000400", "0fCB000000"),
+    ("$2, 11;", "$2, 10;"),
+    ("0xEA; mov.b32 %f, %x; fma.rn.f32 $0", "0xE8; mov.b32 %f, %x; fma.rn.f32 $0"),
+    ("lop3.b32 %x, $2, 0x7FF", "lop3.b32 %x, $2, 0x3FF"),
+    ("fma.rn.f32 $1, %f, %step, %offset;", "fma.rn.f32 $1, %f, %step, %step;"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), PARTED_EDITS)
+def test_an_edit_of_parting_is_noticed(old, new):
+    with pytest.raises((AssertionError, PtxError)):
+        check_parted(words_of_twins(), (old, new))
