@@ -484,7 +484,10 @@ class Kind(NamedTuple):
 
 
 ONES = Kind(8, 0xFF, TAG, STALE)
-TWINS = Kind(4, TWIN_TAG_BITS % 2**32, 1 << 22, 1 << 31)
+# Their tags differ from the one before in either bit, or in both.
+TWINS, ODD_TWINS, EVEN_TWINS = (
+    Kind(4, TWIN_TAG_BITS % 2**32, 1 << 22, stale) for stale in (1 << 31, 1 << 22 | 1 << 31, 0)
+)
 
 
 @functools.cache
@@ -568,9 +571,9 @@ def test_words_are_waited_for_until_all_carry_the_tag(pieces, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("pieces", [4, 8])
-def test_words_of_two_activations_are_waited_for(pieces, way):
-    check_collect(pieces, way, kind=TWINS)
+@pytest.mark.parametrize("kind", [TWINS, ODD_TWINS, EVEN_TWINS])
+def test_words_of_two_activations_are_waited_for(kind, way):
+    check_collect(8, way, kind=kind)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -959,11 +962,14 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("setp.eq.u32 %p, %left, 0; @%p bra done;", "bra done;"),
         ],
     ),
-    "collect twins": (
-        lambda edit: check_collect(4, "one last", edit, kind=TWINS),
+    "collect odd twins": (
+        lambda edit: check_collect(4, "one last", edit, kind=ODD_TWINS),
+        [("and.b32 %w, %w, 2151677952;", "and.b32 %w, %w, 4194304;")],
+    ),
+    "collect even twins": (
+        lambda edit: check_collect(4, "one last", edit, kind=EVEN_TWINS),
         [
             ("and.b32 %w, %w, 2151677952;", "and.b32 %w, %w, 2147483648;"),
-            ("and.b32 %w, %w, 2151677952;", "and.b32 %w, %w, 4194304;"),
             ("lop3.b32 %w, $7, $17, %w, 0xbe;", ""),
             ("{$4, $5, $6, $7}", "{$5, $4, $6, $7}"),
         ],

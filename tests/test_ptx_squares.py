@@ -18,51 +18,49 @@ ROOM = 8 * 8 * 4
 
 
 @functools.cache
-def squares_text(count: int, columns: int, warps: int) -> Inline:
+def squares_text(count: int, warps: int) -> Inline:
     def body() -> None:
         values = [jnp.zeros((32 * warps,), jnp.float32)] * count
-        ptx.sum_squares(jnp.int32(0), values, columns, warps)
+        ptx.sum_squares(jnp.int32(0), values, warps)
 
     return inline(body)
 
 
 def check_squares(
     count: int,
-    columns: int,
     warps: int,
     edit: Edit = None,
     order: np.random.Generator | None = None,
 ) -> None:
     machine = Machine(32 * warps, ROOM + 32, 16, order=order)
     values = RNG.standard_normal((count, 32 * warps)).astype(np.float32)
-    text, before = squares_text(count, columns, warps).edited(edit), machine.shared.copy()
+    text, before = squares_text(count, warps).edited(edit), machine.shared.copy()
     [got] = text.run(machine, machine.shared_base + 16, *values)
-    # [count, warps, columns, threads]
-    squares = (values.astype(np.float64) ** 2).reshape(count, warps, columns, -1)
+    # [count, warps, sequences, threads]
+    squares = (values.astype(np.float64) ** 2).reshape(count, warps, 8, 4)
     wanted = np.broadcast_to(squares.sum(axis=(0, 1, 3))[:, None], squares.shape[2:])
     np.testing.assert_allclose(got, np.tile(wanted.ravel(), warps), rtol=1e-6)
     # Nothing is written beside.
-    beside = [slice(16), slice(16 + 4 * columns * warps, None)]
+    beside = [slice(16), slice(16 + 4 * 8 * warps, None)]
     assert all((machine.shared[part] == before[part]).all() for part in beside)
 
 
 @pytest.mark.parametrize("warps", [4, 8])
-@pytest.mark.parametrize("columns", [1, 8])
 @pytest.mark.parametrize("count", [8, 24, 128])
-def test_squares_are_summed_over_a_column(count, columns, warps):
-    check_squares(count, columns, warps)
+def test_squares_are_summed_over_a_sequence(count, warps):
+    check_squares(count, warps)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_warps_come_in_any_order(seed):
-    check_squares(8, 8, 8, order=np.random.default_rng(seed))
+    check_squares(8, 8, order=np.random.default_rng(seed))
 
 
-def test_no_number_stays_in_its_column():
+def test_no_number_stays_in_its_sequence():
     machine = Machine(128, ROOM, 16)
     values = np.ones((8, 128), np.float32)
-    values[3, 37] = np.nan  # column 1
-    [got] = squares_text(8, 8, 4).run(machine, machine.shared_base, *values)
+    values[3, 37] = np.nan  # sequence 1
+    [got] = squares_text(8, 4).run(machine, machine.shared_base, *values)
     assert np.isnan(got.reshape(4, 8, 4)).all(axis=(0, 2)).tolist() == [i == 1 for i in range(8)]
     assert np.isnan(got).sum() == 16
 
@@ -82,7 +80,7 @@ SQUARES_EDITS = [
 @pytest.mark.parametrize(("old", "new"), SQUARES_EDITS)
 def test_an_edit_of_the_squares_is_noticed(old, new):
     with pytest.raises((AssertionError, PtxError)):
-        check_squares(8, 8, 8, (old, new), np.random.default_rng(1))
+        check_squares(8, 8, (old, new), np.random.default_rng(1))
 
 
 # Twins

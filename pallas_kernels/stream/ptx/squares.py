@@ -1,4 +1,4 @@
-"""Sums of squares over a program, for the norm that stands in the way of every product."""
+"""Sums of squares of several sequences, for the norm that stands in the way of every product."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jax._src import core
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.pallas.triton import lowering
 
+from pallas_kernels.stream.plan import QUAD
 from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["sum_squares"]
@@ -21,11 +22,11 @@ _sum_squares_p = core.Primitive("ffjax_sum_squares")
 
 
 @_sum_squares_p.def_effectful_abstract_eval
-def _(address, *values, columns, warps):
+def _(address, *values, warps):
     return core.ShapedArray(values[0].shape, jnp.float32), {lowered.ORDERED}
 
 
-def _sum_squares_text(count: int, columns: int, warps: int) -> str:
+def _sum_squares_text(count: int, warps: int) -> str:
     """Operands: the sum, the address, then `count` values."""
     chains = min(_CHAINS, count)
     sums = [f"%s{i}" for i in range(max(chains, warps))]
@@ -36,13 +37,12 @@ def _sum_squares_text(count: int, columns: int, warps: int) -> str:
             f"mul.rn.f32 {to}, {x}, {x};" if i < chains else f"fma.rn.f32 {to}, {x}, {x}, {to};"
         )
     lines += _added(sums[:chains])
-    threads = 32 // columns  # of a warp that have a column
-    for step in (1, 2, 4, 8, 16)[: threads.bit_length() - 1]:
+    for step in (1, 2):
         lines.append(f"shfl.sync.bfly.b32 %h, %s0, {step}, 31, 0xffffffff; add.f32 %s0, %s0, %h;")
-    # A column's sums of all warps lie side by side.
+    # A sequence's sums of all warps lie side by side.
     lines += [
-        f"mov.u32 %l, %laneid; shr.u32 %a, %l, {threads.bit_length() - 1};",
-        f"mad.lo.u32 %a, %a, {4 * warps}, $1; and.b32 %l, %l, {threads - 1};",
+        "mov.u32 %l, %laneid; shr.u32 %a, %l, 2;",
+        f"mad.lo.u32 %a, %a, {4 * warps}, $1; and.b32 %l, %l, {QUAD - 1};",
         "setp.eq.u32 %p, %l, 0; mov.u32 %l, %tid.x; shr.u32 %l, %l, 5;",
         "mad.lo.u32 %l, %l, 4, %a; @%p st.shared.f32 [%l], %s0; bar.sync 0;",
     ]
@@ -66,24 +66,23 @@ def _added(names: list[str]) -> list[str]:
 
 
 @lowering.register_lowering(_sum_squares_p)
-def _(ctx, *args, columns, warps):
+def _(ctx, *args, warps):
     args = lowered.values(ctx, args)
-    text = _sum_squares_text(len(args) - 1, columns, warps)
+    text = _sum_squares_text(len(args) - 1, warps)
     result = lowered.like(ctx.avals_out[0].shape, ir.F32Type.get())
     constraints = "=&f,r" + ",f" * (len(args) - 1)
     return lowered.assembly([result], text, constraints, args)[0]
 
 
-def sum_squares(address: Array, values: Sequence[Array], columns: int, warps: int) -> Array:
-    """The sum of the squares of each thread's column, always in the same order: float32 `[T]`.
+def sum_squares(address: Array, values: Sequence[Array], warps: int) -> Array:
+    """The sum of the squares of each thread's sequence, always in the same order: float32 `[T]`.
 
     The barrier in it is not enough for a second call at once: another must stand between.
 
     Args:
-        address: int32 scalar, a multiple of 16: 4 bytes a column and warp of shared memory.
-        values: float32 `[T]`, of each thread's column.
-        columns: 8, which each 4 neighbouring threads of every warp have, or 1.
+        address: int32 scalar, a multiple of 16: 4 bytes a sequence and warp of shared memory.
+        values: float32 `[T]`. Each 4 neighbouring threads of every warp have the same sequence's.
         warps: of the program, 4 or 8.
     """
     addresses = jnp.full(values[0].shape, address)
-    return _sum_squares_p.bind(addresses, *values, columns=columns, warps=warps)
+    return _sum_squares_p.bind(addresses, *values, warps=warps)

@@ -110,7 +110,7 @@ def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
     width = jnp.where(owns, jnp.int32(d.model_dim), 0)
     values = collect_inputs(env, env.segment(Segment.QKV), start, d.model_dim, width, tag)
     squares = mean_squares(env, values)
-    if not env.interpret:
+    if not (env.interpret or plan.chunked):
         plgpu.debug_barrier()  # the next operand may be normed too
     if plan.chunked:
         return (jnp.sum(squares) / plan.threads)[None]
