@@ -20,7 +20,7 @@ def there_and_back(first, second, tag: int = 1):
 @pytest.mark.parametrize("tag", range(4))
 def test_twins_are_rounded_to_a_step_of_the_larger_one(scale, tag):
     given = NORMAL * np.float32(scale)
-    _, got = there_and_back(*given, tag)
+    _, got = there_and_back(given[0], given[1], tag)
     largest = np.abs(given).max(axis=0).astype(np.float64)
     step = 2.0 ** (np.floor(np.log2(largest)) - 9)
     error = np.abs(got.astype(np.float64) - given) / step
@@ -44,7 +44,7 @@ def test_whole_numbers_of_steps_are_exact():
     given[0] = np.where(np.abs(given).max(axis=0) < 512, 512, given[0])
     _, got = there_and_back(*given)
     np.testing.assert_array_equal(got, given)
-    _, got = there_and_back(np.float32([0, 0, -1024]), np.float32([0, 3, 1]))
+    _, got = there_and_back(np.array([0, 0, -1024], np.float32), np.array([0, 3, 1], np.float32))
     np.testing.assert_array_equal(got, [[0, 0, -1024], [0, 3, 0]])
 
 
@@ -59,7 +59,7 @@ def test_no_number_stays_none(bad, row):
 
 
 def test_hand_overs_that_follow_each_other_have_different_tags():
-    words = [there_and_back(*NORMAL, tag)[0] & TWIN_TAG_BITS for tag in range(-4, 8)]
+    words = [there_and_back(NORMAL[0], NORMAL[1], tag)[0] & TWIN_TAG_BITS for tag in range(-4, 8)]
     for tag, some in zip(range(-4, 8), words, strict=True):
         assert (some == twin_tag(jnp.int32(tag))).all()
     for apart in (1, 2, 3):
@@ -68,7 +68,7 @@ def test_hand_overs_that_follow_each_other_have_different_tags():
 
 
 def test_a_words_tag_says_nothing_of_its_numbers():
-    results = [there_and_back(*NORMAL, tag)[1] for tag in range(4)]
+    results = [there_and_back(NORMAL[0], NORMAL[1], tag)[1] for tag in range(4)]
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 

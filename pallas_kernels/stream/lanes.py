@@ -89,8 +89,8 @@ def next_input(plan: StreamPlan, part: SegmentPlan) -> int:
 def place_in_mail(plan: StreamPlan, part: SegmentPlan, element: Any) -> Any:
     """Where in its row of the mail an input of the segment lies: int32, or int.
 
-    Threads wait for 8 words at a time. Where 16 or 32 neighbours are a thread's, the four of its
-    column would read from different lines; so pieces lie in the order in which they are read.
+    Threads wait for 8 activations at a time. Where 16 or 32 neighbours are a thread's, the four of
+    its column would read from different lines; so pieces lie in the order in which they are read.
     `element` is an input, a thread's first one, or the distance from there to one of its pieces.
     """
     size, pieces = QUAD * part.grain, part.grain // PIECE

@@ -5,7 +5,8 @@ belongs to. A reader polls the very words it needs until all carry the tag it wa
 it has them. A hand-over thus takes one store and one load, and no word depends on the order
 in which others become visible: each is an atomic message of its own ("relaxed" in the
 memory model of PTX). Where all 32 bits of a number matter, a *pair* holds the number and a
-tag of 32 bits, stored and loaded as one.
+tag of 32 bits, stored and loaded as one. Of several sequences, whatever every program reads
+comes two activations a word, see `twins`.
 
 Why a word is never overwritten before its readers have read it. Every buffer is written once
 a layer. What a program writes in layer l + 1 depends, through the hand-overs, on the whole
@@ -16,8 +17,9 @@ reader has finished with the first.
 
 Why a stale word is never taken for a fresh one. Each buffer of words is written whole in
 every layer of every step, and tags count up, so a word not yet written holds the tag just
-before. Attention's parts are written as they are needed, perhaps after thousands of steps:
-they are pairs.
+before: one less, or two, from a step to the next, where the head has no such hand-over.
+Attention's parts are written as they are needed, perhaps after thousands of steps: they are
+pairs.
 
 The mail lies in the cache and lives from step to step. It starts as zeros; the first tag
 is 1. Its first word counts the steps.

@@ -35,8 +35,7 @@ __all__ = [
     "pieces_there",
 ]
 
-
-# Activations of a thread from which on instructions would come from far too often.
+# Activations of a thread that make code so long that two of its kind would not be kept at hand.
 _MANY = 128
 
 
@@ -106,7 +105,7 @@ def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
 def _norm_weights(
     env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array
 ) -> tuple[list[Array], Array | None]:
-    """A residual's norm's weights of each thread's inputs, and whether it is normed: None if ever.
+    """A residual's norm's weights of each thread's inputs; and whether it is normed, None if always.
 
     Two bfloat16 a word; 0 beyond the row.
     """
@@ -238,7 +237,6 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
     plan, d, at = env.plan, env.dims, env.mail.layout
     segment, tag = first.segment, env.tag(first.layer)
     layer = jnp.minimum(first.layer, d.num_layers - 1)
-
     attn, down = env.segment(Segment.ATTN_OUT), env.segment(Segment.DOWN)
     is_down = segment == Segment.DOWN
     before = first.split * down.width
@@ -272,7 +270,7 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
         by = [weight for word in weights for weight in _unpacked(word)]
         if (offset := env.features.norm_offset) != 0:
             by = [weight + offset for weight in by]
-        if is_normed is not None:  # ones are not to be added to, nor the operand to be scaled
+        if is_normed is not None:  # of a model that norms behind its blocks, the head's alone
             by = [jnp.where(is_normed, weight, 1.0) for weight in by]
             scale = jnp.where(is_normed, scale, 1.0)
         if part.bits == 16:
@@ -288,12 +286,15 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
     # Code that is long is shared: a program goes through all of it in every layer.
     alike = (down.bits, down.reads, down.held) == (attn.bits, attn.reads, attn.held)
     shared = alike and attn.pieces * PIECE >= _MANY
-    ways = [of_either] * 2 if shared else [of_hidden, of_attention]
-    ways += [functools.partial(of_residual, part) for part in kinds.values()]
+    plain = [of_either] if shared else [of_hidden, of_attention]
+    residual = [functools.partial(of_residual, part) for part in kinds.values()]
 
     def way_of(one: Segment) -> int:
-        if one in (Segment.DOWN, Segment.ATTN_OUT):
-            return int(one == Segment.ATTN_OUT)
-        return 2 + list(kinds).index(plan.segments[one].bits)
+        if one == Segment.DOWN:
+            return 0
+        if one == Segment.ATTN_OUT:
+            return len(plain) - 1
+        return len(plain) + list(kinds).index(plan.segments[one].bits)
 
-    return lax.switch(select(segment, [way_of(s) for s in sorted(plan.segments)]), ways)
+    way = select(segment, [way_of(s) for s in sorted(plan.segments)])
+    return lax.switch(way, [*plain, *residual])

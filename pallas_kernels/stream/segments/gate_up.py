@@ -18,21 +18,20 @@ __all__ = ["finish_gate_up"]
 
 def finish_gate_up(env: StreamEnv, turn: Turn, flush: Flush) -> None:
     """hidden[b] = silu(W_gate @ h) * (W_up @ h) with h = rmsnorm(x[b]); or with GELU."""
-    each = 2 if env.plan.twins else 1  # neighbours that a thread computes and hands over
-    outputs = outputs_of(env, Segment.GATE_UP, each)
-    hidden = [
-        _hidden(env, turn, outputs._replace(pair=outputs.pair + number)) for number in range(each)
-    ]
+    twins = env.plan.twins
+    outputs = outputs_of(env, Segment.GATE_UP, every=2 if twins else 1)
+    hidden = _hidden(env, turn, outputs)
     half, b = env.segment(Segment.GATE_UP).rows // 2, outputs.sequence
     element = flush.group(outputs.number) * half + outputs.pair
     real = flush.real(outputs.number) & (element < env.dims.ffw_dim) & (b < env.dims.batch)
     place = place_in_mail(env.plan, env.segment(Segment.DOWN), element)
     start, at, tag = env.mail.layout.ffw, b * env.dims.ffw_dim + place, env.tag(flush.layer)
-    if env.plan.twins:
-        at = lax.div(at, jnp.int32(2))
-        env.mail.publish_twins(start + at, *hidden, tag, real)
-    else:
-        env.mail.publish(start + at, *hidden, tag, real)
+    if not twins:
+        env.mail.publish(start + at, hidden, tag, real)
+        return
+    neighbour = _hidden(env, turn, outputs._replace(pair=outputs.pair + 1))
+    at = lax.div(at, jnp.int32(2))
+    env.mail.publish_twins(start + at, hidden, neighbour, tag, real)
 
 
 def _hidden(env: StreamEnv, turn: Turn, outputs: Outputs) -> Array:

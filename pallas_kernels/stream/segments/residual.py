@@ -37,8 +37,9 @@ class _Elements(NamedTuple):
 def _elements(env: StreamEnv) -> _Elements:
     outputs = outputs_of(env, Segment.EMBED)
     group = env.program + outputs.number * env.plan.programs
-    rows = rows_of(Segment.EMBED, outputs.pair, env.plan.rows)
-    return _Elements(*(group * env.plan.rows + row for row in rows), outputs.sequence)
+    first, second = rows_of(Segment.EMBED, outputs.pair, env.plan.rows)
+    start = group * env.plan.rows
+    return _Elements(start + first, start + second, outputs.sequence)
 
 
 def _publish(
