@@ -39,7 +39,7 @@ class SharedLayout:
         products: of tiles of weights, not summed up yet; or what attention's warps have made,
             `LOT` rows each: the two are never wanted at the same time.
         sums: of those rows, the maximum and the sum of the weights.
-        squares: each warp's sums of the squares of what it holds of a residual.
+        squares: of several sequences' residuals, each warp's sums of the squares of what it holds.
         queries: the bfloat16 of `LOT` queries, then what they leave of float32.
         new: the new position's key, and its value.
         route: see `route`.
@@ -89,7 +89,7 @@ class SharedLayout:
             "tiles": cut.tiles * pitches["tile_bytes"],
             "products": max(products, cut.warps * LOT * pitches["out_pitch"]),
             "sums": cut.warps * LOT * 8,
-            "squares": 4 * COLUMNS * plan.num_warps,
+            "squares": 0 if plan.chunked else 4 * COLUMNS * plan.num_warps,
             "queries": 2 * LOT * pitches["query_pitch"],
             "new": 2 * row,
             "route": 4 * route_words(plan) * route_rows(plan),

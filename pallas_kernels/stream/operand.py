@@ -35,6 +35,8 @@ __all__ = [
     "pieces_there",
 ]
 
+# Two bfloat16 of 1.
+_ONES = 0x3F803F80
 # Activations of a thread that make code so long that two of its kind would not be kept at hand.
 _MANY = 128
 
@@ -105,13 +107,16 @@ def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
 def _norm_weights(
     env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array
 ) -> tuple[list[Array], Array | None]:
-    """A residual's norm's weights of each thread's inputs; and whether it is normed, None if always.
+    """A residual's norm's weights of each thread's inputs, and whether it is normed: None if it is.
 
-    Two bfloat16 a word; 0 beyond the row.
+    Two bfloat16 a word; 0 beyond the row; of a single sequence, ones where it is not normed.
     """
     plan, d = env.plan, env.dims
     first, step, size = first_input(plan, part), next_input(plan, part), d.model_dim
     is_head, before = segment == Segment.HEAD, env.features.pre_norm
+    is_normed = is_head
+    if before:
+        is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
     refs = [env["attn_norm"], env["mlp_norm"], env["final_norm"]] if before else [env["final_norm"]]
     if env.interpret:
         elements = [first + q * step + j for q in range(part.reads) for j in range(part.held)]
@@ -133,7 +138,9 @@ def _norm_weights(
         beyond = [segment != Segment.QKV, is_head] if before else []
         conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]
         words = ptx.load_pieces(refs, conditions, row + first, _places(plan, part), there)
-    return words, None if before else is_head
+    if not plan.chunked:  # attention's output is collected elsewhere
+        return words, None if before else is_head
+    return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed
 
 
 def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
@@ -200,6 +207,8 @@ def collect_inputs(
     first = first_input(plan, part)
     left = width - first
     offset = before + place_in_mail(plan, part, first)
+    if not plan.twins:
+        offset = start + offset
     if not plan.chunked:
         column = column_of(plan)
         left = jnp.where(column < plan.dims.batch, left, 0)
@@ -207,8 +216,9 @@ def collect_inputs(
     there = pieces_there(plan, part, left)
     places = [place_in_mail(plan, part, place) for place in _places(plan, part)]
     if plan.twins:
-        offset, places = lax.div(offset, jnp.int32(2)), [place // 2 for place in places]
-    collect = functools.partial(env.mail.collect_pieces, start + offset, places, tag)
+        offset = start + lax.div(offset, jnp.int32(2))
+        places = [place // 2 for place in places]
+    collect = functools.partial(env.mail.collect_pieces, offset, places, tag)
     if plan.product_warps == plan.num_warps:
         return collect(there, twins=plan.twins)
     values = collect(jnp.where(waits(plan), there, 0), twins=plan.twins)
@@ -261,18 +271,27 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
         return _pack(env, attn, collect_inputs(quiet, attn, start, inner, width, tag, skip))
 
     def of_residual(part: SegmentPlan) -> Operand:
+        is_attn = segment == Segment.ATTN_OUT
         # Asked for before the residual is waited for.
         weights, is_normed = _norm_weights(env, part, segment, layer)
-        start = jnp.where(segment == Segment.GATE_UP, jnp.int32(at.x_mid), jnp.int32(at.x_in))
-        width = jnp.where(first.real, jnp.int32(d.model_dim), 0)
-        x = collect_inputs(env, part, start, d.model_dim, width, tag)
+        if plan.chunked:  # attention's output may be meant: what is done to it besides is little
+            start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_in])
+            inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
+        else:
+            start = jnp.where(segment == Segment.GATE_UP, jnp.int32(at.x_mid), jnp.int32(at.x_in))
+            inner = jnp.int32(d.model_dim)
+        width = jnp.where(first.real, inner, 0)
+        x = collect_inputs(env, part, start, inner, width, tag)
         scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
+        if is_normed is not None:
+            scale = jnp.where(is_normed, scale, 1.0)
         by = [weight for word in weights for weight in _unpacked(word)]
         if (offset := env.features.norm_offset) != 0:
-            by = [weight + offset for weight in by]
-        if is_normed is not None:  # of a model that norms behind its blocks, the head's alone
+            # Ones stay ones.
+            more = offset if is_normed is None else is_normed.astype(jnp.float32) * offset
+            by = [weight + more for weight in by]
+        if is_normed is not None and not plan.chunked:
             by = [jnp.where(is_normed, weight, 1.0) for weight in by]
-            scale = jnp.where(is_normed, scale, 1.0)
         if part.bits == 16:
             return _pack(env, part, [v * scale * w for v, w in zip(x, by, strict=True)])
         operand = _pack(env, part, [v * w for v, w in zip(x, by, strict=True)])
@@ -281,20 +300,29 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
 
     # Those of the residual, by the bits of their weights.
     kinds: dict[int, SegmentPlan] = {}
-    for one in (Segment.QKV, Segment.GATE_UP, Segment.HEAD):
-        kinds.setdefault(env.segment(one).bits, env.segment(one))
-    # Code that is long is shared: a program goes through all of it in every layer.
+    for one in sorted(plan.segments):
+        if one != Segment.DOWN and (plan.chunked or one != Segment.ATTN_OUT):
+            kinds.setdefault(plan.segments[one].bits, plan.segments[one])
+    residual = [functools.partial(of_residual, part) for part in kinds.values()]
+
+    def kind_of(one: Segment) -> int:
+        bits = plan.segments[one].bits
+        return list(kinds).index(bits) if one != Segment.DOWN else 0
+
+    if plan.chunked:
+        number = select(segment, [kind_of(s) for s in sorted(plan.segments)])
+        of_other = residual[0] if len(kinds) == 1 else lambda: lax.switch(number, residual)
+        return lax.cond(is_down, of_hidden, of_other)
+    # Of several sequences the code is long, and a program goes through all of it in every layer:
+    # it is shared, or made for its purpose.
     alike = (down.bits, down.reads, down.held) == (attn.bits, attn.reads, attn.held)
     shared = alike and attn.pieces * PIECE >= _MANY
     plain = [of_either] if shared else [of_hidden, of_attention]
-    residual = [functools.partial(of_residual, part) for part in kinds.values()]
 
     def way_of(one: Segment) -> int:
         if one == Segment.DOWN:
             return 0
-        if one == Segment.ATTN_OUT:
-            return len(plain) - 1
-        return len(plain) + list(kinds).index(plan.segments[one].bits)
+        return len(plain) - 1 if one == Segment.ATTN_OUT else len(plain) + kind_of(one)
 
     way = select(segment, [way_of(s) for s in sorted(plan.segments)])
     return lax.switch(way, [*plain, *residual])

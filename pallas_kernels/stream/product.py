@@ -6,7 +6,7 @@ summed up for several tiles at once: of a segment that is short, for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -43,8 +43,8 @@ __all__ = ["Outputs", "Sums", "multiply", "outputs_of", "products_shape", "rows_
 class Outputs(NamedTuple):
     """What a flush makes: pairs of rows of some groups, for each sequence; int32 `[E]`.
 
-    A pair is a row of a group's first half and the same one of its second half; of the residual,
-    two neighbours.
+    A pair is a row of a group's first half and the same one of its second half; where words hold
+    two activations, of the residual two neighbours.
     """
 
     number: Array  # of the group among those that are flushed
@@ -76,11 +76,17 @@ def outputs_of(env: StreamEnv, segment: Segment, every: int = 1) -> Outputs:
     return Outputs(number, (pair - number * pairs) * every, index & (bp - 1))
 
 
-def rows_of(segment: Segment, pair: Array, rows: int) -> tuple[Array, Array]:
-    """Both rows of a pair, of a group of so many."""
-    if is_residual(segment):
-        return 2 * pair, 2 * pair + 1
-    return pair, pair + rows // 2
+def rows_of(
+    env: StreamEnv, segment: Segment, pair: Array, rows: int, group: Array | None = None
+) -> Iterator[Array]:
+    """Both rows of a pair: of a group of so many rows or, where it is given, of the matrix."""
+    if env.plan.twins and is_residual(segment):
+        both = 2 * pair, 2 * pair + 1
+        start = 0 if group is None else group * rows
+        yield from (row if group is None else start + row for row in both)
+        return
+    first = pair if group is None else group * rows + pair
+    yield from (first, first + rows // 2)
 
 
 def products_shape(plan: StreamPlan) -> tuple[int, int, int, int]:
@@ -210,7 +216,7 @@ def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Su
         at += 4 * (row * COLUMNS + outputs.sequence)
         return ptx.sum_shared(at, plan.product_warps, 4 * COLUMNS * part.rows)
 
-    first, second = rows_of(segment, outputs.pair, part.run_rows)
+    first, second = rows_of(env, segment, outputs.pair, part.run_rows)
     return Sums(of(first), of(second))
 
 

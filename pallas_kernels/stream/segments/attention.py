@@ -154,10 +154,10 @@ def _publish_heads(
     """Hands finished heads to the output projection; neighbouring elements lie side by side."""
     d, start = env.dims, env.mail.layout.attn
     element = place_in_mail(env.plan, env.segment(Segment.ATTN_OUT), query * d.head_dim + element)
-    at = sequence * d.attn_dim + element
     if not env.plan.twins:
-        env.mail.publish(start + at, out, tag, mask)
+        env.mail.publish(start + sequence * d.attn_dim + element, out, tag, mask)
         return
+    at = sequence * d.attn_dim + element
     at, mask = (neighbours(x)[0] for x in (at, mask.astype(jnp.int32)))
     at = start + lax.div(at, jnp.int32(2))
     env.mail.publish_twins(at, *neighbours(out), tag, mask != 0)
@@ -240,14 +240,18 @@ def combine_parts(env: StreamEnv, layer: Array) -> None:
         lax.fori_loop(jnp.int32(0), env.share(heads * pieces), step, jnp.int32(0))
 
 
-def combining_threads(threads: int, width: int, splits: int) -> tuple[int, Array, Array]:
+def combining_threads(
+    threads: int, width: int, splits: int, most: int = 32
+) -> tuple[int, Array, Array]:
     """Which of a program's threads combine which spans of which of `width` elements.
+
+    At most `most` threads have the same one.
 
     Returns:
         How many threads have an element, neighbours apart by `32 / lanes`; of each thread the first
         span, the others being `lanes` apart; and its element, which may lie beyond `width`.
     """
-    lanes = min(16, splits, threads // width)  # two neighbours in a warp
+    lanes = min(most, splits, threads // width)
     thread, elements = iota((threads,), 0), jnp.int32(32 // lanes)
     lane = thread & 31
     number = lax.div(lane, elements)
@@ -269,7 +273,8 @@ def _combine(
     beyond the elements have some of them again.
     """
     splits, size, threads = env.plan.attention.max_splits, env.dims.head_dim, env.plan.threads
-    lanes, number, within = combining_threads(threads, width, splits)
+    most = 16 if env.plan.twins else 32  # a warp has both of two neighbours
+    lanes, number, within = combining_threads(threads, width, splits, most)
     element = first + (within & (width - 1))
     out = env.mail.combine(
         _pair_at(env, sequence, query, number, element),

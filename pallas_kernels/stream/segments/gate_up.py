@@ -25,10 +25,11 @@ def finish_gate_up(env: StreamEnv, turn: Turn, flush: Flush) -> None:
     element = flush.group(outputs.number) * half + outputs.pair
     real = flush.real(outputs.number) & (element < env.dims.ffw_dim) & (b < env.dims.batch)
     place = place_in_mail(env.plan, env.segment(Segment.DOWN), element)
-    start, at, tag = env.mail.layout.ffw, b * env.dims.ffw_dim + place, env.tag(flush.layer)
+    start, row = env.mail.layout.ffw, b * env.dims.ffw_dim
     if not twins:
-        env.mail.publish(start + at, hidden, tag, real)
+        env.mail.publish(start + row + place, hidden, env.tag(flush.layer), real)
         return
+    at, tag = row + place, env.tag(flush.layer)
     neighbour = _hidden(env, turn, outputs._replace(pair=outputs.pair + 1))
     at = lax.div(at, jnp.int32(2))
     env.mail.publish_twins(start + at, hidden, neighbour, tag, real)

@@ -37,9 +37,8 @@ class _Elements(NamedTuple):
 def _elements(env: StreamEnv) -> _Elements:
     outputs = outputs_of(env, Segment.EMBED)
     group = env.program + outputs.number * env.plan.programs
-    first, second = rows_of(Segment.EMBED, outputs.pair, env.plan.rows)
-    start = group * env.plan.rows
-    return _Elements(start + first, start + second, outputs.sequence)
+    first, second = rows_of(env, Segment.EMBED, outputs.pair, env.plan.rows, group)
+    return _Elements(first, second, outputs.sequence)
 
 
 def _publish(
@@ -58,15 +57,18 @@ def _publish(
         if any(other is not place for other in places):
             for (condition, _), other in zip(readers[1:], places[1:], strict=True):
                 place = jnp.where(condition, other, place)
-        return own.sequence * d.model_dim + place
+        return place
 
-    real = own.sequence < d.batch
     if env.plan.twins:
-        at = start + lax.div(place_of(own.first), jnp.int32(2))
+        real = own.sequence < d.batch
+        place = place_of(own.first)
+        at = start + lax.div(own.sequence * d.model_dim + place, jnp.int32(2))
         env.mail.publish_twins(at, *residual, tag, real & (own.first < d.model_dim))
         return
     for element, values in zip(own[:2], residual, strict=True):
-        env.mail.publish(start + place_of(element), values, tag, real & (element < d.model_dim))
+        real = (element < d.model_dim) & (own.sequence < d.batch)
+        place = place_of(element)
+        env.mail.publish(start + own.sequence * d.model_dim + place, values, tag, real)
 
 
 def leave_embed(env: StreamEnv, state: State) -> State:
@@ -92,10 +94,9 @@ def finish_projection(
     d, part = env.dims, env.segment(segment)
     if part.splits == 1:
         return state._replace(block=sums)
-    first = flush.group(outputs.number) * part.rows
+    elements = rows_of(env, segment, outputs.pair, part.rows, flush.group(outputs.number))
     b, real = outputs.sequence, flush.real(outputs.number)
-    for row, values in zip(rows_of(segment, outputs.pair, part.rows), sums, strict=True):
-        element = first + row
+    for element, values in zip(elements, sums, strict=True):
         pair = (b * d.model_dim + element) * part.splits + flush.split
         there = real & (element < d.model_dim) & (b < d.batch)
         at = env.mail.layout.partial + 2 * pair
