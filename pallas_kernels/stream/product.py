@@ -79,11 +79,14 @@ def outputs_of(env: StreamEnv, segment: Segment, every: int = 1) -> Outputs:
 def rows_of(
     env: StreamEnv, segment: Segment, pair: Array, rows: int, group: Array | None = None
 ) -> Iterator[Array]:
-    """Both rows of a pair: of a group of so many rows or, where it is given, of the matrix."""
+    """Both rows of a pair, counted in its group of so many or, given that, in the matrix."""
     if env.plan.twins and is_residual(segment):
         both = 2 * pair, 2 * pair + 1
-        start = 0 if group is None else group * rows
-        yield from (row if group is None else start + row for row in both)
+        if group is None:
+            yield from both
+            return
+        start = group * rows
+        yield from (start + row for row in both)
         return
     first = pair if group is None else group * rows + pair
     yield from (first, first + rows // 2)
