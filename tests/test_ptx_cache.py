@@ -10,6 +10,7 @@ import pytest
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream.plan import LOT
+from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend import attend_lines
 from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
 from pallas_kernels.stream.ring import MOST_LOOKS
@@ -215,7 +216,7 @@ EDITS = {
         "mov.b32 %h, %f;",
     ),
     "tiles are used before they have come": ("@%p bra come;", "bra come;"),
-    "a tile is asked for while it is used": ("used: bar.sync 0;", "used:"),
+    "a tile is asked for while it is used": (f"used: {lowered.MEET}", "used:"),
 }
 
 

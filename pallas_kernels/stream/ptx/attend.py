@@ -117,7 +117,7 @@ class _Attend:
             lines.append(f"ld.shared.v4.b32 {here}, [%x+{f.new + number * f.row_bytes}];")
             lines.append(f"st.shared.v4.b32 [%y+{number * f.tile_bytes // 2}], {here};")
         # The place will be copied to by other means.
-        lines.append("fence.proxy.async.shared::cta; put: bar.sync 0; old:")
+        lines.append(f"fence.proxy.async.shared::cta; put: {lowered.MEET} old:")
         return lines
 
     def scores(self) -> list[str]:
@@ -297,7 +297,7 @@ class _Attend:
             f"idle: setp.eq.u32 %p, %thread, {f.thread};",
             f"@%p st.shared.b32 [{ring}+{f.control + 24}], %stage;",
             f"@%p st.shared.b32 [{ring}+{f.control + 28}], %phase;",
-            "bar.sync 0;",
+            lowered.MEET,
         ]
         return lines
 
@@ -319,7 +319,7 @@ def attend_lines(
         *text.scores(),
         *text.softmax(),
         *text.values(),
-        "used: bar.sync 0;",
+        f"used: {lowered.MEET}",
         *cache_feed_lines(f, ring, keys, values, parts, layer, 1),
         f"add.u32 %stage, %stage, 1; setp.eq.u32 %p, %stage, {f.stages};",
         "@%p mov.u32 %stage, 0; @%p xor.b32 %phase, %phase, 1;",

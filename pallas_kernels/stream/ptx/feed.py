@@ -131,7 +131,7 @@ def _copy_lines(most: int, together: bool) -> list[str]:
         return [
             "mov.u32 %t, %laneid; setp.lt.and.u32 %p, %t, %y, %go; mad.lo.u32 %v, %t, %z, %v;",
             "mul.lo.u32 %w, %w, %t; mul.wide.u32 %by, %w, 16; add.u64 %from, %from, %by;",
-            f"bar.warp.sync 0xffffffff; @%p {copy}",
+            f"{lowered.REJOIN} @%p {copy}",
         ]
     if most > 2:
         return [

@@ -9,10 +9,14 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.pallas.triton import lowering, primitives
 from jax._src.pallas.triton.lowering import tt_dialect
 
-__all__ = ["ORDERED", "addresses", "assembly", "i32", "i64", "like", "values"]
+__all__ = ["MEET", "ORDERED", "REJOIN", "addresses", "assembly", "i32", "i64", "like", "values"]
 
 # Nothing with this effect is dropped, merged or moved across another that has it.
 ORDERED = primitives.barrier_effect
+# The threads of a warp wait for each other.
+REJOIN = "bar.warp.sync 0xffffffff;"
+# The threads of a program do.
+MEET = f"{REJOIN} bar.sync 0;"
 
 
 def i32() -> ir.Type:
@@ -50,7 +54,13 @@ def assembly(
     """Inline PTX, run by every thread for each of its elements, or for some together.
 
     Of several elements, an operand's and a result's registers follow each other. Has effects.
+
+    All threads of a program come here, and where some have jumped, each warp's are together again
+    at the end. The compiler's barriers count on it: a warp of which some threads still wait for
+    words, while the others are at the barrier, was seen to pass it as if all had come.
     """
+    if "bra " in text:
+        text = f"{{ {text} {REJOIN} }}"
     out = tt_dialect.elementwise_inline_asm(
         results, text, constraints=constraints, pure=False, packed_element=together, args=args
     )

@@ -44,7 +44,7 @@ def _sum_squares_text(count: int, warps: int) -> str:
         "mov.u32 %l, %laneid; shr.u32 %a, %l, 2;",
         f"mad.lo.u32 %a, %a, {4 * warps}, $1; and.b32 %l, %l, {QUAD - 1};",
         "setp.eq.u32 %p, %l, 0; mov.u32 %l, %tid.x; shr.u32 %l, %l, 5;",
-        "mad.lo.u32 %l, %l, 4, %a; @%p st.shared.f32 [%l], %s0; bar.sync 0;",
+        f"mad.lo.u32 %l, %l, 4, %a; @%p st.shared.f32 [%l], %s0; {lowered.MEET}",
     ]
     for first in range(0, warps, 4):
         lines.append(

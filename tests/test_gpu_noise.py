@@ -1,0 +1,53 @@
+"""The streamed kernel on a GPU, over and over, with warps that dawdle: always the same bits.
+
+What programs, and warps of a program, owe to chance alone goes right for a long time on a quiet
+machine. Small models show it first: most of their warps have nothing to wait for, and run ahead.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from decode_cases import filled_cache, random_model, random_tokens
+from flax import nnx
+from noise import dawdling
+from quantize_cases import FOR_KERNELS, kernel_config
+from test_kernel import CASES
+
+from ffjax.config import ModelConfig
+from ffjax.decode import fused_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    # JAX 0.11 says so of every kernel of this backend; the project pins the versions that have it.
+    pytest.mark.filterwarnings("error", "ignore:The Pallas Triton backend:DeprecationWarning"),
+]
+
+TIMES = 200
+SMALL: dict[str, tuple[ModelConfig, int, list[int]]] = {
+    **{name: (config, capacity, some[0]) for name, (config, capacity, some) in CASES.items()},
+    **{name: (kernel_config(formats), 150, [65]) for name, formats in FOR_KERNELS.items()},
+    "mixed, several": (kernel_config(FOR_KERNELS["mixed"]), 150, [65, 0, 129]),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_whose_warps_dawdle_has_the_same_bits(name):
+    config, capacity, lengths = SMALL[name]
+    graph, params = nnx.split(random_model(config))
+    tokens = random_tokens(config, len(lengths))
+    cache = filled_cache(config, lengths, capacity)
+
+    def step():
+        return jax.jit(
+            lambda params, cache: (
+                fused_step(nnx.merge(graph, params), cache, tokens, kernel="pallas_stream").logits
+            )
+        )
+
+    want = np.asarray(step()(params, cache)).tobytes()
+    with dawdling():
+        slow = step().lower(params, cache).compile()
+    wrong = sum(np.asarray(slow(params, cache)).tobytes() != want for _ in range(TIMES))
+    assert wrong == 0, f"{wrong} of {TIMES} steps differ"

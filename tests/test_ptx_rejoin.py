@@ -1,0 +1,80 @@
+"""A warp's threads are together again wherever the compiler takes it for granted.
+
+The compiler puts barriers, shuffles and products of tensor cores behind the kernel's inline PTX,
+and all of them want whole warps. Threads that waited for words come out of it one by one.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+from decode_cases import dims_of, small_config
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from quantize_cases import FOR_KERNELS, kernel_config
+from stream_cases import H200
+
+from ffjax.config import ModelConfig
+from pallas_kernels.launch import StepState
+from pallas_kernels.stream.launch import stream_step
+from pallas_kernels.stream.mail import mail_words
+from pallas_kernels.stream.planner import make_stream_plan
+from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.lowered import REJOIN
+
+# Every text there is, between them: feeds of few and of many copies, early looks, spans that are
+# combined, blocks that are normed behind, digits of one sequence and of several.
+STEPS: dict[str, tuple[ModelConfig, int]] = {
+    "one sequence": (small_config(), 1),
+    "several": (small_config(num_layers=3, post_norm=True, pre_norm=False), 3),
+    "wide": (small_config(model_dim=4096, ffw_dim=14_336, num_heads=32), 1),
+    "queries that are normed": (small_config(qk_norm="full"), 1),
+    "integers": (kernel_config(FOR_KERNELS["mixed"]), 1),
+    "integers of several": (kernel_config(FOR_KERNELS["mixed otherwise"]), 2),
+}
+
+
+def texts(config: ModelConfig, batch: int) -> list[str]:
+    """The inline PTX of a whole step, as Triton is given it; no GPU is there."""
+    d = dims_of(config, batch, 16_384)
+    plan = make_stream_plan(d, H200)
+    spec = jax.ShapeDtypeStruct
+    cache = spec((d.num_layers, d.batch, d.num_kv_heads, d.capacity, d.head_dim), jnp.bfloat16)
+    ids = spec((d.batch,), jnp.int32)
+    state = StepState(cache, cache, ids, spec((mail_words(d),), jnp.int32))
+    found: list[str] = []
+    emit = lowered.tt_dialect.elementwise_inline_asm
+
+    def recorded(results: Any, text: str, **rest: Any) -> Any:
+        found.append(text)
+        return emit(results, text, **rest)
+
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with (
+        mock.patch.object(lowered.tt_dialect, "elementwise_inline_asm", recorded),
+        jax.sharding.use_abstract_mesh(mesh),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Pallas for Triton
+        step = jax.jit(lambda *inputs: stream_step(plan, *inputs))
+        step.trace(d.abstract_weights(), state, ids).lower(lowering_platforms=("cuda",))
+    return found
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_warps_are_whole_behind_every_jump_and_before_every_barrier(name):
+    found = texts(*STEPS[name])
+    jumps = [text for text in found if re.search(r"\bbra\b", text)]
+    assert len(jumps) > 5
+    for text in jumps:
+        assert text.endswith(f"{REJOIN} }}"), text[-200:]
+    for text in found:
+        for before in text.split("bar.sync 0;")[:-1]:
+            assert before.endswith(f"{REJOIN} "), before[-200:]
+    assert any("bar.sync 0;" in text for text in found)
