@@ -25,7 +25,7 @@ def dawdling() -> Any:
     """Patches the lowering: steps traced meanwhile dawdle before every inline PTX they run."""
     original = lowered.assembly
 
-    def slower(results: Any, text: str, constraints: str, args: Any, together: int = 1) -> Any:
-        return original(results, _DAWDLE + text, constraints, args, together)
+    def slower(results: Any, text: str, *rest: Any, **more: Any) -> Any:
+        return original(results, _DAWDLE + text, *rest, **more)
 
     return mock.patch.object(lowered, "assembly", slower)

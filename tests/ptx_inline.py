@@ -42,9 +42,9 @@ def _recorded(found: list[Any], make: Callable[[str, str, Any], Any]) -> Any:
     """Patches the lowering so that what `make` makes of each inline PTX is found."""
     original = lowered.assembly
 
-    def recorded(results: Any, text: str, constraints: str, args: Any, together: int = 1) -> Any:
+    def recorded(results: Any, text: str, constraints: str, args: Any, *rest: Any, **more: Any):
         found.append(make(text, constraints, args))
-        return original(results, text, constraints, args, together)
+        return original(results, text, constraints, args, *rest, **more)
 
     return mock.patch.object(lowered, "assembly", recorded)
 

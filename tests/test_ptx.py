@@ -905,13 +905,14 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("mul.lo.u32 %t, %x, %y;", "mov.u32 %t, %x;"),
             ("add.u64 %from, %from, %by;", "sub.u64 %from, %from, %by;"),
             ("mov.b64 %from, {%t, %c};", "mov.b64 %from, {%t, %t};"),
-            ("setp.gt.and.u32 %p, %y, 1, %go;", "setp.gt.u32 %p, %y, 1;"),
+            ("setp.gt.and.u32 %p, %y, 1, %q;", "setp.gt.u32 %p, %y, 1;"),
+            ("and.pred %q, %go, %lead;", "and.pred %q, %go, %go;"),
         ],
     ),
     "feed of many": (
         lambda edit: check_feed(MANY, 0, edit),
         [
-            ("@!%go mov.b32 %y, 0;", ""),
+            ("@!%q mov.b32 %y, 0;", ""),
             ("add.u32 %v, %v, %z;", "add.u32 %v, %v, %x;"),
             ("sub.u32 %y, %y, 1; bra copy;", "bra copy;"),
         ],

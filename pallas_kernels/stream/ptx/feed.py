@@ -89,11 +89,11 @@ class Feed:
         return 64 if self.has_scales else 32
 
 
-def _scale_lines(pointer: str, together: bool) -> list[str]:
+def _scale_lines(pointer: str, shared: bool) -> list[str]:
     """If %go, copies the scales of the tile to its slot, which begins at %slot.
 
-    %q0 to %q7 are its words of the route, and %layer is its layer. Together, the threads of the
-    warp that no copy of weights falls to share them.
+    %q0 to %q7 are its words of the route, and %layer is its layer. Shared, each copy falls to one
+    of the threads of the warp that no copy of weights falls to; else all to the leading thread.
     """
     copy = (
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%v], [%from], %x, [%b];"
@@ -103,7 +103,7 @@ def _scale_lines(pointer: str, together: bool) -> list[str]:
         f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; add.u32 %v, %slot, %q6;",
         "mov.b32 %x, %q4; mov.b32 %y, %q5;",
     ]
-    if together:
+    if shared:
         return [
             *lines,
             "mov.u32 %t, %laneid; sub.s32 %t, 31, %t; setp.lt.and.u32 %p, %t, %y, %go;",
@@ -114,20 +114,23 @@ def _scale_lines(pointer: str, together: bool) -> list[str]:
     ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %q7;"
     return [
         *lines,
-        f"setp.gt.and.u32 %p, %y, 0, %go; @%p {copy}",
-        f"{ahead} setp.gt.and.u32 %p, %y, 1, %go; @%p {copy}",
+        f"setp.gt.and.u32 %p, %y, 0, %q; @%p {copy}",
+        f"{ahead} setp.gt.and.u32 %p, %y, 1, %q; @%p {copy}",
     ]
 
 
-def _copy_lines(most: int, together: bool) -> list[str]:
-    """If %go, copies %y parts of %x bytes from %from to %v, %by and %z bytes apart."""
+def _copy_lines(most: int, shared: bool) -> list[str]:
+    """If %go, copies %y parts of %x bytes from %from to %v, %by and %z bytes apart.
+
+    Shared, each part falls to a thread of the warp; else all to the leading thread: %q.
+    """
     # Weights are read once a step: they are the first to leave the L2 cache.
     copy = (
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%v], [%from], %x, [%b], %policy;"
     )
     ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %z;"
-    if together:
+    if shared:
         return [
             "mov.u32 %t, %laneid; setp.lt.and.u32 %p, %t, %y, %go; mad.lo.u32 %v, %t, %z, %v;",
             "mul.lo.u32 %w, %w, %t; mul.wide.u32 %by, %w, 16; add.u64 %from, %from, %by;",
@@ -135,12 +138,12 @@ def _copy_lines(most: int, together: bool) -> list[str]:
         ]
     if most > 2:
         return [
-            "@!%go mov.b32 %y, 0; copy: setp.eq.u32 %p, %y, 0; @%p bra copied;",
+            "@!%q mov.b32 %y, 0; copy: setp.eq.u32 %p, %y, 0; @%p bra copied;",
             f"{copy} {ahead} sub.u32 %y, %y, 1; bra copy; copied:",
         ]
     return [
-        f"setp.gt.and.u32 %p, %y, 0, %go; @%p {copy}",
-        f"{ahead} setp.gt.and.u32 %p, %y, 1, %go; @%p {copy}",
+        f"setp.gt.and.u32 %p, %y, 0, %q; @%p {copy}",
+        f"{ahead} setp.gt.and.u32 %p, %y, 1, %q; @%p {copy}",
     ]
 
 
@@ -149,8 +152,8 @@ def feed_lines(
 ) -> list[str]:
     """Asks for the next tile where a slot is free and few are on their way.
 
-    One thread does, while its warp waits: what is loaded is loaded before it is known whether
-    it is wanted, and nothing but the end is jumped to.
+    One thread does, or its whole warp: what is loaded is loaded before it is known whether it is
+    wanted, and nothing but the end is jumped to.
 
     Args:
         feed: where everything lies.
@@ -158,9 +161,10 @@ def feed_lines(
         pointer: the first array's.
         used: tiles that all threads have done with; None: as many as last time.
         together: whether the thread's whole warp is here, so that its threads share many copies.
+            No thread of a warp leaves another then.
     """
     f = feed
-    together = together and f.copies > 2
+    shared = together and f.copies > 2
     others = (
         (f"shr.u32 %b, %t, 5; setp.ne.u32 %p, %b, {f.thread // 32};")
         if together
@@ -197,6 +201,8 @@ def feed_lines(
         f"@%q add.s32 %b, %b, {f.slots}; xor.b32 %r, %r, %h; mad.lo.u32 %b, %b, 8, {ring};",
         f"mbarrier.test_wait.parity.shared::cta.b64 %p, [%b+{f.barriers}], %r;",
         "and.pred %go, %go, %p;",
+        # Each thread has asked by itself: they must not disagree.
+        *(["vote.sync.all.pred %go, %go, 0xffffffff;"] if together else []),
         "mov.b64 %from, {%t, %c}; mul.wide.u32 %far, %l, %v; add.u64 %from, %from, %far;",
         f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %w, 16;",
         f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
@@ -205,8 +211,8 @@ def feed_lines(
         *(["mad.lo.u32 %t, %q4, %q5, %t; mov.b32 %slot, %v;"] if f.has_scales else []),
         "and.pred %q, %go, %lead;",
         "@%q mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %t;",
-        *_copy_lines(f.copies, together),
-        *(_scale_lines(pointer, together) if f.has_scales else []),
+        *_copy_lines(f.copies, shared),
+        *(_scale_lines(pointer, shared) if f.has_scales else []),
         "@%go add.u32 %n, %n, 1; @%go add.u32 %e, %e, 1;",
         f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p;",
@@ -260,7 +266,8 @@ def _(ctx, ref, *args, feed, store):
     lines = feed_lines(feed, "$2", "$1", "$3" if store else None, together=store)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
     result = lowered.like((1,), lowered.i32())
-    return lowered.assembly([result], text, "=r,l,r,r", [pointer, *args])[0]
+    arguments = [pointer, *args]
+    return lowered.assembly([result], text, "=r,l,r,r", arguments, by_warps=store)[0]
 
 
 def feed_ring(ref: Any, ring: Array, feed: Feed, used: Array | None = None) -> None:

@@ -318,7 +318,7 @@ def _(ctx, *args, tile):
     args = lowered.values(ctx, args)
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
     constraints = "=&r,r,r,r,r,f,r" + ",r" * (len(args) - 6)
-    return lowered.assembly([result], _Multiply(tile).text(), constraints, args)[0]
+    return lowered.assembly([result], _Multiply(tile).text(), constraints, args, by_warps=True)[0]
 
 
 def multiply_integers(

@@ -49,17 +49,23 @@ def addresses(ptr: Any, offsets: Any, shape: Sequence[int]) -> Any:
 
 
 def assembly(
-    results: list[Any], text: str, constraints: str, args: list[Any], together: int = 1
+    results: list[Any],
+    text: str,
+    constraints: str,
+    args: list[Any],
+    together: int = 1,
+    by_warps: bool = False,
 ) -> list[Any]:
     """Inline PTX, run by every thread for each of its elements, or for some together.
 
     Of several elements, an operand's and a result's registers follow each other. Has effects.
 
     All threads of a program come here, and where some have jumped, each warp's are together again
-    at the end. The compiler's barriers count on it: a warp of which some threads still wait for
-    words, while the others are at the barrier, was seen to pass it as if all had come.
+    at the end; unless only whole warps jump. The compiler's barriers count on it: a warp of which
+    some threads still wait for words, while the others are at the barrier, was seen to pass it as
+    if all had come.
     """
-    if "bra " in text:
+    if "bra " in text and not by_warps:
         text = f"{{ {text} {REJOIN} }}"
     out = tt_dialect.elementwise_inline_asm(
         results, text, constraints=constraints, pure=False, packed_element=together, args=args

@@ -126,7 +126,7 @@ def _(ctx, *args, rows, step, chunked, threads, guarded):
     args = lowered.values(ctx, args)
     text = _multiply_text(rows, (len(args) - 3) // 4, step, chunked, threads, guarded)
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    return lowered.assembly([result], text, "=&r" + ",r" * len(args), args)[0]
+    return lowered.assembly([result], text, "=&r" + ",r" * len(args), args, by_warps=True)[0]
 
 
 def multiply_tile(
