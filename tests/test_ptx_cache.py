@@ -51,6 +51,11 @@ class Setting(NamedTuple):
     stages: int = 2
     softcap: float | None = None
     threads: int = 128
+    paired: bool = False
+
+    @property
+    def queries(self) -> int:
+        return LOT // 2 if self.paired else LOT
 
 
 SETTINGS = {
@@ -60,6 +65,11 @@ SETTINGS = {
     "heads of 256": Setting(256, 32, 4, softcap=50.0),
     "heads of 32": Setting(32, 128, 4),
     "warps that do not attend": Setting(64, 32, 4, stages=4, threads=256),
+    "4 queries of 64": Setting(64, 128, 4, paired=True),
+    "4 queries of 128": Setting(128, 64, 4, stages=3, paired=True),
+    "4 queries of 256, 8 warps": Setting(256, 64, 8, softcap=50.0, threads=256, paired=True),
+    "4 queries of 256": Setting(256, 32, 4, paired=True),
+    "4 queries of 32": Setting(32, 128, 4, paired=True),
 }
 
 
@@ -98,6 +108,7 @@ class Bench:
             tile_bytes=tile,
             query_pitch=row + 64,
             out_pitch=2 * row + 16,
+            paired=s.paired,
             softcap=s.softcap,
             thread=s.threads - 32,
         )
@@ -135,7 +146,7 @@ class Bench:
         for i, x in enumerate((high, as_bfloat16(q - high))):
             for row in range(LOT):
                 at = self.ring + f.queries + (i * LOT + row) * f.query_pitch
-                self.machine.view(at, s.head_dim, np.uint16)[:] = halves(x[row])
+                self.machine.view(at, s.head_dim, np.uint16)[:] = halves(x[row % s.queries])
         self.at("new", new.size, np.uint16)[:] = halves(new).ravel()
         row = self.ring + self.rows + 4 * WORDS * (1 + j)
         lines = attend_lines(f, "$1", "$2", "$3", "$4", "$5", "$6", MOST_LOOKS)
@@ -145,9 +156,10 @@ class Bench:
             text = text.replace(*edit)
         operands = [self.ring, self.keys, self.values, self.ring + self.rows, row, layer]
         self.machine.run(text, "=&r,r,l,l,r,r,r", operands)
-        top, total = self.at("sums", 2 * s.warps * LOT, np.float32).reshape(s.warps, LOT, 2).T
+        sums = self.at("sums", 2 * s.warps * LOT, np.float32).reshape(s.warps, LOT, 2)
+        top, total = sums[:, : s.queries].T
         out = self.at("out", s.warps * LOT * f.out_pitch // 4, np.float32)
-        out = out.reshape(s.warps, LOT, -1)[..., : s.head_dim].astype(np.float64)
+        out = out.reshape(s.warps, LOT, -1)[:, : s.queries, : s.head_dim].astype(np.float64)
         best = top.max(axis=1)
         weight = np.exp2(top - best[:, None]).T
         return best, (weight * total.T).sum(axis=0), (weight[..., None] * out).sum(axis=0)
@@ -172,7 +184,7 @@ def run(setting: Setting, parts: list[Part], edit=None, delay: int = 40) -> floa
         bench.ask(layer)
         for j, part in enumerate(parts):
             scale = 1.5 / math.sqrt(setting.head_dim)
-            q = (rng.normal(size=(LOT, setting.head_dim)) * scale).astype(np.float32)
+            q = (rng.normal(size=(setting.queries, setting.head_dim)) * scale).astype(np.float32)
             new = as_bfloat16(rng.normal(size=(2, setting.head_dim)))
             got = bench.attend(layer, j, q, new, edit)
             for x, y in zip(got, bench.wanted(layer, part, q, new), strict=True):
@@ -209,7 +221,10 @@ def test_tiles_that_come_at_once_and_late(delay):
 EDITS = {
     "a weight's lower half is lost": ("cvt.rn.bf16x2.f32 %pl0, %h, %f;", "mov.b32 %pl0, 0;"),
     "what was summed up is not scaled": ("ex2.approx.ftz.f32 %shrink, %shrink;", ""),
-    "values beyond the span count": ("and.b32 %y, %y, %mask0;", ""),
+    "values beyond the span count": (
+        "mov.b32 %x, 0; st.shared.v4.b32",
+        "mov.b32 %x, 0; @%p st.shared.v4.b32",
+    ),
     "the new position is left out": ("st.shared.v4.b32 [%y+0]", "@%p st.shared.v4.b32 [%y+0]"),
     "threads of a query do not tell each other their maximum": (
         "shfl.sync.bfly.b32 %h, %f, 2, 31, 0xffffffff;",

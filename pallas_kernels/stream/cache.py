@@ -33,6 +33,7 @@ def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
         tile_bytes=at.tile_bytes,
         query_pitch=at.query_pitch,
         out_pitch=at.out_pitch,
+        paired=plan.paired,
         softcap=d.features.attn_softcap,
         tiles=at.tiles,
         barriers=at.tile_barriers,
@@ -69,7 +70,17 @@ def attend_span(env: StreamEnv, layer: Array, share: Share, j: Array) -> None:
 
     Queries and what is new lie in shared memory; so does what each warp has made, afterwards.
     """
-    feed = _feed_of(env.plan)
+    meanwhile, rows = env.mail.meanwhile, row_of(share, j)
+    assert meanwhile is not None
     ptx.attend_span(
-        env["k"], env["v"], env.shared, share.rows, row_of(share, j), layer, feed, MOST_LOOKS
+        env["k"],
+        env["v"],
+        meanwhile.weights,
+        env.shared,
+        share.rows,
+        rows,
+        layer,
+        _feed_of(env.plan),
+        meanwhile.feed,
+        MOST_LOOKS,
     )

@@ -249,6 +249,11 @@ class StreamPlan:
         return self.padded_batch == 1
 
     @property
+    def paired(self) -> bool:
+        """Whether attention has two rows a query, one of even positions and one of odd."""
+        return self.dims.q_per_kv <= LOT // 2
+
+    @property
     def twins(self) -> bool:
         """Whether activations are handed over two a word: where a tile has two hidden ones."""
         return not self.chunked and self.segments[Segment.GATE_UP].rows >= 4

@@ -35,6 +35,7 @@ class CacheFeed:
         tile_bytes: of the keys and values of a tile.
         query_pitch: from a query to the next, bytes.
         out_pitch: from a row of `out` to the next, bytes.
+        paired: whether queries are 4 at most, and their 4 rows are there twice.
         softcap: c, which makes scores c * tanh(score / c), or None. Queries come scaled for it.
         tiles: where the tiles lie, bytes behind the ring's address.
         barriers: likewise their barriers, 8 bytes each.
@@ -55,6 +56,7 @@ class CacheFeed:
     tile_bytes: int
     query_pitch: int
     out_pitch: int
+    paired: bool
     softcap: float | None
     tiles: int
     barriers: int

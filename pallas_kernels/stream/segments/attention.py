@@ -62,8 +62,10 @@ def _put_heads(env: StreamEnv, part: Part, heads: Heads) -> None:
     high = heads.queries.astype(jnp.bfloat16)
     low = (heads.queries - high.astype(jnp.float32)).astype(jnp.bfloat16)
     place = env.shared + at.queries + row * at.query_pitch + 2 * element
-    ptx.write_halves(place, high, everywhere)
-    ptx.write_halves(place + LOT * at.query_pitch, low, everywhere)
+    # Paired, each query has two rows.
+    for again in range(0, LOT, heads.queries.shape[0]):
+        ptx.write_halves(place + again * at.query_pitch, high, everywhere)
+        ptx.write_halves(place + (LOT + again) * at.query_pitch, low, everywhere)
     place = env.shared + at.new + 2 * element
     ptx.write_halves(place, heads.key.astype(jnp.bfloat16), is_first)
     ptx.write_halves(place + 2 * env.dims.head_dim, heads.value.astype(jnp.bfloat16), is_first)
@@ -71,8 +73,9 @@ def _put_heads(env: StreamEnv, part: Part, heads: Heads) -> None:
 
 def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) -> _Made:
     """Softmax attention over the part's span, by all warps, and what they make together."""
+    rows = LOT // 2 if env.plan.paired else LOT
     heads = collect_heads(
-        env, layer, part.sequence, part.head, part.first_query, part.position, part.has_new, LOT
+        env, layer, part.sequence, part.head, part.first_query, part.position, part.has_new, rows
     )
     if env.interpret:
         return _interpreted(env, layer, part, heads)
@@ -120,7 +123,7 @@ def _interpreted(env: StreamEnv, layer: Array, part: Part, heads: Heads) -> _Mad
         return scores if cap is None else (cap * math.log2(math.e)) * jnp.tanh(scores)
 
     top = jnp.where(part.has_new, capped(jnp.sum(q * key, axis=1)), LOWEST)
-    nothing = jnp.zeros((LOT,), jnp.float32)
+    nothing = jnp.zeros(top.shape, jnp.float32)
     total = jnp.where(part.has_new, jnp.ones_like(nothing), nothing)
 
     def step(i, state):
