@@ -235,12 +235,41 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_a_fault_is_found(name):
+PAIRED_EDITS = {
+    "a weight has its neighbour's place too": ("and.b32 %ph0, %ph0, %half;", ""),
+    "threads go on with another's score": ("selp.f32 %s0_0, %s0_1, %s0_0, %late;", ""),
+    "an odd key is taken for the even one": ("@%late add.u32 %mine, %mine, 1;", ""),
+    "late rows have the pieces in order": ("selp.b32 %qa, %qb, %x, %late;", "mov.b32 %qa, %x;"),
+    "odd keys' values are the even ones' chunks": ("sub.u32 %vb, %vb, %y;", ""),
+    "odd keys are left out": ("fma.rn.f32 %o0_0, %h, %u, %o0_0;", ""),
+    "pairs are joined by the wrong sums": (
+        "shfl.sync.bfly.b32 %h, %o4_0, 16",
+        "shfl.sync.bfly.b32 %h, %o0_0, 16",
+    ),
+    "late threads have the early ones' place": ("@%late add.u32 %x, %x, 128;", ""),
+    "chunks are out of order": ("selp.b32 %a0, %k2, %k0, %two;", "mov.b32 %a0, %k0;"),
+}
+
+
+def check_fault(setting: Setting, edit: tuple[str, str]) -> None:
     # Memory begins as NaN; copies are late enough to be missed.
-    parts = [*PARTS["odd"], *PARTS["three, of which one ends inside"]]
+    parts = [part for name in PARTS for part in PARTS[name]]
     try:
-        worst = run(SETTINGS["heads of 64"], parts, EDITS[name], delay=3000)
+        worst = run(setting, parts, edit, delay=3000)
     except PtxError:
         return
     assert worst > WORST
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("setting", ["heads of 64", "4 queries of 64"])
+def test_a_fault_is_found(name, setting):
+    edit = EDITS[name]
+    if setting != "heads of 64" and name == "a weight's lower half is lost":
+        edit = ("cvt.rn.bf16x2.f32 %pl0, %h, %h;", "mov.b32 %pl0, 0;")
+    check_fault(SETTINGS[setting], edit)
+
+
+@pytest.mark.parametrize("name", PAIRED_EDITS)
+def test_a_fault_of_paired_rows_is_found(name):
+    check_fault(SETTINGS["4 queries of 64"], PAIRED_EDITS[name])

@@ -70,17 +70,7 @@ def attend_span(env: StreamEnv, layer: Array, share: Share, j: Array) -> None:
 
     Queries and what is new lie in shared memory; so does what each warp has made, afterwards.
     """
-    meanwhile, rows = env.mail.meanwhile, row_of(share, j)
-    assert meanwhile is not None
+    feed = _feed_of(env.plan)
     ptx.attend_span(
-        env["k"],
-        env["v"],
-        meanwhile.weights,
-        env.shared,
-        share.rows,
-        rows,
-        layer,
-        _feed_of(env.plan),
-        meanwhile.feed,
-        MOST_LOOKS,
+        env["k"], env["v"], env.shared, share.rows, row_of(share, j), layer, feed, MOST_LOOKS
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ from jax._src.pallas.triton import lowering
 from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines, pointers
-from pallas_kernels.stream.ptx.feed import Feed, feed_lines
 
 __all__ = ["LOWEST", "attend_lines", "attend_span"]
 
@@ -319,19 +317,6 @@ class _Attend:
             lines.append(f"mul.f32 {own}, {own}, %w; fma.rn.f32 {own}, %h, %u, {own};")
         return lines, kept
 
-    def look_ahead(self, ring: str, ahead: Sequence[str]) -> list[str]:
-        """Asks for weights where no tile is left to be asked for: memory would have nothing to do.
-
-        A short span, one tile, has no time for it.
-        """
-        f = self.f
-        return [
-            f"setp.ne.u32 %p, %thread, {f.thread}; setp.eq.or.u32 %p, %i, 0, %p; @%p bra near;",
-            f"ld.shared.b32 %x, [{ring}+{f.control}]; setp.eq.u32 %p, %x, 0; @%p bra near;",
-            *ahead,
-            "near:",
-        ]
-
     def end(self, ring: str) -> list[str]:
         """Puts aside what the warp has made of its positions."""
         f = self.f
@@ -373,17 +358,9 @@ class _Attend:
 
 
 def attend_lines(
-    f: CacheFeed,
-    ring: str,
-    keys: str,
-    values: str,
-    parts: str,
-    row: str,
-    layer: str,
-    most: int,
-    ahead: Sequence[str] = (),
+    f: CacheFeed, ring: str, keys: str, values: str, parts: str, row: str, layer: str, most: int
 ) -> list[str]:
-    """Attention over a part: see `attend_span`; `ahead` is what asks for weights."""
+    """Attention over a part: see `attend_span`."""
     text = _Attend(f)
     return [
         "{",
@@ -399,7 +376,6 @@ def attend_lines(
         *text.values(),
         f"used: {lowered.MEET}",
         *cache_feed_lines(f, ring, keys, values, parts, layer, 1),
-        *(text.look_ahead(ring, ahead) if ahead else []),
         f"add.u32 %stage, %stage, 1; setp.eq.u32 %p, %stage, {f.stages};",
         "@%p mov.u32 %stage, 0; @%p xor.b32 %phase, %phase, 1;",
         f"sub.s32 %left, %left, {f.block}; add.u32 %i, %i, 1; bra tile; end:",
@@ -412,31 +388,28 @@ _attend_p = core.Primitive("ffjax_attend")
 
 
 @_attend_p.def_effectful_abstract_eval
-def _(keys, values, weights, ring, parts, row, layer, *, feed, ahead, most):
-    effects = {lowered.ORDERED, *(state.ReadEffect(i) for i in range(3))}
+def _(keys, values, ring, parts, row, layer, *, feed, most):
+    effects = {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
     return core.ShapedArray((1,), jnp.int32), effects
 
 
 @lowering.register_lowering(_attend_p)
-def _(ctx, keys, values, weights, *args, feed, ahead, most):
-    more = feed_lines(ahead, "$4", "$3", None)
-    lines = attend_lines(feed, "$4", "$1", "$2", "$5", "$6", "$7", most, more)
+def _(ctx, keys, values, *args, feed, most):
+    lines = attend_lines(feed, "$3", "$1", "$2", "$4", "$5", "$6", most)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
-    arguments = [*pointers([keys, values, weights]), *lowered.values(ctx, args)]
+    arguments = [*pointers([keys, values]), *lowered.values(ctx, args)]
     result = lowered.like((1,), lowered.i32())
-    return lowered.assembly([result], text, "=&r,l,l,l,r,r,r,r", arguments)[0]
+    return lowered.assembly([result], text, "=&r,l,l,r,r,r,r", arguments)[0]
 
 
 def attend_span(
     keys: Any,
     values: Any,
-    weights: Any,
     ring: Array,
     parts: Array,
     row: Array,
     layer: Array,
     feed: CacheFeed,
-    ahead: Feed,
     most: int,
 ) -> None:
     """Attention of up to 8 queries over a part's positions, on tensor cores.
@@ -447,19 +420,17 @@ def attend_span(
     Queries, and the new position's key and value, lie in shared memory: a barrier stands before.
     Each warp has its own positions of every tile, and its own softmax, taken online; what it
     makes of them lies in shared memory when all are done. Tiles that have been used are asked for
-    anew, as far as the layer has any; then weights are.
+    anew, as far as the layer has any.
 
     Args:
         keys: ref of the cache's keys.
         values: ref of its values.
-        weights: as `ref` in `feed_ring`.
         ring: int32 scalar, the ring's address.
         parts: int32 scalar, address of the rows of the layer's parts.
         row: int32 scalar, address of the row of this one.
         layer: int32 scalar.
         feed: the rest.
-        ahead: as `feed` in `feed_ring`.
         most: how often to look whether a tile has come before the launch ends in an error.
     """
     scalars = [jnp.full((1,), x) for x in (ring, parts, row, layer)]
-    _attend_p.bind(keys, values, weights, *scalars, feed=feed, ahead=ahead, most=most)
+    _attend_p.bind(keys, values, *scalars, feed=feed, most=most)
