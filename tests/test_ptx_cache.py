@@ -11,7 +11,7 @@ from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.attend import attend_lines
+from pallas_kernels.stream.ptx.attend_text import attend_lines
 from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
 from pallas_kernels.stream.ring import MOST_LOOKS
 

@@ -312,7 +312,7 @@ class Mail:
         """Polls until all have come, each thread until its own have; `ptx.collect_each` says what.
 
         An element that several threads have is waited for by each of them: none goes on with
-        what it loaded before. Threads come out of it one by one.
+        what it loaded before. Warps come out of it one by one.
         """
         assert self.meanwhile is not None
         offsets = [jnp.where(mask, at, -1) for at, mask in wanted]

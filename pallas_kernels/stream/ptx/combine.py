@@ -12,7 +12,7 @@ from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.attend import LOWEST
+from pallas_kernels.stream.ptx.attend_text import LOWEST
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
 
 __all__ = ["combine_spans"]

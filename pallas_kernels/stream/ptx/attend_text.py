@@ -1,0 +1,378 @@
+"""The inline PTX of attention over a span: see `attend`."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+from pallas_kernels.stream.plan import LOT
+from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
+
+__all__ = ["LOWEST", "attend_lines"]
+
+# Stands for minus infinity: it survives a subtraction from itself.
+LOWEST = "0fF149F2CA"  # -1e30
+_ONE, _TWO = "0f3F800000", "0f40000000"
+
+
+def _float(x: float) -> str:
+    """As PTX writes a float32."""
+    return f"0f{struct.unpack('>I', struct.pack('>f', x))[0]:08X}"
+
+
+class _Attend:
+    """The text of `attend_span`, piece by piece, in the order in which `attend_lines` has it."""
+
+    def __init__(self, f: CacheFeed):
+        self.f = f
+        self.keys = f.block // f.warps  # of a tile, for each warp
+        self.octets = self.keys // 8  # blocks of 8 keys: columns of a block of scores
+        self.pieces = f.head_dim // 32  # of 8 elements of a row, 4 threads having one each
+        self.chunks = f.head_dim // 8  # of a value: columns of a block of sums
+        self.columns = 1 if f.paired else 2  # scores of an octet that a thread goes on with
+        # Whether threads of late rows have every other 4 chunks in each other's place.
+        self.crossed = f.paired and f.head_dim >= 64
+        self.resident = f.head_dim <= 128  # whether there are registers for the queries
+
+    def _query(self, j: int) -> list[str]:
+        return [f"%q{j if self.resident else j % 2}_{i}" for i in range(8)]
+
+    def _load_query(self, j: int) -> list[str]:
+        names, low = self._query(j), LOT * self.f.query_pitch
+        at = f"%qb+{64 * (j - 1)}" if j % 2 else f"%qa+{64 * j}"
+        return [
+            f"ld.shared.v4.b32 {{{', '.join(names[:4])}}}, [{at}];",
+            f"ld.shared.v4.b32 {{{', '.join(names[4:])}}}, [{at}+{low}];",
+        ]
+
+    def _sum(self, chunk: int) -> list[str]:
+        return [f"%o{chunk}_{n}" for n in range(4)]
+
+    def _all_sums(self) -> list[str]:
+        return [name for chunk in range(self.chunks) for name in self._sum(chunk)]
+
+    def _all_scores(self) -> list[str]:
+        return [f"%s{t}_{n}" for t in range(self.octets) for n in range(self.columns)]
+
+    def registers(self) -> list[str]:
+        queries = [x for j in range(self.pieces if self.resident else 2) for x in self._query(j)]
+        words = [f"%{x}{n}" for x in "abkm" for n in range(4)]
+        octets = [f"%{name}{t}" for t in range(self.octets) for name in ("ph", "pl")]
+        floats = [f"%s{t}_{n}" for t in range(self.octets) for n in range(4)]
+        return [
+            ".reg .pred %p, %odd, %one, %two, %late;",
+            ".reg .b32 %thread, %g, %c, %first, %i, %count, %left, %new, %stage, %phase, %looks;",
+            ".reg .b32 %qa, %qb, %at, %x, %y, %z, %mine, %half, %ka, %kb, %va, %vb;",
+            f".reg .b32 {', '.join(words + queries + octets)};",
+            ".reg .f32 %top, %total, %f, %h, %u, %w, %shrink;",
+            f".reg .f32 {', '.join(floats + self._all_sums())};",
+        ]
+
+    def begin(self, ring: str, row: str) -> list[str]:
+        f = self.f
+        lines = [
+            "mov.u32 %thread, %tid.x; shr.u32 %g, %thread, 2; and.b32 %g, %g, 7;",
+            "and.b32 %c, %thread, 3; shr.u32 %first, %thread, 5;",
+            "and.b32 %x, %g, 1; setp.ne.u32 %odd, %x, 0; setp.ge.u32 %late, %g, 4;",
+            "and.b32 %x, %c, 1; setp.ne.u32 %one, %x, 0; setp.ge.u32 %two, %c, 2;",
+            f"mul.lo.u32 %first, %first, {self.keys}; mad.lo.u32 %mine, %c, 2, %first;",
+            f"ld.shared.v4.b32 {{%x, %left, %count, %new}}, [{row}]; add.u32 %left, %left, %new;",
+            f"ld.shared.v2.b32 {{%stage, %phase}}, [{ring}+{f.control + 24}];",
+            f"mad.lo.u32 %qa, %g, {f.query_pitch}, {ring}; mad.lo.u32 %qa, %c, 16, %qa;",
+            f"add.u32 %qa, %qa, {f.queries}; add.u32 %qb, %qa, 64;",
+        ]
+        if f.paired:
+            lines.append(
+                "@%late add.u32 %mine, %mine, 1; selp.b32 %half, 0xffff0000, 0xffff, %late;"
+            )
+            if self.pieces > 1:  # rows of odd keys have each two pieces the other way round
+                lines.append("mov.b32 %x, %qa; selp.b32 %qa, %qb, %x, %late;")
+                lines.append("selp.b32 %qb, %x, %qb, %late;")
+        # Where a thread's keys, and the rows of values it names, lie in a tile.
+        lines += [
+            f"add.u32 %x, %first, %g; mul.lo.u32 %ka, %x, {f.row_bytes};",
+            "mad.lo.u32 %ka, %c, 16, %ka; mov.b32 %kb, %ka;",
+            # A matrix has a row of 8 keys each, and two keys in turn another chunk of it.
+            f"and.b32 %y, %thread, 7; add.u32 %x, %first, %y; mul.lo.u32 %va, %x, {f.row_bytes};",
+            "shr.u32 %x, %thread, 3; shr.u32 %z, %y, 1; xor.b32 %x, %x, %z; and.b32 %x, %x, 3;",
+            f"mad.lo.u32 %va, %x, 16, %va; add.u32 %va, %va, {f.tile_bytes // 2};",
+            "add.u32 %vb, %va, 64;",
+        ]
+        if self.pieces > 1:
+            # Of two pieces, threads of every other key read the second one first: so that the keys
+            # of two neighbours lie in different banks.
+            lines.append("selp.b32 %x, 64, 0, %odd; selp.b32 %y, 0, 64, %odd;")
+            lines.append("add.u32 %ka, %ka, %x; add.u32 %kb, %kb, %y;")
+        if self.crossed:  # so do odd keys' rows with 4 chunks
+            lines.append("and.b32 %y, %thread, 1; mul.lo.u32 %y, %y, 64;")
+            lines.append("add.u32 %va, %va, %y; sub.u32 %vb, %vb, %y;")
+        if self.resident:
+            lines += [line for j in range(self.pieces) for line in self._load_query(j)]
+        lines += [f"mov.f32 {name}, 0f00000000;" for name in self._all_sums()]
+        lines += [f"mov.f32 %top, {LOWEST}; mov.f32 %total, 0f00000000; mov.u32 %i, 0;"]
+        return lines
+
+    def wait(self, ring: str, most: int) -> list[str]:
+        f = self.f
+        return [
+            f"mad.lo.u32 %at, %stage, 8, {ring}; mov.u32 %looks, 0;",
+            f"look: mbarrier.try_wait.parity.shared::cta.b64 %p, [%at+{f.barriers}], %phase;",
+            "@%p bra come; add.u32 %looks, %looks, 1;",
+            f"setp.lt.u32 %p, %looks, {most}; @%p bra look; trap; come: {lowered.REJOIN}",
+            f"mad.lo.u32 %at, %stage, {f.tile_bytes}, {ring}; add.u32 %at, %at, {f.tiles};",
+        ]
+
+    def add_new(self, ring: str) -> list[str]:
+        """Puts the new position's key and value behind the cached ones in the last tile.
+
+        Behind them values are zeros: what lies there else might be no number.
+        """
+        f = self.f
+        lines = [
+            f"setp.gt.s32 %p, %left, {f.block}; setp.eq.or.u32 %p, %new, 0, %p; @%p bra old;",
+            f"mul.lo.u32 %z, %left, {f.row_bytes}; mad.lo.u32 %z, %thread, 16, %z;",
+            f"setp.ge.u32 %p, %thread, {f.row_bytes // 16}; @%p bra put;",
+            f"mad.lo.u32 %x, %thread, 16, {ring};",
+            f"add.u32 %y, %z, %at; sub.u32 %y, %y, {f.row_bytes};",
+        ]
+        for number in range(2):
+            here = "{%a0, %a1, %a2, %a3}"
+            lines.append(f"ld.shared.v4.b32 {here}, [%x+{f.new + number * f.row_bytes}];")
+            lines.append(f"st.shared.v4.b32 [%y+{number * f.tile_bytes // 2}], {here};")
+        lines += [
+            f"put: setp.ge.u32 %p, %z, {f.tile_bytes // 2};",
+            f"setp.ge.or.u32 %p, %thread, {32 * f.warps}, %p; @%p bra clear;",
+            "add.u32 %y, %z, %at; mov.b32 %x, 0;",
+            f"st.shared.v4.b32 [%y+{f.tile_bytes // 2}], {{%x, %x, %x, %x}};",
+            f"add.u32 %z, %z, {16 * 32 * f.warps}; bra put;",
+            # The place will be copied to by other means.
+            f"clear: fence.proxy.async.shared::cta; {lowered.MEET} old:",
+        ]
+        return lines
+
+    def scores(self) -> list[str]:
+        """Products of 8 queries and the warp's keys, `s{t}_{n}`: of keys 8t + 2c + n.
+
+        Paired, row g is of query g % 4: the first 4 are those of even keys, the late ones of odd
+        keys. A thread goes on with `s{t}_0`, which is of its own; the other one means nothing.
+        """
+        lines = [f"mov.f32 %s{t}_{n}, 0f00000000;" for t in range(self.octets) for n in range(4)]
+        lines.append("add.u32 %x, %ka, %at; add.u32 %y, %kb, %at;")
+        for j in range(0, self.pieces, 2):
+            lines += self._scores_of(j)
+        for t in range(self.octets):
+            lines += [f"add.f32 %s{t}_{n}, %s{t}_{n}, %s{t}_{n + 2};" for n in range(2)]
+            if self.f.paired:
+                lines.append(f"selp.f32 %s{t}_0, %s{t}_1, %s{t}_0, %late;")
+        return lines
+
+    def _scores_of(self, first: int) -> list[str]:
+        """Adds the products of two pieces, or of the only one, of all the warp's keys."""
+        pieces = range(first, min(first + 2, self.pieces))
+        lines = [] if self.resident else [x for j in pieces for x in self._load_query(j)]
+        for t in range(self.octets):
+            at = 8 * t * self.f.row_bytes + 64 * first
+            names = list(zip("km", "xy", strict=True))[: len(pieces)]
+            for name, base in names:
+                some = ", ".join(f"%{name}{n}" for n in range(4))
+                lines.append(f"ld.shared.v4.b32 {{{some}}}, [%{base}+{at}];")
+            if len(pieces) == 2 and not self.f.paired:  # in order
+                lines += [f"selp.b32 %a{n}, %m{n}, %k{n}, %odd;" for n in range(4)]
+                lines += [f"selp.b32 %m{n}, %k{n}, %m{n}, %odd;" for n in range(4)]
+                names = [("a", ""), ("m", "")]
+            sums = ", ".join(f"%s{t}_{n}" for n in range(4))
+            for j, (k, _) in zip(pieces, names, strict=True):
+                q = self._query(j)
+                for half in range(2):
+                    low, high = 2 * half, 2 * half + 1
+                    lines.append(
+                        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                        f"{{{sums}}}, {{{q[low]}, {q[4 + low]}, {q[high]}, {q[4 + high]}}}, "
+                        f"{{%{k}{low}, %{k}{high}}}, {{{sums}}};"
+                    )
+        return lines
+
+    def softmax(self) -> list[str]:
+        """Weights of the warp's keys, as two bfloat16 each; what was summed up is scaled."""
+        lines = ["sub.s32 %y, %left, %mine;"]  # keys from the thread's first on
+        for t in range(self.octets):
+            for n in range(self.columns):
+                s = f"%s{t}_{n}"
+                if self.f.softcap is not None:
+                    lines += self._cap(s)
+                lines.append(f"setp.gt.s32 %p, %y, {8 * t + n}; selp.f32 {s}, {s}, {LOWEST}, %p;")
+        every = self._all_scores()
+        lines.append(f"mov.f32 %f, {every[0]};")
+        lines += [f"max.f32 %f, %f, {s};" for s in every[1:]]
+        for step in (1, 2):
+            lines.append(f"shfl.sync.bfly.b32 %h, %f, {step}, 31, 0xffffffff; max.f32 %f, %f, %h;")
+        lines += [
+            "max.f32 %f, %f, %top; sub.f32 %shrink, %top, %f; mov.f32 %top, %f;",
+            "ex2.approx.ftz.f32 %shrink, %shrink; mul.f32 %total, %total, %shrink;",
+        ]
+        for s in every:
+            lines.append(f"sub.f32 {s}, {s}, %top; ex2.approx.ftz.f32 {s}, {s};")
+            lines.append(f"add.f32 %total, %total, {s};")
+        for t in range(self.octets):
+            lines += self._pack_paired(t) if self.f.paired else self._pack(t)
+        return lines + [f"mul.f32 {name}, {name}, %shrink;" for name in self._all_sums()]
+
+    def _pack(self, t: int) -> list[str]:
+        """An octet's weights as bfloat16, and what they leave."""
+        return [
+            f"cvt.rn.bf16x2.f32 %ph{t}, %s{t}_1, %s{t}_0;",
+            f"shl.b32 %x, %ph{t}, 16; mov.b32 %f, %x; sub.f32 %f, %s{t}_0, %f;",
+            f"and.b32 %x, %ph{t}, 0xffff0000; mov.b32 %h, %x; sub.f32 %h, %s{t}_1, %h;",
+            f"cvt.rn.bf16x2.f32 %pl{t}, %h, %f;",
+        ]
+
+    def _pack_paired(self, t: int) -> list[str]:
+        """The same of one key: the other one's place is 0."""
+        return [
+            f"cvt.rn.bf16x2.f32 %ph{t}, %s{t}_0, %s{t}_0;",
+            f"and.b32 %x, %ph{t}, 0xffff0000; mov.b32 %h, %x; sub.f32 %h, %s{t}_0, %h;",
+            f"cvt.rn.bf16x2.f32 %pl{t}, %h, %h;",
+            f"and.b32 %ph{t}, %ph{t}, %half; and.b32 %pl{t}, %pl{t}, %half;",
+        ]
+
+    def _cap(self, score: str) -> list[str]:
+        """c * tanh(x) = c * (1 - 2 / (1 + exp(2x))), for powers of 2."""
+        assert self.f.softcap is not None
+        by, twice = _float(self.f.softcap * math.log2(math.e)), _float(2 * math.log2(math.e))
+        return [
+            f"mul.f32 %f, {score}, {twice}; ex2.approx.ftz.f32 %f, %f; add.f32 %f, %f, {_ONE};",
+            f"rcp.approx.ftz.f32 %f, %f; mul.f32 %f, %f, {_TWO}; sub.f32 %f, {_ONE}, %f;",
+            f"mul.f32 {score}, %f, {by};",
+        ]
+
+    def values(self) -> list[str]:
+        """Adds weights times values.
+
+        Of 8 keys, matrices of 8 elements each are read by 4, and come transposed: a thread has the
+        same element of its two keys of each. All rows of a tile begin in the same bank: so a pair
+        of keys reads chunk i ^ c as the i-th, and its threads put them in order. Paired, an odd key
+        reads those of the next 4 chunks: rows of odd keys make sums of their own, so that nothing
+        need be put in its place before the end.
+        """
+        f = self.f
+        lines = ["add.u32 %x, %va, %at; add.u32 %y, %vb, %at;"]
+        together = min(2, self.octets)
+        for t in range(0, self.octets, together):
+            for s in range(self.chunks // 4):
+                for name, octet in zip("ab", range(t, t + together), strict=False):
+                    base, at = "xy"[s % 2], 8 * octet * f.row_bytes + 128 * (s // 2)
+                    some = ", ".join(f"%{name}{n}" for n in range(4))
+                    lines.append(
+                        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 "
+                        f"{{{some}}}, [%{base}+{at}];"
+                    )
+                    lines += self._turned(name)
+                for n in range(4):
+                    lines.append(self._add_products(t, together, n, self._sum(4 * s + n)))
+        return lines
+
+    def _turned(self, name: str) -> list[str]:
+        """Puts words in order: the n-th is that of chunk n ^ c."""
+        return [
+            *(f"selp.b32 %k{n}, %{name}{n ^ 1}, %{name}{n}, %one;" for n in range(4)),
+            *(f"selp.b32 %{name}{n}, %k{n ^ 2}, %k{n}, %two;" for n in range(4)),
+        ]
+
+    def _add_products(self, t: int, together: int, n: int, sums: list[str]) -> str:
+        summed = ", ".join(sums)
+        if together == 1:
+            return (
+                "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+                f"{{{summed}}}, {{%ph{t}, %pl{t}}}, {{%a{n}}}, {{{summed}}};"
+            )
+        return (
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            f"{{{summed}}}, {{%ph{t}, %pl{t}, %ph{t + 1}, %pl{t + 1}}}, {{%a{n}, %b{n}}}, "
+            f"{{{summed}}};"
+        )
+
+    def _join_pairs(self) -> tuple[list[str], list[int]]:
+        """Adds what even and odd keys make; a thread then has the sums of some chunks alone.
+
+        Returns the text, and the numbers of those sums.
+        """
+        lines = [
+            "shfl.sync.bfly.b32 %h, %top, 16, 31, 0xffffffff; max.f32 %f, %top, %h;",
+            "sub.f32 %w, %top, %f; ex2.approx.ftz.f32 %w, %w; mov.f32 %top, %f;",
+            "sub.f32 %u, %h, %f; ex2.approx.ftz.f32 %u, %u;",
+        ]
+        kept = [x for x in range(self.chunks) if not (self.crossed and x & 4)]
+        cross = 4 if self.crossed else 0
+        both = [("%total", "%total")]
+        both += [(self._sum(x)[n], self._sum(x ^ cross)[n]) for x in kept for n in range(2)]
+        for own, others in both:
+            lines.append(f"shfl.sync.bfly.b32 %h, {others}, 16, 31, 0xffffffff;")
+            lines.append(f"mul.f32 {own}, {own}, %w; fma.rn.f32 {own}, %h, %u, {own};")
+        return lines, kept
+
+    def end(self, ring: str) -> list[str]:
+        """Puts aside what the warp has made of its positions."""
+        f = self.f
+        lines = []
+        for step in (1, 2):
+            lines.append(f"shfl.sync.bfly.b32 %h, %total, {step}, 31, 0xffffffff;")
+            lines.append("add.f32 %total, %total, %h;")
+        for x in range(self.chunks):
+            low, high = self._sum(x)[:2], self._sum(x)[2:]
+            lines += [f"add.f32 {a}, {a}, {b};" for a, b in zip(low, high, strict=True)]
+        kept = list(range(self.chunks))
+        # Of two threads that have joined the same sums, one puts them aside.
+        lines.append(f"setp.lt.u32 %one, %g, {LOT // 2 if f.paired else LOT};")
+        if f.paired:
+            joined, kept = self._join_pairs()
+            lines += [*joined, "and.b32 %g, %g, 3;"]
+        lines += [
+            f"setp.ge.u32 %p, %thread, {32 * f.warps}; @%p bra idle; shr.u32 %x, %thread, 5;",
+            f"mad.lo.u32 %x, %x, {LOT}, %g; mad.lo.u32 %y, %x, 8, {ring};",
+            "setp.eq.and.u32 %p, %c, 0, %one;",
+            f"@%p st.shared.v2.f32 [%y+{f.sums}], {{%top, %total}};",
+            f"mad.lo.u32 %x, %x, {f.out_pitch}, {ring};",
+            "mad.lo.u32 %x, %c, 8, %x;",
+        ]
+        if self.crossed:
+            lines.append("@%late add.u32 %x, %x, 128;")
+        for x in kept:
+            some = ", ".join(self._sum(x)[:2])
+            guard = "" if self.crossed else "@%one "
+            lines.append(f"{guard}st.shared.v2.f32 [%x+{f.out + 32 * x}], {{{some}}};")
+        # Those who wait for words next look where the tiles have got to.
+        lines += [
+            f"idle: setp.eq.u32 %p, %thread, {f.thread};",
+            f"@%p st.shared.b32 [{ring}+{f.control + 24}], %stage;",
+            f"@%p st.shared.b32 [{ring}+{f.control + 28}], %phase;",
+            lowered.MEET,
+        ]
+        return lines
+
+
+def attend_lines(
+    f: CacheFeed, ring: str, keys: str, values: str, parts: str, row: str, layer: str, most: int
+) -> list[str]:
+    """Attention over a part: see `attend_span`."""
+    text = _Attend(f)
+    return [
+        "{",
+        *text.registers(),
+        *text.begin(ring, row),
+        "tile: setp.ge.u32 %p, %i, %count; @%p bra end;",
+        *text.wait(ring, most),
+        *text.add_new(ring),
+        # A warp may have no position here.
+        f"setp.ge.s32 %p, %first, %left; setp.ge.or.u32 %p, %first, {f.block}, %p; @%p bra used;",
+        *text.scores(),
+        *text.softmax(),
+        *text.values(),
+        f"used: {lowered.MEET}",
+        *cache_feed_lines(f, ring, keys, values, parts, layer, 1),
+        f"add.u32 %stage, %stage, 1; setp.eq.u32 %p, %stage, {f.stages};",
+        "@%p mov.u32 %stage, 0; @%p xor.b32 %phase, %phase, 1;",
+        f"sub.s32 %left, %left, {f.block}; add.u32 %i, %i, 1; bra tile; end:",
+        *text.end(ring),
+        "}",
+    ]
