@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from ptx_machine import Machine
 
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["Edit", "Inline", "bound", "inline", "inlines", "shape"]
+__all__ = ["Edit", "Inline", "bound", "inline", "inlines", "lower_for_gpu", "shape"]
 
 Edit = tuple[str, str] | None
 
@@ -49,6 +49,20 @@ def _recorded(found: list[Any], make: Callable[[str, str, Any], Any]) -> Any:
     return mock.patch.object(lowered, "assembly", recorded)
 
 
+def lower_for_gpu(function: Callable[..., Any], *specs: Any) -> None:
+    """Lowers a function of arrays for a GPU that need not be there.
+
+    Args:
+        function: what to lower.
+        specs: its arguments, shapes in place of arrays.
+    """
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Pallas for Triton
+        jax.jit(lambda *x: function(*x)).trace(*specs).lower(lowering_platforms=("cuda",))
+
+
 def _lower(body: Callable[..., Any], arrays: Sequence[jax.ShapeDtypeStruct]) -> None:
     def kernel(*refs: Any) -> None:
         body(*refs[:-1])
@@ -58,11 +72,7 @@ def _lower(body: Callable[..., Any], arrays: Sequence[jax.ShapeDtypeStruct]) -> 
         out_shape=jax.ShapeDtypeStruct((1,), jnp.int32),
         compiler_params=plgpu.CompilerParams(num_warps=1),
     )
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Pallas for Triton
-        jax.jit(lambda *x: call(*x)).trace(*arrays).lower(lowering_platforms=("cuda",))
+    lower_for_gpu(call, *arrays)
 
 
 def inlines(body: Callable[..., Any], *arrays: jax.ShapeDtypeStruct) -> list[Inline]:

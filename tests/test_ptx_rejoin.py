@@ -6,23 +6,22 @@ and all of them want whole warps. Threads that waited for words come out of it o
 
 from __future__ import annotations
 
+import functools
 import re
-import warnings
 from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import pytest
 from decode_cases import dims_of, small_config
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from ptx_inline import lower_for_gpu
 from quantize_cases import FOR_KERNELS, kernel_config
 from stream_cases import H200
 
+from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.launch import stream_step
-from pallas_kernels.stream.mail import mail_words
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.lowered import REJOIN
@@ -49,10 +48,8 @@ def texts(config: ModelConfig, batch: int) -> list[str]:
     """The inline PTX of a whole step, as Triton is given it; no GPU is there."""
     d = dims_of(config, batch, 16_384)
     plan = make_stream_plan(d, H200)
-    spec: Any = jax.ShapeDtypeStruct
-    cache = spec((d.num_layers, d.batch, d.num_kv_heads, d.capacity, d.head_dim), jnp.bfloat16)
-    ids = spec((d.batch,), jnp.int32)
-    state = StepState(cache, cache, ids, spec((mail_words(d),), jnp.int32))
+    cache = jax.eval_shape(lambda: KVCache.create(config, batch, d.capacity))
+    state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
     found: list[str] = []
     emit = lowered.tt_dialect.elementwise_inline_asm
 
@@ -60,16 +57,9 @@ def texts(config: ModelConfig, batch: int) -> list[str]:
         found.append(text)
         return emit(results, text, **rest)
 
-    device = AbstractDevice("NVIDIA H200", 132, "gpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with (
-        mock.patch.object(lowered.tt_dialect, "elementwise_inline_asm", recorded),
-        jax.sharding.use_abstract_mesh(mesh),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Pallas for Triton
-        step = jax.jit(lambda *inputs: stream_step(plan, *inputs))
-        step.trace(d.abstract_weights(), state, ids).lower(lowering_platforms=("cuda",))
+    with mock.patch.object(lowered.tt_dialect, "elementwise_inline_asm", recorded):
+        step = functools.partial(stream_step, plan)
+        lower_for_gpu(step, d.abstract_weights(), state, cache.lengths)  # of tokens' shape
     return found
 
 

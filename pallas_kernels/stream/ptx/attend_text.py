@@ -173,16 +173,16 @@ class _Attend:
         lines = [] if self.resident else [x for j in pieces for x in self._load_query(j)]
         for t in range(self.octets):
             at = 8 * t * self.f.row_bytes + 64 * first
-            names = list(zip("km", "xy", strict=True))[: len(pieces)]
-            for name, base in names:
+            words = "km"
+            for name, base, _ in zip(words, "xy", pieces, strict=False):
                 some = ", ".join(f"%{name}{n}" for n in range(4))
                 lines.append(f"ld.shared.v4.b32 {{{some}}}, [%{base}+{at}];")
             if len(pieces) == 2 and not self.f.paired:  # in order
                 lines += [f"selp.b32 %a{n}, %m{n}, %k{n}, %odd;" for n in range(4)]
                 lines += [f"selp.b32 %m{n}, %k{n}, %m{n}, %odd;" for n in range(4)]
-                names = [("a", ""), ("m", "")]
+                words = "am"
             sums = ", ".join(f"%s{t}_{n}" for n in range(4))
-            for j, (k, _) in zip(pieces, names, strict=True):
+            for j, k in zip(pieces, words, strict=False):
                 q = self._query(j)
                 for half in range(2):
                     low, high = 2 * half, 2 * half + 1
