@@ -20,6 +20,7 @@ from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input
+from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, READ
 from pallas_kernels.stream.segments.attention import combining_threads
 from pallas_kernels.stream.twins import TWIN_TAG_BITS
@@ -104,7 +105,8 @@ def check_product(
     rng, plan = np.random.default_rng(0), tile.plan
     weights = as_bfloat16(rng.standard_normal((tile.rows, tile.span), np.float32))
     floats = COLUMNS * tile.product_warps * tile.rows
-    machine = Machine(plan.threads, 2 * weights.size + 4 * floats + 256, 16, order=order)
+    size = 2 * weights.size + 4 * floats + 256 + SPARE_BYTES * plan.threads // 32
+    machine = Machine(plan.threads, size, 16, order=order)
     sequences = 1 if tile.chunked else COLUMNS
     inputs = as_bfloat16(rng.standard_normal((sequences, tile.span), np.float32))
     ring = machine.shared_base
@@ -120,10 +122,13 @@ def check_product(
         held = inputs[0 if tile.chunked else column[:, None], at]
         held = np.where(thread[:, None] < 32 * tile.product_warps, held, 0).astype(np.uint16)
         words += list(as_words(held).T)
-    # Products lie behind the tile, and nothing behind them.
+    # Products lie behind the tile, and for a while nothing behind them.
     products = ring + 2 * weights.size
     if tile.chunked:
-        where = (warp * COLUMNS + column) * (4 * tile.rows)
+        of_use = column // 2 == thread % 4
+        spare = 4 * floats + 256 + SPARE_BYTES * warp
+        machine.spare = range(products + int(spare[0]), ring + size)
+        where = np.where(of_use, (warp * COLUMNS + column) * (4 * tile.rows), spare)
     else:
         where = (warp * tile.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
     text = product_text(tile).edited(edit)
@@ -869,7 +874,6 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
     "chunked product": (
         lambda edit: check_product(Tile(8, 2, True, 4, 8), edit),
         [
-            ("shr.u32 %b, %g, 1;", "shr.u32 %b, %g, 2;"),
             ("and.b32 %b, %g, 1;", "and.b32 %b, %g, 2;"),
             ("@%mine bra idle;", ""),
             ("[%b+512]", "[%a+512]"),
@@ -951,7 +955,7 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
     ),
     "wait": (
         lambda edit: check_feed(ONE, 0, None, edit),
-        [("@%p bra done;", "bra done;"), ("$2; @%p bra done;", "0; @%p bra done;")],
+        [("@%p bra come;", "bra come;"), ("$2; vote", "0; vote"), ("bra look;", "")],
     ),
     "collect": (
         lambda edit: check_collect(4, "one last", edit),

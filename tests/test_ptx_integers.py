@@ -17,6 +17,7 @@ from ffjax.packing import pack
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input, first_read
+from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, QUAD, READ, line_of
 
 # Digits
@@ -212,6 +213,7 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
     floats = columns * tile.product_warps * tile.rows
     beyond = 2 * tile.span  # that a whole span of the last row reaches
     size = data.size + scales.size + beyond + 4 * floats + 512
+    size += SPARE_BYTES * plan.threads // 32
     machine = Machine(plan.threads, -(-size // 16) * 16, 16, order=order)
     ring = machine.shared_base
     # Beyond rows lies anything, of which many are no numbers.
@@ -233,6 +235,9 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
     products = ring + -(-(data.size + scales.size + beyond) // 16) * 16
     if tile.chunked:
         where = (warp * columns + column % 4) * (4 * tile.rows) + column // 4 * (2 * tile.rows)
+        spare = 4 * floats + 256 + SPARE_BYTES * warp
+        machine.spare = range(products + int(spare[0]), ring + size)
+        where = np.where(column % 4 == thread % 4, where, spare)
     else:
         where = (warp * tile.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
     read = np.asarray(first_read(plan, part))
@@ -304,7 +309,7 @@ PRODUCT_EDITS = [
     (Tile(4, 4, 2, True), "%hi_0, 256, %hi_1", "%hi_1, 256, %hi_0"),
     (Tile(8, 4, 1, True), "256, %hi", "255, %hi"),
     (Tile(8, 4, 1, True), "%c+4]", "%c+8]"),
-    (Tile(8, 4, 1, True), "@%mine st", "st"),
+    (Tile(8, 4, 1, True), "[$3+0]", "[$3+16]"),
     (Tile(8, 2, 5, True), "%hi_0, %hi_0, %hi2_0", "%hi_0, %hi_0, %hi1_0"),
     (Tile(8, 8, 3, False), "$5, %l, 31", "$5, %t, 31"),
     (Tile(8, 16, 2, False), "[$3+256]", "[$3+128]"),

@@ -37,10 +37,13 @@ STEPS: dict[str, tuple[ModelConfig, int]] = {
     "integers of several": (kernel_config(FOR_KERNELS["mixed otherwise"]), 2),
 }
 
-# Jumps that a warp takes as a whole: of a number of warps, or of all but one.
+# Jumps that a warp takes as a whole: of a number of warps, or of all but one; and what its threads
+# have voted for.
 BY_WARPS = (
     r"setp\.ge\.u32 %mine, %t, (?:32|64|128|256); @%mine bra idle;"
     r"|shr\.u32 %b, %t, 5; setp\.ne\.u32 %p, %b, \d+; @%p bra fed;"
+    r"|vote\.sync\.all\.pred %p, %p, 0xffffffff; @%p bra come;"
+    r"|setp\.ge\.u32 %p, %looks, \d+; @%p bra lost;|bra look;"
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -11,12 +10,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.stream.cache import feed_cache
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.mail import Meanwhile
 from pallas_kernels.stream.operand import collect_operand
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import multiply, outputs_of, sum_up
-from pallas_kernels.stream.ring import Turn, feed_of, feed_ring, next_turn, start_ring
-from pallas_kernels.stream.route import weights_of
+from pallas_kernels.stream.ring import feed_ring, next_turn, start_ring, with_ring
 from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
 from pallas_kernels.stream.segments.gate_up import finish_gate_up
 from pallas_kernels.stream.segments.head import finish_head, leave_head
@@ -47,19 +44,17 @@ def is_due(env: StreamEnv, place: Place) -> Array:
     return place.last | is_full
 
 
-def finish_tiles(
-    env: StreamEnv, rotations: Rotations, turn: Turn, place: Place, state: State
-) -> State:
+def finish_tiles(env: StreamEnv, rotations: Rotations, place: Place, state: State) -> State:
     """Sums up the products of the tiles since the last flush; what becomes of the sums."""
     flush = flush_of(place)
 
     def way(segment: Segment) -> Callable[[], State]:
         def finish():
             if segment == Segment.GATE_UP:
-                finish_gate_up(env, turn, flush)
+                finish_gate_up(env, flush)
                 return state
             outputs = outputs_of(env, segment)
-            sums = sum_up(env, turn, segment, outputs)
+            sums = sum_up(env, segment, outputs)
             if segment == Segment.HEAD:
                 return finish_head(env, flush, outputs, sums, state)
             if segment in (Segment.ATTN_OUT, Segment.DOWN):
@@ -99,15 +94,6 @@ def leave_segment(env: StreamEnv, place: Place, state: State) -> State:
     return lax.switch(number, [ways[s] for s in sorted(ways)])
 
 
-def feeding(env: StreamEnv, turn: Turn) -> StreamEnv:
-    """The program's view once there is a ring, which the mail feeds while it waits."""
-    if env.interpret:
-        return env
-    meanwhile = Meanwhile(weights_of(env)[0], turn.base, feed_of(env.plan))
-    mail = dataclasses.replace(env.mail, meanwhile=meanwhile)
-    return dataclasses.replace(env, mail=mail, shared=turn.base)
-
-
 def _meet(env: StreamEnv) -> None:
     """Waits for the program's other threads."""
     if not env.interpret:
@@ -122,8 +108,8 @@ def stream_kernel(env: StreamEnv) -> None:
     """
     # The embedding goes out first: others wait for it.
     state = leave_embed(env, empty_state(env))
+    env = with_ring(env)
     turn = start_ring(env)
-    env = feeding(env, turn)
     feed_cache(env, jnp.int32(0))
     rotations = make_rotations(env)
     total = env.plan.total_tiles
@@ -132,7 +118,7 @@ def stream_kernel(env: StreamEnv) -> None:
         turn, place, state = carry
         multiply(env, turn, index, place, state.operand)
         _meet(env)
-        feed_ring(env, turn, index + 1)
+        feed_ring(env, index + 1)
 
         def change_segment(state):
             left = leave_segment(env, place, state)
@@ -149,7 +135,7 @@ def stream_kernel(env: StreamEnv) -> None:
             return following, left._replace(operand=operand)
 
         def flush():
-            finished = finish_tiles(env, rotations, turn, place, state)
+            finished = finish_tiles(env, rotations, place, state)
             _meet(env)
             return lax.cond(
                 place.last,

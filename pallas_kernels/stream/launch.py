@@ -97,7 +97,7 @@ def run_stream(
                 lengths=tuple(named["lengths"][b] for b in range(d.batch)),
                 step=named["counters"][layout.steps],
                 mail=Mail(named["counters"], layout, interpret, plan.threads),
-                shared=jnp.int32(0),  # until the ring has started
+                shared=jnp.int32(0),  # see `ring.with_ring`
                 interpret=interpret,
             )
         )

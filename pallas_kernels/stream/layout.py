@@ -5,13 +5,23 @@ from __future__ import annotations
 import dataclasses
 
 from pallas_kernels.dims import ceil_div
-from pallas_kernels.stream.plan import COLUMNS, LOT, Segment, StreamPlan
+from pallas_kernels.stream.plan import COLUMNS, LOT, MAX_ROWS, Segment, StreamPlan
 
-__all__ = ["ALIGNMENT", "ROW_WORDS", "SharedLayout", "route_rows", "route_words", "spans_rows"]
+__all__ = [
+    "ALIGNMENT",
+    "ROW_WORDS",
+    "SPARE_BYTES",
+    "SharedLayout",
+    "route_rows",
+    "route_words",
+    "spans_rows",
+]
 
 ALIGNMENT = 128
 # Words of a row of the tables that lie there.
 ROW_WORDS = 8
+# A thread puts aside a float32 of each row of a tile.
+SPARE_BYTES = 4 * MAX_ROWS
 
 
 def route_rows(plan: StreamPlan) -> int:
@@ -38,6 +48,7 @@ class SharedLayout:
         tiles: keys and values.
         products: of tiles of weights, not summed up yet; or what attention's warps have made,
             `LOT` rows each: the two are never wanted at the same time.
+        spare: where threads put what is of no use, `SPARE_BYTES` a warp.
         sums: of those rows, the maximum and the sum of the weights.
         squares: of several sequences' residuals, each warp's sums of the squares of what it holds.
         queries: the bfloat16 of `LOT` queries, then what they leave of float32.
@@ -56,6 +67,7 @@ class SharedLayout:
     slots: int
     tiles: int
     products: int
+    spare: int
     sums: int
     squares: int
     queries: int
@@ -88,6 +100,7 @@ class SharedLayout:
             "slots": plan.slots * plan.slot_bytes + plan.tail_bytes,
             "tiles": cut.tiles * pitches["tile_bytes"],
             "products": max(products, cut.warps * LOT * pitches["out_pitch"]),
+            "spare": SPARE_BYTES * plan.num_warps if plan.chunked else 0,
             "sums": cut.warps * LOT * 8,
             "squares": 0 if plan.chunked else 4 * COLUMNS * plan.num_warps,
             "queries": 2 * LOT * pitches["query_pitch"],

@@ -18,6 +18,7 @@ from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import column_of, first_input, first_read, next_input
+from pallas_kernels.stream.layout import SPARE_BYTES, SharedLayout
 from pallas_kernels.stream.operand import Operand, inputs_of, pieces_there
 from pallas_kernels.stream.plan import (
     COLUMNS,
@@ -125,16 +126,8 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
         if env.interpret:
             _interpreted(env, index, place, pitch, part, operand)
             return index
-        thread = iota((plan.threads,), 0)
-        warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
-        if not plan.chunked:
-            where = (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
-        elif part.bits == 16:
-            where = (warp * COLUMNS + column) * (4 * part.rows)
-        else:  # each half of the columns has half of the rows
-            half = lax.shift_right_logical(column, 2) * (2 * part.rows)
-            where = (warp * plan.columns(part) + (column & 3)) * (4 * part.rows) + half
-        where += products_address(env, turn) + place.slot * plan.products_bytes(segment)
+        start = products_address(env) + place.slot * plan.products_bytes(segment)
+        where = _aside(env, part, start)
         first = first_read(plan, part)
         slot = slot_address(env, turn)
         pitches = jnp.full((plan.threads,), pitch)
@@ -185,6 +178,28 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
     _switch_kind(env, place.segment, product)
 
 
+def _aside(env: StreamEnv, part: SegmentPlan, start: Array) -> Array:
+    """Where each thread puts aside what it makes of a tile whose products begin at `start`.
+
+    Of a single sequence, most threads make nothing of use: a store that they left out would part
+    their warps, and to put them together again takes longer.
+    """
+    plan = env.plan
+    thread = iota((plan.threads,), 0)
+    warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
+    if not plan.chunked:
+        return start + (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
+    if part.bits == 16:
+        chunk, of_use = column, lax.shift_right_logical(column, 1)
+        where = (warp * COLUMNS + chunk) * (4 * part.rows)
+    else:  # each half of the columns has half of the rows
+        chunk = of_use = column & 3
+        half = lax.shift_right_logical(column, 2) * (2 * part.rows)
+        where = (warp * plan.columns(part) + chunk) * (4 * part.rows) + half
+    spare = env.shared + SharedLayout.of(plan).spare + SPARE_BYTES * warp
+    return jnp.where(of_use == (thread & 3), start + where, spare)
+
+
 def _switch_kind(env: StreamEnv, segment: Array, way: Callable[[list[Segment]], Array]) -> None:
     """Goes the way of the kind that the segment is of; the embedding's is of no matter."""
     down, *others = sorted(env.plan.kinds, key=lambda kind: kind != [Segment.DOWN])
@@ -198,7 +213,7 @@ def _switch_kind(env: StreamEnv, segment: Array, way: Callable[[list[Segment]], 
     lax.switch(select(segment, numbers), [lambda kind=kind: way(kind) for kind in kinds])
 
 
-def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Sums:
+def sum_up(env: StreamEnv, segment: Segment, outputs: Outputs) -> Sums:
     """Sums up the products of the tiles of a flush.
 
     All threads have put theirs aside: a barrier stands before. Another must stand behind.
@@ -212,7 +227,7 @@ def sum_up(env: StreamEnv, turn: Turn, segment: Segment, outputs: Outputs) -> Su
             tile, row = tile * part.run + inside, row - inside * part.rows
         if env.interpret:
             return plgpu.load(env["products"].at[env.program, tile, row, outputs.sequence])
-        at = products_address(env, turn) + tile * plan.products_bytes(segment)
+        at = products_address(env) + tile * plan.products_bytes(segment)
         if plan.chunked:
             at += 4 * row
             return ptx.sum_shared(at, plan.columns(part) * plan.product_warps, 4 * part.rows)

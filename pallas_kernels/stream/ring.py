@@ -11,6 +11,7 @@ beginning: the plan leaves room for both.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import ALIGNMENT, ROW_WORDS, SharedLayout
+from pallas_kernels.stream.mail import Meanwhile
 from pallas_kernels.stream.plan import COLUMNS, RESERVED_TILE, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.route import (
     make_route,
@@ -38,15 +40,14 @@ from pallas_kernels.stream.spans import make_spans
 __all__ = [
     "MOST_LOOKS",
     "Turn",
-    "feed_of",
     "feed_ring",
-    "first_turn",
     "next_turn",
     "products_address",
     "read_tile",
     "slot_address",
     "start_ring",
     "wait_for_tile",
+    "with_ring",
 ]
 
 # A wait looks so often before it gives up; a look takes up to some microseconds.
@@ -56,25 +57,26 @@ MOST_LOOKS = 1 << 22
 class Turn(NamedTuple):
     """Whose turn it is: int32 scalars."""
 
-    base: Array  # the ring's address
     slot: Array
     phase: Array  # 0 in the first round, then 1, 0 and so on
 
 
-def first_turn(env: StreamEnv) -> Turn:
-    """The first slot's turn. Interpreted, there is no ring."""
-    plan = env.plan
-    size = SharedLayout.of(plan).size
-    base = jnp.int32(0) if env.interpret else ptx.ring_base(size, ALIGNMENT)
-    # Pallas lets no plain constant out of a branch.
-    return Turn(base, env.program * 0, env.program * 0)
+def with_ring(env: StreamEnv) -> StreamEnv:
+    """The program's view once it knows where its ring lies, which the mail feeds while it waits.
+
+    Interpreted, there is no ring.
+    """
+    if env.interpret:
+        return env
+    base, feed = ptx.ring_base(SharedLayout.of(env.plan).size, ALIGNMENT), _feed_of(env.plan)
+    mail = dataclasses.replace(env.mail, meanwhile=Meanwhile(weights_of(env)[0], base, feed))
+    return dataclasses.replace(env, mail=mail, shared=base)
 
 
 def next_turn(env: StreamEnv, turn: Turn) -> Turn:
     """The next slot's turn."""
     around = turn.slot == env.plan.slots - 1
     return Turn(
-        turn.base,
         jnp.where(around, 0, turn.slot + 1),
         jnp.where(around, turn.phase ^ 1, turn.phase),
     )
@@ -82,16 +84,16 @@ def next_turn(env: StreamEnv, turn: Turn) -> Turn:
 
 def slot_address(env: StreamEnv, turn: Turn) -> Array:
     """Where the turn's slot begins in shared memory, int32 scalar."""
-    return turn.base + turn.slot * env.plan.slot_bytes
+    return env.shared + turn.slot * env.plan.slot_bytes
 
 
 def _barrier(env: StreamEnv, turn: Turn) -> Array:
-    return turn.base + SharedLayout.of(env.plan).slot_barriers + 8 * turn.slot
+    return env.shared + SharedLayout.of(env.plan).slot_barriers + 8 * turn.slot
 
 
-def products_address(env: StreamEnv, turn: Turn) -> Array:
+def products_address(env: StreamEnv) -> Array:
     """Where products lie in shared memory until they are summed up, int32 scalar."""
-    return turn.base + SharedLayout.of(env.plan).products
+    return env.shared + SharedLayout.of(env.plan).products
 
 
 def _reserve(env: StreamEnv) -> None:
@@ -120,31 +122,31 @@ def _reserve(env: StreamEnv) -> None:
 
 def start_ring(env: StreamEnv) -> Turn:
     """Asks for the first tiles; returns the first one's turn."""
-    plan, turn = env.plan, first_turn(env)
-    at = SharedLayout.of(plan)
-    make_route(env, turn.base + at.route)
+    plan, at = env.plan, SharedLayout.of(env.plan)
+    # Pallas lets no plain constant out of a branch.
+    turn = Turn(env.program * 0, env.program * 0)
+    make_route(env, env.shared + at.route)
     if env.interpret:
         return turn
     _reserve(env)
     if plan.ragged:
         # What is multiplied by zeros must be numbers.
-        ptx.clear_shared(turn.base, at.tiles, plan.threads)
-    make_spans(env, turn.base + at.spans)
-    ptx.start_barriers(turn.base + at.slot_barriers, plan.slots)
-    ptx.start_barriers(turn.base + at.tile_barriers, plan.attention.tiles)
+        ptx.clear_shared(env.shared, at.tiles, plan.threads)
+    make_spans(env, env.shared + at.spans)
+    ptx.start_barriers(env.shared + at.slot_barriers, plan.slots)
+    ptx.start_barriers(env.shared + at.tile_barriers, plan.attention.tiles)
     nothing = jnp.zeros((1,), jnp.int32)
     free = nothing + plan.attention.tiles
     for row, first in enumerate((nothing, nothing, free)):
-        control = jnp.full((1,), turn.base + at.control + 4 * ROW_WORDS * row)
+        control = jnp.full((1,), env.shared + at.control + 4 * ROW_WORDS * row)
         ptx.write_row(control, [first, *[nothing] * (ROW_WORDS - 1)], nothing == 0)
     plgpu.debug_barrier()
-    feed = feed_of(plan)
-    for _ in range(feed.in_flight):
-        feed_ring(env, turn)
+    for _ in range(_feed_of(plan).in_flight):
+        feed_ring(env)
     return turn
 
 
-def feed_of(plan: StreamPlan) -> ptx.Feed:
+def _feed_of(plan: StreamPlan) -> ptx.Feed:
     """What feeding the ring needs to know."""
     at = SharedLayout.of(plan)
     return ptx.Feed(
@@ -164,19 +166,18 @@ def feed_of(plan: StreamPlan) -> ptx.Feed:
     )
 
 
-def feed_ring(env: StreamEnv, turn: Turn, used: Array | None = None) -> None:
+def feed_ring(env: StreamEnv, used: Array | None = None) -> None:
     """Asks for the next tile if a slot is free and few tiles are on their way.
 
     Too many on their way, and whoever waits for other programs' words waits behind them.
 
     Args:
         env: the program's view.
-        turn: any tile's turn.
         used: int32 scalar, tiles that all threads have done with: a barrier of the program
             stands between. None: as many as last time.
     """
     if not env.interpret:
-        ptx.feed_ring(weights_of(env)[0], turn.base, feed_of(env.plan), used)
+        ptx.feed_ring(weights_of(env)[0], env.shared, _feed_of(env.plan), used)
 
 
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:

@@ -125,9 +125,8 @@ def run_stage(stage: Stage, env: StreamEnv) -> None:
             multiply(env, turn, index, place, state.operand)
 
             def finish():
-                return next_place(place, flushed=True), finish_tiles(
-                    env, rotations, turn, place, state
-                )
+                finished = finish_tiles(env, rotations, place, state)
+                return next_place(place, flushed=True), finished
 
             return lax.cond(is_due(env, place), finish, lambda: (next_place(place), state))
 

@@ -7,6 +7,7 @@ import struct
 
 from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.arrival import arrival_lines
 from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
 
 __all__ = ["LOWEST", "attend_lines"]
@@ -116,10 +117,8 @@ class _Attend:
     def wait(self, ring: str, most: int) -> list[str]:
         f = self.f
         return [
-            f"mad.lo.u32 %at, %stage, 8, {ring}; mov.u32 %looks, 0;",
-            f"look: mbarrier.try_wait.parity.shared::cta.b64 %p, [%at+{f.barriers}], %phase;",
-            "@%p bra come; add.u32 %looks, %looks, 1;",
-            f"setp.lt.u32 %p, %looks, {most}; @%p bra look; trap; come: {lowered.REJOIN}",
+            f"mad.lo.u32 %at, %stage, 8, {ring}; add.u32 %at, %at, {f.barriers};",
+            *arrival_lines("%at", "%phase", most),
             f"mad.lo.u32 %at, %stage, {f.tile_bytes}, {ring}; add.u32 %at, %at, {f.tiles};",
         ]
 

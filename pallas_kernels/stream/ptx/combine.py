@@ -52,6 +52,8 @@ def _combine_text(count: int, lanes: int, step: int, most: int, feed: Feed) -> s
     lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
     lines += feed_lines(feed, ring, weights, None)
     lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done:")
+    # Threads come out of it one by one; what follows is done by whole warps, or takes far longer.
+    lines.append(lowered.REJOIN)
     for q in range(count):
         for pair, number in (("a", "t"), ("b", "m"), ("c", "o")):
             lines.append(f"mov.b64 {{%y, %x}}, %{pair}{q}; mov.b32 %{number}{q}, %y;")

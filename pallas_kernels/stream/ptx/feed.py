@@ -13,7 +13,7 @@ from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["Feed", "feed_lines", "feed_ring", "start_barriers", "wait_copies"]
+__all__ = ["Feed", "feed_lines", "feed_ring", "start_barriers"]
 
 _start_barriers_p = core.Primitive("ffjax_start_barriers")
 
@@ -284,34 +284,3 @@ def feed_ring(ref: Any, ring: Array, feed: Feed, used: Array | None = None) -> N
     store = used is not None
     used = jnp.full((1,), used if used is not None else 0)
     _feed_p.bind(ref, jnp.full((1,), ring), used, feed=feed, store=store)
-
-
-_wait_copies_p = core.Primitive("ffjax_wait_copies")
-
-
-@_wait_copies_p.def_effectful_abstract_eval
-def _(barrier, phase, *, most):
-    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
-
-
-@lowering.register_lowering(_wait_copies_p)
-def _(ctx, barrier, phase, *, most):
-    text = (
-        "{ .reg .pred %p; .reg .b32 %n; mov.u32 %n, 0; again: "
-        "mbarrier.try_wait.parity.shared::cta.b64 %p, [$1], $2; @%p bra done; "
-        f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; "
-        "done: mov.u32 $0, 0; }"
-    )
-    arguments = lowered.values(ctx, [barrier, phase])
-    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,r,r", arguments)[0]
-
-
-def wait_copies(barrier: Array, phase: Array, most: int) -> None:
-    """Waits until a barrier's copies have arrived; ends the launch in an error if they do not.
-
-    Args:
-        barrier: int32 scalar, its address.
-        phase: int32 scalar, 0 the first time, then 1, 0 and so on.
-        most: how often to look.
-    """
-    _wait_copies_p.bind(jnp.full((1,), barrier), jnp.full((1,), phase), most=most)

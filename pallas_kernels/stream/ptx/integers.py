@@ -220,14 +220,13 @@ class _Multiply:
                     lines.append(f"mul.rn.f32 {value}, {value}, %s;")
                 lines.append(f"mul.rn.f32 {value}, {value}, %own;")
             lines.append("add.u32 %a, %b, $2; }")
-        # Those count whose row and column are the same chunk's.
-        lines.append("and.b32 %l, %g, 3; setp.eq.u32 %mine, %l, %t;")
+        # Those count whose row and column are the same chunk's; others lie where nobody looks.
         size = min(4, half)
         vector = f".v{size}" if size > 1 else ""
         for r in range(0, half, size):
             some = ", ".join(values[r : r + size])
             some = f"{{{some}}}" if size > 1 else some
-            lines.append(f"@%mine st.shared{vector}.f32 [$3+{4 * r}], {some};")
+            lines.append(f"st.shared{vector}.f32 [$3+{4 * r}], {some};")
         return lines
 
     def sequences(self, values: list[str]) -> list[str]:
@@ -340,7 +339,8 @@ def multiply_integers(
     Args:
         address: int32 `[T]`, of each thread's first read of the first row.
         pitch: int32 `[T]`, bytes from a row to the next; all the same.
-        where: int32 `[T]`, address in shared memory where what the thread stores begins.
+        where: int32 `[T]`, address in shared memory where what the thread stores begins. Chunked,
+            what thread t stores is of use where t // 4 % 4 is t % 4.
         scales: int32 `[T]`, address of the first row's scales; all the same.
         scale: float32 `[T]`, the operand's.
         group: int32 `[T]`, number in the row of the group that each thread's first read is of; of

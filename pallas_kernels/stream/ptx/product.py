@@ -97,9 +97,9 @@ def _multiply_text(
     if not chunked:
         lines.append("@%mine st.shared.v2.f32 [$3], {%c0_0_0, %c0_0_1}; idle: }")
         return " ".join(lines)
-    # Of a block's 16 x 8 products those count whose row and column are the same chunk's.
+    # Of a block's 16 x 8 products those count whose row and column are the same chunk's; others
+    # are stored where nobody looks.
     lines.append("and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0;")
-    lines.append("shr.u32 %b, %g, 1; setp.eq.u32 %mine, %b, %t;")
     values = [f"%v{r}" for r in range(rows)]
     lines.append(f".reg .f32 {', '.join(values)};")
     for r, value in enumerate(values):
@@ -108,7 +108,7 @@ def _multiply_text(
     size = min(4, rows)
     for r in range(0, rows, size):
         some = ", ".join(values[r : r + size])
-        lines.append(f"@%mine st.shared.v{size}.f32 [$3+{4 * r}], {{{some}}};")
+        lines.append(f"st.shared.v{size}.f32 [$3+{4 * r}], {{{some}}};")
     lines.append("idle: }")
     return " ".join(lines)
 
@@ -151,7 +151,8 @@ def multiply_tile(
         address: int32 `[T]`, of each thread's first piece of the first row.
         pitch: int32 `[T]`, bytes from a row to the next; all the same.
         words: int32 `[T]`, 4 for each of a thread's pieces: the operand, two bfloat16 a word.
-        where: int32 `[T]`, address in shared memory where what the thread stores begins.
+        where: int32 `[T]`, address in shared memory where what the thread stores begins. Chunked,
+            what thread t stores is of use where t % 32 // 8 is t % 4.
         there: int32 `[T]`, how many of its pieces each thread has, where what lies beyond may be
             no number; None where it is one, and the operand 0.
         rows: of the tile, a power of two from 2 on.

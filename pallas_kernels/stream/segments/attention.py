@@ -27,6 +27,7 @@ from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import place_in_mail
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import LOT, Segment
+from pallas_kernels.stream.ring import feed_ring
 from pallas_kernels.stream.segments.heads import Heads, collect_heads
 from pallas_kernels.stream.spans import Part, Share, part_of, spans_of
 from pallas_kernels.stream.twins import neighbours
@@ -37,6 +38,8 @@ __all__ = ["attend_parts", "combine_parts", "combining_threads"]
 LOWEST = -1e30
 # Elements of a head that a program combines at least.
 MIN_COMBINED = 8
+# Tiles of weights that are asked for before spans are combined.
+AHEAD = 2
 # Spans that a thread combines at most.
 MOST_SPANS = 8
 
@@ -240,6 +243,10 @@ def combine_parts(env: StreamEnv, layer: Array) -> None:
 
     @pl.when(share.combines)
     def _():
+        # Memory has nothing more to do for the layer's keys and values, and what comes of them
+        # takes two hand-overs.
+        for _ in range(AHEAD):
+            feed_ring(env)
         lax.fori_loop(jnp.int32(0), env.share(heads * pieces), step, jnp.int32(0))
 
 

@@ -10,17 +10,16 @@ from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import place_in_mail
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, outputs_of, sum_up
-from pallas_kernels.stream.ring import Turn
 from pallas_kernels.stream.tiles import Flush
 
 __all__ = ["finish_gate_up"]
 
 
-def finish_gate_up(env: StreamEnv, turn: Turn, flush: Flush) -> None:
+def finish_gate_up(env: StreamEnv, flush: Flush) -> None:
     """hidden[b] = silu(W_gate @ h) * (W_up @ h) with h = rmsnorm(x[b]); or with GELU."""
     twins = env.plan.twins
     outputs = outputs_of(env, Segment.GATE_UP, every=2 if twins else 1)
-    hidden = _hidden(env, turn, outputs)
+    hidden = _hidden(env, outputs)
     half, b = env.segment(Segment.GATE_UP).rows // 2, outputs.sequence
     element = flush.group(outputs.number) * half + outputs.pair
     real = flush.real(outputs.number) & (element < env.dims.ffw_dim) & (b < env.dims.batch)
@@ -30,14 +29,14 @@ def finish_gate_up(env: StreamEnv, turn: Turn, flush: Flush) -> None:
         env.mail.publish(start + row + place, hidden, env.tag(flush.layer), real)
         return
     at, tag = row + place, env.tag(flush.layer)
-    neighbour = _hidden(env, turn, outputs._replace(pair=outputs.pair + 1))
+    neighbour = _hidden(env, outputs._replace(pair=outputs.pair + 1))
     at = lax.div(at, jnp.int32(2))
     env.mail.publish_twins(start + at, hidden, neighbour, tag, real)
 
 
-def _hidden(env: StreamEnv, turn: Turn, outputs: Outputs) -> Array:
+def _hidden(env: StreamEnv, outputs: Outputs) -> Array:
     """The hidden activations of pairs of rows, float32 `[E]`."""
-    gate, up = sum_up(env, turn, Segment.GATE_UP, outputs)
+    gate, up = sum_up(env, Segment.GATE_UP, outputs)
     if env.features.activation == "silu":
         return gate * jax.nn.sigmoid(gate) * up
     return jax.nn.gelu(gate, approximate=True) * up
