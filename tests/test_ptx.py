@@ -19,7 +19,7 @@ from ptx_inline import Edit, Inline, bound, inline, inlines, shape
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.lanes import first_input
+from pallas_kernels.stream.lanes import first_input, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, READ
 from pallas_kernels.stream.segments.attention import combining_threads
@@ -63,6 +63,7 @@ class Tile:
             product_warps=self.product_warps,
             chunked=self.chunked,
             line=lambda part: line,
+            columns=lambda part: COLUMNS,
         )
 
     @property
@@ -112,8 +113,8 @@ def check_product(
     ring = machine.shared_base
     machine.view(ring, weights.size, np.uint16)[:] = weights.ravel()
     thread = np.arange(plan.threads)
-    warp, column = thread // 32, thread % 32 // 4
-    part: Any = SimpleNamespace(reads=tile.pieces, grain=PIECE, held=PIECE, bits=16)
+    column = thread % 32 // 4
+    part: Any = SimpleNamespace(reads=tile.pieces, grain=PIECE, held=PIECE, bits=16, rows=tile.rows)
     first = np.asarray(first_input(plan, part))
     words = []
     for q in range(tile.pieces):
@@ -124,15 +125,11 @@ def check_product(
         words += list(as_words(held).T)
     # Products lie behind the tile, and for a while nothing behind them.
     products = ring + 2 * weights.size
-    if tile.chunked:
-        of_use = column // 2 == thread % 4
-        spare = 4 * floats + 256 + SPARE_BYTES * warp
-        machine.spare = range(products + int(spare[0]), ring + size)
-        where = np.where(of_use, (warp * COLUMNS + column) * (4 * tile.rows), spare)
-    else:
-        where = (warp * tile.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
+    spare = products + 4 * floats + 256
+    machine.spare = range(spare, ring + size)
+    where = np.asarray(place_aside(plan, part, products, spare))
     text = product_text(tile).edited(edit)
-    text.run(machine, ring + 2 * first, 2 * tile.span, products + where, *words)
+    text.run(machine, ring + 2 * first, 2 * tile.span, where, *words)
     after = machine.view(products + 4 * floats, 256, np.uint8)
     assert (after == 0xFF).all(), "More is stored than the products."
 

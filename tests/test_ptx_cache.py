@@ -219,7 +219,6 @@ def test_tiles_that_come_at_once_and_late(delay):
 
 
 EDITS = {
-    "a weight's lower half is lost": ("cvt.rn.bf16x2.f32 %pl0, %h, %f;", "mov.b32 %pl0, 0;"),
     "what was summed up is not scaled": ("ex2.approx.ftz.f32 %shrink, %shrink;", ""),
     "values beyond the span count": (
         "mov.b32 %x, 0; st.shared.v4.b32",
@@ -235,7 +234,12 @@ EDITS = {
 }
 
 
+PLAIN_EDITS = {
+    "a weight's lower half is lost": ("cvt.rn.bf16x2.f32 %pl0, %h, %f;", "mov.b32 %pl0, 0;"),
+}
+
 PAIRED_EDITS = {
+    "a weight's lower half is lost": ("cvt.rn.bf16x2.f32 %pl0, %h, %h;", "mov.b32 %pl0, 0;"),
     "a weight has its neighbour's place too": ("and.b32 %ph0, %ph0, %half;", ""),
     "threads go on with another's score": ("selp.f32 %s0_0, %s0_1, %s0_0, %late;", ""),
     "an odd key is taken for the even one": ("@%late add.u32 %mine, %mine, 1;", ""),
@@ -251,25 +255,19 @@ PAIRED_EDITS = {
 }
 
 
-def check_fault(setting: Setting, edit: tuple[str, str]) -> None:
+FAULTS = [
+    (setting, name, edit)
+    for setting, own in (("heads of 64", PLAIN_EDITS), ("4 queries of 64", PAIRED_EDITS))
+    for name, edit in {**EDITS, **own}.items()
+]
+
+
+@pytest.mark.parametrize(("setting", "name", "edit"), FAULTS, ids=lambda x: str(x)[:60])
+def test_a_fault_is_found(setting, name, edit):
     # Memory begins as NaN; copies are late enough to be missed.
-    parts = [part for name in PARTS for part in PARTS[name]]
+    parts = [part for some in PARTS.values() for part in some]
     try:
-        worst = run(setting, parts, edit, delay=3000)
+        worst = run(SETTINGS[setting], parts, edit, delay=3000)
     except PtxError:
         return
-    assert worst > WORST
-
-
-@pytest.mark.parametrize("name", EDITS)
-@pytest.mark.parametrize("setting", ["heads of 64", "4 queries of 64"])
-def test_a_fault_is_found(name, setting):
-    edit = EDITS[name]
-    if setting != "heads of 64" and name == "a weight's lower half is lost":
-        edit = ("cvt.rn.bf16x2.f32 %pl0, %h, %h;", "mov.b32 %pl0, 0;")
-    check_fault(SETTINGS[setting], edit)
-
-
-@pytest.mark.parametrize("name", PAIRED_EDITS)
-def test_a_fault_of_paired_rows_is_found(name):
-    check_fault(SETTINGS["4 queries of 64"], PAIRED_EDITS[name])
+    assert worst > WORST, name

@@ -16,7 +16,7 @@ from ptx_machine import Machine, PtxError
 from ffjax.packing import pack
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.lanes import first_input, first_read
+from pallas_kernels.stream.lanes import first_input, first_read, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, QUAD, READ, line_of
 
@@ -137,6 +137,7 @@ class Tile:
             product_warps=self.product_warps,
             chunked=self.chunked,
             line=lambda part: line_of(self.chunked, part.bits),
+            columns=lambda part: self.columns,
         )
 
     @property
@@ -144,9 +145,14 @@ class Tile:
         return line_of(self.chunked, self.bits)
 
     @property
+    def columns(self) -> int:
+        return self.line // QUAD if self.chunked else COLUMNS
+
+    @property
     def part(self) -> Any:
         held = self.grain // 2 if self.chunked else self.grain
-        return SimpleNamespace(reads=self.reads, grain=self.grain, held=held, bits=self.bits)
+        sizes = {"reads": self.reads, "grain": self.grain, "held": held, "rows": self.rows}
+        return SimpleNamespace(**sizes, bits=self.bits)
 
     @property
     def span(self) -> int:
@@ -209,8 +215,7 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
     """A tile in shared memory times an operand in registers, against float64."""
     rng, plan = np.random.default_rng(0), tile.plan
     weights, data, scales = weights_of(tile, rng)
-    columns = tile.line // QUAD if tile.chunked else COLUMNS
-    floats = columns * tile.product_warps * tile.rows
+    floats = tile.columns * tile.product_warps * tile.rows
     beyond = 2 * tile.span  # that a whole span of the last row reaches
     size = data.size + scales.size + beyond + 4 * floats + 512
     size += SPARE_BYTES * plan.threads // 32
@@ -224,7 +229,7 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
     inputs = rng.standard_normal((sequences, tile.inner)).astype(np.float32)
     padded = np.pad(inputs, ((0, 0), (0, tile.short)))
     thread = np.arange(plan.threads)
-    warp, column = thread // 32, thread % 32 // 4
+    column = thread % 32 // 4
     first = np.asarray(first_input(plan, tile.part))
     step, part = tile.line * tile.grain, tile.part
     at = np.stack([first + q * step + j for q in range(tile.reads) for j in range(part.held)])
@@ -233,19 +238,15 @@ def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | No
     given, halved = [jnp.asarray(x) for x in held], tile.chunked
     words, scale = ptx.pack_digits(given, tile.bits, halved=halved, interpret=True)
     products = ring + -(-(data.size + scales.size + beyond) // 16) * 16
-    if tile.chunked:
-        where = (warp * columns + column % 4) * (4 * tile.rows) + column // 4 * (2 * tile.rows)
-        spare = 4 * floats + 256 + SPARE_BYTES * warp
-        machine.spare = range(products + int(spare[0]), ring + size)
-        where = np.where(column % 4 == thread % 4, where, spare)
-    else:
-        where = (warp * tile.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
+    spare = products + 4 * floats + 256
+    machine.spare = range(spare, ring + size)
+    where = np.asarray(place_aside(plan, part, products, spare))
     read = np.asarray(first_read(plan, part))
     product_text(tile).edited(edit).run(
         machine,
         ring + READ * read,
         data.shape[1],
-        products + where,
+        where,
         ring + data.size,
         np.asarray(scale).view(np.uint32),
         read * tile.grain // GROUP,

@@ -42,8 +42,8 @@ STEPS: dict[str, tuple[ModelConfig, int]] = {
 BY_WARPS = (
     r"setp\.ge\.u32 %mine, %t, (?:32|64|128|256); @%mine bra idle;"
     r"|shr\.u32 %b, %t, 5; setp\.ne\.u32 %p, %b, \d+; @%p bra fed;"
-    r"|vote\.sync\.all\.pred %p, %p, 0xffffffff; @%p bra come;"
-    r"|setp\.ge\.u32 %p, %looks, \d+; @%p bra lost;|bra look;"
+    r"|vote\.sync\.all\.pred %p, %p, 0xffffffff; @%p bra come;(?: bra look;)?"
+    r"|setp\.ge\.u32 %p, %looks, \d+; @%p bra lost;"
 )
 
 

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.program import iota
-from pallas_kernels.stream.plan import PIECE, QUAD, SegmentPlan, StreamPlan
+from pallas_kernels.stream.layout import SPARE_BYTES
+from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, SegmentPlan, StreamPlan
 
 __all__ = [
     "column_of",
@@ -28,6 +30,7 @@ __all__ = [
     "first_read",
     "multiplies",
     "next_input",
+    "place_aside",
     "place_in_mail",
     "waits",
 ]
@@ -84,6 +87,34 @@ def waits(plan: StreamPlan) -> Array:
 def next_input(plan: StreamPlan, part: SegmentPlan) -> int:
     """Inputs from a thread's read to its next one."""
     return plan.line(part) * part.grain
+
+
+def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> Array:
+    """Where each thread puts aside what it makes of a tile: addresses, int32 `[T]`.
+
+    Of a single sequence, what is of use is that whose row and column of a product are the same
+    chunk's. A store that the other threads left out would part their warps, and to put them
+    together again takes longer.
+
+    Args:
+        plan: the step's.
+        part: that of the tile's segment.
+        start: address where the tile's products begin: int32 scalar, or int.
+        spare: likewise where what is of no use goes, `SPARE_BYTES` a warp.
+    """
+    thread = iota((plan.threads,), 0)
+    warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
+    if not plan.chunked:
+        return start + (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
+    if part.bits == 16:
+        chunk, of_use = column, lax.shift_right_logical(column, 1)
+        where = (warp * plan.columns(part) + chunk) * (4 * part.rows)
+    else:  # each half of the columns has half of the rows
+        chunk = of_use = column & 3
+        half = lax.shift_right_logical(column, 2) * (2 * part.rows)
+        where = (warp * plan.columns(part) + chunk) * (4 * part.rows) + half
+    spare = spare + SPARE_BYTES * warp
+    return jnp.where(of_use == (thread & 3), start + where, spare)
 
 
 def place_in_mail(plan: StreamPlan, part: SegmentPlan, element: Any) -> Any:

@@ -17,8 +17,8 @@ from pallas_kernels.dims import GROUP
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, select
-from pallas_kernels.stream.lanes import column_of, first_input, first_read, next_input
-from pallas_kernels.stream.layout import SPARE_BYTES, SharedLayout
+from pallas_kernels.stream.lanes import first_input, first_read, next_input, place_aside
+from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.operand import Operand, inputs_of, pieces_there
 from pallas_kernels.stream.plan import (
     COLUMNS,
@@ -127,7 +127,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
             _interpreted(env, index, place, pitch, part, operand)
             return index
         start = products_address(env) + place.slot * plan.products_bytes(segment)
-        where = _aside(env, part, start)
+        where = place_aside(plan, part, start, env.shared + SharedLayout.of(plan).spare)
         first = first_read(plan, part)
         slot = slot_address(env, turn)
         pitches = jnp.full((plan.threads,), pitch)
@@ -176,28 +176,6 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
         )
 
     _switch_kind(env, place.segment, product)
-
-
-def _aside(env: StreamEnv, part: SegmentPlan, start: Array) -> Array:
-    """Where each thread puts aside what it makes of a tile whose products begin at `start`.
-
-    Of a single sequence, most threads make nothing of use: a store that they left out would part
-    their warps, and to put them together again takes longer.
-    """
-    plan = env.plan
-    thread = iota((plan.threads,), 0)
-    warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
-    if not plan.chunked:
-        return start + (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
-    if part.bits == 16:
-        chunk, of_use = column, lax.shift_right_logical(column, 1)
-        where = (warp * COLUMNS + chunk) * (4 * part.rows)
-    else:  # each half of the columns has half of the rows
-        chunk = of_use = column & 3
-        half = lax.shift_right_logical(column, 2) * (2 * part.rows)
-        where = (warp * plan.columns(part) + chunk) * (4 * part.rows) + half
-    spare = env.shared + SharedLayout.of(plan).spare + SPARE_BYTES * warp
-    return jnp.where(of_use == (thread & 3), start + where, spare)
 
 
 def _switch_kind(env: StreamEnv, segment: Array, way: Callable[[list[Segment]], Array]) -> None:

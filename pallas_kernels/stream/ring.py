@@ -176,8 +176,8 @@ def feed_ring(env: StreamEnv, used: Array | None = None) -> None:
         used: int32 scalar, tiles that all threads have done with: a barrier of the program
             stands between. None: as many as last time.
     """
-    if not env.interpret:
-        ptx.feed_ring(weights_of(env)[0], env.shared, _feed_of(env.plan), used)
+    if env.mail.meanwhile is not None:
+        ptx.feed_ring(*env.mail.meanwhile, used)
 
 
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:

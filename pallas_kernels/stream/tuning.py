@@ -31,7 +31,8 @@ class Tuning:
         tile_bytes: bytes of a tile at most, a power of two from 8 KiB to 64 KiB.
         num_warps: warps of a program, 4 or 8; None: as few as hold the operand. Those beyond
             do not multiply: one of them feeds the ring.
-        slots: tiles that shared memory holds; None: as many as there is room for.
+        slots: tiles that shared memory holds, fewer where there is no room for them; None: as many
+            as there is room for.
         in_flight: of them those that are asked for and have not come, at most, 1 to 16.
         l2_tiles: tiles beyond those that are asked for into the L2 cache while the program
             waits for others, 0 to 16.
