@@ -170,6 +170,7 @@ class Ring:
     slots: int
     in_flight: int
     l2_tiles: int = 0
+    l2_bytes: int = 48
     size: int = 64  # bytes of a copy
     threads: int = 64
     slot_bytes: int = 512
@@ -203,6 +204,7 @@ class Ring:
             copies=max(2, *self.copies),
             has_scales=self.scales > 0,
             l2_tiles=self.l2_tiles,
+            l2_bytes=self.l2_bytes,
         )
 
     @property
@@ -221,7 +223,7 @@ class Ring:
 def feed_text(feed: ptx.Feed, store: bool) -> Inline:
     def body(weights: Any) -> None:
         zero = jnp.int32(0)
-        ptx.feed_ring(weights, zero, feed, zero if store else None)
+        ptx.feed_ring(weights, zero, feed, *([zero, zero] if store else []))
 
     return inline(body, shape(16, jnp.bfloat16))
 
@@ -258,9 +260,11 @@ class Fed:
         # The first array begins in the middle: others lie before it.
         self.pointer = m.memory_base + 4096 * 8
         self.used = 0
-        # Tiles asked for into the L2 cache, and the next one.
+        # Tiles asked for into the L2 cache, the next one, and what has been asked for of all.
         self.ahead: list[int] = []
         self._next_ahead = 0
+        self._left: list[tuple[int, int]] | None = None
+        self._pieces: list[tuple[int, int]] = []
         # Places of tiles are drawn, in pieces of 16 bytes from the pointer on.
         units = ring.size // 16
         self.rows = np.zeros((len(ring.copies), ring.row_words), np.int64)
@@ -335,18 +339,19 @@ class Fed:
         assert number == len(copies)
         return flying
 
-    def ask(self, used: int | None = None) -> None:
+    def ask(self, used: int | None = None, beyond: int | None = None) -> None:
         """As `feed_ring` does: the next tile is asked for just where it may be."""
         f, number, before = self.feed, self.asked, self.on_their_way()
         if used is not None:
             self.used = used
+        beyond = f.slots if beyond is None else beyond
         text = feed_text(f, used is not None)
         if self.edit is not None and self.edit[0] in text.text:  # or it is of the other text
             text = text.edited(self.edit)
-        text.run(self.machine, self.pointer, self.base, used or 0)
+        text.run(self.machine, self.pointer, self.base, used or 0, beyond)
         after = self.on_their_way()
         waits_for = number - f.in_flight
-        if number >= min(self.used + f.slots, f.total):
+        if number >= min(self.used + beyond, f.total):
             assert self.asked == number
             if used is None:
                 self._look_ahead(number)
@@ -354,22 +359,31 @@ class Fed:
             assert self.asked == number + 1
         elif waits_for in after:
             assert self.asked == number
-        assert self.machine.prefetched == self.copies_of(self.ahead)
+        assert self.machine.prefetched == self._pieces
 
     def _look_ahead(self, number: int) -> None:
         """What should have been asked for into the L2 cache, the ring being full."""
-        self._next_ahead = max(self._next_ahead, number)
-        if self._next_ahead < min(number + self.feed.l2_tiles, self.feed.total):
+        if self._next_ahead < number:
+            self._next_ahead, self._left = number, None
+        if self._next_ahead >= min(number + self.feed.l2_tiles, self.feed.total):
+            return
+        if self._left is None:
             self.ahead.append(self._next_ahead)
-            self._next_ahead += 1
+            self._left = self.pieces_of([self._next_ahead])
+        self._pieces += self._left[:1]
+        self._left = self._left[1:]
+        if not self._left:
+            self._next_ahead, self._left = self._next_ahead + 1, None
 
-    def copies_of(self, tiles: Sequence[int]) -> list[tuple[int, int]]:
-        """Address and size of what is copied of tiles."""
+    def pieces_of(self, tiles: Sequence[int]) -> list[tuple[int, int]]:
+        """Address and size of what is asked for of tiles, one after another."""
+        most = self.feed.l2_bytes
         return [
-            (at, size)
+            (at + past, min(most, size - past))
             for index in tiles
             for at, to, size in self.places(index)
             if not self.ring.scales or to < 384  # of scales, none
+            for past in range(0, size, most)
         ]
 
     def wait(self, index: int, edit: Edit = None, most: int = 2000) -> None:
@@ -392,11 +406,14 @@ def check_feed(ring: Ring, seed: int = 0, edit: Edit = None, wait_edit: Edit = N
         fed.ask()
     for index in range(fed.feed.total):
         # Words of other programs may be waited for, or not.
-        for _ in range(max(0, int(rng.integers(-3, 6)))):
+        # Where little is asked for at a time, for longer.
+        for _ in range(max(0, int(rng.integers(-3, 6))) * (5 if ring.l2_tiles else 1)):
             fed.machine.pass_time(int(rng.integers(300)))
             fed.ask()
         fed.wait(index, wait_edit)
-        fed.ask(index + 1)
+        # Where words are waited for next, no more than the next tile.
+        fed.ask(index + 1, 1 if index % 5 == 4 else None)
+        assert fed.asked > index + 1 or fed.asked == fed.feed.total
     assert fed.asked == fed.feed.total
     fed.ask()
     return fed
@@ -406,6 +423,7 @@ ONE = Ring(3, (1, 1, 1), (1, 1), slots=4, in_flight=4)
 TWO = Ring(3, (2, 1, 0, 2), (1, 1, 0), slots=5, in_flight=3)
 MANY = Ring(2, (2, 5, 1, 0), (1,), slots=3, in_flight=2)
 AHEAD = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, l2_tiles=3)
+AHEAD_OF_NONE = Ring(3, (2, 0, 3), (1, 0), slots=2, in_flight=2, l2_tiles=3)
 SCALED = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, scales=2, l2_tiles=3)
 SCALED_MANY = Ring(2, (2, 4, 1, 0), (1,), slots=3, in_flight=2, scales=2)
 RINGS = {
@@ -413,6 +431,7 @@ RINGS = {
     "two": TWO,
     "many": MANY,
     "l2": AHEAD,
+    "l2 and empty ones": AHEAD_OF_NONE,
     "scales": SCALED,
     "many scales": SCALED_MANY,
 }
@@ -438,11 +457,22 @@ def test_no_more_is_asked_for_than_may_be_in_flight():
 
 def test_tiles_beyond_a_full_ring_come_to_the_cache():
     fed = Fed(AHEAD, 0)
-    for _ in range(20):
+    for _ in range(30):
         fed.machine.pass_time(2000)
         fed.ask()
     assert fed.asked == AHEAD.slots
     assert fed.ahead == list(range(AHEAD.slots, AHEAD.slots + AHEAD.l2_tiles))
+    # Each copy in two pieces, the last of which is what is left.
+    assert [size for _, size in fed.machine.prefetched] == [48, 16] * 6
+    assert fed.machine.prefetched == fed.pieces_of(fed.ahead)
+
+
+def test_no_more_is_asked_for_than_may_be_ahead():
+    fed = Fed(TWO, 0)
+    for beyond, asked in ((1, 1), (1, 1), (3, 2), (3, 3), (3, 3), (None, 4)):
+        fed.machine.pass_time(2000)
+        fed.ask(0, beyond)
+        assert fed.asked == asked
 
 
 def check_skipped(edit: Edit = None) -> None:
@@ -557,8 +587,8 @@ def check_collect(
     got = np.stack(text.run(m, *operands)).reshape(pieces, size, threads)
     wanted = values.reshape(pieces, threads, size).swapaxes(1, 2)
     np.testing.assert_array_equal(got, np.where(is_there[:, None], wanted, kind.tag))
-    # Meanwhile the ring was fed.
-    assert way != "at once" or fed.asked == 0
+    # Meanwhile the ring was fed, by each look.
+    assert way != "at once" or fed.asked == (1 if pieces <= 4 else 2)
     assert way != "in any order" or fed.asked == fed.ring.slots
     for index in range(fed.asked):
         fed.wait(index)
@@ -587,7 +617,10 @@ def test_warps_wait_for_words_in_any_order(way):
 def test_tiles_are_asked_for_ahead_while_words_are_waited_for(seed):
     fed = check_collect(5, "in any order", order=np.random.default_rng(seed), ring=AHEAD)
     ahead = range(AHEAD.slots, AHEAD.slots + AHEAD.l2_tiles)
-    assert fed.machine.prefetched == fed.copies_of(ahead)
+    wanted = fed.pieces_of(ahead)
+    # In their order, as many as there were looks.
+    assert fed.machine.prefetched == wanted[: len(fed.machine.prefetched)]
+    assert len(fed.machine.prefetched) > 4
 
 
 @pytest.mark.parametrize("pieces", [2, 6])
@@ -896,6 +929,7 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
     "feed": (
         lambda edit: check_feed(TWO, 0, edit),
         [
+            ("add.u32 %u, %u, $4;", "add.u32 %u, %u, 5;"),
             ("setp.lt.u32 %go, %n, %u;", "setp.le.u32 %go, %n, %u;"),
             ("and.pred %go, %go, %p;", ""),
             ("xor.b32 %h, %h, 1;", ""),
@@ -933,7 +967,15 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
         lambda edit: check_feed(AHEAD, 0, edit),
         [
             ("@%p mov.b32 %x, %n;", ""),
-            ("sub.u32 %u, %u, 1; bra l2;", "sub.u32 %u, %u, 2; bra l2;"),
+            ("min.u32 %v, %v, 48;", "min.u32 %v, %v, 64;"),
+            ("sub.u32 %v, %t, %o;", "mov.b32 %v, %t;"),
+            ("add.u32 %o, %o, 48;", "add.u32 %o, %o, 64;"),
+            ("@%p mov.b32 %o, 0; @%p add", "@%p add"),
+            ("@%p add.u32 %i, %i, 1;", ""),
+            ("shl.b32 %i, %i, 16;", "shl.b32 %i, %i, 15;"),
+            ("@%done mov.b32 %o, 0;", ""),
+            ("mul.wide.u32 %far, %w, %i; add.u64 %from, %from, %far;", ""),
+            ("cvt.u64.u32 %far, %o; add.u64 %from, %from, %far;", ""),
             ("add.u32 %u, %n, 3;", "add.u32 %u, %n, 4;"),
             ("add.u32 %u, %n, 3; min.u32 %u, %u, 12;", "add.u32 %u, %n, 3;"),
             ("mul.wide.u32 %far, %z, %v;", "mul.wide.u32 %far, %l, %v;"),
@@ -942,11 +984,16 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("setp.lt.and.u32 %p, %z, 2, %p;", "setp.lt.and.u32 %p, %z, 3, %p;"),
         ],
     ),
+    "feed ahead of empty ones": (
+        lambda edit: check_feed(AHEAD_OF_NONE, 0, edit),
+        [("setp.lt.u32 %p, %i, %u; @%p", "")],
+    ),
     "skipping ahead": (
         check_skipped,
         [
             ("@%p mov.b32 %y, %e;", ""),
             ("@%p mov.b32 %z, %l;", ""),
+            ("@%p mov.b32 %o, 0; add.u32 %u, %n,", "add.u32 %u, %n,"),
             ("setp.lt.u32 %p, %x, %n;", "setp.gt.u32 %p, %x, %n;"),
         ],
     ),

@@ -118,7 +118,10 @@ def stream_kernel(env: StreamEnv) -> None:
         turn, place, state = carry
         multiply(env, turn, index, place, state.operand)
         _meet(env)
-        feed_ring(env, index + 1)
+        # Behind a segment's last tile words are waited for, and by others the products: no more
+        # than the next tile may be in their way.
+        ahead = jnp.where(place.last, jnp.int32(1), jnp.int32(env.plan.slots))
+        feed_ring(env, index + 1, ahead)
 
         def change_segment(state):
             left = leave_segment(env, place, state)

@@ -52,6 +52,8 @@ __all__ = [
 
 # A wait looks so often before it gives up; a look takes up to some microseconds.
 MOST_LOOKS = 1 << 22
+# What is asked for into the L2 cache between two looks at words that are missing.
+L2_BYTES = 8 * 1024
 
 
 class Turn(NamedTuple):
@@ -163,10 +165,11 @@ def _feed_of(plan: StreamPlan) -> ptx.Feed:
         copies=most_copies(plan),
         has_scales=plan.quantized,
         l2_tiles=plan.tuning.l2_tiles,
+        l2_bytes=L2_BYTES,
     )
 
 
-def feed_ring(env: StreamEnv, used: Array | None = None) -> None:
+def feed_ring(env: StreamEnv, used: Array | None = None, ahead: Array | None = None) -> None:
     """Asks for the next tile if a slot is free and few tiles are on their way.
 
     Too many on their way, and whoever waits for other programs' words waits behind them.
@@ -175,9 +178,11 @@ def feed_ring(env: StreamEnv, used: Array | None = None) -> None:
         env: the program's view.
         used: int32 scalar, tiles that all threads have done with: a barrier of the program
             stands between. None: as many as last time.
+        ahead: int32 scalar, tiles beyond those that may have been asked for; None: as many as there
+            are slots.
     """
     if env.mail.meanwhile is not None:
-        ptx.feed_ring(*env.mail.meanwhile, used)
+        ptx.feed_ring(*env.mail.meanwhile, used, ahead)
 
 
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:

@@ -2,7 +2,8 @@
 
 A part of the work is one sequence, one key/value head with up to 8 of the query heads that
 share it, and one span of positions. The number of a head's spans depends on the sequence's
-length alone. Parts are dealt out in turn: program p has parts p, p + P and so on.
+length alone. Parts are dealt out in turn, to the last program first: program P - 1 - p has parts
+p, p + P and so on. For the last programs have the fewest tiles of weights.
 
 What parts a program has is the same in every layer, or every local one and every other: it
 is worked out once a step, as rows of a table in shared memory.
@@ -92,6 +93,17 @@ def spans_of(env: StreamEnv, layer: Array, sequence: Array) -> Array:
     return spans
 
 
+def _turn(env: StreamEnv) -> Array:
+    """How many programs have their turn before this one, int32."""
+    return env.plan.programs - 1 - env.program
+
+
+def _share(env: StreamEnv, parts: Array) -> Array:
+    """How many of so many parts are this program's, int32."""
+    programs = env.plan.programs
+    return lax.div(parts - _turn(env) + (programs - 1), jnp.int32(programs))
+
+
 def _deal(env: StreamEnv, extents: list[_Extent]) -> tuple[Array, Array]:
     """Parts of a layer, and the most spans of a head."""
     spans = [_spans(env, extent.live) for extent in extents]
@@ -152,7 +164,7 @@ def make_spans(env: StreamEnv, table: Array) -> None:
     for kind, local in enumerate(_kinds(env)):
         extents = _extents(env, local)
         total, most = _deal(env, extents)
-        part = _part(env, extents, env.program + (row - 1) * plan.programs)
+        part = _part(env, extents, _turn(env) + (row - 1) * plan.programs)
         live = jnp.maximum(part.stop - part.start, 0)
         new = part.has_new.astype(jnp.int32)
         slot = part.sequence * d.num_kv_heads + part.head
@@ -166,10 +178,10 @@ def make_spans(env: StreamEnv, table: Array) -> None:
             part.number | lax.shift_left(part.spans, 16),
             part.position,
         ]
-        before = [jnp.broadcast_to(x, row.shape) for x in (env.share(total), most)]
+        before = [jnp.broadcast_to(x, row.shape) for x in (_share(env, total), most)]
         for number, word in enumerate(before):
             words[number] = jnp.where(row == 0, word, words[number])
-        there = (row == 0) | (row <= env.share(total))
+        there = (row == 0) | (row <= _share(env, total))
         at = table + 4 * ROW_WORDS * (kind * spans_rows(plan) + row)
         ptx.write_row(at, words, there & (row < spans_rows(plan)))
     plgpu.debug_barrier()
@@ -185,7 +197,7 @@ def share_of(env: StreamEnv, layer: Array, table: Array | None) -> Share:
     """
     if table is None:
         total, most = _deal(env, _extents(env, env.is_local(layer)))
-        return Share(env.share(total), most > 1, layer * 0)
+        return Share(_share(env, total), most > 1, layer * 0)
     rows = table
     if len(_kinds(env)) > 1:
         local = env.is_local(layer).astype(jnp.int32)
@@ -198,7 +210,7 @@ def part_of(env: StreamEnv, layer: Array, share: Share, j: Array) -> Part:
     """The j-th of this program's parts of a layer."""
     if env.interpret:
         extents = _extents(env, env.is_local(layer))
-        return _part(env, extents, env.program + j * env.plan.programs)
+        return _part(env, extents, _turn(env) + j * env.plan.programs)
     _, live, _, _, slot, first_query, numbers, position = ptx.read_row(row_of(share, j))
     sequence = lax.div(slot, jnp.int32(env.dims.num_kv_heads))
     return Part(

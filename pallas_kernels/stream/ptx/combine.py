@@ -46,11 +46,10 @@ def _combine_text(count: int, lanes: int, step: int, most: int, feed: Feed) -> s
             f"@%p ld.relaxed.gpu.global.v2.b64 {{{a}, {b}}}, [{sums}+{4 * step * q}];",
             f"@%p ld.relaxed.gpu.global.b64 {c}, [{values}+{4 * step * q}];",
         ]
-    lines.append("mov.b32 %left, 0;")
+    lines += [*feed_lines(feed, ring, weights), "mov.b32 %left, 0;"]
     for pair in names["a"] + names["b"] + names["c"]:
         lines.append(f"mov.b64 {{%y, %x}}, {pair}; xor.b32 %x, %x, {tag}; or.b32 %left, %left, %x;")
     lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
-    lines += feed_lines(feed, ring, weights, None)
     lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done:")
     # Threads come out of it one by one; what follows is done by whole warps, or takes far longer.
     lines.append(lowered.REJOIN)

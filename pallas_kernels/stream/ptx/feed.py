@@ -56,7 +56,8 @@ class Feed:
         barriers: likewise the slots' barriers, 8 bytes each.
         control: likewise the feed's own 16 words: tiles asked for, row of the route, layer,
             slot and phase of the next, tiles used; from the 9th on, tiles asked for into the
-            L2 cache, row and layer of the next.
+            L2 cache, row and layer of the next, and what of it has been: 65536 for each copy, and
+            bytes of the copy after those.
         layer_tiles: tiles of a layer.
         layers: how many.
         total: tiles of the step.
@@ -67,6 +68,7 @@ class Feed:
             16 words, the second 8 of scales, and 8 otherwise.
         l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
             waits.
+        l2_bytes: of a copy, so many at a time, a multiple of 16.
     """
 
     slots: int
@@ -82,6 +84,7 @@ class Feed:
     copies: int
     has_scales: bool
     l2_tiles: int
+    l2_bytes: int
 
     @property
     def row_bytes(self) -> int:
@@ -148,7 +151,12 @@ def _copy_lines(most: int, shared: bool) -> list[str]:
 
 
 def feed_lines(
-    feed: Feed, ring: str, pointer: str, used: str | None, together: bool = False
+    feed: Feed,
+    ring: str,
+    pointer: str,
+    used: str | None = None,
+    ahead: str | None = None,
+    together: bool = False,
 ) -> list[str]:
     """Asks for the next tile where a slot is free and few are on their way.
 
@@ -160,6 +168,7 @@ def feed_lines(
         ring: the ring's address.
         pointer: the first array's.
         used: tiles that all threads have done with; None: as many as last time.
+        ahead: tiles beyond those that may have been asked for; None: as many as there are slots.
         together: whether the thread's whole warp is here, so that its threads share many copies.
             No thread of a warp leaves another then.
     """
@@ -190,7 +199,7 @@ def feed_lines(
     lines.append(f"ld.shared.v4.b32 {{%x, %y, %z, %b}}, [%b+{f.route + 16}];")
     if used is not None:
         lines.append(f"mov.b32 %u, {used};")
-    lines.append(f"add.u32 %u, %u, {f.slots}; min.u32 %u, %u, {f.total};")
+    lines.append(f"add.u32 %u, %u, {ahead or f.slots}; min.u32 %u, %u, {f.total};")
     if f.l2_tiles and used is None:
         lines += ["setp.lt.u32 %p, %n, %u; @%p bra room;", *_l2_lines(f, ring, pointer), "room:"]
     lines += [
@@ -229,25 +238,33 @@ def feed_lines(
 
 
 def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
-    """Asks for the next tile beyond a full ring into the L2 cache, if there are few such."""
+    """Asks for what comes next beyond a full ring into the L2 cache, if there is little such.
+
+    Some bytes of one copy: words that the program looks for next queue behind them.
+    """
     return [
-        "{ .reg .b32 %u, %t, %v, %w, %x, %y, %z;",
-        f"ld.shared.v4.b32 {{%x, %y, %z, %w}}, [{ring}+{f.control + 32}];",
+        "{ .reg .pred %done; .reg .b32 %i, %o, %u, %t, %v, %w, %x, %y, %z;",
+        f"ld.shared.v4.b32 {{%x, %y, %z, %o}}, [{ring}+{f.control + 32}];",
         # Tiles that have been asked for in earnest meanwhile are past.
         "setp.lt.u32 %p, %x, %n; @%p mov.b32 %x, %n; @%p mov.b32 %y, %e; @%p mov.b32 %z, %l;",
-        f"add.u32 %u, %n, {f.l2_tiles}; min.u32 %u, %u, {f.total};",
+        f"@%p mov.b32 %o, 0; add.u32 %u, %n, {f.l2_tiles}; min.u32 %u, %u, {f.total};",
         "setp.ge.u32 %p, %x, %u; @%p bra fed;",
         f"mad.lo.u32 %b, %y, {f.row_bytes}, {ring};",
         f"ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%b+{f.route}];",
         "mov.b64 %from, {%t, %u}; mul.wide.u32 %far, %z, %v; add.u64 %from, %from, %far;",
-        f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %w, 16;",
-        f"ld.shared.v2.b32 {{%t, %u}}, [%b+{f.route + 16}];",
-        "l2: setp.eq.u32 %p, %u, 0; @%p bra asked;",
-        "cp.async.bulk.prefetch.L2.global [%from], %t;",
-        "add.u64 %from, %from, %by; sub.u32 %u, %u, 1; bra l2; asked:",
-        f"add.u32 %x, %x, 1; add.u32 %y, %y, 1; setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
+        f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer};",
+        # %i copies are past, and %o bytes of the next, of %t bytes each
+        f"ld.shared.v2.b32 {{%t, %u}}, [%b+{f.route + 16}]; shr.u32 %i, %o, 16;",
+        "and.b32 %o, %o, 65535; shl.b32 %w, %w, 4; mul.wide.u32 %far, %w, %i;",
+        "add.u64 %from, %from, %far; cvt.u64.u32 %far, %o; add.u64 %from, %from, %far;",
+        f"sub.u32 %v, %t, %o; min.u32 %v, %v, {f.l2_bytes}; setp.lt.u32 %p, %i, %u;",
+        f"@%p cp.async.bulk.prefetch.L2.global [%from], %v; add.u32 %o, %o, {f.l2_bytes};",
+        "setp.ge.u32 %p, %o, %t; @%p mov.b32 %o, 0; @%p add.u32 %i, %i, 1;",
+        "setp.ge.u32 %done, %i, %u; shl.b32 %i, %i, 16; or.b32 %o, %o, %i; @%done mov.b32 %o, 0;",
+        "@%done add.u32 %x, %x, 1; @%done add.u32 %y, %y, 1;",
+        f"setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %z, {f.layers - 1}, %p; @%p mov.u32 %y, 1; @%p add.u32 %z, %z, 1;",
-        f"st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %w}}; bra fed; }}",
+        f"st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %o}}; bra fed; }}",
     ]
 
 
@@ -255,7 +272,7 @@ _feed_p = core.Primitive("ffjax_feed")
 
 
 @_feed_p.def_effectful_abstract_eval
-def _(ref, ring, used, *, feed, store):
+def _(ref, ring, used, ahead, *, feed, store):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED, state.ReadEffect(0)}
 
 
@@ -263,14 +280,17 @@ def _(ref, ring, used, *, feed, store):
 def _(ctx, ref, *args, feed, store):
     args = lowered.values(ctx, args)
     pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), [1])
-    lines = feed_lines(feed, "$2", "$1", "$3" if store else None, together=store)
+    options = {"used": "$3", "ahead": "$4", "together": True} if store else {}
+    lines = feed_lines(feed, "$2", "$1", **options)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
     result = lowered.like((1,), lowered.i32())
     arguments = [pointer, *args]
-    return lowered.assembly([result], text, "=r,l,r,r", arguments, by_warps=store)[0]
+    return lowered.assembly([result], text, "=r,l,r,r,r", arguments, by_warps=store)[0]
 
 
-def feed_ring(ref: Any, ring: Array, feed: Feed, used: Array | None = None) -> None:
+def feed_ring(
+    ref: Any, ring: Array, feed: Feed, used: Array | None = None, ahead: Array | None = None
+) -> None:
     """Asks for the next tile if a slot is free and few tiles are on their way.
 
     Bulk copies (compute capability 9.0) bring it to shared memory while the program goes on.
@@ -280,7 +300,9 @@ def feed_ring(ref: Any, ring: Array, feed: Feed, used: Array | None = None) -> N
         ring: int32 scalar, the ring's address.
         feed: the rest.
         used: int32 scalar, tiles that all threads have done with; None: as many as last time.
+        ahead: int32 scalar, tiles beyond `used` that may have been asked for; None: as many as
+            there are slots. Without `used` it is of no matter.
     """
     store = used is not None
-    used = jnp.full((1,), used if used is not None else 0)
-    _feed_p.bind(ref, jnp.full((1,), ring), used, feed=feed, store=store)
+    numbers = [ring, 0 if used is None else used, feed.slots if ahead is None else ahead]
+    _feed_p.bind(ref, *(jnp.full((1,), x) for x in numbers), feed=feed, store=store)

@@ -42,7 +42,7 @@ def _multiply_text(
         f"{{ .reg .pred %odd, %mine{', %p' if guarded else ''}; .reg .b32 %l, %g, %t, %a, %b;",
         "mov.u32 $0, 0;",
         f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {threads}; @%mine bra idle;",
-        "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
+        "mov.u32 %l, %laneid; shr.u32 %g, %l, 2;",
     ]
     word = [f"${4 + i}" for i in range(4 * pieces)]
     sums = rows // 2 if chunked else 1

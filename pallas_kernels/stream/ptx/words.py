@@ -67,22 +67,23 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
             f"@%p and.b32 %left, %left, {~(1 << q)};",
         ]
 
+    # While a look is on its way, and behind it.
+    feeding = feed_lines(feed, f"${count + 4}", f"${count + 3}")
     if pieces > _FEW_PIECES:
         # To look for all of many would take others' bandwidth: first only for the last one.
         last = pieces - 1
         lines.append("early:")
         lines.append(f"and.b32 %w, %left, {1 << last}; setp.eq.u32 %p, %w, 0; @%p bra again;")
-        lines += [*load(last, ""), *check(last), "@%p bra again;"]
-        lines += feed_lines(feed, f"${count + 4}", f"${count + 3}", None)
+        lines += [*load(last, ""), *feeding, *check(last), "@%p bra again;"]
         lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra early; trap;")
     lines.append("again:")
     for q in range(pieces):
         lines.append(f"and.b32 %w, %left, {1 << q}; setp.ne.u32 %p, %w, 0;")
         lines += load(q, "@%p ")
+    lines += feeding
     for q in range(pieces):
         lines += check(q)
     lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
-    lines += feed_lines(feed, f"${count + 4}", f"${count + 3}", None)
     lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done: }}")
     addresses = lowered.addresses(ref, offset, shape)
     constraints = ",".join(["=&r"] * count + ["l", "r", "r", "l", "r"])
@@ -156,14 +157,13 @@ def _collect_each_text(count: int, pairs: bool, together: int, most: int, feed: 
             )
         else:
             lines.append(f"@%p ld.relaxed.gpu.global.b32 ${i}, [%a];")
-    lines.append("mov.b32 %left, 0;")
+    lines += [*feed_lines(feed, ring, weights), "mov.b32 %left, 0;"]
     # Not by lop3: ptxas crashes on it here.
     for word in [f"%t{i}" if pairs else f"${i}" for i in range(count)]:
         lines.append(f"xor.b32 %x, {word}, {tag}; or.b32 %left, %left, %x;")
     if not pairs:
         lines.append("and.b32 %left, %left, 255;")
     lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
-    lines += feed_lines(feed, ring, weights, None)
     lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done: }}")
     return " ".join(lines)
 

@@ -38,7 +38,7 @@ __all__ = ["attend_parts", "combine_parts", "combining_threads"]
 LOWEST = -1e30
 # Elements of a head that a program combines at least.
 MIN_COMBINED = 8
-# Tiles of weights that are asked for before spans are combined.
+# Tiles of weights that are asked for when the program's parts are done.
 AHEAD = 2
 # Spans that a thread combines at most.
 MOST_SPANS = 8
@@ -216,6 +216,13 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
 
     lax.fori_loop(jnp.int32(0), share.parts, part_step, jnp.int32(0))
 
+    @pl.when((share.parts > 0) | share.combines)
+    def _():
+        # No tile has been asked for meanwhile. Memory has nothing more to do for the layer's keys
+        # and values, and what comes of them takes a hand-over, or two.
+        for _ in range(AHEAD):
+            feed_ring(env)
+
 
 def combine_parts(env: StreamEnv, layer: Array) -> None:
     """Finishes this program's elements of heads of several spans."""
@@ -243,10 +250,6 @@ def combine_parts(env: StreamEnv, layer: Array) -> None:
 
     @pl.when(share.combines)
     def _():
-        # Memory has nothing more to do for the layer's keys and values, and what comes of them
-        # takes two hand-overs.
-        for _ in range(AHEAD):
-            feed_ring(env)
         lax.fori_loop(jnp.int32(0), env.share(heads * pieces), step, jnp.int32(0))
 
 
