@@ -27,6 +27,7 @@ from ffjax.config import PRESETS
 from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
+from pallas_kernels.stream.kernel import tiles_ahead
 from pallas_kernels.stream.lanes import column_of, first_input, next_input, place_in_mail
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.layout import SharedLayout
@@ -42,6 +43,7 @@ from pallas_kernels.stream.plan import (
 )
 from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan, why_not, why_not_on
 from pallas_kernels.stream.route import make_route, route_shape
+from pallas_kernels.stream.spans import part_of, share_of
 from pallas_kernels.stream.tiles import first_place, next_place, next_segment
 from pallas_kernels.stream.tuning import Tuning
 
@@ -327,12 +329,46 @@ def test_a_single_sequence_is_cut_into_chunks():
         ({"num_warps": 5}, "num_warps is one of None, 4, 8; got 5"),
         ({"in_flight": 0}, "in_flight is one of 1, 2, .*, 16; got 0"),
         ({"l2_tiles": 17}, "l2_tiles is one of 0, 1, .*; got 17"),
+        ({"l2_bytes": 2048}, "l2_bytes is one of 4096, 8192, .*; got 2048"),
+        ({"next_tiles": 0}, "next_tiles is one of None, 1, .*; got 0"),
         ({"slots": 1}, "slots is at least 2, got 1"),
     ],
 )
 def test_a_tunable_out_of_range_is_refused(options, match):
     with pytest.raises(ValueError, match=match):
         Tuning(**options)
+
+
+@pytest.mark.parametrize(("length", "spans"), [(96, 1), (1000, 4), (16000, 16)])
+def test_attention_is_dealt_out_once_to_the_programs_with_the_fewest_tiles(length, spans):
+    plan = make_stream_plan(dims_of(PRESETS["llama3.2-1b"], 1, 16384), H200)
+    seen, busy, tiles = [], [], []
+    for program in range(plan.programs):
+        env = dataclasses.replace(env_of(plan, program), lengths=(jnp.int32(length),))
+        share = share_of(env, jnp.int32(0), None)
+        parts = [part_of(env, jnp.int32(0), share, jnp.int32(j)) for j in range(int(share.parts))]
+        seen += [(int(part.head), int(part.number), int(part.spans)) for part in parts]
+        busy.append(len(parts))
+        tiles.append(sum(int(first_place(env, s, 0).busy) for s in LAYER_SEGMENTS))
+    heads = plan.dims.num_kv_heads
+    assert sorted(seen) == [(h, n, spans) for h in range(heads) for n in range(spans)]
+    assert max(busy) == 1
+    assert busy == sorted(busy)
+    assert tiles == sorted(tiles, reverse=True)
+    assert tiles[0] > tiles[-1]
+
+
+@pytest.mark.parametrize(("next_tiles", "last"), [(1, 1), (3, 3), (16, None), (None, None)])
+def test_behind_a_segment_little_is_asked_for(next_tiles, last):
+    plan = make_stream_plan(preset_dims("llama3.2-1b", 1), H200, Tuning(next_tiles=next_tiles))
+    env = env_of(plan, program=plan.programs - 1)
+    for segment in LAYER_SEGMENTS:
+        place = first_place(env, segment, 1)
+        for left in reversed(range(plan.segments[segment].tiles)):
+            found = tiles_ahead(env, place)
+            found = plan.slots if found is None else int(found)
+            assert found == (plan.slots if left or last is None else last)
+            place = next_place(place)
 
 
 @pytest.mark.parametrize("capability", ["8.0", "8.9"])

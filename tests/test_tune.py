@@ -42,7 +42,8 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     assert Tuning() not in finer
     planned = [make_stream_plan(dims, H200, tuning) for tuning in finer]
     rings = {
-        (p.slots, min(p.in_flight, p.slots), p.tuning.l2_tiles, p.attention.tiles) for p in planned
+        (p.slots, p.attention.tiles, t.in_flight, t.l2_tiles, t.l2_bytes, t.next_tiles)
+        for p, t in zip(planned, finer, strict=True)
     }
     assert len(rings) == len(planned)
     slots = [t.slots for t in finer if t.slots is not None]
@@ -51,6 +52,8 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     flying = [t.in_flight for t in finer if t.in_flight != usual]
     assert flying == [n for n in range(1, min(4, plans[0].slots) + 1) if n != usual]
     assert [t.l2_tiles for t in finer if t.l2_tiles != Tuning().l2_tiles] == [0, 2, 4, 16]
+    assert [t.l2_bytes for t in finer if t.l2_bytes != Tuning().l2_bytes] == [4096, 32_768]
+    assert [t.next_tiles for t in finer if t.next_tiles != 1] == [2, None]
     assert [t.cache_tiles for t in finer if t.cache_tiles != Tuning().cache_tiles] == [3]
 
 
@@ -65,7 +68,7 @@ def test_a_line_says_how_a_plan_keeps_its_tiles():
     trial = Trial(tuning, plan, tune_module.Timing(1, (1e-3,), 0.0), 0.004, True, None)
     line = _line(trial)
     assert f"tiles of {plan.rows} rows, 5 slots of {plan.slot_bytes} bytes, 3 in flight" in line
-    assert "4 ahead, 4 warps, error 4.0e-03" in line
+    assert "4 ahead by 8192 bytes, 1 of the next segment, 4 warps, error 4.0e-03" in line
     assert "WRONG" not in line
     assert "WRONG" in _line(dataclasses.replace(trial, repeats=False))
     failed = dataclasses.replace(trial, timing=None, failure="too much")

@@ -76,8 +76,10 @@ def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
         if plan.why_no_room is not None:
             continue
         rows = tuple((part.rows, part.splits) for part in plan.segments.values())
-        ring = plan.slots, min(plan.in_flight, plan.slots), tuning.l2_tiles, plan.attention.tiles
-        plans.setdefault((rows, plan.num_warps, *ring), tuning)
+        most = plan.in_flight, tuning.next_tiles or plan.slots
+        in_flight, following = (min(number, plan.slots) for number in most)
+        ring = plan.slots, in_flight, following, tuning.l2_tiles, tuning.l2_bytes
+        plans.setdefault((rows, plan.num_warps, *ring, plan.attention.tiles), tuning)
     return list(plans.values())
 
 
@@ -90,7 +92,7 @@ def candidates(dims: Dims, gpu: Gpu) -> list[Tuning]:
 
 
 def refinements(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
-    """The same sizes with fewer slots, or other numbers of tiles in flight, ahead, or of the cache.
+    """The same sizes with fewer slots, or with more or less in flight, ahead, or of the cache.
 
     The tuning itself is not among them.
     """
@@ -98,6 +100,8 @@ def refinements(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
     options = [dataclasses.replace(tuning, slots=number) for number in range(usual - 1, 1, -1)]
     options += [dataclasses.replace(tuning, in_flight=number) for number in range(1, 5)]
     options += [dataclasses.replace(tuning, l2_tiles=tiles) for tiles in (0, 2, 4, 8, 16)]
+    options += [dataclasses.replace(tuning, l2_bytes=size) for size in (4096, 8192, 32_768)]
+    options += [dataclasses.replace(tuning, next_tiles=tiles) for tiles in (1, 2, None)]
     options += [dataclasses.replace(tuning, cache_tiles=tiles) for tiles in (2, 3)]
     return _distinct(dims, gpu, [tuning, *options])[1:]
 

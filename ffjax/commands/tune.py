@@ -118,10 +118,12 @@ def _data(trial) -> dict:
 
 
 def _line(trial) -> str:
-    plan = trial.plan
+    plan, tuning = trial.plan, trial.tuning
+    following = "all" if tuning.next_tiles is None else tuning.next_tiles
     shape = (
         f"tiles of {plan.rows} rows, {plan.slots} slots of {plan.slot_bytes} bytes, "
-        f"{plan.in_flight} in flight, {trial.tuning.l2_tiles} ahead, {plan.num_warps} warps"
+        f"{plan.in_flight} in flight, {tuning.l2_tiles} ahead by {tuning.l2_bytes} bytes, "
+        f"{following} of the next segment, {plan.num_warps} warps"
     )
     if trial.timing is None:
         return f"  does not compile  {shape}: {trial.failure}"

@@ -33,7 +33,7 @@ from pallas_kernels.stream.tiles import (
     next_segment,
 )
 
-__all__ = ["finish_tiles", "is_due", "leave_segment", "stream_kernel"]
+__all__ = ["finish_tiles", "is_due", "leave_segment", "stream_kernel", "tiles_ahead"]
 
 
 def is_due(env: StreamEnv, place: Place) -> Array:
@@ -100,6 +100,18 @@ def _meet(env: StreamEnv) -> None:
         plgpu.debug_barrier()
 
 
+def tiles_ahead(env: StreamEnv, place: Place) -> Array | None:
+    """Tiles beyond this one that may be asked for when it has been used; None: as there is room.
+
+    Behind a segment's last one the program waits for words, and others wait for its own: few tiles
+    may be in their way.
+    """
+    few, slots = env.plan.tuning.next_tiles, env.plan.slots
+    if few is None:
+        return None
+    return jnp.where(place.last, jnp.int32(min(few, slots)), jnp.int32(slots))
+
+
 def stream_kernel(env: StreamEnv) -> None:
     """One whole decode step, as every program runs it.
 
@@ -118,10 +130,7 @@ def stream_kernel(env: StreamEnv) -> None:
         turn, place, state = carry
         multiply(env, turn, index, place, state.operand)
         _meet(env)
-        # Behind a segment's last tile words are waited for, and by others the products: no more
-        # than the next tile may be in their way.
-        ahead = jnp.where(place.last, jnp.int32(1), jnp.int32(env.plan.slots))
-        feed_ring(env, index + 1, ahead)
+        feed_ring(env, index + 1, tiles_ahead(env, place))
 
         def change_segment(state):
             left = leave_segment(env, place, state)

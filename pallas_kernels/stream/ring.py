@@ -52,8 +52,6 @@ __all__ = [
 
 # A wait looks so often before it gives up; a look takes up to some microseconds.
 MOST_LOOKS = 1 << 22
-# What is asked for into the L2 cache between two looks at words that are missing.
-L2_BYTES = 8 * 1024
 
 
 class Turn(NamedTuple):
@@ -165,7 +163,7 @@ def _feed_of(plan: StreamPlan) -> ptx.Feed:
         copies=most_copies(plan),
         has_scales=plan.quantized,
         l2_tiles=plan.tuning.l2_tiles,
-        l2_bytes=L2_BYTES,
+        l2_bytes=plan.tuning.l2_bytes,
     )
 
 

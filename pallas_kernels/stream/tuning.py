@@ -36,6 +36,11 @@ class Tuning:
         in_flight: of them those that are asked for and have not come, at most, 1 to 16.
         l2_tiles: tiles beyond those that are asked for into the L2 cache while the program
             waits for others, 0 to 16.
+        l2_bytes: bytes of them that each look at missing words asks for, a power of two from 4 to
+            64 KiB.
+        next_tiles: tiles beyond a segment that may have been asked for when its last tile has been
+            used, 1 to 16; None: as many as there are slots. What they bring stands before the words
+            that the program waits for next.
         cache_tile_bytes: bytes of a tile of keys and values, 16 or 32 KiB.
         cache_tiles: such tiles that shared memory holds, 2 to 6.
 
@@ -48,6 +53,8 @@ class Tuning:
     slots: int | None = None
     in_flight: int = 2
     l2_tiles: int = 8
+    l2_bytes: int = 8 * 1024
+    next_tiles: int | None = 1
     cache_tile_bytes: int = 32 * 1024
     cache_tiles: int = 2
 
@@ -57,6 +64,8 @@ class Tuning:
             "num_warps": [None, 4, 8],
             "in_flight": list(range(1, 17)),
             "l2_tiles": list(range(17)),
+            "l2_bytes": [4096 << i for i in range(5)],
+            "next_tiles": [None, *range(1, 17)],
             "cache_tile_bytes": [16 * 1024, 32 * 1024],
             "cache_tiles": list(range(2, 7)),
         }.items():
