@@ -238,91 +238,130 @@ def _pack(env: StreamEnv, part: SegmentPlan, values: list[Array]) -> Operand:
     return Operand((*words, *rest), scale)
 
 
+class _Wanted(NamedTuple):
+    """What is waited for: scalars, int32 but for `is_down`."""
+
+    first: Place
+    layer: Array  # of the norm
+    tag: Array
+    is_down: Array
+    before: Array  # hidden activations before the program's span
+    hidden: Array  # those of the span
+
+
+def _wanted(env: StreamEnv, first: Place) -> _Wanted:
+    tag = env.tag(first.layer)
+    layer = jnp.minimum(first.layer, env.dims.num_layers - 1)
+    down = env.segment(Segment.DOWN)
+    is_down = first.segment == Segment.DOWN
+    before = first.split * down.width
+    hidden = jnp.minimum(down.width, down.inner - before)
+    return _Wanted(first, layer, tag, is_down, before, hidden)
+
+
+def _of_attention(env: StreamEnv, wanted: _Wanted) -> Operand:
+    """Attention's output."""
+    attn = env.segment(Segment.ATTN_OUT)
+    width = jnp.where(wanted.first.real, jnp.int32(attn.inner), 0)
+    start = env.mail.layout.attn
+    return _pack(env, attn, collect_inputs(env, attn, start, attn.inner, width, wanted.tag))
+
+
+def _of_hidden(env: StreamEnv, wanted: _Wanted) -> Operand:
+    """The hidden activations of the program's span."""
+    down, start = env.segment(Segment.DOWN), env.mail.layout.ffw
+    width = jnp.where(wanted.first.real, wanted.hidden, 0)
+    # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
+    quiet = _without_l2(env)
+    values = collect_inputs(quiet, down, start, down.inner, width, wanted.tag, wanted.before)
+    return _pack(env, down, values)
+
+
+def _of_either(env: StreamEnv, wanted: _Wanted) -> Operand:
+    """Attention's output or hidden activations, by the same code."""
+    at, is_down = env.mail.layout, wanted.is_down
+    attn, down = env.segment(Segment.ATTN_OUT), env.segment(Segment.DOWN)
+    start = jnp.where(is_down, jnp.int32(at.ffw), jnp.int32(at.attn))
+    inner = jnp.where(is_down, jnp.int32(down.inner), jnp.int32(attn.inner))
+    width = jnp.where(wanted.first.real, jnp.where(is_down, wanted.hidden, inner), 0)
+    skip = jnp.where(is_down, wanted.before, 0)
+    quiet = _without_l2(env)
+    return _pack(env, attn, collect_inputs(quiet, attn, start, inner, width, wanted.tag, skip))
+
+
+def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Operand:
+    """The residual, normed; of a single sequence perhaps attention's output, as it is.
+
+    Args:
+        env: the program's view.
+        wanted: what is waited for.
+        part: the segment's plan, or that of another with weights of as many bits.
+    """
+    plan, d, at, segment = env.plan, env.dims, env.mail.layout, wanted.first.segment
+    is_attn = segment == Segment.ATTN_OUT
+    # Asked for before the residual is waited for.
+    weights, is_normed = _norm_weights(env, part, segment, wanted.layer)
+    if plan.chunked:  # attention's output may be meant: what is done to it besides is little
+        start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_in])
+        inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
+    else:
+        start = jnp.where(segment == Segment.GATE_UP, jnp.int32(at.x_mid), jnp.int32(at.x_in))
+        inner = jnp.int32(d.model_dim)
+    width = jnp.where(wanted.first.real, inner, 0)
+    x = collect_inputs(env, part, start, inner, width, wanted.tag)
+    scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
+    if is_normed is not None:
+        scale = jnp.where(is_normed, scale, 1.0)
+    by = [weight for word in weights for weight in _unpacked(word)]
+    if (offset := env.features.norm_offset) != 0:
+        # Ones stay ones.
+        more = offset if is_normed is None else is_normed.astype(jnp.float32) * offset
+        by = [weight + more for weight in by]
+    if is_normed is not None and not plan.chunked:
+        by = [jnp.where(is_normed, weight, 1.0) for weight in by]
+    if part.bits == 16:
+        return _pack(env, part, [v * scale * w for v, w in zip(x, by, strict=True)])
+    operand = _pack(env, part, [v * w for v, w in zip(x, by, strict=True)])
+    assert operand.scale is not None
+    return operand._replace(scale=operand.scale * scale)
+
+
 def collect_operand(env: StreamEnv, first: Place) -> Operand:
     """Waits for the activations of the segment that begins with the tile `first`.
 
     RMSNorm is that of the reference, and so is its rounding to bfloat16; digits have its scale in
     theirs.
     """
-    plan, d, at = env.plan, env.dims, env.mail.layout
-    segment, tag = first.segment, env.tag(first.layer)
-    layer = jnp.minimum(first.layer, d.num_layers - 1)
+    plan, wanted = env.plan, _wanted(env, first)
     attn, down = env.segment(Segment.ATTN_OUT), env.segment(Segment.DOWN)
-    is_down = segment == Segment.DOWN
-    before = first.split * down.width
-    hidden_width = jnp.minimum(down.width, down.inner - before)
-    # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
-    quiet = _without_l2(env)
-
-    def of_attention() -> Operand:
-        width = jnp.where(first.real, jnp.int32(attn.inner), 0)
-        return _pack(env, attn, collect_inputs(env, attn, at.attn, attn.inner, width, tag))
-
-    def of_hidden() -> Operand:
-        width = jnp.where(first.real, hidden_width, 0)
-        hidden = collect_inputs(quiet, down, at.ffw, down.inner, width, tag, before)
-        return _pack(env, down, hidden)
-
-    def of_either() -> Operand:
-        start = jnp.where(is_down, jnp.int32(at.ffw), jnp.int32(at.attn))
-        inner = jnp.where(is_down, jnp.int32(down.inner), jnp.int32(attn.inner))
-        width = jnp.where(first.real, jnp.where(is_down, hidden_width, inner), 0)
-        skip = jnp.where(is_down, before, 0)
-        return _pack(env, attn, collect_inputs(quiet, attn, start, inner, width, tag, skip))
-
-    def of_residual(part: SegmentPlan) -> Operand:
-        is_attn = segment == Segment.ATTN_OUT
-        # Asked for before the residual is waited for.
-        weights, is_normed = _norm_weights(env, part, segment, layer)
-        if plan.chunked:  # attention's output may be meant: what is done to it besides is little
-            start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_in])
-            inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
-        else:
-            start = jnp.where(segment == Segment.GATE_UP, jnp.int32(at.x_mid), jnp.int32(at.x_in))
-            inner = jnp.int32(d.model_dim)
-        width = jnp.where(first.real, inner, 0)
-        x = collect_inputs(env, part, start, inner, width, tag)
-        scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
-        if is_normed is not None:
-            scale = jnp.where(is_normed, scale, 1.0)
-        by = [weight for word in weights for weight in _unpacked(word)]
-        if (offset := env.features.norm_offset) != 0:
-            # Ones stay ones.
-            more = offset if is_normed is None else is_normed.astype(jnp.float32) * offset
-            by = [weight + more for weight in by]
-        if is_normed is not None and not plan.chunked:
-            by = [jnp.where(is_normed, weight, 1.0) for weight in by]
-        if part.bits == 16:
-            return _pack(env, part, [v * scale * w for v, w in zip(x, by, strict=True)])
-        operand = _pack(env, part, [v * w for v, w in zip(x, by, strict=True)])
-        assert operand.scale is not None
-        return operand._replace(scale=operand.scale * scale)
-
     # Those of the residual, by the bits of their weights.
     kinds: dict[int, SegmentPlan] = {}
     for one in sorted(plan.segments):
         if one != Segment.DOWN and (plan.chunked or one != Segment.ATTN_OUT):
             kinds.setdefault(plan.segments[one].bits, plan.segments[one])
-    residual = [functools.partial(of_residual, part) for part in kinds.values()]
+    residual = [functools.partial(_of_residual, env, wanted, part) for part in kinds.values()]
 
     def kind_of(one: Segment) -> int:
         bits = plan.segments[one].bits
         return list(kinds).index(bits) if one != Segment.DOWN else 0
 
+    of_hidden = functools.partial(_of_hidden, env, wanted)
     if plan.chunked:
-        number = select(segment, [kind_of(s) for s in sorted(plan.segments)])
+        number = select(first.segment, [kind_of(s) for s in sorted(plan.segments)])
         of_other = residual[0] if len(kinds) == 1 else lambda: lax.switch(number, residual)
-        return lax.cond(is_down, of_hidden, of_other)
+        return lax.cond(wanted.is_down, of_hidden, of_other)
     # Of several sequences the code is long, and a program goes through all of it in every layer:
     # it is shared, or made for its purpose.
     alike = (down.bits, down.reads, down.held) == (attn.bits, attn.reads, attn.held)
-    shared = alike and attn.pieces * PIECE >= _MANY
-    plain = [of_either] if shared else [of_hidden, of_attention]
+    if alike and attn.pieces * PIECE >= _MANY:
+        plain = [functools.partial(_of_either, env, wanted)]
+    else:
+        plain = [of_hidden, functools.partial(_of_attention, env, wanted)]
 
     def way_of(one: Segment) -> int:
         if one == Segment.DOWN:
             return 0
         return len(plain) - 1 if one == Segment.ATTN_OUT else len(plain) + kind_of(one)
 
-    way = select(segment, [way_of(s) for s in sorted(plan.segments)])
+    way = select(first.segment, [way_of(s) for s in sorted(plan.segments)])
     return lax.switch(way, [*plain, *residual])
