@@ -45,14 +45,15 @@ class Program:
     def __getitem__(self, name: str) -> Any:
         return self.refs[name]
 
-    def share(self, items: Array | int) -> Array:
+    def share(self, items: Array | int, turn: Array | None = None) -> Array:
         """How many of `items`, dealt out in turn, are this program's: int32.
 
-        Its j-th item is number `program + j * P`.
+        Its j-th item is number `turn + j * P`; without `turn`, the program's number is its turn.
         """
         p = self.plan.programs
         items = jnp.asarray(items, jnp.int32)
-        return lax.div(items - self.program + (p - 1), jnp.int32(p))
+        turn = self.program if turn is None else turn
+        return lax.div(items - turn + (p - 1), jnp.int32(p))
 
     def dot(self, a: Array, b: Array, *, transpose_b: bool = False) -> Array:
         """`a @ b` (or `a @ b.T`) of bfloat16 tiles, summed in float32."""

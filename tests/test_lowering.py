@@ -115,15 +115,21 @@ def test_choices_between_numbers_are_lowered_to_numbers(name):
     assert misread_choices(lambda: lower_step(*STEPS[name])) == []
 
 
-def test_a_choice_between_plain_integers_would_be_noticed():
+def test_a_choice_that_is_lowered_to_bits_is_noticed():
     def choose(x: Any, out: Any) -> None:
-        out[0] = jnp.where(x[0] > 3, 1, 4)
+        out[0] = jnp.where(x[0] > 3, x[0], x[1])
 
     call = pl.pallas_call(
         choose,
         out_shape=jax.ShapeDtypeStruct((1,), jnp.int32),
         compiler_params=plgpu.CompilerParams(num_warps=1),
     )
-    found = misread_choices(lambda: lower_for_gpu(call, jax.ShapeDtypeStruct((1,), jnp.int32)))
-    # Where Pallas gets it right, the tests of whole steps are no longer needed.
+    numbers = jax.ShapeDtypeStruct((2,), jnp.int32)
+    assert misread_choices(lambda: lower_for_gpu(call, numbers)) == []
+
+    def condition(_ctx: Any, which: Any, *_cases: Any) -> Any:
+        return which
+
+    with mock.patch.dict(triton_lowering_rules, {select_n_p: condition}):
+        found = misread_choices(lambda: lower_for_gpu(call, numbers))
     assert found == ["i32 as i1"]

@@ -365,9 +365,7 @@ def test_behind_a_segment_little_is_asked_for(next_tiles, last):
     for segment in LAYER_SEGMENTS:
         place = first_place(env, segment, 1)
         for left in reversed(range(plan.segments[segment].tiles)):
-            found = tiles_ahead(env, place)
-            found = plan.slots if found is None else int(found)
-            assert found == (plan.slots if left or last is None else last)
+            assert int(tiles_ahead(env, place)) == (plan.slots if left or last is None else last)
             place = next_place(place)
 
 

@@ -76,9 +76,8 @@ def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
         if plan.why_no_room is not None:
             continue
         rows = tuple((part.rows, part.splits) for part in plan.segments.values())
-        most = plan.in_flight, tuning.next_tiles or plan.slots
-        in_flight, following = (min(number, plan.slots) for number in most)
-        ring = plan.slots, in_flight, following, tuning.l2_tiles, tuning.l2_bytes
+        flying = min(plan.in_flight, plan.slots)
+        ring = plan.slots, flying, plan.next_tiles, tuning.l2_tiles, tuning.l2_bytes
         plans.setdefault((rows, plan.num_warps, *ring, plan.attention.tiles), tuning)
     return list(plans.values())
 

@@ -100,16 +100,14 @@ def _meet(env: StreamEnv) -> None:
         plgpu.debug_barrier()
 
 
-def tiles_ahead(env: StreamEnv, place: Place) -> Array | None:
-    """Tiles beyond this one that may be asked for when it has been used; None: as there is room.
+def tiles_ahead(env: StreamEnv, place: Place) -> Array:
+    """Tiles beyond this one that may have been asked for when it has been used: int32 scalar.
 
     Behind a segment's last one the program waits for words, and others wait for its own: few tiles
     may be in their way.
     """
-    few, slots = env.plan.tuning.next_tiles, env.plan.slots
-    if few is None:
-        return None
-    return jnp.where(place.last, jnp.int32(min(few, slots)), jnp.int32(slots))
+    # Of plain integers, Pallas would choose between bits.
+    return jnp.where(place.last, jnp.int32(env.plan.next_tiles), jnp.int32(env.plan.slots))
 
 
 def stream_kernel(env: StreamEnv) -> None:

@@ -254,6 +254,11 @@ class StreamPlan:
         return self.dims.q_per_kv <= LOT // 2
 
     @property
+    def next_tiles(self) -> int:
+        """Tiles beyond a segment that may have been asked for when its last one has been used."""
+        return min(self.tuning.next_tiles or self.slots, self.slots)
+
+    @property
     def twins(self) -> bool:
         """Whether activations are handed over two a word: where a tile has two hidden ones."""
         return not self.chunked and self.segments[Segment.GATE_UP].rows >= 4

@@ -98,12 +98,6 @@ def _turn(env: StreamEnv) -> Array:
     return env.plan.programs - 1 - env.program
 
 
-def _share(env: StreamEnv, parts: Array) -> Array:
-    """How many of so many parts are this program's, int32."""
-    programs = env.plan.programs
-    return lax.div(parts - _turn(env) + (programs - 1), jnp.int32(programs))
-
-
 def _deal(env: StreamEnv, extents: list[_Extent]) -> tuple[Array, Array]:
     """Parts of a layer, and the most spans of a head."""
     spans = [_spans(env, extent.live) for extent in extents]
@@ -178,10 +172,10 @@ def make_spans(env: StreamEnv, table: Array) -> None:
             part.number | lax.shift_left(part.spans, 16),
             part.position,
         ]
-        before = [jnp.broadcast_to(x, row.shape) for x in (_share(env, total), most)]
+        before = [jnp.broadcast_to(x, row.shape) for x in (env.share(total, _turn(env)), most)]
         for number, word in enumerate(before):
             words[number] = jnp.where(row == 0, word, words[number])
-        there = (row == 0) | (row <= _share(env, total))
+        there = (row == 0) | (row <= env.share(total, _turn(env)))
         at = table + 4 * ROW_WORDS * (kind * spans_rows(plan) + row)
         ptx.write_row(at, words, there & (row < spans_rows(plan)))
     plgpu.debug_barrier()
@@ -197,7 +191,7 @@ def share_of(env: StreamEnv, layer: Array, table: Array | None) -> Share:
     """
     if table is None:
         total, most = _deal(env, _extents(env, env.is_local(layer)))
-        return Share(_share(env, total), most > 1, layer * 0)
+        return Share(env.share(total, _turn(env)), most > 1, layer * 0)
     rows = table
     if len(_kinds(env)) > 1:
         local = env.is_local(layer).astype(jnp.int32)
