@@ -19,7 +19,8 @@ from pallas_kernels.dims import Dims, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.launch import run_stream, stream_step
+from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
+from pallas_kernels.stream.mail import Mail
 from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.stages import run_stage, stages_of, state_shapes
@@ -67,7 +68,7 @@ def env_of(plan: StreamPlan, program: int) -> StreamEnv:
         lengths=(),
         interpret=True,
         step=jnp.int32(0),
-        mail=nothing,
+        mail=Mail(nothing, layout_of(plan), True, plan.threads),
         shared=nothing,
     )
 

@@ -33,6 +33,7 @@ from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.lowered import REJOIN
+from pallas_kernels.stream.tuning import Tuning
 
 # Every text there is, between them: feeds of few and of many copies, early looks, spans that are
 # combined, blocks that are normed behind, digits of one sequence and of several.
@@ -44,6 +45,9 @@ STEPS: dict[str, tuple[ModelConfig, int]] = {
     "integers": (kernel_config(FOR_KERNELS["mixed"]), 1),
     "integers of several": (kernel_config(FOR_KERNELS["mixed otherwise"]), 2),
 }
+
+# Of what a tuning may leave out, nothing is left out.
+ALL = Tuning(operand_tiles=1, hidden_copies=2)
 
 # Jumps that a warp takes as a whole: of a number of warps, or of all but one; and what its threads
 # have voted for.
@@ -58,7 +62,7 @@ BY_WARPS = (
 def lower_step(config: ModelConfig, batch: int) -> None:
     """Lowers a whole step for a GPU that need not be there."""
     d = dims_of(config, batch, 16_384)
-    plan = make_stream_plan(d, H200)
+    plan = make_stream_plan(d, H200, ALL)
     cache = jax.eval_shape(lambda: KVCache.create(config, batch, d.capacity))
     state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
     step = functools.partial(stream_step, plan)

@@ -21,7 +21,9 @@ from test_kernel import CASES, bits, newest, reference
 
 from ffjax.cache import KVCache
 from pallas_kernels.gpu import INTERPRETER
+from pallas_kernels.stream.lanes import word_in_mail
 from pallas_kernels.stream.launch import layout_of
+from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.stream.twins import TWIN_TAG_BITS, twin_tag
@@ -66,17 +68,40 @@ def check_tags(model, cache: KVCache, steps: int) -> None:
     assert plan.twins == (dims.batch > 1)
     assert words[at.steps] == steps
     tag_of_head = steps * (dims.num_layers + 1)
-    for start, width, tag in (
-        (at.x_in, dims.model_dim, tag_of_head),
-        (at.x_mid, dims.model_dim, tag_of_head - 1),
-        (at.qkv, dims.qkv_dim, tag_of_head - 1),
-        (at.attn, dims.attn_dim, tag_of_head - 1),
-        (at.ffw, dims.ffw_dim, tag_of_head - 1),
+    qkv = words[at.qkv : at.qkv + dims.batch * dims.qkv_dim]
+    assert (qkv & 255 == (tag_of_head - 1) & 255).all()
+    sequences = np.arange(dims.batch)[:, None]
+    for start, reader, tag in (
+        (at.x_in, Segment.HEAD, tag_of_head),
+        (at.x_mid, Segment.GATE_UP, tag_of_head - 1),
+        (at.attn, Segment.ATTN_OUT, tag_of_head - 1),
+        (at.ffw, Segment.DOWN, tag_of_head - 1),
     ):
         bits, wanted = 255, tag & 255
-        if plan.twins and start != at.qkv:
-            bits, wanted, width = TWIN_TAG_BITS, twin_tag(jnp.int32(tag)), width // 2
-        assert (words[start : start + dims.batch * width] & bits == wanted).all()
+        if plan.twins:
+            bits, wanted = TWIN_TAG_BITS, twin_tag(jnp.int32(tag))
+        part = plan.segments[reader]
+        there = word_in_mail(plan, part, sequences, np.arange(part.inner))
+        assert (words[start + there] & bits == wanted).all()
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 0]])
+def test_hidden_activations_are_handed_over_twice_where_the_tuning_says_so(lengths):
+    config = small_config()
+    model = random_model(config)
+    dims = dims_of(config, len(lengths), 16)
+    at = layout_of(make_stream_plan(dims, INTERPRETER))
+    cache, tokens = filled_cache(config, lengths, 16), random_tokens(config, len(lengths))
+    once, twice = (streamed(model, cache, tokens, Tuning(hidden_copies=n)) for n in (1, 2))
+    assert bits(once[0]) == bits(twice[0])
+    size = at.ffw_copy - at.ffw
+    hidden, copy, none = (
+        np.asarray(out[2].counters)[start : start + size]
+        for out, start in ((twice, at.ffw), (twice, at.ffw_copy), (once, at.ffw_copy))
+    )
+    assert hidden.any()
+    assert not none.any()
+    np.testing.assert_array_equal(hidden, copy)
 
 
 def layout_start(model, cache: KVCache) -> int:

@@ -28,14 +28,14 @@ from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
 from pallas_kernels.stream.kernel import tiles_ahead
-from pallas_kernels.stream.lanes import column_of, first_input, next_input, place_in_mail
+from pallas_kernels.stream.lanes import LOAD, column_of, first_input, next_input, word_in_mail
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.mail import Mail, mail_words
+from pallas_kernels.stream.operand import copy_of_hidden
 from pallas_kernels.stream.plan import (
     LAYER_SEGMENTS,
     PIECE,
-    QUAD,
     RESERVED_TILE,
     Segment,
     StreamPlan,
@@ -59,11 +59,18 @@ pytestmark = pytest.mark.filterwarnings("error")
 def test_every_input_is_waited_for_where_it_was_put(name, batch, bits):
     all_bits = WeightBits(qkv=bits, attn_out=bits, gate_up=bits, down=bits, head=bits)
     plan = make_stream_plan(preset_dims(name, batch, all_bits), H200)
-    for segment in (Segment.QKV, Segment.DOWN):
+    at, twins = layout_of(plan), 2 if plan.twins else 1
+    assert plan.twins == (batch > 1)
+    rooms = {Segment.QKV: at.x_mid - at.x_in, Segment.DOWN: at.ffw_copy - at.ffw}
+    for segment, room in rooms.items():
         part = plan.segments[segment]
-        inputs = np.arange(part.inner)
-        put = np.asarray(place_in_mail(plan, part, inputs))
-        assert sorted(put) == inputs.tolist()  # as long a row as before
+        sequences, inputs = np.arange(batch)[:, None], np.arange(part.inner)
+        put = np.asarray(word_in_mail(plan, part, sequences, inputs)).reshape(batch, -1)
+        # A word has neighbours of one sequence, and nothing else.
+        words = put[:, ::twins]
+        assert (put[:, twins - 1 :: twins] == words).all()
+        assert len(set(words.ravel())) == words.size
+        assert words.max() < room
         first = np.asarray(first_input(plan, part))
         distances = [
             q * next_input(plan, part) + i
@@ -74,16 +81,21 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits):
         seen = first[:, None, None] + np.array(distances)[:, None] + np.arange(PIECE)
         mine = slice(None) if plan.chunked else column_of(plan) == 0
         assert sorted(seen[mine].ravel()) == list(range(plan.span(segment)))
-        # Pieces lie whole where their threads look for them.
-        place = np.asarray(place_in_mail(plan, part, first))[:, None]
-        place = place + [place_in_mail(plan, part, x) for x in distances]
-        there = seen[..., -1] < part.inner
-        assert (put[seen[there]] == place[there][:, None] + np.arange(PIECE)).all()
-        # What four threads read at once are whole lines.
-        if not plan.chunked and part.inner % (QUAD * part.grain) == 0:
-            line = place.reshape(-1, QUAD, len(distances))
-            assert (line - line[:, :1] == PIECE * np.arange(QUAD)[:, None]).all()
-            assert (line[:, 0] % (QUAD * PIECE) == 0).all()
+        # Pieces lie where their threads look for them: in loads of 4 words, and those of a warp's
+        # threads side by side.
+        sequence = np.zeros_like(first) if plan.chunked else np.asarray(column_of(plan))
+        word = np.arange(PIECE) // twins
+        within = word // LOAD * 32 * LOAD + word % LOAD
+        for before in range(0, part.inner, part.width):
+            place = np.asarray(word_in_mail(plan, part, sequence, before + first))[:, None]
+            place = place + [word_in_mail(plan, part, 0, x) for x in distances]
+            there = before + seen[..., -1] < min(before + part.width, part.inner)
+            owner = np.broadcast_to(sequence[:, None], there.shape)[there]
+            wanted = put[owner[:, None], before + seen[there]]
+            assert (wanted == place[there][:, None] + within).all()
+            loads = np.sort(place.reshape(-1, 32, len(distances)), axis=1)
+            assert (loads - loads[:, :1] == LOAD * np.arange(32)[:, None]).all()
+            assert (loads[:, 0] % (32 * LOAD) == 0).all()
 
 
 # Who computes what
@@ -331,6 +343,8 @@ def test_a_single_sequence_is_cut_into_chunks():
         ({"l2_tiles": 17}, "l2_tiles is one of 0, 1, .*; got 17"),
         ({"l2_bytes": 2048}, "l2_bytes is one of 4096, 8192, .*; got 2048"),
         ({"next_tiles": 0}, "next_tiles is one of None, 1, .*; got 0"),
+        ({"operand_tiles": 5}, "operand_tiles is one of 0, 1, .*, 4; got 5"),
+        ({"hidden_copies": 3}, "hidden_copies is one of 1, 2; got 3"),
         ({"slots": 1}, "slots is at least 2, got 1"),
     ],
 )
@@ -358,15 +372,27 @@ def test_attention_is_dealt_out_once_to_the_programs_with_the_fewest_tiles(lengt
     assert tiles[0] > tiles[-1]
 
 
-@pytest.mark.parametrize(("next_tiles", "last"), [(1, 1), (3, 3), (16, None), (None, None)])
-def test_behind_a_segment_little_is_asked_for(next_tiles, last):
-    plan = make_stream_plan(preset_dims("llama3.2-1b", 1), H200, Tuning(next_tiles=next_tiles))
+@pytest.mark.parametrize(
+    ("bits", "next_tiles", "last"),
+    [(16, 1, 1), (16, 3, 3), (16, 16, None), (16, None, 1), (8, None, None), (8, 2, 2)],
+)
+def test_behind_a_segment_little_is_asked_for(bits, next_tiles, last):
+    dims = preset_dims("llama3.2-1b", 1, WeightBits(down=bits))
+    plan = make_stream_plan(dims, H200, Tuning(next_tiles=next_tiles))
     env = env_of(plan, program=plan.programs - 1)
     for segment in LAYER_SEGMENTS:
         place = first_place(env, segment, 1)
         for left in reversed(range(plan.segments[segment].tiles)):
             assert int(tiles_ahead(env, place)) == (plan.slots if left or last is None else last)
             place = next_place(place)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_programs_take_turns_with_the_copies_of_hidden_activations(copies):
+    plan = make_stream_plan(preset_dims("llama3.2-1b", 1), H200, Tuning(hidden_copies=copies))
+    at = layout_of(plan)
+    read = [int(copy_of_hidden(env_of(plan, program))) for program in range(4)]
+    assert read == [at.ffw, (at.ffw, at.ffw_copy)[copies - 1]] * 2
 
 
 @pytest.mark.parametrize("capability", ["8.0", "8.9"])

@@ -18,6 +18,7 @@ from test_kernel import reference
 
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan
+from pallas_kernels.stream.tuning import Tuning
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -38,8 +39,8 @@ def test_inputs_wider_than_a_program_are_split():
 SPLIT = {1: (8208, 8), 2: (656, 1)}
 
 
-@pytest.mark.parametrize(("family", "batch"), [("llama", 1), ("gemma3", 2)])
-def test_programs_hand_over_all_that_others_need(family, batch):
+@pytest.mark.parametrize(("family", "batch", "copies"), [("llama", 1, 2), ("gemma3", 2, 1)])
+def test_programs_hand_over_all_that_others_need(family, batch, copies):
     """Inputs of the down projection in parts, heads in parts, more programs than some groups.
 
     A word that is read and was not written would be NaN, in this step or, if it was written
@@ -53,7 +54,8 @@ def test_programs_hand_over_all_that_others_need(family, batch):
     model = random_model(config)
     lengths = [300, 2][:batch]
     cache, tokens = filled_cache(config, lengths, 310), random_tokens(config, batch)
-    plan = make_stream_plan(dims_of(config, batch, 310), machine(19))
+    tuning = Tuning(hidden_copies=copies)
+    plan = make_stream_plan(dims_of(config, batch, 310), machine(19), tuning)
     short = dataclasses.replace(plan.attention, min_span=64, max_splits=4)
     plan = dataclasses.replace(plan, attention=short)
     down, attn_out = plan.segments[Segment.DOWN], plan.segments[Segment.ATTN_OUT]

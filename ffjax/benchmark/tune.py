@@ -78,7 +78,8 @@ def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
         rows = tuple((part.rows, part.splits) for part in plan.segments.values())
         flying = min(plan.in_flight, plan.slots)
         ring = plan.slots, flying, plan.next_tiles, tuning.l2_tiles, tuning.l2_bytes
-        plans.setdefault((rows, plan.num_warps, *ring, plan.attention.tiles), tuning)
+        others = tuning.operand_tiles, tuning.hidden_copies, plan.attention.tiles
+        plans.setdefault((rows, plan.num_warps, *ring, *others), tuning)
     return list(plans.values())
 
 
@@ -100,7 +101,9 @@ def refinements(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
     options += [dataclasses.replace(tuning, in_flight=number) for number in range(1, 5)]
     options += [dataclasses.replace(tuning, l2_tiles=tiles) for tiles in (0, 2, 4, 8, 16)]
     options += [dataclasses.replace(tuning, l2_bytes=size) for size in (4096, 8192, 32_768)]
-    options += [dataclasses.replace(tuning, next_tiles=tiles) for tiles in (1, 2, None)]
+    options += [dataclasses.replace(tuning, next_tiles=tiles) for tiles in (1, 2, 16)]
+    options += [dataclasses.replace(tuning, operand_tiles=tiles) for tiles in (0, 1, 2)]
+    options += [dataclasses.replace(tuning, hidden_copies=copies) for copies in (1, 2)]
     options += [dataclasses.replace(tuning, cache_tiles=tiles) for tiles in (2, 3)]
     return _distinct(dims, gpu, [tuning, *options])[1:]
 

@@ -119,11 +119,11 @@ def _data(trial) -> dict:
 
 def _line(trial) -> str:
     plan, tuning = trial.plan, trial.tuning
-    following = "all" if tuning.next_tiles is None else tuning.next_tiles
     shape = (
         f"tiles of {plan.rows} rows, {plan.slots} slots of {plan.slot_bytes} bytes, "
         f"{plan.in_flight} in flight, {tuning.l2_tiles} ahead by {tuning.l2_bytes} bytes, "
-        f"{following} of the next segment, {plan.num_warps} warps"
+        f"{plan.next_tiles} of the next segment, {tuning.operand_tiles} with an operand, "
+        f"{tuning.hidden_copies} copies, {plan.num_warps} warps"
     )
     if trial.timing is None:
         return f"  does not compile  {shape}: {trial.failure}"

@@ -13,7 +13,7 @@ from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.operand import collect_operand
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import multiply, outputs_of, sum_up
-from pallas_kernels.stream.ring import feed_ring, next_turn, start_ring, with_ring
+from pallas_kernels.stream.ring import feed_more, feed_ring, next_turn, start_ring, with_ring
 from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
 from pallas_kernels.stream.segments.gate_up import finish_gate_up
 from pallas_kernels.stream.segments.head import finish_head, leave_head
@@ -136,12 +136,15 @@ def stream_kernel(env: StreamEnv) -> None:
             operand = lax.cond(
                 index < total - 1, lambda: collect_operand(env, following), lambda: left.operand
             )
-            # Nobody waits for long now: time for the next layer's keys and values.
+            # Nobody waits for long now: time for the next layer's keys and values, and for weights.
             lax.cond(
                 following.segment == Segment.GATE_UP,
                 lambda: feed_cache(env, following.layer + 1),
                 lambda: None,
             )
+            if (tiles := env.plan.tuning.operand_tiles) > 0:
+                wants = (following.segment != Segment.ATTN_OUT) & (following.segment < Segment.HEAD)
+                lax.cond(wants, lambda: feed_more(env, tiles), lambda: None)
             return following, left._replace(operand=operand)
 
         def flush():

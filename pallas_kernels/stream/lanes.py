@@ -21,9 +21,10 @@ from jax import Array, lax
 
 from pallas_kernels.program import iota
 from pallas_kernels.stream.layout import SPARE_BYTES
-from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, SegmentPlan, StreamPlan
+from pallas_kernels.stream.plan import COLUMNS, QUAD, SegmentPlan, StreamPlan
 
 __all__ = [
+    "LOAD",
     "column_of",
     "feeding_thread",
     "first_input",
@@ -31,9 +32,12 @@ __all__ = [
     "multiplies",
     "next_input",
     "place_aside",
-    "place_in_mail",
     "waits",
+    "word_in_mail",
 ]
+
+# Words of the mail that a thread loads at once; those of a warp's threads lie side by side.
+LOAD = 4
 
 
 def _lane(plan: StreamPlan) -> Array:
@@ -117,24 +121,32 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
     return jnp.where(of_use == (thread & 3), start + where, spare)
 
 
-def place_in_mail(plan: StreamPlan, part: SegmentPlan, element: Any) -> Any:
-    """Where in its row of the mail an input of the segment lies: int32, or int.
+def word_in_mail(plan: StreamPlan, part: SegmentPlan, sequence: Any, element: Any) -> Any:
+    """Which word of its buffer of the mail an input of the segment is in: int32, or int.
 
-    Threads wait for 8 activations at a time. Where 16 or 32 neighbours are a thread's, the four of
-    its column would read from different lines; so pieces lie in the order in which they are read.
-    `element` is an input, a thread's first one, or the distance from there to one of its pieces.
+    Whatever passes from the L2 cache to a multiprocessor does so by whole sectors of 32 bytes, and
+    what is polled passes through no cache that would keep the other half of one. So the words lie
+    in the order in which a warp loads them, 16 bytes a thread: side by side. Of several sequences
+    that means all of them, since each warp has all columns.
+
+    Args:
+        plan: the step's.
+        part: that of the segment that reads it.
+        sequence: b; 0 where there is one.
+        element: an input; or, with sequence 0, the distance from a thread's first one to the first
+            one of another of its pieces, whose words then are as far apart.
     """
-    size, pieces = QUAD * part.grain, part.grain // PIECE
-    if plan.chunked or pieces == 1 or part.inner % size:
-        return element
-    thread, piece = (
-        _shifted(element, part.grain) & (QUAD - 1),
-        _shifted(element, PIECE) & (pieces - 1),
-    )
-    inside = piece * (QUAD * PIECE) + thread * PIECE + (element & (PIECE - 1))
-    return element - (element & (size - 1)) + inside
+    threads = 32 if plan.chunked else QUAD
+    held = part.held
+    line, within = _divided(element, threads * held)  # what a warp reads at once
+    thread, word = _divided(within, held)
+    if not plan.chunked:
+        thread = thread + sequence * QUAD
+    twins = 2 if plan.twins else 1
+    load, inside = _divided(_divided(word, twins)[0], LOAD)
+    return line * (32 * held // twins) + load * (32 * LOAD) + thread * LOAD + inside
 
 
-def _shifted(element: Any, size: int) -> Any:
-    """Divided by a power of two."""
-    return element >> (size.bit_length() - 1)
+def _divided(number: Any, size: int) -> tuple[Any, Any]:
+    """Quotient and remainder by a power of two."""
+    return number >> (size.bit_length() - 1), number & (size - 1)

@@ -38,7 +38,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import Dims, WeightBits, ceil_div
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.plan import MAX_PROGRAMS, MAX_SPLITS, PIECE
+from pallas_kernels.stream.lanes import LOAD
+from pallas_kernels.stream.plan import COLUMNS, MAX_PROGRAMS, MAX_SPLITS, PIECE
 from pallas_kernels.stream.planner import splits_of
 from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
 from pallas_kernels.stream.twins import TWIN_TAG_BITS, joined, parted, twin_tag
@@ -51,6 +52,8 @@ _TAG_BITS = 0xFF
 _NAN = 0x7FC00000
 # Keeps the buffers apart by whole lines of 128 bytes.
 _LINE = 32
+# A warp's threads read so many inputs at once at most: of one sequence, and of each of several.
+_ONE_LINE, _EACH_LINE = 512, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Layout:
 
     Attributes:
         steps: the number of finished steps.
-        x_in: residual that enters a layer, or the head, `[B, D]`.
-        x_mid: residual between attention and feed-forward, `[B, D]`.
+        x_in: residual that enters a layer, or the head, B * D elements. These, and all others that
+            every program reads, in the order of `lanes.word_in_mail`.
+        x_mid: residual between attention and feed-forward, B * D elements.
         qkv: queries, keys and values of the new position, `[B, N + 2K, H]`.
-        attn: attention's output, `[B, N * H]`.
-        ffw: hidden activations, `[B, F]`.
-        attn_block, ffw_block: outputs of the two blocks, `[B, D]`, where they are normed.
+        attn: attention's output, B * N * H elements.
+        ffw: hidden activations, B * F elements.
+        ffw_copy: their copy, where the tuning has two: every other program reads it.
+        attn_block, ffw_block: outputs of the two blocks, B * D elements, where they are normed.
         partial: pairs `[B, D, splits]`, partial sums of the down projection.
         parts: pairs `[B * N, max_splits, H + 2]`: of one span of attention the weighted
             values, the sum of the weights and their maximum.
@@ -80,6 +85,7 @@ class Layout:
     qkv: int
     attn: int
     ffw: int
+    ffw_copy: int
     attn_block: int
     ffw_block: int
     partial: int
@@ -91,15 +97,17 @@ class Layout:
     def of(cls, dims: Dims, splits: int, max_splits: int, programs: int) -> Layout:
         """The layout for a step of these sizes."""
         d, b = dims, dims.batch
+        residual, hidden = _words_for(b, d.model_dim), _words_for(b, d.ffw_dim)
         sizes = {
             "steps": 1,
-            "x_in": b * d.model_dim,
-            "x_mid": b * d.model_dim,
+            "x_in": residual,
+            "x_mid": residual,
             "qkv": b * d.qkv_dim,
-            "attn": b * d.attn_dim,
-            "ffw": b * d.ffw_dim,
-            "attn_block": b * d.model_dim * d.features.post_norm,
-            "ffw_block": b * d.model_dim * d.features.post_norm,
+            "attn": _words_for(b, d.attn_dim),
+            "ffw": hidden,
+            "ffw_copy": hidden,
+            "attn_block": residual * d.features.post_norm,
+            "ffw_block": residual * d.features.post_norm,
             "partial": 2 * b * d.model_dim * splits,
             "parts": 2 * b * d.num_heads * max_splits * (d.head_dim + 2),
             "best": 2 * programs * b * 2,
@@ -109,6 +117,16 @@ class Layout:
             starts[name] = end
             end += _LINE * ceil_div(size, _LINE)
         return cls(**starts, words=end)
+
+
+def _words_for(batch: int, inputs: int) -> int:
+    """Words for so many inputs of each sequence: whole lines, of several always 8 sequences.
+
+    So many are enough for all tunings and bits of weights.
+    """
+    if batch == 1:
+        return _ONE_LINE * ceil_div(inputs, _ONE_LINE)
+    return COLUMNS * _EACH_LINE * ceil_div(inputs, _EACH_LINE)
 
 
 def mail_words(dims: Dims) -> int:
@@ -124,6 +142,11 @@ def mail_words(dims: Dims) -> int:
     splits = splits_of(largest, Tuning(tile_bytes=min(TILE_BYTES)))
     words = Layout.of(dims, splits, max_splits, MAX_PROGRAMS).words
     return words + _LINE  # spare: see `ptx`
+
+
+def _within_piece(word: int) -> int:
+    """Words from a piece's first one to another."""
+    return word // LOAD * 32 * LOAD + word % LOAD
 
 
 class Meanwhile(NamedTuple):
@@ -227,7 +250,8 @@ class Mail:
 
         Args:
             offset: int32 `[T]`, where the thread's first piece begins, words.
-            places: words from there to each of its pieces.
+            places: words from there to each of its pieces. What a thread loads at once are 4 words,
+                and a warp's threads' lie side by side: a piece's next 4 are 128 words further on.
             tag: int32 scalar they must carry.
             there: int32 `[T]`, how many pieces the thread has.
             twins: whether a word has two activations.
@@ -242,7 +266,7 @@ class Mail:
                 value
                 for q, place in enumerate(places)
                 for j in range(size)
-                for value in look(offset + place + j, tag, q < there)
+                for value in look(offset + place + _within_piece(j), tag, q < there)
             ]
         bits = TWIN_TAG_BITS if twins else _TAG_BITS
         tags = jnp.full(offset.shape, twin_tag(tag) if twins else tag & _TAG_BITS)

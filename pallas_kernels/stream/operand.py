@@ -18,8 +18,8 @@ from pallas_kernels.stream.lanes import (
     first_input,
     multiplies,
     next_input,
-    place_in_mail,
     waits,
+    word_in_mail,
 )
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, SegmentPlan, StreamPlan
@@ -29,6 +29,7 @@ __all__ = [
     "Operand",
     "collect_inputs",
     "collect_operand",
+    "copy_of_hidden",
     "inputs_of",
     "mean_squares",
     "no_operand",
@@ -184,7 +185,6 @@ def collect_inputs(
     env: StreamEnv,
     part: SegmentPlan,
     start: Array | int,
-    row: Array | int,
     width: Array,
     tag: Array,
     before: Array | int = 0,
@@ -194,8 +194,7 @@ def collect_inputs(
     Args:
         env: the program's view.
         part: a segment that has such an operand.
-        start: word of the mail with which the first sequence's activations begin.
-        row: activations of a sequence.
+        start: word of the mail with which the activations begin.
         width: int32 scalar, inputs of the span; 0 to wait for none.
         tag: they carry.
         before: activations of a sequence before the span.
@@ -205,19 +204,14 @@ def collect_inputs(
     """
     plan = env.plan
     first = first_input(plan, part)
-    left = width - first
-    offset = before + place_in_mail(plan, part, first)
-    if not plan.twins:
-        offset = start + offset
+    left, sequence = width - first, 0
     if not plan.chunked:
         column = column_of(plan)
         left = jnp.where(column < plan.dims.batch, left, 0)
-        offset += jnp.minimum(column, plan.dims.batch - 1) * row
+        sequence = jnp.minimum(column, plan.dims.batch - 1)
     there = pieces_there(plan, part, left)
-    places = [place_in_mail(plan, part, place) for place in _places(plan, part)]
-    if plan.twins:
-        offset = start + lax.div(offset, jnp.int32(2))
-        places = [place // 2 for place in places]
+    offset = start + word_in_mail(plan, part, sequence, before + first)
+    places = [word_in_mail(plan, part, 0, place) for place in _places(plan, part)]
     collect = functools.partial(env.mail.collect_pieces, offset, places, tag)
     if plan.product_warps == plan.num_warps:
         return collect(there, twins=plan.twins)
@@ -259,21 +253,29 @@ def _wanted(env: StreamEnv, first: Place) -> _Wanted:
     return _Wanted(first, layer, tag, is_down, before, hidden)
 
 
+def copy_of_hidden(env: StreamEnv) -> Array:
+    """Where the hidden activations begin that this program reads, int32."""
+    at = env.mail.layout
+    if env.plan.tuning.hidden_copies == 1:
+        return jnp.int32(at.ffw)
+    return jnp.where(env.program & 1 == 0, jnp.int32(at.ffw), jnp.int32(at.ffw_copy))
+
+
 def _of_attention(env: StreamEnv, wanted: _Wanted) -> Operand:
     """Attention's output."""
     attn = env.segment(Segment.ATTN_OUT)
     width = jnp.where(wanted.first.real, jnp.int32(attn.inner), 0)
     start = env.mail.layout.attn
-    return _pack(env, attn, collect_inputs(env, attn, start, attn.inner, width, wanted.tag))
+    return _pack(env, attn, collect_inputs(env, attn, start, width, wanted.tag))
 
 
 def _of_hidden(env: StreamEnv, wanted: _Wanted) -> Operand:
     """The hidden activations of the program's span."""
-    down, start = env.segment(Segment.DOWN), env.mail.layout.ffw
+    down, start = env.segment(Segment.DOWN), copy_of_hidden(env)
     width = jnp.where(wanted.first.real, wanted.hidden, 0)
     # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
     quiet = _without_l2(env)
-    values = collect_inputs(quiet, down, start, down.inner, width, wanted.tag, wanted.before)
+    values = collect_inputs(quiet, down, start, width, wanted.tag, wanted.before)
     return _pack(env, down, values)
 
 
@@ -281,12 +283,12 @@ def _of_either(env: StreamEnv, wanted: _Wanted) -> Operand:
     """Attention's output or hidden activations, by the same code."""
     at, is_down = env.mail.layout, wanted.is_down
     attn, down = env.segment(Segment.ATTN_OUT), env.segment(Segment.DOWN)
-    start = jnp.where(is_down, jnp.int32(at.ffw), jnp.int32(at.attn))
+    start = jnp.where(is_down, copy_of_hidden(env), jnp.int32(at.attn))
     inner = jnp.where(is_down, jnp.int32(down.inner), jnp.int32(attn.inner))
     width = jnp.where(wanted.first.real, jnp.where(is_down, wanted.hidden, inner), 0)
     skip = jnp.where(is_down, wanted.before, 0)
     quiet = _without_l2(env)
-    return _pack(env, attn, collect_inputs(quiet, attn, start, inner, width, wanted.tag, skip))
+    return _pack(env, attn, collect_inputs(quiet, attn, start, width, wanted.tag, skip))
 
 
 def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Operand:
@@ -308,7 +310,7 @@ def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Operand:
         start = jnp.where(segment == Segment.GATE_UP, jnp.int32(at.x_mid), jnp.int32(at.x_in))
         inner = jnp.int32(d.model_dim)
     width = jnp.where(wanted.first.real, inner, 0)
-    x = collect_inputs(env, part, start, inner, width, wanted.tag)
+    x = collect_inputs(env, part, start, width, wanted.tag)
     scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
     if is_normed is not None:
         scale = jnp.where(is_normed, scale, 1.0)

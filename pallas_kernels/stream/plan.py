@@ -256,7 +256,8 @@ class StreamPlan:
     @property
     def next_tiles(self) -> int:
         """Tiles beyond a segment that may have been asked for when its last one has been used."""
-        return min(self.tuning.next_tiles or self.slots, self.slots)
+        usual = self.slots if self.quantized else 1
+        return min(self.tuning.next_tiles or usual, self.slots)
 
     @property
     def twins(self) -> bool:

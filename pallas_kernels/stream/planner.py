@@ -87,9 +87,11 @@ class _Geometry:
             held = (MAX_PIECES // 2 if bits == 16 else MAX_PIECES) // pieces
             room = max(1, min(held, self.tuning.tile_bytes // (2 * unit * bits // 8)))
         self.splits = ceil_div(size, room * unit)
-        # The mail has the inputs of several reads in another order, and int4 weights whole groups.
-        whole = PIECE if self.splits == 1 or bits == 16 else QUAD * (8 * READ // bits)
+        # The mail has the inputs that a warp reads at once in the order of its loads; and of int4
+        # weights there are whole groups.
+        whole = PIECE if self.splits == 1 else unit // self.product_warps
         self.width = ceil_div(ceil_div(size, self.splits), whole) * whole
+        self.splits = ceil_div(size, self.width)
         self.down_reads = ceil_div(self.width, unit)
         self.down_rows = min(self.rows, self._rows(bits, self.down_reads))
         # Where a tile's scales come without those of its run.

@@ -36,10 +36,12 @@ from pallas_kernels.stream.route import (
     weights_of,
 )
 from pallas_kernels.stream.spans import make_spans
+from pallas_kernels.stream.tuning import TILE_BYTES
 
 __all__ = [
     "MOST_LOOKS",
     "Turn",
+    "feed_more",
     "feed_ring",
     "next_turn",
     "products_address",
@@ -181,6 +183,16 @@ def feed_ring(env: StreamEnv, used: Array | None = None, ahead: Array | None = N
     """
     if env.mail.meanwhile is not None:
         ptx.feed_ring(*env.mail.meanwhile, used, ahead)
+
+
+def feed_more(env: StreamEnv, tiles: int) -> None:
+    """Asks for some tiles; where the ring is full, for a whole copy of each into the L2 cache."""
+    if env.mail.meanwhile is None:
+        return
+    weights, base, feed = env.mail.meanwhile
+    whole = dataclasses.replace(feed, l2_bytes=max(TILE_BYTES))
+    for _ in range(tiles):
+        ptx.feed_ring(weights, base, whole)
 
 
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:

@@ -2,8 +2,11 @@
 
 A choice changes the step's speed, and the order of its sums, and nothing else. `tuned.json`
 holds a row for each device, model shape and batch that `ffjax tune` was run for. Where it has
-none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on their way, and 8 more asked for
-into the L2 cache while a program waits.
+none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on their way, 8 more asked for
+into the L2 cache while a program waits, and behind a segment of bfloat16 weights no more than one.
+
+A cache that a step with one tuning was made with goes on with that one: what words of the mail a
+tuning leaves alone have old tags.
 """
 
 from __future__ import annotations
@@ -39,8 +42,13 @@ class Tuning:
         l2_bytes: bytes of them that each look at missing words asks for, a power of two from 4 to
             64 KiB.
         next_tiles: tiles beyond a segment that may have been asked for when its last tile has been
-            used, 1 to 16; None: as many as there are slots. What they bring stands before the words
-            that the program waits for next.
+            used, 1 to 16, or as many as there are slots. What they bring stands before the words
+            that the program waits for next. None: 1; as many as there are slots where some weights
+            are quantized, since then it is less.
+        operand_tiles: tiles that are asked for when one of a layer's operands has come, but for
+            attention's output, 0 to 4: where the ring is full, a copy of a tile each, into the L2
+            cache. Then memory has nothing to do, and nobody waits for words.
+        hidden_copies: of the hidden activations, 1 or 2: a program reads one of them.
         cache_tile_bytes: bytes of a tile of keys and values, 16 or 32 KiB.
         cache_tiles: such tiles that shared memory holds, 2 to 6.
 
@@ -54,7 +62,9 @@ class Tuning:
     in_flight: int = 2
     l2_tiles: int = 8
     l2_bytes: int = 8 * 1024
-    next_tiles: int | None = 1
+    next_tiles: int | None = None
+    operand_tiles: int = 0
+    hidden_copies: int = 1
     cache_tile_bytes: int = 32 * 1024
     cache_tiles: int = 2
 
@@ -66,6 +76,8 @@ class Tuning:
             "l2_tiles": list(range(17)),
             "l2_bytes": [4096 << i for i in range(5)],
             "next_tiles": [None, *range(1, 17)],
+            "operand_tiles": list(range(5)),
+            "hidden_copies": [1, 2],
             "cache_tile_bytes": [16 * 1024, 32 * 1024],
             "cache_tiles": list(range(2, 7)),
         }.items():

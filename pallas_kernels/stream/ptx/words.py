@@ -13,13 +13,15 @@ from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
 
 __all__ = ["collect_each", "collect_words", "load_pieces", "store_pair", "store_word"]
 
-# Of more pieces, the last one is waited for first.
-_FEW_PIECES = 4
+# Of more pieces than a few, the last one is waited for first. To look for very many takes so long
+# that what is missing comes meanwhile; so it does where words are two activations.
+_FEW_PIECES, _MANY_PIECES = 4, 8
 
 _collect_p = core.Primitive("ffjax_collect")
 _collect_p.multiple_results = True
@@ -53,7 +55,7 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
         return [
             f"{guard}ld.relaxed.gpu.global.v4.b32 "
             f"{{{', '.join(f'${size * q + four + i}' for i in range(4))}}}, "
-            f"[{address}+{4 * (places[q] + four)}];"
+            f"[{address}+{4 * (places[q] + 32 * four)}];"
             for four in range(0, size, 4)
         ]
 
@@ -69,7 +71,7 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
 
     # While a look is on its way, and behind it.
     feeding = feed_lines(feed, f"${count + 4}", f"${count + 3}")
-    if pieces > _FEW_PIECES:
+    if size == PIECE and _FEW_PIECES < pieces <= _MANY_PIECES:
         # To look for all of many would take others' bandwidth: first only for the last one.
         last = pieces - 1
         lines.append("early:")
@@ -111,7 +113,8 @@ def collect_words(
     Args:
         ref: int32 array.
         offset: int32 `[T]`, where each thread's first piece begins: multiples of 4.
-        places: words from there to each of its pieces, multiples of 4.
+        places: words from there to each of its pieces, multiples of 4. Of a piece of 8 words the
+            second 4 lie 128 words behind the first: those of a warp's threads lie between.
         tag: int32 `[T]`, all the same, 0 but in `bits`.
         there: int32 `[T]`, how many pieces the thread has.
         size: words of a piece, 4 or 8.

@@ -24,7 +24,7 @@ from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.cache import attend_span, layer_share
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import place_in_mail
+from pallas_kernels.stream.lanes import word_in_mail
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.ring import feed_ring
@@ -158,15 +158,14 @@ def _publish_heads(
     mask: Array,
 ) -> None:
     """Hands finished heads to the output projection; neighbouring elements lie side by side."""
-    d, start = env.dims, env.mail.layout.attn
-    element = place_in_mail(env.plan, env.segment(Segment.ATTN_OUT), query * d.head_dim + element)
+    element += query * env.dims.head_dim
+    word = word_in_mail(env.plan, env.segment(Segment.ATTN_OUT), sequence, element)
+    word += env.mail.layout.attn
     if not env.plan.twins:
-        env.mail.publish(start + sequence * d.attn_dim + element, out, tag, mask)
+        env.mail.publish(word, out, tag, mask)
         return
-    at = sequence * d.attn_dim + element
-    at, mask = (neighbours(x)[0] for x in (at, mask.astype(jnp.int32)))
-    at = start + lax.div(at, jnp.int32(2))
-    env.mail.publish_twins(at, *neighbours(out), tag, mask != 0)
+    word, mask = (neighbours(x)[0] for x in (word, mask.astype(jnp.int32)))
+    env.mail.publish_twins(word, *neighbours(out), tag, mask != 0)
 
 
 def _pair_at(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import place_in_mail
+from pallas_kernels.stream.lanes import word_in_mail
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, outputs_of, sum_up
 from pallas_kernels.stream.tiles import Flush
@@ -23,15 +22,14 @@ def finish_gate_up(env: StreamEnv, flush: Flush) -> None:
     half, b = env.segment(Segment.GATE_UP).rows // 2, outputs.sequence
     element = flush.group(outputs.number) * half + outputs.pair
     real = flush.real(outputs.number) & (element < env.dims.ffw_dim) & (b < env.dims.batch)
-    place = place_in_mail(env.plan, env.segment(Segment.DOWN), element)
-    start, row = env.mail.layout.ffw, b * env.dims.ffw_dim
-    if not twins:
-        env.mail.publish(start + row + place, hidden, env.tag(flush.layer), real)
-        return
-    at, tag = row + place, env.tag(flush.layer)
-    neighbour = _hidden(env, outputs._replace(pair=outputs.pair + 1))
-    at = lax.div(at, jnp.int32(2))
-    env.mail.publish_twins(start + at, hidden, neighbour, tag, real)
+    at, tag = env.mail.layout, env.tag(flush.layer)
+    word = word_in_mail(env.plan, env.segment(Segment.DOWN), b, element)
+    neighbour = _hidden(env, outputs._replace(pair=outputs.pair + 1)) if twins else None
+    for start in (at.ffw, at.ffw_copy)[: env.plan.tuning.hidden_copies]:
+        if neighbour is None:
+            env.mail.publish(start + word, hidden, tag, real)
+        else:
+            env.mail.publish_twins(start + word, hidden, neighbour, tag, real)
 
 
 def _hidden(env: StreamEnv, outputs: Outputs) -> Array:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import place_in_mail
+from pallas_kernels.stream.lanes import word_in_mail
 from pallas_kernels.stream.operand import collect_inputs, mean_squares
 from pallas_kernels.stream.plan import COLUMNS, Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of, rows_of
@@ -51,24 +51,22 @@ def _publish(
     """Hands elements over; the reader is the last one whose condition holds."""
     d, own = env.dims, _elements(env)
 
-    def place_of(element: Array) -> Array:
-        places = [place_in_mail(env.plan, env.segment(s), element) for _, s in readers]
-        place = places[0]
-        if any(other is not place for other in places):
-            for (condition, _), other in zip(readers[1:], places[1:], strict=True):
-                place = jnp.where(condition, other, place)
-        return place
+    def word_of(element: Array) -> Array:
+        parts = [env.segment(segment) for _, segment in readers]
+        word = word_in_mail(env.plan, parts[0], own.sequence, element)
+        if len({part.held for part in parts}) > 1:
+            for (condition, _), part in zip(readers[1:], parts[1:], strict=True):
+                other = word_in_mail(env.plan, part, own.sequence, element)
+                word = jnp.where(condition, other, word)
+        return start + word
 
     if env.plan.twins:
-        real = own.sequence < d.batch
-        place = place_of(own.first)
-        at = start + lax.div(own.sequence * d.model_dim + place, jnp.int32(2))
-        env.mail.publish_twins(at, *residual, tag, real & (own.first < d.model_dim))
+        real = (own.first < d.model_dim) & (own.sequence < d.batch)
+        env.mail.publish_twins(word_of(own.first), *residual, tag, real)
         return
     for element, values in zip(own[:2], residual, strict=True):
         real = (element < d.model_dim) & (own.sequence < d.batch)
-        place = place_of(element)
-        env.mail.publish(start + own.sequence * d.model_dim + place, values, tag, real)
+        env.mail.publish(word_of(element), values, tag, real)
 
 
 def leave_embed(env: StreamEnv, state: State) -> State:
@@ -110,7 +108,7 @@ def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
     # A program that owns nothing needs nothing.
     owns = env.program < env.segment(Segment.ATTN_OUT).groups
     width = jnp.where(owns, jnp.int32(d.model_dim), 0)
-    values = collect_inputs(env, env.segment(Segment.QKV), start, d.model_dim, width, tag)
+    values = collect_inputs(env, env.segment(Segment.QKV), start, width, tag)
     squares = mean_squares(env, values)
     if not (env.interpret or plan.chunked):
         plgpu.debug_barrier()  # the next operand may be normed too
