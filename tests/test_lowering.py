@@ -59,17 +59,17 @@ BY_WARPS = (
 )
 
 
-def lower_step(config: ModelConfig, batch: int) -> None:
+def lower_step(config: ModelConfig, batch: int, tuning: Tuning = ALL) -> None:
     """Lowers a whole step for a GPU that need not be there."""
     d = dims_of(config, batch, 16_384)
-    plan = make_stream_plan(d, H200, ALL)
+    plan = make_stream_plan(d, H200, tuning)
     cache = jax.eval_shape(lambda: KVCache.create(config, batch, d.capacity))
     state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
     step = functools.partial(stream_step, plan)
     lower_for_gpu(step, d.abstract_weights(), state, cache.lengths)  # of tokens' shape
 
 
-def texts(config: ModelConfig, batch: int) -> list[str]:
+def texts(config: ModelConfig, batch: int, tuning: Tuning = ALL) -> list[str]:
     """The inline PTX of a whole step, as Triton is given it."""
     found: list[str] = []
     emit = lowered.tt_dialect.elementwise_inline_asm
@@ -79,8 +79,16 @@ def texts(config: ModelConfig, batch: int) -> list[str]:
         return emit(results, text, **rest)
 
     with mock.patch.object(lowered.tt_dialect, "elementwise_inline_asm", recorded):
-        lower_step(config, batch)
+        lower_step(config, batch, tuning)
     return found
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 3])
+def test_with_an_operand_so_many_tiles_are_asked_for_as_the_tuning_says(tiles):
+    found = texts(*STEPS["one sequence"], Tuning(operand_tiles=tiles))
+    # By whole copies, where looks at words ask for 8 KB.
+    assert sum("min.u32 %v, %v, 65536;" in text for text in found) == tiles
+    assert any("min.u32 %v, %v, 8192;" in text for text in found)
 
 
 @pytest.mark.parametrize("name", STEPS)

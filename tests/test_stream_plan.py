@@ -27,7 +27,7 @@ from ffjax.config import PRESETS
 from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
-from pallas_kernels.stream.kernel import tiles_ahead
+from pallas_kernels.stream.kernel import leaves_time, tiles_ahead
 from pallas_kernels.stream.lanes import LOAD, column_of, first_input, next_input, word_in_mail
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.layout import SharedLayout
@@ -385,6 +385,13 @@ def test_behind_a_segment_little_is_asked_for(bits, next_tiles, last):
         for left in reversed(range(plan.segments[segment].tiles)):
             assert int(tiles_ahead(env, place)) == (plan.slots if left or last is None else last)
             place = next_place(place)
+
+
+def test_more_is_asked_for_with_operands_of_a_layer_but_attentions():
+    plan = make_stream_plan(preset_dims("llama3.2-1b", 1), H200, Tuning(operand_tiles=1))
+    env = env_of(plan, program=0)
+    timely = [s for s in plan.segments if bool(leaves_time(first_place(env, s, 1)))]
+    assert timely == [Segment.QKV, Segment.GATE_UP, Segment.DOWN]
 
 
 @pytest.mark.parametrize("copies", [1, 2])

@@ -33,7 +33,14 @@ from pallas_kernels.stream.tiles import (
     next_segment,
 )
 
-__all__ = ["finish_tiles", "is_due", "leave_segment", "stream_kernel", "tiles_ahead"]
+__all__ = [
+    "finish_tiles",
+    "is_due",
+    "leave_segment",
+    "leaves_time",
+    "stream_kernel",
+    "tiles_ahead",
+]
 
 
 def is_due(env: StreamEnv, place: Place) -> Array:
@@ -110,6 +117,15 @@ def tiles_ahead(env: StreamEnv, place: Place) -> Array:
     return jnp.where(place.last, jnp.int32(env.plan.next_tiles), jnp.int32(env.plan.slots))
 
 
+def leaves_time(first: Place) -> Array:
+    """Whether memory has time for more tiles when a segment's operand has come: bool scalar.
+
+    Whoever attended has asked for some before attention's output came; and the head's stream is
+    never interrupted.
+    """
+    return (first.segment != Segment.ATTN_OUT) & (first.segment < Segment.HEAD)
+
+
 def stream_kernel(env: StreamEnv) -> None:
     """One whole decode step, as every program runs it.
 
@@ -143,8 +159,7 @@ def stream_kernel(env: StreamEnv) -> None:
                 lambda: None,
             )
             if (tiles := env.plan.tuning.operand_tiles) > 0:
-                wants = (following.segment != Segment.ATTN_OUT) & (following.segment < Segment.HEAD)
-                lax.cond(wants, lambda: feed_more(env, tiles), lambda: None)
+                lax.cond(leaves_time(following), lambda: feed_more(env, tiles), lambda: None)
             return following, left._replace(operand=operand)
 
         def flush():
