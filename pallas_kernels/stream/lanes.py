@@ -136,9 +136,8 @@ def word_in_mail(plan: StreamPlan, part: SegmentPlan, sequence: Any, element: An
         element: an input; or, with sequence 0, the distance from a thread's first one to the first
             one of another of its pieces, whose words then are as far apart.
     """
-    threads = 32 if plan.chunked else QUAD
     held = part.held
-    line, within = _divided(element, threads * held)  # what a warp reads at once
+    line, within = _divided(element, next_input(plan, part))  # what a warp reads at once
     thread, word = _divided(within, held)
     if not plan.chunked:
         thread = thread + sequence * QUAD

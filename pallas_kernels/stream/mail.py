@@ -15,9 +15,9 @@ whoever reads a buffer in layer l contributes to such an output afterwards. (A p
 without work in a segment does not poll for it.) So at the time of the second writing every
 reader has finished with the first.
 
-Why a stale word is never taken for a fresh one. Each buffer of words is written whole in
-every layer of every step, and tags count up, so a word not yet written holds the tag just
-before: one less, or two, from a step to the next, where the head has no such hand-over.
+Why a stale word is never taken for a fresh one. Whatever is read of a buffer of words is
+written in every layer of every step, and tags count up, so a word not yet written holds the
+tag just before: one less, or two, from a step to the next, where the head has no such hand-over.
 Attention's parts are written as they are needed, perhaps after thousands of steps: they are
 pairs.
 
@@ -39,7 +39,14 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import Dims, WeightBits, ceil_div
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import LOAD
-from pallas_kernels.stream.plan import COLUMNS, MAX_PROGRAMS, MAX_SPLITS, PIECE
+from pallas_kernels.stream.plan import (
+    COLUMNS,
+    MAX_PROGRAMS,
+    MAX_SPLITS,
+    PIECE,
+    READ,
+    line_of,
+)
 from pallas_kernels.stream.planner import splits_of
 from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
 from pallas_kernels.stream.twins import TWIN_TAG_BITS, joined, parted, twin_tag
@@ -52,8 +59,6 @@ _TAG_BITS = 0xFF
 _NAN = 0x7FC00000
 # Keeps the buffers apart by whole lines of 128 bytes.
 _LINE = 32
-# A warp's threads read so many inputs at once at most: of one sequence, and of each of several.
-_ONE_LINE, _EACH_LINE = 512, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +127,10 @@ class Layout:
 def _words_for(batch: int, inputs: int) -> int:
     """Words for so many inputs of each sequence: whole lines, of several always 8 sequences.
 
-    So many are enough for all tunings and bits of weights.
+    A line is what a warp reads at once, most of int4: so many words are enough for all weights.
     """
-    if batch == 1:
-        return _ONE_LINE * ceil_div(inputs, _ONE_LINE)
-    return COLUMNS * _EACH_LINE * ceil_div(inputs, _EACH_LINE)
+    line = line_of(batch == 1, 4) * (8 * READ // 4)
+    return line * ceil_div(inputs, line) * (1 if batch == 1 else COLUMNS)
 
 
 def mail_words(dims: Dims) -> int:

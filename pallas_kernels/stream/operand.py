@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from pallas_kernels.stream.lanes import (
 )
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, SegmentPlan, StreamPlan
+from pallas_kernels.stream.ring import fed_otherwise
 from pallas_kernels.stream.tiles import Place
 
 __all__ = [
@@ -165,16 +165,6 @@ def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
     return total / plan.dims.model_dim
 
 
-def _without_l2(env: StreamEnv) -> StreamEnv:
-    """The program's view, with a mail that feeds the ring alone."""
-    mail = env.mail
-    if mail.meanwhile is None:
-        return env
-    feed = dataclasses.replace(mail.meanwhile.feed, l2_tiles=0)
-    mail = dataclasses.replace(mail, meanwhile=mail.meanwhile._replace(feed=feed))
-    return dataclasses.replace(env, mail=mail)
-
-
 def _places(plan: StreamPlan, part: SegmentPlan) -> list[int]:
     """Inputs from a thread's first piece to each of its pieces."""
     step = next_input(plan, part)
@@ -274,7 +264,7 @@ def _of_hidden(env: StreamEnv, wanted: _Wanted) -> Operand:
     down, start = env.segment(Segment.DOWN), copy_of_hidden(env)
     width = jnp.where(wanted.first.real, wanted.hidden, 0)
     # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
-    quiet = _without_l2(env)
+    quiet = fed_otherwise(env, l2_tiles=0)
     values = collect_inputs(quiet, down, start, width, wanted.tag, wanted.before)
     return _pack(env, down, values)
 
@@ -287,7 +277,7 @@ def _of_either(env: StreamEnv, wanted: _Wanted) -> Operand:
     inner = jnp.where(is_down, jnp.int32(down.inner), jnp.int32(attn.inner))
     width = jnp.where(wanted.first.real, jnp.where(is_down, wanted.hidden, inner), 0)
     skip = jnp.where(is_down, wanted.before, 0)
-    quiet = _without_l2(env)
+    quiet = fed_otherwise(env, l2_tiles=0)
     return _pack(env, attn, collect_inputs(quiet, attn, start, width, wanted.tag, skip))
 
 

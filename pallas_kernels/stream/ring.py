@@ -41,6 +41,7 @@ from pallas_kernels.stream.tuning import TILE_BYTES
 __all__ = [
     "MOST_LOOKS",
     "Turn",
+    "fed_otherwise",
     "feed_more",
     "feed_ring",
     "next_turn",
@@ -185,14 +186,21 @@ def feed_ring(env: StreamEnv, used: Array | None = None, ahead: Array | None = N
         ptx.feed_ring(*env.mail.meanwhile, used, ahead)
 
 
+def fed_otherwise(env: StreamEnv, **changes: int) -> StreamEnv:
+    """The program's view, with a mail that feeds the ring with other numbers of `ptx.Feed`."""
+    mail = env.mail
+    if mail.meanwhile is None:
+        return env
+    feed = dataclasses.replace(mail.meanwhile.feed, **changes)
+    mail = dataclasses.replace(mail, meanwhile=mail.meanwhile._replace(feed=feed))
+    return dataclasses.replace(env, mail=mail)
+
+
 def feed_more(env: StreamEnv, tiles: int) -> None:
     """Asks for some tiles; where the ring is full, for a whole copy of each into the L2 cache."""
-    if env.mail.meanwhile is None:
-        return
-    weights, base, feed = env.mail.meanwhile
-    whole = dataclasses.replace(feed, l2_bytes=max(TILE_BYTES))
+    by_copies = fed_otherwise(env, l2_bytes=max(TILE_BYTES))
     for _ in range(tiles):
-        ptx.feed_ring(weights, base, whole)
+        feed_ring(by_copies)
 
 
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:

@@ -1,9 +1,10 @@
 """What may be chosen freely about a streamed step, and the table of what was measured best.
 
 A choice changes the step's speed, and the order of its sums, and nothing else. `tuned.json`
-holds a row for each device, model shape and batch that `ffjax tune` was run for. Where it has
-none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on their way, 8 more asked for
-into the L2 cache while a program waits, and behind a segment of bfloat16 weights no more than one.
+holds a row for each device, model shape and batch that was tuned, by `ffjax tune` or by hand.
+Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on their way, 8 more
+asked for into the L2 cache while a program waits, and behind a segment of bfloat16 weights no more
+than one.
 
 A cache that a step with one tuning was made with goes on with that one: what words of the mail a
 tuning leaves alone have old tags.
