@@ -55,7 +55,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("name", ["llama3.2-1b", "llama3.1-8b", "gemma2-2b"])
+@pytest.mark.parametrize("name", ["llama3.2-1b", "llama3.1-8b", "gemma2-2b", "qwen2.5-1.5b"])
 def test_every_input_is_waited_for_where_it_was_put(name, batch, bits):
     all_bits = WeightBits(qkv=bits, attn_out=bits, gate_up=bits, down=bits, head=bits)
     plan = make_stream_plan(preset_dims(name, batch, all_bits), H200)
