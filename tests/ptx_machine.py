@@ -130,6 +130,10 @@ class Machine:
         self.copies: list[Copy] = []
         self.prefetched: list[tuple[int, int]] = []
         self.spare = range(0)
+        # Tensor maps: fields so far, by address; those that are whole; which warps know of which.
+        self.drafts: dict[int, dict[tuple[str, int], int]] = {}
+        self.maps: dict[int, dict[tuple[str, int], int]] = {}
+        self.known_maps: set[tuple[int, int]] = set()
         self._barriers: dict[int, _Barrier] = {}
         self.flying: list[Copy] = []
         self._later: list[tuple[int, int, Callable[[], Any]]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from ptx_boxes import copy_box, learn_map
 from ptx_numbers import WIDEN
 from ptx_table import DTYPES, WARP, Threads, instruction
 from ptx_text import SIZES, Address, Branch, Operand, PtxError, Register
@@ -47,9 +48,12 @@ def _(t: Threads) -> None:
 
 
 @instruction("fence", "membar", also="acq_rel sc gpu cta sys gl cluster release acquire "
-              "mbarrier_init proxy async shared::cta shared::cluster global alias")  # fmt: skip
+              "mbarrier_init proxy async shared::cta shared::cluster global alias "
+              "tensormap::generic")  # fmt: skip
 def _(t: Threads) -> None:
-    if t.has("proxy"):
+    if t.has("tensormap::generic"):
+        learn_map(t)
+    elif t.has("proxy"):
         t.machine.races.fence(np.unique(t.threads // WARP))
 
 
@@ -59,8 +63,12 @@ def _(t: Threads) -> None:
 
 
 @instruction("cp", also="async bulk shared::cluster shared::cta global prefetch L2 "
-              "mbarrier::complete_tx::bytes L2::cache_hint")  # fmt: skip
+              "mbarrier::complete_tx::bytes L2::cache_hint tensor tile 3d")  # fmt: skip
 def _(t: Threads) -> None:
+    if t.has("tensor"):
+        copy_box(t)
+        return
+
     def sizes(number: int) -> np.ndarray:
         return t.get(t.operands[number], "u32").astype(np.int64)
 

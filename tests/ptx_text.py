@@ -11,6 +11,7 @@ __all__ = [
     "Address",
     "Branch",
     "Constant",
+    "Corner",
     "Instruction",
     "Operand",
     "Program",
@@ -77,6 +78,14 @@ class Address:
 
 
 @dataclasses.dataclass(frozen=True)
+class Corner:
+    """`[map, {a, b, c}]`: where a box begins, as a tensor map counts."""
+
+    base: Operand
+    parts: tuple[Operand, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Branch:
     """A label, and the number of the instruction that it stands before."""
 
@@ -84,7 +93,7 @@ class Branch:
     to: int
 
 
-Operand = Register | Constant | Special | Vector | Address | Branch
+Operand = Register | Constant | Special | Vector | Address | Corner | Branch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +209,11 @@ def _operand(text: str, scopes: _Scopes) -> Operand:
     text = text.strip()
     if text.startswith("{"):
         return Vector(tuple(_operand(x, scopes) for x in text[1:-1].split(",")))
+    if text.startswith("[") and "{" in text:
+        base, parts = text[1:-1].split(",", 1)
+        vector = _operand(parts, scopes)
+        assert isinstance(vector, Vector)
+        return Corner(_operand(base, scopes), vector.parts)
     if text.startswith("["):
         base, *rest = re.split(r"\+", text[1:-1])
         return Address(_operand(base, scopes), sum(int(x, 0) for x in rest))

@@ -94,6 +94,8 @@ PLANS = {
     "1B, int8": lambda: make_stream_plan(preset_dims("llama3.2-1b", 1, INT8), H200),
     "8B, int4": lambda: make_stream_plan(preset_dims("llama3.1-8b", 1, INT4), H200),
     "8B, int4, 2 sequences": lambda: make_stream_plan(preset_dims("llama3.1-8b", 2, INT4), H200),
+    "1B, int4, 8 sequences": lambda: make_stream_plan(preset_dims("llama3.2-1b", 8, INT4), H200),
+    "8B, int8, 8 sequences": lambda: make_stream_plan(preset_dims("llama3.1-8b", 8, INT8), H200),
     "8B, int8 in tiles of 8 KiB": lambda: make_stream_plan(
         preset_dims("llama3.1-8b", 1, INT8), H200, Tuning(tile_bytes=8192)
     ),

@@ -160,6 +160,10 @@ def test_warps_make_their_products_in_any_order():
 # Feeding the ring
 
 
+# In place of a tile's copies: it comes as a box.
+BOX = -1
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """A ring, and the tiles that pass through it."""
@@ -175,6 +179,7 @@ class Ring:
     threads: int = 64
     slot_bytes: int = 512
     scales: int = 0  # copies of a tile's scales at most, 32 bytes each; every other tile has some
+    box: tuple[int, int] | None = None  # pieces of 16 bytes and rows of tiles that come as boxes
 
     @property
     def row_words(self) -> int:
@@ -185,6 +190,18 @@ class Ring:
     def copies(self) -> tuple[int, ...]:
         """Of each row of the route; the embedding's comes first."""
         return (0, *self.layer_copies, *self.head_copies)
+
+    @property
+    def tensor(self) -> ptx.TensorMap:
+        """Of the matrix whose tiles are boxes: rows of three of them, layers of four."""
+        assert self.box is not None
+        pieces, rows = self.box
+        return ptx.TensorMap(
+            pieces=3 * pieces,
+            rows=4 * rows * self.layers,
+            box=(2, pieces, rows),
+            thread=self.threads - 32,
+        )
 
     @property
     def feed(self) -> ptx.Feed:
@@ -201,10 +218,11 @@ class Ring:
             total=1 + self.layers * len(self.layer_copies) + len(self.head_copies),
             in_flight=self.in_flight,
             thread=self.threads - 32,
-            copies=max(2, *self.copies),
+            copies=max(2, *(x for x in self.copies if x != BOX)),
             has_scales=self.scales > 0,
             l2_tiles=self.l2_tiles,
             l2_bytes=self.l2_bytes,
+            matrix_rows=4 * self.box[1] if self.box else 0,
         )
 
     @property
@@ -242,6 +260,15 @@ def setup_texts(feed: ptx.Feed, threads: int) -> list[Inline]:
 
 
 @functools.cache
+def map_text(tensor: ptx.TensorMap) -> Inline:
+    def body(words: Any, weights: Any) -> None:
+        zero = jnp.int32(0)
+        ptx.make_map(words, zero, weights, zero, zero, tensor)
+
+    return inline(body, shape(16), shape(16, jnp.bfloat16))
+
+
+@functools.cache
 def wait_text(most: int) -> Inline:
     return inline(lambda: ptx.wait_copies(jnp.int32(0), jnp.int32(0), most))
 
@@ -249,7 +276,7 @@ def wait_text(most: int) -> Inline:
 class Fed:
     """A program whose ring is fed: the tiles it should hold, and what has been asked for."""
 
-    def __init__(self, ring: Ring, seed: int, edit: Edit = None):
+    def __init__(self, ring: Ring, seed: int, edit: Edit = None, map_edit: Edit = None):
         self.ring, self.feed, self.edit = ring, ring.feed, edit
         rng = np.random.default_rng(seed)
         self.machine = m = Machine(
@@ -288,6 +315,8 @@ class Fed:
                     384,  # behind the weights
                     48,
                 ]
+            if copies == BOX:
+                self.rows[number, :8] = self._box(rng)
         clear, write, start = setup_texts(self.feed, ring.threads)
         clear.run(m, self.base)
         thread = np.arange(ring.threads)
@@ -297,6 +326,26 @@ class Fed:
             at = self.base + self.feed.route + 4 * (ring.row_words * thread + first)
             write.run(m, at, mask.astype(int), *words[first : first + 8])
         start.run(m, self.base + self.feed.barriers)
+        if ring.box is not None:
+            m.view(self.base, 128, np.uint8)[:] = 0xA5
+            place = self.base + self.feed.control + ptx.MAP_IN_CONTROL
+            operands = m.memory_base + 5 * 128, self._matrix, self.base, place
+            map_text(ring.tensor).edited(map_edit).run(m, *operands)
+
+    @property
+    def _matrix(self) -> int:
+        """Where the matrix begins whose tiles are boxes."""
+        return self.pointer + 16 * 128
+
+    def _box(self, rng: np.random.Generator) -> list[int]:
+        """The row of the route of a tile that comes as a box, its rows as if they were copies."""
+        tensor = self.ring.tensor
+        _, pieces, rows = tensor.box
+        row, piece = int(rng.integers(4)) * rows, int(rng.integers(3)) * pieces
+        begin = 128 + row * tensor.pieces + piece
+        word = 1 << 31 | piece << 16 | row
+        apart, layer = tensor.pieces, tensor.rows // self.ring.layers * tensor.pieces
+        return [begin, 0, layer, apart, 16 * pieces, rows, 16 * pieces, word]
 
     @staticmethod
     def _begin(rng: np.random.Generator, stride: int) -> list[int]:
@@ -309,6 +358,7 @@ class Fed:
         places = []
         for half in range(0, self.ring.row_words, 8):
             low, high, stride, apart, size, copies, *last = self.rows[row, half:][:8].tolist()
+            copies = max(copies, 0)
             begin = (high << 32 | low) - (1 << 64 if high >> 31 else 0)
             at = self.pointer + 16 * (begin + layer * stride)
             first, pitch = last if half else (0, last[0])
@@ -398,9 +448,11 @@ class Fed:
             np.testing.assert_array_equal(here, there)
 
 
-def check_feed(ring: Ring, seed: int = 0, edit: Edit = None, wait_edit: Edit = None) -> Fed:
+def check_feed(
+    ring: Ring, seed: int = 0, edit: Edit = None, wait_edit: Edit = None, map_edit: Edit = None
+) -> Fed:
     """A program's step, as its loop does it: all tiles in their order."""
-    fed = Fed(ring, seed, edit)
+    fed = Fed(ring, seed, edit, map_edit)
     rng = np.random.default_rng(seed)
     for _ in range(ring.in_flight):
         fed.ask()
@@ -426,6 +478,8 @@ AHEAD = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, l2_tiles=3)
 AHEAD_OF_NONE = Ring(3, (2, 0, 3), (1, 0), slots=2, in_flight=2, l2_tiles=3)
 SCALED = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, scales=2, l2_tiles=3)
 SCALED_MANY = Ring(2, (2, 4, 1, 0), (1,), slots=3, in_flight=2, scales=2)
+BOXES = Ring(3, (2, BOX, 1, BOX), (1,), slots=3, in_flight=2, l2_tiles=2, box=(2, 5))
+SCALED_BOXES = Ring(2, (2, BOX, 0), (1, 2), slots=2, in_flight=2, scales=2, box=(1, 8))
 RINGS = {
     "one": ONE,
     "two": TWO,
@@ -434,6 +488,8 @@ RINGS = {
     "l2 and empty ones": AHEAD_OF_NONE,
     "scales": SCALED,
     "many scales": SCALED_MANY,
+    "boxes": BOXES,
+    "boxes and scales": SCALED_BOXES,
 }
 
 
@@ -964,6 +1020,32 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("mul.lo.u32 %w, %w, %t;", ""),
             ("and.pred %q, %go, %lead;", "and.pred %q, %go, %go;"),
             ("shr.u32 %b, %t, 5;", "shr.u32 %b, %t, 6;"),
+        ],
+    ),
+    "feed of boxes": (
+        lambda edit: check_feed(BOXES, 0, edit),
+        [
+            ("and.b32 %piece, %piece, 32767;", ""),
+            ("and.b32 %row, %box, 65535;", "mov.b32 %row, %box;"),
+            ("mad.lo.u32 %row, %l, 20, %row;", ""),
+            ("setp.lt.and.s32 %p, %box, 0, %q;", "setp.lt.s32 %p, %box, 0;"),
+            ("@%p mov.b32 %y, 0;", ""),
+            ("{%first, %piece, %row}", "{%first, %row, %piece}"),
+        ],
+    ),
+    "map": (
+        lambda edit: check_feed(BOXES, 0, map_edit=edit),
+        [
+            ("st.shared.b32 [%a], 0;", ""),
+            ("setp.ne.u32 %p, %t, 0; @%p bra made;", ""),
+            ("sub.u32 %t, %t, 32;", ""),
+            ("b32 [%s], 2, 5;", "b32 [%s], 2, 4;"),
+            ("b32 [%s], 2, 60;", "b32 [%s], 2, 59;"),
+            ("b64 [%s], 1, 96;", "b64 [%s], 1, 80;"),
+            ("rank.shared::cta.b1024.b32 [%s], 2;", "rank.shared::cta.b1024.b32 [%s], 3;"),
+            ("st.shared.b64 [$4], $1;", ""),
+            ("fence.proxy.tensormap::generic.acquire.gpu [$1], 128;", ""),
+            ("fence.proxy.async.shared::cta;", ""),
         ],
     ),
     "feed ahead": (

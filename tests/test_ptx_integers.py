@@ -288,6 +288,8 @@ BATCHED = [
     Tile(8, 16, 2, False, 8, 8),
     Tile(8, 4, 4, False, short=16),
     Tile(4, 16, 3, False),
+    Tile(4, 32, 2, False, 8, 8),
+    Tile(8, 32, 1, False, short=16),
     Tile(4, 8, 2, False, short=GROUP),
     Tile(4, 2, 1, False, 8, 8),
 ]
@@ -315,6 +317,9 @@ PRODUCT_EDITS = [
     (Tile(8, 8, 3, False), "$5, %l, 31", "$5, %t, 31"),
     (Tile(8, 16, 2, False), "[$3+256]", "[$3+128]"),
     (Tile(8, 16, 2, False), "shl.b32 %b, $2, 3", "shl.b32 %b, $2, 2"),
+    (Tile(8, 32, 1, False), "shl.b32 %b, $2, 4", "shl.b32 %b, $2, 3"),
+    (Tile(4, 32, 1, False), "add.u32 %c, %c, ", "sub.u32 %c, %c, "),
+    (Tile(4, 32, 1, False), "[$3+512]", "[$3+128]"),
     (Tile(4, 4, 2, True, short=3 * GROUP), "setp.ne.f32 %p, %f, 0f00000000; @%p", ""),
 ]
 

@@ -34,6 +34,7 @@ from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.mail import Mail, mail_words
 from pallas_kernels.stream.operand import copy_of_hidden
 from pallas_kernels.stream.plan import (
+    BOX_UNIT,
     LAYER_SEGMENTS,
     PIECE,
     RESERVED_TILE,
@@ -143,7 +144,7 @@ def test_every_weight_is_read_once(name):
         matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
         seen = []  # where copies begin and end in the matrix, in elements
         for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
-            low, which, layer_stride, stride, size, count, pitch, _ = route[
+            low, which, layer_stride, stride, size, count, pitch, box = route[
                 program, first + tile, :8
             ].tolist()
             if not count:
@@ -165,6 +166,16 @@ def test_every_weight_is_read_once(name):
             assert (wanted == row[:, None] + np.arange(there)).all()
             assert (column == program % part.splits * part.width).all()
             seen += zip(start.tolist(), (start + length).tolist(), strict=True)
+            # The same as a box.
+            if segment != Segment.DOWN or plan.box is None:
+                assert box == 0
+                continue
+            assert size == pitch == BOX_UNIT * plan.box.units * plan.box.pieces
+            assert count == plan.box.rows
+            piece, rest = divmod(column[0] * part.bits // 8, BOX_UNIT * plan.box.units)
+            assert (box, rest) == (-(1 << 31) | piece << 16 | row[0], 0)
+            assert plan.box.row_bytes == part.inner * part.bits // 8
+            assert plan.box.matrix_rows == matrix_rows
         first += part.tiles
         starts, ends = np.sort(np.array(seen), axis=0).T
         assert starts[0] == 0
@@ -223,6 +234,9 @@ def test_plans_of_quantized_weights_differ_in_what_is_hard():
     assert downs == {(8, False), (8, True), (4, False), (4, True)}
     assert any(p.segments[Segment.DOWN].run > 1 for p in plans)
     assert any(p.padded_batch > 1 for p in plans)
+    # Of one piece a row, of more, and where parts are not all whole.
+    pieces = {p.box and p.box.pieces for p in plans if p.segments[Segment.DOWN].splits > 1}
+    assert pieces == {None, 1, 2}
 
 
 @pytest.mark.parametrize("name", ["1B on an H200", "odd sizes, 7 programs"])

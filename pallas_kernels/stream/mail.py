@@ -57,8 +57,8 @@ __all__ = ["Layout", "Mail", "Meanwhile", "mail_words"]
 
 _TAG_BITS = 0xFF
 _NAN = 0x7FC00000
-# Keeps the buffers apart by whole lines of 128 bytes.
-_LINE = 32
+# Keeps the buffers apart by whole lines of 128 bytes, which a tensor map begins at.
+_LINE = MAP_WORDS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Layout:
         parts: pairs `[B * N, max_splits, H + 2]`: of one span of attention the weighted
             values, the sum of the weights and their maximum.
         best: pairs `[P, B, 2]`: each program's best logit and its token.
+        maps: `[P, 32]`: each program's tensor map, where a matrix comes by boxes. It is no mail,
+            but must lie in global memory.
         words: length of the whole array.
     """
 
@@ -96,6 +98,7 @@ class Layout:
     partial: int
     parts: int
     best: int
+    maps: int
     words: int
 
     @classmethod
@@ -116,6 +119,7 @@ class Layout:
             "partial": 2 * b * d.model_dim * splits,
             "parts": 2 * b * d.num_heads * max_splits * (d.head_dim + 2),
             "best": 2 * programs * b * 2,
+            "maps": MAP_WORDS * programs,
         }
         starts, end = {}, _LINE * ceil_div(num_counters(b, d.num_kv_heads), _LINE)
         for name, size in sizes.items():

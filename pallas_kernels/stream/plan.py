@@ -39,11 +39,15 @@ COLUMNS = 8
 PIECE = 8
 # Bytes of weights that a thread reads at once.
 READ = 16
+# Bytes of an element of a box, and elements of one of its dimensions at most.
+BOX_UNIT, MAX_BOX = 8, 256
 # Threads that read one row's, or chunk's, inputs side by side.
 QUAD = 4
 # Pieces that a thread holds of the operand: half of its 255 registers, packed in pairs.
 MAX_PIECES = 16
 MAX_ROWS = 16
+# Of integers that meet several sequences, where a program has many tiles.
+MAX_INTEGER_ROWS = 32
 MAX_SLOTS = 16
 MIN_FLUSH = 8
 # One on each of 320 multiprocessors: the mail, made before the device is known, has room for them.
@@ -160,6 +164,28 @@ class SegmentPlan:
         return self.rows * self.row_bytes + self.run_rows * self.scale_bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """How tiles of a matrix whose inputs are split come by one copy each.
+
+    To ask for such a tile row by row takes 25 ns a row, whoever asks. A copy of a *box* knows the
+    matrix by its tensor map: elements of `BOX_UNIT` bytes, in pieces, in rows.
+
+    Attributes:
+        units: elements of a piece.
+        pieces: of a tile's row, side by side.
+        rows: of a tile.
+        row_bytes: of a whole row of the matrix.
+        matrix_rows: of a layer.
+    """
+
+    units: int
+    pieces: int
+    rows: int
+    row_bytes: int
+    matrix_rows: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
     """How attention over the cache is cut.
@@ -254,6 +280,25 @@ class StreamPlan:
         return self.dims.q_per_kv <= LOT // 2
 
     @property
+    def box(self) -> Box | None:
+        """The box of the down projection's tiles; None where rows are copied one by one.
+
+        bfloat16 is so much longer that its copies keep up with memory.
+        """
+        part = self.segments[Segment.DOWN]
+        if part.splits == 1 or not self.quantized:
+            return None
+        # All tiles are whole ones.
+        if part.inner % part.width or part.out % part.rows or part.out > 1 << 16:
+            return None
+        for pieces in range(1, 1 + part.row_bytes // READ):
+            size, rest = divmod(part.row_bytes, pieces)
+            if not rest and size % READ == 0 and size <= MAX_BOX * BOX_UNIT:
+                row_bytes = part.inner * part.bits // 8
+                return Box(size // BOX_UNIT, pieces, part.rows, row_bytes, part.out)
+        return None
+
+    @property
     def next_tiles(self) -> int:
         """Tiles beyond a segment that may have been asked for when its last one has been used."""
         usual = self.slots if self.quantized else 1
@@ -290,9 +335,9 @@ class StreamPlan:
     @property
     def kinds(self) -> list[list[Segment]]:
         """The segments with weights, those together whose tiles are multiplied alike."""
-        kinds: dict[tuple[bool, int, int], list[Segment]] = {}
+        kinds: dict[tuple[bool, int, int, int], list[Segment]] = {}
         for segment, part in sorted(self.segments.items()):
-            kind = segment == Segment.DOWN, part.bits, part.scale_bytes
+            kind = segment == Segment.DOWN, part.bits, part.scale_bytes, part.rows
             kinds.setdefault(kind, []).append(segment)
         return list(kinds.values())
 

@@ -7,10 +7,11 @@ import functools
 
 from pallas_kernels.dims import GROUP, Dims, ceil_div, next_power_of_2
 from pallas_kernels.gpu import INTERPRETER, Gpu
-from pallas_kernels.stream.layout import SharedLayout
+from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
 from pallas_kernels.stream.plan import (
     COLUMNS,
     LOT,
+    MAX_INTEGER_ROWS,
     MAX_PIECES,
     MAX_PROGRAMS,
     MAX_ROWS,
@@ -94,11 +95,28 @@ class _Geometry:
         self.splits = ceil_div(size, self.width)
         self.down_reads = ceil_div(self.width, unit)
         self.down_rows = min(self.rows, self._rows(bits, self.down_reads))
+        if self.splits > 1:
+            self.down_rows = self.most_rows(bits, self.down_reads, self.down_rows)
         # Where a tile's scales come without those of its run.
         while self.splits > 1 and self.down_rows * scale_bytes(bits, size) % READ:
-            if self.down_rows == self.rows:
+            if self.down_rows >= self.rows:
                 break
             self.down_rows *= 2
+
+    def most_rows(self, bits: int, reads: int, rows: int) -> int:
+        """Rows of a tile where a program has many: fewer tiles are fewer meetings of its warps.
+
+        Args:
+            bits: of a weight.
+            reads: of a row, by a thread.
+            rows: that a tile has elsewhere.
+        """
+        row_bytes = reads * self.unit(bits) * bits // 8
+        while self.batch > 1 and bits != 16 and 2 * rows <= MAX_INTEGER_ROWS:
+            if 2 * rows * row_bytes > self.tuning.tile_bytes:
+                break
+            rows *= 2
+        return rows
 
     def _rows(self, bits: int, reads: int) -> int:
         """Rows of a tile: whole pairs, of RoPE, and of gate and up, of one head."""
@@ -191,6 +209,8 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
 
     def segment(out: int, inner: int, bits: int, *, paired: bool = False) -> SegmentPlan:
         rows = g.rows_of(bits)
+        if paired:
+            rows = g.most_rows(bits, g.reads(bits), rows)
         # A group of gate and up holds half its rows of each.
         groups = ceil_div(out, rows // 2 if paired else rows)
         return SegmentPlan(
@@ -211,8 +231,8 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
     # Whoever computes whole rows of the down projection owns them: it has a group's tiles in
     # a row. Split, they are dealt out tile by tile.
     whole = ceil_div(d.model_dim, g.rows)
-    a_group = g.rows // g.down_rows
-    groups = whole * a_group
+    a_group = max(1, g.rows // g.down_rows)
+    groups = ceil_div(d.model_dim, g.down_rows) if g.splits > 1 else whole * a_group
     teams = programs // g.splits
     tiles = ceil_div(groups, teams) if g.splits > 1 else ceil_div(whole, programs) * a_group
     down = SegmentPlan(
@@ -283,6 +303,9 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         owned=owned,
         tuning=tuning,
     )
+    if plan.box is not None:  # boxes come to such addresses alone
+        aligned = ALIGNMENT * ceil_div(plan.slot_bytes, ALIGNMENT)
+        plan = dataclasses.replace(plan, slot_bytes=aligned)
     # What lies beside the slots; of their barriers there is an even number.
     room = taken * RESERVED_TILE - COMPILER_BYTES - SharedLayout.of(plan).size - 8
     slots = max(2, min(MAX_SLOTS, room // (plan.slot_bytes + 8)))

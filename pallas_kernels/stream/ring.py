@@ -26,8 +26,16 @@ from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import ALIGNMENT, ROW_WORDS, SharedLayout
-from pallas_kernels.stream.mail import Meanwhile
-from pallas_kernels.stream.plan import COLUMNS, RESERVED_TILE, Segment, SegmentPlan, StreamPlan
+from pallas_kernels.stream.mail import MAP_WORDS, Meanwhile
+from pallas_kernels.stream.plan import (
+    BOX_UNIT,
+    COLUMNS,
+    RESERVED_TILE,
+    Box,
+    Segment,
+    SegmentPlan,
+    StreamPlan,
+)
 from pallas_kernels.stream.route import (
     make_route,
     most_copies,
@@ -144,9 +152,31 @@ def start_ring(env: StreamEnv) -> Turn:
         control = jnp.full((1,), env.shared + at.control + 4 * ROW_WORDS * row)
         ptx.write_row(control, [first, *[nothing] * (ROW_WORDS - 1)], nothing == 0)
     plgpu.debug_barrier()
+    if plan.box is not None:
+        _make_map(env, plan.box)
     for _ in range(_feed_of(plan).in_flight):
         feed_ring(env)
     return turn
+
+
+def _make_map(env: StreamEnv, box: Box) -> None:
+    """Makes the tensor map of the matrix that comes by boxes, in a slot, and keeps it in the mail.
+
+    The feeding thread's warp does, and nobody else needs it.
+    """
+    ptx.make_map(
+        env.mail.words,
+        env.mail.layout.maps + MAP_WORDS * env.program,
+        weights_of(env)[Segment.DOWN],
+        env.shared,
+        env.shared + SharedLayout.of(env.plan).control + ptx.MAP_IN_CONTROL,
+        ptx.TensorMap(
+            pieces=box.row_bytes // (BOX_UNIT * box.units),
+            rows=env.dims.num_layers * box.matrix_rows,
+            box=(box.units, box.pieces, box.rows),
+            thread=feeding_thread(env.plan),
+        ),
+    )
 
 
 def _feed_of(plan: StreamPlan) -> ptx.Feed:
@@ -167,6 +197,7 @@ def _feed_of(plan: StreamPlan) -> ptx.Feed:
         has_scales=plan.quantized,
         l2_tiles=plan.tuning.l2_tiles,
         l2_bytes=plan.tuning.l2_bytes,
+        matrix_rows=0 if plan.box is None else plan.box.matrix_rows,
     )
 
 

@@ -9,6 +9,8 @@ values the first half of the rows holds elements of the first half of a head and
 those that RoPE rotates them with; in one of gate and up, rows of the gate and the same ones of
 the up projection: those come in two pieces.
 
+Where the inputs are split, every row is a piece of its own, or all are one *box*: see `plan.Box`.
+
 Scales of quantized weights come to the tile's slot too, behind its rows, by copies of their own: of
 all the rows that are dealt out together, so that they begin at whole 16 bytes.
 """
@@ -54,7 +56,8 @@ _WEIGHTS = {
 class Source(NamedTuple):
     """Where a tile's weights lie, and where they go: int32 scalars, as they stand in the table.
 
-    Of scales the same follows; but before `pitch` stands where in the slot the first copy goes.
+    Behind them stands the box, see `_box_word`. Of scales the same follows; but before `pitch`
+    stands where in the slot the first copy goes, and there is no box.
 
     Attributes:
         begin: where the tile begins.
@@ -77,7 +80,9 @@ def route_shape(plan: StreamPlan) -> tuple[int, int, int]:
 
 
 def most_copies(plan: StreamPlan) -> int:
-    """Copies of a tile's weights at most."""
+    """Copies of a tile's weights at most; a box is one."""
+    if plan.box is not None:
+        return 2
     return max([2, *(part.rows for part in plan.segments.values() if part.splits > 1)])
 
 
@@ -169,7 +174,8 @@ def make_route(env: StreamEnv, table: Array) -> None:
         jnp.where(busy & (there > 0), count, 0),
         pitch,
     ]
-    words += [jnp.zeros_like(pitch)] * (ROW_WORDS - len(words))
+    words.append(_box_word(plan, split & (words[5] > 0), row, column))
+    assert len(words) == ROW_WORDS
     if plan.quantized:
         words += _scale_words(env, parts, beyond, row, second, there, words[5])
     if env.interpret:
@@ -180,6 +186,23 @@ def make_route(env: StreamEnv, table: Array) -> None:
         at = table + 4 * (entry * len(words) + first)
         ptx.write_row(at, words[first : first + ROW_WORDS], entry < rows)
     plgpu.debug_barrier()
+
+
+def _box_word(plan: StreamPlan, is_box: Array, row: Array, column: Array) -> Array:
+    """Where in a layer's matrix a tile's box begins: its row, its piece in bits 16 to 30, and the
+    sign; 0 where it comes by other copies.
+
+    Args:
+        plan: the step's.
+        is_box: of each row of the table, whether its tile has one if there are boxes.
+        row: the first that a tile has.
+        column: likewise the first input.
+    """
+    if plan.box is None:
+        return jnp.zeros_like(row)
+    part = plan.segments[Segment.DOWN]
+    piece = lax.div(column, jnp.int32(part.width)) * plan.box.pieces
+    return jnp.where(is_box, jnp.int32(-(2**31)) | lax.shift_left(piece, 16) | row, 0)
 
 
 def _units(bits: int) -> int:

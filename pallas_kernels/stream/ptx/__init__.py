@@ -7,10 +7,11 @@ others has a plain twin for interpret mode; the ring and the products are only u
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
 from pallas_kernels.stream.ptx.arrival import wait_copies
 from pallas_kernels.stream.ptx.attend import attend_span
+from pallas_kernels.stream.ptx.boxes import TensorMap, make_map
 from pallas_kernels.stream.ptx.cache import CacheFeed, feed_cache
 from pallas_kernels.stream.ptx.combine import combine_spans
 from pallas_kernels.stream.ptx.digits import pack_digits, unpack_digits
-from pallas_kernels.stream.ptx.feed import Feed, feed_ring, start_barriers
+from pallas_kernels.stream.ptx.feed import MAP_IN_CONTROL, Feed, feed_ring, start_barriers
 from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
@@ -31,11 +32,13 @@ from pallas_kernels.stream.ptx.words import (
 )
 
 __all__ = [
+    "MAP_IN_CONTROL",
     "UNIT",
     "Begin",
     "CacheFeed",
     "Feed",
     "IntegerTile",
+    "TensorMap",
     "attend_span",
     "begin_words",
     "clear_shared",
@@ -45,6 +48,7 @@ __all__ = [
     "feed_cache",
     "feed_ring",
     "load_pieces",
+    "make_map",
     "multiply_integers",
     "multiply_tile",
     "pack_digits",

@@ -13,7 +13,10 @@ from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["Feed", "feed_lines", "feed_ring", "start_barriers"]
+__all__ = ["MAP_IN_CONTROL", "Feed", "feed_lines", "feed_ring", "start_barriers"]
+
+# Bytes from the feed's own words to the address of a tensor map.
+MAP_IN_CONTROL = 24
 
 _start_barriers_p = core.Primitive("ffjax_start_barriers")
 
@@ -55,9 +58,9 @@ class Feed:
         route: where the route lies, bytes behind the ring's address.
         barriers: likewise the slots' barriers, 8 bytes each.
         control: likewise the feed's own 16 words: tiles asked for, row of the route, layer,
-            slot and phase of the next, tiles used; from the 9th on, tiles asked for into the
-            L2 cache, row and layer of the next, and what of it has been: 65536 for each copy, and
-            bytes of the copy after those.
+            slot and phase of the next, tiles used, and the address of a tensor map; from the 9th
+            on, tiles asked for into the L2 cache, row and layer of the next, and what of it has
+            been: 65536 for each copy, and bytes of the copy after those.
         layer_tiles: tiles of a layer.
         layers: how many.
         total: tiles of the step.
@@ -69,6 +72,8 @@ class Feed:
         l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
             waits.
         l2_bytes: of a copy, so many at a time, a multiple of 16.
+        matrix_rows: of a layer of the matrix whose tiles come as boxes; 0 where none does. The last
+            of a tile's 8 words then says where its box begins: see `route`.
     """
 
     slots: int
@@ -85,6 +90,7 @@ class Feed:
     has_scales: bool
     l2_tiles: int
     l2_bytes: int
+    matrix_rows: int
 
     @property
     def row_bytes(self) -> int:
@@ -150,6 +156,17 @@ def _copy_lines(most: int, shared: bool) -> list[str]:
     ]
 
 
+def _box_lines(f: Feed) -> list[str]:
+    """If %q and the tile is a box, copies it to %v; then there are no other copies of weights."""
+    return [
+        "mov.b32 %first, 0; shr.u32 %piece, %box, 16; and.b32 %piece, %piece, 32767;",
+        f"and.b32 %row, %box, 65535; mad.lo.u32 %row, %l, {f.matrix_rows}, %row;",
+        "setp.lt.and.s32 %p, %box, 0, %q;",
+        "@%p cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%v], [%map, {%first, %piece, %row}], [%b], %policy; @%p mov.b32 %y, 0;",
+    ]
+
+
 def feed_lines(
     feed: Feed,
     ring: str,
@@ -196,7 +213,11 @@ def feed_lines(
             f"ld.shared.v4.b32 {{%q0, %q1, %q2, %q3}}, [%b+{f.route + 32}];",
             f"ld.shared.v4.b32 {{%q4, %q5, %q6, %q7}}, [%b+{f.route + 48}]; mov.b32 %layer, %l;",
         ]
-    lines.append(f"ld.shared.v4.b32 {{%x, %y, %z, %b}}, [%b+{f.route + 16}];")
+    if f.matrix_rows:
+        lines.append(".reg .b32 %box, %first, %piece, %row; .reg .b64 %map;")
+        lines.append(f"ld.shared.b64 %map, [{ring}+{f.control + MAP_IN_CONTROL}];")
+    last = "%box" if f.matrix_rows else "%b"
+    lines.append(f"ld.shared.v4.b32 {{%x, %y, %z, {last}}}, [%b+{f.route + 16}];")
     if used is not None:
         lines.append(f"mov.b32 %u, {used};")
     lines.append(f"add.u32 %u, %u, {ahead or f.slots}; min.u32 %u, %u, {f.total};")
@@ -220,6 +241,7 @@ def feed_lines(
         *(["mad.lo.u32 %t, %q4, %q5, %t; mov.b32 %slot, %v;"] if f.has_scales else []),
         "and.pred %q, %go, %lead;",
         "@%q mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %t;",
+        *(_box_lines(f) if f.matrix_rows else []),
         *_copy_lines(f.copies, shared),
         *(_scale_lines(pointer, shared) if f.has_scales else []),
         "@%go add.u32 %n, %n, 1; @%go add.u32 %e, %e, 1;",
@@ -280,12 +302,14 @@ def _(ref, ring, used, ahead, *, feed, store):
 def _(ctx, ref, *args, feed, store):
     args = lowered.values(ctx, args)
     pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), [1])
-    options = {"used": "$3", "ahead": "$4", "together": True} if store else {}
+    # By one thread, instructions for few copies are fewer than for a whole warp.
+    together = store and not feed.matrix_rows
+    options = {"used": "$3", "ahead": "$4", "together": together} if store else {}
     lines = feed_lines(feed, "$2", "$1", **options)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
     result = lowered.like((1,), lowered.i32())
     arguments = [pointer, *args]
-    return lowered.assembly([result], text, "=r,l,r,r,r", arguments, by_warps=store)[0]
+    return lowered.assembly([result], text, "=r,l,r,r,r", arguments, by_warps=together)[0]
 
 
 def feed_ring(

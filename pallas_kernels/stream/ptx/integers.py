@@ -16,6 +16,8 @@ __all__ = ["IntegerTile", "multiply_integers"]
 
 # int4 weights are multiplied as 16 times what they stand for.
 _SIXTEENTH = "0f3D800000"
+# Rows of a product.
+_BLOCK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class IntegerTile:
 
     Attributes:
         bits: of a weight, 8 or 4.
-        rows: a power of two from 2 on, at most 16.
+        rows: a power of two from 2 on, at most 16; of several sequences, at most 32.
         reads: of 16 bytes, of each row, by a thread.
         step: bytes from a thread's read to its next one.
         scale_bytes: from a row's scales to the next one's.
@@ -165,7 +167,7 @@ class _Multiply:
     def text(self) -> str:
         """The whole text."""
         t = self.t
-        values = [f"%v{r}" for r in range(t.rows // 2 if t.chunked else 2 + 2 * self.both)]
+        values = [f"%v{r}" for r in range(t.rows // 2 if t.chunked else max(2, t.rows // 4))]
         lines = [
             "{ .reg .pred %p, %odd, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero;",
             f".reg .b32 {', '.join(self._sums())};",
@@ -230,7 +232,7 @@ class _Multiply:
         return lines
 
     def sequences(self, values: list[str]) -> list[str]:
-        """Columns are sequences: a row, or two that are 8 apart, for every four threads."""
+        """Columns are sequences: a block's row, or two that are 8 apart, for every four threads."""
         t = self.t
         lines = [
             # Threads of rows that there are not hold zeros.
@@ -240,9 +242,30 @@ class _Multiply:
         ]
         if t.bits == 4:
             lines.append("mad.lo.u32 %c, $6, 2, %c;")
+        for first in range(0, t.rows, _BLOCK):
+            # A scope of its own for the names of what is loaded.
+            lines += ["{", *self.block(values[first // 4 :]), "}"]
+            if first + _BLOCK < t.rows:
+                lines.append("shl.b32 %b, $2, 4; add.u32 %a, %a, %b;")
+                lines.append(f"add.u32 %c, %c, {_BLOCK * t.scale_bytes};")
+        # A sequence's scale is with the threads that hold its inputs.
+        lines.append("shl.b32 %l, %t, 3;")
+        for n in range(2):
+            lines.append("shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff; add.u32 %l, %l, 4;")
+            if t.bits == 4:
+                lines.append(f"mul.rn.f32 %own, %own, {_SIXTEENTH};")
+            for value in values[n::2]:
+                lines.append(f"mul.rn.f32 {value}, {value}, %own;")
+        for i in range(len(values) // 2):
+            pair = ", ".join(values[2 * i : 2 * i + 2])
+            lines.append(f"@%mine st.shared.v2.f32 [$3+{256 * i}], {{{pair}}};")
+        return lines
+
+    def block(self, values: list[str]) -> list[str]:
+        """Of several sequences, the sums of one product's rows: of %a's on, with scales from %c."""
+        t, lines, names = self.t, [], ["x", "y"][: 1 + self.both]
         if self.both:
             lines.append("shl.b32 %b, $2, 3; add.u32 %b, %a, %b;")
-        names = ["x", "y"][: 1 + self.both]
         for q in range(t.reads):
             lines += self.pieces(q, names)
         for q in range(t.reads):
@@ -260,17 +283,6 @@ class _Multiply:
                 for n, value in enumerate(values[2 * i : 2 * i + 2]):
                     lines.append(_float(value, *self.sums(i, n)))
                     lines.append(f"mul.rn.f32 {value}, {value}, %s;")
-        # A sequence's scale is with the threads that hold its inputs.
-        lines.append("shl.b32 %l, %t, 3;")
-        for n in range(2):
-            lines.append("shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff; add.u32 %l, %l, 4;")
-            if t.bits == 4:
-                lines.append(f"mul.rn.f32 %own, %own, {_SIXTEENTH};")
-            for value in values[n::2]:
-                lines.append(f"mul.rn.f32 {value}, {value}, %own;")
-        for i in range(len(names)):
-            pair = ", ".join(values[2 * i : 2 * i + 2])
-            lines.append(f"@%mine st.shared.v2.f32 [$3+{256 * i}], {{{pair}}};")
         return lines
 
     def pieces(self, q: int, names: list[str]) -> list[str]:
