@@ -27,11 +27,12 @@ from ffjax.config import PRESETS
 from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
+from pallas_kernels.stream import ptx
 from pallas_kernels.stream.kernel import leaves_time, tiles_ahead
 from pallas_kernels.stream.lanes import LOAD, column_of, first_input, next_input, word_in_mail
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
-from pallas_kernels.stream.layout import SharedLayout
-from pallas_kernels.stream.mail import Mail, mail_words
+from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
+from pallas_kernels.stream.mail import MAP_WORDS, Mail, mail_words
 from pallas_kernels.stream.operand import copy_of_hidden
 from pallas_kernels.stream.plan import (
     BOX_UNIT,
@@ -43,6 +44,7 @@ from pallas_kernels.stream.plan import (
     is_paired,
 )
 from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan, why_not, why_not_on
+from pallas_kernels.stream.ring import tensor_map_of
 from pallas_kernels.stream.route import make_route, route_shape
 from pallas_kernels.stream.spans import part_of, share_of
 from pallas_kernels.stream.tiles import first_place, next_place, next_segment
@@ -226,6 +228,41 @@ def test_the_scales_of_every_row_come_with_it(name):
         if part.bits != 16:
             # Where inputs are split, each part has the scales of whole rows.
             assert sorted(seen) == np.repeat(np.arange(matrix_rows), part.splits).tolist()
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_box_lies_in_its_matrix_and_comes_to_a_whole_line(name):
+    plan = PLANS[name]()
+    if (box := plan.box) is None:
+        return
+    part, tensor = plan.segments[Segment.DOWN], tensor_map_of(plan, box)
+    units, pieces, rows = tensor.box
+    assert units * BOX_UNIT % 16 == 0
+    assert max(tensor.box) <= 256
+    assert rows == part.rows
+    assert units * pieces * BOX_UNIT == part.row_bytes
+    # Tiles are whole boxes of it.
+    assert units * tensor.pieces * BOX_UNIT == part.inner * part.bits // 8
+    assert tensor.pieces == part.splits * pieces
+    assert tensor.rows == plan.dims.num_layers * part.out
+    assert tensor.thread == plan.threads - 32
+    assert plan.slot_bytes % ALIGNMENT == 0
+    layout = layout_of(plan)
+    assert 4 * layout.maps % ptx.MAP_BYTES == 0
+    assert layout.maps + plan.programs * MAP_WORDS <= layout.words
+    assert 4 * MAP_WORDS == ptx.MAP_BYTES
+
+
+def test_integers_of_several_sequences_have_tiles_of_more_rows():
+    def rows(batch: int, bits: WeightBits) -> list[int]:
+        plan = make_stream_plan(preset_dims("llama3.2-1b", batch, bits), H200)
+        return [part.rows for _, part in sorted(plan.segments.items())]
+
+    assert rows(8, INT4) == [16, 16, 32, 32, 16]
+    # There is no room for more, or a single sequence, or no integers.
+    assert rows(8, INT8) == [16] * 5
+    assert rows(1, INT4) == [16, 16, 16, 8, 16]
+    assert rows(8, BFLOAT16) == [8] * 5
 
 
 def test_plans_of_quantized_weights_differ_in_what_is_hard():

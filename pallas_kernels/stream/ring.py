@@ -57,6 +57,7 @@ __all__ = [
     "read_tile",
     "slot_address",
     "start_ring",
+    "tensor_map_of",
     "wait_for_tile",
     "with_ring",
 ]
@@ -153,29 +154,23 @@ def start_ring(env: StreamEnv) -> Turn:
         ptx.write_row(control, [first, *[nothing] * (ROW_WORDS - 1)], nothing == 0)
     plgpu.debug_barrier()
     if plan.box is not None:
-        _make_map(env, plan.box)
+        place = env.shared + at.control + ptx.MAP_IN_CONTROL
+        where = env.mail.layout.maps + MAP_WORDS * env.program
+        # In the first slot, and by the feeding warp, which alone needs it.
+        matrix, tensor = weights_of(env)[Segment.DOWN], tensor_map_of(plan, plan.box)
+        ptx.make_map(env.mail.words, where, matrix, env.shared, place, tensor)
     for _ in range(_feed_of(plan).in_flight):
         feed_ring(env)
     return turn
 
 
-def _make_map(env: StreamEnv, box: Box) -> None:
-    """Makes the tensor map of the matrix that comes by boxes, in a slot, and keeps it in the mail.
-
-    The feeding thread's warp does, and nobody else needs it.
-    """
-    ptx.make_map(
-        env.mail.words,
-        env.mail.layout.maps + MAP_WORDS * env.program,
-        weights_of(env)[Segment.DOWN],
-        env.shared,
-        env.shared + SharedLayout.of(env.plan).control + ptx.MAP_IN_CONTROL,
-        ptx.TensorMap(
-            pieces=box.row_bytes // (BOX_UNIT * box.units),
-            rows=env.dims.num_layers * box.matrix_rows,
-            box=(box.units, box.pieces, box.rows),
-            thread=feeding_thread(env.plan),
-        ),
+def tensor_map_of(plan: StreamPlan, box: Box) -> ptx.TensorMap:
+    """What the copies of boxes know of the down projection, all layers one behind the other."""
+    return ptx.TensorMap(
+        pieces=box.row_bytes // (BOX_UNIT * box.units),
+        rows=plan.dims.num_layers * box.matrix_rows,
+        box=(box.units, box.pieces, box.rows),
+        thread=feeding_thread(plan),
     )
 
 

@@ -7,7 +7,7 @@ others has a plain twin for interpret mode; the ring and the products are only u
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
 from pallas_kernels.stream.ptx.arrival import wait_copies
 from pallas_kernels.stream.ptx.attend import attend_span
-from pallas_kernels.stream.ptx.boxes import TensorMap, make_map
+from pallas_kernels.stream.ptx.boxes import MAP_BYTES, TensorMap, make_map
 from pallas_kernels.stream.ptx.cache import CacheFeed, feed_cache
 from pallas_kernels.stream.ptx.combine import combine_spans
 from pallas_kernels.stream.ptx.digits import pack_digits, unpack_digits
@@ -32,6 +32,7 @@ from pallas_kernels.stream.ptx.words import (
 )
 
 __all__ = [
+    "MAP_BYTES",
     "MAP_IN_CONTROL",
     "UNIT",
     "Begin",
