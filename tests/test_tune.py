@@ -16,6 +16,7 @@ from ffjax.benchmark.contenders import Contender, implementation
 from ffjax.benchmark.tune import Trial, candidates, refinements, tune
 from ffjax.commands.tune import _line
 from ffjax.config import preset
+from pallas_kernels.dims import WeightBits
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream import tuning as tuning_module
 from pallas_kernels.stream.plan import Segment
@@ -154,6 +155,7 @@ def test_every_row_of_the_table_can_be_planned():
     for row in tuning_module._table():
         assert {"device", "batch", "tuning", "us_per_step", "config"} <= row.keys()
         dims = dims_of(preset(row["config"]), row["batch"], 1024)
+        dims = dataclasses.replace(dims, weight_bits=WeightBits(*row["weight_bits"]))
         assert row_key(row["device"], dims).items() <= row.items()
         make_stream_plan(dims, H200, Tuning(**row["tuning"]))
 
