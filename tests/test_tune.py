@@ -155,7 +155,9 @@ def test_every_row_of_the_table_can_be_planned():
     for row in tuning_module._table():
         assert {"device", "batch", "tuning", "us_per_step", "config"} <= row.keys()
         dims = dims_of(preset(row["config"]), row["batch"], 1024)
-        dims = dataclasses.replace(dims, weight_bits=WeightBits(*row["weight_bits"]))
+        names = (field.name for field in dataclasses.fields(WeightBits))
+        bits = WeightBits(**dict(zip(names, row["weight_bits"], strict=True)))
+        dims = dataclasses.replace(dims, weight_bits=bits)
         assert row_key(row["device"], dims).items() <= row.items()
         make_stream_plan(dims, H200, Tuning(**row["tuning"]))
 
