@@ -283,10 +283,10 @@ class StreamPlan:
     def box(self) -> Box | None:
         """The box of the down projection's tiles; None where rows are copied one by one.
 
-        bfloat16 is so much longer that its copies keep up with memory.
+        Of a single sequence a tile's rows are few, and of bfloat16 memory is what takes the time.
         """
         part = self.segments[Segment.DOWN]
-        if part.splits == 1 or not self.quantized:
+        if part.splits == 1 or self.chunked or not self.quantized:
             return None
         # All tiles are whole ones.
         if part.inner % part.width or part.out % part.rows or part.out > 1 << 16:

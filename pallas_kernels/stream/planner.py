@@ -111,21 +111,20 @@ class _Geometry:
             reads: of a row, by a thread.
             rows: that a tile has elsewhere.
         """
-        row_bytes = reads * self.unit(bits) * bits // 8
-        while self.batch > 1 and bits != 16 and 2 * rows <= MAX_INTEGER_ROWS:
-            if 2 * rows * row_bytes > self.tuning.tile_bytes:
-                break
-            rows *= 2
-        return rows
+        if self.batch == 1 or bits == 16:
+            return rows
+        return self._grown(rows, MAX_INTEGER_ROWS, bits, reads)
 
     def _rows(self, bits: int, reads: int) -> int:
         """Rows of a tile: whole pairs, of RoPE, and of gate and up, of one head."""
-        rows = 2
         limit = COLUMNS if self.batch > 1 and bits == 16 else MAX_ROWS
+        of_a_head = self.dims.head_dim & -self.dims.head_dim  # the largest power of two in it
+        return self._grown(2, min(limit, of_a_head), bits, reads)
+
+    def _grown(self, rows: int, limit: int, bits: int, reads: int) -> int:
+        """Rows of a tile, doubled up to a limit and as long as there is room."""
         row_bytes = reads * self.unit(bits) * bits // 8
         while 2 * rows <= limit and 2 * rows * row_bytes <= self.tuning.tile_bytes:
-            if self.dims.head_dim % (2 * rows):
-                break
             rows *= 2
         return rows
 
