@@ -253,9 +253,28 @@ def test_a_box_lies_in_its_matrix_and_comes_to_a_whole_line(name):
     assert 4 * MAP_WORDS == ptx.MAP_BYTES
 
 
+def test_a_single_sequence_has_no_boxes():
+    plan = make_stream_plan(preset_dims("llama3.1-8b", 1, WeightBits(gate_up=8)), H200)
+    assert plan.quantized
+    assert plan.segments[Segment.DOWN].splits > 1
+    assert plan.box is None
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_tiles_of_a_kind_are_alike(name):
+    plan = PLANS[name]()
+    for kind in plan.kinds:
+        parts = [plan.segments[segment] for segment in kind]
+        alike = {(p.rows, p.bits, p.reads, p.held, p.run, p.scale_bytes) for p in parts}
+        assert len(alike) == 1
+
+
 def test_integers_of_several_sequences_have_tiles_of_more_rows():
     def rows(batch: int, bits: WeightBits) -> list[int]:
         plan = make_stream_plan(preset_dims("llama3.2-1b", batch, bits), H200)
+        for segment, part in plan.segments.items():
+            outputs = part.rows // 2 if is_paired(segment) and segment != Segment.QKV else part.rows
+            assert part.groups == -(-part.out // outputs)
         return [part.rows for _, part in sorted(plan.segments.items())]
 
     assert rows(8, INT4) == [16, 16, 32, 32, 16]
