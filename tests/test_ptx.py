@@ -358,7 +358,6 @@ class Fed:
         places = []
         for half in range(0, self.ring.row_words, 8):
             low, high, stride, apart, size, copies, *last = self.rows[row, half:][:8].tolist()
-            copies = max(copies, 0)
             begin = (high << 32 | low) - (1 << 64 if high >> 31 else 0)
             at = self.pointer + 16 * (begin + layer * stride)
             first, pitch = last if half else (0, last[0])

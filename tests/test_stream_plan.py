@@ -27,7 +27,7 @@ from ffjax.config import PRESETS
 from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
-from pallas_kernels.stream import ptx
+from pallas_kernels.stream import ptx, ring
 from pallas_kernels.stream.kernel import leaves_time, tiles_ahead
 from pallas_kernels.stream.lanes import LOAD, column_of, first_input, next_input, word_in_mail
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
@@ -173,11 +173,12 @@ def test_every_weight_is_read_once(name):
                 assert box == 0
                 continue
             assert size == pitch == BOX_UNIT * plan.box.units * plan.box.pieces
-            assert count == plan.box.rows
+            assert count == part.rows
             piece, rest = divmod(column[0] * part.bits // 8, BOX_UNIT * plan.box.units)
             assert (box, rest) == (-(1 << 31) | piece << 16 | row[0], 0)
-            assert plan.box.row_bytes == part.inner * part.bits // 8
-            assert plan.box.matrix_rows == matrix_rows
+            tensor = tensor_map_of(plan, plan.box)
+            assert BOX_UNIT * plan.box.units * tensor.pieces == part.inner * part.bits // 8
+            assert ring._feed_of(plan).matrix_rows == matrix_rows
         first += part.tiles
         starts, ends = np.sort(np.array(seen), axis=0).T
         assert starts[0] == 0
@@ -273,7 +274,7 @@ def test_integers_of_several_sequences_have_tiles_of_more_rows():
     def rows(batch: int, bits: WeightBits) -> list[int]:
         plan = make_stream_plan(preset_dims("llama3.2-1b", batch, bits), H200)
         for segment, part in plan.segments.items():
-            outputs = part.rows // 2 if is_paired(segment) and segment != Segment.QKV else part.rows
+            outputs = part.rows // 2 if segment == Segment.GATE_UP else part.rows
             assert part.groups == -(-part.out // outputs)
         return [part.rows for _, part in sorted(plan.segments.items())]
 

@@ -53,12 +53,13 @@ from pallas_kernels.stream.twins import TWIN_TAG_BITS, joined, parted, twin_tag
 from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS, num_counters
 
-__all__ = ["Layout", "Mail", "Meanwhile", "mail_words"]
+__all__ = ["MAP_WORDS", "Layout", "Mail", "Meanwhile", "mail_words"]
 
 _TAG_BITS = 0xFF
 _NAN = 0x7FC00000
 # Keeps the buffers apart by whole lines of 128 bytes, which a tensor map begins at.
-_LINE = MAP_WORDS = 32
+_LINE = 32
+MAP_WORDS = ptx.MAP_BYTES // 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Layout:
         parts: pairs `[B * N, max_splits, H + 2]`: of one span of attention the weighted
             values, the sum of the weights and their maximum.
         best: pairs `[P, B, 2]`: each program's best logit and its token.
-        maps: `[P, 32]`: each program's tensor map, where a matrix comes by boxes. It is no mail,
-            but must lie in global memory.
+        maps: `[P, MAP_WORDS]`: each program's tensor map, where a matrix comes by boxes. It is no
+            mail, but must lie in global memory.
         words: length of the whole array.
     """
 

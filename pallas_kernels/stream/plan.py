@@ -174,16 +174,10 @@ class Box:
     Attributes:
         units: elements of a piece.
         pieces: of a tile's row, side by side.
-        rows: of a tile.
-        row_bytes: of a whole row of the matrix.
-        matrix_rows: of a layer.
     """
 
     units: int
     pieces: int
-    rows: int
-    row_bytes: int
-    matrix_rows: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,8 +288,7 @@ class StreamPlan:
         for pieces in range(1, 1 + part.row_bytes // READ):
             size, rest = divmod(part.row_bytes, pieces)
             if not rest and size % READ == 0 and size <= MAX_BOX * BOX_UNIT:
-                row_bytes = part.inner * part.bits // 8
-                return Box(size // BOX_UNIT, pieces, part.rows, row_bytes, part.out)
+                return Box(size // BOX_UNIT, pieces)
         return None
 
     @property

@@ -28,7 +28,6 @@ from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import ALIGNMENT, ROW_WORDS, SharedLayout
 from pallas_kernels.stream.mail import MAP_WORDS, Meanwhile
 from pallas_kernels.stream.plan import (
-    BOX_UNIT,
     COLUMNS,
     RESERVED_TILE,
     Box,
@@ -166,10 +165,11 @@ def start_ring(env: StreamEnv) -> Turn:
 
 def tensor_map_of(plan: StreamPlan, box: Box) -> ptx.TensorMap:
     """What the copies of boxes know of the down projection, all layers one behind the other."""
+    part = plan.segments[Segment.DOWN]
     return ptx.TensorMap(
-        pieces=box.row_bytes // (BOX_UNIT * box.units),
-        rows=plan.dims.num_layers * box.matrix_rows,
-        box=(box.units, box.pieces, box.rows),
+        pieces=part.splits * box.pieces,
+        rows=plan.dims.num_layers * part.out,
+        box=(box.units, box.pieces, part.rows),
         thread=feeding_thread(plan),
     )
 
@@ -192,7 +192,7 @@ def _feed_of(plan: StreamPlan) -> ptx.Feed:
         has_scales=plan.quantized,
         l2_tiles=plan.tuning.l2_tiles,
         l2_bytes=plan.tuning.l2_bytes,
-        matrix_rows=0 if plan.box is None else plan.box.matrix_rows,
+        matrix_rows=0 if plan.box is None else plan.segments[Segment.DOWN].out,
     )
 
 
