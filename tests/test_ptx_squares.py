@@ -102,7 +102,7 @@ def check_parted(words: np.ndarray, edit: Edit = None) -> None:
 def words_of_twins() -> np.ndarray:
     first, second = RNG.standard_normal((2, 64)).astype(np.float32)
     first *= np.float32(10.0) ** RNG.integers(-30, 30, 64).astype(np.float32)
-    return np.asarray(twins.joined(jnp.asarray(first), jnp.asarray(second), jnp.int32(3)))
+    return np.asarray(twins.joined(jnp.asarray(first), jnp.asarray(second), jnp.int32(2)))
 
 
 def test_both_ways_to_part_twins_agree():
@@ -113,12 +113,14 @@ def test_both_ways_to_part_twins_agree():
 
 
 PARTED_EDITS = [
-    ("0x7F800000", "0xFF800000"),
-    ("0fCB000400", "0fCB000000"),
-    ("$2, 11;", "$2, 10;"),
-    ("0xEA; mov.b32 %f, %x; fma.rn.f32 $0", "0xE8; mov.b32 %f, %x; fma.rn.f32 $0"),
-    ("lop3.b32 %x, $2, 0x7FF", "lop3.b32 %x, $2, 0x3FF"),
-    ("fma.rn.f32 $1, %f, %step, %offset;", "fma.rn.f32 $1, %f, %step, %step;"),
+    ("0x9FFF8000", "0x1FFF8000"),
+    ("0x9FFF8000", "0x9FFF0000"),
+    ("0x60000000, 0xEA;", "0x60000000, 0xE8;"),
+    ("fma.rn.f32 $0, %f, 0f0F800000", "fma.rn.f32 $0, %f, 0f0F000000"),
+    ("$2, 17;", "$2, 16;"),
+    ("shr.s32", "shr.u32"),
+    ("or.b32 %x, %x, 0x60000000;", ""),
+    ("fma.rn.f32 $1, %f, 0f0F800000", "fma.rn.f32 $1, %f, 0f0F000000"),
 ]
 
 

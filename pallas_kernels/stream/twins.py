@@ -1,14 +1,18 @@
 """Two activations in a word: what programs hand each other of several sequences.
 
 Every program reads all activations of all sequences. So that this is half as much, two neighbours
-of a row are *twins*: integers of 11 bits times a power of two that fits the larger one.
+of a row are *twins*: two numbers of 15 bits, each with a sign, an exponent and 8 bits behind the
+leading one, beside a tag of 2 bits.
 
-    bit 31   30 to 23   22        21 to 11       10 to 0
-    tag      exponent   tag       first + 1024   second + 1024
+    bit 31       30, 29   28 to 23          22 to 15          14            13 to 8    7 to 0
+    first sign   tag      first exponent    first fraction    second sign   second exponent, fraction
 
-Of the larger one that is a relative error of at most 2^-10, and of both an eighth to a quarter of
-what bfloat16 would leave out of it. Two bits are enough of a tag: a word not yet written has that
-of the hand-over before, which is one or two before this one.
+A number keeps 9 significant bits, one more than bfloat16, whatever its neighbour is: a trained
+model has channels that are thousands of times the others, and one exponent for both would leave
+the smaller one no bits. Six bits of exponent reach up to 2^32, beyond which numbers become infinite. What is handed over is 2^-31 more
+than the number, so that 0 is a word of nothing but its tag; numbers are exact to 2^-30 at best.
+
+Two bits are enough of a tag: see `mail`.
 """
 
 from __future__ import annotations
@@ -18,20 +22,22 @@ from jax import Array, lax
 
 __all__ = ["TWIN_TAG_BITS", "joined", "neighbours", "parted", "twin_tag"]
 
-# As int32: bits 31 and 22.
-TWIN_TAG_BITS = ~0x7FBFFFFF
-_STEPS = 1024
-_FIELD = 2 * _STEPS - 1
-_EXPONENT = 0x7F800000
-# The float32 whose lowest bits show an integer that is added to it: 1.5 * 2^23, and the offset.
-_MAGIC = float(3 * 2**22 + _STEPS)
-# 2^23, whose lowest bits are free for an integer, as int32; and what to take off again.
-_BARE, _OFFSET = 0x4B000000, float(2**23 + _STEPS)
+TWIN_TAG_BITS = 0x60000000
+_TAG_SHIFT = 29
+# Times 2^96, exponents of 6 bits are the uppermost 64 of float32: infinity and NaN stay what they
+# are, and the two bits above are always set.
+_UP, _DOWN = 2.0**96, 2.0**-96
+_UPPER = 0x60000000
+_MORE = 2.0**-31
+_SIGN, _FIELD = -0x80000000, 0x1FFF8000  # as int32
+_FIELD_SHIFT = 15
+_NAN = 0x7FC00000
+_HALF = 1 << (_FIELD_SHIFT - 1)
 
 
 def twin_tag(tag: Array) -> Array:
     """A tag's two lowest bits at their places in a word, int32."""
-    return lax.shift_left(tag & 1, 22) | lax.shift_left(tag & 2, 30)
+    return lax.shift_left(tag & 3, _TAG_SHIFT)
 
 
 def joined(first: Array, second: Array, tag: Array) -> Array:
@@ -43,31 +49,29 @@ def joined(first: Array, second: Array, tag: Array) -> Array:
         tag: int32 scalar.
 
     Returns:
-        int32, the same shape. Twins of which one is no number, or infinite, are no numbers.
+        int32, the same shape. Infinities stay infinite, and what is no number stays none.
     """
-    magnitudes = [lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF for x in (first, second)]
-    exponent = lax.shift_right_logical(jnp.maximum(*magnitudes), 23)
-    exponent = jnp.maximum(exponent, 10)  # below, a step would have none
-    finite = exponent < 255
-    # Below 2^(exponent - 126), so that a step of 2^(exponent - 136) leaves 1024 of them.
-    inverse = lax.bitcast_convert_type(lax.shift_left(263 - exponent, 23), jnp.float32)
-    fields = [
-        lax.bitcast_convert_type(jnp.minimum(x * inverse, _STEPS - 1.0) + _MAGIC, jnp.int32)
-        & _FIELD
-        for x in (first, second)
-    ]
-    exponent = lax.shift_left(jnp.where(finite, exponent - 9, exponent), 23)
-    return exponent | lax.shift_left(fields[0], 11) | fields[1] | twin_tag(tag)
+    first, second = (_rounded(x) for x in (first, second))
+    low = lax.shift_right_logical(second & _FIELD, _FIELD_SHIFT)
+    low |= lax.shift_right_logical(second & _SIGN, 17)
+    return (first & (_SIGN | _FIELD)) | low | twin_tag(tag)
+
+
+def _rounded(x: Array) -> Array:
+    """The bits of 2^96 * (x + 2^-31), its magnitude within bounds and half a step more."""
+    bits = lax.bitcast_convert_type(x * _UP + _MORE * _UP, jnp.int32)
+    # Rounding up a NaN of all bits could make it a number.
+    magnitude = jnp.clip(bits & ~_SIGN, _UPPER, _NAN) + _HALF
+    return (bits & _SIGN) | magnitude
 
 
 def parted(word: Array) -> tuple[Array, Array]:
-    """The twins of a word, float32. From 2^104 on they are no numbers."""
-    step = lax.bitcast_convert_type(word & _EXPONENT, jnp.float32)
-    # Exact, also where the multiplication is rounded before the addition.
-    offset = step * -_OFFSET
+    """The twins of a word, float32."""
+    first = (word & (_SIGN | _FIELD)) | _UPPER
+    # The sign comes to the top, and two copies of it where bits are set anyway.
+    second = lax.shift_right_arithmetic(lax.shift_left(word, 17), 2) | _UPPER
     first, second = (
-        lax.bitcast_convert_type((field & _FIELD) | _BARE, jnp.float32) * step + offset
-        for field in (lax.shift_right_logical(word, 11), word)
+        lax.bitcast_convert_type(x, jnp.float32) * _DOWN - _MORE for x in (first, second)
     )
     return first, second
 

@@ -15,13 +15,12 @@ __all__ = ["parted"]
 _parted_p = core.Primitive("ffjax_parted")
 _parted_p.multiple_results = True
 
-# Integers come as the lowest bits of 2^23; what there is too much is 2^23 + 1024.
+# Numbers times 2^96 and 2^-31 more: 0f0F800000 is 2^-96, 0fB0000000 is -2^-31.
 _TEXT = (
-    "{ .reg .b32 %x; .reg .f32 %step, %offset, %f; and.b32 %x, $2, 0x7F800000; mov.b32 %step, %x;"
-    " mul.rn.f32 %offset, %step, 0fCB000400; shr.u32 %x, $2, 11;"
-    " lop3.b32 %x, %x, 0x7FF, 0x4B000000, 0xEA; mov.b32 %f, %x;"
-    " fma.rn.f32 $0, %f, %step, %offset; lop3.b32 %x, $2, 0x7FF, 0x4B000000, 0xEA;"
-    " mov.b32 %f, %x; fma.rn.f32 $1, %f, %step, %offset; }"
+    "{ .reg .b32 %x; .reg .f32 %f; lop3.b32 %x, $2, 0x9FFF8000, 0x60000000, 0xEA;"
+    " mov.b32 %f, %x; fma.rn.f32 $0, %f, 0f0F800000, 0fB0000000; shl.b32 %x, $2, 17;"
+    " shr.s32 %x, %x, 2; or.b32 %x, %x, 0x60000000; mov.b32 %f, %x;"
+    " fma.rn.f32 $1, %f, 0f0F800000, 0fB0000000; }"
 )
 
 
