@@ -42,6 +42,21 @@ def _(t: Threads) -> None:
     t.machine.store(space, t.address(0, space), values.view(np.uint8), t.threads)
 
 
+@instruction("atom", also=f"global cas {_ORDERS}")
+def _(t: Threads) -> None:
+    if not t.has("cas") or t.has("weak"):
+        raise PtxError("The machine has compare-and-swap alone, of an order that is said.")
+    space, size = _space(t), SIZES[t.kind]
+    at, (wanted, values) = t.address(1, space), (t.get(t.operands[i], t.kind) for i in (2, 3))
+    found = np.zeros_like(values)
+    for i, thread in enumerate(t.threads):  # one after another
+        some, who = at[i : i + 1], t.threads[i : i + 1]
+        found[i] = t.machine.load(space, some, size, who).view(DTYPES[t.kind])[0, 0]
+        if found[i] == wanted[i]:
+            t.machine.store(space, some, values[i : i + 1, None].view(np.uint8), who)
+    t[0] = found
+
+
 @instruction("createpolicy", also="fractional L2::evict_first L2::evict_last")
 def _(t: Threads) -> None:
     t[0] = np.zeros(len(t.threads), np.uint64)

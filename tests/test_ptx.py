@@ -326,6 +326,9 @@ class Fed:
             at = self.base + self.feed.route + 4 * (ring.row_words * thread + first)
             write.run(m, at, mask.astype(int), *words[first : first + 8])
         start.run(m, self.base + self.feed.barriers)
+        self.record = m.memory_base + 6 * 128
+        m.view(self.record, 2, np.uint32)[:] = 0
+        m.view(self.base + self.feed.control + 48, 1, np.uint64)[:] = self.record
         if ring.box is not None:
             m.view(self.base, 128, np.uint8)[:] = 0xA5
             place = self.base + self.feed.control + ptx.MAP_IN_CONTROL
@@ -573,7 +576,7 @@ class Kind(NamedTuple):
 ONES = Kind(8, 0xFF, TAG, STALE)
 # Their tags differ from the one before in either bit, or in both.
 TWINS, ODD_TWINS, EVEN_TWINS = (
-    Kind(4, TWIN_TAG_BITS % 2**32, 1 << 22, stale) for stale in (1 << 31, 1 << 22 | 1 << 31, 0)
+    Kind(4, TWIN_TAG_BITS, 1 << 29, stale) for stale in (1 << 30, 1 << 29 | 1 << 30, 0)
 )
 
 
@@ -640,7 +643,7 @@ def check_collect(
 
     for number in range(turn.max() + 1):
         m.later(70 * number, functools.partial(write, number))
-    text = collect_text(fed.ring, pieces, size * threads, 400, kind).edited(edit)
+    text = collect_text(fed.ring, pieces, size * threads, 512, kind).edited(edit)
     operands = (mail + 4 * by_thread[0, :, 0], kind.tag, there, fed.pointer, fed.base)
     got = np.stack(text.run(m, *operands)).reshape(pieces, size, threads)
     wanted = values[by_thread].swapaxes(1, 2)
@@ -681,16 +684,66 @@ def test_tiles_are_asked_for_ahead_while_words_are_waited_for(seed):
     assert fed.machine.prefetched == fed.pieces_of(ahead)
 
 
+class Waiting:
+    """A program that waits for words of a mail, of which no other program writes any."""
+
+    def __init__(self, program: int = 5, used: int = 77):
+        self.fed = Fed(ONE, 0)
+        self.machine = m = self.fed.machine
+        control = self.fed.base + self.fed.feed.control
+        say = inline(lambda x: ptx.say_where(x, 0, jnp.int32(0), jnp.int32(0)), shape(64))
+        say.run(m, self.fed.record, control, program)
+        m.view(control + 20, 1, np.uint32)[:] = used
+        self.said = program << 20 | used
+        m.memory = np.concatenate([m.memory, np.zeros(1 << 16, np.uint8)])
+        self.mail = m.memory_base + len(m.memory) - (1 << 16)
+        m.view(self.mail, 1 << 14, np.uint32)[:] = STALE
+
+    @property
+    def record(self) -> np.ndarray:
+        return self.machine.view(self.fed.record, 2, np.uint32)
+
+    @property
+    def missed(self) -> int:
+        """Bytes from the mail's beginning to the word that the record says is missing."""
+        said, words = self.record.tolist()
+        assert said == self.said
+        return self.fed.record + 4 * words - self.mail
+
+
 @pytest.mark.parametrize("pieces", [2, 6])
-def test_words_that_never_come_end_the_launch(pieces):
-    fed = Fed(ONE, 0)
-    text = collect_text(ONE, pieces, 64, 20)
-    fed.machine.memory[:] = STALE
-    with pytest.raises(PtxError, match="come to a trap"):
-        text.run(fed.machine, fed.machine.memory_base, TAG, pieces, fed.pointer, fed.base)
+def test_who_waits_for_words_in_vain_says_so_and_takes_nan(pieces):
+    text = collect_text(ONE, pieces, 64, 32)
+    waiting = Waiting()
+    m, fed = waiting.machine, waiting.fed
+    there = np.where(np.arange(ONE.threads) == 40, pieces, 0)
+    at = waiting.mail + 32 * np.arange(ONE.threads)
+    words = np.stack(text.run(m, at, TAG, there, fed.pointer, fed.base))
+    assert waiting.missed == 32 * 40
+    assert words[0].tolist() == [0xFFFFFFFF if n else TAG for n in there]
     # A program that has nothing to wait for goes on.
-    words = text.run(fed.machine, fed.machine.memory_base, TAG, 0, fed.pointer, fed.base)
-    assert all((word == TAG).all() for word in words)
+    words = np.stack(text.run(m, at, TAG, 0, fed.pointer, fed.base))
+    assert (words == TAG).all()
+
+
+def test_who_waits_leaves_when_another_has_given_up():
+    waiting = Waiting()
+    m, fed = waiting.machine, waiting.fed
+    text = collect_text(ONE, 2, 64, 1 << 20)  # more looks than it could make here
+    record = waiting.record
+    m.later(3000, lambda: record.__setitem__(slice(None), (3, 4)))
+    words = text.run(m, waiting.mail, TAG, 2, fed.pointer, fed.base, limit=200_000)
+    assert (words[0] == 0xFFFFFFFF).all()
+    assert record.tolist() == [3, 4]
+
+
+def test_a_program_that_hears_of_a_fault_still_takes_what_is_there():
+    waiting = Waiting()
+    m, fed = waiting.machine, waiting.fed
+    waiting.record[:] = (3, 4)
+    m.view(waiting.mail, 1 << 14, np.uint32)[:] = 0x100 | TAG
+    words = collect_text(ONE, 2, 64, 32).run(m, waiting.mail, TAG, 2, fed.pointer, fed.base)
+    assert (np.stack(words) == 0x100 | TAG).all()
 
 
 @functools.cache
@@ -732,7 +785,7 @@ def check_each(
 
     for number in range(30):
         m.later(90 * number, functools.partial(write, number))
-    text = each_text(ring, arrays, together, pairs, 400).edited(edit)
+    text = each_text(ring, arrays, together, pairs, 512).edited(edit)
     offsets = np.where(mask, (1 + pairs) * places, -1 - rng.integers(0, 5, places.shape))
     others = [x for x in (tag, mail, fed.pointer, fed.base) for _ in range(together)]
     got = np.stack(text.run(m, *offsets, *others, limit=60_000))
@@ -751,26 +804,32 @@ def test_arrays_are_waited_for_until_all_carry_the_tag(arrays, together, pairs):
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["words", "pairs"])
-def test_arrays_that_never_come_end_the_launch(pairs):
-    fed = Fed(ONE, 0)
-    text, base = each_text(ONE, 1, 1, pairs, 20), fed.machine.memory_base
-    fed.machine.memory[:] = STALE
-    with pytest.raises(PtxError, match="come to a trap"):
-        text.run(fed.machine, 0, TAG, base, fed.pointer, fed.base)
+def test_who_waits_for_arrays_in_vain_says_so_and_takes_nan(pairs):
+    waiting = Waiting()
+    m, fed, missing = waiting.machine, waiting.fed, np.arange(ONE.threads) == 9
+    text = each_text(ONE, 2, 1, pairs, 32)
+    # Of the first array all is there; of the second, one thread's.
+    m.view(waiting.mail, 64, np.uint32)[:] = TAG
+    first, second = np.where(missing, 0, -1), np.where(missing, 512, -1)
+    others = TAG, waiting.mail, fed.pointer, fed.base
+    words = np.stack(text.run(m, first, second, *others))
+    nothing = 0 if pairs else TAG
+    assert waiting.missed == 4 * 512
+    np.testing.assert_array_equal(words, [np.where(missing, 0xFFFFFFFF, nothing)] * 2)
     # A program that has nothing to wait for goes on.
-    [words] = text.run(fed.machine, -1, TAG, base, fed.pointer, fed.base)
-    assert (words == (0 if pairs else TAG)).all()
+    words = np.stack(text.run(m, -1, -1, *others))
+    assert (words == nothing).all()
 
 
 # Combining spans
 
 
 @functools.cache
-def combine_text(ring: Ring, count: int, lanes: int, step: int) -> Inline:
+def combine_text(ring: Ring, count: int, lanes: int, step: int, most: int = 512) -> Inline:
     def body(mail: Any, weights: Any) -> None:
         each, zero = jnp.zeros((ring.threads,), jnp.int32), jnp.int32(0)
         out = ptx.combine_spans(
-            mail, each, each, each, zero, count, lanes, step, 400, weights, zero, ring.feed
+            mail, each, each, each, zero, count, lanes, step, most, weights, zero, ring.feed
         )
         # Of no use, it would be dropped.
         ptx.store_word(mail, each, out.astype(jnp.int32), each == 0, interpret=False)
@@ -817,6 +876,20 @@ def check_combine(splits: int, width: int, edit: Edit = None, order: Any = None)
 @pytest.mark.parametrize(("splits", "width"), [(16, 4), (4, 16), (2, 16), (32, 8)])
 def test_spans_are_combined_when_all_have_come(splits, width):
     check_combine(splits, width)
+
+
+def test_who_combines_spans_in_vain_says_so_and_makes_nan():
+    waiting = Waiting()
+    m, fed, count = waiting.machine, waiting.fed, 4
+    text = combine_text(ONE, count, 1, 64, 32)
+    # Threads of the second warp wait for a span each, and it has all but its value.
+    thread = np.arange(ONE.threads)
+    m.view(waiting.mail + 4 * 4096, 4, np.uint32)[:] = (0, TAG, 0, TAG)
+    there, sums = np.where(thread == 40, 1, 0), waiting.mail + 4 * 4096
+    operands = (waiting.mail, sums, there, TAG, fed.pointer, fed.base)
+    [out] = text.run(m, *operands)
+    assert np.isnan(out[40])
+    assert waiting.missed == 4 * 4096
 
 
 def test_warps_combine_spans_in_any_order():
@@ -1097,12 +1170,12 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
     ),
     "collect odd twins": (
         lambda edit: check_collect(4, "one last", edit, kind=ODD_TWINS),
-        [("and.b32 %w, %w, 2151677952;", "and.b32 %w, %w, 4194304;")],
+        [("and.b32 %w, %w, 1610612736;", "and.b32 %w, %w, 536870912;")],
     ),
     "collect even twins": (
         lambda edit: check_collect(4, "one last", edit, kind=EVEN_TWINS),
         [
-            ("and.b32 %w, %w, 2151677952;", "and.b32 %w, %w, 2147483648;"),
+            ("and.b32 %w, %w, 1610612736;", "and.b32 %w, %w, 1073741824;"),
             ("lop3.b32 %w, $7, $17, %w, 0xbe;", ""),
             ("{$4, $5, $6, $7}", "{$5, $4, $6, $7}"),
         ],

@@ -72,7 +72,8 @@ def check_tags(model, cache: KVCache, steps: int) -> None:
     assert (qkv & 255 == (tag_of_head - 1) & 255).all()
     sequences = np.arange(dims.batch)[:, None]
     for start, reader, tag in (
-        (at.x_in, Segment.HEAD, tag_of_head),
+        (at.x_in, Segment.QKV, tag_of_head - 1),
+        (at.x_head, Segment.HEAD, steps),
         (at.x_mid, Segment.GATE_UP, tag_of_head - 1),
         (at.attn, Segment.ATTN_OUT, tag_of_head - 1),
         (at.ffw, Segment.DOWN, tag_of_head - 1),

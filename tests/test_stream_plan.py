@@ -64,7 +64,11 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits):
     plan = make_stream_plan(preset_dims(name, batch, all_bits), H200)
     at, twins = layout_of(plan), 2 if plan.twins else 1
     assert plan.twins == (batch > 1)
-    rooms = {Segment.QKV: at.x_mid - at.x_in, Segment.DOWN: at.ffw_copy - at.ffw}
+    rooms = {
+        Segment.QKV: at.x_head - at.x_in,
+        Segment.HEAD: at.x_mid - at.x_head,
+        Segment.DOWN: at.ffw_copy - at.ffw,
+    }
     for segment, room in rooms.items():
         part = plan.segments[segment]
         sequences, inputs = np.arange(batch)[:, None], np.arange(part.inner)
@@ -622,7 +626,8 @@ def test_buffers_of_the_mail_do_not_overlap():
     assert sorted(layout) == list(layout)
     assert layout[-1] <= mail_words(dims) - 2
     at = layout_of(plan)
-    assert at.x_mid - at.x_in >= 8 * 4096
+    assert at.x_head - at.x_in >= 8 * 4096
+    assert at.x_mid - at.x_head >= 8 * 4096
     assert at.attn - at.qkv >= 8 * 6144
     assert at.parts - at.partial >= 2 * 8 * 4096 * plan.segments[Segment.DOWN].splits
 

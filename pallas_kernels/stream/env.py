@@ -84,8 +84,13 @@ class StreamEnv(Program):
         return self[name][index].astype(jnp.float32) + self.features.norm_offset
 
     def tag(self, layer: Array | int) -> Array:
-        """Tag of what is handed over in a layer; the head's input has that of layer L."""
+        """Tag of what is handed over in a layer, int32; the best logits have that of layer L."""
         return self.step * (self.dims.num_layers + 1) + layer + 1
+
+    @property
+    def head_tag(self) -> Array:
+        """Tag of the head's input, int32: it counts steps, since it is written once in each."""
+        return self.step + 1
 
     def batch_lengths(self, column: Array) -> Array:
         """Lengths of the sequences in `column`, int32; padding repeats the last one."""

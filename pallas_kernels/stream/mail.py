@@ -70,8 +70,11 @@ class Layout:
 
     Attributes:
         steps: the number of finished steps.
-        x_in: residual that enters a layer, or the head, B * D elements. These, and all others that
-            every program reads, in the order of `lanes.word_in_mail`.
+        fault: the record of the first wait that ran out, 2 words, 0 where none did: see
+            `ptx.giving_up`.
+        x_in: residual that enters a layer, B * D elements. These, and all others that every
+            program reads, in the order of `lanes.word_in_mail`.
+        x_head: residual that enters the head, B * D elements.
         x_mid: residual between attention and feed-forward, B * D elements.
         qkv: queries, keys and values of the new position, `[B, N + 2K, H]`.
         attn: attention's output, B * N * H elements.
@@ -88,7 +91,9 @@ class Layout:
     """
 
     steps: int
+    fault: int
     x_in: int
+    x_head: int
     x_mid: int
     qkv: int
     attn: int
@@ -109,7 +114,9 @@ class Layout:
         residual, hidden = _words_for(b, d.model_dim), _words_for(b, d.ffw_dim)
         sizes = {
             "steps": 1,
+            "fault": 2,
             "x_in": residual,
+            "x_head": residual,
             "x_mid": residual,
             "qkv": b * d.qkv_dim,
             "attn": _words_for(b, d.attn_dim),

@@ -234,7 +234,8 @@ class _Wanted(NamedTuple):
 
 
 def _wanted(env: StreamEnv, first: Place) -> _Wanted:
-    tag = env.tag(first.layer)
+    is_head = first.segment == Segment.HEAD
+    tag = jnp.where(is_head, env.head_tag, env.tag(first.layer))
     layer = jnp.minimum(first.layer, env.dims.num_layers - 1)
     down = env.segment(Segment.DOWN)
     is_down = first.segment == Segment.DOWN
@@ -294,10 +295,10 @@ def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Operand:
     # Asked for before the residual is waited for.
     weights, is_normed = _norm_weights(env, part, segment, wanted.layer)
     if plan.chunked:  # attention's output may be meant: what is done to it besides is little
-        start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_in])
+        start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_head])
         inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
     else:
-        start = jnp.where(segment == Segment.GATE_UP, jnp.int32(at.x_mid), jnp.int32(at.x_in))
+        start = select(segment, [at.x_in, at.x_in, at.x_mid, at.x_in, at.x_head])
         inner = jnp.int32(d.model_dim)
     width = jnp.where(wanted.first.real, inner, 0)
     x = collect_inputs(env, part, start, width, wanted.tag)

@@ -149,8 +149,12 @@ def start_ring(env: StreamEnv) -> Turn:
     nothing = jnp.zeros((1,), jnp.int32)
     free = nothing + plan.attention.tiles
     for row, first in enumerate((nothing, nothing, free)):
-        control = jnp.full((1,), env.shared + at.control + 4 * ROW_WORDS * row)
-        ptx.write_row(control, [first, *[nothing] * (ROW_WORDS - 1)], nothing == 0)
+        place = jnp.full((1,), env.shared + at.control + 4 * ROW_WORDS * row)
+        ptx.write_row(place, [first, *[nothing] * (ROW_WORDS - 1)], nothing == 0)
+    # Behind what cleared them.
+    plgpu.debug_barrier()
+    control = env.shared + at.control
+    ptx.say_where(env.mail.words, env.mail.layout.fault, control, env.program)
     plgpu.debug_barrier()
     if plan.box is not None:
         place = env.shared + at.control + ptx.MAP_IN_CONTROL

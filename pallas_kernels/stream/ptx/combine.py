@@ -14,6 +14,7 @@ from jax._src.pallas.triton.lowering import tt_dialect
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import LOWEST
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
+from pallas_kernels.stream.ptx.giving_up import LOST, REGISTERS, give_up, look_again
 
 __all__ = ["combine_spans"]
 
@@ -35,7 +36,8 @@ def _combine_text(count: int, lanes: int, step: int, most: int, feed: Feed) -> s
     lines = [
         f"{{ .reg .pred %p; .reg .b32 %n, %left, %x, %y; .reg .f32 {', '.join(names['t'])};",
         f".reg .f32 {', '.join(names['m'] + names['o'])}, %h, %top;",
-        f".reg .b64 {', '.join(names['a'] + names['b'] + names['c'])}; mov.u32 %n, 0;",
+        f".reg .b64 {', '.join(names['a'] + names['b'] + names['c'])}; {REGISTERS}",
+        "mov.u32 %n, 0;",
     ]
     # What is not there counts as come.
     lines += [f"mov.b64 {x}, {{0, {tag}}};" for name in "abc" for x in names[name]]
@@ -49,8 +51,9 @@ def _combine_text(count: int, lanes: int, step: int, most: int, feed: Feed) -> s
     lines += [*feed_lines(feed, ring, weights), "mov.b32 %left, 0;"]
     for pair in names["a"] + names["b"] + names["c"]:
         lines.append(f"mov.b64 {{%y, %x}}, {pair}; xor.b32 %x, %x, {tag}; or.b32 %left, %left, %x;")
-    lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
-    lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done:")
+    lines += ["setp.eq.u32 %p, %left, 0; @%p bra done;", *look_again("again", ring, feed, most)]
+    # The element is no number where the first span's sum of weights is none.
+    lines += [*give_up(sums, ring, feed), f"lost: mov.b64 %a0, {{{LOST}, {LOST}}}; done:"]
     # Threads come out of it one by one; what follows is done by whole warps, or takes far longer.
     lines.append(lowered.REJOIN)
     for q in range(count):
@@ -127,13 +130,13 @@ def combine_spans(
         count: spans of a thread at most.
         lanes: threads that have an element, a power of two.
         step: words from a thread's span to its next one, a multiple of 4.
-        most: how often to load before the launch ends in an error.
+        most: how often to load before the program gives up, a power of two: see `giving_up`.
         weights: as `ref` in `feed_ring`, which is done between two looks.
         ring: int32 scalar, as in `feed_ring`.
         feed: as in `feed_ring`.
 
     Returns:
-        The element, float32 `[T]`, in all of its threads.
+        The element, float32 `[T]`, in all of its threads; NaN where one of them gave up.
     """
     scalars = [jnp.full(values.shape, x) for x in (tag, ring)]
     options = {"count": count, "lanes": lanes, "step": step, "most": most, "feed": feed}

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
+from pallas_kernels.stream.ptx.giving_up import LOST, REGISTERS, give_up, look_again
 
 __all__ = ["collect_each", "collect_words", "load_pieces", "store_pair", "store_word"]
 
@@ -45,8 +46,9 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
     count = size * pieces
     address, tag_of, there_of = f"${count}", f"${count + 1}", f"${count + 2}"
     # A bit for each piece that is still missing: only those are loaded again.
+    ring_of = f"${count + 4}"
     lines = [
-        "{ .reg .pred %p; .reg .b32 %n, %w, %left; mov.u32 %n, 0;",
+        f"{{ .reg .pred %p; .reg .b32 %n, %w, %left; {REGISTERS} mov.u32 %n, 0;",
         f"mov.u32 %left, 1; shl.b32 %left, %left, {there_of}; sub.u32 %left, %left, 1;",
     ]
     lines.extend(f"mov.b32 ${i}, {tag_of};" for i in range(count))
@@ -70,14 +72,14 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
         ]
 
     # While a look is on its way, and behind it.
-    feeding = feed_lines(feed, f"${count + 4}", f"${count + 3}")
+    feeding = feed_lines(feed, ring_of, f"${count + 3}")
     if size == PIECE and _FEW_PIECES < pieces <= _MANY_PIECES:
         # To look for all of many would take others' bandwidth: first only for the last one.
         last = pieces - 1
         lines.append("early:")
         lines.append(f"and.b32 %w, %left, {1 << last}; setp.eq.u32 %p, %w, 0; @%p bra again;")
         lines += [*load(last, ""), *feeding, *check(last), "@%p bra again;"]
-        lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra early; trap;")
+        lines += [*look_again("early", ring_of, feed, most), "bra missing;"]
     lines.append("again:")
     for q in range(pieces):
         lines.append(f"and.b32 %w, %left, {1 << q}; setp.ne.u32 %p, %w, 0;")
@@ -85,8 +87,8 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
     lines += feeding
     for q in range(pieces):
         lines += check(q)
-    lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
-    lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done: }}")
+    lines += ["setp.eq.u32 %p, %left, 0; @%p bra done;", *look_again("again", ring_of, feed, most)]
+    lines += ["missing:", *give_up(address, ring_of, feed), f"lost: mov.b32 $0, {LOST}; done: }}"]
     addresses = lowered.addresses(ref, offset, shape)
     constraints = ",".join(["=&r"] * count + ["l", "r", "r", "l", "r"])
     word = lowered.like(shape, lowered.i32())
@@ -119,13 +121,14 @@ def collect_words(
         there: int32 `[T]`, how many pieces the thread has.
         size: words of a piece, 4 or 8.
         bits: those of a word that are its tag.
-        most: how often to load before the launch ends in an error.
+        most: how often to load before the program gives up, a power of two: see `giving_up`.
         weights: as `ref` in `feed_ring`, which is done between two looks.
         ring: int32 scalar, as in `feed_ring`.
         feed: as in `feed_ring`.
 
     Returns:
-        Words, int32 `[T]`, `size` a piece; the tag in place of those that are not there.
+        Words, int32 `[T]`, `size` a piece; the tag in place of those that are not there. Where the
+        thread gave up, the first one has all bits set.
     """
     rings = jnp.full(offset.shape, ring)
     options = {"places": tuple(places), "size": size, "bits": bits, "most": most, "feed": feed}
@@ -146,7 +149,7 @@ def _collect_each_text(count: int, pairs: bool, together: int, most: int, feed: 
     """Operands: `count` results, as many offsets, the tag, the arrays' addresses, the ring's."""
     tag, base, weights, ring = (f"${2 * count + i * together}" for i in range(4))
     lines = [
-        "{ .reg .pred %p; .reg .b32 %n, %left, %x; .reg .b64 %a, %w; mov.u32 %n, 0;",
+        f"{{ .reg .pred %p; .reg .b32 %n, %left, %x; .reg .b64 %a, %w; {REGISTERS} mov.u32 %n, 0;",
         *(f"mov.b32 ${i}, {0 if pairs else tag};" for i in range(count)),
         *([f".reg .b32 %t<{count}>;", *(f"mov.b32 %t{i}, {tag};" for i in range(count))] * pairs),
         "again:",
@@ -161,14 +164,18 @@ def _collect_each_text(count: int, pairs: bool, together: int, most: int, feed: 
         else:
             lines.append(f"@%p ld.relaxed.gpu.global.b32 ${i}, [%a];")
     lines += [*feed_lines(feed, ring, weights), "mov.b32 %left, 0;"]
+    tags = [f"%t{i}" if pairs else f"${i}" for i in range(count)]
     # Not by lop3: ptxas crashes on it here.
-    for word in [f"%t{i}" if pairs else f"${i}" for i in range(count)]:
-        lines.append(f"xor.b32 %x, {word}, {tag}; or.b32 %left, %left, %x;")
+    lines += [f"xor.b32 %x, {word}, {tag}; or.b32 %left, %left, %x;" for word in tags]
     if not pairs:
         lines.append("and.b32 %left, %left, 255;")
-    lines.append("setp.eq.u32 %p, %left, 0; @%p bra done;")
-    lines.append(f"add.u32 %n, %n, 1; setp.lt.u32 %p, %n, {most}; @%p bra again; trap; done: }}")
-    return " ".join(lines)
+    lines += ["setp.eq.u32 %p, %left, 0; @%p bra done;", *look_again("again", ring, feed, most)]
+    for i, word in enumerate(tags):  # the last one that is missing
+        lines.append(f"xor.b32 %x, {word}, {tag};" + ("" if pairs else " and.b32 %x, %x, 255;"))
+        lines.append(f"setp.ne.u32 %p, %x, 0; @%p mad.wide.s32 %a, ${count + i}, 4, {base};")
+    lines += [*give_up("%a", ring, feed), "lost:"]
+    lines += [f"mov.b32 ${i}, {LOST};" for i in range(count)]
+    return " ".join([*lines, "done: }"])
 
 
 @lowering.register_lowering(_collect_each_p)
@@ -207,13 +214,14 @@ def collect_each(
         pairs: whether pairs are waited for.
         together: elements of each array that a thread waits for at the same time: as many as it
             has.
-        most: how often to load before the launch ends in an error.
+        most: how often to load before the program gives up, a power of two: see `giving_up`.
         weights: as `ref` in `feed_ring`, which is done between two looks.
         ring: int32 scalar, as in `feed_ring`.
         feed: as in `feed_ring`.
 
     Returns:
-        Int32: words, or the first ones of pairs; the tag, or 0, where nothing is waited for.
+        Int32: words, or the first ones of pairs; the tag, or 0, where nothing is waited for; all
+        bits set where the thread gave up.
     """
     shape = offsets[0].shape
     assert all(x.shape == shape for x in offsets), "Arrays of one shape are waited for together."

@@ -73,6 +73,8 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
             plgpu.debug_barrier()  # each thread has heard its own alone
         logit = lax.bitcast_convert_type(bits, jnp.float32)
         logit = jnp.where(there, logit, -jnp.inf)
+        # What no program said, since the wait for it ran out, wins as token -1.
+        logit = jnp.where(token < 0, jnp.inf, logit)
         _, winner = _best(logit, jnp.where(there, token, NO_TOKEN))
         # Every logit -inf leaves no winner; jnp.argmax then says 0.
         winner = jnp.where(winner == NO_TOKEN, 0, winner)

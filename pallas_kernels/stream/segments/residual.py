@@ -173,11 +173,10 @@ def add_block(env: StreamEnv, place: Place, state: State) -> State:
     residual = Sums(
         *(x + (y if by == 1 else y * by) for x, y in zip(state.residual, block, strict=True))
     )
+    to_head = is_down & (place.layer == d.num_layers - 1)
     start = jnp.where(is_down, jnp.int32(layout.x_in), jnp.int32(layout.x_mid))
-    readers = [
-        (True, Segment.GATE_UP),
-        (is_down, Segment.QKV),
-        (is_down & (place.layer == d.num_layers - 1), Segment.HEAD),
-    ]
-    _publish(env, residual, start, jnp.where(is_down, tag + 1, tag), readers)
+    start = jnp.where(to_head, jnp.int32(layout.x_head), start)
+    tag = jnp.where(to_head, env.head_tag, jnp.where(is_down, tag + 1, tag))
+    readers = [(True, Segment.GATE_UP), (is_down, Segment.QKV), (to_head, Segment.HEAD)]
+    _publish(env, residual, start, tag, readers)
     return state._replace(residual=residual)

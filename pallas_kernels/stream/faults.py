@@ -1,0 +1,92 @@
+"""What the record of a wait that ran out says, as a sentence: see `ptx.giving_up`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.mail import Layout
+from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment, StreamPlan
+
+__all__ = ["Fault", "fault_of"]
+
+# What each buffer of the mail hands over, and who waits for it.
+_HANDED = {
+    "x_in": ("the residual", "the query, key and value projections"),
+    "x_head": ("the residual", "the head"),
+    "x_mid": ("the residual behind attention", "the gate and up projections"),
+    "qkv": ("queries, keys and values", "attention"),
+    "attn": ("attention's output", "the output projection"),
+    "ffw": ("hidden activations", "the down projection"),
+    "ffw_copy": ("hidden activations", "the down projection"),
+    "attn_block": ("attention's block", "its norm"),
+    "ffw_block": ("the feed-forward block", "its norm"),
+    "partial": ("partial sums of the down projection", "the residual's owner"),
+    "parts": ("a span's attention", "who combines a head's spans"),
+    "best": ("a program's best logit", "the greedy token"),
+}
+
+
+class Fault(NamedTuple):
+    """A hand-over that did not come.
+
+    Attributes:
+        buffer: the field of `mail.Layout` that the missing word belongs to.
+        word: its number in the buffer.
+        layer: the layer it was awaited in, from 0 on; L for the head.
+        program: who waited.
+        programs: how many there are.
+        layers: L.
+    """
+
+    buffer: str
+    word: int
+    layer: int
+    program: int
+    programs: int
+    layers: int
+
+    def __str__(self) -> str:
+        what, who = _HANDED.get(self.buffer, ("a word", "a program"))
+        where = "the head" if self.layer == self.layers else f"layer {self.layer}"
+        return (
+            f"A decode step gave up in {where}: {what} (word {self.word} of '{self.buffer}') never "
+            f"came for {who}, in program {self.program} of {self.programs}."
+        )
+
+
+def fault_of(plan: StreamPlan, record: np.ndarray, layout: Layout) -> Fault | None:
+    """What a record says; None if no wait ran out.
+
+    Args:
+        plan: of the step that left it.
+        record: int32 `[2]`, the mail's words from `layout.fault` on.
+        layout: of the mail.
+    """
+    said, distance = (int(x) for x in np.asarray(record, np.int32))
+    if said == 0 and distance == 0:
+        return None
+    word, used = layout.fault + distance, said & ((1 << ptx.PROGRAM_SHIFT) - 1)
+    starts = {name: getattr(layout, name) for name in _HANDED}
+    name = max((n for n in starts if starts[n] <= word), key=lambda n: starts[n], default="steps")
+    return Fault(
+        buffer=name,
+        word=word - starts.get(name, 0),
+        layer=_layer_of(plan, used - 1, name),
+        program=(said >> ptx.PROGRAM_SHIFT) & 0xFFF,
+        programs=plan.programs,
+        layers=plan.dims.num_layers,
+    )
+
+
+def _layer_of(plan: StreamPlan, tile: int, buffer: str) -> int:
+    """The layer of what is awaited behind a tile of the stream."""
+    layers = plan.dims.num_layers
+    if tile < 1 or buffer in ("x_head", "best"):  # the first tile is the embedding's
+        return layers if buffer in ("x_head", "best") else 0
+    layer, within = divmod(tile - 1, plan.layer_tiles)
+    before_down = sum(plan.segments[s].tiles for s in LAYER_SEGMENTS if s != Segment.DOWN)
+    behind = within >= before_down and buffer == "x_in"
+    return min(layer + behind, layers)

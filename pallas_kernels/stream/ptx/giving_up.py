@@ -1,0 +1,108 @@
+"""What becomes of a wait that runs out: one program says what it missed, and all leave.
+
+A trap would take every array of the process with it. Instead the program that has looked in vain
+for seconds leaves a record where every other sees it, takes NaN for what it missed, and goes on to
+the end of its step; so does whoever else waits. Every number that depends on the missing one is NaN
+then, the logits among them, and the record says why: see `pallas_kernels.stream.faults`.
+
+A record is 64 bits: the tiles that the program had used, its number, and how far from the record the
+missing word lies. It is 0 where nothing is wrong. The first one stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax._src import core, state
+from jax._src.pallas.triton import lowering
+
+from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.feed import Feed
+
+__all__ = ["LOST", "PROGRAM_SHIFT", "REGISTERS", "give_up", "look_again", "say_where"]
+
+# From this bit on, the record's first word is the program's number; below are tiles.
+PROGRAM_SHIFT = 20
+# Looks between two at the record: a wait lasts some looks, and a look some hundreds of ns.
+_OFTEN = 1024
+# What the texts below want declared, besides a predicate %p and a counter of looks %n.
+REGISTERS = ".reg .b64 %record, %said; .reg .b32 %often, %used;"
+# What is taken for a missing word: NaN however it is read, and no token.
+LOST = "0xFFFFFFFF"
+# Bytes from a feed's control words to the record's address, to the program's number, and to the
+# tiles used. Where %ctaid was read instead, ptxas kept it in a register for the whole step, and
+# spilled others: 5% of a step of 8B in int4.
+_RECORD, _PROGRAM, _USED = 48, 56, 20
+
+
+def look_again(label: str, ring: str, feed: Feed, most: int) -> list[str]:
+    """Behind a look in vain: looks again; goes to `lost` where somebody has given up.
+
+    Goes on to what follows when it has looked for too long.
+
+    Args:
+        label: where a look begins.
+        ring: the ring's address.
+        feed: where everything lies.
+        most: how often to look, a power of two.
+    """
+    assert most & (most - 1) == 0, "Looks are counted by powers of two."
+    return [
+        f"add.u32 %n, %n, 1; and.b32 %often, %n, {min(most, _OFTEN) - 1};",
+        f"setp.ne.u32 %p, %often, 0; @%p bra {label};",
+        f"ld.shared.b64 %record, [{ring}+{feed.control + _RECORD}];",
+        "ld.relaxed.gpu.global.b64 %said, [%record]; setp.ne.b64 %p, %said, 0; @%p bra lost;",
+        f"setp.lt.u32 %p, %n, {most}; @%p bra {label};",
+    ]
+
+
+def give_up(missing: str, ring: str, feed: Feed) -> list[str]:
+    """Behind `look_again`: says what is missing, unless somebody has said so before.
+
+    Args:
+        missing: register with the address of a word that has not come.
+        ring: the ring's address.
+        feed: where everything lies.
+    """
+    return [
+        f"sub.s64 %said, {missing}, %record; shr.s64 %said, %said, 2; cvt.u32.u64 %often, %said;",
+        f"ld.shared.b32 %used, [{ring}+{feed.control + _USED}];",
+        f"ld.shared.b32 %n, [{ring}+{feed.control + _PROGRAM}]; or.b32 %used, %used, %n;",
+        "mov.b64 %said, {%used, %often};",
+        "atom.relaxed.gpu.global.cas.b64 %said, [%record], 0, %said;",
+    ]
+
+
+_say_where_p = core.Primitive("ffjax_say_where")
+
+
+@_say_where_p.def_effectful_abstract_eval
+def _(words, offset, control, program):
+    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED, state.ReadEffect(0)}
+
+
+@lowering.register_lowering(_say_where_p)
+def _(ctx, words, *args):
+    offset, control, program = lowered.values(ctx, args)
+    text = (
+        "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0;"
+        f" @%p st.shared.b64 [$2+{_RECORD}], $1; shl.b32 %t, $3, {PROGRAM_SHIFT};"
+        f" @%p st.shared.b32 [$2+{_PROGRAM}], %t; mov.u32 $0, 0; }}"
+    )
+    arguments = [lowered.addresses(words, offset, (1,)), control, program]
+    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,l,r,r", arguments)[0]
+
+
+def say_where(words: Any, offset: Array | int, control: Array, program: Array) -> None:
+    """Puts the record's address, and the program's number, where waits look for them.
+
+    Args:
+        words: int32 array that holds the record.
+        offset: int32 scalar, where in the array, an even number.
+        control: int32 scalar, address of a feed's control words in shared memory.
+        program: int32 scalar.
+    """
+    numbers = (jnp.full((1,), x, jnp.int32) for x in (offset, control, program))
+    _say_where_p.bind(words, *numbers)
