@@ -42,18 +42,18 @@ def _(t: Threads) -> None:
     t.machine.store(space, t.address(0, space), values.view(np.uint8), t.threads)
 
 
-@instruction("atom", also=f"global cas {_ORDERS}")
+@instruction("atom", also=f"global max {_ORDERS}")
 def _(t: Threads) -> None:
-    if not t.has("cas") or t.has("weak"):
-        raise PtxError("The machine has compare-and-swap alone, of an order that is said.")
+    if not t.has("max") or t.kind[0] != "u" or not t.has("relaxed"):
+        raise PtxError("The machine has relaxed maxima of unsigned numbers alone.")
     space, size = _space(t), SIZES[t.kind]
-    at, (wanted, values) = t.address(1, space), (t.get(t.operands[i], t.kind) for i in (2, 3))
+    at, values = t.address(1, space), t.get(t.operands[2], t.kind)
     found = np.zeros_like(values)
-    for i, thread in enumerate(t.threads):  # one after another
+    for i in range(len(at)):  # one after another
         some, who = at[i : i + 1], t.threads[i : i + 1]
         found[i] = t.machine.load(space, some, size, who).view(DTYPES[t.kind])[0, 0]
-        if found[i] == wanted[i]:
-            t.machine.store(space, some, values[i : i + 1, None].view(np.uint8), who)
+        largest = np.maximum(found[i : i + 1], values[i])
+        t.machine.store(space, some, largest[:, None].view(np.uint8), who)
     t[0] = found
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from decode_cases import filled_cache, random_model, random_tokens
+from decode_cases import filled_cache, random_model, random_tokens, small_config
 from flax import nnx
-from noise import dawdling
+from noise import KINDS, dawdling
 from quantize_cases import FOR_KERNELS, kernel_config
 from test_kernel import CASES
 
@@ -29,11 +29,25 @@ SMALL: dict[str, tuple[ModelConfig, int, list[int]]] = {
     **{name: (config, capacity, some[0]) for name, (config, capacity, some) in CASES.items()},
     **{name: (kernel_config(formats), 150, [65]) for name, formats in FOR_KERNELS.items()},
     "mixed, several": (kernel_config(FOR_KERNELS["mixed"]), 150, [65, 0, 129]),
+    # Heads of several spans, which all programs combine.
+    "spans": (small_config(num_heads=4, num_kv_heads=2, num_layers=5), 2048, [1700]),
+    "spans of several": (
+        small_config(num_heads=4, num_kv_heads=2, num_layers=5),
+        2048,
+        [1700, 3, 600],
+    ),
+    # More programs than tiles, and more layers than tags of two bits.
+    "idle programs": (
+        kernel_config(FOR_KERNELS["int8"], model_dim=512, ffw_dim=1536, num_layers=9),
+        150,
+        [65, 7],
+    ),
 }
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SMALL)
-def test_a_step_whose_warps_dawdle_has_the_same_bits(name):
+def test_a_step_whose_warps_dawdle_has_the_same_bits(name, kind):
     config, capacity, lengths = SMALL[name]
     graph, params = nnx.split(random_model(config))
     tokens = random_tokens(config, len(lengths))
@@ -47,7 +61,7 @@ def test_a_step_whose_warps_dawdle_has_the_same_bits(name):
         )
 
     want = np.asarray(step()(params, cache)).tobytes()
-    with dawdling():
+    with dawdling(kind):
         slow = step().lower(params, cache).compile()
     wrong = sum(np.asarray(slow(params, cache)).tobytes() != want for _ in range(TIMES))
     assert wrong == 0, f"{wrong} of {TIMES} steps differ"

@@ -23,6 +23,7 @@ from pallas_kernels.stream.lanes import first_input, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, READ
 from pallas_kernels.stream.segments.attention import combining_threads
+from pallas_kernels.stream.ptx.giving_up import record_of
 from pallas_kernels.stream.twins import TWIN_TAG_BITS
 
 # bfloat16
@@ -694,21 +695,21 @@ class Waiting:
         say = inline(lambda x: ptx.say_where(x, 0, jnp.int32(0), jnp.int32(0)), shape(64))
         say.run(m, self.fed.record, control, program)
         m.view(control + 20, 1, np.uint32)[:] = used
-        self.said = program << 20 | used
+        self.said = used, program
         m.memory = np.concatenate([m.memory, np.zeros(1 << 16, np.uint8)])
         self.mail = m.memory_base + len(m.memory) - (1 << 16)
         m.view(self.mail, 1 << 14, np.uint32)[:] = STALE
 
     @property
     def record(self) -> np.ndarray:
-        return self.machine.view(self.fed.record, 2, np.uint32)
+        return self.machine.view(self.fed.record, 1, np.uint64)
 
     @property
     def missed(self) -> int:
         """Bytes from the mail's beginning to the word that the record says is missing."""
-        said, words = self.record.tolist()
-        assert said == self.said
-        return self.fed.record + 4 * words - self.mail
+        used, distance, program = ptx.said_by(int(self.record[0]))
+        assert (used, program) == self.said
+        return self.fed.record + 4 * distance - self.mail
 
 
 @pytest.mark.parametrize("pieces", [2, 6])
@@ -726,24 +727,44 @@ def test_who_waits_for_words_in_vain_says_so_and_takes_nan(pieces):
     assert (words == TAG).all()
 
 
-def test_who_waits_leaves_when_another_has_given_up():
-    waiting = Waiting()
-    m, fed = waiting.machine, waiting.fed
+@pytest.mark.parametrize("used", [76, 78])
+def test_who_waits_leaves_when_another_has_given_up(used):
+    """Of both, what is missing earlier in the step is what the record says."""
+    waiting = Waiting(used=77)
+    m, fed, record = waiting.machine, waiting.fed, waiting.record
     text = collect_text(ONE, 2, 64, 1 << 20)  # more looks than it could make here
-    record = waiting.record
-    m.later(3000, lambda: record.__setitem__(slice(None), (3, 4)))
+    other = record_of(used, distance=1 << 20, program=3)
+    m.later(3000, lambda: record.__setitem__(0, other))
     words = text.run(m, waiting.mail, TAG, 2, fed.pointer, fed.base, limit=200_000)
     assert (words[0] == 0xFFFFFFFF).all()
-    assert record.tolist() == [3, 4]
+    if used < 77:
+        assert record[0] == other
+    else:
+        assert waiting.missed == 0
+
+
+def test_of_words_awaited_together_the_first_one_is_named():
+    waiting = Waiting()
+    m, fed = waiting.machine, waiting.fed
+    at = waiting.mail + 32 * np.arange(ONE.threads)[::-1]
+    collect_text(ONE, 2, 64, 32).run(m, at, TAG, 2, fed.pointer, fed.base)
+    assert waiting.missed == 0
+
+
+def test_records_are_what_was_said():
+    for said in ((0, 1, 0), (77, 12345, 131), ((1 << 20) - 1, (1 << 31) - 1, 319)):
+        assert ptx.said_by(record_of(*said)) == said
+        assert 0 < record_of(*said) < 1 << 64
 
 
 def test_a_program_that_hears_of_a_fault_still_takes_what_is_there():
     waiting = Waiting()
     m, fed = waiting.machine, waiting.fed
-    waiting.record[:] = (3, 4)
+    waiting.record[:] = 3
     m.view(waiting.mail, 1 << 14, np.uint32)[:] = 0x100 | TAG
     words = collect_text(ONE, 2, 64, 32).run(m, waiting.mail, TAG, 2, fed.pointer, fed.base)
     assert (np.stack(words) == 0x100 | TAG).all()
+    assert waiting.record[0] == 3
 
 
 @functools.cache

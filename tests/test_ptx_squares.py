@@ -86,35 +86,40 @@ def test_an_edit_of_the_squares_is_noticed(old, new):
 # Twins
 
 
+FORMATS = {"plain": twins.PLAIN, "residual": twins.RESIDUAL}
+every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+
+
 @functools.cache
-def parted_text() -> Inline:
-    return inline(lambda: ptx.parted(jnp.zeros((64,), jnp.int32)))
+def parted_text(form: twins.Format) -> Inline:
+    return inline(lambda: ptx.parted(jnp.zeros((64,), jnp.int32), form))
 
 
-def check_parted(words: np.ndarray, edit: Edit = None) -> None:
+def check_parted(words: np.ndarray, form: twins.Format, edit: Edit = None) -> None:
     machine = Machine(64, 16, 16)
     with np.errstate(invalid="ignore", over="ignore"):
-        got = np.stack(parted_text().edited(edit).run(machine, words.view(np.uint32)))
-    wanted = np.stack(jax.jit(twins.parted)(jnp.asarray(words)))
+        got = np.stack(parted_text(form).edited(edit).run(machine, words.view(np.uint32)))
+    wanted = np.stack(jax.jit(twins.parted, static_argnums=1)(jnp.asarray(words), form))
     np.testing.assert_array_equal(got, wanted)
 
 
-def words_of_twins() -> np.ndarray:
+def words_of_twins(form: twins.Format) -> np.ndarray:
     first, second = RNG.standard_normal((2, 64)).astype(np.float32)
     first *= np.float32(10.0) ** RNG.integers(-30, 30, 64).astype(np.float32)
-    return np.asarray(twins.joined(jnp.asarray(first), jnp.asarray(second), jnp.int32(2)))
+    return np.asarray(twins.joined(jnp.asarray(first), jnp.asarray(second), jnp.int32(2), form))
 
 
-def test_both_ways_to_part_twins_agree():
-    check_parted(words_of_twins())
-    check_parted(np.zeros(64, np.int32))
+@every_format
+def test_both_ways_to_part_twins_agree(form):
+    check_parted(words_of_twins(form), form)
+    check_parted(np.zeros(64, np.int32), form)
     nothing = jnp.full((64,), jnp.nan)
-    check_parted(np.asarray(twins.joined(nothing, nothing, jnp.int32(2))))
+    check_parted(np.asarray(twins.joined(nothing, nothing, jnp.int32(2), form)), form)
 
 
-PARTED_EDITS = [
-    ("0x9FFF8000", "0x1FFF8000"),
-    ("0x9FFF8000", "0x9FFF0000"),
+PLAIN_EDITS = [
+    ("0x9fff8000", "0x1fff8000"),
+    ("0x9fff8000", "0x9fff0000"),
     ("0x60000000, 0xEA;", "0x60000000, 0xE8;"),
     ("fma.rn.f32 $0, %f, 0f0F800000", "fma.rn.f32 $0, %f, 0f0F000000"),
     ("$2, 17;", "$2, 16;"),
@@ -122,9 +127,23 @@ PARTED_EDITS = [
     ("or.b32 %x, %x, 0x60000000;", ""),
     ("fma.rn.f32 $1, %f, 0f0F800000", "fma.rn.f32 $1, %f, 0f0F000000"),
 ]
+RESIDUAL_EDITS = [
+    ("shr.s32 %x, $2, 1;", "mov.b32 %x, $2;"),
+    ("shr.s32 %x, $2, 1;", "shr.u32 %x, $2, 1;"),
+    ("0x8fffc000", "0x8fff8000"),
+    ("%x, 3;", "%x, 2;"),
+    ("lop3.b32 %y, $2, 0x80000000, 0x3A800000, 0xAE", "mov.b32 %y, 0x3A800000"),
+    ("lop3.b32 %y, %x, 0x80000000, 0x3A800000, 0xAE", "mov.b32 %y, 0xBA800000"),
+]
 
 
-@pytest.mark.parametrize(("old", "new"), PARTED_EDITS)
-def test_an_edit_of_parting_is_noticed(old, new):
+@pytest.mark.parametrize(
+    ("form", "old", "new"),
+    [
+        *((twins.PLAIN, *edit) for edit in PLAIN_EDITS),
+        *((twins.RESIDUAL, *edit) for edit in RESIDUAL_EDITS),
+    ],
+)
+def test_an_edit_of_parting_is_noticed(form, old, new):
     with pytest.raises((AssertionError, PtxError)):
-        check_parted(words_of_twins(), (old, new))
+        check_parted(words_of_twins(form), form, (old, new))

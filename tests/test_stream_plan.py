@@ -628,8 +628,8 @@ def test_buffers_of_the_mail_do_not_overlap():
     at = layout_of(plan)
     assert at.x_head - at.x_in >= 8 * 4096
     assert at.x_mid - at.x_head >= 8 * 4096
-    assert at.attn - at.qkv >= 8 * 6144
-    assert at.parts - at.partial >= 2 * 8 * 4096 * plan.segments[Segment.DOWN].splits
+    assert at.parts - at.qkv >= 8 * 6144
+    assert at.ffw_block - at.partial >= 2 * 8 * 4096 * plan.segments[Segment.DOWN].splits
 
 
 def interpreted(body, *results: jax.ShapeDtypeStruct) -> list[np.ndarray]:

@@ -65,17 +65,17 @@ def fault_of(plan: StreamPlan, record: np.ndarray, layout: Layout) -> Fault | No
         record: int32 `[2]`, the mail's words from `layout.fault` on.
         layout: of the mail.
     """
-    said, distance = (int(x) for x in np.asarray(record, np.int32))
-    if said == 0 and distance == 0:
+    low, high = (int(x) & 0xFFFFFFFF for x in np.asarray(record, np.int32))
+    if not (low or high):
         return None
-    word, used = layout.fault + distance, said & ((1 << ptx.PROGRAM_SHIFT) - 1)
-    starts = {name: getattr(layout, name) for name in _HANDED}
-    name = max((n for n in starts if starts[n] <= word), key=lambda n: starts[n], default="steps")
+    used, distance, program = ptx.said_by(high << 32 | low)
+    word, starts = layout.fault + distance, {name: getattr(layout, name) for name in _HANDED}
+    name = max((n for n in starts if starts[n] <= word), key=lambda n: starts[n])
     return Fault(
         buffer=name,
-        word=word - starts.get(name, 0),
+        word=word - starts[name],
         layer=_layer_of(plan, used - 1, name),
-        program=(said >> ptx.PROGRAM_SHIFT) & 0xFFF,
+        program=program,
         programs=plan.programs,
         layers=plan.dims.num_layers,
     )

@@ -94,7 +94,7 @@ def run_stream(
                 plan=plan,
                 refs=named,
                 program=pl.program_id(0),
-                lengths=tuple(named["lengths"][b] for b in range(d.batch)),
+                lengths=tuple(jnp.maximum(named["lengths"][b], 0) for b in range(d.batch)),
                 step=named["counters"][layout.steps],
                 mail=Mail(named["counters"], layout, interpret, plan.threads),
                 shared=jnp.int32(0),  # see `ring.with_ring`

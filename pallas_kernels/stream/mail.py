@@ -28,6 +28,7 @@ is 1. Its first word counts the steps.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ from pallas_kernels.stream.plan import (
 )
 from pallas_kernels.stream.planner import splits_of
 from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
-from pallas_kernels.stream.twins import TWIN_TAG_BITS, joined, parted, twin_tag
+from pallas_kernels.stream.twins import TWIN_TAG_BITS, Format, joined, parted, twin_tag
 from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS, num_counters
 
@@ -66,12 +67,13 @@ MAP_WORDS = ptx.MAP_BYTES // 4
 class Layout:
     """Where each buffer of the mail begins in the cache's `counters`, in words.
 
-    The phased kernel's counters come first; it wants them to be zero between its steps.
+    The phased kernel's counters come first; it wants them to be zero between its steps. Of buffers
+    that a program awaits behind the same tile, the one it awaits first lies first: see
+    `ptx.giving_up`.
 
     Attributes:
         steps: the number of finished steps.
-        fault: the record of the first wait that ran out, 2 words, 0 where none did: see
-            `ptx.giving_up`.
+        fault: the record of a wait that ran out, 2 words, 0 where none did: see `ptx.giving_up`.
         x_in: residual that enters a layer, B * D elements. These, and all others that every
             program reads, in the order of `lanes.word_in_mail`.
         x_head: residual that enters the head, B * D elements.
@@ -92,17 +94,17 @@ class Layout:
 
     steps: int
     fault: int
+    partial: int
+    ffw_block: int
+    attn_block: int
     x_in: int
     x_head: int
     x_mid: int
     qkv: int
+    parts: int
     attn: int
     ffw: int
     ffw_copy: int
-    attn_block: int
-    ffw_block: int
-    partial: int
-    parts: int
     best: int
     maps: int
     words: int
@@ -115,17 +117,17 @@ class Layout:
         sizes = {
             "steps": 1,
             "fault": 2,
+            "partial": 2 * b * d.model_dim * splits,
+            "ffw_block": residual * d.features.post_norm,
+            "attn_block": residual * d.features.post_norm,
             "x_in": residual,
             "x_head": residual,
             "x_mid": residual,
             "qkv": b * d.qkv_dim,
+            "parts": 2 * b * d.num_heads * max_splits * (d.head_dim + 2),
             "attn": _words_for(b, d.attn_dim),
             "ffw": hidden,
             "ffw_copy": hidden,
-            "attn_block": residual * d.features.post_norm,
-            "ffw_block": residual * d.features.post_norm,
-            "partial": 2 * b * d.model_dim * splits,
-            "parts": 2 * b * d.num_heads * max_splits * (d.head_dim + 2),
             "best": 2 * programs * b * 2,
             "maps": MAP_WORDS * programs,
         }
@@ -158,6 +160,11 @@ def mail_words(dims: Dims) -> int:
     splits = splits_of(largest, Tuning(tile_bytes=min(TILE_BYTES)))
     words = Layout.of(dims, splits, max_splits, MAX_PROGRAMS).words
     return words + _LINE  # spare: see `ptx`
+
+
+def _of_pair(tag: Array) -> Array:
+    """A pair's tag, int32. It is odd: tags come round, and what nobody has written yet is 0."""
+    return 2 * tag + 1
 
 
 def _within_piece(word: int) -> int:
@@ -208,7 +215,7 @@ class Mail:
         ptx.store_word(self.words, offsets, word, mask, interpret=self.interpret)
 
     def publish_twins(
-        self, offsets: Array, first: Array, second: Array, tag: Array, mask: Array
+        self, offsets: Array, first: Array, second: Array, form: Format, tag: Array, mask: Array
     ) -> None:
         """Stores two activations a word: see `twins`.
 
@@ -216,10 +223,11 @@ class Mail:
             offsets: int32, any shape.
             first: float32, the same shape.
             second: float32, the same shape.
+            form: of the numbers.
             tag: int32 scalar.
             mask: bool, the same shape.
         """
-        word = joined(first, second, tag)
+        word = joined(first, second, tag, form)
         ptx.store_word(self.words, offsets, word, mask, interpret=self.interpret)
 
     def publish_pair(self, offsets: Array, values: Array, tag: Array, mask: Array) -> None:
@@ -233,7 +241,7 @@ class Mail:
         """
         if values.dtype != jnp.int32:
             values = lax.bitcast_convert_type(values, jnp.int32)
-        tags = jnp.broadcast_to(tag, values.shape)
+        tags = jnp.broadcast_to(_of_pair(tag), values.shape)
         ptx.store_pair(self.words, offsets, values, tags, mask, interpret=self.interpret)
 
     def collect(self, offsets: Array, tag: Array, mask: Array) -> Array:
@@ -260,7 +268,13 @@ class Mail:
         return [value for offsets, mask in wanted for value in self._look(offsets, tag, mask)]
 
     def collect_pieces(
-        self, offset: Array, places: Sequence[int], tag: Array, there: Array, *, twins: bool
+        self,
+        offset: Array,
+        places: Sequence[int],
+        tag: Array,
+        there: Array,
+        *,
+        twins: Format | None,
     ) -> list[Array]:
         """Waits for pieces of 8 neighbouring activations, each thread for its own.
 
@@ -270,14 +284,14 @@ class Mail:
                 and a warp's threads' lie side by side: a piece's next 4 are 128 words further on.
             tag: int32 scalar they must carry.
             there: int32 `[T]`, how many pieces the thread has.
-            twins: whether a word has two activations.
+            twins: the format of a word's two activations; None where it has one.
 
         Returns:
             Float32 `[T]`, 8 a piece; 0 where there is none.
         """
         size = PIECE // 2 if twins else PIECE
         if self.interpret:
-            look = self._look_for_twins if twins else self._look
+            look = functools.partial(self._look_for_twins, twins) if twins else self._look
             return [
                 value
                 for q, place in enumerate(places)
@@ -291,7 +305,7 @@ class Mail:
             self.words, offset, places, tags, there, size, bits, MAX_POLLS, *self.meanwhile
         )
         if twins:
-            return [value for word in words for value in ptx.parted(word)]
+            return [value for word in words for value in ptx.parted(word, twins)]
         return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
 
     def _look(self, offsets: Array, tag: Array, mask: Array) -> tuple[Array, ...]:
@@ -301,12 +315,14 @@ class Mail:
         value = lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32)
         return (jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0),)
 
-    def _look_for_twins(self, offsets: Array, tag: Array, mask: Array) -> tuple[Array, ...]:
+    def _look_for_twins(
+        self, form: Format, offsets: Array, tag: Array, mask: Array
+    ) -> tuple[Array, ...]:
         """The same of words of two."""
         word = plgpu.load(self.words.at[offsets], mask=mask, other=0)
         there = (word ^ twin_tag(tag)) & TWIN_TAG_BITS == 0
         return tuple(
-            jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0) for value in parted(word)
+            jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0) for value in parted(word, form)
         )
 
     def collect_pairs(self, wanted: Sequence[tuple[Array, Array]], tag: Array) -> list[Array]:
@@ -320,12 +336,12 @@ class Mail:
             Their values as int32 bits, 0 where the mask is false.
         """
         if not self.interpret:
-            return self._wait(wanted, tag, pairs=True)
+            return self._wait(wanted, _of_pair(tag), pairs=True)
         found = []
         for offsets, mask in wanted:
             # What the mask hides is read too, from a place that is always there.
             at = jnp.where(mask, offsets, self.layout.best)
-            there = plgpu.load(self.words.at[at + 1]) == tag
+            there = plgpu.load(self.words.at[at + 1]) == _of_pair(tag)
             value = jnp.where(there, plgpu.load(self.words.at[at]), _NAN)
             found.append(jnp.where(mask, value, 0))
         return found
@@ -343,7 +359,16 @@ class Mail:
         """Waits for pairs of a head's spans, and combines them: see `ptx.combine_spans`."""
         assert self.meanwhile is not None
         return ptx.combine_spans(
-            self.words, values, sums, there, tag, count, lanes, step, MAX_POLLS, *self.meanwhile
+            self.words,
+            values,
+            sums,
+            there,
+            _of_pair(tag),
+            count,
+            lanes,
+            step,
+            MAX_POLLS,
+            *self.meanwhile,
         )
 
     def _wait(

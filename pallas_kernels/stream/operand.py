@@ -24,6 +24,7 @@ from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.ring import fed_otherwise
 from pallas_kernels.stream.tiles import Place
+from pallas_kernels.stream.twins import PLAIN, RESIDUAL, Format
 
 __all__ = [
     "Operand",
@@ -177,6 +178,7 @@ def collect_inputs(
     start: Array | int,
     width: Array,
     tag: Array,
+    form: Format,
     before: Array | int = 0,
 ) -> list[Array]:
     """Waits for a span of activations.
@@ -187,6 +189,7 @@ def collect_inputs(
         start: word of the mail with which the activations begin.
         width: int32 scalar, inputs of the span; 0 to wait for none.
         tag: they carry.
+        form: of the numbers, where a word has two.
         before: activations of a sequence before the span.
 
     Returns:
@@ -202,10 +205,11 @@ def collect_inputs(
     there = pieces_there(plan, part, left)
     offset = start + word_in_mail(plan, part, sequence, before + first)
     places = [word_in_mail(plan, part, 0, place) for place in _places(plan, part)]
-    collect = functools.partial(env.mail.collect_pieces, offset, places, tag)
+    twins = form if plan.twins else None
+    collect = functools.partial(env.mail.collect_pieces, offset, places, tag, twins=twins)
     if plan.product_warps == plan.num_warps:
-        return collect(there, twins=plan.twins)
-    values = collect(jnp.where(waits(plan), there, 0), twins=plan.twins)
+        return collect(there)
+    values = collect(jnp.where(waits(plan), there, 0))
     return [jnp.where(multiplies(plan), value, 0.0) for value in values]
 
 
@@ -257,7 +261,7 @@ def _of_attention(env: StreamEnv, wanted: _Wanted) -> Operand:
     attn = env.segment(Segment.ATTN_OUT)
     width = jnp.where(wanted.first.real, jnp.int32(attn.inner), 0)
     start = env.mail.layout.attn
-    return _pack(env, attn, collect_inputs(env, attn, start, width, wanted.tag))
+    return _pack(env, attn, collect_inputs(env, attn, start, width, wanted.tag, PLAIN))
 
 
 def _of_hidden(env: StreamEnv, wanted: _Wanted) -> Operand:
@@ -266,7 +270,7 @@ def _of_hidden(env: StreamEnv, wanted: _Wanted) -> Operand:
     width = jnp.where(wanted.first.real, wanted.hidden, 0)
     # This wait is a short one: tiles of the ring would queue behind what goes to the L2 cache.
     quiet = fed_otherwise(env, l2_tiles=0)
-    values = collect_inputs(quiet, down, start, width, wanted.tag, wanted.before)
+    values = collect_inputs(quiet, down, start, width, wanted.tag, PLAIN, wanted.before)
     return _pack(env, down, values)
 
 
@@ -279,7 +283,7 @@ def _of_either(env: StreamEnv, wanted: _Wanted) -> Operand:
     width = jnp.where(wanted.first.real, jnp.where(is_down, wanted.hidden, inner), 0)
     skip = jnp.where(is_down, wanted.before, 0)
     quiet = fed_otherwise(env, l2_tiles=0)
-    return _pack(env, attn, collect_inputs(quiet, attn, start, width, wanted.tag, skip))
+    return _pack(env, attn, collect_inputs(quiet, attn, start, width, wanted.tag, PLAIN, skip))
 
 
 def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Operand:
@@ -301,7 +305,7 @@ def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Operand:
         start = select(segment, [at.x_in, at.x_in, at.x_mid, at.x_in, at.x_head])
         inner = jnp.int32(d.model_dim)
     width = jnp.where(wanted.first.real, inner, 0)
-    x = collect_inputs(env, part, start, width, wanted.tag)
+    x = collect_inputs(env, part, start, width, wanted.tag, RESIDUAL)
     scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
     if is_normed is not None:
         scale = jnp.where(is_normed, scale, 1.0)

@@ -12,7 +12,7 @@ from pallas_kernels.stream.ptx.cache import CacheFeed, feed_cache
 from pallas_kernels.stream.ptx.combine import combine_spans
 from pallas_kernels.stream.ptx.digits import pack_digits, unpack_digits
 from pallas_kernels.stream.ptx.feed import MAP_IN_CONTROL, Feed, feed_ring, start_barriers
-from pallas_kernels.stream.ptx.giving_up import PROGRAM_SHIFT, say_where
+from pallas_kernels.stream.ptx.giving_up import said_by, say_where
 from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
@@ -35,7 +35,6 @@ from pallas_kernels.stream.ptx.words import (
 __all__ = [
     "MAP_BYTES",
     "MAP_IN_CONTROL",
-    "PROGRAM_SHIFT",
     "UNIT",
     "Begin",
     "CacheFeed",
@@ -58,6 +57,7 @@ __all__ = [
     "parted",
     "read_row",
     "ring_base",
+    "said_by",
     "say_where",
     "start_barriers",
     "store_pair",

@@ -88,7 +88,7 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
     for q in range(pieces):
         lines += check(q)
     lines += ["setp.eq.u32 %p, %left, 0; @%p bra done;", *look_again("again", ring_of, feed, most)]
-    lines += ["missing:", *give_up(address, ring_of, feed), f"lost: mov.b32 $0, {LOST}; done: }}"]
+    lines += ["missing:", *give_up(address, ring_of, feed), f"mov.b32 $0, {LOST}; done: }}"]
     addresses = lowered.addresses(ref, offset, shape)
     constraints = ",".join(["=&r"] * count + ["l", "r", "r", "l", "r"])
     word = lowered.like(shape, lowered.i32())
@@ -170,10 +170,11 @@ def _collect_each_text(count: int, pairs: bool, together: int, most: int, feed: 
     if not pairs:
         lines.append("and.b32 %left, %left, 255;")
     lines += ["setp.eq.u32 %p, %left, 0; @%p bra done;", *look_again("again", ring, feed, most)]
+    lines.append("missing:")
     for i, word in enumerate(tags):  # the last one that is missing
         lines.append(f"xor.b32 %x, {word}, {tag};" + ("" if pairs else " and.b32 %x, %x, 255;"))
         lines.append(f"setp.ne.u32 %p, %x, 0; @%p mad.wide.s32 %a, ${count + i}, 4, {base};")
-    lines += [*give_up("%a", ring, feed), "lost:"]
+    lines += give_up("%a", ring, feed)
     lines += [f"mov.b32 ${i}, {LOST};" for i in range(count)]
     return " ".join([*lines, "done: }"])
 

@@ -30,7 +30,7 @@ from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.ring import feed_ring
 from pallas_kernels.stream.segments.heads import Heads, collect_heads
 from pallas_kernels.stream.spans import Part, Share, part_of, spans_of
-from pallas_kernels.stream.twins import neighbours
+from pallas_kernels.stream.twins import PLAIN, neighbours
 
 __all__ = ["attend_parts", "combine_parts", "combining_threads"]
 
@@ -165,7 +165,7 @@ def _publish_heads(
         env.mail.publish(word, out, tag, mask)
         return
     word, mask = (neighbours(x)[0] for x in (word, mask.astype(jnp.int32)))
-    env.mail.publish_twins(word, *neighbours(out), tag, mask != 0)
+    env.mail.publish_twins(word, *neighbours(out), PLAIN, tag, mask != 0)
 
 
 def _pair_at(

@@ -10,6 +10,7 @@ from pallas_kernels.stream.lanes import word_in_mail
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, outputs_of, sum_up
 from pallas_kernels.stream.tiles import Flush
+from pallas_kernels.stream.twins import PLAIN
 
 __all__ = ["finish_gate_up"]
 
@@ -29,7 +30,7 @@ def finish_gate_up(env: StreamEnv, flush: Flush) -> None:
         if neighbour is None:
             env.mail.publish(start + word, hidden, tag, real)
         else:
-            env.mail.publish_twins(start + word, hidden, neighbour, tag, real)
+            env.mail.publish_twins(start + word, hidden, neighbour, PLAIN, tag, real)
 
 
 def _hidden(env: StreamEnv, outputs: Outputs) -> Array:

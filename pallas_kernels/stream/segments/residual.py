@@ -22,6 +22,7 @@ from pallas_kernels.stream.plan import COLUMNS, Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of, rows_of
 from pallas_kernels.stream.state import State
 from pallas_kernels.stream.tiles import Flush, Place
+from pallas_kernels.stream.twins import RESIDUAL
 
 __all__ = ["add_block", "close_block", "finish_projection", "leave_embed"]
 
@@ -62,7 +63,7 @@ def _publish(
 
     if env.plan.twins:
         real = (own.first < d.model_dim) & (own.sequence < d.batch)
-        env.mail.publish_twins(word_of(own.first), *residual, tag, real)
+        env.mail.publish_twins(word_of(own.first), *residual, RESIDUAL, tag, real)
         return
     for element, values in zip(own[:2], residual, strict=True):
         real = (element < d.model_dim) & (own.sequence < d.batch)
@@ -108,7 +109,7 @@ def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
     # A program that owns nothing needs nothing.
     owns = env.program < env.segment(Segment.ATTN_OUT).groups
     width = jnp.where(owns, jnp.int32(d.model_dim), 0)
-    values = collect_inputs(env, env.segment(Segment.QKV), start, width, tag)
+    values = collect_inputs(env, env.segment(Segment.QKV), start, width, tag, RESIDUAL)
     squares = mean_squares(env, values)
     if not (env.interpret or plan.chunked):
         plgpu.debug_barrier()  # the next operand may be normed too
