@@ -1,0 +1,1 @@
+"""A search for wrong steps: see `python -m tests.search --help`."""

@@ -1,0 +1,166 @@
+"""A cache's mail in the midst of its life: as it is after so many steps, but for what words say.
+
+Tags are what the last hand-over left. What words say is no number, so that whoever takes a stale
+one for a fresh one is found out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.stream.lanes import word_in_mail
+from pallas_kernels.stream.mail import Layout
+from pallas_kernels.stream.plan import Segment, StreamPlan
+from pallas_kernels.stream.twins import TWIN_TAG_BITS, twin_tag
+
+from .handovers import PAIRS, TWINS, WORDS, Protocol, protocol_in_force
+from .shares import Shares
+
+__all__ = ["Poison", "aged_counters", "poison_of"]
+
+_NAN = 0x7FC00000
+_TAG = 0xFF
+# Who reads a buffer decides in which order its activations lie, and how many there are.
+_READERS = {
+    "x_in": Segment.QKV,
+    "x_head": Segment.HEAD,
+    "x_mid": Segment.GATE_UP,
+    "attn": Segment.ATTN_OUT,
+    "ffw": Segment.DOWN,
+    "ffw_copy": Segment.DOWN,
+    "attn_block": Segment.QKV,
+    "ffw_block": Segment.QKV,
+}
+
+
+class Poison(NamedTuple):
+    """What is done to each word of the mail: `word & keep | set`, int32."""
+
+    keep: np.ndarray
+    set: np.ndarray
+
+
+def _activations(plan: StreamPlan, start: int, reader: Segment) -> np.ndarray:
+    """Words of a buffer that all activations of all sequences are handed over in."""
+    part = plan.segments[reader]
+    b, e = np.mgrid[: plan.dims.batch, : part.inner]
+    return np.unique(start + word_in_mail(plan, part, b, e))
+
+
+def _words(plan: StreamPlan, layout: Layout, protocol: Protocol) -> dict[str, np.ndarray]:
+    """The words of each buffer that every step writes; of pairs, where the values lie."""
+    d, down = plan.dims, plan.segments[Segment.DOWN]
+    used = {"x_in", "x_mid", "attn", "ffw", protocol.head}
+    if plan.tuning.hidden_copies == 2:
+        used.add("ffw_copy")
+    if d.features.post_norm:
+        used |= {"attn_block", "ffw_block"}
+    words = {
+        name: _activations(plan, getattr(layout, name), _READERS[name])
+        for name in TWINS
+        if name in used
+    }
+    words["qkv"] = layout.qkv + np.arange(d.batch * d.qkv_dim)
+    pairs = d.batch * d.model_dim * down.splits if down.splits > 1 else 0
+    words["partial"] = layout.partial + 2 * np.arange(pairs)
+    words["best"] = layout.best + 2 * np.arange(plan.programs * d.batch * 2)
+    return words
+
+
+def _parts(plan: StreamPlan, layout: Layout, lengths: Sequence[int]) -> dict[bool, np.ndarray]:
+    """The pairs of spans that a layer hands over, local and other ones: where values lie."""
+    d, shares, made = plan.dims, Shares(plan, tuple(lengths)), {}
+    for local in set(d.features.local_layers) or {False}:
+        pairs = []
+        for b, length in enumerate(lengths):
+            spans = shares.spans(length, local)
+            if spans > 1:
+                q, span, item = np.mgrid[: d.num_heads, :spans, : d.head_dim + 2]
+                row = (b * d.num_heads + q) * plan.attention.max_splits + span
+                pairs.append((row * (d.head_dim + 2) + item).ravel())
+        made[local] = layout.parts + 2 * np.concatenate(pairs or [np.zeros(0, int)])
+    return made
+
+
+def poison_of(plan: StreamPlan, layout: Layout, words: int) -> Poison:
+    """Turns what every word of the mail says into no number, and leaves tags, and the rest, alone.
+
+    Args:
+        plan: the step's.
+        layout: of its mail.
+        words: of the cache's counters.
+    """
+    keep, put = np.full(words, -1, np.int32), np.zeros(words, np.int32)
+    fields = [field.name for field in dataclasses.fields(layout)]
+    for name, following in itertools.pairwise(fields):
+        begin, end = getattr(layout, name), getattr(layout, following)
+        if name in PAIRS:
+            keep[begin:end:2], put[begin:end:2] = 0, _NAN
+        elif name in TWINS and plan.twins:
+            keep[begin:end], put[begin:end] = TWIN_TAG_BITS, ~TWIN_TAG_BITS
+        elif name in TWINS or name in WORDS:
+            keep[begin:end], put[begin:end] = _TAG, _NAN
+    return Poison(keep, put)
+
+
+def aged_counters(
+    plan: StreamPlan,
+    layout: Layout,
+    step: int,
+    words: int,
+    lengths: Sequence[int] | None = None,
+    protocol: Protocol | None = None,
+) -> np.ndarray:
+    """The cache's counters after so many steps, what words say being poisoned.
+
+    Args:
+        plan: the step's.
+        layout: of its mail.
+        step: how many steps were finished.
+        words: of the counters.
+        lengths: of the sequences before the last of them; what spans were handed over follows from
+            it. None: there were none.
+        protocol: as the kernel has it, if none is given.
+    """
+    protocol = protocol or protocol_in_force()
+    layers = plan.dims.num_layers
+    made = np.zeros(words, np.int32)
+    made[layout.steps] = _int32(step)
+    if step == 0:
+        return made
+
+    def put(where: np.ndarray, tag: int, name: str) -> None:
+        bits = _int32(tag)
+        if name in PAIRS:
+            made[where], made[where + 1] = _NAN, _int32(protocol.pair_tag(tag))
+        elif name in TWINS and plan.twins:
+            made[where] = ~TWIN_TAG_BITS | int(twin_tag(jnp.int32(bits)))
+        else:
+            made[where] = _NAN | (tag & _TAG)
+
+    local = plan.dims.features.local_layers or (False,) * layers
+    last = protocol.tag(layers, step - 1, layers - 1)
+    of_head = protocol.head_tag(layers, step - 1)
+    for name, where in _words(plan, layout, protocol).items():
+        tag = protocol.tag(layers, step - 1, layers) if name == "best" else last
+        put(where, of_head if name == protocol.head != "x_in" else tag, name)
+    if protocol.head == "x_in":  # in another order, perhaps
+        put(_activations(plan, layout.x_in, Segment.HEAD), of_head, "x_in")
+    if lengths is not None:
+        # In the order of layers: a later one's hand-over is what is left.
+        parts = _parts(plan, layout, lengths)
+        last_of = {kind: max(i for i, one in enumerate(local) if one == kind) for kind in parts}
+        for kind in sorted(parts, key=last_of.__getitem__):
+            put(parts[kind], protocol.tag(layers, step - 1, last_of[kind]), "parts")
+    return made
+
+
+def _int32(number: int) -> int:
+    """As int32 arithmetic wraps."""
+    return (number + 2**31) % 2**32 - 2**31

@@ -1,0 +1,216 @@
+"""Runs a case by the kernel and by the reference, on the same tokens, and says what differs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from numerics import TOLERANCES, relative_error, worst_error
+
+from ffjax.cache import KVCache
+from ffjax.decode import DecodeOutput, default_device, fused_step, reference_step
+from ffjax.quantize import dequantize
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.stream.launch import layout_of
+from pallas_kernels.stream.mail import mail_words
+from pallas_kernels.stream.planner import make_stream_plan, why_not_on
+from pallas_kernels.stream.tuning import tuning_for
+from pallas_kernels.support import why_not
+
+from .aged import aged_counters, poison_of
+from .draw import STEPS, Case
+from .models import cache_of, model_of, tokens_of
+
+__all__ = ["Ran", "Refused", "StepFunction", "check_case", "kernel_step"]
+
+# A model, a cache, and tokens `[B]`.
+StepFunction = Callable[[Any, KVCache, Array], DecodeOutput]
+
+# The reference runs a few times: what makes it fast would take longer than it saves.
+_QUICK = {"xla_backend_optimization_level": 0}
+_QUICK_ON_GPU = {"xla_backend_optimization_level": 1, "xla_gpu_autotune_level": 0}
+_NEAR, _EXACT = TOLERANCES["fused_vs_model_deep"], TOLERANCES["fused_vs_float32"]
+
+
+class Refused(Exception):
+    """The kernel says why it does not run the case."""
+
+
+class Ran(NamedTuple):
+    """What some steps made, on the host."""
+
+    logits: np.ndarray  # float32 [steps, B, V]
+    tokens: np.ndarray  # int32 [steps, B]
+    keys: np.ndarray
+    values: np.ndarray
+    lengths: np.ndarray
+    counters: np.ndarray
+
+    @property
+    def bits(self) -> dict[str, bytes]:
+        """What must be the same in every run."""
+        return {name: x.tobytes() for name, x in self._asdict().items() if name != "counters"}
+
+    def new(self, lengths: tuple[int, ...]) -> np.ndarray:
+        """Keys and values of the new positions that there is room for: float32 `[rows, K * H]`."""
+        rows = []
+        for b, length in enumerate(lengths):
+            for x in (self.keys, self.values):
+                some = x[:, b, :, length : length + STEPS].astype(np.float32)  # [L, K, steps, H]
+                rows.append(some.transpose(0, 2, 1, 3).reshape(-1, some.shape[1] * some.shape[3]))
+        return np.concatenate(rows)
+
+    def old(self, lengths: tuple[int, ...]) -> list[bytes]:
+        """What no step may touch."""
+        left = []
+        for x in (self.keys, self.values):
+            x = x.copy()
+            for b, length in enumerate(lengths):
+                x[:, b, :, length : length + STEPS] = 0
+            left.append(x.tobytes())
+        return left
+
+
+def kernel_step(case: Case, interpret: bool = False) -> StepFunction:
+    """The streamed kernel's step."""
+    return functools.partial(
+        fused_step, kernel="pallas_stream", tuning=case.tuned, interpret=interpret
+    )
+
+
+def _stepping(step: StepFunction, graph: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """A jitted function that feeds tokens `[steps, B]`, and between steps changes the counters."""
+
+    @functools.partial(jax.jit, compiler_options=options)
+    def run(params: Any, cache: KVCache, tokens: Array, keep: Array, put: Array):
+        model = nnx.merge(graph, params)
+
+        def one(cache: KVCache, tokens: Array):
+            counters = cache.counters & keep | put
+            out = step(model, KVCache(cache.k, cache.v, cache.lengths, counters), tokens)
+            return out.cache, (out.logits, out.token)
+
+        cache, (logits, made) = lax.scan(one, cache, tokens)
+        return logits, made, cache.k, cache.v, cache.lengths, cache.counters
+
+    return run
+
+
+def _left_alone(words: int) -> tuple[np.ndarray, np.ndarray]:
+    """What keeps all words of the counters as they are."""
+    return np.full(words, -1, np.int32), np.zeros(words, np.int32)
+
+
+def _on_host(made: Any) -> Ran:
+    return Ran(*(np.asarray(x) for x in made))
+
+
+def _plan(case: Case, gpu: Gpu | None):
+    """The step's plan.
+
+    Raises:
+        Refused: there is none.
+    """
+    dims = case.dims
+    reason = why_not(dims, jnp.bfloat16, gpu)
+    if reason is None:
+        assert gpu is not None
+        tuning = case.tuned or tuning_for(gpu.name, dims)
+        # The step asks without its tuning.
+        if (reason := why_not_on(gpu, dims) or why_not_on(gpu, dims, tuning)) is None:
+            return make_stream_plan(dims, gpu, tuning)
+    raise Refused(reason)
+
+
+def check_case(case: Case, step: StepFunction | None = None, gpu: Gpu | None = None) -> str | None:
+    """What is wrong with a case's steps, as a sentence; None if nothing is.
+
+    Args:
+        case: what to run.
+        step: what is compared with the reference, instead of the kernel on the default device.
+        gpu: the device that the plan is made for, instead of the default one.
+
+    Raises:
+        Refused: the kernel does not run such a case.
+    """
+    gpu = gpu or Gpu.of(default_device())
+    plan = _plan(case, gpu)
+    layout, words = layout_of(plan), mail_words(case.dims)
+    before = [max(length - 1, 0) for length in case.lengths]
+    counters = aged_counters(plan, layout, case.step, words, before)
+    poison = poison_of(plan, layout, words)
+    graph, params = model_of(case)
+    cache, tokens = cache_of(case, counters), tokens_of(case)
+    start = _on_host((np.zeros(0), np.zeros(0), cache.k, cache.v, cache.lengths, cache.counters))
+    options = {} if gpu != INTERPRETER else _QUICK
+    run = _stepping(step or kernel_step(case), graph, options)
+    got = _on_host(run(params, cache, tokens, *_left_alone(words)))
+    # Words that say nothing between steps must make no difference.
+    again = _on_host(run(params, cache, tokens, poison.keep, poison.set))
+    if differing := [name for name, x in got.bits.items() if again.bits[name] != x]:
+        return f"Two runs from the same start differ in {', '.join(differing)}."
+    if (wrong := _bookkeeping(case, start, got, layout.steps)) is not None:
+        return wrong
+    return _numbers(case, graph, params, cache, tokens, got)
+
+
+def _bookkeeping(case: Case, start: Ran, got: Ran, steps: int) -> str | None:
+    """What of a step is no question of rounding."""
+    if got.lengths.tolist() != [length + STEPS for length in case.lengths]:
+        return f"Lengths are {got.lengths.tolist()} after {STEPS} steps from {case.lengths}."
+    if got.old(case.lengths) != start.old(case.lengths):
+        return "The steps changed other positions of the cache than the new ones."
+    counted = (int(got.counters[steps]) - case.step) % 2**32
+    if counted != STEPS:
+        return f"The cache counted {counted} steps instead of {STEPS}."
+    known = np.isfinite(got.logits).all(axis=-1)
+    if (got.logits.argmax(axis=-1) != got.tokens)[known].any():
+        return "A token is not that of the largest logit."
+    return None
+
+
+def _numbers(case: Case, graph: Any, params: Any, cache: KVCache, tokens: Array, got: Ran):
+    """Whether logits, keys and values are near enough to the reference's."""
+    plain = _left_alone(len(cache.counters))
+    options = _QUICK_ON_GPU if default_device().platform == "gpu" else _QUICK
+    want = _on_host(_stepping(reference_step, graph, options)(params, cache, tokens, *plain))
+    room = np.array(case.lengths) + np.arange(STEPS)[:, None] < case.capacity
+    pairs = {
+        "logits": (got.logits[room], want.logits[room]),
+        "new keys and values": (got.new(case.lengths), want.new(case.lengths)),
+    }
+    if not np.isnan(got.logits[~room]).all():
+        return "A sequence that the cache has no room for has logits."
+    far = {
+        name: relative_error(*pair)
+        for name, pair in pairs.items()
+        if pair[1].size and not _near(*pair)
+    }
+    if not far:
+        return None
+    # Deep models of random weights may magnify roundings: what is further from float32 is at fault.
+    model = dequantize(nnx.merge(graph, params), jnp.float32)
+    graph, params = nnx.split(model)
+    wide = KVCache(
+        cache.k.astype(jnp.float32), cache.v.astype(jnp.float32), cache.lengths, cache.counters
+    )
+    exact = _on_host(_stepping(reference_step, graph, options)(params, wide, tokens, *plain))
+    truth = {"logits": exact.logits[room], "new keys and values": exact.new(case.lengths)}
+    for name, error in far.items():
+        ours, theirs = (relative_error(x, truth[name]) for x in pairs[name])
+        if not np.isfinite(ours) or ours > 2 * theirs + _EXACT.relative:
+            return (
+                f"The {name} are off by {error:.3g} of their norm, by {ours:.3g} from float32's; "
+                f"the bfloat16 reference's by {theirs:.3g}."
+            )
+    return None
+
+
+def _near(got: np.ndarray, want: np.ndarray) -> bool:
+    return relative_error(got, want) <= _NEAR.relative and worst_error(got, want) <= _NEAR.worst
