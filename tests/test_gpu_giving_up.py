@@ -31,7 +31,8 @@ pytestmark = [
 DEEP = small_config(num_layers=6, model_dim=576, ffw_dim=1536, num_heads=9, num_kv_heads=3)
 POST_NORM = small_config(**{**FAMILIES["olmo2"], "num_layers": 3})
 # A down projection of so many inputs is split, of one sequence too.
-SPLIT = kernel_config(WeightFormats.of_layers(INT8), ffw_dim=16384, num_layers=3)
+SPLIT = small_config(ffw_dim=16384, num_layers=3)
+SPLIT_INTEGERS = kernel_config(WeightFormats.of_layers(INT8), ffw_dim=4096, num_layers=3)
 LONG = [1200, 700]  # positions: some spans a head
 
 # The buffer, the layer, and a step that hands something over there.
@@ -50,6 +51,7 @@ CASES: dict[str, tuple[str, int, ModelConfig, list[int]]] = {
     "a normed attention block": ("attn_block", 1, POST_NORM, [40, 7]),
     "a normed feed-forward block": ("ffw_block", 2, POST_NORM, [40]),
     "partial sums": ("partial", 1, SPLIT, [40]),
+    "partial sums of 2": ("partial", 2, SPLIT_INTEGERS, [40, 7]),
 }
 
 

@@ -22,8 +22,8 @@ from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, READ
-from pallas_kernels.stream.segments.attention import combining_threads
 from pallas_kernels.stream.ptx.giving_up import record_of
+from pallas_kernels.stream.segments.attention import combining_threads
 from pallas_kernels.stream.twins import TWIN_TAG_BITS
 
 # bfloat16

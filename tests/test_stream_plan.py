@@ -44,6 +44,7 @@ from pallas_kernels.stream.plan import (
     is_paired,
 )
 from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan, why_not, why_not_on
+from pallas_kernels.stream.product import pieces_of_tile
 from pallas_kernels.stream.ring import tensor_map_of
 from pallas_kernels.stream.route import make_route, route_shape
 from pallas_kernels.stream.spans import part_of, share_of
@@ -103,6 +104,28 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits):
             loads = np.sort(place.reshape(-1, 32, len(distances)), axis=1)
             assert (loads - loads[:, :1] == LOAD * np.arange(32)[:, None]).all()
             assert (loads[:, 0] % (32 * LOAD) == 0).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_nothing_beyond_a_tile_is_multiplied_where_it_may_be_no_number(batch):
+    """Of the last part of a split row too, which is shorter than the others."""
+    bits = WeightBits(qkv=4, attn_out=4, gate_up=8, down=16, head=4)
+    config = small_config(model_dim=1152, ffw_dim=17408, num_heads=12, num_kv_heads=3, head_dim=128)
+    plan = make_stream_plan(dataclasses.replace(dims_of(config, batch, 64), weight_bits=bits), H200)
+    part = plan.segments[Segment.DOWN]
+    assert part.splits > 1
+    assert part.inner % part.width
+    for split in range(part.splits):
+        env = env_of(plan, split)
+        place = first_place(env, Segment.DOWN, 0)
+        assert int(place.split) == split
+        there = np.asarray(pieces_of_tile(env, place, [Segment.DOWN]))
+        width = min(part.width, part.inner - split * part.width)
+        first, step = np.asarray(first_input(plan, part)), next_input(plan, part)
+        within = first[:, None] + step * np.arange(part.reads) < width
+        if not plan.chunked:  # every column has the same inputs
+            assert (there.reshape(-1, 8, 4) == there.reshape(-1, 8, 4)[:, :1]).all()
+        np.testing.assert_array_equal(there, within.sum(axis=1))
 
 
 # Who computes what

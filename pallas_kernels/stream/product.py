@@ -38,7 +38,16 @@ from pallas_kernels.stream.ring import (
 )
 from pallas_kernels.stream.tiles import Place
 
-__all__ = ["Outputs", "Sums", "multiply", "outputs_of", "products_shape", "rows_of", "sum_up"]
+__all__ = [
+    "Outputs",
+    "Sums",
+    "multiply",
+    "outputs_of",
+    "pieces_of_tile",
+    "products_shape",
+    "rows_of",
+    "sum_up",
+]
 
 
 class Outputs(NamedTuple):
@@ -133,11 +142,9 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
         pitches = jnp.full((plan.threads,), pitch)
         threads = 32 * plan.product_warps
         if part.bits == 16:
-            there = None
-            if plan.quantized and any(plan.is_ragged(s) for s in kind):
-                # Beyond a row lies what may be no number.
-                left = _of_segment(env, place.segment, kind, "width") - first * part.grain
-                there = pieces_there(plan, part, left)
+            # Beyond a row lies what may be no number, where other matrices are integers.
+            guarded = plan.quantized and any(plan.is_ragged(s) for s in kind)
+            there = pieces_of_tile(env, place, kind) if guarded else None
             return ptx.multiply_tile(
                 slot + READ * first,
                 pitches,
@@ -176,6 +183,20 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
         )
 
     _switch_kind(env, place.segment, product)
+
+
+def pieces_of_tile(env: StreamEnv, place: Place, kind: list[Segment]) -> Array:
+    """Pieces of a tile's rows that each thread has: int32 `[T]`.
+
+    Args:
+        env: the program's view.
+        place: the tile's.
+        kind: segments whose tiles are multiplied alike, the tile's among them.
+    """
+    part, width = env.segment(kind[0]), _of_segment(env, place.segment, kind, "width")
+    if part.splits > 1:  # the last part of the inputs may be shorter; no other segment is split
+        width = jnp.minimum(width, part.inner - place.split * part.width)
+    return pieces_there(env.plan, part, width - first_read(env.plan, part) * part.grain)
 
 
 def _switch_kind(env: StreamEnv, segment: Array, way: Callable[[list[Segment]], Array]) -> None:

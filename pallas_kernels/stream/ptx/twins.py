@@ -27,7 +27,8 @@ def _bits(x: float) -> str:
 def _parted_text(form: Format) -> str:
     """Operands: both numbers, then the word."""
     kept, least = 0x80000000 | 0x3FFF << form.shift, _bits(form.least)
-    number = f"mov.b32 %f, %x; mov.b32 %g, %y; fma.rn.f32 $N, %f, 0f{_bits(1 / form.scale)[2:]}, %g;"
+    down = f"0f{_bits(1 / form.scale)[2:]}"
+    number = f"mov.b32 %f, %x; mov.b32 %g, %y; fma.rn.f32 $N, %f, {down}, %g;"
     to_first = "mov.b32 %x, $2;" if form.shift == 15 else f"shr.s32 %x, $2, {15 - form.shift};"
     return (
         f"{{ .reg .b32 %x, %y; .reg .f32 %f, %g; {to_first}"
