@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ffjax.commands import (
     bench,
     convert,
+    doctor,
     evaluate,
     export,
     fidelity,
@@ -32,6 +33,7 @@ COMMANDS = {
     "tune": tune,
     "eval": evaluate,
     "fidelity": fidelity,
+    "doctor": doctor,
 }
 
 # What the library raises for bad input and for what cannot run here. Anything else is a

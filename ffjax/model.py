@@ -18,6 +18,8 @@ integers are read where they lie, and what a product needs of them exists while 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,31 @@ from ffjax.formats import WeightFormat
 from ffjax.rope import apply_rope, inverse_frequencies
 from ffjax.rounding import expand, random_matrix
 
-__all__ = ["Layers", "Transformer", "capped", "gated", "rms_norm"]
+__all__ = ["LAST_TENSORS", "LAYER_TENSORS", "Layers", "Transformer", "capped", "gated", "rms_norm"]
+
+LAYER_TENSORS = (
+    "residual_in",
+    "q",
+    "k",
+    "v",
+    "attended",
+    "attention_out",
+    "residual_mid",
+    "hidden",
+    "ffw_out",
+    "residual_out",
+)
+"""What `Transformer.observe` sees of each layer, in the order in which it is computed."""
+
+LAST_TENSORS = ("final_norm", "logits")
+"""What it sees behind the last layer."""
+
+# Told of an intermediate, by name, while the model is traced.
+_Note = Callable[[str, Array], None]
+
+
+def _unnoted(name: str, value: Array) -> None:
+    """Nobody looks: the program that is compiled has nothing of it."""
 
 
 def rms_norm(x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
@@ -279,13 +305,47 @@ class Transformer(nnx.Module):
                 raise TypeError(
                     f"Cache and weights share a dtype, got {cache.k.dtype} and {self.dtype}."
                 )
-        logits, store = self._forward(tokens, store, num_tokens, last_only)
+        logits, store, _ = self._forward(tokens, store, num_tokens, last_only)
         return logits if cache is None else (logits, store)
 
+    def observe(self, tokens: Array, summary: Callable[[Array], Any]) -> dict[str, Any]:
+        """What `summary` makes of every intermediate of the model, for looking for what is wrong.
+
+        Args:
+            tokens: int `[B, T]`, positions 0 to T - 1.
+            summary: takes an array `[B, T, ...]` and returns arrays. It is traced.
+
+        Returns:
+            The summary of each of `LAYER_TENSORS`, its arrays with an axis `[L]` in front, and of
+            `LAST_TENSORS`, by name. Queries and keys are those after RoPE, `[B, T, heads, H]`;
+            `attended` is what attention makes of the values, `hidden` what the down projection
+            takes, `attention_out` and `ffw_out` what the blocks add, before any norm behind them.
+
+        Raises:
+            ValueError: tokens are not `[B, T]`.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"Tokens come as [B, T], got shape {tokens.shape}.")
+        batch, count = tokens.shape
+        cache = KVCache.create(self.config, batch, count, self.dtype)
+        return self._forward(tokens, cache, None, False, summary)[2]
+
     def _forward(
-        self, tokens: Array, cache: KVCache, num_tokens: Array | None, last_only: bool
-    ) -> tuple[Array, KVCache]:
+        self,
+        tokens: Array,
+        cache: KVCache,
+        num_tokens: Array | None,
+        last_only: bool,
+        summary: Callable[[Array], Any] | None = None,
+    ) -> tuple[Array, KVCache, dict[str, Any]]:
         c = self.config
+
+        def noting(seen: dict[str, Any]) -> _Note:
+            """Keeps summaries in `seen`, where there are any to make."""
+            if (made := summary) is None:
+                return _unnoted
+            return lambda name, value: seen.update({name: made(value)})
+
         _, count = tokens.shape
         lengths = cache.lengths + (count if num_tokens is None else num_tokens)
         positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, T]
@@ -309,8 +369,10 @@ class Transformer(nnx.Module):
                 seen = visible & (near | ~is_local)
                 if c.rope_theta_local is not None:
                     frequencies = jnp.where(is_local, local_inv_freq, inv_freq)
-            x, k, v = self._layer(weights, x, k, v, index, positions, seen, frequencies)
-            return (x, k, v, index + 1), None
+            notes: dict[str, Any] = {}
+            where = index, positions, seen, frequencies
+            x, k, v = self._layer(weights, x, k, v, *where, noting(notes))
+            return (x, k, v, index + 1), notes
 
         stacked = {
             name: param[...]
@@ -319,12 +381,14 @@ class Transformer(nnx.Module):
         }
         is_local = None if c.window is None else jnp.array(c.local_layers)  # [L]
         carry = (x, cache.k, cache.v, jnp.int32(0))
-        (x, k, v, _), _ = lax.scan(layer, carry, (stacked, is_local))
+        (x, k, v, _), notes = lax.scan(layer, carry, (stacked, is_local))
+        note = noting(notes)
         if last_only:
             last = jnp.maximum(lengths - cache.lengths - 1, 0)[:, None]  # [B, 1]
             x = jnp.take_along_axis(x, last[..., None], axis=1)  # [B, 1, D]
             positions = jnp.take_along_axis(positions, last, axis=1)
         x = self._norm(x, self.final_norm[...])
+        note("final_norm", x)
         head = {"head": self.head_weight}
         if c.weights.head is not None:
             head["head_scale"] = vars(self)["head_scale"][...]
@@ -332,10 +396,12 @@ class Transformer(nnx.Module):
         if c.logit_scale != 1:
             logits = logits * c.logit_scale
         logits = capped(logits, c.logit_softcap)
+        note("logits", logits)
         fits = positions < cache.capacity
         logits = jnp.where(fits[..., None], logits, jnp.nan)
         logits = logits[:, 0] if last_only else logits
-        return logits, KVCache(k=k, v=v, lengths=lengths, counters=cache.counters)
+        cache = KVCache(k=k, v=v, lengths=lengths, counters=cache.counters)
+        return logits, cache, notes
 
     def _layer(
         self,
@@ -347,9 +413,11 @@ class Transformer(nnx.Module):
         positions: Array,
         visible: Array,
         inv_freq: Array | np.ndarray,
+        note: _Note = _unnoted,
     ) -> tuple[Array, Array, Array]:
         c = self.config
         batch, count, _ = x.shape
+        note("residual_in", x)
         h = self._norm(x, w["attn_norm"]) if c.pre_norm else x
         qkv = self._product(h, w, "qkv")
         if c.qkv_bias:
@@ -360,6 +428,8 @@ class Transformer(nnx.Module):
             q, k = self._norm_heads(q, w["q_norm"]), self._norm_heads(k, w["k_norm"])
         q = apply_rope(q, positions, inv_freq).astype(self.dtype)
         k = apply_rope(k, positions, inv_freq).astype(self.dtype)
+        for name, heads in (("q", q), ("k", k), ("v", v)):
+            note(name, heads)
         rows = jnp.arange(batch)[:, None]
         # A position past the capacity is dropped, never wrapped onto another.
         k_cache = k_cache.at[index, rows, :, positions].set(k, mode="drop")
@@ -368,11 +438,18 @@ class Transformer(nnx.Module):
         v_all = lax.dynamic_index_in_dim(v_cache, index, keepdims=False)
         attended = _attend(q, k_all, v_all, visible, c.attn_scale, c.attn_softcap)
         attn_out = self._product(attended, w, "attn_out").astype(self.dtype)
+        note("attended", attended)
+        note("attention_out", attn_out)
         x = self._add(x, attn_out, w.get("attn_post_norm"))
+        note("residual_mid", x)
         h = self._norm(x, w["mlp_norm"]) if c.pre_norm else x
         gate, up = jnp.split(self._product(h, w, "gate_up").astype(self.dtype), 2, axis=-1)
-        down = self._product(gated(gate, up, c.activation), w, "down")
-        return self._add(x, down.astype(self.dtype), w.get("mlp_post_norm")), k_cache, v_cache
+        hidden = gated(gate, up, c.activation)
+        down = self._product(hidden, w, "down").astype(self.dtype)
+        x = self._add(x, down, w.get("mlp_post_norm"))
+        for name, value in (("hidden", hidden), ("ffw_out", down), ("residual_out", x)):
+            note(name, value)
+        return x, k_cache, v_cache
 
     def _product(self, x: Array, w: dict[str, Array], name: str) -> Array:
         """`x[..., in]` times a matrix of `w`, whatever its format: float32 `[..., out]`."""
