@@ -32,7 +32,15 @@ from pallas_kernels.stream.planner import why_not_on
 from pallas_kernels.support import why_not
 from pallas_kernels.targets import target, target_names
 
-__all__ = ["CompileError", "CompileReport", "compile_for", "main", "why_no_compiler"]
+__all__ = [
+    "CompileError",
+    "CompileReport",
+    "command_line",
+    "compile_for",
+    "dims_of",
+    "main",
+    "why_no_compiler",
+]
 
 _EXTRA = "Install the extra that brings it: pip install 'ffjax[compile]'."
 _PLUGINS = {
@@ -117,6 +125,7 @@ def compile_for(
     kernel: Kernel = "streamed",
     num_warps: int | None = None,
     num_stages: int | None = None,
+    tuned: bool = False,
 ) -> CompileReport:
     """Compiles the decode step of these sizes and reports what it became.
 
@@ -126,6 +135,8 @@ def compile_for(
         kernel: which of the two kernels.
         num_warps: overrides the plan's.
         num_stages: overrides the plan's.
+        tuned: with the streamed kernel's tuning of the table, as on the device itself; else with
+            the defaults.
 
     Raises:
         ValueError: no target has that name, or the fused kernel cannot run these sizes.
@@ -144,6 +155,7 @@ def compile_for(
         "gpu": gpu,
         "kernel": kernel,
         "dims": dataclasses.asdict(dims),
+        "tuned": tuned,
         "options": {key: value for key, value in options.items() if value is not None},
     }
     with tempfile.TemporaryDirectory(prefix="ffjax_compile_") as name:
@@ -255,7 +267,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _dims_of(asked: argparse.Namespace) -> Dims:
+def dims_of(asked: argparse.Namespace) -> Dims:
     """The sizes of a step of a preset of ffjax, its matrices in the formats asked for.
 
     Raises:
@@ -277,7 +289,8 @@ def _formats() -> Any:
     return importlib.import_module("ffjax.commands.formats")
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.compile",
         description="Compiles the fused decode step for a GPU that need not be here.",
@@ -298,14 +311,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    asked = _parser().parse_args(arguments)
+    asked = command_line().parse_args(arguments)
     for name in ("batch", "capacity"):
         if getattr(asked, name) < 1:
-            _parser().error(f"--{name} is a positive number, got {getattr(asked, name)}.")
+            command_line().error(f"--{name} is a positive number, got {getattr(asked, name)}.")
     try:
         report = compile_for(
             asked.gpu,
-            _dims_of(asked),
+            dims_of(asked),
             kernel=asked.kernel,
             num_warps=asked.num_warps,
             num_stages=asked.num_stages,

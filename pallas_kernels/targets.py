@@ -17,6 +17,9 @@ __all__ = ["Target", "target", "target_names"]
 
 _FILES = resources.files("pallas_kernels") / "gpus"
 _SUFFIX = ".pbtxt"
+# JAX 0.11 lowers for a GPU that is not there by its name, and knows few of them: one of the same
+# compute capability stands in for those it does not know. With a GPU it asks the device.
+_STANDS_IN = {"8.6": "NVIDIA A10", "12.0": "NVIDIA RTX PRO 6000"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Target:
     Attributes:
         name: its file's name, as "h200".
         gpu: what the plan needs to know of it.
-        config: the whole description, as XLA takes it.
+        config: the whole description, as XLA takes it; the device's name in it is one that JAX
+            knows.
     """
 
     name: str
@@ -58,4 +62,5 @@ def target(name: str) -> Target:
 
     capability = f"{field('major')}.{field('minor')}"
     gpu = Gpu.named(field("device_description_str"), capability, int(field("core_count")))
-    return Target(name, gpu, config)
+    known = _STANDS_IN.get(capability, gpu.name)
+    return Target(name, gpu, config.replace(f'"{gpu.name}"', f'"{known}"'))

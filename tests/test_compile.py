@@ -12,10 +12,19 @@ from decode_cases import dims_of
 
 from ffjax.config import preset
 from pallas_kernels import compile as compile_module
-from pallas_kernels.compile import CompileError, Kernel, compile_for, main, why_no_compiler
+from pallas_kernels import compile_table
+from pallas_kernels.compile import (
+    CompileError,
+    CompileReport,
+    Kernel,
+    compile_for,
+    main,
+    why_no_compiler,
+)
+from pallas_kernels.compile_table import Step, compile_row, markdown
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import RESERVED_TILE
-from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan
+from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan, why_not_on
 from pallas_kernels.targets import target, target_names
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -25,6 +34,14 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+ARCHITECTURES = {
+    "8.0": "sm_80",
+    "8.6": "sm_86",
+    "8.9": "sm_89",
+    "9.0": "sm_90a",
+    "10.0": "sm_100a",
+    "12.0": "sm_120",
+}
 STEPS = [
     ("llama3.2-1b", "h200", 1),
     ("llama3.2-1b", "h200", 8),
@@ -39,6 +56,8 @@ STEPS = [
     [
         *((*step, kernel) for kernel in get_args(Kernel) for step in STEPS),
         ("python-bytes-3m", "a100", 2, "phased"),
+        ("python-bytes-3m", "b200", 1, "streamed"),
+        *(("python-bytes-3m", gpu, 1, "phased") for gpu in ("l4", "rtx3090", "rtx4090", "rtx5090")),
     ],
 )
 def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, gpu, batch, kernel):
@@ -72,7 +91,7 @@ def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, g
         size = SharedLayout.of(plan).size
         assert plan.slots * plan.slot_bytes < size
         assert size + COMPILER_BYTES <= report["shared_memory_bytes"]
-    assert report["arch"] == {"8.0": "sm_80", "9.0": "sm_90a"}[wanted.capability]
+    assert report["arch"] == ARCHITECTURES[wanted.capability]
     assert {"jax", "ptxas"} < set(report["versions"])
     assert not list(tmp_path.iterdir())
 
@@ -154,7 +173,7 @@ def test_a_missing_compiler_names_the_extra(capsys, monkeypatch, missing):
     ("arguments", "message"),
     [
         (["--config", "gpt-5"], "No preset is called 'gpt-5'; there are llama3.2-1b"),
-        (["--config", "llama3.2-1b", "--gpu", "v100"], "called 'v100'; there are a100, h100, h200"),
+        (["--config", "llama3.2-1b", "--gpu", "v100"], "called 'v100'; there are a100, b200, h100"),
         (["--config", "llama3.2-1b", "--batch", "9"], "takes 1 to 8 sequences; there are 9"),
         (["--config", "qwen3-0.6b", "--kernel", "phased"], "does not support qk_norm='head' yet"),
         (
@@ -191,4 +210,56 @@ def test_a_target_agrees_with_the_table_of_gpus(name):
     found = target(name)
     assert f"shared_memory_per_block_optin: {found.gpu.shared_memory}" in found.config
     assert f"core_count: {found.gpu.cores}" in found.config
-    assert name in found.gpu.name.lower()
+    assert name in found.gpu.name.lower().replace(" ", "")
+    assert re.search(r'device_description_str: "NVIDIA ', found.config)
+
+
+def test_the_table_takes_the_kernel_that_runs_there_and_says_why_not_another(monkeypatch):
+    made = CompileReport(
+        gpu="",
+        kernels=1,
+        thunks=[],
+        registers=168,
+        spill_bytes=20,
+        stack_bytes=0,
+        shared_memory_bytes=77_824,
+        temp_bytes=0,
+        programs=1,
+        num_warps=4,
+        num_stages=2,
+        arch="",
+        versions={},
+    )
+
+    def compiled(gpu, dims, *, kernel, tuned):
+        assert tuned
+        reason = why_not_on(target(gpu).gpu, dims) if kernel == "streamed" else None
+        if reason is not None:
+            raise ValueError(reason)
+        return made
+
+    monkeypatch.setattr(compile_module, "why_no_compiler", lambda: None)
+    monkeypatch.setattr(compile_module, "compile_for", compiled)
+    small, quantized = Step("llama3.2-1b", "bfloat16", 1), Step("llama3.2-1b", "int4", 1)
+    rows = [compile_row(*pair) for pair in [("h200", small), ("l4", small), ("l4", quantized)]]
+    assert [row.kernel for row in rows] == ["streamed", "phased", None]
+    lines = markdown([*rows, rows[1]]).splitlines()
+    assert lines[2] == (
+        "| H200 | llama3.2-1b | bfloat16 | 1 | streamed | 1 | 168 | 20 | 77,824 | 232,448 |"
+    )
+    assert lines[3].startswith("| L4 | llama3.2-1b | bfloat16 | 1 | phased (1) | 1 | 168 | 20 | ")
+    assert lines[4] == "| L4 | llama3.2-1b | int4 | 1 | none: XLA (2, 3) |  |  |  |  |  |"
+    assert lines[5] == lines[3]
+    assert lines[7].startswith(
+        "1. Weights are streamed by an instruction of compute capability 9.0"
+    )
+    assert "implementation='xla'" in lines[8]
+    assert lines[9].startswith("3. The phased kernel reads bfloat16 weights")
+    assert len(lines) == 10
+    assert len({line.count("|") for line in lines[:6]}) == 1
+
+
+def test_a_table_without_a_compiler_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(compile_module, "why_no_compiler", lambda: "There is no compiler.")
+    assert compile_table.main(["--gpu", "l4"]) == 1
+    assert "There is no compiler." in capsys.readouterr().err
