@@ -1,0 +1,65 @@
+"""The steps that are looked at: small shapes, every kind of code that a step can be made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from decode_cases import small_config
+from quantize_cases import FOR_KERNELS, kernel_config
+from stream_cases import FAMILIES
+
+from ffjax.config import ModelConfig
+from ffjax.decode import Kernel
+
+__all__ = ["CASES", "Case"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Some decode steps.
+
+    Attributes:
+        config: the model's, with random weights.
+        lengths: live positions of each sequence before the first step.
+        capacity: S.
+        kernel: whose steps.
+    """
+
+    config: ModelConfig
+    lengths: tuple[int, ...]
+    capacity: int = 150
+    kernel: Kernel = "pallas_stream"
+
+
+# Around the edges of a tile of keys; one sequence that is empty.
+_ONE, _THREE = (65,), (65, 0, 129)
+# Behind the first two spans, which are 256 positions at least: they are combined.
+_LONG, _LONG_THREE = (700,), (700, 257, 3)
+_HEADS = {"num_heads": 4, "num_kv_heads": 2}
+# Down projections wider than what the threads of a program hold: two programs share a row.
+_SPLIT = {"num_layers": 1, "ffw_dim": 8_448}
+
+
+def _each(name: str, config: ModelConfig, kernel: Kernel = "pallas_stream") -> dict[str, Case]:
+    return {
+        f"{name}, 1": Case(config, _ONE, kernel=kernel),
+        f"{name}, 3": Case(config, _THREE, kernel=kernel),
+    }
+
+
+CASES: dict[str, Case] = {
+    **_each("bfloat16", small_config()),
+    **_each("int8", kernel_config(FOR_KERNELS["int8 and its head"])),
+    **_each("int4", kernel_config(FOR_KERNELS["int4 and its head"])),
+    **_each("mixed", kernel_config(FOR_KERNELS["mixed"])),
+    "gemma2, 3": Case(small_config(**FAMILIES["gemma2"]), _THREE),
+    "olmo2, 1": Case(small_config(**FAMILIES["olmo2"]), _ONE),
+    "qwen3, 3": Case(small_config(**FAMILIES["qwen3"]), _THREE),
+    "several spans, 1": Case(small_config(**_HEADS), _LONG, 1024),
+    "several spans, 3": Case(small_config(**_HEADS), _LONG_THREE, 1024),
+    "split down projection, 1": Case(small_config(**_SPLIT), _ONE),
+    "split down projection, 3": Case(small_config(**_SPLIT), _THREE),
+    **_each("phased", small_config(), kernel="pallas"),
+    "phased, several spans": Case(small_config(**_HEADS), _LONG, 1024, "pallas"),
+}
+"""By name; the number is that of the sequences."""

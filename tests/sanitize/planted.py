@@ -1,0 +1,165 @@
+"""Errors that are planted in the kernel's texts, to see whether a tool finds their kind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.stream import launch
+from pallas_kernels.stream.ptx import cache, lowered
+
+__all__ = ["PLANTED", "Planted", "plant"]
+
+# Bytes beyond the beginning of the cache's keys: nobody allocates so much here.
+_FAR = 1 << 30
+# What zeroes shared memory, 16 bytes a thread: every thread comes there once a step.
+_CLEARED = "{0, 0, 0, 0}"
+
+_Counted = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """An error.
+
+    Attributes:
+        tool: that looks for its kind.
+        what: it is, for the table.
+        patch: patches the lowering; what it calls is called for every text that was changed.
+    """
+
+    tool: str
+    what: str
+    patch: Callable[[_Counted], Any]
+
+
+def _texts(change: Callable[[str], str]) -> Callable[[_Counted], Any]:
+    """Patches every inline PTX that `change` changes."""
+
+    def patch(count: _Counted) -> Any:
+        original = lowered.assembly
+
+        def changed(results: Any, text: str, *rest: Any, **more: Any) -> Any:
+            other = change(text)
+            if other != text:
+                count()
+            return original(results, other, *rest, **more)
+
+        return mock.patch.object(lowered, "assembly", changed)
+
+    return patch
+
+
+def _where_cleared(before: str = "", behind: str = "") -> Callable[[_Counted], Any]:
+    """Puts PTX before, or behind, the clearing of shared memory; of it %o and %a are free then."""
+
+    def change(text: str) -> str:
+        if _CLEARED not in text:
+            return text
+        return before + text.replace("done: ", f"done: {behind}")
+
+    return _texts(change)
+
+
+def _lines_of_the_cache(change: Callable[[list[str], str], list[str]]) -> Callable[[_Counted], Any]:
+    """Patches the text that asks for keys and values, of which the keys' address is known."""
+
+    def patch(count: _Counted) -> Any:
+        original = cache.cache_feed_lines
+
+        def changed(feed: Any, ring: str, keys: str, *rest: Any) -> list[str]:
+            lines = original(feed, ring, keys, *rest)
+            other = change(lines, keys)
+            if other != lines:
+                count()
+            return other
+
+        return mock.patch.object(cache, "cache_feed_lines", changed)
+
+    return patch
+
+
+def _load_beyond(lines: list[str], keys: str) -> list[str]:
+    # Volatile, or the compiler leaves out what nobody reads.
+    load = f"{{ .reg .b32 %zx; ld.volatile.global.b32 %zx, [{keys}+{_FAR}]; }}"
+    return [load, *lines]
+
+
+def _copy_beyond(lines: list[str], keys: str) -> list[str]:
+    begin = f"add.u64 %e, %d, {keys};"
+    return [line.replace(begin, f"{begin} add.u64 %e, %e, {_FAR};") for line in lines]
+
+
+def _no_meeting(text: str) -> str:
+    """Without the barriers of a program that stand inside a text: those of each warp stay."""
+    return text.replace("bar.sync 0;", "")
+
+
+def _read_of_logits(count: _Counted) -> Any:
+    """Reads the step's result before anyone has written it."""
+    original = launch.stream_kernel
+
+    def kernel(env: Any) -> None:
+        count()
+        # Of each program one. What is read is used, or it would not be.
+        index = env.program % env.dims.vocab_size + jnp.arange(1)
+        where = env.refs["logits"].at[0, index]
+        plgpu.store(where, plgpu.load(where) + 1.0)
+        original(env)
+
+    return mock.patch.object(launch, "stream_kernel", kernel)
+
+
+PLANTED: dict[str, Planted] = {
+    "load": Planted("memcheck", "a load beyond the cache", _lines_of_the_cache(_load_beyond)),
+    "bulk-copy": Planted(
+        "memcheck", "a bulk copy from beyond the cache", _lines_of_the_cache(_copy_beyond)
+    ),
+    "no-barrier": Planted("racecheck", "barriers left out of attention", _texts(_no_meeting)),
+    "early-read": Planted(
+        "racecheck",
+        "a read of what another warp writes",
+        _where_cleared(
+            behind="mov.u32 %o, %tid.x; xor.b32 %o, %o, 32; shl.b32 %o, %o, 4; "
+            "add.u32 %a, %o, $1; ld.volatile.shared.b32 %o, [%a]; "
+        ),
+    ),
+    "unwritten": Planted("initcheck", "a load of what nobody has written", _read_of_logits),
+    "divergent": Planted(
+        "synccheck",
+        "a barrier at which half of a warp stands",
+        _where_cleared(
+            before="{ .reg .pred %zp; .reg .b32 %zt; mov.u32 %zt, %laneid; "
+            "setp.lt.u32 %zp, %zt, 16; @%zp bar.sync 0; @!%zp bar.sync 0; } "
+        ),
+    ),
+    "wrong-mask": Planted(
+        "synccheck",
+        "a barrier of a warp by threads that it does not name",
+        _where_cleared(before="bar.warp.sync 0x0000ffff; "),
+    ),
+}
+"""By name."""
+
+
+@contextlib.contextmanager
+def plant(name: str) -> Iterator[None]:
+    """Plants an error in all that is traced meanwhile.
+
+    Raises:
+        RuntimeError: nothing was changed: the kernel's texts are others than they were.
+    """
+    changed: list[None] = []
+    with PLANTED[name].patch(lambda: changed.append(None)):
+        yield
+    if not changed:
+        raise RuntimeError(
+            f"The planted error {name!r} changed no text of the kernel. Write it anew, in "
+            "tests/sanitize/planted.py."
+        )
