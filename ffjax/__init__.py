@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ffjax.broken import NotFiniteError
 from ffjax.cache import KVCache
 from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
 from ffjax.decode import DecodeOutput, decode_step
@@ -26,6 +27,7 @@ __all__ = [
     "KVCache",
     "LinearRopeScaling",
     "ModelConfig",
+    "NotFiniteError",
     "RopeScaling",
     "Stream",
     "Transformer",

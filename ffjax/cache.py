@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from ffjax.config import ModelConfig
 from ffjax.dims import step_dims
 from pallas_kernels.stream.mail import mail_words
 
-__all__ = ["KVCache"]
+__all__ = ["KVCache", "check_cache"]
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +27,8 @@ class KVCache:
         k: `[L, B, K, S, H]`, keys after RoPE, in the dtype of the weights.
         v: `[L, B, K, S, H]`, values.
         lengths: int32 `[B]`, live positions of each sequence. What lies beyond
-            is never read, whatever it holds.
+            is never read, whatever it holds. They are 0 or more; in a jitted step, where
+            nobody can look, a smaller one counts as 0.
         counters: int32, what the fused kernels need to know from step to step: the
             phased one's counters, the streamed one's mail. All zero to begin with; they
             belong to this batch, and the reference passes them through.
@@ -63,3 +67,57 @@ class KVCache:
     def capacity(self) -> int:
         """S, the positions each sequence has room for."""
         return self.k.shape[3]
+
+
+_MAKE = "Make the cache with KVCache.create(model.config, batch, capacity, model.dtype)."
+
+
+def check_cache(cache: KVCache, config: ModelConfig, dtype: Any) -> None:
+    """Refuses a cache that was not made for this model.
+
+    Shapes and dtypes are always known. Lengths are looked at where they are no tracers; on a
+    device, this waits for them.
+
+    Args:
+        cache: the cache.
+        config: the model's.
+        dtype: of the model's weights.
+
+    Raises:
+        ValueError: a shape is another model's, or a length is negative.
+        TypeError: a dtype is another.
+    """
+    c, keys = config, jnp.shape(cache.k)
+    if len(keys) != 5 or (keys[0], keys[2], keys[4]) != (c.num_layers, c.num_kv_heads, c.head_dim):
+        raise ValueError(
+            f"The cache of {c.name} holds keys [layers, batch, key heads, capacity, head size] = "
+            f"[{c.num_layers}, B, {c.num_kv_heads}, S, {c.head_dim}]; got {list(keys)}. {_MAKE}"
+        )
+    if (values := jnp.shape(cache.v)) != keys:
+        raise ValueError(
+            f"A cache holds as many values as keys, {list(keys)}; got values {list(values)}. "
+            f"{_MAKE}"
+        )
+    for stored in (cache.k, cache.v):
+        if stored.dtype != dtype:
+            raise TypeError(f"Cache and weights share a dtype, got {stored.dtype} and {dtype}.")
+    batch, words = keys[1], mail_words(step_dims(c, keys[1], keys[3]))
+    for name, array, shape in (
+        ("lengths", cache.lengths, (batch,)),
+        ("counters", cache.counters, (words,)),
+    ):
+        if jnp.shape(array) != shape:
+            raise ValueError(
+                f"The cache of {c.name} for {batch} sequences has {name} of shape {list(shape)}; "
+                f"got {list(jnp.shape(array))}. {_MAKE}"
+            )
+        if array.dtype != jnp.int32:
+            raise TypeError(f"A cache's {name} are int32, got {array.dtype}. {_MAKE}")
+    traced = isinstance(cache.lengths, Tracer)
+    if not traced and getattr(cache.lengths, "is_fully_addressable", True):
+        lengths = np.asarray(cache.lengths)
+        if negative := np.flatnonzero(lengths < 0).tolist():
+            raise ValueError(
+                f"Lengths of a cache are 0 or more, got {int(lengths[negative[0]])} for sequence "
+                f"{negative[0]}. A sequence begins at 0."
+            )

@@ -9,18 +9,24 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
-from ffjax.cache import KVCache
+from ffjax.broken import NotFiniteError
+from ffjax.cache import KVCache, check_cache
 from ffjax.config import ModelConfig
 from ffjax.dims import step_dims, step_features, unknown_groups
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
-from pallas_kernels.dims import DecodeWeights
+from ffjax.transforms import launch_whole
+from pallas_kernels.dims import DecodeWeights, Dims
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, launch_step
 from pallas_kernels.plan import make_plan
-from pallas_kernels.stream.launch import stream_step
+from pallas_kernels.stream.faults import Fault, fault_of
+from pallas_kernels.stream.launch import layout_of, stream_step
+from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan, why_not_on
 from pallas_kernels.stream.tuning import Tuning, tuning_for
 from pallas_kernels.support import why_not
@@ -32,10 +38,12 @@ __all__ = [
     "choose_kernel",
     "decode_step",
     "default_device",
+    "device_of",
     "fused_step",
     "quantized_weights",
     "resolve_implementation",
     "resolve_implementation_config",
+    "step_fault",
     "unsupported_field",
     "why_not_fused",
     "why_not_fused_config",
@@ -67,12 +75,37 @@ class DecodeOutput(NamedTuple):
     Attributes:
         cache: the cache, one position longer.
         logits: float32 `[B, V]`.
-        token: int32 `[B]`, the greedy choice, the lowest id of equal logits.
+        token: int32 `[B]`, the greedy choice, the lowest id of equal logits. Where a logit is NaN
+            it is that one's, or -1 where a kernel gave up.
     """
 
     cache: KVCache
     logits: Array
     token: Array
+
+    def check(self, model: Transformer) -> None:
+        """Waits for the step; raises if it chose no token.
+
+        For loops of your own: a jitted step cannot raise, and `ffjax.generate` and `ffjax.stream`
+        look by themselves. It reads some numbers a sequence from the device. Sequences whose
+        cache is full are left out: their logits are NaN on purpose.
+
+        Args:
+            model: whose step it was.
+
+        Raises:
+            NotFiniteError: the logits of a sequence are NaN or infinite. Where a kernel gave up
+                waiting for a hand-over, the message says in which layer, and for what. The next
+                step needs a fresh cache then.
+        """
+        token = np.asarray(self.token)
+        rows, index = jnp.arange(len(token)), jnp.maximum(self.token, 0)
+        chosen = np.asarray(self.logits[rows, index])
+        wrong = (token < 0) | ~np.isfinite(chosen)
+        wrong &= np.asarray(self.cache.lengths) <= self.cache.capacity
+        if wrong.any():
+            fault = step_fault(model, self.cache)
+            raise NotFiniteError(int(wrong.argmax()), None, None if fault is None else str(fault))
 
 
 def decode_weights(model: Transformer) -> DecodeWeights:
@@ -160,13 +193,27 @@ def unsupported_field(config: ModelConfig) -> str | None:
 def default_device() -> Any:
     """The device a jitted function runs on when its arguments do not say."""
     default = jax.config.jax_default_device
-    return default if default is not None and not isinstance(default, str) else jax.devices()[0]
+    if default is None or isinstance(default, str):  # a string names a platform
+        return jax.local_devices(backend=default)[0]
+    return default
+
+
+def device_of(model: Transformer) -> Any:
+    """The device a step of this model runs on, as far as it can be known.
+
+    That of the weights. Weights that are traced do not tell theirs: then the default device.
+    """
+    embed = model.embed[...]
+    if isinstance(embed, jax.Array) and not isinstance(embed, Tracer):
+        # Of several devices, the first: those of one sharding are of one kind.
+        return min(embed.devices(), key=lambda device: device.id)
+    return default_device()
 
 
 def why_not_fused(
     model: Transformer, batch: int, capacity: int, kernel: Kernel = "pallas"
 ) -> str | None:
-    """Why a fused kernel cannot run this step on the default device; None if it can.
+    """Why a fused kernel cannot run this step on the model's device; None if it can.
 
     Args:
         model: the model.
@@ -174,13 +221,16 @@ def why_not_fused(
         capacity: S, slots of the cache.
         kernel: "pallas", the phased kernel, or "pallas_stream", the streamed one.
     """
-    return why_not_fused_config(model.config, model.dtype, batch, capacity, kernel)
+    with jax.default_device(device_of(model)):
+        return why_not_fused_config(model.config, model.dtype, batch, capacity, kernel)
 
 
 def why_not_fused_config(
     config: ModelConfig, dtype: Any, batch: int, capacity: int, kernel: Kernel = "pallas"
 ) -> str | None:
     """What `why_not_fused` says of a model that need not exist: nothing is allocated.
+
+    It would run on the default device.
 
     Args:
         config: the model's.
@@ -254,7 +304,8 @@ def resolve_implementation(
             says why and what to do.
     """
     size = cache.batch, cache.capacity
-    return resolve_implementation_config(model.config, model.dtype, *size, implementation)
+    with jax.default_device(device_of(model)):
+        return resolve_implementation_config(model.config, model.dtype, *size, implementation)
 
 
 def resolve_implementation_config(
@@ -299,6 +350,38 @@ def resolve_implementation_config(
     return "xla"
 
 
+def _checked(model: Transformer, cache: KVCache, tokens: Any) -> Array:
+    """The tokens int `[B]` of a step whose inputs fit together."""
+    check_cache(cache, model.config, model.dtype)
+    tokens = jnp.asarray(tokens)
+    if tokens.shape != (cache.batch,):
+        raise ValueError(
+            f"A decode step takes one token a sequence, shape [{cache.batch}], got {tokens.shape}."
+        )
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"Tokens are integers, got {tokens.dtype}.")
+    return tokens
+
+
+def _stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> StreamPlan:
+    return make_stream_plan(dims, gpu, tuning or tuning_for(gpu.name, dims))
+
+
+def step_fault(model: Transformer, cache: KVCache) -> Fault | None:
+    """What a streamed step that gave up waiting left in the cache; None if none did.
+
+    Args:
+        model: the model.
+        cache: the cache, as a step with the plan of this model and its device left it.
+    """
+    gpu = Gpu.of(device_of(model))
+    if gpu is None:
+        return None
+    plan = _stream_plan(step_dims(model.config, cache.batch, cache.capacity), gpu)
+    layout = layout_of(plan)
+    return fault_of(plan, np.asarray(cache.counters[layout.fault : layout.fault + 2]), layout)
+
+
 def fused_step(
     model: Transformer,
     cache: KVCache,
@@ -320,9 +403,14 @@ def fused_step(
             interpret mode: slow, for tests of its numerics.
 
     Raises:
-        NotImplementedError: the kernel cannot run here.
+        ValueError: the cache is another model's, a length is negative, or the tokens are not
+            `[B]`.
+        TypeError: the tokens are no integers, or the cache has other dtypes.
+        NotImplementedError: the kernel cannot run here, or a transformation asks for what a
+            kernel has not: a derivative.
     """
-    gpu = INTERPRETER if interpret else Gpu.of(default_device())
+    tokens = _checked(model, cache, tokens)
+    gpu = INTERPRETER if interpret else Gpu.of(device_of(model))
     reason = _why_not(model.config, model.dtype, cache.batch, cache.capacity, kernel, gpu)
     if reason is not None or gpu is None:
         raise NotImplementedError(reason)
@@ -330,10 +418,11 @@ def fused_step(
     state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
     step = decode_weights(model), state, tokens.astype(jnp.int32)
     if kernel == "pallas_stream":
-        plan = make_stream_plan(dims, gpu, tuning or tuning_for(gpu.name, dims))
-        logits, token, state = stream_step(plan, *step, interpret=interpret)
+        plan = _stream_plan(dims, gpu, tuning)
+        launch = functools.partial(stream_step, plan, interpret=interpret)
     else:
-        logits, token, state = launch_step(make_plan(dims, gpu), *step, interpret=interpret)
+        launch = functools.partial(launch_step, make_plan(dims, gpu), interpret=interpret)
+    logits, token, state = launch_whole(launch, *step)
     return DecodeOutput(KVCache(*state), logits, token)
 
 
@@ -344,8 +433,15 @@ def reference_step(model: Transformer, cache: KVCache, tokens: Array) -> DecodeO
         model: the model.
         cache: the cache.
         tokens: int `[B]`.
+
+    Raises:
+        ValueError: the cache is another model's, a length is negative, or the tokens are not
+            `[B]`.
+        TypeError: the tokens are no integers, or the cache has other dtypes.
     """
+    tokens = _checked(model, cache, tokens)
     tokens = jnp.clip(tokens, 0, model.config.vocab_size - 1)
+    cache = dataclasses.replace(cache, lengths=jnp.maximum(cache.lengths, 0))
     logits, cache = model(tokens[:, None], cache)
     logits = logits[:, 0]
     return DecodeOutput(cache, logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
@@ -363,7 +459,19 @@ def decode_step(
     Call it under `jax.jit` or `nnx.jit`, with the cache donated: the fused kernel then
     updates it in place, and the step is one kernel launch. Token ids outside the
     vocabulary are clamped into it (`generate` refuses them with a sentence). A
-    sequence whose cache is full gets NaN logits.
+    sequence whose cache is full gets NaN logits; one whose length is negative counts as empty.
+    NaN in weights or activations gives NaN logits, and so does a kernel whose programs wait for
+    each other in vain, instead of hanging or ending the process: `DecodeOutput.check` says which.
+
+    Under `jax.vmap` the instances of a fused step run one after another, each as a launch of
+    its own that copies the instance's cache in and out; a batch is the fast way. Of a fused
+    step there is no derivative. Within `jax.shard_map(..., check_vma=False)` and `jax.pmap`
+    every device runs the step of its own arrays; arrays that are sharded otherwise are first
+    gathered by XLA on every device, each of which then runs the whole step.
+
+    The kernel's plan is made for the device of the weights. Traced weights do not tell theirs:
+    the plan is then made for JAX's default device, which `jax.default_device` sets. That
+    matters only where GPUs of different kinds are side by side.
 
     Args:
         model: the model.
@@ -376,19 +484,13 @@ def decode_step(
         Cache, logits and greedy token.
 
     Raises:
-        ValueError: the implementation's name is unknown, or the tokens are not `[B]`.
-        TypeError: the tokens are no integers, or cache and weights differ in dtype.
-        NotImplementedError: the named implementation cannot run here.
+        ValueError: the implementation's name is unknown, the tokens are not `[B]`, the cache
+            is another model's, or, where it is no tracer, a length is negative.
+        TypeError: the tokens are no integers, or the cache has other dtypes.
+        NotImplementedError: the named implementation cannot run here; a fused step is asked
+            for a derivative.
     """
-    tokens = jnp.asarray(tokens)
-    if tokens.shape != (cache.batch,):
-        raise ValueError(
-            f"A decode step takes one token a sequence, shape [{cache.batch}], got {tokens.shape}."
-        )
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"Tokens are integers, got {tokens.dtype}.")
-    if cache.k.dtype != model.dtype:
-        raise TypeError(f"Cache and weights share a dtype, got {cache.k.dtype} and {model.dtype}.")
+    tokens = _checked(model, cache, tokens)
     chosen = resolve_implementation(model, cache, implementation)
     if chosen == "xla":
         return reference_step(model, cache, tokens)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
+from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
-from ffjax.loop import BLOCK, Loop
+from ffjax.loop import BLOCK, NOT_FINITE, Loop
 from ffjax.model import Transformer
 from ffjax.requests import Request
 from pallas_kernels.dims import ceil_div
@@ -34,8 +35,8 @@ class GenerateOutput:
         steps: decode steps the device ran.
         compile_seconds: spent on compiling, next to nothing once a like request has
             been served; the other times do not contain it.
-        prefill_seconds: from the start to the first new token.
-        decode_seconds: from there to the last token.
+        prefill_seconds: from the start until the first new token of each sequence was here.
+        decode_seconds: from there until the last token was here; 0 without decode steps.
     """
 
     tokens: list[list[int]]
@@ -48,9 +49,16 @@ class GenerateOutput:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all sequences made by decode steps, a second; 0 if there were none."""
-        made = sum(max(len(row) - 1, 0) for row in self.tokens)
-        return made / self.decode_seconds if self.decode_seconds > 0 else 0.0
+        """Tokens of all sequences that decode steps made, a second; NaN without such steps.
+
+        A stop token counts, though it is not returned; what a sequence said after it does not.
+        """
+        if self.decode_seconds <= 0:
+            return math.nan
+        pairs = zip(self.tokens, self.finish_reasons, strict=True)
+        made = [len(row) + (reason == "stop") for row, reason in pairs]
+        # The first of each came with the prefill.
+        return sum(max(count - 1, 0) for count in made) / self.decode_seconds
 
 
 class Replies:
@@ -67,12 +75,24 @@ class Replies:
         """Whether no sequence takes another token."""
         return None not in self.finish_reasons
 
-    def add(self, row: Iterable[int]) -> list[int | None]:
+    def add(self, row: Iterable[int], fault: Callable[[], str | None]) -> list[int | None]:
         """Takes the device's next token of each sequence, `[B]`.
+
+        Args:
+            row: the tokens.
+            fault: asked, where there are none, what a kernel that gave up has said.
 
         Returns:
             The same, with None for a sequence that has ended or ends with it.
+
+        Raises:
+            NotFiniteError: the logits of a sequence that has not ended chose none; then nothing
+                is taken, of no sequence.
         """
+        row = list(row)
+        for b, token in enumerate(row):
+            if token == NOT_FINITE and self.finish_reasons[b] is None:
+                raise NotFiniteError(b, len(self.tokens[b]), fault())
         taken: list[int | None] = []
         for b, token in enumerate(row):
             mine = self.tokens[b]
@@ -107,7 +127,9 @@ def generate(
     """Continues each prompt by up to `max_new_tokens` tokens.
 
     The prompts are fed through the reference model. The decode loop then runs on the
-    device within one jitted call that updates the cache in place.
+    device within one jitted call that updates the cache in place. The same arguments give the
+    same tokens in every process on the same kind of device with the same versions of JAX and,
+    on a GPU, of CUDA: see `ffjax.reproducible`.
 
     Args:
         model: the model.
@@ -136,34 +158,42 @@ def generate(
             for more than 8 prompts, or an option is out of range.
         TypeError: an argument is of the wrong kind.
         NotImplementedError: the named implementation cannot run here.
+        NotFiniteError: the logits of a sequence were NaN or infinite; a FloatingPointError, whose
+            `output` is what came before.
     """
     request = Request.checked(
         model.config, prompts, max_new_tokens, temperature, seed, stop_token, capacity
     )
     loop = Loop(model, request, implementation)
     replies = Replies(request)
-    made, steps = np.zeros((0, request.batch), np.int32), 0
+    made, steps, decode_seconds = np.zeros((0, request.batch), np.int32), 0, 0.0
     start = time.perf_counter()
-    first = loop.prefill()
+    # Waited for before the steps are ordered: on a GPU that order lasts as long as they do, and
+    # the prefill would seem to. The device meanwhile idles for one round trip to the host, once a
+    # call.
+    first = np.asarray(loop.prefill())
+    prefilled = time.perf_counter()
     if (blocks := blocks_for(request)) > 0:
-        # Ordered before the first token is waited for, so that the device does not idle.
         on_device, index = loop.decode(blocks)
-        jax.block_until_ready(first)
-        prefilled = time.perf_counter()
         steps = int(index) - 1
         made = np.asarray(on_device)[:steps]
-    else:
-        jax.block_until_ready(first)
-        prefilled = time.perf_counter()
-    end = time.perf_counter()
-    for row in (np.asarray(first), *made):
-        replies.add(row.tolist())
-    return GenerateOutput(
-        tokens=replies.tokens,
-        finish_reasons=replies.finish_reasons,
-        implementation=loop.implementation,
-        steps=steps,
-        compile_seconds=loop.compile_seconds,
-        prefill_seconds=prefilled - start,
-        decode_seconds=end - prefilled if steps else 0.0,
-    )
+        decode_seconds = time.perf_counter() - prefilled if steps else 0.0
+
+    def output() -> GenerateOutput:
+        return GenerateOutput(
+            tokens=replies.tokens,
+            finish_reasons=replies.finish_reasons,
+            implementation=loop.implementation,
+            steps=steps,
+            compile_seconds=loop.compile_seconds,
+            prefill_seconds=prefilled - start,
+            decode_seconds=decode_seconds,
+        )
+
+    try:
+        for row in (first, *made):
+            replies.add(row.tolist(), loop.fault)
+    except NotFiniteError as error:
+        error.output = output()
+        raise
+    return output()

@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from ffjax.cache import KVCache
+from ffjax.cache import KVCache, check_cache
 from ffjax.config import Activation, ModelConfig
 from ffjax.formats import WeightFormat
 from ffjax.rope import apply_rope, inverse_frequencies
@@ -282,8 +282,9 @@ class Transformer(nnx.Module):
             A sequence that would outgrow the cache gets NaN logits.
 
         Raises:
-            ValueError: tokens are not `[B, T]`, or the cache has another batch.
-            TypeError: tokens are not integers, or the cache has another dtype.
+            ValueError: tokens are not `[B, T]`; the cache has another batch, is another
+                model's, or, where it is no tracer, has a negative length.
+            TypeError: tokens are not integers, or the cache has other dtypes.
         """
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2:
@@ -301,10 +302,7 @@ class Transformer(nnx.Module):
                 raise ValueError(
                     f"The cache holds {cache.batch} sequences, got tokens for {batch}."
                 )
-            if cache.k.dtype != self.dtype:
-                raise TypeError(
-                    f"Cache and weights share a dtype, got {cache.k.dtype} and {self.dtype}."
-                )
+            check_cache(cache, self.config, self.dtype)
         logits, store, _ = self._forward(tokens, store, num_tokens, last_only)
         return logits if cache is None else (logits, store)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
 from ffjax.generate import GenerateOutput, Replies, blocks_for
 from ffjax.loop import Loop
@@ -23,6 +24,9 @@ class Stream(Iterator[list[int | None]]):
     Each item holds one entry a sequence: its next token, or None once it has ended.
     All state of the generation belongs to the stream: breaking off, by leaving the
     loop, by `close` or by Ctrl-C, frees it and leaves the model as it was.
+
+    Where the logits of a sequence that has not ended are NaN or infinite, the next item raises
+    `NotFiniteError`, a FloatingPointError; what came before stays in `output`.
     """
 
     def __init__(self, loop: Loop, request: Request):
@@ -41,7 +45,11 @@ class Stream(Iterator[list[int | None]]):
 
     def __next__(self) -> list[int | None]:
         """The next token of each sequence."""
-        return next(self._rows)
+        try:
+            return next(self._rows)
+        except NotFiniteError as error:
+            error.output = self.output
+            raise
 
     def close(self) -> None:
         """Ends the stream and frees the cache; what has come stays in `output`."""
@@ -56,8 +64,8 @@ class Stream(Iterator[list[int | None]]):
     def output(self) -> GenerateOutput:
         """What has come so far; a sequence still running has the finish reason None.
 
-        The decode time is that of the last block of steps to arrive, and contains what the
-        reader of the stream did meanwhile.
+        The decode time is that of the last token given to the stream's reader, and contains what
+        the reader did meanwhile, while the device went on.
         """
         return GenerateOutput(
             tokens=[list(row) for row in self._replies.tokens],
@@ -73,12 +81,13 @@ class Stream(Iterator[list[int | None]]):
         replies = self._replies
         start = time.perf_counter()
         first = loop.prefill()
-        # The device always has its next block before the last one is read.
+        # The device always has its next block before the last one is read. The order of a single
+        # block does not wait for the prefill: see `loop.Loop.decode`.
         ahead = loop.decode(1) if blocks > 0 else None
         first = np.asarray(first)
         prefilled = time.perf_counter()
         self._prefill_seconds = prefilled - start
-        yield replies.add(first.tolist())
+        yield replies.add(first.tolist(), loop.fault)
         for block in range(1, blocks + 1):
             if replies.finished or ahead is None:
                 return
@@ -86,11 +95,12 @@ class Stream(Iterator[list[int | None]]):
             ahead = loop.decode(1) if block < blocks else None
             rows = np.asarray(made)[: int(index) - 1 - self._steps]
             self._steps += len(rows)
-            self._decode_seconds = time.perf_counter() - prefilled
             for row in rows:
                 if replies.finished:
                     return
-                yield replies.add(row.tolist())
+                taken = replies.add(row.tolist(), loop.fault)
+                self._decode_seconds = time.perf_counter() - prefilled
+                yield taken
 
 
 def stream(

@@ -128,7 +128,7 @@ def run_kernel(
             plan=plan,
             refs=named,
             program=pl.program_id(0),
-            lengths=tuple(named["lengths"][b] for b in range(d.batch)),
+            lengths=tuple(jnp.maximum(named["lengths"][b], 0) for b in range(d.batch)),
             sync=sync,
             interpret=interpret,
         )

@@ -204,6 +204,93 @@ def test_inputs_that_do_not_fit_are_refused(model, cache, tokens):
         decode_step(model, wide, tokens)
 
 
+# Each with what the mail's length, which the streamed kernel compares, does not tell.
+OTHER_CACHES = {
+    "fewer layers": (
+        lambda c: dataclasses.replace(c, k=c.k[:1], v=c.v[:1]),
+        r"= \[2, B, 1, S, 64\]; got \[1, 2, 1, 20, 64\]\. Make the cache with KVCache\.create",
+    ),
+    "more key heads": (
+        lambda c: dataclasses.replace(c, k=c.k.repeat(2, 2), v=c.v.repeat(2, 2)),
+        r"got \[2, 2, 2, 20, 64\]",
+    ),
+    "smaller heads": (
+        lambda c: dataclasses.replace(c, k=c.k[..., :32], v=c.v[..., :32]),
+        r"got \[2, 2, 1, 20, 32\]",
+    ),
+    "slots before heads": (
+        lambda c: dataclasses.replace(c, k=c.k.swapaxes(2, 3), v=c.v.swapaxes(2, 3)),
+        r"got \[2, 2, 20, 1, 64\]",
+    ),
+    "a layer": (lambda c: dataclasses.replace(c, k=c.k[0]), r"got \[2, 1, 20, 64\]"),
+    "fewer values": (
+        lambda c: dataclasses.replace(c, v=c.v[:, :, :, :8]),
+        r"as many values as keys, \[2, 2, 1, 20, 64\]; got values \[2, 2, 1, 8, 64\]",
+    ),
+    "one length": (
+        lambda c: dataclasses.replace(c, lengths=c.lengths[:1]),
+        r"for 2 sequences has lengths of shape \[2\]; got \[1\]",
+    ),
+    "no counters": (
+        lambda c: dataclasses.replace(c, counters=c.counters[:0]),
+        r"for 2 sequences has counters of shape \[\d+\]; got \[0\]",
+    ),
+    "wide values": (
+        lambda c: dataclasses.replace(c, v=c.v.astype(jnp.float32)),
+        "share a dtype, got float32 and bfloat16",
+    ),
+    "lengths of floats": (
+        lambda c: dataclasses.replace(c, lengths=c.lengths.astype(jnp.float32)),
+        "A cache's lengths are int32, got float32",
+    ),
+    "short lengths": (
+        lambda c: dataclasses.replace(c, lengths=c.lengths.astype(jnp.int16)),
+        "A cache's lengths are int32, got int16",
+    ),
+    "counters of bits": (
+        lambda c: dataclasses.replace(c, counters=c.counters.astype(jnp.uint32)),
+        "A cache's counters are int32, got uint32",
+    ),
+}
+STEPS = {
+    "reference": functools.partial(decode_step, implementation="xla"),
+    "phased": functools.partial(fused_step, kernel="pallas", interpret=True),
+    "streamed": functools.partial(fused_step, kernel="pallas_stream", interpret=True),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_CACHES)
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_another_models_cache_is_refused(model, cache, tokens, what, step):
+    other, sentence = OTHER_CACHES[what]
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        step(model, other(cache), tokens)
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        jax.eval_shape(functools.partial(step, model), other(cache), tokens)
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_a_negative_length_that_can_be_seen_is_refused(model, cache, tokens, step):
+    for lengths in (jnp.array([5, -3], jnp.int32), np.array([5, -3], np.int32)):
+        with pytest.raises(ValueError, match="0 or more, got -3 for sequence 1"):
+            step(model, dataclasses.replace(cache, lengths=lengths), tokens)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_negative_length_that_is_traced_counts_as_zero(model, tokens, name):
+    """It writes its own first slot and no other sequence's."""
+    step = STEPS[name]
+    empty = filled_cache(model.config, [5, 0], 20)
+    jitted = jax.jit(functools.partial(step, model), compiler_options=QUICK_COMPILE)
+    want = jitted(empty, tokens)
+    for length in (-1, -20, -(2**31)):
+        below = dataclasses.replace(empty, lengths=jnp.array([5, length], jnp.int32))
+        for got, wanted in zip(
+            jax.tree.leaves(jitted(below, tokens)), jax.tree.leaves(want), strict=True
+        ):
+            assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
+
+
 @pytest.mark.parametrize(
     "fields",
     [

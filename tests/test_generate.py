@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import gc
+import math
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +91,8 @@ def test_one_new_token_needs_no_decode_step(model):
     out = generate(model, SHORT, 1)
     assert out.tokens == [_without_cache(model, SHORT, 1)]
     assert out.finish_reasons == ["length"]
-    assert (out.steps, out.decode_seconds, out.tokens_per_second) == (0, 0.0, 0.0)
+    assert (out.steps, out.decode_seconds) == (0, 0.0)
+    assert math.isnan(out.tokens_per_second)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -235,6 +239,20 @@ def test_breaking_off_a_stream_keeps_what_came_and_harms_nothing(model):
     assert steps.output.tokens == [came] == [whole[:BLOCK]]
     assert steps.output.finish_reasons == [None]
     assert generate(model, SHORT, 20).tokens[0] == whole
+
+
+def test_a_stream_that_is_closed_or_read_to_its_end_holds_no_cache(model, monkeypatch):
+    prefill, loops = Loop.prefill, []
+    monkeypatch.setattr(
+        Loop, "prefill", lambda loop: loops.append(weakref.ref(loop)) or prefill(loop)
+    )
+    closed, read = (stream(model, SHORT, 20) for _ in range(2))
+    next(closed)
+    closed.close()
+    assert len(list(read)) == 20
+    gc.collect()
+    assert [loop() for loop in loops] == [None, None]
+    assert len(read.output.tokens[0]) == 20
 
 
 def test_ctrl_c_inside_a_stream_ends_it_and_leaves_the_model_whole(model, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from typing import get_args
 
@@ -13,6 +14,9 @@ from ffjax.tokenizer import Tokenizer
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "continue a text with a model"
+
+# The command did its work, and the model's numbers are wrong.
+_WRONG = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints prompt and completion on stdout, a line of figures on stderr; or JSON."""
-    import jax
-
     import checkpoints
+    from ffjax.broken import NotFiniteError
+    from ffjax.decode import device_of
     from ffjax.streaming import stream
     from ffjax.tokenizer import load_tokenizer
 
@@ -78,22 +82,30 @@ def run(args: argparse.Namespace) -> int:
     said = "".join([decoder.push(token) for token in prompt])
     show("" if args.chat else said)
     text = []
-    for (token,) in steps:
-        if token is not None:
-            text.append(decoder.push(token))
-            show(text[-1])
+    try:
+        for (token,) in steps:
+            if token is not None:
+                text.append(decoder.push(token))
+                show(text[-1])
+    except NotFiniteError as error:
+        show(decoder.finish() + "\n")
+        print(f"ffjax generate: {error}", file=sys.stderr)
+        return _WRONG
     text.append(decoder.finish())
     show(text[-1])
     out = steps.output
     [tokens], [finish_reason] = out.tokens, out.finish_reasons
-    device = jax.devices()[0].device_kind
+    device = device_of(model).device_kind
+    rate = out.tokens_per_second
+    timed = math.isfinite(rate)
     if args.json:
         report = {
             "text": "".join(text),
             "tokens": tokens,
             "prompt_tokens": len(prompt),
             "finish_reason": finish_reason,
-            "tokens_per_second": out.tokens_per_second,
+            # JSON has no NaN, which a text without decode steps has.
+            "tokens_per_second": rate if timed else None,
             "implementation": out.implementation,
             "device": device,
             "model": model.config.name,
@@ -106,8 +118,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         show("\n")
         print(
-            f"{model.config.name}: {len(tokens)} tokens, {out.tokens_per_second:.1f} "
-            f"tokens/s with {out.implementation!r} on {device} "
+            f"{model.config.name}: {len(tokens)} tokens, prefill {out.prefill_seconds:.3f} s, "
+            f"{f'{rate:.1f} tokens/s' if timed else 'no decode steps'} "
+            f"with {out.implementation!r} on {device} "
             f"(compiling took {out.compile_seconds:.1f} s, not counted)",
             file=sys.stderr,
         )

@@ -32,7 +32,7 @@ def head(env: Env, wait: Wait = no_wait) -> None:
     """
     tile, d, bp = env.plan.head, env.dims, env.plan.padded_batch
     column = iota((bp,), 0)
-    length = plgpu.load(env["lengths"].at[jnp.minimum(column, d.batch - 1)])
+    length = jnp.maximum(plgpu.load(env["lengths"].at[jnp.minimum(column, d.batch - 1)]), 0)
     fits = length < d.capacity
 
     def rows_of(group):

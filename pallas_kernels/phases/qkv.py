@@ -30,7 +30,7 @@ def qkv(env: Env, layer: Array, wait: Wait = no_wait) -> None:
     per_head = d.head_dim // tile.rows
     shape = (half, bp)
     b = iota(shape, 1)
-    length = plgpu.load(env["lengths"].at[jnp.minimum(b, d.batch - 1)])
+    length = jnp.maximum(plgpu.load(env["lengths"].at[jnp.minimum(b, d.batch - 1)]), 0)
     softmax_scale = math.log2(math.e) / math.sqrt(d.head_dim)
 
     def rows_of(group):

@@ -1,0 +1,246 @@
+"""A fused step under JAX's transformations: whole, or refused with a sentence."""
+
+import functools
+import subprocess
+import sys
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import QUICK_COMPILE, filled_cache, random_model, random_tokens, small_config
+from flax import nnx
+
+from ffjax.decode import Kernel, fused_step
+from pallas_kernels.compile import why_no_compiler
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+CONFIG = small_config(num_layers=1, model_dim=64, ffw_dim=64)
+every_kernel = pytest.mark.parametrize("kernel", get_args(Kernel))
+needs_compiler = pytest.mark.skipif(
+    why_no_compiler() is not None, reason=why_no_compiler() or "it is there"
+)
+
+
+@functools.cache
+def split(seed=0):
+    return nnx.split(random_model(CONFIG, seed))
+
+
+@functools.cache
+def step_of(kernel):
+    graph, _ = split()
+
+    def step(params, cache, tokens):
+        return fused_step(nnx.merge(graph, params), cache, tokens, kernel=kernel, interpret=True)
+
+    return step
+
+
+@functools.cache
+def alone(kernel):
+    return jax.jit(step_of(kernel), compiler_options=QUICK_COMPILE)
+
+
+def instances(count):
+    """Caches and tokens, each another's."""
+    return [(filled_cache(CONFIG, [i + 1], 8), random_tokens(CONFIG, 1, i)) for i in range(count)]
+
+
+def stacked(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def assert_same(got, want):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def check(kernel, mapped, args, want):
+    got = jax.jit(mapped, compiler_options=QUICK_COMPILE)(*args)
+    assert_same(got, stacked(want))
+
+
+@every_kernel
+@pytest.mark.parametrize("weights", ["shared", "own"])
+def test_vmap_is_a_loop(kernel, weights):
+    some = instances(3)
+    caches, tokens = stacked([c for c, _ in some]), stacked([t for _, t in some])
+    params = [split(i if weights == "own" else 0)[1] for i in range(3)]
+    want = [alone(kernel)(p, *each) for p, each in zip(params, some, strict=True)]
+    if weights == "own":
+        check(kernel, jax.vmap(step_of(kernel)), (stacked(params), caches, tokens), want)
+    else:
+        check(kernel, jax.vmap(step_of(kernel), (None, 0, 0)), (params[0], caches, tokens), want)
+
+
+@every_kernel
+def test_nested_vmap_is_a_nested_loop(kernel):
+    """Each cache with each token, and caches along another axis than the first."""
+    some, (_, params) = instances(2), split()
+    caches = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *(c for c, _ in some))
+    tokens = stacked([t for _, t in some])
+    inner = jax.vmap(step_of(kernel), (None, None, 0))
+    want = [stacked([alone(kernel)(params, c, t) for _, t in some]) for c, _ in some]
+    check(kernel, jax.vmap(inner, (None, 1, None)), (params, caches, tokens), want)
+
+
+def launches(jaxpr):
+    """Every kernel call of a jaxpr, inner ones too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+            continue
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from launches(inner)
+
+
+@every_kernel
+def test_no_kernel_is_launched_on_arrays_with_an_axis_of_instances(kernel):
+    """Interpreted, Pallas's own vmap is right; on a GPU all instances would read the first's."""
+    some, (_, params) = instances(2), split()
+    caches, tokens = stacked([c for c, _ in some]), stacked([t for _, t in some])
+    mapped = jax.vmap(step_of(kernel), (None, 0, 0))
+
+    def shapes(function, *args):
+        [launch] = launches(jax.make_jaxpr(function)(*args).jaxpr)
+        return [getattr(v.aval, "shape", None) for v in launch.invars]
+
+    want = shapes(step_of(kernel), params, *some[0])
+    assert shapes(mapped, params, caches, tokens) == want
+
+
+def derivatives(step, params, cache, tokens):
+    def loss(params):
+        return step(params, cache, tokens).logits.sum()
+
+    yield lambda: jax.grad(loss)(params)
+    yield lambda: jax.vjp(loss, params)
+    yield lambda: jax.jvp(loss, (params,), (params,))
+    yield lambda: jax.linearize(loss, params)
+    yield lambda: jax.grad(jax.checkpoint(loss))(params)
+    yield lambda: jax.grad(jax.jit(loss))(params)
+    yield lambda: jax.vmap(jax.grad(loss))(stacked([params] * 2))
+    yield lambda: jax.grad(lambda p: jax.vmap(loss)(p).sum())(stacked([params] * 2))
+
+
+@every_kernel
+def test_a_derivative_is_refused_with_a_sentence(kernel):
+    [(cache, tokens)], (_, params) = instances(1), split()
+    for ask in derivatives(step_of(kernel), params, cache, tokens):
+        with pytest.raises(NotImplementedError, match="A fused decode step has no derivative"):
+            ask()
+
+
+@every_kernel
+def test_a_step_beside_what_is_differentiated_is_no_derivative(kernel):
+    [(cache, tokens)], (_, params) = instances(1), split()
+
+    def loss(x):
+        return x * jax.lax.stop_gradient(step_of(kernel)(params, cache, tokens).logits[0, 0])
+
+    slope = jax.jit(jax.grad(loss), compiler_options=QUICK_COMPILE)(2.0)
+    assert slope == alone(kernel)(params, cache, tokens).logits[0, 0]
+
+
+@every_kernel
+def test_remat_pmap_and_shard_map_run_the_step(kernel):
+    [(cache, tokens)], (_, params) = instances(1), split()
+    want = alone(kernel)(params, cache, tokens)
+    step, every = step_of(kernel), jax.sharding.PartitionSpec()
+    assert_same(
+        jax.jit(jax.checkpoint(step), compiler_options=QUICK_COMPILE)(params, cache, tokens), want
+    )
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"mesh": mesh, "in_specs": every, "out_specs": every}
+    mapped = jax.shard_map(step, check_vma=False, **specs)
+    got = jax.jit(mapped, compiler_options=QUICK_COMPILE)(params, cache, tokens)
+    assert_same(got, want)
+    with pytest.raises(ValueError, match=r"Call jax\.shard_map with check_vma=False"):
+        jax.shard_map(step, **specs)(params, cache, tokens)
+    one = stacked([(cache, tokens)])
+    got = jax.jit(jax.pmap(step, in_axes=(None, 0, 0)), compiler_options=QUICK_COMPILE)(
+        params, *one
+    )
+    assert_same(got, stacked([want]))
+
+
+# Explicit axes need more than one device, which a process must ask for before it starts.
+_SHARDED = """
+import sys
+sys.path.insert(0, {tests!r})
+import jax
+import test_transforms as cases
+[(cache, tokens)], (_, params) = cases.instances(1), cases.split()
+mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.{axes},))
+spec = jax.sharding.PartitionSpec(None, None, None, "x")
+keys = jax.device_put(cache.k, jax.NamedSharding(mesh, spec))
+from dataclasses import replace
+step = cases.alone({kernel!r})
+with jax.set_mesh(mesh):
+    try:
+        got = step(params, replace(cache, k=keys), tokens)
+    except NotImplementedError as error:
+        print(error)
+    else:
+        cases.assert_same(got, step(params, cache, tokens))
+        print("the same")
+"""
+
+
+@pytest.mark.parametrize(
+    ("axes", "says"), [("Explicit", "A fused decode step runs on one device"), ("Auto", "the same")]
+)
+def test_sharded_inputs_run_or_are_refused(axes, says, monkeypatch, request):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    program = _SHARDED.format(tests=str(request.path.parent), axes=axes, kernel="pallas_stream")
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(says)
+
+
+# The step as ffjax launches it, compiled for a GPU: XLA's plugin wants a process of its own.
+_COMPILED = """
+import functools, re, sys
+from ffjax.config import preset
+from ffjax.dims import step_dims
+from ffjax.transforms import launch_whole
+from pallas_kernels import compile_worker as worker
+from pallas_kernels.plan import make_plan
+from pallas_kernels.stream.planner import make_stream_plan
+from pallas_kernels.targets import target
+
+gpu, dims = target("h200"), step_dims(preset("python-bytes-3m"), 2, 512)
+for name in ("stream_step", "launch_step"):
+    def launch(plan, *step, bare=getattr(worker, name)):
+        return launch_whole(functools.partial(bare, plan), *step)
+    setattr(worker, name, launch)
+for plan in (make_stream_plan(dims, gpu.gpu), make_plan(dims, gpu.gpu)):
+    compiled = worker.compile_step(plan, gpu.config)
+    [entry] = re.findall(r"^ENTRY [^\\n]*\\{\\n(.*?)^\\}", compiled.as_text(), re.M | re.S)
+    kinds = re.findall(r"^\\s+(?:ROOT )?\\S+ = (?:\\(.*?\\)|\\S+) ([\\w-]+)\\(", entry, re.M)
+    idle = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+    assert [kind for kind in kinds if kind not in idle] == ["custom-call"], kinds
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= dims.cache_bytes([512, 512])
+    assert memory.temp_size_in_bytes < 2**20
+print("one kernel")
+"""
+
+
+@needs_compiler
+def test_what_takes_transformations_adds_nothing_to_a_compiled_step(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILED], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "one kernel\n"
