@@ -642,6 +642,24 @@ def test_more_programs_than_the_mail_has_places_are_refused():
         make_stream_plan(preset_dims("llama3.2-1b", 1), machine(321))
 
 
+@pytest.mark.parametrize(("layers", "globals_at", "gap"), [
+    (255, [254], 256),  # from one step's global layer to the next one's
+    (300, [20, 275, 299], 255),
+    (300, [20, 276, 299], 256),
+    (40, [5, 11, 17, 23, 29, 35], 11),
+])  # fmt: skip
+def test_layers_of_a_kind_that_are_too_far_apart_are_refused(layers, globals_at, gap):
+    pattern = tuple(i not in globals_at for i in range(layers))
+    config = small_config(num_layers=layers, window=40, window_pattern=pattern)
+    reason = why_not(dims_of(config, 2, 64), 132)
+    if gap < 256:
+        assert reason is None
+    else:
+        assert reason is not None
+        assert "less than 256 apart" in reason
+        assert f"this model has up to {gap}." in reason
+
+
 def test_buffers_of_the_mail_do_not_overlap():
     dims = preset_dims("llama3.1-8b", 8)
     plan = make_stream_plan(dims, H200)

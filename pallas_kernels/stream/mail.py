@@ -15,11 +15,23 @@ whoever reads a buffer in layer l contributes to such an output afterwards. (A p
 without work in a segment does not poll for it.) So at the time of the second writing every
 reader has finished with the first.
 
-Why a stale word is never taken for a fresh one. Whatever is read of a buffer of words is
-written in every layer of every step, and tags count up, so a word not yet written holds the
-tag just before: one less, or two, from a step to the next, where the head has no such hand-over.
-Attention's parts are written as they are needed, perhaps after thousands of steps: they are
-pairs.
+Why a stale word is never taken for a fresh one. Tags count up and come round: 2 bits of twins after
+4 hand-overs, 8 bits of other words after 256. So a reader must know how old a word can be that it
+finds, and that follows from what it has read before:
+
+- A program's share of a matrix is the same in every layer, and so is what it owns of the residual.
+  Who reads one of these buffers thus reads it in every layer, and the word that it finds has the
+  tag of the layer before; at the beginning of a step, of the last layer of the step before, which
+  has ended everywhere. That is one hand-over ago, or two.
+- A program may have no tile in any layer, and some of the head's. It reads nothing from the step's
+  beginning on, runs ahead to the head, and waits there while the residual of every layer passes. So
+  the head's input has a buffer of its own, written once a step, and its tag counts steps.
+- Who attends may do so in global layers alone, or in local ones. Queries, keys and values are words
+  with 8 bits, and models with more layers than that in between are refused: see `planner.why_not`.
+- Spans of attention are written as they are needed, perhaps after thousands of steps. They are
+  pairs, whose tags have 32 bits and are odd, so that what was never written has none.
+
+`tests/search` holds a model of this, which looks at all orders in which programs can come.
 
 The mail lies in the cache and lives from step to step. It starts as zeros; the first tag
 is 1. Its first word counts the steps.

@@ -36,6 +36,8 @@ from pallas_kernels.stream.tuning import Tuning
 __all__ = ["COMPILER_BYTES", "make_stream_plan", "splits_of", "why_not", "why_not_on"]
 
 DEFAULT = Tuning()
+# Hand-overs after which the tags of queries, keys and values come round: they have 8 bits.
+MOST_BETWEEN = 256
 # Shared memory that the compiler takes for itself, at most.
 COMPILER_BYTES = 6 * 1024
 
@@ -157,6 +159,12 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
                 f"The streamed kernel copies rows of weights of whole {whole} elements, of {bits} "
                 f"bits each; this model's {name} has rows of {inner}. {instead}"
             )
+    if (gap := _longest_gap(dims.features.local_layers)) >= MOST_BETWEEN:
+        return (
+            "A streamed step tells apart the queries and keys of layers that are less than "
+            f"{MOST_BETWEEN} apart; from one layer of a kind, local or global, to the next one, "
+            f"this model has up to {gap}. {instead}"
+        )
     segments = _segments(dims, programs, geometry)
     for name, (segment, part) in zip(_inputs(dims), segments.items(), strict=True):
         rows = part.run_rows // 2 if is_paired(segment) else part.run_rows
@@ -167,6 +175,19 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
                 f"{rows * part.scale_bytes}. {instead}"
             )
     return None
+
+
+def _longest_gap(local_layers: tuple[bool, ...]) -> int:
+    """Hand-overs from one layer of a kind, local or global, to the next one, at most.
+
+    Also from the last one of a step to the first one of the next: the end of a step counts as one.
+    """
+    gaps = [0]
+    for kind in set(local_layers):
+        layers = [i for i, local in enumerate(local_layers) if local == kind]
+        following = [*layers[1:], layers[0] + len(local_layers) + 1]
+        gaps += [b - a for a, b in zip(layers, following, strict=True)]
+    return max(gaps)
 
 
 def _instead(dims: Dims) -> str:
