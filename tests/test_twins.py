@@ -21,9 +21,9 @@ FORMATS = {"plain": PLAIN, "residual": RESIDUAL}
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
-def there_and_back(first, second, form=PLAIN, tag: int = 1):
-    given = jnp.asarray(first, jnp.float32), jnp.asarray(second, jnp.float32)
-    words = jax.jit(joined, static_argnums=3)(*given, jnp.int32(tag), form)
+def there_and_back(both, form=PLAIN, tag: int = 1):
+    first, second = (jnp.asarray(x, jnp.float32) for x in both)
+    words = jax.jit(joined, static_argnums=3)(first, second, jnp.int32(tag), form)
     return words, np.stack(jax.jit(parted, static_argnums=1)(words, form))
 
 
@@ -40,7 +40,7 @@ def most(form) -> float:
 def test_twins_keep_their_bits_whatever_their_neighbour_is(form, scale, ratio, tag):
     given = NORMAL * np.float32(scale)
     given[0] *= np.float32(ratio)
-    _, got = there_and_back(given[0], given[1], form, tag)
+    _, got = there_and_back(given, form, tag)
     # Those of 15 - exponent bits; and near 0 all share a step.
     size = np.abs(given.astype(np.float64)) + form.least
     step = 2.0 ** (np.floor(np.log2(size)) - 14 + form.exponent)
@@ -53,7 +53,7 @@ def test_twins_keep_their_bits_whatever_their_neighbour_is(form, scale, ratio, t
 @pytest.mark.parametrize(("form", "times"), [(PLAIN, 1.95), (RESIDUAL, 3.6)])
 def test_twins_are_closer_than_bfloat16(form, times):
     """In the mean over normal numbers: they have a bit more, or two."""
-    _, got = there_and_back(*NORMAL, form)
+    _, got = there_and_back(NORMAL, form)
     rounded = NORMAL.astype(jnp.bfloat16).astype(np.float32)
     ours, theirs = (np.sqrt(np.mean((x - NORMAL) ** 2)) for x in (got, rounded))
     assert times * ours < theirs
@@ -62,7 +62,7 @@ def test_twins_are_closer_than_bfloat16(form, times):
 def test_the_smallest_embeddings_are_closer_than_bfloat16_in_the_residual():
     """Of a standard deviation of 2^-9, where its step is the same for nearly all."""
     given = NORMAL * np.float32(2.0**-9)
-    _, got = there_and_back(*given, RESIDUAL)
+    _, got = there_and_back(given, RESIDUAL)
     rounded = given.astype(jnp.bfloat16).astype(np.float32)
     ours, theirs = (np.sqrt(np.mean((x - given) ** 2)) for x in (got, rounded))
     assert 2 * ours < theirs
@@ -70,16 +70,16 @@ def test_the_smallest_embeddings_are_closer_than_bfloat16_in_the_residual():
 
 @every_format
 def test_a_word_of_nothing_but_a_tag_is_zeros(form):
-    words, got = there_and_back([0, 0], [0, 1e-38], form, 2)
+    words, got = there_and_back([[0, 0], [0, 1e-38]], form, 2)
     np.testing.assert_array_equal(words, np.asarray(twin_tag(jnp.int32(2))))
     np.testing.assert_array_equal(got, np.zeros((2, 2)))
-    assert (there_and_back([-0.0, 0], [0, -0.0], form)[1] == 0).all()
+    assert (there_and_back([[-0.0, 0], [0, -0.0]], form)[1] == 0).all()
 
 
 @every_format
 def test_what_is_too_small_becomes_zero_and_what_is_too_large_infinite(form):
     tiny, top = form.least * 2.0**-12, most(form) - form.least
-    _, got = there_and_back([tiny, -tiny, -top, 3e38], [-tiny, tiny, top, -1.01 * top], form)
+    _, got = there_and_back([[tiny, -tiny, -top, 3e38], [-tiny, tiny, top, -1.01 * top]], form)
     assert (got[:, :2] == 0).all()
     np.testing.assert_allclose(got[:, 2], [-top, top], rtol=2.0**-12)
     np.testing.assert_array_equal(got[:, 3], [np.inf, -np.inf])
@@ -91,7 +91,7 @@ def test_what_is_too_small_becomes_zero_and_what_is_too_large_infinite(form):
 def test_no_number_stays_none(form, bad, row):
     given = NORMAL[:, :8].copy()
     given[row, 3] = bad
-    _, got = there_and_back(*given, form)
+    _, got = there_and_back(given, form)
     assert (~np.isfinite(got)).any(axis=0).tolist() == [i == 3 for i in range(8)]
     assert np.isnan(got[row, 3]) == np.isnan(bad)
     assert np.isfinite(got[1 - row, 3])
@@ -100,12 +100,12 @@ def test_no_number_stays_none(form, bad, row):
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFFC00000])
 def test_a_nan_of_any_bits_stays_one(bits):
     given = np.full((2, 1), bits, np.uint32).view(np.float32)
-    _, got = there_and_back(*given)
+    _, got = there_and_back(given)
     assert np.isnan(got).all()
 
 
 def test_hand_overs_that_follow_each_other_have_different_tags():
-    words = [there_and_back(*NORMAL, PLAIN, tag)[0] & TWIN_TAG_BITS for tag in range(-4, 8)]
+    words = [there_and_back(NORMAL, PLAIN, tag)[0] & TWIN_TAG_BITS for tag in range(-4, 8)]
     for tag, some in zip(range(-4, 8), words, strict=True):
         assert (some == twin_tag(jnp.int32(tag))).all()
     for apart in (1, 2, 3):
@@ -114,7 +114,7 @@ def test_hand_overs_that_follow_each_other_have_different_tags():
 
 
 def test_a_words_tag_says_nothing_of_its_numbers():
-    results = [there_and_back(*NORMAL, PLAIN, tag)[1] for tag in range(4)]
+    results = [there_and_back(NORMAL, PLAIN, tag)[1] for tag in range(4)]
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 
