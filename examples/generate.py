@@ -5,6 +5,7 @@ python examples/generate.py --prompt "class Stack:" --max-new-tokens 300 --tempe
 """
 
 import argparse
+import math
 
 import jax
 
@@ -30,12 +31,15 @@ def main() -> None:
     )
 
     print(args.prompt + tokenizer.decode(out.tokens[0]))
+    # The first token comes with the prefill: a text of one has no decode steps to time.
+    made, rate = len(out.tokens[0]), out.tokens_per_second
+    speed = f"{rate:.1f} tokens/s in the decode loop" if math.isfinite(rate) else "no decode steps"
     print(
         f"\n{model.config.name} ({model.config.num_params / 1e6:.1f} million weights) made "
-        f"{len(out.tokens[0])} tokens: {out.tokens_per_second:.1f} tokens/s in the decode loop."
+        f"{made} token{'' if made == 1 else 's'}: {speed}."
     )
     print(
-        f"Decode steps ran with implementation={out.implementation!r} on "
+        f"Decode steps run with implementation={out.implementation!r} on "
         f"{jax.devices()[0].device_kind}. Prefill took {out.prefill_seconds:.3f} s; compiling, "
         f"which the figures leave out, {out.compile_seconds:.1f} s."
     )

@@ -72,6 +72,11 @@ class KVCache:
 _MAKE = "Make the cache with KVCache.create(model.config, batch, capacity, model.dtype)."
 
 
+def _dtype(array: Any) -> Any:
+    """The dtype of an array; of anything else, as a list, the name of its kind."""
+    return getattr(array, "dtype", None) or type(array).__name__
+
+
 def check_cache(cache: KVCache, config: ModelConfig, dtype: Any) -> None:
     """Refuses a cache that was not made for this model.
 
@@ -87,32 +92,32 @@ def check_cache(cache: KVCache, config: ModelConfig, dtype: Any) -> None:
         ValueError: a shape is another model's, or a length is negative.
         TypeError: a dtype is another.
     """
-    c, keys = config, jnp.shape(cache.k)
+    c, keys = config, np.shape(cache.k)
     if len(keys) != 5 or (keys[0], keys[2], keys[4]) != (c.num_layers, c.num_kv_heads, c.head_dim):
         raise ValueError(
             f"The cache of {c.name} holds keys [layers, batch, key heads, capacity, head size] = "
             f"[{c.num_layers}, B, {c.num_kv_heads}, S, {c.head_dim}]; got {list(keys)}. {_MAKE}"
         )
-    if (values := jnp.shape(cache.v)) != keys:
+    if (values := np.shape(cache.v)) != keys:
         raise ValueError(
             f"A cache holds as many values as keys, {list(keys)}; got values {list(values)}. "
             f"{_MAKE}"
         )
     for stored in (cache.k, cache.v):
-        if stored.dtype != dtype:
-            raise TypeError(f"Cache and weights share a dtype, got {stored.dtype} and {dtype}.")
+        if (found := _dtype(stored)) != dtype:
+            raise TypeError(f"Cache and weights share a dtype, got {found} and {dtype}. {_MAKE}")
     batch, words = keys[1], mail_words(step_dims(c, keys[1], keys[3]))
     for name, array, shape in (
         ("lengths", cache.lengths, (batch,)),
         ("counters", cache.counters, (words,)),
     ):
-        if jnp.shape(array) != shape:
+        if np.shape(array) != shape:
             raise ValueError(
                 f"The cache of {c.name} for {batch} sequences has {name} of shape {list(shape)}; "
-                f"got {list(jnp.shape(array))}. {_MAKE}"
+                f"got {list(np.shape(array))}. {_MAKE}"
             )
-        if array.dtype != jnp.int32:
-            raise TypeError(f"A cache's {name} are int32, got {array.dtype}. {_MAKE}")
+        if (found := _dtype(array)) != jnp.int32:
+            raise TypeError(f"A cache's {name} are int32, got {found}. {_MAKE}")
     traced = isinstance(cache.lengths, Tracer)
     if not traced and getattr(cache.lengths, "is_fully_addressable", True):
         lengths = np.asarray(cache.lengths)

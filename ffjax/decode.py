@@ -94,10 +94,16 @@ class DecodeOutput(NamedTuple):
             model: whose step it was.
 
         Raises:
+            TypeError: the step is traced, as within jit.
             NotFiniteError: the logits of a sequence are NaN or infinite. Where a kernel gave up
                 waiting for a hand-over, the message says in which layer, and for what. The next
                 step needs a fresh cache then.
         """
+        if isinstance(self.token, Tracer):
+            raise TypeError(
+                "A step's numbers can be looked at when it has run; got one that is traced. Call "
+                "check outside of jit, with what the jitted step returns."
+            )
         token = np.asarray(self.token)
         rows, index = jnp.arange(len(token)), jnp.maximum(self.token, 0)
         chosen = np.asarray(self.logits[rows, index])
@@ -460,8 +466,9 @@ def decode_step(
     updates it in place, and the step is one kernel launch. Token ids outside the
     vocabulary are clamped into it (`generate` refuses them with a sentence). A
     sequence whose cache is full gets NaN logits; one whose length is negative counts as empty.
-    NaN in weights or activations gives NaN logits, and so does a kernel whose programs wait for
-    each other in vain, instead of hanging or ending the process: `DecodeOutput.check` says which.
+    NaN in weights or activations gives NaN logits, and so does the streamed kernel where its
+    programs wait for each other in vain: `DecodeOutput.check` says which. (The phased kernel ends
+    the process then, as does a copy of weights that never comes.)
 
     Under `jax.vmap` the instances of a fused step run one after another, each as a launch of
     its own that copies the instance's cache in and out; a batch is the fast way. Of a fused

@@ -87,7 +87,7 @@ class Replies:
 
         Raises:
             NotFiniteError: the logits of a sequence that has not ended chose none; then nothing
-                is taken, of no sequence.
+                is taken, of any sequence.
         """
         row = list(row)
         for b, token in enumerate(row):

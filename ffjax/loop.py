@@ -347,8 +347,8 @@ class Loop:
 
         Returns:
             The new tokens, int32 `[max_blocks * BLOCK, B]`, NOT_FINITE for those whose logits
-            are not; and how many tokens each
-            sequence has got so far, int32: what stands behind them is not tokens.
+            are not finite; and how many tokens each sequence has got so far, int32: what stands
+            behind them is not tokens.
         """
         with jax.default_device(self._device):
             args = self._decode_args(num_blocks)

@@ -137,6 +137,7 @@ def stream(
         ValueError: as `ffjax.generate`, before the first token.
         TypeError: likewise.
         NotImplementedError: likewise.
+        NotFiniteError: the iterator does, as its class says.
     """
     request = Request.checked(
         model.config, prompts, max_new_tokens, temperature, seed, stop_token, capacity

@@ -204,6 +204,12 @@ def test_inputs_that_do_not_fit_are_refused(model, cache, tokens):
         decode_step(model, wide, tokens)
 
 
+def test_a_list_is_no_array_of_a_cache(model, cache, tokens):
+    listed = dataclasses.replace(cache, lengths=cache.lengths.tolist())
+    with pytest.raises(TypeError, match=r"lengths are int32, got list\. Make the cache with"):
+        decode_step(model, listed, tokens)
+
+
 # Each with what the mail's length, which the streamed kernel compares, does not tell.
 OTHER_CACHES = {
     "fewer layers": (

@@ -77,6 +77,24 @@ def test_a_sound_model_has_a_report_and_exit_code_0(capsys):
     assert report["trials"] is None
 
 
+def test_what_is_not_finite_is_found_where_jax_would_stop_at_it(capsys, nan_in_down):
+    with jax.debug_nans(True), jax.debug_infs(True):
+        code, report = doctor(capsys, nan_in_down)
+    assert (code, len(report["weights"]), len(report["wrong"])) == (1, 1, 2)
+
+
+def test_logits_that_are_all_zero_are_wrong(capsys, tmp_path):
+    """A residual whose squares overflow, all of it finite: its norm is 0."""
+    model = checkpoints.load(checkpoints.SHIPPED_MODEL)
+    down = model.layers.down
+    down[...] = down[...].at[-1].multiply(1e30)
+    checkpoints.save(model, tmp_path / "model")
+    code, report = doctor(capsys, str(tmp_path / "model"))
+    assert (code, report["weights"], report["activations"]["first_bad"]) == (1, [], None)
+    [wrong] = report["wrong"]
+    assert re.search(r"All logits are 0.*the residual, which reaches \d\.\d+e\+3\d;", wrong)
+
+
 def test_a_weight_that_is_not_finite_is_named_and_what_it_does_first(capsys, nan_in_down):
     code, report = doctor(capsys, nan_in_down)
     assert code == 1
@@ -286,6 +304,10 @@ def test_a_model_without_its_tokenizer_is_looked_at_all_the_same(capsys, tmp_pat
     assert report["weights"] == []
     assert report["activations"] is None
     assert report["unread"]
+    assert main(["doctor", "--no-self-test", str(tmp_path / "odd")]) == 0
+    assert capsys.readouterr().out.endswith(
+        "\nResult\n  What was looked at is well; no text was read, see above for why.\n"
+    )
 
 
 def test_the_self_test_is_in_the_report(capsys, monkeypatch):

@@ -39,6 +39,12 @@ def test_generate_prints_a_completion_its_speed_and_who_ran_it():
     assert completion.isascii()
 
 
+def test_generate_has_no_speed_to_print_of_a_single_token():
+    out = _run("generate.py", "--max-new-tokens", "1")
+    assert "made 1 token: no decode steps.\n" in out
+    assert "nan" not in out
+
+
 def test_compare_step_prints_a_small_difference_and_the_same_token():
     out = _run("compare_step.py")
     if jax.default_backend() == "cpu":

@@ -526,7 +526,8 @@ BAD = {
     ),
     "another dtype": (
         TypeError,
-        "Cache and weights share a dtype, got bfloat16 and float32.",
+        "Cache and weights share a dtype, got bfloat16 and float32. Make the cache with "
+        "KVCache.create(model.config, batch, capacity, model.dtype).",
         [[0], [1]],
         {"cache": (2, "bfloat16")},
     ),

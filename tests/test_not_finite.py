@@ -213,7 +213,7 @@ def test_the_command_writes_null_for_a_rate_that_nobody_timed(capsys):
     assert report["tokens_per_second"] is None
     assert report["decode_seconds"] == 0
     assert main(["generate", "--prompt", "x", "--max-new-tokens", "1"]) == 0
-    assert "1 tokens, prefill " in (err := capsys.readouterr().err)
+    assert "1 token, prefill " in (err := capsys.readouterr().err)
     assert "no decode steps with" in err
 
 
@@ -243,3 +243,15 @@ def test_a_full_cache_is_no_fault():
     out = jax.jit(decode_step)(model, cache, jnp.int32([7, 3]))
     assert jnp.isnan(out.logits[0]).all()
     out.check(model)
+
+
+def test_a_step_that_is_traced_cannot_be_checked():
+    model, cache = made(), KVCache.create(CONFIG, 1, 8, jnp.float32)
+
+    def step(cache):
+        out = decode_step(model, cache, jnp.int32([7]))
+        out.check(model)
+        return out
+
+    with pytest.raises(TypeError, match="Call check outside of jit"):
+        jax.jit(step)(cache)

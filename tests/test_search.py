@@ -246,3 +246,15 @@ def test_the_command_says_what_failed(capsys, monkeypatch):
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_is_right(name):
     assert check_case(FOUND[name]) is None
+
+
+def test_the_command_tells_that_nothing_was_checked(capsys):
+    assert command.main(["--plans", "--count", "0"]) == 2
+    assert "nothing was checked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["x", "5", "5:2", "3:3", ":"])
+def test_seeds_that_are_none_are_refused(seeds, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--plans", "--seeds", seeds])
+    assert "is FROM:TO, the first less than the last, got" in capsys.readouterr().err

@@ -54,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report on stdout; returns 1 where something is wrong."""
+    import jax
+
     from ffjax.doctor.diagnosis import diagnose
     from ffjax.doctor.text import as_data, as_text
 
@@ -69,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.text:
         raise ValueError("--text has at least one character; it is empty.")
     patient = _preset(args) if args.config is not None else _checkpoint(args)
-    found = diagnose(patient, self_test=not args.no_self_test, say=_quiet if args.json else _say)
+    # Numbers that are not finite are to be found here, not to end the search for them.
+    with jax.debug_nans(False), jax.debug_infs(False):
+        say = _quiet if args.json else _say
+        found = diagnose(patient, self_test=not args.no_self_test, say=say)
     print(json.dumps(as_data(found), allow_nan=False) if args.json else as_text(found))
     return _WRONG if found.wrong else 0
 

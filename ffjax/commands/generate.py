@@ -118,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         show("\n")
         print(
-            f"{model.config.name}: {len(tokens)} tokens, prefill {out.prefill_seconds:.3f} s, "
+            f"{model.config.name}: {len(tokens)} token{'' if len(tokens) == 1 else 's'}, "
+            f"prefill {out.prefill_seconds:.3f} s, "
             f"{f'{rate:.1f} tokens/s' if timed else 'no decode steps'} "
             f"with {out.implementation!r} on {device} "
             f"(compiling took {out.compile_seconds:.1f} s, not counted)",

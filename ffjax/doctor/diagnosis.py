@@ -186,15 +186,17 @@ def _of_weights(bad: list[BadWeights]) -> list[str]:
     where = f"{_where(first.name, first.layer)} has {first.count} of {first.size}"
     return [
         f"Weights are not finite in {what}: {where}, the first at {_index(first.first)}: "
-        f"{first.value}.{more} Every step computes with them. Take an undamaged checkpoint, or "
+        f"{first.value}.{more} Steps compute with them. Take an undamaged checkpoint, or "
         "convert it again."
     ]
 
 
 def _of_activations(found: Diagnosis) -> list[str]:
     seen = found.activations
-    if seen is None or seen.first_bad is None:
+    if seen is None:
         return []
+    if seen.first_bad is None:
+        return _of_logits(seen)
     bad: BadActivation = seen.first_bad
     then = (
         "The weights above are why."
@@ -205,6 +207,18 @@ def _of_activations(found: Diagnosis) -> list[str]:
         f"Activations are not finite: the first tensor is {_where(bad.tensor, bad.layer)}, with "
         f"{bad.count} of {bad.size} values, the first at position {bad.position}, channel "
         f"{_index(bad.channel)}. {then}"
+    ]
+
+
+def _of_logits(seen: Activations) -> list[str]:
+    """Whether they say nothing: where squares of the residual overflow, its norm is 0."""
+    largest = {one.tensor: one for one in seen.largest}
+    if largest["logits"].magnitude != 0:
+        return []
+    return [
+        "All logits are 0: they choose no token. Norms square the residual, which reaches "
+        f"{largest['residual_out'].magnitude:.4g}; beyond 1e19 the squares overflow, and the "
+        "norm is 0. Look at the largest weights, and convert the checkpoint again."
     ]
 
 

@@ -42,13 +42,19 @@ def as_text(found: Diagnosis) -> str:
         "Weights": _weights(found),
         "Activations": _activations(found),
         "Self-test": _self_test(found),
-        "Result": found.wrong or ["All is well."],
+        "Result": found.wrong or [_all_well(found)],
     }
     lines: list[str] = []
     for title, body in sections.items():
         if body:
             lines += [title, *(f"  {line}" for line in body), ""]
     return "\n".join(lines[:-1])
+
+
+def _all_well(found: Diagnosis) -> str:
+    if found.unread is None:
+        return "All is well."
+    return "What was looked at is well; no text was read, see above for why."
 
 
 def _machine(found: Diagnosis) -> list[str]:

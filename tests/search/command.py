@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ __all__ = ["main"]
 # A case that takes longer hangs. A kernel compiles in some 15 s, in several times that where
 # as many processes compile as there are cores.
 _LIMIT_S = 240.0
+# The exit status where no case ran: without a GPU, or where no kernel takes what was drawn.
+_NOTHING = 2
 # Failures that are made smaller.
 _MOST_SHRUNK = 3
 
@@ -33,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--count", type=int, default=200, help="how many seeds (200)")
     add("--seed", type=int, default=0, help="the first of them (0)")
-    add("--seeds", metavar="FROM:TO", help="instead: these, the last one left out")
+    add("--seeds", type=_range, metavar="FROM:TO", help="instead: these, the last one left out")
     add("--only", type=int, metavar="SEED", help="this one alone")
     add("--jobs", type=int, default=1, help="worker processes (1)")
     add("--seconds", type=float, default=math.inf, help="begin no case after so many")
@@ -54,10 +57,19 @@ def _parser() -> argparse.ArgumentParser:
 def _seeds(args: argparse.Namespace) -> range:
     if args.only is not None:
         return range(args.only, args.only + 1)
-    if args.seeds is None:
-        return range(args.seed, args.seed + args.count)
-    first, _, end = args.seeds.partition(":")
-    return range(int(first), int(end))
+    return args.seeds or range(args.seed, args.seed + args.count)
+
+
+def _range(text: str) -> range:
+    """Seeds of the command line."""
+    first, _, end = text.partition(":")
+    try:
+        seeds = range(int(first), int(end))
+    except ValueError:
+        seeds = range(0)
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"is FROM:TO, the first less than the last, got {text!r}")
+    return seeds
 
 
 def _check(case: Case) -> str | None:
@@ -79,7 +91,7 @@ def _serve() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status, 1 if something failed.
+    """Runs the command; returns its exit status: 1 if something failed, 2 if nothing was checked.
 
     Args:
         arguments: of the command line; None: the process's.
@@ -96,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _search(seeds, args, report, start)
     if args.json is not None:
         args.json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    if not report.run:
+        print("tests.search: nothing was checked, see above for why.", file=sys.stderr)
+        return _NOTHING
     return int(report.failed > 0)
 
 

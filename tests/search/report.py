@@ -52,7 +52,7 @@ class Report:
             print(_row(name, self.groups[name]))
         print(_row("all", self.kinds))
         for reason, count in self.refusals.most_common():
-            print(f"refused {count} times: {reason}")
+            print(f"refused {count} time{'' if count == 1 else 's'}: {reason}")
         rate = self.run / max(seconds, 1e-9)
         print(f"{self.run} {what} in {seconds:.0f} s, {rate:.2f} a second; {self.failed} failed.")
 
