@@ -49,7 +49,7 @@ class Fault(NamedTuple):
     layers: int
 
     def __str__(self) -> str:
-        what, who = _HANDED.get(self.buffer, ("a word", "a program"))
+        what, who = _HANDED[self.buffer]
         where = "the head" if self.layer == self.layers else f"layer {self.layer}"
         return (
             f"A decode step gave up in {where}: {what} (word {self.word} of '{self.buffer}') never "
@@ -84,8 +84,10 @@ def fault_of(plan: StreamPlan, record: np.ndarray, layout: Layout) -> Fault | No
 def _layer_of(plan: StreamPlan, tile: int, buffer: str) -> int:
     """The layer of what is awaited behind a tile of the stream."""
     layers = plan.dims.num_layers
-    if tile < 1 or buffer in ("x_head", "best"):  # the first tile is the embedding's
-        return layers if buffer in ("x_head", "best") else 0
+    if buffer in ("x_head", "best"):
+        return layers
+    if tile < 1:  # the embedding's
+        return 0
     layer, within = divmod(tile - 1, plan.layer_tiles)
     before_down = sum(plan.segments[s].tiles for s in LAYER_SEGMENTS if s != Segment.DOWN)
     behind = within >= before_down and buffer == "x_in"
