@@ -12,7 +12,7 @@ from quantize_cases import FOR_KERNELS, kernel_config
 from search.aged import Poison, aged_counters, poison_of
 from search.cases import FOUND
 from search.draw import Case, draw_case
-from search.handovers import F297B28, HEAD_APART, Event, Model, protocol_in_force
+from search.handovers import F297B28, HEAD_APART, Event, Model
 from search.orders import faults_of
 from search.plans import check_plan, gpu_of
 from search.schedules import wrong_in
@@ -273,7 +273,3 @@ def is_small(seed: int) -> bool:
     case = draw_case(seed, gpu.cores)
     small = case.layers * gpu.cores < 700 and len(case.lengths) * case.heads < 200
     return small and why_not_on(gpu, case.dims, case.tuned or Tuning()) is None
-
-
-def test_the_protocol_is_the_kernels():
-    assert protocol_in_force() in (F297B28, HEAD_APART)

@@ -19,7 +19,7 @@ from pallas_kernels.stream.mail import Layout
 from pallas_kernels.stream.plan import Segment, StreamPlan
 from pallas_kernels.stream.twins import TWIN_TAG_BITS, twin_tag
 
-from .handovers import PAIRS, TWINS, WORDS, Protocol, protocol_in_force
+from .handovers import HEAD_APART, PAIRS, TWINS, WORDS, Protocol
 from .shares import Shares
 
 __all__ = ["Poison", "aged_counters", "poison_of"]
@@ -115,7 +115,7 @@ def aged_counters(
     step: int,
     words: int,
     lengths: Sequence[int] | None = None,
-    protocol: Protocol | None = None,
+    protocol: Protocol = HEAD_APART,
 ) -> np.ndarray:
     """The cache's counters after so many steps, what words say being poisoned.
 
@@ -126,9 +126,8 @@ def aged_counters(
         words: of the counters.
         lengths: of the sequences before the last of them; what spans were handed over follows from
             it. None: there were none.
-        protocol: as the kernel has it, if none is given.
+        protocol: what hand-overs have in common.
     """
-    protocol = protocol or protocol_in_force()
     layers = plan.dims.num_layers
     made = np.zeros(words, np.int32)
     made[layout.steps] = _int32(step)

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.stream.mail import Layout
 from pallas_kernels.stream.plan import Segment, StreamPlan
 
 from .shares import Shares, groups_of
@@ -32,7 +31,6 @@ __all__ = [
     "Model",
     "Protocol",
     "Step",
-    "protocol_in_force",
     "tag_bits",
 ]
 
@@ -70,13 +68,8 @@ class Protocol:
 
 # As of that commit, the head's input is the residual that a layer after the last would have.
 F297B28 = Protocol("f297b28", head="x_in", head_counts_steps=False)
+# As the kernel has it: `test_handovers.py` compares what steps leave in a cache.
 HEAD_APART = Protocol("head apart", head="x_head", head_counts_steps=True, odd_pairs=True)
-
-
-def protocol_in_force() -> Protocol:
-    """That of the kernel as it is."""
-    there = {field.name for field in dataclasses.fields(Layout)}
-    return HEAD_APART if HEAD_APART.head in there else F297B28
 
 
 # Buffers by what their words are. Twins have 2 bits of a tag, other words 8, pairs 32.
@@ -157,12 +150,12 @@ class Model:
 
     Args:
         plan: the step's.
-        protocol: as the kernel has it, if none is given.
+        protocol: what hand-overs have in common.
     """
 
-    def __init__(self, plan: StreamPlan, protocol: Protocol | None = None):
+    def __init__(self, plan: StreamPlan, protocol: Protocol = HEAD_APART):
         self.plan = plan
-        self.protocol = protocol or protocol_in_force()
+        self.protocol = protocol
         self._none = Shares(plan, (0,) * plan.dims.batch)  # of what no length changes
         self.buffers = self._buffers()
         self._own = self._owners()

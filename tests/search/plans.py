@@ -9,7 +9,7 @@ from pallas_kernels.stream.planner import make_stream_plan, why_not_on
 from pallas_kernels.stream.tuning import Tuning
 
 from .draw import Case, draw_case
-from .handovers import Model, Protocol
+from .handovers import HEAD_APART, Model, Protocol
 from .orders import faults_of
 from .schedules import wrong_in
 from .shares import Shares, misowned
@@ -32,7 +32,7 @@ def gpu_of(seed: int) -> Gpu:
     return random.Random(seed ^ 0x5EED).choice(GPUS)
 
 
-def check_plan(seed: int, protocol: Protocol | None = None) -> tuple[str, str, Case, Gpu]:
+def check_plan(seed: int, protocol: Protocol = HEAD_APART) -> tuple[str, str, Case, Gpu]:
     """What becomes of a seed's plan: "right", "wrong" or "refused", and why.
 
     Args:
@@ -48,7 +48,7 @@ def check_plan(seed: int, protocol: Protocol | None = None) -> tuple[str, str, C
     return ("right", "", case, gpu) if why is None else ("wrong", why, case, gpu)
 
 
-def wrong_with(case: Case, gpu: Gpu, protocol: Protocol | None = None) -> str | None:
+def wrong_with(case: Case, gpu: Gpu, protocol: Protocol = HEAD_APART) -> str | None:
     """What is wrong with a case's plan, as a sentence; None if nothing is.
 
     Args:
