@@ -11,12 +11,12 @@ import pytest
 from decode_cases import QUICK_COMPILE, filled_cache, random_tokens, small_config
 from decode_cases import random_model as random_decode_model
 from flax import nnx
+from generate_cases import TINY
 
 import checkpoints
 from ffjax.broken import NotFiniteError
 from ffjax.cache import KVCache
 from ffjax.cli import main
-from ffjax.config import ModelConfig
 from ffjax.decode import decode_step, fused_step, step_fault
 from ffjax.generate import generate
 from ffjax.loop import BLOCK, NOT_FINITE, Loop, _marked
@@ -26,18 +26,7 @@ from pallas_kernels.gpu import INTERPRETER
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-CONFIG = ModelConfig(
-    name="tiny",
-    vocab_size=257,
-    num_layers=1,
-    model_dim=32,
-    ffw_dim=48,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    tied_embeddings=False,
-    max_context=400,
-)
+CONFIG = dataclasses.replace(TINY, tied_embeddings=False)
 PROMPT = [7, 3, 41]
 # Drawn, so that tokens do not repeat after a few.
 DRAWN = {"temperature": 1.0, "seed": [3, 4]}

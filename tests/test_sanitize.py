@@ -3,8 +3,6 @@
 import functools
 import json
 import os
-import pathlib
-import subprocess
 import sys
 
 import jax
@@ -22,8 +20,6 @@ from pallas_kernels.launch import StepState
 from pallas_kernels.stream import launch
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 MEMCHECK = """\
 ========= COMPUTE-SANITIZER
@@ -224,18 +220,6 @@ def test_where_there_is_no_sanitizer_a_sentence_says_so(monkeypatch, capsys, tmp
     (tmp_path / "cuda-99" / "compute-sanitizer").write_text("#!/bin/sh\n")
     (tmp_path / "cuda-99" / "compute-sanitizer").chmod(0o755)
     assert sanitizer.find() == str(tmp_path / "cuda-99" / "compute-sanitizer")
-
-
-def test_it_is_a_command_of_the_checkout():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.sanitize", "--help"],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "--planted" in done.stdout
 
 
 def plan_of(case: Case):

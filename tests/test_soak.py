@@ -1,10 +1,6 @@
 """`python -m tests.soak`: the same steps have the same digests, and others are told apart."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +11,6 @@ from soak.walk import NOT_FINITE, Walk, Walker
 
 from ffjax.cache import KVCache
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = small_config(num_layers=1, max_context=12)
 WALK = Walk(None, "bfloat16", 2, 30, "xla")
 
@@ -88,15 +83,3 @@ def test_a_process_that_fails_is_told(monkeypatch):
 def test_what_cannot_run_is_refused(capsys, arguments, message):
     assert command.main([*arguments, "--tokens", "2"]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_it_is_a_command_of_the_checkout():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.soak", "--help"],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "--processes" in done.stdout

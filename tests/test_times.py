@@ -8,10 +8,10 @@ import types
 import numpy as np
 import pytest
 from flax import nnx
+from generate_cases import TINY
 
 import checkpoints
 from ffjax.cli import main
-from ffjax.config import ModelConfig
 from ffjax.generate import generate
 from ffjax.loop import BLOCK, Loop
 from ffjax.model import Transformer
@@ -19,17 +19,6 @@ from ffjax.streaming import stream
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-CONFIG = ModelConfig(
-    name="tiny",
-    vocab_size=257,
-    num_layers=1,
-    model_dim=32,
-    ffw_dim=48,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    max_context=400,
-)
 # Seconds whose sums are exact.
 PREFILL = 64.0
 STEP = 0.5
@@ -103,7 +92,7 @@ def device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    return Transformer(CONFIG, rngs=nnx.Rngs(1))
+    return Transformer(TINY, rngs=nnx.Rngs(1))
 
 
 @pytest.mark.parametrize("count", [2, BLOCK + 1, 3 * BLOCK])
