@@ -82,13 +82,11 @@ def fault_of(plan: StreamPlan, record: np.ndarray, layout: Layout) -> Fault | No
 
 
 def _layer_of(plan: StreamPlan, tile: int, buffer: str) -> int:
-    """The layer of what is awaited behind a tile of the stream."""
-    layers = plan.dims.num_layers
-    if buffer in ("x_head", "best"):
-        return layers
+    """The layer of what is awaited behind a tile of the stream; L behind the layers."""
     if tile < 1:  # the embedding's
         return 0
     layer, within = divmod(tile - 1, plan.layer_tiles)
     before_down = sum(plan.segments[s].tiles for s in LAYER_SEGMENTS if s != Segment.DOWN)
-    behind = within >= before_down and buffer == "x_in"
-    return min(layer + behind, layers)
+    # Behind the down projection, the next layer's residual is awaited, or the head's.
+    following = within >= before_down and buffer in ("x_in", "x_head")
+    return min(layer + following, plan.dims.num_layers)
