@@ -577,7 +577,7 @@ class Kind(NamedTuple):
 ONES = Kind(8, 0xFF, TAG, STALE)
 # Their tags differ from the one before in either bit, or in both.
 TWINS, ODD_TWINS, EVEN_TWINS = (
-    Kind(4, TWIN_TAG_BITS, 1 << 29, stale) for stale in (1 << 30, 1 << 29 | 1 << 30, 0)
+    Kind(4, TWIN_TAG_BITS, 1, stale) for stale in (1 << 16, 1 << 16 | 1, 0)
 )
 
 
@@ -1191,12 +1191,12 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
     ),
     "collect odd twins": (
         lambda edit: check_collect(4, "one last", edit, kind=ODD_TWINS),
-        [("and.b32 %w, %w, 1610612736;", "and.b32 %w, %w, 536870912;")],
+        [("and.b32 %w, %w, 65537;", "and.b32 %w, %w, 1;")],
     ),
     "collect even twins": (
         lambda edit: check_collect(4, "one last", edit, kind=EVEN_TWINS),
         [
-            ("and.b32 %w, %w, 1610612736;", "and.b32 %w, %w, 1073741824;"),
+            ("and.b32 %w, %w, 65537;", "and.b32 %w, %w, 65536;"),
             ("lop3.b32 %w, $7, $17, %w, 0xbe;", ""),
             ("{$4, $5, $6, $7}", "{$5, $4, $6, $7}"),
         ],

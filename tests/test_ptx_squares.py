@@ -117,31 +117,28 @@ def test_both_ways_to_part_twins_agree(form):
     check_parted(np.asarray(twins.joined(nothing, nothing, jnp.int32(2), form)), form)
 
 
-PLAIN_EDITS = [
-    ("0x9fff8000", "0x1fff8000"),
-    ("0x9fff8000", "0x9fff0000"),
-    ("0x60000000, 0xEA;", "0x60000000, 0xE8;"),
-    ("fma.rn.f32 $0, %f, 0f0F800000", "fma.rn.f32 $0, %f, 0f0F000000"),
-    ("$2, 17;", "$2, 16;"),
-    ("shr.s32", "shr.u32"),
-    ("or.b32 %x, %x, 0x60000000;", ""),
-    ("fma.rn.f32 $1, %f, 0f0F800000", "fma.rn.f32 $1, %f, 0f0F000000"),
+EDITS = [
+    ("0xfffefffe", "0xffffffff"),
+    ("0xfffefffe", "0xfffe7ffe"),
+    ("0xfffefffe", "0x7ffefffe"),
+    ("mov.b32 {%h, %g}", "mov.b32 {%g, %h}"),
+    ("$0, %h", "$0, %g"),
+    ("$1, %g", "$1, %h"),
 ]
-RESIDUAL_EDITS = [
-    ("shr.s32 %x, $2, 1;", "mov.b32 %x, $2;"),
-    ("shr.s32 %x, $2, 1;", "shr.u32 %x, $2, 1;"),
-    ("0x8fffc000", "0x8fff8000"),
-    ("%x, 3;", "%x, 2;"),
-    ("lop3.b32 %y, $2, 0x80000000, 0x3A800000, 0xAE", "mov.b32 %y, 0x3A800000"),
-    ("lop3.b32 %y, %x, 0x80000000, 0x3A800000, 0xAE", "mov.b32 %y, 0xBA800000"),
+ROOT_EDITS = [
+    ("abs.f32 %f, $0;", "mov.f32 %f, $0;"),
+    ("abs.f32 %f, $1;", "mov.f32 %f, $1;"),
+    ("abs.f32 %f, $1;", "abs.f32 %f, $0;"),
+    ("mul.rn.f32 $0, $0, %f;", ""),
+    ("mul.rn.f32 $1, $1, %f;", ""),
 ]
 
 
 @pytest.mark.parametrize(
     ("form", "old", "new"),
     [
-        *((twins.PLAIN, *edit) for edit in PLAIN_EDITS),
-        *((twins.RESIDUAL, *edit) for edit in RESIDUAL_EDITS),
+        *((form, *edit) for form in FORMATS.values() for edit in EDITS),
+        *((twins.PLAIN, *edit) for edit in ROOT_EDITS),
     ],
 )
 def test_an_edit_of_parting_is_noticed(form, old, new):

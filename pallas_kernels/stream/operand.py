@@ -145,15 +145,25 @@ def _norm_weights(
     return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed
 
 
+def unit_of_residual(plan: StreamPlan) -> float:
+    """What the residual is handed over in multiples of."""
+    return RESIDUAL.unit if plan.twins else 1.0
+
+
 def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
-    """Mean square of each thread's own sequence, whose residual all threads hold: `[T]`.
+    """Mean square of each thread's own sequence, whose residual all threads hold: float32 `[T]`.
 
     Before the next time, a barrier must stand.
+
+    Args:
+        env: the program's view.
+        values: float32 `[T]` each, as the residual was handed over.
     """
     plan = env.plan
+    count = plan.dims.model_dim / unit_of_residual(plan) ** 2
     if not (env.interpret or plan.chunked):  # few numbers a thread are no faster that way
         address = env.shared + SharedLayout.of(plan).squares
-        return ptx.sum_squares(address, values, plan.num_warps) / plan.dims.model_dim
+        return ptx.sum_squares(address, values, plan.num_warps) / count
     squares = values[0] * values[0]
     for x in values[1:]:
         squares += x * x
@@ -163,7 +173,7 @@ def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
         cube = (plan.num_warps, COLUMNS, 4)
         each = squares.reshape(cube).sum(axis=2).sum(axis=0)
         total = jnp.broadcast_to(each[None, :, None], cube).reshape(squares.shape)
-    return total / plan.dims.model_dim
+    return total / count
 
 
 def _places(plan: StreamPlan, part: SegmentPlan) -> list[int]:
@@ -309,6 +319,8 @@ def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Operand:
     scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
     if is_normed is not None:
         scale = jnp.where(is_normed, scale, 1.0)
+    if (unit := unit_of_residual(plan)) != 1:
+        scale *= unit
     by = [weight for word in weights for weight in _unpacked(word)]
     if (offset := env.features.norm_offset) != 0:
         # Ones stay ones.

@@ -1,18 +1,19 @@
 """Two activations in a word: what programs hand each other of several sequences.
 
 Every program reads all activations of all sequences. So that this is half as much, two neighbours
-of a row are *twins*: two floating-point numbers of 15 bits beside a tag of 2.
+of a row are *twins*: two float16, each with a bit of the word's tag in its lowest place.
 
-    bit 31   30, 29   28 to 15             14     13 to 0
-    sign     tag      exponent, fraction   sign   exponent, fraction
+    bit 31   30 to 26   25 to 17   16             15 to 0
+    sign     exponent   fraction   tag's bit 1    the first number, with the tag's bit 0
 
-Each has an exponent of its own: a trained model has channels that are thousands of times the
-others, and one exponent for both would leave the smaller one no bits. How the 14 bits are shared
-out is a `Format`: the residual, which is rounded once more when it has been normed, keeps more bits
-and has less of a range than what is handed over ready for a product.
+The tag costs a float16 one of its 11 significant bits. A `Format` says what the halves hold:
 
-The magnitude that is handed over is a little more than the number's, `Format.least`, so that 0 is a
-word of nothing but its tag. Numbers below that share one step, and the largest become infinite.
+- The residual, rounded once more when it has been normed, keeps all 10: halves hold x / 32.
+- What is handed over ready for a product has a wider range. Halves hold the root of |x|, with x's
+  sign: the root's exponent is half of x's, so that x has twice the range, and 9 bits.
+
+Each number has an exponent of its own: a trained model has channels that are thousands of times the
+others, and one exponent for both would leave the smaller one no bits.
 
 Two bits are enough of a tag: see `mail`.
 """
@@ -35,59 +36,36 @@ __all__ = [
     "twin_tag",
 ]
 
-TWIN_TAG_BITS = 0x60000000
-_TAG_SHIFT = 29
-_SIGN, _FIELD = -0x80000000, 0x3FFF  # as int32
-_HIGH = 15  # where the first field begins
+TWIN_TAG_BITS = 0x00010001
 _NAN = 0x7FC00000
+# Bits of a float32's fraction that a half with a tag has no room for.
+_DROPPED = 14
+# The least float16 that has all its bits.
+_LEAST_NORMAL = 2.0**-14
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How the 14 bits of a magnitude are shared out.
+    """What halves hold of an activation.
 
     Attributes:
-        exponent: bits of the exponent; of the fraction, 14 less so many.
-        lowest: the least exponent of two.
+        unit: activations are handed over, and come out of `parted`, in multiples of this.
+        root: whether halves hold roots.
     """
 
-    exponent: int
-    lowest: int
-
-    @property
-    def least(self) -> float:
-        """The least number that a word can hold; what is handed over is so much more."""
-        return 2.0**self.lowest
-
-    @property
-    def shift(self) -> int:
-        """Bits of a float32's fraction that are left out."""
-        return 9 + self.exponent
-
-    @property
-    def upper(self) -> int:
-        """The exponent's upper bits, which are always set, as bits of a float32.
-
-        Times `scale`, the exponents are the uppermost ones that a float32 has: infinity and NaN
-        stay what they are.
-        """
-        return 0x7F800000 & -(1 << (23 + self.exponent))
-
-    @property
-    def scale(self) -> float:
-        """What makes `least` the number whose bits are `upper`."""
-        return 2.0 ** ((self.upper >> 23) - 127 - self.lowest)
+    unit: float
+    root: bool
 
 
-# 10 bits of a number, from 2^-10 to 2^21.
-RESIDUAL = Format(5, -10)
-# 9 bits, from 2^-31 to 2^32: one more than bfloat16.
-PLAIN = Format(6, -31)
+# 10 bits of a number from 2^-9 to 2^21, and steps of 2^-18 below.
+RESIDUAL = Format(32.0, root=False)
+# 9 bits from 2^-28 to 2^32, one more than bfloat16, and roots in steps of 2^-23 below.
+PLAIN = Format(1.0, root=True)
 
 
 def twin_tag(tag: Array) -> Array:
     """A tag's two lowest bits at their places in a word, int32."""
-    return lax.shift_left(tag & 3, _TAG_SHIFT)
+    return ((tag & 3) * 0x8001) & TWIN_TAG_BITS
 
 
 def joined(first: Array, second: Array, tag: Array, form: Format) -> Array:
@@ -102,41 +80,40 @@ def joined(first: Array, second: Array, tag: Array, form: Format) -> Array:
     Returns:
         int32, the same shape. Infinities stay infinite, and what is no number stays none.
     """
-    first, second = (_rounded(x, form) for x in (first, second))
-    high = lax.shift_left(_field(first, form), _HIGH) | (first & _SIGN)
-    low = _field(second, form) | lax.shift_right_logical(second & _SIGN, 17)
-    return high | low | twin_tag(tag)
+    low, high = _half(first, form), _half(second, form)
+    return lax.shift_left(high, 16) | low | twin_tag(tag)
 
 
-def _rounded(x: Array, form: Format) -> Array:
-    """The bits of x's sign, and of (|x| + least) * scale and half a step more."""
-    magnitude = jnp.abs(x) * form.scale + form.least * form.scale
+def _half(x: Array, form: Format) -> Array:
+    """The bits of a float16 whose lowest is 0, int32."""
+    magnitude = lax.abs(x)
+    magnitude = lax.sqrt(magnitude) if form.root else magnitude * (1 / form.unit)
+    bits = lax.bitcast_convert_type(magnitude, jnp.int32)
     # Rounding up a NaN of all bits could make it a number.
-    bits = jnp.minimum(lax.bitcast_convert_type(magnitude, jnp.int32) & ~_SIGN, _NAN)
-    return (lax.bitcast_convert_type(x, jnp.int32) & _SIGN) | (bits + (1 << (form.shift - 1)))
-
-
-def _field(bits: Array, form: Format) -> Array:
-    return lax.shift_right_logical(bits, form.shift) & _FIELD
+    bits = (jnp.minimum(bits, _NAN) + (1 << (_DROPPED - 1))) & -(1 << _DROPPED)
+    half = lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.float16)
+    half = lax.bitcast_convert_type(half, jnp.int16).astype(jnp.int32) & 0x7FFE
+    # Near 0 a float16 counts steps.
+    steps = (magnitude * 2.0**23 + 0.5).astype(jnp.int32)
+    half = jnp.where(magnitude < _LEAST_NORMAL, lax.shift_left(steps, 1), half)
+    sign = lax.shift_right_logical(lax.bitcast_convert_type(x, jnp.int32), 16) & 0x8000
+    return half | sign
 
 
 def parted(word: Array, form: Format) -> tuple[Array, Array]:
-    """The twins of a word, float32.
+    """The twins of a word, float32, in multiples of the format's unit.
 
     Args:
         word: int32, any shape.
         form: of the numbers.
     """
-    # The sign stays at the top, with copies of it where bits are set anyway.
-    kept = _SIGN | (_FIELD << form.shift)
-    first = lax.shift_right_arithmetic(word, _HIGH - form.shift) & kept
-    second = lax.shift_right_arithmetic(lax.shift_left(word, 17), 17 - form.shift)
 
-    def number(x: Array) -> Array:
-        more = jnp.where(x < 0, -form.least, form.least)
-        return lax.bitcast_convert_type(x | form.upper, jnp.float32) * (1 / form.scale) - more
+    def number(half: Array) -> Array:
+        half = lax.bitcast_convert_type(half.astype(jnp.int16), jnp.float16)
+        x = half.astype(jnp.float32)
+        return x * lax.abs(x) if form.root else x
 
-    return number(first), number(second)
+    return number(word & 0xFFFE), number(lax.shift_right_logical(word, 16) & 0xFFFE)
 
 
 def neighbours(x: Array) -> tuple[Array, Array]:

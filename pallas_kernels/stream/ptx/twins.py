@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core
@@ -11,7 +9,7 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.twins import Format
+from pallas_kernels.stream.twins import TWIN_TAG_BITS, Format
 
 __all__ = ["parted"]
 
@@ -19,26 +17,16 @@ _parted_p = core.Primitive("ffjax_parted")
 _parted_p.multiple_results = True
 
 
-def _bits(x: float) -> str:
-    """Those of a float32."""
-    return "0x" + struct.pack(">f", x).hex().upper()
-
-
 def _parted_text(form: Format) -> str:
     """Operands: both numbers, then the word."""
-    kept, least = 0x80000000 | 0x3FFF << form.shift, _bits(form.least)
-    down = f"0f{_bits(1 / form.scale)[2:]}"
-    number = f"mov.b32 %f, %x; mov.b32 %g, %y; fma.rn.f32 $N, %f, {down}, %g;"
-    to_first = "mov.b32 %x, $2;" if form.shift == 15 else f"shr.s32 %x, $2, {15 - form.shift};"
-    return (
-        f"{{ .reg .b32 %x, %y; .reg .f32 %f, %g; {to_first}"
-        f" lop3.b32 %x, %x, {kept:#010x}, {form.upper:#010x}, 0xEA;"  # (x & kept) | upper
-        # With the other sign: (~x & sign) | least
-        f" lop3.b32 %y, $2, 0x80000000, {least}, 0xAE; {number.replace('$N', '$0')}"
-        f" shl.b32 %x, $2, 17; lop3.b32 %y, %x, 0x80000000, {least}, 0xAE;"
-        f" shr.s32 %x, %x, {17 - form.shift}; or.b32 %x, %x, {form.upper:#010x};"
-        f" {number.replace('$N', '$1')} }}"
-    )
+    kept = ~TWIN_TAG_BITS % 2**32
+    lines = [
+        f"{{ .reg .b32 %x; .reg .b16 %h, %g; .reg .f32 %f; and.b32 %x, $2, {kept:#010x};",
+        "mov.b32 {%h, %g}, %x; cvt.f32.f16 $0, %h; cvt.f32.f16 $1, %g;",
+    ]
+    if form.root:  # to take the magnitude costs nothing: the multiplication does it
+        lines += [f"abs.f32 %f, ${i}; mul.rn.f32 ${i}, ${i}, %f;" for i in range(2)]
+    return " ".join([*lines, "}"])
 
 
 @_parted_p.def_effectful_abstract_eval
@@ -54,7 +42,7 @@ def _(ctx, word, *, form):
 
 
 def parted(word: Array, form: Format) -> list[Array]:
-    """The twins of a word, float32.
+    """The twins of a word, float32, in multiples of the format's unit.
 
     Args:
         word: int32, any shape.
