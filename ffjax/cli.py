@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import io
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -37,8 +38,9 @@ COMMANDS = {
 }
 
 # What the library raises for bad input and for what cannot run here. Anything else is a
-# defect of ours and keeps its traceback.
+# defect of ours and keeps its traceback, but where JAX starts no device to run on.
 _USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError)
+_OF_JAX = (RuntimeError, AssertionError)
 
 _BAD_INPUT = 2
 _INTERRUPTED = 128 + 2  # as a shell reports a process ended by SIGINT
@@ -71,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where the command did its work and found something wrong: a gate that
-        fails, a step with wrong numbers; 2 after bad input, with a sentence on stderr; 130 after
-        Ctrl-C.
+        fails, a step with wrong numbers; 2 after bad input, or where JAX starts no device, with a
+        sentence on stderr; 130 after Ctrl-C.
 
     Raises:
         SystemExit: argparse has printed help, the version, or what is wrong with the
@@ -82,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model may say any character, a terminal may not know it.
         sys.stdout.reconfigure(errors="replace")
+    logging.getLogger("jax._src.xla_bridge").addFilter(_without_traceback)
     try:
         code = COMMANDS[args.command].run(args)
         sys.stdout.flush()
@@ -91,6 +94,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         return 0  # whoever read our output has left, as `head` does
-    except _USER_ERRORS as error:
-        print(f"ffjax {args.command}: {error}", file=sys.stderr)
+    except (*_USER_ERRORS, *_OF_JAX) as error:
+        reason = _no_device(error)
+        if reason is None and not isinstance(error, _USER_ERRORS):
+            raise
+        print(f"ffjax {args.command}: {reason or error}", file=sys.stderr)
         return _BAD_INPUT
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Leaves the last line of a traceback, which JAX logs where a plugin of its does not start."""
+    if record.exc_info:
+        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
+        record.exc_info = record.exc_text = None
+    return True
+
+
+def _no_device(error: Exception) -> str | None:
+    """Why JAX runs on no device, where that is what an error comes of; else None."""
+    # A checkpoint that cannot be read or written says so of whatever is raised meanwhile.
+    cause = error.__cause__ or error
+    if not isinstance(cause, _OF_JAX) or isinstance(cause, _USER_ERRORS):
+        return None
+    from ffjax.doctor.environment import why_no_device
+
+    return why_no_device(cause)

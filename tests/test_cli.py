@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 import checkpoints
-from ffjax.cli import main
+from ffjax.cli import COMMANDS, main
 from ffjax.config import ModelConfig
 from ffjax.generate import generate
 from ffjax.model import Transformer
@@ -170,6 +171,103 @@ def test_a_defect_keeps_its_traceback(path, monkeypatch):
     monkeypatch.setattr(checkpoints, "load", broken)
     with pytest.raises(RuntimeError, match="ours"):
         main(_arguments(path))
+
+
+# Each command, in a process where JAX starts no device: exit code and last line of stderr.
+_WITHOUT_DEVICE = """
+import contextlib, io, json, sys
+from ffjax.cli import main
+for arguments in json.loads(sys.argv[1]):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        code = main(arguments)
+    print(json.dumps([code, err.getvalue()]))
+"""
+
+
+def _without_device(variables, *commands: list[str]) -> list[tuple[int, str]]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_PLATF")}
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_DEVICE, json.dumps(commands)],
+        env={**kept, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_where_jax_starts_no_device_every_command_says_so(path, tmp_path):
+    checkpoints.export_hf(path, tmp_path / "hf")
+    (tmp_path / "text").write_text("import os\n")
+    small = ["--config", "python-bytes-3m"]
+    commands = {
+        "generate": _arguments(path, "--json"),
+        "convert": ["convert", str(tmp_path / "hf"), str(tmp_path / "converted")],
+        "quantize": ["quantize", path, str(tmp_path / "quantized"), "--weights", "int8"],
+        "inspect": ["inspect", path],
+        "bench": ["bench", *small],
+        "tune": ["tune", *small],
+        "eval": ["eval", path, "--text", str(tmp_path / "text")],
+        "fidelity": ["fidelity", *small],
+    }
+    # `doctor` reports it, and `export` needs no device.
+    assert {*commands, "doctor", "export"} == set(COMMANDS)
+    ended = _without_device({"JAX_PLATFORMS": "nonsense"}, *commands.values())
+    for name, (code, err) in zip(commands, ended, strict=True):
+        assert code == 2
+        assert err.startswith(f"ffjax {name}: JAX starts no device: Unable to initialize backend")
+        assert err.endswith("JAX_PLATFORMS is 'nonsense': unset it, or set JAX_PLATFORMS=cpu.\n")
+        assert err.count("\n") == 1
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    # Asked again, JAX is content with the first of two platforms.
+    [
+        {"JAX_PLATFORMS": "cpu,nonsense"},
+        {"JAX_PLATFORMS": "cpu", "JAX_PLATFORM_NAME": "nonsense"},
+        {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_DEVICE": "tpu"},
+    ],
+)
+def test_whatever_leaves_jax_without_a_device_is_no_defect(path, variables):
+    [(code, err)] = _without_device(variables, _arguments(path))
+    assert code == 2
+    assert err.startswith("ffjax generate: JAX starts no device: Un")
+    assert err.count("\n") == 1
+
+
+def test_a_platform_without_devices_is_named(path, capsys, monkeypatch):
+    """JAX says nothing then: it asserts that it has started something."""
+
+    def none(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr("jax.local_devices", none)
+    monkeypatch.setattr(checkpoints, "load", none)
+    assert main(_arguments(path)) == 2
+    assert capsys.readouterr().err == (
+        "ffjax generate: JAX starts no device: it finds none of the platform that it is to use. "
+        "JAX_PLATFORMS is 'cuda': unset it, or set JAX_PLATFORMS=cpu.\n"
+    )
+
+
+def test_a_plugin_that_does_not_start_is_a_line_without_a_traceback(path, monkeypatch, caplog):
+    def load(*_, **__):
+        try:
+            raise RuntimeError("Unable to load 100% of it.")
+        except RuntimeError:
+            logging.getLogger("jax._src.xla_bridge").exception("Calling %s", "it")
+        raise ValueError("enough")
+
+    monkeypatch.setattr(checkpoints, "load", load)
+    assert main(_arguments(path)) == 2
+    [record] = caplog.records
+    assert record.getMessage() == "Calling it: Unable to load 100% of it."
+    assert record.exc_info is None
 
 
 # `python -m ffjax`, also where this process ignores Ctrl-C, as a shell's background jobs do:

@@ -19,6 +19,7 @@ from ffjax.benchmark.bandwidth import Bandwidth
 from ffjax.cli import main
 from ffjax.doctor import environment, selftest
 from ffjax.doctor.activations import observe
+from ffjax.doctor.diagnosis import _spread_ids
 from ffjax.doctor.weights import bad_weights
 from ffjax.model import LAST_TENSORS, LAYER_TENSORS, Transformer
 from ffjax.quantize import quantize
@@ -118,6 +119,11 @@ def test_the_text_says_the_same(capsys, nan_in_down):
     assert re.search(r"^  logits +none is finite$", out, re.MULTILINE)
     assert "Weights are not finite in 1 tensor:" in out.partition("Result")[2]
     assert "reads the weights" in err
+
+
+def test_the_default_text_is_read_as_text(capsys):
+    assert main(["doctor", "--no-self-test"]) == 0
+    assert " tokens by the reference: the text\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -296,18 +302,82 @@ def test_where_jax_starts_no_device_the_rest_is_said(capsys, monkeypatch):
     assert "JAX starts no device" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "finds none of the platform that it is to use. Look at the driver, or set JAX_PLAT"),
+        ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS is 'cuda': unset it, or set JAX_PLATFORMS=cpu."),
+        ({"JAX_PLATFORM_NAME": "gpu"}, "to use. JAX_PLATFORM_NAME is 'gpu': unset it."),
+        (
+            {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_DEVICE": "gpu"},
+            "JAX_PLATFORMS is 'cpu' and JAX_DEFAULT_DEVICE is 'gpu': unset them.",
+        ),
+    ],
+)
+def test_the_setting_that_leaves_jax_without_a_device_is_named(monkeypatch, variables, message):
+    for name in environment._PLATFORM:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert message in environment.no_device(AssertionError())
+
+
+def test_what_jax_advises_is_not_repeated(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "rocm")
+    said = "Unable to initialize backend 'rocm': it is unknown. (set JAX_PLATFORMS='' to choose)"
+    assert environment.no_device(RuntimeError(said)) == (
+        "JAX starts no device: Unable to initialize backend 'rocm': it is unknown. "
+        "JAX_PLATFORMS is 'rocm': unset it, or set JAX_PLATFORMS=cpu."
+    )
+
+
+def test_a_default_device_that_is_not_there_is_none(monkeypatch):
+    assert environment.why_no_device(RuntimeError("ours")) is None
+    with jax.default_device("tpu"):
+        assert "JAX starts no device: Unknown backend" in str(
+            environment.why_no_device(RuntimeError("ours"))
+        )
+
+
 def test_a_model_without_its_tokenizer_is_looked_at_all_the_same(capsys, tmp_path):
     # 101 tokens are no bytes.
     checkpoints.save(random_model(small_config()), tmp_path / "odd")
     code, report = doctor(capsys, str(tmp_path / "odd"))
     assert code == 0
     assert report["weights"] == []
-    assert report["activations"] is None
-    assert report["unread"]
+    assert report["activations"]["tokens"] == 64
+    assert report["activations"]["first_bad"] is None
+    assert report["read"] == "token ids spread evenly over the vocabulary"
+    assert "its tokens are bytes" in report["unread"]
     assert main(["doctor", "--no-self-test", str(tmp_path / "odd")]) == 0
-    assert capsys.readouterr().out.endswith(
+    out = capsys.readouterr().out
+    assert "  64 tokens by the reference: token ids spread evenly over the vocabulary\n" in out
+    assert "  No text was read: Where no tokenizer.json lies with a model" in out
+    assert out.endswith(
         "\nResult\n  What was looked at is well; no text was read, see above for why.\n"
     )
+
+
+def test_activations_of_a_model_without_its_tokenizer_are_looked_at(capsys, tmp_path):
+    """All weights are finite; gate times up is not."""
+    config = small_config(num_layers=3)
+    checkpoints.save(damaged("layers.gate_up", (1,), 1e30, config), tmp_path / "odd")
+    code, report = doctor(capsys, str(tmp_path / "odd"))
+    assert (code, report["weights"]) == (1, [])
+    first = report["activations"]["first_bad"]
+    assert (first["tensor"], first["layer"]) == ("hidden", 1)
+    [wrong] = report["wrong"]
+    assert "the first tensor is hidden, layer 1" in wrong
+    assert "overflows on token ids spread evenly over the vocabulary: report it." in wrong
+
+
+@pytest.mark.parametrize(("vocabulary", "positions"), [(7, 100), (1000, 5), (128_256, 4096)])
+def test_token_ids_are_spread_over_the_vocabulary(vocabulary, positions):
+    ids = _spread_ids(small_config(vocab_size=vocabulary, max_context=positions))
+    assert len(ids) == min(64, vocabulary, positions)
+    assert 0 == ids[0] < ids[-1] < vocabulary
+    steps = np.diff([*ids, vocabulary])
+    assert steps.max() - steps.min() <= 1
 
 
 def test_the_self_test_is_in_the_report(capsys, monkeypatch):

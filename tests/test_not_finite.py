@@ -22,6 +22,7 @@ from ffjax.generate import generate
 from ffjax.loop import BLOCK, NOT_FINITE, Loop, _marked
 from ffjax.model import Transformer
 from ffjax.streaming import stream
+from ffjax.tokenizer import ByteTokenizer
 from pallas_kernels.gpu import INTERPRETER
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -192,8 +193,26 @@ def test_the_command_says_so_and_ends_with_code_1(path, capsys, more):
     assert err.startswith("ffjax generate: Logits must be finite; those of sequence 0 ")
     assert f"after {len(before)} new token" in err
     assert "Traceback" not in err
-    assert (out == "") == bool(more)
-    assert more or out.startswith("x")
+    said = ByteTokenizer().decode(before)
+    if not more:
+        assert out == f"x{said}\n"
+        return
+    report = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert (report["text"], report["tokens"]) == (said, before)
+    assert report["finish_reason"] == "not_finite"
+
+
+def test_json_of_a_prefill_without_numbers_has_no_token(tmp_path, capsys):
+    model = _bytes_model()
+    assert model.head is not None
+    model.head[...] = model.head[...].at[9].set(math.nan)
+    checkpoints.save(model, tmp_path / "broken")
+    assert main(["generate", "--model", str(tmp_path / "broken"), "--prompt", "x", "--json"]) == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert (report["text"], report["tokens"]) == ("", [])
+    assert (report["finish_reason"], report["tokens_per_second"]) == ("not_finite", None)
+    assert "after 0 new tokens" in err
 
 
 def test_the_command_writes_null_for_a_rate_that_nobody_timed(capsys):

@@ -3,7 +3,8 @@
 It prints versions, devices and settings; which implementation can run, and why another cannot; and
 a self-test: a few decode steps beside the reference's, twice, and the speed of memory. Of a model
 it finds weights that are not finite, and runs the reference over a text: it names the first tensor
-that is not finite, and the largest magnitudes. With --config, only the sizes are a model's, and
+that is not finite, and the largest magnitudes. Where the model has no tokenizer, it reads 64 token
+ids spread evenly over its vocabulary instead. With --config, only the sizes are a model's, and
 weights are random. Exit code 0: all is well; 1: something is wrong.
 """
 

@@ -17,6 +17,8 @@ HELP = "continue a text with a model"
 
 # The command did its work, and the model's numbers are wrong.
 _WRONG = 1
+# What ended a text then, in JSON, beside "stop" and "length".
+_NOT_FINITE = "not_finite"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints prompt and completion on stdout, a line of figures on stderr; or JSON."""
+    """Prints prompt and completion on stdout, a line of figures on stderr; or JSON.
+
+    Where the logits become NaN or infinite, what came before is printed, and 1 returned.
+    """
     import checkpoints
     from ffjax.broken import NotFiniteError
     from ffjax.decode import device_of
@@ -81,16 +86,14 @@ def run(args: argparse.Namespace) -> int:
     decoder = tokenizer.stream()
     said = "".join([decoder.push(token) for token in prompt])
     show("" if args.chat else said)
-    text = []
+    text, broken = [], None
     try:
         for (token,) in steps:
             if token is not None:
                 text.append(decoder.push(token))
                 show(text[-1])
     except NotFiniteError as error:
-        show(decoder.finish() + "\n")
-        print(f"ffjax generate: {error}", file=sys.stderr)
-        return _WRONG
+        broken = error
     text.append(decoder.finish())
     show(text[-1])
     out = steps.output
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             "text": "".join(text),
             "tokens": tokens,
             "prompt_tokens": len(prompt),
-            "finish_reason": finish_reason,
+            "finish_reason": finish_reason if broken is None else _NOT_FINITE,
             # JSON has no NaN, which a text without decode steps has.
             "tokens_per_second": rate if timed else None,
             "implementation": out.implementation,
@@ -117,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         show("\n")
+    if broken is not None:
+        print(f"ffjax generate: {broken}", file=sys.stderr)
+        return _WRONG
+    if not args.json:
         print(
             f"{model.config.name}: {len(tokens)} token{'' if len(tokens) == 1 else 's'}, "
             f"prefill {out.prefill_seconds:.3f} s, "

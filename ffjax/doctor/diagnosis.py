@@ -17,6 +17,9 @@ from ffjax.model import Transformer
 
 __all__ = ["Diagnosis", "Patient", "diagnose"]
 
+# About as many as the default text has bytes.
+_MOST_IDS = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Patient:
@@ -27,7 +30,8 @@ class Patient:
         config: its configuration.
         dtype: of its weights.
         load: loads it; None where only its sizes are of interest, and weights are random.
-        tokens: encodes a text for it, None where nothing is to be read.
+        tokens: encodes a text for it, None where nothing is to be read. Where it cannot, ids
+            spread evenly over the vocabulary are read instead.
     """
 
     source: str
@@ -49,8 +53,9 @@ class Diagnosis:
         model: facts of the model.
         choices: what can run, batch by batch.
         weights: tensors that are not finite; None where weights are random.
-        activations: what a text made of the model; None likewise, or where no text was read.
-        unread: why no text was read, or None.
+        activations: what a text made of the model, or token ids; None likewise.
+        read: what that was, in words; None likewise.
+        unread: why it was no text, or None.
         trials: decode steps beside the reference's; None without a self-test.
         tried: whose weights those were, a sentence.
         bandwidth: likewise.
@@ -65,6 +70,7 @@ class Diagnosis:
     choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     weights: list[BadWeights] | None = None
     activations: Activations | None = None
+    read: str | None = None
     unread: str | None = None
     trials: list[selftest.Trial] | None = None
     tried: str | None = None
@@ -83,13 +89,13 @@ def diagnose(
         say: is told what is being done.
 
     Raises:
-        ValueError, OSError: the model cannot be loaded, or the text not be encoded.
+        ValueError, OSError: the model cannot be loaded, or its tokenizer not be read.
     """
     facts = _facts(patient)
     try:
         devices = environment.devices()
     except (RuntimeError, AssertionError) as error:  # JAX has no platform of that name, or no GPU
-        return dataclasses.replace(facts, wrong=[_no_device(error)])
+        return dataclasses.replace(facts, wrong=[environment.no_device(error)])
     found = dataclasses.replace(
         facts, devices=devices, choices=choices(patient.config, patient.dtype)
     )
@@ -101,14 +107,17 @@ def diagnose(
         found = dataclasses.replace(found, weights=bad_weights(model))
         wrong += _of_weights(found.weights or [])
         if patient.tokens is not None:
-            say("runs the reference over a text")
+            read, unread = "the text", None
             try:
                 tokens = patient.tokens()
             except (ValueError, NotImplementedError) as error:
-                found = dataclasses.replace(found, unread=str(error))
-            else:
-                found = dataclasses.replace(found, activations=observe(model, tokens))
-                wrong += _of_activations(found)
+                read, unread = "token ids spread evenly over the vocabulary", str(error)
+                tokens = _spread_ids(patient.config)
+            say(f"runs the reference over {read}")
+            found = dataclasses.replace(
+                found, activations=observe(model, tokens), read=read, unread=unread
+            )
+            wrong += _of_activations(found)
     if self_test:
         found = _tested(found, patient.config, None if wrong else model, say)
         wrong += [reason for trial in found.trials or [] if (reason := trial.what_is_wrong)]
@@ -131,6 +140,12 @@ def _facts(patient: Patient) -> Diagnosis:
             "quantized": str(config.weights) or None,
         },
     )
+
+
+def _spread_ids(config: ModelConfig) -> list[int]:
+    """Token ids for a model whose tokenizer is not there: each part of the vocabulary has one."""
+    count = min(_MOST_IDS, config.vocab_size, config.max_context)
+    return [i * config.vocab_size // count for i in range(count)]
 
 
 def _tested(
@@ -157,14 +172,6 @@ def _tested(
         results = [selftest.interpreted_trial()]
     say("measures the read bandwidth")
     return dataclasses.replace(found, trials=results, tried=tried, bandwidth=selftest.bandwidth())
-
-
-def _no_device(error: Exception) -> str:
-    # JAX's own message, without its lines on how each plugin failed.
-    said = " ".join(str(error).split())[:300] or type(error).__name__
-    asked = os.environ.get("JAX_PLATFORMS")
-    instead = f"JAX_PLATFORMS is {asked!r}: unset it" if asked else "Look at the driver"
-    return f"JAX starts no device: {said.rstrip('.')}. {instead}, or set JAX_PLATFORMS=cpu."
 
 
 def _idle_gpu(devices: list[dict[str, Any]]) -> list[str]:
@@ -201,7 +208,7 @@ def _of_activations(found: Diagnosis) -> list[str]:
     then = (
         "The weights above are why."
         if found.weights
-        else "All weights are finite, so the model overflows on this text: report it."
+        else f"All weights are finite, so the model overflows on {found.read}: report it."
     )
     return [
         f"Activations are not finite: the first tensor is {_where(bad.tensor, bad.layer)}, with "

@@ -12,7 +12,17 @@ from typing import Any
 
 import jax
 
-__all__ = ["devices", "driver_version", "platform_facts", "settings", "versions"]
+from ffjax.decode import default_device
+
+__all__ = [
+    "devices",
+    "driver_version",
+    "no_device",
+    "platform_facts",
+    "settings",
+    "versions",
+    "why_no_device",
+]
 
 # Distributions that a decode step depends on; those that are not installed are left out.
 _DISTRIBUTIONS = (
@@ -22,6 +32,11 @@ _DISTRIBUTIONS = (
 )
 _DRIVER = Path("/proc/driver/nvidia/version")
 _NAMES = re.compile(r"(?:JAX|XLA)_\w+|CUDA_VISIBLE_DEVICES|TF_CPP_MIN_LOG_LEVEL")
+# Those of them that can leave JAX without a device.
+_PLATFORM = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE", "JAX_NUM_CPU_DEVICES")
+# How JAX's message begins, and what it advises at the end.
+_NOT_STARTED = "Unable to initialize backend"
+_ADVICE = re.compile(r"\.? \((?:set JAX_PLATFORMS|you may need to uninstall).*")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|ADDRESS", re.IGNORECASE)
 # A folder may have the user's name in it; a report goes to strangers.
 _FOLDER = re.compile(r"(?:~|(?<![\w.])[/\\]|(?<!\w)[A-Za-z]:[/\\])[^\s,;:=]*")
@@ -75,10 +90,10 @@ def devices() -> list[dict[str, Any]]:
         of its platform.
 
     Raises:
-        RuntimeError: JAX starts none.
+        RuntimeError, AssertionError: JAX starts none, or not the default one.
     """
     found = []
-    for device in jax.devices():
+    for device in _started():
         memory = device.memory_stats() or {}
         found.append(
             {
@@ -92,3 +107,45 @@ def devices() -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _started() -> list[Any]:
+    default_device()
+    return jax.devices()
+
+
+def no_device(error: Exception) -> str:
+    """Says that JAX starts no device, and what to do: a sentence or two.
+
+    Args:
+        error: what JAX has raised; without a message where the platform it was told to use has no
+            devices.
+    """
+    # JAX's own message, without its lines on how each plugin failed.
+    said = _ADVICE.sub("", " ".join(str(error).split()))[:300].rstrip(".")
+    said = said or "it finds none of the platform that it is to use"
+    asked = {name: os.environ[name] for name in _PLATFORM if os.environ.get(name)}
+    if not asked:
+        return f"JAX starts no device: {said}. Look at the driver, or set JAX_PLATFORMS=cpu."
+    values = " and ".join(f"{name} is {value!r}" for name, value in asked.items())
+    instead = ", or set JAX_PLATFORMS=cpu" if [*asked] == ["JAX_PLATFORMS"] else ""
+    return (
+        f"JAX starts no device: {said}. {values}: unset {'it' if len(asked) == 1 else 'them'}"
+        f"{instead}."
+    )
+
+
+def why_no_device(error: Exception) -> str | None:
+    """Whether an error comes of JAX starting no device: a sentence or two; None if it does not.
+
+    Args:
+        error: what the work ended with. It is looked at because JAX, asked again, is content with
+            those of several platforms that it has started.
+    """
+    if str(error).startswith(_NOT_STARTED):
+        return no_device(error)
+    try:
+        _started()
+    except (RuntimeError, AssertionError) as again:
+        return no_device(again)
+    return None

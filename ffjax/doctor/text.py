@@ -99,11 +99,11 @@ def _weights(found: Diagnosis) -> list[str]:
 
 def _activations(found: Diagnosis) -> list[str]:
     seen = found.activations
-    if found.unread is not None:
-        return [f"No text was read: {found.unread}"]
     if seen is None:
         return []
-    lines = [f"{seen.tokens} tokens by the reference"]
+    lines = [f"{seen.tokens} tokens by the reference: {found.read}"]
+    if found.unread is not None:
+        lines.insert(0, f"No text was read: {found.unread}")
     if seen.first_bad is None:
         lines.append("All are finite.")
     else:
