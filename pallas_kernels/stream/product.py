@@ -69,18 +69,21 @@ class Sums(NamedTuple):
     second: Array
 
 
-def outputs_of(env: StreamEnv, segment: Segment, every: int = 1) -> Outputs:
+def outputs_of(env: StreamEnv, segment: Segment, every: int = 1, *, anew: bool = False) -> Outputs:
     """What a flush of the segment makes, or the residual that a program owns.
 
     Args:
         env: the program's view.
         segment: which.
         every: of a group's pairs; the first one included.
+        anew: whether the compiler is to compute what follows from them each time: see `ptx.anew`.
     """
     plan, bp = env.plan, env.plan.padded_batch
     rows = plan.rows if segment == Segment.EMBED else env.segment(segment).run_rows
     pairs = rows // 2 // every
     index = iota((plan.flushed(segment) * pairs * bp,), 0)
+    if anew and not env.interpret:
+        index = ptx.anew(index)
     pair = lax.div(index, jnp.int32(bp))
     number = lax.div(pair, jnp.int32(pairs))
     return Outputs(number, (pair - number * pairs) * every, index & (bp - 1))

@@ -5,6 +5,7 @@ others has a plain twin for interpret mode; the ring and the products are only u
 """
 
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
+from pallas_kernels.stream.ptx.anew import anew
 from pallas_kernels.stream.ptx.arrival import wait_copies
 from pallas_kernels.stream.ptx.attend import attend_span
 from pallas_kernels.stream.ptx.boxes import MAP_BYTES, TensorMap, make_map
@@ -41,6 +42,7 @@ __all__ = [
     "Feed",
     "IntegerTile",
     "TensorMap",
+    "anew",
     "attend_span",
     "begin_words",
     "clear_shared",
