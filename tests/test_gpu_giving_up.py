@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -19,6 +20,8 @@ from ffjax.broken import NotFiniteError
 from ffjax.config import ModelConfig
 from ffjax.decode import default_device, fused_step
 from ffjax.formats import INT8, WeightFormats
+from ffjax.generate import generate
+from ffjax.streaming import stream
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream.faults import fault_of
 from pallas_kernels.stream.launch import layout_of
@@ -100,3 +103,18 @@ def test_a_hand_over_that_never_comes_is_named_and_jax_lives_on(name):
     )
     # With a fresh cache all is well.
     np.testing.assert_array_equal(whole(params, cache(), tokens).logits, want)
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_a_generation_ends_with_what_is_missing(way):
+    # As deep as no other case: a loop that is compiled already would lack nothing.
+    config = dataclasses.replace(DEEP, num_layers=7 if way == "generate" else 5)
+    model, prompts = random_model(config), [[1, 2, 3], [4, 5]]
+    with skipping("ffw", 3), pytest.raises(NotFiniteError, match="layer 2: hidden activations"):
+        if way == "generate":
+            generate(model, prompts, 8, implementation="pallas_stream")
+        else:
+            list(stream(model, prompts, 8, implementation="pallas_stream"))
+    jax.clear_caches()
+    out = generate(model, prompts, 8, implementation="pallas_stream")
+    assert [len(tokens) for tokens in out.tokens] == [8, 8]

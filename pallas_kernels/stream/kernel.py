@@ -60,9 +60,9 @@ def finish_tiles(env: StreamEnv, rotations: Rotations, place: Place, state: Stat
             if segment == Segment.GATE_UP:
                 finish_gate_up(env, flush)
                 return state
+            sums = sum_up(env, segment, outputs_of(env, segment))
             # Of several sequences a program has no register left for addresses of all segments.
             outputs = outputs_of(env, segment, anew=env.plan.twins)
-            sums = sum_up(env, segment, outputs)
             if segment == Segment.HEAD:
                 return finish_head(env, flush, outputs, sums, state)
             if segment in (Segment.ATTN_OUT, Segment.DOWN):

@@ -135,7 +135,8 @@ def _norm_weights(
         values = lax.switch(number if before else jnp.int32(0) * segment, ways)
         words = [_packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
     else:
-        row = (1 - is_head.astype(jnp.int32)) * layer * size
+        # The final norm has one row: where nothing else is normed, that is what is read.
+        row = (1 - is_head.astype(jnp.int32)) * layer * size if before else 0
         there = pieces_there(plan, part, size - first)
         beyond = [segment != Segment.QKV, is_head] if before else []
         conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]

@@ -1,0 +1,77 @@
+"""Where a compiled step reads the weights of norms: within their arrays, and those of its row."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import dims_of, small_config
+from stream_cases import FAMILIES, H200
+
+from pallas_kernels.stream import operand
+from pallas_kernels.stream.plan import PIECE, Segment
+from pallas_kernels.stream.planner import make_stream_plan
+
+LAYERS = 3
+NORMED = (Segment.QKV, Segment.GATE_UP, Segment.HEAD)
+
+
+class Read(NamedTuple):
+    """What `ptx.load_pieces` was asked for."""
+
+    refs: list[Any]
+    beyond: list[Any]
+    offset: Any
+    places: list[int]
+    there: Any
+
+    def array(self) -> Any:
+        chosen = self.refs[0]
+        for condition, ref in zip(self.beyond, self.refs[1:], strict=True):
+            chosen = ref if np.asarray(condition).all() else chosen
+        return chosen
+
+    def elements(self) -> np.ndarray:
+        """All that is read, of the array taken as flat."""
+        offset, there = np.asarray(self.offset), np.asarray(self.there)
+        first = [offset[there > q] + place for q, place in enumerate(self.places)]
+        return np.concatenate([x[:, None] + np.arange(PIECE) for x in first]).ravel()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_weights_of_norms_are_read_within_their_rows(monkeypatch, family, batch):
+    config = small_config(**{**FAMILIES.get(family, {}), "num_layers": LAYERS})
+    plan = make_stream_plan(dims_of(config, batch, 64), H200)
+    d, read = plan.dims, []
+
+    def record(refs, beyond, offset, places, there):
+        read.append(Read(refs, beyond, offset, places, there))
+        return [jnp.zeros(offset.shape, jnp.int32)] * (4 * len(places))
+
+    monkeypatch.setattr(operand.ptx, "load_pieces", record)
+    layered, once = np.zeros((LAYERS, d.model_dim)), np.zeros(d.model_dim)
+    arrays = {"attn_norm": layered, "mlp_norm": layered.copy(), "final_norm": once}
+
+    class Env(types.SimpleNamespace):
+        def __getitem__(self, name):
+            return arrays[name]
+
+    env = Env(plan=plan, dims=d, features=d.features, interpret=False)
+    for segment in plan.segments:
+        part = plan.segments[segment]
+        for layer in range(LAYERS):
+            operand._norm_weights(env, part, jnp.int32(segment), jnp.int32(layer))  # type: ignore[arg-type]
+            [one] = read
+            array, elements = one.array(), one.elements()
+            assert 0 <= elements.min() <= elements.max() < array.size, (segment, layer)
+            if segment == Segment.HEAD or (d.features.pre_norm and segment in NORMED):
+                row = 0 if segment == Segment.HEAD else layer
+                want = np.arange(d.model_dim) + row * d.model_dim
+                assert set(elements) == set(want), (segment, layer)
+                name = {Segment.QKV: "attn_norm", Segment.GATE_UP: "mlp_norm"}
+                assert array is arrays[name.get(segment, "final_norm")]
+            read.clear()
