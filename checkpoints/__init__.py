@@ -4,6 +4,7 @@ Hugging Face checkpoints come in by `load` and `convert_hf` and go out by `expor
 """
 
 from checkpoints.hf_export import export_hf
+from checkpoints.hf_fields import HFFolderWarning
 from checkpoints.hf_import import convert_hf
 from checkpoints.manifest import CheckpointError, Manifest
 from checkpoints.store import SHIPPED_MODEL, load, save, tokenizer_directory
@@ -11,6 +12,7 @@ from checkpoints.store import SHIPPED_MODEL, load, save, tokenizer_directory
 __all__ = [
     "SHIPPED_MODEL",
     "CheckpointError",
+    "HFFolderWarning",
     "Manifest",
     "convert_hf",
     "export_hf",

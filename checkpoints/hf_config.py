@@ -1,6 +1,6 @@
 """Hugging Face's config.json to our configuration, and back.
 
-Every field there is read, known to change no number, or refused by its name.
+Every field there is read, known to change no number, refused by its name, or named in a warning.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from checkpoints.hf_families import ACTIVATIONS, FAMILIES, NESTED, Family, Number
+from checkpoints.hf_effects import understood
+from checkpoints.hf_families import ACTIVATIONS, FAMILIES, NESTED, NUMBERS, Family
 from checkpoints.hf_fields import CONFIG, Fields
 from checkpoints.hf_rope import Rope, read_rope, write_rope
 from checkpoints.hf_windows import normal_pattern, read_window, write_window
@@ -19,17 +21,6 @@ from checkpoints.manifest import CheckpointError
 from ffjax.config import ModelConfig
 
 __all__ = ["CONFIG", "architecture_of", "config_from_hf", "config_to_hf", "read_config"]
-
-# What every family has, by the names of both sides.
-_NUMBERS = (
-    Number("vocab_size", "vocab_size", "int"),
-    Number("num_hidden_layers", "num_layers", "int"),
-    Number("hidden_size", "model_dim", "int"),
-    Number("intermediate_size", "ffw_dim", "int"),
-    Number("num_attention_heads", "num_heads", "int"),
-    Number("rms_norm_eps", "norm_eps", "float"),
-    Number("max_position_embeddings", "max_context", "int"),
-)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -78,27 +69,46 @@ def architecture_of(data: dict[str, Any], where: Path) -> str:
     return name
 
 
-def config_from_hf(data: dict[str, Any], where: Path, *, name: str) -> ModelConfig:
+def config_from_hf(
+    data: dict[str, Any], where: Path, *, name: str, ignore_fields: Collection[str] = ()
+) -> ModelConfig:
     """The configuration that a config.json describes.
+
+    Fields of no known effect are named in one `HFFolderWarning`.
 
     Args:
         data: what the file holds, in the layout of transformers 4 or 5.
         where: the folder, for messages.
         name: what the model is called in messages.
+        ignore_fields: names of fields to leave out, for who knows that they change nothing.
 
     Raises:
-        CheckpointError: it asks for what is not supported, or describes no possible model.
+        CheckpointError: it asks for what is not supported, or describes no possible model; or
+            a field that is to be ignored is one that is understood.
     """
     architecture = architecture_of(data, where)
+    outer: dict[str, Any] = {}
     if architecture in NESTED:
         family_name, key, unused = NESTED[architecture]
-        data = _unnested(data, key, unused, where)
+        data, outer = _unnested(data, key, unused, where)
     else:
         family_name = next(n for n, f in FAMILIES.items() if f.architecture == architecture)
     family = FAMILIES[family_name]
+    _check_ignorable(ignore_fields, family_name, where)
+    shadowed = [
+        (name, value)
+        for name, value in outer.items()
+        if name in data and name not in understood(family_name) and name not in ignore_fields
+    ]
+    data = {name: value for name, value in {**outer, **data}.items() if name not in ignore_fields}
     fields = Fields(data, family.defaults, where)
+    kind = fields.take("model_type")
+    if architecture not in NESTED and kind not in (None, family.model_type):
+        # transformers takes the class of the model_type.
+        raise fields.unsupported(f"model_type beside {architecture}", kind, family.model_type)
+    fields.drop("architectures", "eos_token_id")  # read above, and by the tokenizer
     made: dict[str, Any] = {"name": name, "family": family_name, **family.ours}
-    for number in (*_NUMBERS, *family.numbers):
+    for number in (*NUMBERS, *family.numbers):
         value = fields.number(number.theirs, number.kind)
         made[number.ours] = None if value is None else number.read(value)
     width, heads = made["model_dim"], made["num_heads"]
@@ -112,10 +122,7 @@ def config_from_hf(data: dict[str, Any], where: Path, *, name: str) -> ModelConf
     rope = read_rope(fields, made["max_context"], local="rope_local_base_freq" in family.defaults)
     made["rope_theta"], made["rope_scaling"] = rope.theta, rope.scaling
     made["rope_theta_local"] = rope.theta_local if made["window"] is not None else None
-    for field, only in family.only.items():
-        if (value := fields.take(field)) is not None and value != only:
-            raise fields.unsupported(field, value, only)
-    fields.finish()
+    fields.finish(family_name, shadowed)
     try:
         return ModelConfig(**made)
     except ValueError as error:
@@ -126,13 +133,23 @@ def config_from_hf(data: dict[str, Any], where: Path, *, name: str) -> ModelConf
 
 def _unnested(
     data: dict[str, Any], key: str, unused: tuple[str, ...], where: Path
-) -> dict[str, Any]:
-    """The fields of a model within another, with those of the other that concern it too."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a model within another, and those of the other that concern it too."""
     inner = data.get(key)
     if not isinstance(inner, dict):
         raise CheckpointError(f"{CONFIG} of {where} lacks {key}, the fields of the text model.")
-    outer = {name: value for name, value in data.items() if name not in (key, *unused)}
-    return {**outer, **inner}
+    return inner, {name: value for name, value in data.items() if name not in (key, *unused)}
+
+
+def _check_ignorable(names: Collection[str], family: str, where: Path) -> None:
+    """Whether none of the fields to be ignored is understood."""
+    if isinstance(names, str):
+        raise TypeError(f"ignore_fields is a sequence of names, as ({names!r},); got {names!r}.")
+    if known := sorted(understood(family) & set(names)):
+        raise CheckpointError(
+            f"A field that is understood cannot be ignored, for it says what the model is: "
+            f"{', '.join(known)}. Correct it in {CONFIG} of {where}, or leave it there as it is."
+        )
 
 
 def _even_share(width: int, heads: int, where: Path) -> int:
@@ -182,7 +199,7 @@ def config_to_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
         "head_dim": config.head_dim,
         "tie_word_embeddings": config.tied_embeddings,
     }
-    for number in (*_NUMBERS, *family.numbers):
+    for number in (*NUMBERS, *family.numbers):
         value = number.theirs_of(getattr(config, number.ours))
         if value is not None or number.kind.endswith("?"):
             data[number.theirs] = value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from checkpoints.atomic import written_beside
 from checkpoints.hf_config import config_to_hf
 from checkpoints.hf_fields import CONFIG
 from checkpoints.hf_files import INDEX, SINGLE, TensorWriter
-from checkpoints.hf_import import COMPANIONS, is_hf_folder
+from checkpoints.hf_import import companions_in, copy_companions, is_hf_folder
 from checkpoints.hf_table import Slot, slots_of
 from checkpoints.manifest import HF_FILES, WEIGHTS, CheckpointError, Manifest
 from checkpoints.skeleton import array_shapes
@@ -94,15 +93,14 @@ def export_hf(
     itemsize = np.dtype(shapes["embed"].dtype).itemsize
     kept = checkpoint / HF_FILES
     data = config_to_hf(manifest.config, manifest.dtype, _token_ids(kept))
-    companions = [name for name in COMPANIONS if name != CONFIG and (kept / name).is_file()]
+    companions = [name for name in companions_in(kept) if name != CONFIG]
     with written_beside(path, lambda: _check_nothing_at(path)) as partial:
         shards = _shards(slots, itemsize, shard_bytes)
         _write_tensors(checkpoint, partial, shards, shapes["embed"].dtype, progress)
         if len(shards) > 1:
             _write_json(partial / INDEX, _index(shards, itemsize))
         _write_json(partial / CONFIG, data)
-        for name in companions:
-            shutil.copyfile(kept / name, partial / name)
+        copy_companions(companions, kept, partial)
     return Export(data["architectures"][0], manifest.dtype, len(slots), list(shards), companions)
 
 
@@ -119,7 +117,7 @@ def _token_ids(kept: Path) -> dict[str, Any]:
     None where it was silent: transformers would assume ids of the family's first model.
     """
     data = json.loads((kept / CONFIG).read_bytes()) if (kept / CONFIG).is_file() else {}
-    data = {**data, **data.get("text_config", {})}
+    data = {**data, **(data.get("text_config") or {})}
     return {name: data.get(name) for name in _TOKEN_IDS}
 
 

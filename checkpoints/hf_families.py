@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["ACTIVATIONS", "FAMILIES", "HARMLESS", "NESTED", "Family", "Number"]
+__all__ = ["ACTIVATIONS", "FAMILIES", "NESTED", "NUMBERS", "Family", "Number"]
 
 
 def _same(value: Any) -> Any:
@@ -48,24 +48,24 @@ class Family(NamedTuple):
         architecture: what `architectures` lists.
         model_type: what `model_type` says.
         defaults: what transformers assumes where config.json is silent.
-        only: fields that ask for something not supported, unless they have this value.
         ours: fields of `ModelConfig` that the family alone decides.
         numbers: numbers that only this family has.
         activation: the name of the field that names the activation.
         windows: which layers are local: "never"; "always", where there is a window; "from", all
             after the first `max_window_layers`, where `use_sliding_window`; "pattern", all
             but every so many-th.
+        reads_pattern: whether transformers reads sliding_window_pattern; Gemma 2's is fixed.
         scales_embedding: whether the embedding is multiplied by sqrt(D).
     """
 
     architecture: str
     model_type: str
     defaults: dict[str, Any]
-    only: dict[str, Any]
     ours: dict[str, Any] = {}  # noqa: RUF012 - a constant like the whole table
     numbers: tuple[Number, ...] = ()
     activation: str = "hidden_act"
     windows: str = "never"
+    reads_pattern: bool = False
     scales_embedding: bool = False
 
 
@@ -80,14 +80,6 @@ _DEFAULTS: dict[str, Any] = {
     "rope_theta": 10_000.0,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
-}
-
-# A bias of attention would be one of the output projection, too.
-_ONLY = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
 }
 
 _WINDOW = {"sliding_window": 4096}
@@ -116,8 +108,19 @@ _QUERY_SCALE = Number(
 
 _LOGIT_SOFTCAP = Number("final_logit_softcapping", "logit_softcap", "float?")
 
+# What every family has, by the names of both sides.
+NUMBERS = (
+    Number("vocab_size", "vocab_size", "int"),
+    Number("num_hidden_layers", "num_layers", "int"),
+    Number("hidden_size", "model_dim", "int"),
+    Number("intermediate_size", "ffw_dim", "int"),
+    Number("num_attention_heads", "num_heads", "int"),
+    Number("rms_norm_eps", "norm_eps", "float"),
+    Number("max_position_embeddings", "max_context", "int"),
+)
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", "llama", _DEFAULTS, _ONLY),
+    "llama": Family("LlamaForCausalLM", "llama", _DEFAULTS),
     "mistral": Family(
         "MistralForCausalLM",
         "mistral",
@@ -127,14 +130,12 @@ FAMILIES: dict[str, Family] = {
             "num_key_value_heads": 8,
             "max_position_embeddings": 131_072,
         },
-        _ONLY,
         windows="always",
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         "qwen2",
         {**_DEFAULTS, **_QWEN_WINDOW, "max_position_embeddings": 32_768},
-        {name: only for name, only in _ONLY.items() if name != "attention_bias"},
         {"qkv_bias": True},
         windows="from",
     ),
@@ -142,7 +143,6 @@ FAMILIES: dict[str, Family] = {
         "Qwen3ForCausalLM",
         "qwen3",
         {**_DEFAULTS, **_QWEN_WINDOW, "head_dim": 128, "max_position_embeddings": 32_768},
-        _ONLY,
         {"qk_norm": "head"},
         windows="from",
     ),
@@ -150,7 +150,6 @@ FAMILIES: dict[str, Family] = {
         "Olmo2ForCausalLM",
         "olmo2",
         {**_DEFAULTS, "rms_norm_eps": 1e-5},
-        _ONLY,
         {"qk_norm": "full", "pre_norm": False, "post_norm": True},
     ),
     "granite": Family(
@@ -163,7 +162,6 @@ FAMILIES: dict[str, Family] = {
             "attention_multiplier": 1.0,
             "logits_scaling": 1.0,
         },
-        _ONLY,
         numbers=(
             Number("embedding_multiplier", "embed_scale", "float"),
             Number("residual_multiplier", "residual_scale", "float"),
@@ -183,7 +181,6 @@ FAMILIES: dict[str, Family] = {
             "final_logit_softcapping": 30.0,
             "sliding_window_pattern": 2,
         },
-        {**_ONLY, "use_bidirectional_attention": False},
         _GEMMA_OURS,
         numbers=(
             _QUERY_SCALE,
@@ -206,12 +203,11 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
         },
-        # Its attention in transformers has no softcap, whatever the field says.
-        {**_ONLY, "use_bidirectional_attention": False, "attn_logit_softcapping": None},
         {**_GEMMA_OURS, "qk_norm": "head"},
         numbers=(_QUERY_SCALE, _LOGIT_SOFTCAP),
         activation="hidden_activation",
         windows="pattern",
+        reads_pattern=True,
         scales_embedding=True,
     ),
 }
@@ -234,21 +230,3 @@ NESTED: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ),
     ),
 }
-
-# Fields that change no number of a forward pass: names, training, tokens, generation.
-_HARMLESS = """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
-    attn_implementation bad_words_ids begin_suppress_tokens bos_token_id cache_implementation
-    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
-    is_llama_config keys_to_ignore_at_inference label2id length_penalty max_length min_length
-    model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
-    use_cache attention_dropout
-"""
-HARMLESS = frozenset(_HARMLESS.split())

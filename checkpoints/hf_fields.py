@@ -1,36 +1,68 @@
-"""The fields of a config.json: each is understood, or refused by its name."""
+"""The fields of a config.json: each is understood, harmless, refused, or named in a warning."""
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from checkpoints.hf_families import HARMLESS
+from checkpoints.hf_effects import TRANSFORMERS, guards, is_harmless, understood
 from checkpoints.manifest import CheckpointError
 
-__all__ = ["CONFIG", "Fields"]
+__all__ = ["CONFIG", "Fields", "HFFolderWarning", "listed", "warn"]
 
 CONFIG = "config.json"
 
 
+class HFFolderWarning(UserWarning):
+    """Something in a Hugging Face folder that is left out, and is taken to change nothing."""
+
+
+def warn(text: str) -> None:
+    """Warns of what is left out of a Hugging Face folder."""
+    warnings.warn(text, HFFolderWarning, stacklevel=3)
+
+
+def listed(pairs: Iterable[tuple[str, Any]]) -> str:
+    """Fields with their values as the file writes them, long ones cut."""
+    return ", ".join(f"{name} ({_short(json.dumps(value))})" for name, value in pairs)
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 class Fields:
-    """The fields of a config.json, each taken once; what is left at the end was not understood."""
+    """The fields of a config.json, each taken once; what is left at the end was not understood.
+
+    Attributes:
+        where: the folder, for messages.
+        taken: the names that were asked for.
+    """
 
     def __init__(self, data: dict[str, Any], defaults: dict[str, Any], where: Path):
         """Starts with all of them, and with what a silent one means."""
         self._left = dict(data)
         self._defaults = defaults
         self.where = where
+        self.taken: set[str] = set()
 
     def take(self, name: str) -> Any:
         """A field's value, or its default; None where neither is there."""
+        self.taken.add(name)
         return self._left.pop(name, self._defaults.get(name))
 
     def has(self, name: str) -> bool:
         """Whether the file gives the field, and not as null."""
         return self._left.get(name) is not None
+
+    def drop(self, *names: str) -> None:
+        """Leaves out fields that are read elsewhere."""
+        for name in names:
+            self._left.pop(name, None)
 
     def number(self, name: str, kind: str) -> Any:
         """A number of a kind: "int", "float", "int?" or "float?"."""
@@ -62,19 +94,50 @@ class Fields:
             f"{CONFIG} of {self.where} asks for it."
         )
 
-    def finish(self) -> None:
-        """Whether every field that asks for something was understood.
+    def finish(self, family: str, shadowed: Iterable[tuple[str, Any]] = ()) -> None:
+        """Judges the fields that nobody took; those of no known effect are named in one warning.
+
+        Args:
+            family: the model's family.
+            shadowed: fields that others of the same names took the place of.
 
         Raises:
-            CheckpointError: one was not.
+            CheckpointError: one asks for what is not supported.
         """
-        unknown = [
-            f"{name} ({json.dumps(value)[:60]})"
-            for name, value in sorted(self._left.items())
-            if name not in HARMLESS and value is not None and value is not False
-        ]
-        if unknown:
+        guarded = guards(family)
+        left = sorted([*self._left.items(), *shadowed], key=lambda pair: pair[0])
+        refused, unknown = {}, []
+        for name, value in left:
+            if name in guarded:
+                if not guarded[name].allows(value):
+                    refused[name] = value
+            elif name not in understood(family) and not is_harmless(name, family):
+                unknown.append((name, value))
+        if refused:
+            reasons = [
+                f"{listed([(name, value)])[:-1]}: {guarded[name].why}; supported: "
+                f"{json.dumps(guarded[name].harmless[0])})"
+                for name, value in refused.items()
+            ]
             raise CheckpointError(
-                f"{CONFIG} of {self.where} has fields that are not supported, and might change "
-                f"what the model computes: {', '.join(unknown)}. Remove those that do not."
+                f"{CONFIG} of {self.where} asks for what is not supported, and what would change "
+                f"the numbers: {', '.join(reasons)}. Take another model; or, where you know that "
+                f"a field changes nothing in this one, leave it out: --ignore-field "
+                f"{next(iter(refused))}, ignore_fields in the library."
             )
+        self._warn(unknown)
+
+    def _warn(self, unknown: list[tuple[str, Any]]) -> None:
+        said = []
+        if unknown:
+            said.append(
+                f"nothing is known to read {listed(unknown)}, neither in transformers "
+                f"{TRANSFORMERS} nor here, and it is taken to change nothing"
+            )
+        if code := self._left.get("auto_map"):
+            said.append(
+                f"auto_map names code of the model's own ({_short(json.dumps(code))}), which is "
+                "not run, as in transformers without trust_remote_code"
+            )
+        if said:
+            warn(f"In {CONFIG} of {self.where}: {'; '.join(said)}.")

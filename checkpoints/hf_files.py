@@ -26,6 +26,7 @@ __all__ = [
     "SINGLE",
     "StoredTensor",
     "TensorWriter",
+    "check_dtypes",
     "dtype_name",
     "find_tensors",
     "read_header",
@@ -41,7 +42,11 @@ _DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
 }
+
+# Dtypes in which nobody stores weights, quantized ones either: masks, positions, counters.
+_NO_WEIGHTS = ("BOOL", "I64", "U64")
 
 # The longest header that the safetensors library accepts: more is no header.
 _LONGEST_HEADER = 100_000_000
@@ -143,8 +148,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises:
         CheckpointError: there are no safetensors; a shard is missing, truncated or damaged;
-            the index promises tensors that its shards lack; a name is there twice; or a
-            dtype is not supported.
+            the index promises tensors that its shards lack; or a name is there twice.
     """
     if (directory / SINGLE).is_file():
         promised, files = {}, [directory / SINGLE]
@@ -181,12 +185,34 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
             f"{INDEX} of {directory} lists tensors that are not in the shards it names: "
             f"{', '.join(elsewhere)}. Download it again."
         )
-    if odd := [f"{t.name} ({t.dtype})" for t in found.values() if t.dtype not in _DTYPES]:
-        raise CheckpointError(
-            f"Tensors of another dtype than {', '.join(_DTYPES)} are not supported; {directory} "
-            f"has {_some(odd)}. Use a version of the model that is not quantized."
-        )
     return found
+
+
+def check_dtypes(directory: Path, tensors: Iterable[StoredTensor]) -> None:
+    """Whether all tensors are of a dtype that can be read.
+
+    Args:
+        directory: the folder, for messages.
+        tensors: those that the model has a use for.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    odd = [tensor for tensor in tensors if tensor.dtype not in _DTYPES]
+    if not odd:
+        return
+    if all(tensor.dtype in _NO_WEIGHTS for tensor in odd):
+        hint = (
+            "Truth values and integers of this size are no weights, as a mask or a counter is "
+            "none: these tensors are none of a model that is supported."
+        )
+    else:
+        hint = "The weights are quantized: use a version of the model whose weights are not."
+    names = _some(f"{tensor.name} ({tensor.dtype})" for tensor in odd)
+    raise CheckpointError(
+        f"Tensors of another dtype than {', '.join(_DTYPES)} are not supported; {directory} has "
+        f"{names}. {hint}"
+    )
 
 
 def _read_index(directory: Path) -> dict[str, str]:

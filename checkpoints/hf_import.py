@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,19 @@ from flax import nnx
 
 from checkpoints.arrays import lay_out, write_array
 from checkpoints.atomic import written_beside
+from checkpoints.hf_adapter import ADAPTER, refuse_adapter
 from checkpoints.hf_config import architecture_of, config_from_hf, read_config
 from checkpoints.hf_fields import CONFIG
-from checkpoints.hf_files import StoredTensor, dtype_name, find_tensors, read_into, same_numbers
+from checkpoints.hf_files import (
+    StoredTensor,
+    check_dtypes,
+    dtype_name,
+    find_tensors,
+    read_into,
+    same_numbers,
+)
 from checkpoints.hf_table import NameRules, Slot, slots_of
+from checkpoints.hf_token_ids import check_end_tokens
 from checkpoints.manifest import (
     HF_FILES,
     MANIFEST,
@@ -37,7 +46,9 @@ __all__ = [
     "COMPANIONS",
     "Conversion",
     "HFFolder",
+    "companions_in",
     "convert_hf",
+    "copy_companions",
     "is_hf_folder",
     "keep_companions",
     "load_hf",
@@ -62,11 +73,28 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
 )
+# Templates with names of their own lie in a directory, any number of them.
+_TEMPLATES = "additional_chat_templates"
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether a directory holds a Hugging Face model, and no checkpoint of ours."""
-    return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
+    """Whether a directory holds a Hugging Face model or adapter, and no checkpoint of ours."""
+    theirs = any((path / name).is_file() for name in (CONFIG, ADAPTER))
+    return theirs and not (path / MANIFEST).is_file()
+
+
+def companions_in(directory: Path) -> list[str]:
+    """What lies beside a model's weights in a folder: paths relative to it, with `/`."""
+    names = [name for name in COMPANIONS if (directory / name).is_file()]
+    templates = sorted((directory / _TEMPLATES).glob("*.jinja"))
+    return names + [f"{_TEMPLATES}/{file.name}" for file in templates if file.is_file()]
+
+
+def copy_companions(names: list[str], source: Path, target: Path) -> None:
+    """Copies files by their relative paths, with the directories that they lie in."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def keep_companions(directory: Path, checkpoint: Path) -> list[str]:
@@ -77,13 +105,10 @@ def keep_companions(directory: Path, checkpoint: Path) -> list[str]:
         checkpoint: the directory of the checkpoint.
 
     Returns:
-        The names of those there were.
+        The relative paths of those there were.
     """
-    names = [name for name in COMPANIONS if (directory / name).is_file()]
-    if names:
-        (checkpoint / HF_FILES).mkdir()
-    for name in names:
-        shutil.copyfile(directory / name, checkpoint / HF_FILES / name)
+    names = companions_in(directory)
+    copy_companions(names, directory, checkpoint / HF_FILES)
     return names
 
 
@@ -108,8 +133,14 @@ class HFFolder:
     left_out: list[str]
 
     @classmethod
-    def open(cls, directory: Path) -> HFFolder:
+    def open(cls, directory: Path, *, ignore_fields: Collection[str] = ()) -> HFFolder:
         """Reads `config.json` and the files' headers, and checks that they fit.
+
+        What is left out, and taken to change nothing, is named in an `HFFolderWarning`.
+
+        Args:
+            directory: the folder.
+            ignore_fields: as in `convert_hf`.
 
         Raises:
             FileNotFoundError: there is nothing at that path.
@@ -118,11 +149,17 @@ class HFFolder:
         """
         if not directory.exists():
             raise FileNotFoundError(f"There is no Hugging Face folder at {directory}.")
+        refuse_adapter(directory, whole=(directory / CONFIG).is_file())
         data = read_config(directory)
         architecture = architecture_of(data, directory)
-        config = config_from_hf(data, directory, name=_name_of(directory))
+        config = config_from_hf(
+            data, directory, name=_name_of(directory), ignore_fields=ignore_fields
+        )
+        check_end_tokens(directory, config.vocab_size)  # not only when a text is to end
         slots = slots_of(config, array_shapes(config, "bfloat16"))
         named, left_out = NameRules.of(architecture).apply(found := find_tensors(directory))
+        # Before the names: those of quantized tensors are unknown, and their dtype says why.
+        check_dtypes(directory, (found[name] for names in named.values() for name in names))
         if twice := [names for names in named.values() if len(names) > 1]:
             raise CheckpointError(
                 f"Each tensor is there under one name; {directory} has several for one: "
@@ -148,7 +185,8 @@ class HFFolder:
 
     def rounded(self, dtype: Any) -> dict[str, int]:
         """How many tensors, of which dtype, the given one cannot hold exactly."""
-        return {} if dtype_name(dtype) == "F32" else _without(self.dtypes, dtype_name(dtype))
+        held = ("F32", "F16", "BF16") if dtype_name(dtype) == "F32" else (dtype_name(dtype),)
+        return {name: count for name, count in self.dtypes.items() if name not in held}
 
     def arrays(
         self, dtype: Any, progress: Callable[[int], None] | None = None
@@ -170,10 +208,6 @@ class HFFolder:
                     progress(tensor.nbytes)
             yield name, array
             del array  # before the next is allocated
-
-
-def _without(counts: dict[str, int], name: str) -> dict[str, int]:
-    return {key: count for key, count in counts.items() if key != name}
 
 
 def _name_of(directory: Path) -> str:
@@ -231,7 +265,9 @@ def _check_shapes(
         )
 
 
-def load_hf(directory: str | Path, *, dtype: Any = None) -> Transformer:
+def load_hf(
+    directory: str | Path, *, dtype: Any = None, ignore_fields: Collection[str] = ()
+) -> Transformer:
     """Loads a Hugging Face folder onto the default device: what `load` does with one.
 
     Beside the model on the device, the host holds one of its arrays at a time.
@@ -239,12 +275,13 @@ def load_hf(directory: str | Path, *, dtype: Any = None) -> Transformer:
     Args:
         directory: the folder.
         dtype: bfloat16 or float32; None: bfloat16.
+        ignore_fields: as in `convert_hf`.
 
     Raises:
         FileNotFoundError: there is no such folder.
         CheckpointError: it is incomplete or damaged, or asks for what is not supported.
     """
-    folder = HFFolder.open(Path(directory).expanduser().resolve())
+    folder = HFFolder.open(Path(directory).expanduser().resolve(), ignore_fields=ignore_fields)
     dtype = supported_dtype("The weights are loaded as", "bfloat16" if dtype is None else dtype)
     if rounded := folder.rounded(dtype):
         _log.info("%s: %s.", folder.config.name, rounding_note(rounded, dtype))
@@ -290,6 +327,7 @@ def convert_hf(
     *,
     dtype: Any = "bfloat16",
     overwrite: bool = False,
+    ignore_fields: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Makes a checkpoint of a Hugging Face folder.
@@ -304,6 +342,9 @@ def convert_hf(
         path: the checkpoint to make.
         dtype: of its weights, bfloat16 or float32.
         overwrite: whether a checkpoint already at `path` may be replaced.
+        ignore_fields: names of fields of config.json to leave out: those that are refused
+            because they might change what the model computes, where it is known that they do
+            not. A field that is understood cannot be ignored.
         progress: is told, after each tensor, how many bytes were read and of how many.
 
     Raises:
@@ -316,7 +357,7 @@ def convert_hf(
     path = Path(path).expanduser().resolve()
     dtype = supported_dtype("A checkpoint's weights are", dtype)
     check_free(path, overwrite)
-    folder = HFFolder.open(Path(directory).expanduser().resolve())
+    folder = HFFolder.open(Path(directory).expanduser().resolve(), ignore_fields=ignore_fields)
     total, read = folder.nbytes, 0
 
     def count(nbytes: int) -> None:
@@ -334,6 +375,8 @@ def convert_hf(
         "rounded": rounded,
         "left_out": folder.left_out,
     }
+    if ignore_fields:
+        source["ignored_fields"] = sorted(ignore_fields)
     manifest = Manifest(config=folder.config, dtype=dtype.name, source=source, files={})
     with written_beside(path, lambda: check_free(path, overwrite)) as partial:
         lay_out(partial / WEIGHTS, array_shapes(folder.config, dtype))

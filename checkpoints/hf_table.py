@@ -150,16 +150,20 @@ class NameRules(NamedTuple):
         return named, left_out
 
 
-# Old releases of Llama and Mistral keep RoPE's frequencies, which the configuration gives.
-_FREQUENCIES = r"\.rotary_emb\.inv_freq$"
+# Buffers that old releases keep, and that no model of these families has: RoPE's frequencies and
+# tables, which the configuration gives, and attention's mask.
+_BUFFERS = (
+    r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
+    r"\.(self_)?attn\.(bias|masked_bias)$",
+)
 
-_PLAIN = NameRules({}, (_FREQUENCIES,))
+_PLAIN = NameRules({}, _BUFFERS)
 
 _RULES = {
     # The text model within a model that also sees. transformers 4 and 5 name it differently.
     "Gemma3ForConditionalGeneration": NameRules(
         {"model.language_model.": "model.", "language_model.": ""},
-        (_FREQUENCIES, r"^(model\.)?(vision_tower|multi_modal_projector)\."),
+        (*_BUFFERS, r"^(model\.)?(vision_tower|multi_modal_projector)\."),
     ),
 }
 

@@ -12,7 +12,8 @@ __all__ = ["normal_pattern", "read_window", "write_window"]
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
-# transformers 4.5x wrote Gemma 3's field under its private name.
+# transformers 4.5x wrote Gemma 3's field under its private name, beside the layer_types that it
+# reads instead.
 _PATTERN_FIELDS = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
@@ -69,6 +70,11 @@ def _by_rule(fields: Fields, family: Family, num_layers: int) -> tuple[int | Non
     for name in _PATTERN_FIELDS:
         if fields.has(name) and (other := fields.take(name)) != count:
             raise fields.unsupported(name, other, f"{count}, as {every} says")
+    usual = family.defaults[_PATTERN_FIELDS[0]]
+    unread = every != _PATTERN_FIELDS[0] or not family.reads_pattern
+    if unread and count != usual and not fields.has("layer_types"):
+        # transformers computes the usual one.
+        raise fields.unsupported(f"{every} without layer_types", count, usual)
     return window, [window is not None and (i + 1) % count != 0 for i in range(num_layers)]
 
 

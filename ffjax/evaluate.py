@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from ffjax.model import Transformer
-from ffjax.tokenizer import ByteTokenizer, Tokenizer
+from ffjax.tokenizer import ByteTokenizer, Tokenizer, check_known
 
 __all__ = [
     "METHOD",
@@ -182,8 +182,9 @@ def evaluate(
         Bits, tokens and bytes, and what follows from them.
 
     Raises:
-        ValueError: the vocabulary is not the tokenizer's, there is nothing to predict, a text
-            is not UTF-8 and the tokens not bytes, or the context or the batch is out of range.
+        ValueError: the vocabulary is not of bytes and there is no tokenizer, there is nothing to
+            predict, a text is not UTF-8 and the tokens not bytes, or holds a token that the model
+            does not know, or the context or the batch is out of range.
     """
     config = model.config
     if tokenizer is None and config.vocab_size != ByteTokenizer.vocab_size:
@@ -191,11 +192,6 @@ def evaluate(
             "Without a tokenizer, bits per byte are measured of a model that reads bytes, with a "
             f"vocabulary of {ByteTokenizer.vocab_size}; {config.name} has {config.vocab_size}. "
             "Give its tokenizer."
-        )
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"A model knows every token of its tokenizer; {config.name} has {config.vocab_size}, "
-            f"and the tokenizer {tokenizer.vocab_size}. Is it another model's?"
         )
     size = sum(len(text) for text in texts)
     if size == 0:
@@ -209,6 +205,10 @@ def evaluate(
             f"{config.max_context}. Choose a context of at most that."
         )
     pairs = [make_windows(text, context, tokenizer) for text in texts]
+    for i, (cut, counted) in enumerate(pairs):
+        # As they stand in the text, so that the first is named; then also what is not scored.
+        in_order = np.concatenate([cut[:, 1:][counted], cut.ravel()])
+        check_known("the text" if len(pairs) == 1 else f"text {i}", in_order, config)
     windows = np.concatenate([w for w, _ in pairs])
     scored = np.concatenate([s for _, s in pairs])
     tokens = int(scored.sum())

@@ -5,11 +5,17 @@ Needs the extra `hf`: the packages tokenizers and jinja2.
 
 from __future__ import annotations
 
-import datetime
+import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ffjax.chat_files import ChatTemplate, choose_template, read_templates
+from ffjax.chat_template import needs, write_conversation
+from ffjax.hf_stream import REPLACEMENT, HFStreamDecoder
+from ffjax.hf_tokens import SETTINGS, eot_ids, json_object, read_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -17,18 +23,16 @@ if TYPE_CHECKING:
 
 __all__ = ["HFStreamDecoder", "HFTokenizer"]
 
-_TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
-
-_REPLACEMENT = "\ufffd"  # what decoding puts where bytes are not, or not yet, a character
+_TOKENIZER = "tokenizer.json"
 
 
 class HFTokenizer:
-    """Text to token ids and back as `tokenizer.json` says.
+    """Text to token ids and back as `tokenizer.json` and the files beside it say.
 
     Attributes:
         eot_ids: the tokens that end a text.
         special_tokens: their texts by role, as in "bos_token".
-        chat_template: a Jinja template, or None.
+        chat_templates: Jinja templates by name; there may be none.
     """
 
     def __init__(
@@ -37,7 +41,7 @@ class HFTokenizer:
         *,
         eot_ids: Sequence[int],
         special_tokens: Mapping[str, str] | None = None,
-        chat_template: str | None = None,
+        chat_templates: Mapping[str, ChatTemplate] | None = None,
     ):
         """Made by `read`.
 
@@ -49,17 +53,20 @@ class HFTokenizer:
         self._tokenizer = tokenizer
         self.eot_ids: tuple[int, ...] = tuple(eot_ids)
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
-        self.chat_template = chat_template
+        self.chat_templates: dict[str, ChatTemplate] = dict(chat_templates or {})
 
     @classmethod
-    def read(cls, directory: str | Path) -> HFTokenizer:
+    def read(cls, directory: str | Path, *, rows: int | None = None) -> HFTokenizer:
         """Reads the tokenizer of a Hugging Face folder.
 
-        Which tokens end a text is taken from `generation_config.json`, else `config.json`,
-        else from the `eos_token` of `tokenizer_config.json`.
+        Which tokens there are beyond those of `tokenizer.json`, and which are special, is said by
+        `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`. Which tokens
+        end a text is taken from `generation_config.json`, else `config.json`, else it is the
+        `eos_token`. See docs/tokenizers.md.
 
         Args:
             directory: a folder with `tokenizer.json`; the other files may be absent.
+            rows: how many tokens the model knows: it cannot end a text with another. None: any.
 
         Raises:
             FileNotFoundError: there is no `tokenizer.json`.
@@ -67,42 +74,30 @@ class HFTokenizer:
             NotImplementedError: the package tokenizers is not installed.
         """
         directory = Path(directory)
-        file = directory / _TOKENIZER
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"A tokenizer is read from {_TOKENIZER}; {directory} has none. Make one of an "
-                "older format (tokenizer.model, vocab.json) with transformers' AutoTokenizer and "
-                "its save_pretrained."
-            )
-        try:
-            from tokenizers import Tokenizer as RustTokenizer
-        except ImportError as error:
-            raise NotImplementedError(_needs("tokenizers", f"Reading {_TOKENIZER}")) from error
-        try:
-            tokenizer = RustTokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(
-                f"{file} is damaged: the tokenizers library cannot read it ({error}). "
-                "Download or copy it again."
-            ) from None
-        # Settings of training batches, which some files keep.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        settings = _json(directory / _SETTINGS)
-        special = _special_tokens(settings)
-        ids = _eot_ids(directory)
-        if not ids and (end := tokenizer.token_to_id(special.get("eos_token", ""))) is not None:
-            ids = [end]
+        tokenizer = _read_tokenizer(file := directory / _TOKENIZER)
+        own = tokenizer.get_added_tokens_decoder()
+        byte_level = "ByteLevel" in f"{tokenizer.pre_tokenizer} {tokenizer.decoder}"
+        tokens = read_tokens(directory, own, byte_level=byte_level)
+        if tokens.anew:
+            tokenizer = _without_added(file)
+        tokenizer.add_tokens(tokens.added)
+        settings = json_object(directory / SETTINGS)
+        tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
+        ids = eot_ids(directory, rows)
         if not ids:
+            end = tokenizer.token_to_id(tokens.roles.get("eos_token", ""))
+            ids = [end] if end is not None and (rows is None or end < rows) else []
+        if not ids:
+            known = "" if rows is None else f", of the {rows} that the model knows"
             raise ValueError(
-                f"No file in {directory} names a token that ends a text: give eos_token_id in "
-                "generation_config.json."
+                f"No file in {directory} names a token that ends a text{known}: give "
+                "eos_token_id in generation_config.json."
             )
         return cls(
             tokenizer,
             eot_ids=ids,
-            special_tokens=special,
-            chat_template=_chat_template(directory, settings),
+            special_tokens=tokens.roles,
+            chat_templates=read_templates(directory, settings),
         )
 
     @property
@@ -141,34 +136,70 @@ class HFTokenizer:
             return [], []
         return encoding.ids[: added.index(0)], own
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        reply: bool | None = None,
+        template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | str = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The token ids of a conversation, as the chat template writes it.
 
         Args:
             messages: each with "role" ("user", "assistant", often "system") and "content".
-            reply: whether the template is to open the assistant's next message.
+            reply: whether the template is to open the assistant's next message. None: unless the
+                last message is to go on.
+            template: the name of one of `chat_templates`. None: "tool_use" where there are tools
+                and it, else "default".
+            tools: JSON schemas of functions that the model may call.
+            documents: texts that it may quote, each with "title" and "text".
+            continue_final_message: whether the last message is left open at its end, for the
+                model to go on; or the name of the field to leave open, if not "content".
+            variables: what else the template asks for, by name, as in {"enable_thinking": False};
+                also special tokens by role, in place of this tokenizer's.
 
         Raises:
-            ValueError: there is no chat template, or it refuses the messages or is broken.
+            ValueError: there is no chat template, or none of that name, or it refuses the
+                messages or is broken; or arguments do not go together.
+            TypeError: a message, tool or document is no object.
             NotImplementedError: the package jinja2 is not installed.
         """
+        text = self.render(
+            messages,
+            reply=reply,
+            template=template,
+            tools=tools,
+            documents=documents,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
         # The template writes BOS itself where there is to be one.
-        return self._encode(self.render(messages, reply=reply), special=False).ids
+        return self._encode(text, special=False).ids
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Any],
+        *,
+        reply: bool | None = None,
+        template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | str = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a conversation, as the chat template writes it; see `chat`."""
-        if self.chat_template is None:
-            raise ValueError(
-                "A conversation needs a chat template, and this tokenizer has none: its model "
-                "was probably not trained on conversations. Give it a text to continue."
-            )
-        return _render(
-            self.chat_template,
-            **self.special_tokens,
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=reply,
-            tools=None,
-            documents=None,
+        return write_conversation(
+            choose_template(self.chat_templates, template, tools=tools is not None),
+            messages,
+            reply=not continue_final_message if reply is None else reply,
+            tools=tools,
+            documents=documents,
+            continue_final_message=continue_final_message,
+            variables={**self.special_tokens, **(variables or {})},
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -184,7 +215,7 @@ class HFTokenizer:
 
     def stream(self) -> HFStreamDecoder:
         """A fresh decoder for tokens that come one by one."""
-        return HFStreamDecoder(self)
+        return HFStreamDecoder(self.decode, is_silent=self._is_silent, byte_of=self._byte_of)
 
     def _encode(self, text: str, *, special: bool) -> Encoding:
         if not isinstance(text, str):
@@ -198,138 +229,58 @@ class HFTokenizer:
             ) from None
         return self._tokenizer.encode(text, add_special_tokens=special)
 
+    def _is_silent(self, token: int) -> bool:
+        """Whether decoding leaves a token out: a special one, or one that is not there."""
+        if token < 0:
+            return False  # which decoding refuses
+        text = self._tokenizer.id_to_token(token)
+        return text is None or text in self._special
 
-class HFStreamDecoder:
-    """Decodes one text token by token, holding back a character until it is whole.
+    def _byte_of(self, token: int) -> int | None:
+        """The byte that a token is, where rare characters are bytes ("<0xE2>"); else None."""
+        if not self._has_byte_tokens:
+            return None
+        found = re.fullmatch("<0x([0-9A-F]{2})>", self._tokenizer.id_to_token(token) or "")
+        return int(found[1], 16) if found else None
 
-    A token's text depends on those before it: the first word of a text may lose its space, a
-    character may be cut into several tokens. So each time the last few tokens are decoded
-    together, with and without the new one, and the difference is what it adds.
+    @functools.cached_property
+    def _special(self) -> frozenset[str]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
 
-    What `push` and `finish` return is, joined, what `decode` returns for all the tokens, as long
-    as they are UTF-8. Where bytes are not, both have U+FFFD for them; a vocabulary whose rare
-    characters are single bytes ("<0xE2>") has it, in `decode` alone, for their neighbours too.
-    """
-
-    def __init__(self, tokenizer: HFTokenizer):
-        """Starts at the beginning of a text."""
-        self._decode = tokenizer.decode
-        self._shown: list[int] = []  # the tokens of the last piece, as context
-        self._held: list[int] = []  # the tokens not shown yet
-
-    def push(self, token: int) -> str:
-        """The characters that this token completes; empty while one is still cut in two.
-
-        Raises:
-            ValueError: the id is negative.
-        """
-        self._held.append(int(token))
-        return self._take(at_end=False)
-
-    def finish(self) -> str:
-        """What a text cut off inside a character leaves: U+FFFD for it, or nothing."""
-        return self._take(at_end=True)
-
-    def _take(self, *, at_end: bool) -> str:
-        before = self._decode(self._shown)
-        now = self._decode(self._shown + self._held)
-        if not now.startswith(before):
-            # Bytes that are not UTF-8 have changed what their neighbours say.
-            before, now = "", self._decode(self._held)
-        if not at_end and (now.endswith(_REPLACEMENT) or len(now) <= len(before)):
-            return ""
-        self._shown, self._held = self._held or self._shown, []
-        return now[len(before) :]
+    @functools.cached_property
+    def _has_byte_tokens(self) -> bool:
+        token = self._tokenizer.token_to_id("<0xFF>")
+        return token is not None and self._tokenizer.decode([token]) == REPLACEMENT
 
 
-def _needs(package: str, what: str) -> str:
-    return f"{what} needs the package {package}. Install it with: pip install 'ffjax[hf]'."
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """The file's object; empty if there is no such file."""
+def _read_tokenizer(file: Path) -> RustTokenizer:
+    """What `tokenizer.json` holds, without what it keeps of training batches."""
     if not file.is_file():
-        return {}
+        raise FileNotFoundError(
+            f"A tokenizer is read from {_TOKENIZER}; {file.parent} has none. Make one of an "
+            "older format (tokenizer.model, vocab.json) with transformers' AutoTokenizer and "
+            "its save_pretrained."
+        )
     try:
-        data = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: it is not JSON ({error}). Copy it again.") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} holds no object, as it should. Copy it again.")
-    return data
-
-
-def _eot_ids(directory: Path) -> list[int]:
-    """The tokens that end a text, from the first file that names one."""
-    for name in ("generation_config.json", "config.json"):
-        data = _json(directory / name)
-        # A model within another has its fields in a table of its own.
-        ids = data.get("eos_token_id", data.get("text_config", {}).get("eos_token_id"))
-        if ids is not None:
-            return [int(token) for token in (ids if isinstance(ids, list) else [ids])]
-    return []
-
-
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The texts of special tokens by role: plain, or a table with their "content"."""
-    tokens = {}
-    for role, token in settings.items():
-        if role.endswith("_token"):
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                tokens[role] = token
-    return tokens
-
-
-def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """The template: in a file of its own, or in the settings; of several, the default one."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _json(directory / "chat_template.json").get(
-        "chat_template", settings.get("chat_template")
-    )
-    if isinstance(template, list):  # [{"name": "default", "template": ...}, {"name": "tool_use"
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
-
-
-def _render(template: str, **values: Any) -> str:
-    """The template filled in, in a sandbox: it came with a download."""
-    try:
-        import jinja2
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from tokenizers import Tokenizer as RustTokenizer
     except ImportError as error:
-        raise NotImplementedError(_needs("jinja2", "A chat template")) from error
-
-    class Generation(Extension):
-        """Marks what the assistant says, for training; here it says just that."""
-
-        tags = {"generation"}  # noqa: RUF012 - as Jinja wants it
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None) -> str:
-        # Jinja's own would write < and > as a web page needs them.
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    # As transformers sets it up (utils/chat_template_utils.py): templates are written for that.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        raise NotImplementedError(needs("tokenizers", f"Reading {_TOKENIZER}")) from error
     try:
-        return environment.from_string(template).render(**values)
-    except jinja2.TemplateError as error:
+        tokenizer = RustTokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exceptions
         raise ValueError(
-            f"The chat template cannot write this conversation: {str(error).rstrip('.')}."
-        ) from error
+            f"{file} is damaged: the tokenizers library cannot read it ({error}). "
+            "Download or copy it again."
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _without_added(file: Path) -> RustTokenizer:
+    """The tokenizer of a file that can be read, without its added tokens."""
+    from tokenizers import Tokenizer as RustTokenizer
+
+    data = {**json_object(file), "added_tokens": [], "truncation": None, "padding": None}
+    return RustTokenizer.from_str(json.dumps(data))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ffjax.config import ModelConfig
+from ffjax.tokenizer import check_known
 
 __all__ = ["MAX_STOP_TOKENS", "Request"]
 
@@ -60,13 +61,7 @@ def _prompt(which: str, prompt: Any, config: ModelConfig) -> np.ndarray:
             f"A prompt is a flat list of integer token ids; {which} has shape {ids.shape} "
             f"and dtype {ids.dtype}."
         )
-    outside = np.flatnonzero((ids < 0) | (ids >= config.vocab_size))
-    if outside.size:
-        first = int(outside[0])
-        raise ValueError(
-            f"Token ids of {config.name} are 0 to {config.vocab_size - 1}; {which} has "
-            f"{int(ids[first])} at index {first}. Is it another model's tokenizer?"
-        )
+    check_known(which, ids, config)
     return ids.astype(np.int32)
 
 

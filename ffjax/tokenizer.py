@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from ffjax.config import ModelConfig
 
-__all__ = ["ByteTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["ByteTokenizer", "StreamDecoder", "Tokenizer", "check_known", "load_tokenizer"]
 
 
 class StreamDecoder(Protocol):
@@ -152,13 +154,16 @@ class ByteStreamDecoder:
 def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer of a model: the one that lies with its weights, else bytes.
 
+    It may have tokens beyond those that the model knows, as Gemma 3's has one for images: a
+    prompt that holds one is refused, and nothing else.
+
     Args:
         path: the directory of a checkpoint or of a Hugging Face model.
         config: the model's configuration.
 
     Raises:
         ValueError: there is none, and the model's tokens are not bytes; or it is damaged, or
-            has tokens that the model has not.
+            names no token that ends a text.
         NotImplementedError: the extra `hf` is not installed.
     """
     # `checkpoints` imports this package, so it can only be imported once that is done.
@@ -176,10 +181,26 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
         return ByteTokenizer()
     from ffjax.hf_tokenizer import HFTokenizer
 
-    tokenizer = HFTokenizer.read(directory)
-    if tokenizer.vocab_size > config.vocab_size:
+    return HFTokenizer.read(directory, rows=config.vocab_size)
+
+
+def check_known(what: str, tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> None:
+    """Checks that a model knows every token of a text.
+
+    Args:
+        what: the text, as the error is to call it.
+        tokens: its token ids.
+        config: the model's configuration.
+
+    Raises:
+        ValueError: it does not know one of them.
+    """
+    ids = np.asarray(tokens)
+    outside = np.flatnonzero((ids < 0) | (ids >= config.vocab_size))
+    if outside.size:
+        first = int(outside[0])
         raise ValueError(
-            f"A model knows every token of its tokenizer; {config.name} has {config.vocab_size}, "
-            f"and the tokenizer in {directory} {tokenizer.vocab_size}. Is it another model's?"
+            f"Token ids of {config.name} are 0 to {config.vocab_size - 1}; {what} has "
+            f"{int(ids[first])} at index {first}. Leave out of the text what the tokenizer has "
+            "that token for; or is it another model's tokenizer?"
         )
-    return tokenizer

@@ -344,7 +344,7 @@ def test_an_index_that_does_not_fit_its_shards(folder):
 
 def test_quantized_tensors(folder):
     rewrite(folder, lambda t: t.update({Q: t[Q].astype(np.int8)}))
-    refused(folder, rf"another dtype than BF16, F16, F32 .* {re.escape(Q)} \(I8\)")
+    refused(folder, rf"another dtype than BF16, F16, F32, F64 .* {re.escape(Q)} \(I8\).*quantized")
 
 
 def test_a_path_with_nothing_there(tmp_path):

@@ -6,6 +6,8 @@ import argparse
 import sys
 import time
 
+from ffjax.commands.folders import add_ignore_field, notes_on_stderr
+
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "make a checkpoint of a Hugging Face model"
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", help="of the weights: bfloat16, the default, or float32"
     )
+    add_ignore_field(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a checkpoint that is at OUT_DIR"
     )
@@ -33,9 +36,14 @@ def run(args: argparse.Namespace) -> int:
     from ffjax.tokenizer import ByteTokenizer
 
     start = time.perf_counter()
-    with byte_bar("convert") as progress:
+    with byte_bar("convert") as progress, notes_on_stderr("convert"):
         made = checkpoints.convert_hf(
-            args.folder, args.out, dtype=args.dtype, overwrite=args.overwrite, progress=progress
+            args.folder,
+            args.out,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            ignore_fields=args.ignore_field,
+            progress=progress,
         )
     config = made.config
     print(

@@ -16,6 +16,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ffjax.commands.folders import (
+    add_ignore_field,
+    check_nothing_ignored,
+    is_folder,
+    load_model,
+    notes_on_stderr,
+)
 from ffjax.commands.formats import PLAIN, add_format_arguments, chosen_config
 from ffjax.config import PRESETS
 
@@ -50,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-self-test", action="store_true", help="run no decode steps, measure nothing"
     )
+    add_ignore_field(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -69,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
             "--weights and --head say how the random weights of --config are made; a checkpoint "
             "is in the format that it was saved in. Give --config, or leave them out."
         )
+    if args.config is not None:
+        check_nothing_ignored(args, f"--config {args.config}")
     if not args.text:
         raise ValueError("--text has at least one character; it is empty.")
     patient = _preset(args) if args.config is not None else _checkpoint(args)
@@ -88,14 +98,16 @@ def _preset(args: argparse.Namespace) -> Patient:
 
 def _checkpoint(args: argparse.Namespace) -> Patient:
     import checkpoints
-    from checkpoints.hf_import import HFFolder, is_hf_folder
+    from checkpoints.hf_import import HFFolder
     from ffjax.doctor.diagnosis import Patient
     from ffjax.tokenizer import load_tokenizer
 
     path = Path(args.model or checkpoints.SHIPPED_MODEL).expanduser().resolve()
     # What it is comes first: where JAX starts no device, that is all there is to say.
-    if is_hf_folder(path):
-        config, dtype = HFFolder.open(path).config, PLAIN
+    if is_folder(args, path):
+        with notes_on_stderr("doctor"):
+            folder = HFFolder.open(path, ignore_fields=args.ignore_field)
+        config, dtype = folder.config, PLAIN
     else:
         manifest = checkpoints.Manifest.read(path)
         manifest.check_files(path)
@@ -104,7 +116,7 @@ def _checkpoint(args: argparse.Namespace) -> Patient:
         source=args.model or "the shipped model",
         config=config,
         dtype=dtype,
-        load=lambda: checkpoints.load(path),
+        load=lambda: load_model(args, path, said=True),
         tokens=lambda: load_tokenizer(path, config).encode(args.text),
     )
 

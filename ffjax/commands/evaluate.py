@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from ffjax.commands.folders import add_ignore_field, load_model
+
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "bits per byte and perplexity of a checkpoint on a text"
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", metavar="B", type=int, default=4, help="windows at a time; default: %(default)s"
     )
+    add_ignore_field(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     text = args.text.read_bytes()
     path = args.model or checkpoints.SHIPPED_MODEL
-    model = checkpoints.load(path, dtype=args.dtype)
+    model = load_model(args, path, args.dtype)
     tokenizer = load_tokenizer(path, model.config)
     # disable=None: where stderr is no terminal.
     bar = functools.partial(

@@ -20,6 +20,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, get_args
 
+from ffjax.commands.folders import add_ignore_field, check_nothing_ignored, load_model
 from ffjax.commands.formats import PLAIN, add_format_arguments, chosen_config
 from ffjax.config import PRESETS
 from ffjax.decode import Implementation
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to be judged; default: the fused kernel, its body interpreted for a small model "
         "where it cannot be launched",
     )
+    add_ignore_field(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -97,10 +99,12 @@ def run(args: argparse.Namespace) -> int:
             "is in the format that it was saved in. Give --config, or quantize the checkpoint "
             "first, with ffjax quantize."
         )
+    if args.config is not None:
+        check_nothing_ignored(args, f"--config {args.config}")
     start = time.perf_counter()
     path = args.model or checkpoints.SHIPPED_MODEL
     if args.config is None:
-        model = checkpoints.load(path, dtype=jnp.bfloat16)
+        model = load_model(args, path, jnp.bfloat16)
         config = model.config
     else:
         # Made later: what cannot run here is refused before gigabytes are filled.

@@ -6,8 +6,9 @@ import argparse
 import json
 import math
 import sys
-from typing import get_args
+from typing import Any, get_args
 
+from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.decode import Implementation
 from ffjax.tokenizer import Tokenizer
 
@@ -35,6 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the prompt as a user's message, written by the model's chat template",
     )
     parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="which of the model's chat templates --chat takes; default: the one named default",
+    )
+    parser.add_argument(
+        "--template-var",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a variable of the chat template, as in enable_thinking=false; the value is JSON, "
+        "or a text as it stands; may be given several times",
+    )
+    parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=200, help="default: %(default)s"
     )
     parser.add_argument(
@@ -52,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Implementation),
         help="of the decode steps; default: the fused kernel where it can run",
     )
+    add_ignore_field(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text"
     )
@@ -68,10 +83,19 @@ def run(args: argparse.Namespace) -> int:
     from ffjax.streaming import stream
     from ffjax.tokenizer import load_tokenizer
 
+    variables = _variables(args.template_var)
+    if not args.chat and (args.chat_template is not None or variables):
+        raise ValueError(
+            "--chat-template and --template-var say how --chat writes the prompt, and it was not "
+            "given. Give --chat, or leave them out."
+        )
     path = args.model or checkpoints.SHIPPED_MODEL
-    model = checkpoints.load(path)
+    model = load_model(args, path)
     tokenizer = load_tokenizer(path, model.config)
-    prompt = _chat(tokenizer, args.prompt) if args.chat else tokenizer.encode(args.prompt)
+    if args.chat:
+        prompt = _chat(tokenizer, args.prompt, args.chat_template, variables)
+    else:
+        prompt = tokenizer.encode(args.prompt)
     steps = stream(
         model,
         [prompt],
@@ -135,7 +159,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _chat(tokenizer: Tokenizer, text: str) -> list[int]:
+def _variables(given: list[str]) -> dict[str, Any]:
+    """The variables of a chat template, from NAME=VALUE."""
+    variables: dict[str, Any] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(
+                f"--template-var takes NAME=VALUE, as in enable_thinking=false; got {one!r}."
+            )
+        try:
+            variables[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            variables[name] = value
+    return variables
+
+
+def _chat(
+    tokenizer: Tokenizer, text: str, template: str | None, variables: dict[str, Any]
+) -> list[int]:
     """The tokens of a conversation that the user opens with a text."""
     from ffjax.hf_tokenizer import HFTokenizer
 
@@ -144,7 +186,8 @@ def _chat(tokenizer: Tokenizer, text: str) -> list[int]:
             "--chat needs a chat template, and this model's tokens are bytes: it was not trained "
             "on conversations. Leave --chat out."
         )
-    return tokenizer.chat([{"role": "user", "content": text}])
+    message = {"role": "user", "content": text}
+    return tokenizer.chat([message], template=template, variables=variables)
 
 
 def _show(text: str) -> None:

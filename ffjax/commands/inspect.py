@@ -7,9 +7,11 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from ffjax.commands.folders import add_ignore_field, is_folder, notes_on_stderr
 from ffjax.config import ModelConfig
 
 __all__ = ["HELP", "add_arguments", "inspect", "run"]
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", metavar="B", type=int, default=1, help="sequences; default: %(default)s"
     )
+    add_ignore_field(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -30,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints a table, or JSON; one sentence and exit code 2 where it is damaged or unsupported."""
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}.")
-    report = inspect(Path(args.path).expanduser().resolve(), args.batch)
+    path = Path(args.path).expanduser().resolve()
+    is_folder(args, path)  # or --ignore-field is refused
+    with notes_on_stderr("inspect"):
+        report = inspect(path, args.batch, ignore_fields=args.ignore_field)
     if args.json:
         print(json.dumps(report))
         return 0
@@ -39,12 +45,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
+def inspect(path: Path, batch: int = 1, *, ignore_fields: Collection[str] = ()) -> dict[str, Any]:
     """What is at `path`.
 
     Args:
         path: the directory of a checkpoint or of a Hugging Face model.
         batch: B, sequences that the fused kernel is asked about.
+        ignore_fields: as in `ffjax.convert_hf`.
 
     Returns:
         JSON-able facts by name. "why_not_fused" is None where a kernel can run
@@ -63,7 +70,7 @@ def inspect(path: Path, batch: int = 1) -> dict[str, Any]:
     from ffjax.decode import choose_kernel
 
     if is_hf_folder(path):
-        folder = HFFolder.open(path)
+        folder = HFFolder.open(path, ignore_fields=ignore_fields)
         config, loaded_as, dtypes = folder.config, np.dtype(jnp.bfloat16), folder.dtypes
         kind = f"Hugging Face {folder.architecture}"
         weight_bytes, source = folder.nbytes, None
@@ -101,11 +108,14 @@ def _tokenizer(path: Path, config: ModelConfig) -> dict[str, Any] | str:
         tokenizer = load_tokenizer(path, config)
     except (ValueError, NotImplementedError) as error:
         return str(error)  # the weights are none the worse for it
+    templates = tokenizer.chat_templates if isinstance(tokenizer, HFTokenizer) else {}
     return {
         "kind": "tokenizer.json" if isinstance(tokenizer, HFTokenizer) else "bytes",
         "vocab_size": tokenizer.vocab_size,
         "eot_ids": list(tokenizer.eot_ids),
-        "chat_template": getattr(tokenizer, "chat_template", None) is not None,
+        "beyond_the_model": max(0, tokenizer.vocab_size - config.vocab_size),
+        "chat_template": bool(templates),
+        "chat_templates": sorted(templates),
     }
 
 
@@ -113,11 +123,16 @@ def _table(report: dict[str, Any]) -> dict[str, str]:
     """The report for people."""
     c, tokenizer = report["config"], report["tokenizer"]
     if isinstance(tokenizer, dict):
-        template = "a" if tokenizer["chat_template"] else "no"
+        templates, beyond = tokenizer["chat_templates"], tokenizer["beyond_the_model"]
+        if len(templates) > 1:
+            template = f"chat templates {', '.join(templates)}"
+        else:
+            template = f"{'a' if templates else 'no'} chat template"
+        unknown = f" ({beyond:,} of them unknown to the model)" if beyond else ""
         ends = ", ".join(map(str, tokenizer["eot_ids"]))
         tokenizer = (
-            f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens; a text ends with {ends}; "
-            f"{template} chat template"
+            f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens{unknown}; a text ends with "
+            f"{ends}; {template}"
         )
     defaults = {
         field.name: field.default

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.formats import KINDS
 from ffjax.formats import DEFAULT_GROUP, GROUP_SIZES
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         help="of the head, which a tied model then has beside its embedding; default: as it is",
     )
+    add_ignore_field(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a checkpoint that is at OUT"
     )
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     source: dict[str, Any] | None = None
     if not is_hf_folder(path):
         source = checkpoints.Manifest.read(path).source
-    model = checkpoints.load(path)
+    model = load_model(args, path)
     name = model.config.name
     with byte_bar("quantize") as progress:
         model = quantize(model, args.weights, args.group_size, head=args.head, progress=progress)

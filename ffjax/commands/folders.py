@@ -1,0 +1,116 @@
+"""What the commands that read a model share: Hugging Face folders, and their warnings as lines."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffjax.model import Transformer
+
+__all__ = [
+    "add_ignore_field",
+    "check_nothing_ignored",
+    "is_folder",
+    "load_model",
+    "notes_on_stderr",
+]
+
+
+def add_ignore_field(parser: argparse.ArgumentParser) -> None:
+    """Adds --ignore-field."""
+    parser.add_argument(
+        "--ignore-field",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="leave out a field of a Hugging Face folder's config.json that is refused, where you "
+        "know that it changes nothing; may be given several times",
+    )
+
+
+@contextlib.contextmanager
+def notes_on_stderr(command: str, *, said: bool = False) -> Iterator[None]:
+    """Within it, a warning of a Hugging Face folder is one line on stderr, and never an error.
+
+    Args:
+        command: the subcommand, which the line begins with.
+        said: whether the lines were printed before, and are not to be repeated.
+    """
+    from checkpoints import HFFolderWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", HFFolderWarning)
+        other = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, HFFolderWarning):
+                other(message, category, *where, **more)
+            elif not said:
+                print(f"ffjax {command}: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
+
+
+def load_model(
+    args: argparse.Namespace, path: str | Path, dtype: Any = None, *, said: bool = False
+) -> Transformer:
+    """Loads what a command was given: a checkpoint, or a Hugging Face folder.
+
+    Args:
+        args: the command line, with `command` and `ignore_field`.
+        path: of the model.
+        dtype: as `ffjax.load` takes it.
+        said: as in `notes_on_stderr`.
+
+    Raises:
+        FileNotFoundError: there is nothing at that path.
+        ValueError: it is damaged or not supported; or fields are to be ignored, and it is no
+            Hugging Face folder.
+    """
+    import checkpoints
+    from checkpoints.hf_import import load_hf
+
+    if not is_folder(args, path):
+        return checkpoints.load(path, dtype=dtype)
+    with notes_on_stderr(args.command, said=said):
+        return load_hf(path, dtype=dtype, ignore_fields=args.ignore_field)
+
+
+def is_folder(args: argparse.Namespace, path: str | Path) -> bool:
+    """Whether there is a Hugging Face folder at a path.
+
+    Raises:
+        ValueError: fields are to be ignored, and there is something else.
+    """
+    from checkpoints.hf_import import is_hf_folder
+
+    path = Path(path).expanduser().resolve()
+    if is_hf_folder(path):
+        return True
+    if path.exists():
+        check_nothing_ignored(args, str(path))
+    return False
+
+
+def check_nothing_ignored(args: argparse.Namespace, what: str) -> None:
+    """Refuses --ignore-field where there is no Hugging Face folder.
+
+    Args:
+        args: the command line.
+        what: what there is instead.
+
+    Raises:
+        ValueError: a field is to be ignored.
+    """
+    if args.ignore_field:
+        raise ValueError(
+            f"--ignore-field is for a Hugging Face folder, which has a config.json; {what} is "
+            "none. Leave it out."
+        )
