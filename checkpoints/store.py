@@ -9,6 +9,7 @@ A checkpoint is a directory:
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def save(
         manifest.write(partial)
 
 
-def load(path: str | Path, *, dtype: Any = None) -> Transformer:
+def load(
+    path: str | Path, *, dtype: Any = None, ignore_fields: Collection[str] = ()
+) -> Transformer:
     """Loads a model: from a checkpoint, or straight from a Hugging Face folder.
 
     The weights are restored into the places of a model that was never allocated, on
@@ -108,9 +111,12 @@ def load(path: str | Path, *, dtype: Any = None) -> Transformer:
         dtype: bfloat16 or float32, to which the weights are cast; None: as they were
             saved, bit by bit. A Hugging Face folder's are cast to bfloat16 then. Quantized
             weights stay as they are; it is what products with them take as inputs.
+        ignore_fields: names of fields of a Hugging Face folder's config.json to leave out, which
+            would be refused, and of which the caller knows that they change nothing.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
+        ValueError: fields are to be ignored, and there is no Hugging Face folder.
         CheckpointError: what is there is no checkpoint, a damaged or truncated one, or
             one that a newer version wrote; a Hugging Face folder that asks for what is
             not supported; or the dtype is another.
@@ -119,7 +125,12 @@ def load(path: str | Path, *, dtype: Any = None) -> Transformer:
     if dtype is not None:
         dtype = supported_dtype("The weights are loaded as", dtype)
     if is_hf_folder(path):
-        return load_hf(path, dtype=dtype)
+        return load_hf(path, dtype=dtype, ignore_fields=ignore_fields)
+    if ignore_fields and path.exists():
+        raise ValueError(
+            "ignore_fields are fields of a Hugging Face folder's config.json; "
+            f"{path} is no such folder. Leave them out."
+        )
     manifest = Manifest.read(path)
     manifest.check_files(path)
     stored = skeleton(manifest.config, manifest.dtype)

@@ -16,7 +16,7 @@ from ffjax.streaming import Stream, stream
 from ffjax.tokenizer import ByteTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from checkpoints import SHIPPED_MODEL, convert_hf, export_hf, load, save
+    from checkpoints import SHIPPED_MODEL, HFFolderWarning, convert_hf, export_hf, load, save
 
 __all__ = [
     "PRESETS",
@@ -24,6 +24,7 @@ __all__ = [
     "ByteTokenizer",
     "DecodeOutput",
     "GenerateOutput",
+    "HFFolderWarning",
     "KVCache",
     "LinearRopeScaling",
     "ModelConfig",
@@ -46,7 +47,7 @@ __all__ = [
     "stream",
 ]
 
-_FROM_CHECKPOINTS = ("SHIPPED_MODEL", "convert_hf", "export_hf", "load", "save")
+_FROM_CHECKPOINTS = ("HFFolderWarning", "SHIPPED_MODEL", "convert_hf", "export_hf", "load", "save")
 
 
 def __getattr__(name: str) -> Any:

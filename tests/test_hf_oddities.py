@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from test_checkpoints import assert_same
 
 import checkpoints
+import ffjax
 from checkpoints.hf_import import load_hf
 from ffjax.cli import COMMANDS, main
 
@@ -157,6 +158,9 @@ def test_a_refused_field_can_be_ignored_and_that_is_noted(folder, tmp_path):
     names = ("num_experts", "is_causal")
     checkpoints.convert_hf(folder, tmp_path / "ours", ignore_fields=names)
     assert_same(checkpoints.load(tmp_path / "ours"), plain)
+    assert_same(ffjax.load(folder, ignore_fields=names), plain)
+    with pytest.raises(ValueError, match="no such folder"):
+        ffjax.load(tmp_path / "ours", ignore_fields=names)
     source = checkpoints.Manifest.read(tmp_path / "ours").source
     assert source is not None
     assert source["ignored_fields"] == ["is_causal", "num_experts"]

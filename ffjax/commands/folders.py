@@ -75,12 +75,11 @@ def load_model(
             Hugging Face folder.
     """
     import checkpoints
-    from checkpoints.hf_import import load_hf
 
     if not is_folder(args, path):
         return checkpoints.load(path, dtype=dtype)
     with notes_on_stderr(args.command, said=said):
-        return load_hf(path, dtype=dtype, ignore_fields=args.ignore_field)
+        return checkpoints.load(path, dtype=dtype, ignore_fields=args.ignore_field)
 
 
 def is_folder(args: argparse.Namespace, path: str | Path) -> bool:

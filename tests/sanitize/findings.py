@@ -46,9 +46,9 @@ EXPLAINED: tuple[Explanation, ...] = (
         "initcheck",
         r"(int8|int4|mixed), \d",
         r"Uninitialized __global__ memory read of size 32 bytes",
-        "Bulk copies move whole 16 bytes. The scales of the head's 101 rows end within one, and the "
-        "rest of it lies in the array's allocation, which XLA makes in multiples of 256 bytes. No "
-        "row is multiplied by it.",
+        "Bulk copies move whole 16 bytes. The scales of the head's 101 rows end within such a "
+        "piece, and the rest of it lies in the array's allocation, which XLA makes in multiples of "
+        "256 bytes. No row is multiplied by it.",
     ),
     Explanation(
         "initcheck",
