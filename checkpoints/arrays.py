@@ -7,9 +7,12 @@ its shape and its numbers. What comes out is an Orbax checkpoint like any other.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from checkpoints.atomic import why_not_written
 from checkpoints.interrupts import interrupts_held_back
-from checkpoints.manifest import CheckpointError
+from checkpoints.manifest import CheckpointError, NotWrittenError
 from checkpoints.skeleton import nested
 
 __all__ = ["forget_where_written", "lay_out", "read_array", "write_array"]
@@ -26,6 +30,10 @@ __all__ = ["forget_where_written", "lay_out", "read_array", "write_array"]
 # Numbers that TensorStore compresses and writes at a time, in bytes. A chunk is copied before
 # it is compressed, and each processor holds one.
 _CHUNK_BYTES = 64 << 20
+# More than Orbax lays out, files that come and go among it, in all and for each array.
+_LAID_OUT_BYTES, _LAID_OUT_BYTES_AN_ARRAY = 128 << 10, 16 << 10
+# What Orbax and TensorStore raise where the system refuses a write.
+_OF_WRITING = (ValueError, OSError)
 
 
 def lay_out(directory: Path, shapes: Mapping[str, Any]) -> None:
@@ -36,20 +44,50 @@ def lay_out(directory: Path, shapes: Mapping[str, Any]) -> None:
         shapes: shape and dtype of every array by its dotted name.
 
     Raises:
-        CheckpointError: it cannot be written.
+        NotWrittenError: it cannot be written.
     """
     leaves = {name: np.zeros((1,) * len(leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
-    try:
-        with (
-            interrupts_held_back(),
-            ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
-        ):
-            checkpointer.save(directory, args=ocp.args.StandardSave(nested(leaves)))
-    except Exception as error:  # Orbax raises errors of many kinds
-        raise CheckpointError(
-            f"The checkpoint cannot be written: {_first_line(error)}. Is the disk full?"
-        ) from error
+    reason = None
+    with interrupts_held_back(), _tracebacks_kept():
+        try:
+            _check_room(directory, len(leaves))
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(directory, args=ocp.args.StandardSave(nested(leaves)))
+        except Exception as error:  # Orbax raises errors of many kinds
+            if not isinstance(error, _OF_WRITING):
+                raise
+            reason = why_not_written(error)
+        if reason is not None:
+            gc.collect()  # asyncio prints what its tasks ended with when they are freed
+    if reason is not None:
+        raise NotWrittenError(f"The checkpoint cannot be written: {reason}. Is the disk full?")
     forget_where_written(directory)
+
+
+def _check_room(directory: Path, arrays: int) -> None:
+    """Whether there is room for what Orbax lays out: it prints much where there is none."""
+    room = directory.with_name("room")
+    try:
+        room.write_bytes(bytes(_LAID_OUT_BYTES + arrays * _LAID_OUT_BYTES_AN_ARRAY))
+    finally:
+        room.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _tracebacks_kept() -> Iterator[None]:
+    """Keeps to itself what Orbax and asyncio log within the block: they raise it, too."""
+
+    def quiet(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(quiet)
 
 
 def forget_where_written(directory: Path) -> None:
@@ -63,7 +101,7 @@ def write_array(directory: Path, name: str, array: np.ndarray) -> None:
     Holds, beside the array, a few chunks of 64 MiB. A Ctrl-C takes effect between chunks.
 
     Raises:
-        CheckpointError: it cannot be written: the disk is full, for example.
+        NotWrittenError: it cannot be written: the disk is full, for example.
     """
     kvstore = _kvstore(directory, name)
     try:
@@ -87,9 +125,9 @@ def write_array(directory: Path, name: str, array: np.ndarray) -> None:
             stop = min(start + rows, len(array))
             with interrupts_held_back():
                 store[start:stop].write(array[start:stop]).result()
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"The array {name} cannot be written: {_first_line(error)}. Is the disk full?"
+    except _OF_WRITING as error:
+        raise NotWrittenError(
+            f"The array {name} cannot be written: {why_not_written(error)}. Is the disk full?"
         ) from error
 
 
@@ -109,13 +147,8 @@ def read_array(directory: Path, name: str) -> np.ndarray:
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"The array {name} of the checkpoint at {directory.parent} cannot be read: "
-            f"{_first_line(error)}. Copy or save it again."
+            f"{why_not_written(error)}. Copy or save it again."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """What happened: the errors of Orbax and TensorStore go on for several lines."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _kvstore(directory: Path, name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ __all__ = [
     "WEIGHTS",
     "CheckpointError",
     "Manifest",
+    "NotWrittenError",
     "check_free",
     "supported_dtype",
 ]
@@ -38,6 +39,10 @@ DTYPES = ("bfloat16", "float32")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written; the message says why in a sentence."""
+
+
+class NotWrittenError(CheckpointError, OSError):
+    """The system has refused a write: the disk is full, for example. Nothing of it is left."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from checkpoints.arrays import forget_where_written
+from checkpoints.arrays import lay_out, write_array
 from checkpoints.atomic import written_beside
 from checkpoints.hf_import import is_hf_folder, keep_companions, load_hf
-from checkpoints.interrupts import interrupts_held_back
 from checkpoints.manifest import (
     HF_FILES,
     MANIFEST,
@@ -54,8 +54,10 @@ def save(
     A model in memory does not know its tokenizer. `tokenizer_from` says where that lies, and
     keeps its files beside the weights, where `ffjax.load_tokenizer` and the command line look.
 
-    Everything is written beside `path` and renamed to it at the end: an error or Ctrl-C
-    leaves nothing half-written at `path`, and a checkpoint that was there as it was.
+    Everything is written beside `path` and renamed to it at the end: an error, a full disk,
+    Ctrl-C, SIGTERM or SIGHUP leaves nothing half-written, and a checkpoint that was at `path` as
+    it was. What a process leaves that was killed, the next save to `path` removes. The host holds
+    a copy of one array at a time.
 
     Args:
         model: the model, its weights all bfloat16 or all float32, but for quantized ones.
@@ -68,7 +70,8 @@ def save(
 
     Raises:
         FileExistsError: there is something at `path`, and overwrite is false or it is
-            no checkpoint.
+            no checkpoint; or another process writes there now.
+        NotWrittenError: the disk is full; a CheckpointError and an OSError.
         FileNotFoundError: there is no tokenizer at `tokenizer_from`.
         CheckpointError: the weights are of another dtype, or of several; or those that the
             configuration calls quantized are not.
@@ -86,12 +89,10 @@ def save(
     manifest = Manifest(config=model.config, dtype=dtype, source=source, files={})
     manifest.to_json()  # a source that cannot be kept is refused before the weights are written
     with written_beside(path, lambda: check_free(path, overwrite)) as partial:
-        with (
-            interrupts_held_back(),
-            ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
-        ):
-            checkpointer.save(partial / WEIGHTS, args=ocp.args.StandardSave(weights))
-        forget_where_written(partial / WEIGHTS)
+        arrays = flat(weights)
+        lay_out(partial / WEIGHTS, arrays)
+        for name, array in arrays.items():
+            write_array(partial / WEIGHTS, name, np.asarray(array))
         if tokenizer is not None:
             keep_companions(tokenizer, partial)
         manifest.write(partial)

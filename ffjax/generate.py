@@ -139,7 +139,8 @@ def generate(
         temperature: 0 takes the likeliest token; above, tokens are drawn from
             `softmax(logits / temperature)`.
         seed: of the draws: one for the call, or one for each prompt. A prompt with a
-            seed of its own draws the same tokens in whatever batch it is.
+            seed of its own draws the same tokens in whatever batch it is. Seeds are 0 to
+            2^64 - 1, all different.
         stop_token: the token that ends a sequence; or several, up to 64, any of which ends it,
             as a tokenizer's `eot_ids`; None or an empty sequence: none does.
         capacity: positions of the cache to make, at least what the longest prompt and

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ffjax.config import ModelConfig
+from ffjax.seeds import checked_seed
+from ffjax.sampling import MAX_SEED
 from ffjax.tokenizer import check_known
 
 __all__ = ["MAX_STOP_TOKENS", "Request"]
@@ -102,14 +104,16 @@ def _stop_tokens(value: Any, config: ModelConfig) -> tuple[int, ...]:
 
 
 def _seed(seed: Any, batch: int) -> int | tuple[int, ...]:
-    if isinstance(seed, Sequence):
+    if isinstance(seed, Sequence) or getattr(seed, "ndim", 0) == 1:
+        if isinstance(seed, str | bytes):
+            return checked_seed(seed)
         if len(seed) != batch:
             raise ValueError(
                 f"Seeds come as one for all prompts or one for each; there are {len(seed)} "
                 f"for {batch} prompts."
             )
-        return tuple(_integer("A seed", one, 0) for one in seed)
-    return _integer("seed", seed, 0)
+        return tuple(checked_seed(one) for one in seed)
+    return checked_seed(seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

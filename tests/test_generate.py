@@ -400,6 +400,8 @@ BAD = {
         [SHORT, 4, {"stop_token": "end"}],
     ),
     "seed": ((ValueError, "seed must be at least 0, got -1"), [SHORT, 4, {"seed": -1}]),
+    "large seed": ((ValueError, "at most 2\\^64 - 1"), [SHORT, 4, {"seed": 2**64}]),
+    "large seeds": ((ValueError, "A seed must be at most"), [SHORT, 4, {"seed": [2**70]}]),
     "seeds": ((ValueError, "there are 2 for 1 prompts"), [SHORT, 4, {"seed": [1, 2]}]),
     "name": (
         (

@@ -54,3 +54,33 @@ def test_a_seed_of_its_own_gives_a_sequence_the_same_key_in_any_batch():
     other = jax.random.key_data(sequence_keys((8,), 1))[0]
     assert in_batch.tolist() == alone.tolist()
     assert in_batch.tolist() != other.tolist()
+
+
+def _data(seed) -> list:
+    return jax.random.key_data(sequence_keys(seed, 1)).tolist()
+
+
+def test_seeds_that_differ_in_any_bit_are_different():
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 3 << 32, 2**63, 2**63 + 1, 2**64 - 1]
+    assert len({str(_data((seed,))) for seed in seeds}) == len(seeds)
+    assert len({str(_data(seed)) for seed in seeds}) == len(seeds)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31 - 1])
+def test_a_small_seed_is_what_jax_makes_of_it(seed):
+    want = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 0))
+    assert _data((seed,)) == [want.tolist()]
+
+
+@pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
+def test_draws_are_the_same_whatever_generator_jax_is_set_to(generator):
+    logits, seeds = _logits(3, 50), (2**40, 5, 6)
+
+    def draw(rows):
+        keys = step_keys(sequence_keys(seeds[:rows], rows), 3)
+        return sample(logits[:rows], keys, 1.0).tolist()
+
+    want = draw(3)
+    with jax.default_prng_impl(generator):
+        assert draw(3) == want
+        assert draw(1) == want[:1]

@@ -59,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="0, the default, takes the likeliest token; above, tokens are drawn",
     )
     parser.add_argument(
-        "--seed", metavar="S", type=int, default=0, help="of the draws; default: %(default)s"
+        "--seed",
+        metavar="S",
+        type=int,
+        default=0,
+        help="of the draws, 0 to 2^64 - 1; default: %(default)s",
     )
     parser.add_argument(
         "--implementation",

@@ -1,0 +1,57 @@
+"""Seeds, and the random keys they stand for whatever JAX's configuration is."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+__all__ = ["MAX_SEED", "checked_seed", "key_of", "same_draws"]
+
+MAX_SEED = 2**64 - 1
+"""The largest seed: a key has 64 bits, and every seed is another key."""
+
+_GENERATOR = "threefry2x32"
+
+
+def checked_seed(seed: Any) -> int:
+    """A seed as a Python integer.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is not from 0 to 2^64 - 1.
+    """
+    rule = "A seed is an integer from 0 to 2^64 - 1"
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"{rule}, got {seed!r}.")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"{rule}, got {seed}.")
+    return int(seed)
+
+
+def key_of(seed: int) -> Array:
+    """The typed key of a seed.
+
+    Up to 2^32 - 1 it is what `jax.random.key(seed)` gives where JAX is not configured otherwise;
+    beyond, what it gives with 64-bit types. The generator is Threefry, whatever
+    `jax_default_prng_impl` says: with another one, what a sequence draws may depend on those
+    beside it.
+
+    Args:
+        seed: from 0 to `MAX_SEED`.
+    """
+    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(words, impl=_GENERATOR)
+
+
+def same_draws() -> contextlib.AbstractContextManager[Any]:
+    """Programs that are traced and called within it draw the same whatever JAX's configuration is.
+
+    It fixes which of its two ways Threefry fills an array: that is decided when a program is
+    lowered, and by nothing that a key or a function of `jax.random` could say.
+    """
+    return jax.threefry_partitionable(True)
