@@ -49,6 +49,7 @@ from ffjax.decode import (
 )
 from ffjax.model import Transformer
 from ffjax.quantize import dequantize
+from ffjax.seeds import MAX_SEED, key_of
 from ffjax.stdlib_text import Source, read_sources
 from ffjax.tokenizer import ByteTokenizer, Tokenizer
 from pallas_kernels.support import MAX_BATCH
@@ -432,8 +433,8 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 @functools.partial(nnx.jit, static_argnames=("config", "seed"))
 def _random_model(config: ModelConfig, seed: int) -> Transformer:
-    model = Transformer(config, rngs=nnx.Rngs(seed))
-    key = jax.random.key(seed + 1)
+    model = Transformer(config, rngs=nnx.Rngs(key_of(seed)))
+    key = key_of((seed + 1) & MAX_SEED)
 
     def shaken(path: tuple[Any, ...], weight: jax.Array) -> jax.Array:
         if "norm" not in str(path[-1]):

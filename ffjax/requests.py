@@ -12,7 +12,6 @@ import numpy as np
 
 from ffjax.config import ModelConfig
 from ffjax.seeds import checked_seed
-from ffjax.sampling import MAX_SEED
 from ffjax.tokenizer import check_known
 
 __all__ = ["MAX_STOP_TOKENS", "Request"]

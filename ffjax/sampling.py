@@ -6,23 +6,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from ffjax.seeds import key_of
 
-__all__ = ["MAX_SEED", "sample", "sequence_keys", "step_keys"]
-
-# A key of this generator has 64 bits. It is named, so that JAX's setting for keys of the caller's
-# own changes no token; and others' `fold_in` under `vmap` depends on the batch.
-_GENERATOR = "threefry2x32"
-MAX_SEED = 2**64 - 1
-
-
-def _key(seed: int) -> Array:
-    """The seed's typed key: below 2^32, that of `jax.random.key` as JAX comes."""
-    halves = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(halves), impl=_GENERATOR)
+__all__ = ["sample", "sequence_keys", "step_keys"]
 
 
 def sequence_keys(seed: int | Sequence[int], batch: int) -> Array:
@@ -31,12 +19,12 @@ def sequence_keys(seed: int | Sequence[int], batch: int) -> Array:
     Args:
         seed: one seed for the call, 0 to 2^64 - 1, from which sequence b gets the b-th key; or
             one a sequence. A sequence with a seed of its own draws the same
-            tokens in whatever batch it is. 0 to `MAX_SEED`, all different.
+            tokens in whatever batch it is.
         batch: B.
     """
     if isinstance(seed, int):
-        return jax.vmap(jax.random.fold_in, (None, 0))(_key(seed), jnp.arange(batch))
-    return jnp.stack([jax.random.fold_in(_key(one), 0) for one in seed])
+        return jax.vmap(jax.random.fold_in, (None, 0))(key_of(seed), jnp.arange(batch))
+    return jnp.stack([jax.random.fold_in(key_of(one), 0) for one in seed])
 
 
 def step_keys(keys: Array, index: Array | int) -> Array:

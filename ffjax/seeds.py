@@ -7,6 +7,7 @@ import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -28,9 +29,10 @@ def checked_seed(seed: Any) -> int:
     rule = "A seed is an integer from 0 to 2^64 - 1"
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"{rule}, got {seed!r}.")
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"{rule}, got {seed}.")
-    return int(seed)
+    number = int(seed)
+    if not 0 <= number <= MAX_SEED:
+        raise ValueError(f"{rule}, got {number}.")
+    return number
 
 
 def key_of(seed: int) -> Array:
@@ -45,7 +47,7 @@ def key_of(seed: int) -> Array:
         seed: from 0 to `MAX_SEED`.
     """
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(words, impl=_GENERATOR)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=_GENERATOR)
 
 
 def same_draws() -> contextlib.AbstractContextManager[Any]:

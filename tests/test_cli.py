@@ -121,7 +121,7 @@ def test_a_terminal_that_lacks_a_character_shows_another(path, monkeypatch):
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0."),
         (["--max-new-tokens", "40000"], "need 40006 positions; tiny-bytes was made for 40000."),
         (["--temperature", "-1"], "temperature must be 0 (greedy) or a positive number"),
-        (["--seed", "-1"], "seed must be at least 0, got -1."),
+        (["--seed", "-1"], "A seed is an integer from 0 to 2^64 - 1, got -1."),
         (["--model", "no/such/checkpoint"], "no/such/checkpoint"),
     ],
 )

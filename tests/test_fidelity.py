@@ -588,7 +588,7 @@ def test_a_configuration_gets_random_weights_and_prompts(capsys, monkeypatch):
         (["--prompts", "1"], "--prompts is at least 2, got 1"),
         (["--tokens", "0"], "--tokens is at least 1, got 0"),
         (["--tokens", "65"], "A prompt of 65 steps"),
-        (["--seed", "-1"], "--seed is at least 0, got -1"),
+        (["--seed", "-1"], "A seed is an integer from 0 to 2^64 - 1, got -1"),
         (["--batch", "0"], "--batch is at least 1, got 0"),
         (["--model", "no/such/checkpoint"], "no/such/checkpoint"),
     ],

@@ -120,6 +120,35 @@ def test_temperature_draws_the_documented_tokens(model):
     assert out.tokens[0] == _without_cache(model, SHORT, 2 * BLOCK, temperature=0.9, seed=6)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_default_prng_impl", "unsafe_rbg"),
+        ("jax_random_seed_offset", 3),
+        ("jax_threefry_partitionable", False),
+        ("jax_high_dynamic_range_gumbel", True),
+    ],
+)
+def test_no_setting_of_jax_changes_what_is_drawn(model, name, value):
+    def draw():
+        return generate(model, [SHORT, SHORT], 6, temperature=1.0, seed=[2**40, 5]).tokens
+
+    expected, before = draw(), jax.config.values[name]
+    jax.config.update(name, value)
+    try:
+        assert draw() == expected
+    finally:
+        jax.config.update(name, before)
+
+
+def test_seeds_may_be_an_array(model):
+    def draw(seed):
+        return generate(model, [SHORT, SHORT], 6, temperature=1.0, seed=seed).tokens
+
+    assert draw(np.array([2**63, 4], np.uint64)) == draw([2**63, 4])
+
+
 def test_a_seed_repeats_and_another_differs(model):
     def draw(seed):
         return generate(model, [SHORT, SHORT], 16, temperature=1.0, seed=seed).tokens
@@ -399,9 +428,23 @@ BAD = {
         (TypeError, "a token id, a sequence of them, or None; got 'end'. Encode"),
         [SHORT, 4, {"stop_token": "end"}],
     ),
-    "seed": ((ValueError, "seed must be at least 0, got -1"), [SHORT, 4, {"seed": -1}]),
-    "large seed": ((ValueError, "at most 2\\^64 - 1"), [SHORT, 4, {"seed": 2**64}]),
-    "large seeds": ((ValueError, "A seed must be at most"), [SHORT, 4, {"seed": [2**70]}]),
+    "seed": (
+        (ValueError, "A seed is an integer from 0 to 2\\^64 - 1, got -1"),
+        [SHORT, 4, {"seed": -1}],
+    ),
+    "large seed": (
+        (ValueError, "A seed is an integer from 0 to 2\\^64 - 1, got 18446744073709551616"),
+        [SHORT, 4, {"seed": 2**64}],
+    ),
+    "large seeds": ((ValueError, "A seed is an integer"), [SHORT, 4, {"seed": [2**70]}]),
+    "half a seed": (
+        (TypeError, "A seed is an integer from 0 to 2\\^64 - 1, got 0.5"),
+        [SHORT, 4, {"seed": 0.5}],
+    ),
+    "seed of a text": (
+        (TypeError, "A seed is an integer from 0 to 2\\^64 - 1, got '12'"),
+        [SHORT, 4, {"seed": "12"}],
+    ),
     "seeds": ((ValueError, "there are 2 for 1 prompts"), [SHORT, 4, {"seed": [1, 2]}]),
     "name": (
         (

@@ -87,12 +87,14 @@ def run(args: argparse.Namespace) -> int:
 
     import checkpoints
     from ffjax import fidelity
+    from ffjax.seeds import checked_seed
     from ffjax.tokenizer import load_tokenizer
 
-    for name, least in (("prompts", 2), ("tokens", 1), ("batch", 1), ("seed", 0)):
+    for name, least in (("prompts", 2), ("tokens", 1), ("batch", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} is at least {least}, got {value}.")
+    checked_seed(args.seed)
     if args.config is None and (args.weights != PLAIN or args.head is not None):
         raise ValueError(
             "--weights and --head say how the random weights of --config are made; a checkpoint "
