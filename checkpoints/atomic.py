@@ -30,6 +30,11 @@ __all__ = ["why_not_written", "written_beside"]
 _NO_ROOM = tuple(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS") if hasattr(errno, name)
 )
+# What making room does not help against.
+_PLACES = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
+    errno.ENAMETOOLONG,
+)
 # A file system that knows no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -77,18 +82,37 @@ def why_not_written(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _said_of(path: Path) -> Iterator[None]:
-    """A system's error of a full disk becomes a sentence."""
+    """A system's error of what is written becomes a sentence; one of what is read stays."""
     try:
         yield
     except NotWrittenError:
         raise
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _NO_ROOM and not _of_output(error, path):
             raise
         raise NotWrittenError(
-            f"{path} cannot be written: {why_not_written(error)}. Nothing of it is left; make "
-            "room, or write elsewhere."
+            f"{path} cannot be written: {_cause(error, path)}. Nothing of it is left; "
+            f"{'write' if error.errno in _PLACES else 'make room, or write'} elsewhere."
         ) from error
+
+
+def _of_output(error: OSError, path: Path) -> bool:
+    """Whether an error names the place that is written, one above it, or one beside it."""
+    if error.errno is None or error.filename is None:
+        return False
+    place = Path(os.fsdecode(error.filename))
+    beside = [_beside(path, role) for role in ("partial", "replaced")]
+    return place in path.parents or any(one in (place, *place.parents) for one in (path, *beside))
+
+
+def _cause(error: OSError, path: Path) -> str:
+    above = next((place for place in path.parents if place.exists()), path.parent)
+    if not above.is_dir():
+        return f"{above} is a file, not a folder"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"you may not write in {above}"
+    said = why_not_written(error)
+    return f"{said[0].lower()}{said[1:]}"
 
 
 @contextlib.contextmanager

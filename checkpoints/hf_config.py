@@ -17,7 +17,7 @@ from checkpoints.hf_families import ACTIVATIONS, FAMILIES, NESTED, NUMBERS, Fami
 from checkpoints.hf_fields import CONFIG, Fields
 from checkpoints.hf_rope import Rope, read_rope, write_rope
 from checkpoints.hf_windows import normal_pattern, read_window, write_window
-from checkpoints.manifest import CheckpointError
+from checkpoints.manifest import MANIFEST, CheckpointError, in_a_cache
 from ffjax.config import ModelConfig
 
 __all__ = ["CONFIG", "architecture_of", "config_from_hf", "config_to_hf", "read_config"]
@@ -31,8 +31,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     file = directory / CONFIG
     if not file.is_file():
+        if (directory / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{directory} is a checkpoint of ffjax, and no Hugging Face folder. Use it as it "
+                "is; `ffjax export` makes a Hugging Face folder of it."
+            )
         raise CheckpointError(
-            f"A Hugging Face folder has a {CONFIG}; {directory} has none. Give the folder with "
+            in_a_cache(directory)
+            or f"A Hugging Face folder has a {CONFIG}; {directory} has none. Give the folder with "
             "the model's files."
         )
     try:
@@ -42,7 +48,10 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{file} is damaged: it is not JSON ({error}). Download or copy it again."
         ) from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is no model's configuration: it holds no object.")
+        raise CheckpointError(
+            f"A model's {CONFIG} is a JSON object with its fields; {file} is none. Download it "
+            "again."
+        )
     return data
 
 
@@ -94,7 +103,7 @@ def config_from_hf(
     else:
         family_name = next(n for n, f in FAMILIES.items() if f.architecture == architecture)
     family = FAMILIES[family_name]
-    _check_ignorable(ignore_fields, family_name, where)
+    _check_ignorable(ignore_fields, family_name, {*data, *outer}, where)
     shadowed = [
         (name, value)
         for name, value in outer.items()
@@ -141,14 +150,21 @@ def _unnested(
     return inner, {name: value for name, value in data.items() if name not in (key, *unused)}
 
 
-def _check_ignorable(names: Collection[str], family: str, where: Path) -> None:
-    """Whether none of the fields to be ignored is understood."""
+def _check_ignorable(
+    names: Collection[str], family: str, there: Collection[str], where: Path
+) -> None:
+    """Whether the fields to be ignored are there, and none of them is understood."""
     if isinstance(names, str):
         raise TypeError(f"ignore_fields is a sequence of names, as ({names!r},); got {names!r}.")
     if known := sorted(understood(family) & set(names)):
         raise CheckpointError(
             f"A field that is understood cannot be ignored, for it says what the model is: "
             f"{', '.join(known)}. Correct it in {CONFIG} of {where}, or leave it there as it is."
+        )
+    if absent := sorted(set(names) - set(there)):
+        raise CheckpointError(
+            f"Fields to be ignored are those of {CONFIG}, each named by itself; that of {where} "
+            f"has no {', '.join(map(repr, absent))}. Leave it out, or correct its name."
         )
 
 

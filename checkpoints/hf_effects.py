@@ -39,10 +39,10 @@ HARMLESS: dict[str, frozenset[str]] = {
     reason: frozenset(names.split())
     for reason, names in {
         "names, versions, where a file comes from": """
-            _commit_hash _model_name_or_path _name_or_path base_model_name_or_path finetuning_task
-            is_llama_config language license model_name model_name_or_path name_or_path
-            tokenizer_class tokenizer_name transformers.js_config transformers_version
-            unsloth_fixed
+            _commit_hash _from_model_config _model_name_or_path _name_or_path
+            base_model_name_or_path finetuning_task is_llama_config language license model_name
+            model_name_or_path name_or_path tokenizer_class tokenizer_name transformers.js_config
+            transformers_version unsloth_fixed
         """,
         "tokens and labels": """
             begin_suppress_tokens bos_token_id decoder_start_token_id id2label label2id

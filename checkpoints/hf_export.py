@@ -18,6 +18,7 @@ from checkpoints.hf_files import INDEX, SINGLE, TensorWriter
 from checkpoints.hf_import import companions_in, copy_companions, is_hf_folder
 from checkpoints.hf_table import Slot, slots_of
 from checkpoints.manifest import HF_FILES, WEIGHTS, CheckpointError, Manifest
+from checkpoints.places import check_apart, real_path
 from checkpoints.skeleton import array_shapes
 
 __all__ = ["SHARD_BYTES", "Export", "export_hf"]
@@ -72,21 +73,23 @@ def export_hf(
             quantized; or Hugging Face has no model of its kind.
         ValueError: shard_bytes is not positive.
     """
-    checkpoint = Path(checkpoint).expanduser().resolve()
-    path = Path(path).expanduser().resolve()
+    checkpoint = real_path(checkpoint)
+    path = real_path(path)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}.")
     if is_hf_folder(checkpoint):
         raise CheckpointError(
-            f"{checkpoint} is a Hugging Face folder already: an export starts from a checkpoint."
+            f"An export starts from a checkpoint of ffjax; {checkpoint} is a Hugging Face folder. "
+            "Use it as it is, or copy it."
         )
+    check_apart(path, checkpoint)
     manifest = Manifest.read(checkpoint)
     manifest.check_files(checkpoint)
     if manifest.config.weights.quantized:
         raise CheckpointError(
             "An export rounds nothing, and Hugging Face's tensors are not quantized as those of "
             f"{checkpoint} are ({manifest.config.weights}). Export the checkpoint that it was "
-            "made of; or save ffjax.dequantize(model) and export that."
+            "made of; in Python, a model that ffjax.dequantize returns can be saved and exported."
         )
     shapes = array_shapes(manifest.config, manifest.dtype)
     slots = [slot for mine in slots_of(manifest.config, shapes).values() for slot in mine]

@@ -119,11 +119,16 @@ class Fields:
                 f"{json.dumps(guarded[name].harmless[0])})"
                 for name, value in refused.items()
             ]
+            hint = (
+                "Take the version of the model that is not quantized"
+                if "quantization_config" in refused
+                else "Take another model; or, where you know that a field changes nothing in this "
+                f"one, leave it out: --ignore-field {next(iter(refused))} (in Python, "
+                "ignore_fields)"
+            )
             raise CheckpointError(
                 f"{CONFIG} of {self.where} asks for what is not supported, and what would change "
-                f"the numbers: {', '.join(reasons)}. Take another model; or, where you know that "
-                f"a field changes nothing in this one, leave it out: --ignore-field "
-                f"{next(iter(refused))}, ignore_fields in the library."
+                f"the numbers: {', '.join(reasons)}. {hint}."
             )
         self._warn(unknown)
 

@@ -32,6 +32,7 @@ __all__ = [
     "read_header",
     "read_into",
     "same_numbers",
+    "some",
     "truncated",
 ]
 
@@ -48,6 +49,8 @@ _DTYPES = {
 # Dtypes in which nobody stores weights, quantized ones either: masks, positions, counters.
 _NO_WEIGHTS = ("BOOL", "I64", "U64")
 
+# How a file begins that Git LFS left in place of a large one.
+_LFS_POINTER = b"version https://git-lfs"
 # The longest header that the safetensors library accepts: more is no header.
 _LONGEST_HEADER = 100_000_000
 
@@ -92,11 +95,17 @@ def read_header(file: Path) -> list[StoredTensor]:
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
+        first = opened.read(8)
+        if first == _LFS_POINTER[:8] and opened.read(len(_LFS_POINTER) - 8) == _LFS_POINTER[8:]:
+            raise CheckpointError(
+                f"{file} is a pointer of Git LFS, which stands for the weights and does not hold "
+                "them. Run `git lfs pull` there, or download the file."
+            )
+        length = int.from_bytes(first, "little")
         if size < 8 or length > _LONGEST_HEADER or 8 + length > size:
             raise CheckpointError(
-                f"{file} is damaged, or no safetensors file: it has {size} bytes, and its header "
-                f"would take {length}. Download or copy it again."
+                f"{file} is damaged, or no safetensors file: it has {size} bytes, and does not "
+                "begin with the length of a header that fits into them. Download or copy it again."
             )
         text = opened.read(length)
     start, tensors = 8 + length, []
@@ -113,11 +122,15 @@ def read_header(file: Path) -> list[StoredTensor]:
             tensors.append(stored)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{file} is damaged: its header is not that of a safetensors file ({error!r}). "
+            f"{file} is damaged: its header is not that of a safetensors file ({_reason(error)}). "
             "Download or copy it again."
         ) from None
     _check_places(file, size, start, tensors)
     return tensors
+
+
+def _reason(error: Exception) -> str:
+    return f"there is no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _check_places(file: Path, size: int, start: int, tensors: list[StoredTensor]) -> None:
@@ -155,6 +168,11 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     elif (directory / INDEX).is_file():
         promised = _read_index(directory)
         files = [directory / name for name in sorted(set(promised.values()))]
+    elif shards := sorted(file.name for file in directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"Safetensors in shards have an index; {directory} has {some(shards, 3)}, and no "
+            f"{INDEX}. Download that, too."
+        )
     else:
         raise CheckpointError(
             f"A Hugging Face folder has {SINGLE} or {INDEX}; {directory} has neither. Weights in "
@@ -208,7 +226,7 @@ def check_dtypes(directory: Path, tensors: Iterable[StoredTensor]) -> None:
         )
     else:
         hint = "The weights are quantized: use a version of the model whose weights are not."
-    names = _some(f"{tensor.name} ({tensor.dtype})" for tensor in odd)
+    names = some(f"{tensor.name} ({tensor.dtype})" for tensor in odd)
     raise CheckpointError(
         f"Tensors of another dtype than {', '.join(_DTYPES)} are not supported; {directory} has "
         f"{names}. {hint}"
@@ -223,7 +241,8 @@ def _read_index(directory: Path) -> dict[str, str]:
         promised = {str(name): str(shard) for name, shard in index.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f'{file} is damaged: it holds no "weight_map" ({error!r}). Download or copy it again.'
+            f'{file} is damaged: it holds no "weight_map" ({_reason(error)}). Download or copy it '
+            "again."
         ) from None
     # A shard lies beside its index: a path that leads elsewhere is nobody's honest download.
     if leading := [shard for shard in promised.values() if Path(shard).name != shard]:
@@ -231,11 +250,11 @@ def _read_index(directory: Path) -> dict[str, str]:
     return promised
 
 
-def _some(names: Iterable[str], most: int = 20) -> str:
+def some(names: Iterable[str], most: int = 20, between: str = ", ") -> str:
     """The names, or the first of very many, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return between.join(names[:most]) + more
 
 
 def read_into(tensor: StoredTensor, out: np.ndarray) -> None:

@@ -26,6 +26,7 @@ from checkpoints.hf_files import (
     find_tensors,
     read_into,
     same_numbers,
+    some,
 )
 from checkpoints.hf_table import NameRules, Slot, slots_of
 from checkpoints.hf_token_ids import check_end_tokens
@@ -35,12 +36,15 @@ from checkpoints.manifest import (
     WEIGHTS,
     CheckpointError,
     Manifest,
-    check_free,
+    a_file,
+    nothing_at,
     supported_dtype,
 )
+from checkpoints.places import check_apart, check_free, real_path
 from checkpoints.skeleton import array_shapes, nested, skeleton
 from ffjax.config import ModelConfig
 from ffjax.model import Transformer
+from ffjax.settings import own_settings
 
 __all__ = [
     "COMPANIONS",
@@ -54,7 +58,7 @@ __all__ = [
     "load_hf",
 ]
 
-_log = logging.getLogger("ffjax")
+_log = logging.getLogger("ffjax.folders")
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -148,7 +152,9 @@ class HFFolder:
                 is not supported.
         """
         if not directory.exists():
-            raise FileNotFoundError(f"There is no Hugging Face folder at {directory}.")
+            raise FileNotFoundError(nothing_at(directory, "Hugging Face folder"))
+        if not directory.is_dir():
+            raise CheckpointError(a_file(directory))
         refuse_adapter(directory, whole=(directory / CONFIG).is_file())
         data = read_config(directory)
         architecture = architecture_of(data, directory)
@@ -182,6 +188,23 @@ class HFFolder:
     def nbytes(self) -> int:
         """Bytes of all tensors in the files."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def source(self, dtype: Any, ignored: Collection[str] = ()) -> dict[str, Any]:
+        """Where weights of a dtype that are made of this folder come from, for a manifest.
+
+        Args:
+            dtype: bfloat16 or float32.
+            ignored: fields of config.json that were left out.
+        """
+        source = {
+            "format": "huggingface",
+            "name": self.config.name,
+            "architecture": self.architecture,
+            "dtypes": self.dtypes,
+            "rounded": self.rounded(dtype),
+            "left_out": self.left_out,
+        }
+        return source | ({"ignored_fields": sorted(ignored)} if ignored else {})
 
     def rounded(self, dtype: Any) -> dict[str, int]:
         """How many tensors, of which dtype, the given one cannot hold exactly."""
@@ -239,7 +262,7 @@ def _check_names(
     unknown = sorted(tensor.name for name, tensor in tensors.items() if name not in wanted)
     if missing or unknown:
         wrong = [
-            f"{len(names)} {what}: {', '.join(names)}"
+            f"{len(names)} {what}: {some(names)}"
             for names, what in ((missing, "missing"), (unknown, "unknown"))
             if names
         ]
@@ -261,10 +284,11 @@ def _check_shapes(
     if wrong:
         raise CheckpointError(
             f"The tensors in {directory} have not the shapes that its {CONFIG} gives them: "
-            f"{'; '.join(wrong)}."
+            f"{some(wrong, most=3, between='; ')}."
         )
 
 
+@own_settings()
 def load_hf(
     directory: str | Path, *, dtype: Any = None, ignore_fields: Collection[str] = ()
 ) -> Transformer:
@@ -281,7 +305,7 @@ def load_hf(
         FileNotFoundError: there is no such folder.
         CheckpointError: it is incomplete or damaged, or asks for what is not supported.
     """
-    folder = HFFolder.open(Path(directory).expanduser().resolve(), ignore_fields=ignore_fields)
+    folder = HFFolder.open(real_path(directory), ignore_fields=ignore_fields)
     dtype = supported_dtype("The weights are loaded as", "bfloat16" if dtype is None else dtype)
     if rounded := folder.rounded(dtype):
         _log.info("%s: %s.", folder.config.name, rounding_note(rounded, dtype))
@@ -321,6 +345,7 @@ class Conversion:
     companions: list[str]
 
 
+@own_settings()
 def convert_hf(
     directory: str | Path,
     path: str | Path,
@@ -354,10 +379,11 @@ def convert_hf(
         CheckpointError: the folder is incomplete or damaged, or holds or asks for what is
             not supported; or the checkpoint cannot be written.
     """
-    path = Path(path).expanduser().resolve()
+    path = real_path(path)
     dtype = supported_dtype("A checkpoint's weights are", dtype)
     check_free(path, overwrite)
-    folder = HFFolder.open(Path(directory).expanduser().resolve(), ignore_fields=ignore_fields)
+    check_apart(path, directory := real_path(directory))
+    folder = HFFolder.open(directory, ignore_fields=ignore_fields)
     total, read = folder.nbytes, 0
 
     def count(nbytes: int) -> None:
@@ -367,16 +393,7 @@ def convert_hf(
             progress(read, total)
 
     rounded = folder.rounded(dtype)
-    source = {
-        "format": "huggingface",
-        "name": folder.config.name,
-        "architecture": folder.architecture,
-        "dtypes": folder.dtypes,
-        "rounded": rounded,
-        "left_out": folder.left_out,
-    }
-    if ignore_fields:
-        source["ignored_fields"] = sorted(ignore_fields)
+    source = folder.source(dtype, ignore_fields)
     manifest = Manifest(config=folder.config, dtype=dtype.name, source=source, files={})
     with written_beside(path, lambda: check_free(path, overwrite)) as partial:
         lay_out(partial / WEIGHTS, array_shapes(folder.config, dtype))

@@ -21,7 +21,6 @@ __all__ = [
     "CheckpointError",
     "Manifest",
     "NotWrittenError",
-    "check_free",
     "supported_dtype",
 ]
 
@@ -105,14 +104,23 @@ class Manifest:
                 newer version wrote.
         """
         if not directory.exists():
-            raise FileNotFoundError(f"There is no checkpoint at {directory}: no such directory.")
+            raise FileNotFoundError(nothing_at(directory, "checkpoint or Hugging Face folder"))
+        if not directory.is_dir():
+            raise CheckpointError(a_file(directory))
         file = directory / MANIFEST
         if not file.is_file():
             raise CheckpointError(
-                f"A checkpoint is a directory with a {MANIFEST}; {directory} has none. "
-                "Give the directory that ffjax.save or `ffjax convert` wrote, or a Hugging Face "
-                "folder with a config.json."
+                in_a_cache(directory)
+                or f"A checkpoint is a directory with a {MANIFEST}, a Hugging Face folder one "
+                f"with a config.json; {directory} has neither. Give the directory that ffjax.save "
+                "or `ffjax convert` wrote, or the folder that was downloaded."
             )
+        try:
+            str(directory).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(
+                f"The path of a checkpoint is UTF-8, and {str(directory)!a} is not. Rename it."
+            ) from None
         try:
             data = json.loads(file.read_bytes())
         except ValueError as error:
@@ -127,7 +135,8 @@ class Manifest:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CheckpointError(
                 f"{directory} is not a checkpoint of ffjax: its {MANIFEST} does not say "
-                f'"format": "{FORMAT}".'
+                f'"format": "{FORMAT}". Give the directory that ffjax.save or `ffjax convert` '
+                "wrote."
             )
         version = data.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -179,6 +188,32 @@ class Manifest:
                 )
 
 
+def nothing_at(path: Path, what: str) -> str:
+    """A sentence: there is nothing at a path.
+
+    Args:
+        path: the path.
+        what: what was looked for there, as in "checkpoint".
+    """
+    return f"There is no {what} at {path}. Nothing is downloaded: give a folder on this machine."
+
+
+def in_a_cache(directory: Path) -> str | None:
+    """A sentence, where a directory is a repository in the Hugging Face cache; else None."""
+    commits = sorted((directory / "snapshots").glob("*"))
+    if not commits:
+        return None
+    return (
+        f"{directory} is a repository of the Hugging Face cache, and its models lie in folders of "
+        f"their own. Give {commits[-1]}."
+    )
+
+
+def a_file(path: Path) -> str:
+    """A sentence: a path is that of a file, where a folder is needed."""
+    return f"{path} is a file. Give the folder that it lies in."
+
+
 def supported_dtype(what: str, dtype: Any) -> Any:
     """The dtype, if a checkpoint may have it.
 
@@ -196,25 +231,3 @@ def supported_dtype(what: str, dtype: Any) -> Any:
     if name not in DTYPES:
         raise CheckpointError(f"{what} one of {', '.join(DTYPES)}; got {name}.")
     return jnp.dtype(dtype)
-
-
-def check_free(path: Path, overwrite: bool) -> None:
-    """Whether a checkpoint may be put at `path`.
-
-    Raises:
-        FileExistsError: there is something, and overwrite is false or it is no checkpoint.
-    """
-    if not path.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"A save replaces nothing unless asked to, and there is something at {path}. Save "
-            "elsewhere, or pass overwrite=True."
-        )
-    try:
-        Manifest.read(path)
-    except CheckpointError as error:
-        # A mistyped path must not cost somebody their files.
-        raise FileExistsError(
-            f"A save replaces a checkpoint and nothing else. {error} Save elsewhere."
-        ) from None

@@ -28,12 +28,13 @@ from checkpoints.manifest import (
     WEIGHTS,
     CheckpointError,
     Manifest,
-    check_free,
     supported_dtype,
 )
+from checkpoints.places import check_free, real_path
 from checkpoints.skeleton import flat, quantized_arrays, skeleton, weights_of
 from ffjax.config import ModelConfig
 from ffjax.model import Transformer
+from ffjax.settings import own_settings
 
 __all__ = ["SHIPPED_MODEL", "load", "save", "tokenizer_directory"]
 
@@ -41,6 +42,7 @@ SHIPPED_MODEL: Path = Path(__file__).parent / "shipped"
 """The trained model that is installed with the package; see MODEL_CARD.md."""
 
 
+@own_settings()
 def save(
     model: Transformer,
     path: str | Path,
@@ -77,7 +79,7 @@ def save(
             configuration calls quantized are not.
         TypeError: the source is not JSON-able.
     """
-    path = Path(path).expanduser().resolve()
+    path = real_path(path)
     tokenizer = None
     if tokenizer_from is not None and (tokenizer := tokenizer_directory(tokenizer_from)) is None:
         raise FileNotFoundError(
@@ -98,6 +100,7 @@ def save(
         manifest.write(partial)
 
 
+@own_settings()
 def load(
     path: str | Path, *, dtype: Any = None, ignore_fields: Collection[str] = ()
 ) -> Transformer:
@@ -122,7 +125,7 @@ def load(
             one that a newer version wrote; a Hugging Face folder that asks for what is
             not supported; or the dtype is another.
     """
-    path = Path(path).expanduser().resolve()
+    path = real_path(path)
     if dtype is not None:
         dtype = supported_dtype("The weights are loaded as", dtype)
     if is_hf_folder(path):
@@ -170,7 +173,7 @@ def tokenizer_directory(path: str | Path) -> Path | None:
     Args:
         path: the directory of either; or of a tokenizer alone, as transformers saves one.
     """
-    path = Path(path).expanduser().resolve()
+    path = real_path(path)
     places = path, path / HF_FILES
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 

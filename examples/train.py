@@ -28,7 +28,7 @@ from jax import Array, lax
 import checkpoints
 from ffjax.config import ModelConfig, preset
 from ffjax.evaluate import METHOD, bits_per_byte
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.model import Transformer
 from ffjax.stdlib_text import Source, read_sources
 from ffjax.tokenizer import ByteTokenizer

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from ffjax.broken import NotFiniteError
-from ffjax.cache import KVCache
-from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
-from ffjax.decode import DecodeOutput, decode_step
-from ffjax.formats import WeightFormat, WeightFormats
-from ffjax.generate import GenerateOutput, generate
-from ffjax.model import Transformer
-from ffjax.quantize import dequantize, quantize
-from ffjax.streaming import Stream, stream
-from ffjax.tokenizer import ByteTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from checkpoints import SHIPPED_MODEL, HFFolderWarning, convert_hf, export_hf, load, save
+    from ffjax.broken import NotFiniteError
+    from ffjax.cache import KVCache
+    from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
+    from ffjax.decode import DecodeOutput, decode_step
+    from ffjax.formats import WeightFormat, WeightFormats
+    from ffjax.generation import GenerateOutput, generate
+    from ffjax.model import Transformer
+    from ffjax.quantization import dequantize, quantize
+    from ffjax.streaming import Stream, stream
+    from ffjax.tokenizer import ByteTokenizer, load_tokenizer
 
 __all__ = [
     "PRESETS",
@@ -47,17 +47,34 @@ __all__ = [
     "stream",
 ]
 
-_FROM_CHECKPOINTS = ("HFFolderWarning", "SHIPPED_MODEL", "convert_hf", "export_hf", "load", "save")
+# Names are imported when they are first asked for. `checkpoints` imports this package for the
+# model, so that either may come first; and a setting that JAX refuses when it is imported reaches
+# the command line, which says so in a sentence.
+_HOME = {
+    "checkpoints": (
+        *("HFFolderWarning", "SHIPPED_MODEL"),
+        *("convert_hf", "export_hf", "load", "save"),
+    ),
+    "ffjax.broken": ("NotFiniteError",),
+    "ffjax.cache": ("KVCache",),
+    "ffjax.config": ("PRESETS", "LinearRopeScaling", "ModelConfig", "RopeScaling", "preset"),
+    "ffjax.decode": ("DecodeOutput", "decode_step"),
+    "ffjax.formats": ("WeightFormat", "WeightFormats"),
+    "ffjax.generation": ("GenerateOutput", "generate"),
+    "ffjax.model": ("Transformer",),
+    "ffjax.quantization": ("dequantize", "quantize"),
+    "ffjax.streaming": ("Stream", "stream"),
+    "ffjax.tokenizer": ("ByteTokenizer", "load_tokenizer"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # `checkpoints` imports this package for the model, so its names come when first asked
-    # for: either package may then be imported first.
-    if name in _FROM_CHECKPOINTS:
-        import checkpoints
-
-        return getattr(checkpoints, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ffjax.generate import GenerateOutput
+    from ffjax.generation import GenerateOutput
 
 __all__ = ["NotFiniteError"]
 

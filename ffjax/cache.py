@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from ffjax.config import ModelConfig
 from ffjax.dims import step_dims
+from ffjax.settings import own_settings
 from pallas_kernels.stream.mail import mail_words
 
 __all__ = ["KVCache", "check_cache"]
@@ -40,6 +41,7 @@ class KVCache:
     counters: Array
 
     @classmethod
+    @own_settings()
     def create(cls, config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloat16) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions each.
 

@@ -68,7 +68,8 @@ def write_conversation(
     if taken := sorted(set(_GIVEN) & variables.keys()):
         raise ValueError(
             f"A template's own variables have names other than {', '.join(_GIVEN)}; got "
-            f"{taken[0]!r}. Give it as the argument of that kind."
+            f"{taken[0]!r}. What these hold is given in other ways: the prompt as a message; "
+            "in Python, tools and documents as arguments of their own."
         )
     said = [_message(message) for message in messages]
     if not said:

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import importlib.metadata
 import io
 import logging
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
-from ffjax.commands import (
-    bench,
-    convert,
-    doctor,
-    evaluate,
-    export,
-    fidelity,
-    generate,
-    inspect,
-    quantize,
-    tune,
-)
+from ffjax.arguments import make_parser
+from ffjax.ctrl_c import ctrl_c_is_kept, ctrl_c_waits
+from ffjax.failures import sentence
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["commands", "main"]
 
-COMMANDS = {
-    "generate": generate,
-    "convert": convert,
-    "export": export,
-    "quantize": quantize,
-    "inspect": inspect,
-    "bench": bench,
-    "tune": tune,
-    "eval": evaluate,
-    "fidelity": fidelity,
-    "doctor": doctor,
-}
-
-# What the library raises for bad input and for what cannot run here. Anything else is a
-# defect of ours and keeps its traceback, but where JAX starts no device to run on.
-_USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError)
-_OF_JAX = (RuntimeError, AssertionError)
-
-_BAD_INPUT = 2
+_FAILED = 2
 _INTERRUPTED = 128 + 2  # as a shell reports a process ended by SIGINT
+
+
+def commands() -> dict[str, ModuleType]:
+    """The subcommands' modules by name; imports JAX, which may refuse its settings."""
+    from ffjax.commands import (
+        bench,
+        convert,
+        doctor,
+        evaluate,
+        export,
+        fidelity,
+        generate,
+        inspect,
+        quantize,
+        tune,
+    )
+
+    return {
+        "generate": generate,
+        "convert": convert,
+        "export": export,
+        "quantize": quantize,
+        "inspect": inspect,
+        "bench": bench,
+        "tune": tune,
+        "eval": evaluate,
+        "fidelity": fidelity,
+        "doctor": doctor,
+    }
 
 
 def _version() -> str:
@@ -51,18 +57,6 @@ def _version() -> str:
         return importlib.metadata.version("ffjax")
     except importlib.metadata.PackageNotFoundError:
         return "(not installed: run from its sources)"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ffjax", description="Text from transformers in JAX, a kernel launch a token."
-    )
-    parser.add_argument("--version", action="version", version=f"ffjax {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        sub = commands.add_parser(name, help=module.HELP, description=module.__doc__)
-        module.add_arguments(sub)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,33 +67,83 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 where the command did its work and found something wrong: a gate that
-        fails, a step with wrong numbers; 2 after bad input, or where JAX starts no device, with a
-        sentence on stderr; 130 after Ctrl-C.
+        fails, a step with wrong numbers; 2 after any error, with a sentence on stderr; 130 after
+        Ctrl-C.
 
     Raises:
-        SystemExit: argparse has printed help, the version, or what is wrong with the
-            arguments (code 2).
+        SystemExit: argparse has printed help or the version (code 0).
     """
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if sys.stderr is None:  # closed; print would take stdout in its place
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    name = "ffjax"
+    try:
+        with ctrl_c_waits():  # JAX's modules take it for an error of their own
+            modules = commands()
+            from ffjax.settings import own_settings
+
+        if argv and argv[0] in modules:
+            name = f"ffjax {argv[0]}"
+        args = make_parser(modules, _version()).parse_args(argv)
+        _prepare_output()
+        with own_settings(), ctrl_c_is_kept(), _warnings_as_lines(name):
+            code = modules[args.command].run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _say("\nInterrupted.")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()
+        return 0  # whoever read our output has left, as `head` does
+    except Exception as error:
+        if "--traceback" in argv:
+            _say("".join(traceback.format_exception(error)))
+        _say(f"{name}: {sentence(error)}")
+        _drop_output()
+        return _FAILED
+
+
+def _say(text: str) -> None:
+    """A line on stderr; where that cannot be written, the exit code says enough."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines(name: str) -> Iterator[None]:
+    """Within it, a warning of a library is a line, without the place in its code."""
+
+    def show(message: object, *where: object, **more: object) -> None:
+        _say(f"{name}: {(str(message).strip().splitlines() or [''])[0]}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _prepare_output() -> None:
+    if sys.stdout is None:
+        raise OSError(
+            "Standard output is closed: there is nowhere to print to. Send it to a file, or to "
+            f"{os.devnull}."
+        )
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model may say any character, a terminal may not know it.
         sys.stdout.reconfigure(errors="replace")
     logging.getLogger("jax._src.xla_bridge").addFilter(_without_traceback)
+
+
+def _drop_output() -> None:
+    """Lets what could not be written go; else Python tries again when it ends, and complains."""
     try:
-        code = COMMANDS[args.command].run(args)
         sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:
-        return 0  # whoever read our output has left, as `head` does
-    except (*_USER_ERRORS, *_OF_JAX) as error:
-        reason = _no_device(error)
-        if reason is None and not isinstance(error, _USER_ERRORS):
-            raise
-        print(f"ffjax {args.command}: {reason or error}", file=sys.stderr)
-        return _BAD_INPUT
+    except (OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    except AttributeError:  # there is none
+        pass
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -108,14 +152,3 @@ def _without_traceback(record: logging.LogRecord) -> bool:
         record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
         record.exc_info = record.exc_text = None
     return True
-
-
-def _no_device(error: Exception) -> str | None:
-    """Why JAX runs on no device, where that is what an error comes of; else None."""
-    # A checkpoint that cannot be read or written says so of whatever is raised meanwhile.
-    cause = error.__cause__ or error
-    if not isinstance(cause, _OF_JAX) or isinstance(cause, _USER_ERRORS):
-        return None
-    from ffjax.doctor.environment import why_no_device
-
-    return why_no_device(cause)

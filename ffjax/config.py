@@ -218,7 +218,8 @@ class ModelConfig:
                 "head= makes a model whose head is an array of its own."
             )
         for name, value in self.weights.quantized.items():
-            if (reason := value.why_not(self.matrices[name][1])) is not None:
+            others = [self.matrices[other][1] for other in self.weights.quantized]
+            if (reason := value.why_not(self.matrices[name][1], *others)) is not None:
                 raise ValueError(f"The matrix {name} of {self.name} cannot be {value}. {reason}")
 
     @property

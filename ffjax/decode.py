@@ -19,6 +19,7 @@ from ffjax.config import ModelConfig
 from ffjax.dims import step_dims, step_features, unknown_groups
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
+from ffjax.settings import own_settings
 from ffjax.transforms import launch_whole
 from pallas_kernels.dims import DecodeWeights, Dims
 from pallas_kernels.gpu import INTERPRETER, Gpu
@@ -453,6 +454,7 @@ def reference_step(model: Transformer, cache: KVCache, tokens: Array) -> DecodeO
     return DecodeOutput(cache, logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
+@own_settings()
 def decode_step(
     model: Transformer,
     cache: KVCache,

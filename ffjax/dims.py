@@ -59,10 +59,12 @@ def unknown_groups(config: ModelConfig) -> str | None:
     formats = config.weights
     if all(value.group_size in (None, GROUP) for value in formats.quantized.values()):
         return None
+    in_groups = [name for name, value in formats.quantized.items() if value.group_size]
+    whole = all(config.matrices[name][1] % GROUP == 0 for name in in_groups)
+    instead = f"group_size={GROUP}" if whole else "int8"
     return (
         f"int4 weights are read in groups of {GROUP}; those of {config.name} are quantized "
-        f"otherwise ({formats}). Quantize the model with group_size={GROUP}, or use "
-        "implementation='xla'."
+        f"otherwise ({formats}). Quantize the model with {instead}, or use implementation='xla'."
     )
 
 

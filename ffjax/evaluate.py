@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from ffjax.model import Transformer
+from ffjax.settings import own_settings
 from ffjax.tokenizer import ByteTokenizer, Tokenizer, check_known
 
 __all__ = [
@@ -153,6 +154,7 @@ def default_context(model: Transformer) -> int:
     return min(model.config.max_context, _LONGEST_DEFAULT) // 2 * 2
 
 
+@own_settings()
 def evaluate(
     model: Transformer,
     texts: Sequence[bytes],

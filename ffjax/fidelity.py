@@ -48,7 +48,7 @@ from ffjax.decode import (
     unsupported_field,
 )
 from ffjax.model import Transformer
-from ffjax.quantize import dequantize
+from ffjax.quantization import dequantize
 from ffjax.seeds import MAX_SEED, key_of
 from ffjax.stdlib_text import Source, read_sources
 from ffjax.tokenizer import ByteTokenizer, Tokenizer

@@ -57,12 +57,17 @@ class WeightFormat:
     def __str__(self):
         return "int8" if self.bits == 8 else f"int4 in groups of {self.group_size}"
 
-    def why_not(self, inputs: int) -> str | None:
-        """Why a matrix of so many inputs cannot have this format, a sentence; None if it can."""
+    def why_not(self, inputs: int, *others: int) -> str | None:
+        """Why a matrix of so many inputs cannot have this format, a sentence; None if it can.
+
+        Args:
+            inputs: of the matrix.
+            others: those of matrices that are to have the same format, for the advice.
+        """
         if self.group_size is None or inputs % self.group_size == 0:
             return None
-        smaller = [size for size in GROUP_SIZES if inputs % size == 0]
-        instead = f"group_size={smaller[-1]}" if smaller else "int8, which has no groups"
+        smaller = [size for size in GROUP_SIZES if all(n % size == 0 for n in (inputs, *others))]
+        instead = f"group_size={max(smaller)}" if smaller else "int8, which has no groups"
         return (
             f"Groups of int4 weights are whole: the inputs must be a multiple of "
             f"{self.group_size}; they are {inputs}. Choose {instead}."

@@ -35,7 +35,7 @@ from ffjax.model import Transformer
 from ffjax.reproducible import compiler_options
 from ffjax.requests import MAX_STOP_TOKENS, Request
 from ffjax.sampling import sample, sequence_keys, step_keys
-from ffjax.seeds import same_draws
+from ffjax.settings import own_settings
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
 
@@ -244,7 +244,7 @@ class Loop:
         # weights are traced: see `decode.device_of`.
         self._device = device_of(model)
         self._programs = _programs(self._device)
-        with jax.default_device(self._device), same_draws():
+        with jax.default_device(self._device), own_settings():
             self._prepare(model, request, implementation, max_blocks)
             self.compile_seconds = self._compile()
 
@@ -333,7 +333,7 @@ class Loop:
                 stop = max(len(prompt) - (after - size), 0)
                 counts[row] = stop - start
                 tokens[row, : stop - start] = prompt[start:stop]
-            with jax.default_device(self._device), same_draws():
+            with jax.default_device(self._device), own_settings():
                 args = self._prefill_args(tokens, counts)
                 done = self._programs.prefill_chunk(*args, greedy=self._greedy)
             self._cache, self._token = done
@@ -351,7 +351,7 @@ class Loop:
             are not finite; and how many tokens each sequence has got so far, int32: what stands
             behind them is not tokens.
         """
-        with jax.default_device(self._device), same_draws():
+        with jax.default_device(self._device), own_settings():
             args = self._decode_args(num_blocks)
             done = self._programs.decode_blocks(*args, **self._decode_options())
         self._cache, self._token, self._done, self._index, made = done

@@ -32,6 +32,7 @@ from ffjax.config import Activation, ModelConfig
 from ffjax.formats import WeightFormat
 from ffjax.rope import apply_rope, inverse_frequencies
 from ffjax.rounding import expand, random_matrix
+from ffjax.settings import own_settings
 
 __all__ = ["LAST_TENSORS", "LAYER_TENSORS", "Layers", "Transformer", "capped", "gated", "rms_norm"]
 
@@ -223,6 +224,7 @@ class Transformer(nnx.Module):
             integers, with `head_scale` beside them.
     """
 
+    @own_settings()
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
         """Random weights: normal, of standard deviation 1/sqrt(in) (0.02 for the embedding).
 
@@ -255,6 +257,7 @@ class Transformer(nnx.Module):
         """`[V, D]`: the head, or the embedding when they are tied; integers if quantized."""
         return (self.embed if self.head is None else self.head)[...]
 
+    @own_settings()
     def __call__(
         self,
         tokens: Array,
@@ -306,6 +309,7 @@ class Transformer(nnx.Module):
         logits, store, _ = self._forward(tokens, store, num_tokens, last_only)
         return logits if cache is None else (logits, store)
 
+    @own_settings()
     def observe(self, tokens: Array, summary: Callable[[Array], Any]) -> dict[str, Any]:
         """What `summary` makes of every intermediate of the model, for looking for what is wrong.
 

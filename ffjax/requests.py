@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ __all__ = ["MAX_STOP_TOKENS", "Request"]
 # What ends a sequence is compared with every new token in an array of this length, whatever
 # its number is: so that it never compiles anew. No model is known that has more than a few.
 MAX_STOP_TOKENS = 64
+_MOST_TEMPERATURE = float(np.finfo(np.float32).max)
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -168,9 +168,10 @@ class Request:
         new = _integer("max_new_tokens", max_new_tokens, 1)
         if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
             raise TypeError(f"temperature is a number, got {temperature!r}.")
-        if not (math.isfinite(temperature) and temperature >= 0):
+        if not 0 <= temperature <= _MOST_TEMPERATURE:
             raise ValueError(
-                f"temperature must be 0 (greedy) or a positive number, got {temperature}."
+                f"temperature must be 0 (greedy) or a positive number that float32 can hold, "
+                f"got {temperature}."
             )
         stop_tokens = _stop_tokens(stop_token, config)
         longest = max(len(row) for row in rows)

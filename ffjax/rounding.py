@@ -20,6 +20,12 @@ __all__ = ["expand", "random_matrix", "round_matrix"]
 # the squared error that -8 alone does, and 68% of that of 7 alone.
 _EXTREMES = (-8, -7.5, -7, -6.5, -8.5, -9, -9.5, -10, 7, 6.5, 6, 7.5, 8, 8.5)
 
+# The least scale: a subnormal number is 0 to most devices. The largest product, which bfloat16
+# can hold; and the largest scale of int8 whose products float32 can.
+_LEAST = float(jnp.finfo(jnp.float32).tiny)
+_LARGEST = float(jnp.finfo(jnp.bfloat16).max)
+_LARGEST_INT8_SCALE = float(jnp.finfo(jnp.float32).max) / 127 * (1 - 2**-22)
+
 
 def round_matrix(weight: Array, format: WeightFormat) -> tuple[Array, Array]:
     """The integers and scales that stand for a matrix.
@@ -27,7 +33,8 @@ def round_matrix(weight: Array, format: WeightFormat) -> tuple[Array, Array]:
     int8: the largest magnitude of a row becomes 127; no weight is off by more than half a scale.
     int4: of a group's scales that let its largest magnitude become one of several integers, the
     one of least squared error; a weight is off by more than half a scale only where it lies
-    beyond the integers' range.
+    beyond the integers' range. No scale but 0 is below 2^-126, the least that arithmetic on
+    devices knows, and no product beyond what the weights' dtypes can hold.
 
     Args:
         weight: `[out, in]`, finite.
@@ -44,7 +51,8 @@ def round_matrix(weight: Array, format: WeightFormat) -> tuple[Array, Array]:
         raise ValueError(reason)
     weight = weight.astype(jnp.float32)
     if format.group_size is None:
-        scale = jnp.abs(weight).max(axis=-1) / 127
+        largest = jnp.abs(weight).max(axis=-1)
+        scale = jnp.minimum(_no_less(largest / 127, largest), _LARGEST_INT8_SCALE)
         integers = _nearest(weight, scale[..., None], -127, 127)
         return integers.astype(jnp.int8), scale
     groups = weight.reshape(weight.shape[0], -1, format.group_size)  # [out, in / group, group]
@@ -114,16 +122,30 @@ def _nearest(weight: Array, scale: Array, least: int, most: int) -> Array:
     return jnp.clip(jnp.round(weight / jnp.where(scale == 0, 1, scale)), least, most)
 
 
+def _no_less(scale: Array, largest: Array) -> Array:
+    """The scale, or the least there is with its sign: 0 stands for a largest magnitude of 0 alone.
+
+    Devices take anything smaller for 0.
+    """
+    least = jnp.where(scale < 0, -_LEAST, _LEAST)
+    return jnp.where((largest != 0) & (jnp.abs(scale) < _LEAST), least, scale)
+
+
 def _least_error(groups: Array) -> Array:
     """The best scale of each of `[out, n, group]`: float32 `[out, n]` that bfloat16 can hold."""
     at = jnp.abs(groups).argmax(axis=-1, keepdims=True)
     largest = jnp.take_along_axis(groups, at, axis=-1)[..., 0]
+    # Squares of what is far from 1 are infinite or 0: errors are compared in units of a power of
+    # two near the largest magnitude, in which nothing else changes.
+    exponent = jnp.clip(jnp.frexp(largest)[1], -125, 126)[..., None]
+    unit = jnp.ldexp(jnp.float32(1), -exponent)
 
     def tried(best: tuple[Array, Array], extreme: Array) -> tuple[tuple[Array, Array], None]:
-        scale = _rounded(largest / extreme, jnp.bfloat16)
+        scale = _no_less(_rounded(largest / extreme, jnp.bfloat16), largest)
         product = _nearest(groups, scale[..., None], -ZERO, 15 - ZERO) * scale[..., None]
-        error = jnp.square(groups - product).sum(axis=-1)
-        better = error < best[0]
+        fits = (jnp.abs(product) <= _LARGEST).all(axis=-1)
+        error = jnp.square((groups - product) * unit).sum(axis=-1)
+        better = fits & (error < best[0])
         return (jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])), None
 
     start = jnp.full(largest.shape, jnp.inf), jnp.zeros(largest.shape)

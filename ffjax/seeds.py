@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import numbers
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["MAX_SEED", "checked_seed", "key_of", "same_draws"]
+__all__ = ["MAX_SEED", "checked_seed", "key_of"]
 
 MAX_SEED = 2**64 - 1
 """The largest seed: a key has 64 bits, and every seed is another key."""
@@ -48,12 +47,3 @@ def key_of(seed: int) -> Array:
     """
     words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     return jax.random.wrap_key_data(jnp.asarray(words), impl=_GENERATOR)
-
-
-def same_draws() -> contextlib.AbstractContextManager[Any]:
-    """Programs that are traced and called within it draw the same whatever JAX's configuration is.
-
-    It fixes which of its two ways Threefry fills an array: that is decided when a program is
-    lowered, and by nothing that a key or a function of `jax.random` could say.
-    """
-    return jax.threefry_partitionable(True)

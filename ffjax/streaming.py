@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
+import jax
 
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
-from ffjax.generate import GenerateOutput, Replies, blocks_for
+from ffjax.generation import GenerateOutput, Replies, blocks_for
 from ffjax.loop import Loop
 from ffjax.model import Transformer
 from ffjax.requests import Request
@@ -84,7 +84,7 @@ class Stream(Iterator[list[int | None]]):
         # The device always has its next block before the last one is read. The order of a single
         # block does not wait for the prefill: see `loop.Loop.decode`.
         ahead = loop.decode(1) if blocks > 0 else None
-        first = np.asarray(first)
+        first = jax.device_get(first)
         prefilled = time.perf_counter()
         self._prefill_seconds = prefilled - start
         yield replies.add(first.tolist(), loop.fault)
@@ -93,7 +93,7 @@ class Stream(Iterator[list[int | None]]):
                 return
             made, index = ahead
             ahead = loop.decode(1) if block < blocks else None
-            rows = np.asarray(made)[: int(index) - 1 - self._steps]
+            rows = jax.device_get(made)[: int(jax.device_get(index)) - 1 - self._steps]
             self._steps += len(rows)
             for row in rows:
                 if replies.finished:

@@ -175,8 +175,8 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
             raise ValueError(
                 f"Where no tokenizer.json lies with a model, its tokens are bytes: it needs a "
                 f"vocabulary of {ByteTokenizer.vocab_size}; {config.name} has "
-                f"{config.vocab_size}. Save it with its tokenizer (ffjax.save, tokenizer_from), or "
-                "use the library with one of your own."
+                f"{config.vocab_size}. Put its tokenizer.json beside its config.json, and convert "
+                "it again (in Python, ffjax.save takes tokenizer_from)."
             )
         return ByteTokenizer()
     from ffjax.hf_tokenizer import HFTokenizer

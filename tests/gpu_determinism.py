@@ -60,7 +60,7 @@ def _child(args: argparse.Namespace) -> dict[str, Any]:
     from ffjax.cache import KVCache
     from ffjax.config import preset
     from ffjax.decode import Implementation, choose_kernel, device_of
-    from ffjax.generate import generate
+    from ffjax.generation import generate
     from ffjax.model import Transformer
     from ffjax.streaming import stream
 

@@ -177,13 +177,15 @@ def refused(path: Path, match: str, error: type[Exception] = checkpoints.Checkpo
 
 
 def test_a_path_with_nothing_there(tmp_path):
-    refused(tmp_path / "none", "There is no checkpoint at", FileNotFoundError)
+    refused(
+        tmp_path / "none", "There is no checkpoint or Hugging Face folder at", FileNotFoundError
+    )
 
 
 def test_a_directory_that_is_no_checkpoint(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"x")
-    refused(tmp_path, "a directory with a manifest.json; .* has none")
-    refused(tmp_path / "photo.jpg", "a directory with a manifest.json; .* has none")
+    refused(tmp_path, "a directory with a manifest.json, .* has neither")
+    refused(tmp_path / "photo.jpg", "is a file. Give the folder that it lies in")
 
 
 def test_a_manifest_of_something_else(copy):
@@ -285,7 +287,7 @@ def test_overwriting_replaces_nothing_but_a_checkpoint(tmp_path):
     home.mkdir()
     (home / "thesis.txt").write_text("years of work")
     for path in (home, home / "thesis.txt"):
-        with pytest.raises(FileExistsError, match="replaces a checkpoint and nothing else"):
+        with pytest.raises(FileExistsError, match="A checkpoint is replaced and nothing else"):
             checkpoints.save(build(), path, overwrite=True)
     assert (home / "thesis.txt").read_text() == "years of work"
     assert os.listdir(tmp_path) == ["home"]

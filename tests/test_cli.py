@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 
 import checkpoints
-from ffjax.cli import COMMANDS, main
+from ffjax.cli import commands as all_commands
+from ffjax.cli import main
 from ffjax.config import ModelConfig
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.model import Transformer
 from ffjax.streaming import Stream
 from ffjax.tokenizer import ByteTokenizer
@@ -117,11 +118,14 @@ def test_a_terminal_that_lacks_a_character_shows_another(path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--prompt", ""], "A prompt needs at least one token; the prompt is empty."),
-        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0."),
+        (
+            ["--prompt", ""],
+            "--prompt is empty, and this model's tokenizer puts nothing before a text.",
+        ),
+        (["--max-new-tokens", "0"], "--max-new-tokens: a whole number from 1 is needed, got '0'."),
         (["--max-new-tokens", "40000"], "need 40006 positions; tiny-bytes was made for 40000."),
-        (["--temperature", "-1"], "temperature must be 0 (greedy) or a positive number"),
-        (["--seed", "-1"], "A seed is an integer from 0 to 2^64 - 1, got -1."),
+        (["--temperature", "-1"], "--temperature: a number from 0 is needed, got '-1'."),
+        (["--seed", "-1"], "--seed: a whole number from 0 to 2^64 - 1 is needed, got '-1'."),
         (["--model", "no/such/checkpoint"], "no/such/checkpoint"),
     ],
 )
@@ -146,15 +150,22 @@ def test_a_model_of_another_vocabulary_is_refused(capsys, tmp_path):
     [
         ([], "COMMAND"),
         (["generate"], "--prompt"),
-        (["generate", "--prompt", "x", "--implementation", "cuda"], "invalid choice: 'cuda'"),
-        (["generate", "--prompt", "x", "--max-new-tokens", "many"], "invalid int value: 'many'"),
+        (
+            ["generate", "--prompt", "x", "--implementation", "cuda"],
+            "--implementation: one of pallas, pallas_stream, xla is needed, got 'cuda'.",
+        ),
+        (
+            ["generate", "--prompt", "x", "--max-new-tokens", "many"],
+            "a whole number from 1 is needed, got 'many'.",
+        ),
     ],
 )
 def test_arguments_that_do_not_parse_end_with_code_2(capsys, arguments, words):
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
-    assert words in capsys.readouterr().err
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
 
 
 def test_version(capsys):
@@ -164,13 +175,22 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("ffjax ")
 
 
-def test_a_defect_keeps_its_traceback(path, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("ours")
+def _broken(*_, **__):
+    raise KeyError("ours\nand more")
 
-    monkeypatch.setattr(checkpoints, "load", broken)
-    with pytest.raises(RuntimeError, match="ours"):
-        main(_arguments(path))
+
+def test_a_defect_is_a_sentence_that_says_what_to_report(path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "load", _broken)
+    assert main(_arguments(path)) == 2
+    assert capsys.readouterr().err == (
+        "ffjax generate: This is an error inside ffjax: KeyError, 'ours\\nand more'. Please report "
+        "it, with what the same command prints under --traceback.\n"
+    )
+    assert main(_arguments(path, "--traceback")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert "in _broken" in err
+    assert err.endswith("prints under --traceback.\n")
 
 
 # Each command, in a process where JAX starts no device: exit code and last line of stderr.
@@ -213,7 +233,7 @@ def test_where_jax_starts_no_device_every_command_says_so(path, tmp_path):
         "fidelity": ["fidelity", *small],
     }
     # `doctor` reports it, and `export` needs no device.
-    assert {*commands, "doctor", "export"} == set(COMMANDS)
+    assert {*commands, "doctor", "export"} == set(all_commands())
     ended = _without_device({"JAX_PLATFORMS": "nonsense"}, *commands.values())
     for name, (code, err) in zip(commands, ended, strict=True):
         assert code == 2

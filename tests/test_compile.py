@@ -12,7 +12,7 @@ from decode_cases import dims_of
 
 from ffjax.config import preset
 from ffjax.formats import INT8, WeightFormats, int4
-from ffjax.quantize import quantized_config
+from ffjax.quantization import quantized_config
 from pallas_kernels import compile as compile_module
 from pallas_kernels import compile_table
 from pallas_kernels.compile import (

@@ -19,7 +19,7 @@ from ffjax import decode
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import decode_step, default_device, device_of, fused_step, why_not_fused
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.model import Transformer
 from ffjax.streaming import stream
 

@@ -22,7 +22,7 @@ from ffjax.doctor.activations import observe
 from ffjax.doctor.diagnosis import _spread_ids
 from ffjax.doctor.weights import bad_weights
 from ffjax.model import LAST_TENSORS, LAYER_TENSORS, Transformer
-from ffjax.quantize import quantize
+from ffjax.quantization import quantize
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -334,9 +334,9 @@ def test_what_jax_advises_is_not_repeated(monkeypatch):
 def test_a_default_device_that_is_not_there_is_none(monkeypatch):
     assert environment.why_no_device(RuntimeError("ours")) is None
     with jax.default_device("tpu"):
-        assert "JAX starts no device: Unknown backend" in str(
-            environment.why_no_device(RuntimeError("ours"))
-        )
+        why = str(environment.why_no_device(RuntimeError("ours")))
+    # What JAX itself says depends on its version, and on whether JAX_PLATFORMS is set.
+    assert re.match(r"JAX starts no device: .*\btpu\b", why)
 
 
 def test_a_model_without_its_tokenizer_is_looked_at_all_the_same(capsys, tmp_path):

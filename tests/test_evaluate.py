@@ -346,9 +346,11 @@ def test_what_is_not_finite_is_null_in_json(model, text, tmp_path, capsys):
     broken = nnx.merge(graph, state)
     broken.embed[...] = broken.embed[...] * jnp.nan
     checkpoints.save(broken, tmp_path / "nan")
-    assert main(["eval", str(tmp_path / "nan"), "--text", text, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(tmp_path / "nan"), "--text", text, "--json"]) == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out)
     assert report["bits_per_byte"] is report["perplexity"] is None
+    assert "ffjax eval: tiny-bytes gives no finite probabilities: see ffjax doctor " in err
 
 
 @pytest.mark.parametrize(
@@ -356,9 +358,9 @@ def test_what_is_not_finite_is_null_in_json(model, text, tmp_path, capsys):
     [
         (["no/such/checkpoint", "--text", "TEXT"], "no/such/checkpoint"),
         (["PATH", "--text", "no/such/text"], "no/such/text"),
-        (["PATH", "--text", "TEXT", "--dtype", "int3"], "bfloat16, float32; got "),
+        (["PATH", "--text", "TEXT", "--dtype", "int3"], "--dtype: one of bfloat16, float32"),
         (["PATH", "--text", "TEXT", "--context", "34"], "was made for 33"),
-        (["PATH", "--text", "TEXT", "--batch", "0"], "got batch=0"),
+        (["PATH", "--text", "TEXT", "--batch", "0"], "--batch: a whole number from 1"),
         (["TALKER", "--text", "TEXT"], "reads text in UTF-8; the byte at 11 is none"),
     ],
 )

@@ -14,7 +14,7 @@ from flax import nnx
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig, preset
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.loop import BLOCK, Loop, chunk_sizes
 from ffjax.model import Transformer
 from ffjax.requests import Request

@@ -20,9 +20,9 @@ from ffjax.cache import KVCache
 from ffjax.config import PRESETS, ModelConfig, preset
 from ffjax.decode import DecodeOutput, Implementation, Kernel, decode_step
 from ffjax.formats import INT8, WeightFormats, int4
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.model import Transformer
-from ffjax.quantize import quantized_config
+from ffjax.quantization import quantized_config
 from ffjax.tokenizer import ByteTokenizer
 
 pytestmark = [

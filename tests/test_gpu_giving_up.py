@@ -20,7 +20,7 @@ from ffjax.broken import NotFiniteError
 from ffjax.config import ModelConfig
 from ffjax.decode import default_device, fused_step
 from ffjax.formats import INT8, WeightFormats
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.streaming import stream
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream.faults import fault_of

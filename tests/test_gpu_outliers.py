@@ -13,7 +13,7 @@ from outliers import RATIOS, with_outlier
 from ffjax import fidelity
 from ffjax.config import ModelConfig
 from ffjax.decode import fused_step
-from ffjax.quantize import quantize
+from ffjax.quantization import quantize
 
 pytestmark = [
     pytest.mark.gpu,

@@ -155,10 +155,13 @@ def test_nothing_is_replaced(converted, tmp_path):
 
 
 def test_what_is_no_checkpoint(converted, tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint or Hugging Face folder at"):
         checkpoints.export_hf(tmp_path / "none", tmp_path / "out")
     folder = write_folder(tmp_path / "hf")
-    with pytest.raises(checkpoints.CheckpointError, match="is a Hugging Face folder already"):
+    with pytest.raises(
+        checkpoints.CheckpointError,
+        match="starts from a checkpoint of ffjax",
+    ):
         checkpoints.export_hf(folder, tmp_path / "out")
     with pytest.raises(ValueError, match="shard_bytes must be at least 1, got 0"):
         checkpoints.export_hf(converted, tmp_path / "out", shard_bytes=0)

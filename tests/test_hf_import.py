@@ -348,15 +348,15 @@ def test_quantized_tensors(folder):
 
 
 def test_a_path_with_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no Hugging Face folder at"):
+    with pytest.raises(FileNotFoundError, match="There is no Hugging Face folder at"):
         checkpoints.convert_hf(tmp_path / "none", tmp_path / "out")
-    with pytest.raises(checkpoints.CheckpointError, match="or a Hugging Face folder"):
+    with pytest.raises(checkpoints.CheckpointError, match="a Hugging Face folder one with"):
         checkpoints.load(tmp_path)
 
 
 def test_a_config_that_is_missing_or_damaged(folder):
     (folder / "config.json").write_text("[]")
-    refused(folder, "no model's configuration")
+    refused(folder, "is a JSON object with its fields")
     (folder / "config.json").write_text("{")
     refused(folder, "damaged: it is not JSON")
     (folder / "config.json").unlink()
@@ -381,7 +381,7 @@ def test_nothing_is_replaced_unasked(sharded, tmp_path):
         checkpoints.convert_hf(sharded, out)
     checkpoints.convert_hf(sharded, out, overwrite=True, dtype="float32")
     assert checkpoints.load(out).dtype == jnp.float32
-    with pytest.raises(FileExistsError, match="replaces a checkpoint and nothing else"):
+    with pytest.raises(FileExistsError, match="A checkpoint is replaced and nothing else"):
         checkpoints.convert_hf(sharded, sharded, overwrite=True)
     assert os.listdir(tmp_path) == ["ours"]
 

@@ -95,9 +95,15 @@ def test_the_command_line_prints_a_table_or_json(ours, capsys):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda path: shutil.rmtree(path), "ffjax inspect: There is no checkpoint at"),
+        (
+            lambda path: shutil.rmtree(path),
+            "ffjax inspect: There is no checkpoint or Hugging Face folder at",
+        ),
         (lambda path: os.truncate(path / "weights" / "_METADATA", 9), "_METADATA has 9 bytes"),
-        (lambda path: (path / "manifest.json").unlink(), "or a Hugging Face folder"),
+        (
+            lambda path: (path / "manifest.json").unlink(),
+            "a Hugging Face folder one with",
+        ),
     ],
 )
 def test_what_is_damaged_is_a_sentence_and_code_2(ours, tmp_path, capsys, damage, sentence):
@@ -109,7 +115,7 @@ def test_what_is_damaged_is_a_sentence_and_code_2(ours, tmp_path, capsys, damage
 
 def test_a_batch_of_none(ours, capsys):
     assert main(["inspect", str(ours), "--batch", "0"]) == 2
-    assert "--batch must be at least 1, got 0." in capsys.readouterr().err
+    assert "--batch: a whole number from 1 is needed, got '0'." in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_a_family(tmp_path):

@@ -18,7 +18,7 @@ from ffjax.broken import NotFiniteError
 from ffjax.cache import KVCache
 from ffjax.cli import main
 from ffjax.decode import decode_step, fused_step, step_fault
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.loop import BLOCK, NOT_FINITE, Loop, _marked
 from ffjax.model import Transformer
 from ffjax.streaming import stream

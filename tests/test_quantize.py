@@ -31,7 +31,7 @@ from ffjax.evaluate import bits_per_byte
 from ffjax.formats import FLOATING, INT8, WeightFormat, WeightFormats, int4
 from ffjax.model import Transformer
 from ffjax.packing import pack, unpack
-from ffjax.quantize import dequantize, quantize
+from ffjax.quantization import dequantize, quantize
 from ffjax.rounding import expand, round_matrix
 from ffjax.stdlib_text import read_sources
 

@@ -16,7 +16,7 @@ from ffjax.cli import main
 from ffjax.commands.inspect import inspect
 from ffjax.formats import WeightFormats
 from ffjax.model import Transformer
-from ffjax.quantize import dequantize, quantize
+from ffjax.quantization import dequantize, quantize
 
 pytestmark = pytest.mark.filterwarnings("error")
 

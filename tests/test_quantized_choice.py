@@ -29,7 +29,7 @@ from ffjax.decode import (
 )
 from ffjax.formats import FLOATING, INT8, WeightFormats, int4
 from ffjax.model import Transformer
-from ffjax.quantize import dequantize
+from ffjax.quantization import dequantize
 from pallas_kernels.dims import WeightBits
 from pallas_kernels.gpu import INTERPRETER
 

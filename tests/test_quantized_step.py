@@ -30,7 +30,7 @@ from test_kernel import bits, in_float32, newest, reference
 import checkpoints
 from ffjax.cache import KVCache
 from ffjax.decode import fused_step
-from ffjax.quantize import dequantize, quantize
+from ffjax.quantization import dequantize, quantize
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.stream import operand
 from pallas_kernels.stream.launch import stream_step

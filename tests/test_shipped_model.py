@@ -8,7 +8,7 @@ import pytest
 import checkpoints
 from ffjax.config import preset
 from ffjax.evaluate import bits_per_byte
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.stdlib_text import read_sources
 from ffjax.tokenizer import ByteTokenizer
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import types
 
 import numpy as np
@@ -12,7 +11,7 @@ from generate_cases import TINY
 
 import checkpoints
 from ffjax.cli import main
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.loop import BLOCK, Loop
 from ffjax.model import Transformer
 from ffjax.streaming import stream
@@ -83,8 +82,8 @@ class Later:
 def device(monkeypatch):
     device = Device()
     clock = types.SimpleNamespace(perf_counter=lambda: device.now)
-    for name in ("ffjax.generate", "ffjax.streaming"):  # the first is a function's name, too
-        monkeypatch.setattr(sys.modules[name], "time", clock)
+    for name in ("ffjax.generation", "ffjax.streaming"):
+        monkeypatch.setattr(f"{name}.time", clock)
     monkeypatch.setattr(Loop, "prefill", lambda loop: device.prefill(loop))
     monkeypatch.setattr(Loop, "decode", lambda loop, blocks: device.decode(loop, blocks))
     return device

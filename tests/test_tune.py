@@ -139,8 +139,14 @@ def test_without_a_gpu_tuning_is_refused_before_weights_are_made(capsys, monkeyp
     [
         (["--config", "llama9"], "No preset is called 'llama9'"),
         (["--config", "llama3.2-1b", "--batch", "9"], "takes 1 to 8 sequences; there are 9"),
-        (["--config", "llama3.2-1b", "--steps", "0"], "at least 1 step, got 0"),
-        (["--config", "llama3.2-1b", "--repetitions", "3"], "at least 7 repetitions, got 3"),
+        (
+            ["--config", "llama3.2-1b", "--steps", "0"],
+            "--steps: a whole number from 1 is needed, got '0'.",
+        ),
+        (
+            ["--config", "llama3.2-1b", "--repetitions", "3"],
+            "--repetitions: a whole number from 7 is needed, got '3'.",
+        ),
     ],
 )
 def test_bad_input_gets_a_sentence(capsys, arguments, message):

@@ -10,7 +10,7 @@ from decode_cases import QUICK_COMPILE, filled_cache, random_model, random_token
 from flax import nnx
 
 from ffjax.decode import Kernel, fused_step
-from ffjax.generate import generate
+from ffjax.generation import generate
 from ffjax.model import Transformer
 from ffjax.streaming import stream
 

@@ -8,6 +8,7 @@ from typing import Any
 from ffjax.benchmark.suite import Point, Report
 from ffjax.benchmark.timing import Timing
 from ffjax.config import ModelConfig
+from ffjax.failures import without_advice
 
 __all__ = ["as_data", "as_text", "stored_as"]
 
@@ -97,7 +98,7 @@ def as_text(report: Report) -> str:
     ]
     for reason in dict.fromkeys(point.reason for point in report.points):
         if reason is not None:
-            lines.append(f"The reference, 'xla', is timed, because: {reason}")
+            lines.append(f"The reference, 'xla', is timed, because: {without_advice(reason)}")
     lines += map(_how_checked, dict.fromkeys(point.check.against for point in report.points))
     rows = [_row(report, point) for point in report.points]
     return "\n".join([*lines, "", *_table(rows)])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from ffjax.commands.formats import add_format_arguments, chosen_config
+from ffjax.commands.options import whole, wholes
 from ffjax.decode import Implementation
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -25,15 +26,6 @@ HELP = "time decode steps and check their numbers"
 _WRONG = 1
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"takes whole numbers with commas between them, as 1,2,4; got {text!r}"
-        ) from None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax bench`."""
     parser.add_argument("--config", metavar="NAME", required=True, help="a preset: llama3.2-1b")
@@ -41,24 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         metavar="B,..",
-        type=_numbers,
+        type=wholes(1),
         default=(1,),
         help="sequences, one number or several; default: 1",
     )
     parser.add_argument(
         "--position",
         metavar="P,..",
-        type=_numbers,
+        type=wholes(0),
         default=(96,),
         help="live positions before the first step, one number or several; default: 96",
     )
     parser.add_argument(
-        "--steps", metavar="N", type=int, default=64, help="steps of a loop; default: %(default)s"
+        "--steps",
+        metavar="N",
+        type=whole(1),
+        default=64,
+        help="steps of a loop; default: %(default)s",
     )
     parser.add_argument(
         "--repetitions",
         metavar="N",
-        type=int,
+        type=whole(7),
         default=7,
         help="timed loops, 7 or more; default: %(default)s",
     )

@@ -7,6 +7,8 @@ import sys
 import time
 
 from ffjax.commands.folders import add_ignore_field, notes_on_stderr
+from ffjax.commands.options import DTYPES
+from ffjax.config import ModelConfig
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -20,12 +22,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", metavar="OUT_DIR", help="the checkpoint to make")
     parser.add_argument(
-        "--dtype", default="bfloat16", help="of the weights: bfloat16, the default, or float32"
+        "--dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="of the weights; default: %(default)s",
     )
     add_ignore_field(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a checkpoint that is at OUT_DIR"
     )
+
+
+def _unusable(path: str, config: ModelConfig) -> str | None:
+    """Why a checkpoint's tokenizer cannot be used, a sentence; None where it can."""
+    from ffjax.tokenizer import load_tokenizer
+
+    try:
+        load_tokenizer(path, config)
+    except NotImplementedError:  # the extra that reads it is not installed
+        return None
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +80,11 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"There is no tokenizer.json in {args.folder}: `ffjax generate` will have no "
             "tokenizer for this checkpoint.",
+            file=sys.stderr,
+        )
+    elif (why := _unusable(args.out, config)) is not None:
+        print(
+            f"The tokenizer was copied as it is, and `ffjax generate` will refuse it: {why}",
             file=sys.stderr,
         )
     peak = peak_host_memory()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffjax.commands.folders import (
@@ -51,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a preset's sizes instead, with random weights: {', '.join(PRESETS)}",
     )
     add_format_arguments(parser)
-    parser.add_argument(
-        "--text", default=_TEXT, help="what the reference reads; default: two lines of Python"
-    )
+    parser.add_argument("--text", help="what the reference reads; default: two lines of Python")
     parser.add_argument(
         "--no-self-test", action="store_true", help="run no decode steps, measure nothing"
     )
@@ -79,7 +76,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.config is not None:
         check_nothing_ignored(args, f"--config {args.config}")
-    if not args.text:
+    if args.config is not None and args.text is not None:
+        raise ValueError(
+            "--text is what a model reads, and the random weights of --config read none. Leave one "
+            "of them out."
+        )
+    if args.text == "":
         raise ValueError("--text has at least one character; it is empty.")
     patient = _preset(args) if args.config is not None else _checkpoint(args)
     # Numbers that are not finite are to be found here, not to end the search for them.
@@ -99,10 +101,11 @@ def _preset(args: argparse.Namespace) -> Patient:
 def _checkpoint(args: argparse.Namespace) -> Patient:
     import checkpoints
     from checkpoints.hf_import import HFFolder
+    from checkpoints.places import real_path
     from ffjax.doctor.diagnosis import Patient
     from ffjax.tokenizer import load_tokenizer
 
-    path = Path(args.model or checkpoints.SHIPPED_MODEL).expanduser().resolve()
+    path = real_path(checkpoints.SHIPPED_MODEL if args.model is None else args.model)
     # What it is comes first: where JAX starts no device, that is all there is to say.
     if is_folder(args, path):
         with notes_on_stderr("doctor"):
@@ -112,12 +115,13 @@ def _checkpoint(args: argparse.Namespace) -> Patient:
         manifest = checkpoints.Manifest.read(path)
         manifest.check_files(path)
         config, dtype = manifest.config, manifest.dtype
+    text = _TEXT if args.text is None else args.text
     return Patient(
-        source=args.model or "the shipped model",
+        source="the shipped model" if args.model is None else args.model,
         config=config,
         dtype=dtype,
         load=lambda: load_model(args, path, said=True),
-        tokens=lambda: load_tokenizer(path, config).encode(args.text),
+        tokens=lambda: load_tokenizer(path, config).encode(text),
     )
 
 

@@ -20,10 +20,14 @@ import time
 from pathlib import Path
 
 from ffjax.commands.folders import add_ignore_field, load_model
+from ffjax.commands.options import DTYPES, whole
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "bits per byte and perplexity of a checkpoint on a text"
+
+# The command did its work, and the model's numbers are wrong.
+_WRONG = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,20 +38,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="checkpoint, or Hugging Face folder; default: the shipped model",
     )
-    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="the text")
+    parser.add_argument(
+        "--text", metavar="FILE", required=True, help="the text; - reads standard input"
+    )
     parser.add_argument(
         "--dtype",
-        metavar="DTYPE",
-        help="bfloat16 or float32, to which weights are cast; default: as they were saved",
+        choices=DTYPES,
+        help="to which weights are cast; default: as they were saved",
     )
     parser.add_argument(
         "--context",
         metavar="CONTEXT",
-        type=int,
+        type=whole(2, even=True),
         help="tokens a window, even; default: the model's positions, at most 2048",
     )
     parser.add_argument(
-        "--batch", metavar="B", type=int, default=4, help="windows at a time; default: %(default)s"
+        "--batch",
+        metavar="B",
+        type=whole(1),
+        default=4,
+        help="windows at a time; default: %(default)s",
     )
     add_ignore_field(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -62,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from ffjax.evaluate import evaluate
     from ffjax.tokenizer import load_tokenizer
 
-    text = args.text.read_bytes()
-    path = args.model or checkpoints.SHIPPED_MODEL
+    text = _read(args.text)
+    path = checkpoints.SHIPPED_MODEL if args.model is None else args.model
     model = load_model(args, path, args.dtype)
     tokenizer = load_tokenizer(path, model.config)
     # disable=None: where stderr is no terminal.
@@ -107,7 +117,21 @@ def run(args: argparse.Namespace) -> int:
             f"{result.perplexity:.4f} a token, over {result.bytes} bytes of {args.text} "
             f"({', '.join(stored)}, windows of {result.context} on {device}, {seconds:.1f} s)"
         )
+    if not math.isfinite(result.bits_per_byte):
+        print(
+            f"ffjax eval: {model.config.name} gives no finite probabilities: see ffjax doctor "
+            f"{args.model or ''}".rstrip()
+            + ".",
+            file=sys.stderr,
+        )
+        return _WRONG
     return 0
+
+
+def _read(name: str) -> bytes:
+    if not name:
+        raise ValueError("--text is empty. Give a file, or - for standard input.")
+    return sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
 
 
 def _in_json(figure: float) -> float | None:

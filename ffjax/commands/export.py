@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+
+from ffjax.commands.options import number
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -16,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-gb",
         metavar="GB",
-        type=float,
+        type=number(0, above=True),
         default=5.0,
         help="size at which a file ends and the next begins; default: %(default)s",
     )
@@ -29,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     with byte_bar("export") as progress:
         made = checkpoints.export_hf(
-            args.checkpoint, args.out, shard_bytes=int(args.shard_gb * 1e9), progress=progress
+            args.checkpoint, args.out, shard_bytes=math.ceil(args.shard_gb * 1e9), progress=progress
         )
     files = f"{len(made.files)} file" + "s" * (len(made.files) > 1)
     print(f"{args.out}: {made.architecture}, {made.tensors} tensors in {files}, {made.dtype}")

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ffjax.commands.folders import add_ignore_field, check_nothing_ignored, load_model
 from ffjax.commands.formats import PLAIN, add_format_arguments, chosen_config
+from ffjax.commands.options import seed, whole
 from ffjax.config import PRESETS
 from ffjax.decode import Implementation
+from ffjax.failures import without_advice
 
 if TYPE_CHECKING:
     from ffjax.fidelity import Comparison, Estimate, Fidelity
@@ -48,24 +50,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--config", metavar="NAME", help=f"random weights: {', '.join(PRESETS)}")
     add_format_arguments(parser)
-    parser.add_argument("--prompts", metavar="N", type=int, default=16, help="default: %(default)s")
+    parser.add_argument(
+        "--prompts", metavar="N", type=whole(2), default=16, help="default: %(default)s"
+    )
     parser.add_argument(
         "--tokens",
         metavar="T",
-        type=int,
+        type=whole(1),
         help=f"decode steps a prompt; default: {_TOKENS}, interpreted {_TOKENS_INTERPRETED}",
     )
     parser.add_argument(
         "--seed",
         metavar="S",
-        type=int,
+        type=seed,
         default=0,
         help="of the choice of prompts, and of random weights; default: %(default)s",
     )
     parser.add_argument(
         "--batch",
         metavar="B",
-        type=int,
+        type=whole(1),
         default=8,
         help="prompts side by side; default: %(default)s",
     )
@@ -87,14 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
     import checkpoints
     from ffjax import fidelity
-    from ffjax.seeds import checked_seed
     from ffjax.tokenizer import load_tokenizer
 
-    for name, least in (("prompts", 2), ("tokens", 1), ("batch", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} is at least {least}, got {value}.")
-    checked_seed(args.seed)
     if args.config is None and (args.weights != PLAIN or args.head is not None):
         raise ValueError(
             "--weights and --head say how the random weights of --config are made; a checkpoint "
@@ -104,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None:
         check_nothing_ignored(args, f"--config {args.config}")
     start = time.perf_counter()
-    path = args.model or checkpoints.SHIPPED_MODEL
+    path = checkpoints.SHIPPED_MODEL if args.model is None else args.model
     if args.config is None:
         model = load_model(args, path, jnp.bfloat16)
         config = model.config
@@ -126,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
         prompts = fidelity.held_out_prompts(args.prompts, tokens, args.seed, tokenizer=tokenizer)
     if not args.json and candidate.why_interpreted is not None:
         print(
-            f"The candidate is the kernel's body, interpreted: {candidate.why_interpreted}",
+            f"The candidate is the kernel's body, interpreted: "
+            f"{without_advice(candidate.why_interpreted)}",
             file=sys.stderr,
         )
     # disable=None: where stderr is no terminal.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,9 @@ def add_ignore_field(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def notes_on_stderr(command: str, *, said: bool = False) -> Iterator[None]:
-    """Within it, a warning of a Hugging Face folder is one line on stderr, and never an error.
+    """Within it, what there is to say of a Hugging Face folder is on stderr, a line each.
+
+    That is its warnings, which are never errors then, and that weights were rounded.
 
     Args:
         command: the subcommand, which the line begins with.
@@ -44,18 +47,50 @@ def notes_on_stderr(command: str, *, said: bool = False) -> Iterator[None]:
     """
     from checkpoints import HFFolderWarning
 
+    def tell(text: object) -> None:
+        if not said:
+            print(f"ffjax {command}: {text}", file=sys.stderr)
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", HFFolderWarning)
         other = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-            if not issubclass(category, HFFolderWarning):
+            if issubclass(category, HFFolderWarning):
+                tell(message)
+            else:
                 other(message, category, *where, **more)
-            elif not said:
-                print(f"ffjax {command}: {message}", file=sys.stderr)
 
         warnings.showwarning = show
+        with _logged("ffjax.folders", tell):
+            yield
+
+
+class _Told(logging.Handler):
+    """Passes the lines of a log on to a function."""
+
+    def __init__(self, tell: Callable[[str], None]):
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(record.getMessage())
+
+
+@contextlib.contextmanager
+def _logged(name: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Within it, what a logger notes is told to a function, and to nobody else."""
+    handler, log = _Told(tell), logging.getLogger(name)
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
         yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 def load_model(
@@ -89,8 +124,9 @@ def is_folder(args: argparse.Namespace, path: str | Path) -> bool:
         ValueError: fields are to be ignored, and there is something else.
     """
     from checkpoints.hf_import import is_hf_folder
+    from checkpoints.places import real_path
 
-    path = Path(path).expanduser().resolve()
+    path = real_path(path)
     if is_hf_folder(path):
         return True
     if path.exists():

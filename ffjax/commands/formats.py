@@ -7,7 +7,7 @@ from typing import get_args
 
 from ffjax.config import ModelConfig, preset
 from ffjax.formats import FLOATING, WeightFormats
-from ffjax.quantize import Kind, named_format, quantized_config
+from ffjax.quantization import Kind, named_format, quantized_config
 
 __all__ = ["KINDS", "PLAIN", "add_format_arguments", "chosen_config"]
 

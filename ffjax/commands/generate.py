@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from typing import Any, get_args
 
 from ffjax.commands.folders import add_ignore_field, load_model
+from ffjax.commands.options import number, seed, whole
 from ffjax.decode import Implementation
 from ffjax.tokenizer import Tokenizer
 
@@ -18,8 +20,11 @@ HELP = "continue a text with a model"
 
 # The command did its work, and the model's numbers are wrong.
 _WRONG = 1
-# What ended a text then, in JSON, beside "stop" and "length".
+# What ended a text, in JSON, beside "stop" and "length".
 _NOT_FINITE = "not_finite"
+_INTERRUPTED = "interrupted"
+# Python's words, and JSON's.
+_JSON_OF = {"True": "true", "False": "false", "None": "null"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,19 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or a text as it stands; may be given several times",
     )
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=200, help="default: %(default)s"
+        "--max-new-tokens", metavar="N", type=whole(1), default=200, help="default: %(default)s"
     )
     parser.add_argument(
         "--temperature",
         metavar="T",
-        type=float,
+        type=number(0),
         default=0.0,
         help="0, the default, takes the likeliest token; above, tokens are drawn",
     )
     parser.add_argument(
         "--seed",
         metavar="S",
-        type=int,
+        type=seed,
         default=0,
         help="of the draws, 0 to 2^64 - 1; default: %(default)s",
     )
@@ -79,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints prompt and completion on stdout, a line of figures on stderr; or JSON.
 
-    Where the logits become NaN or infinite, what came before is printed, and 1 returned.
+    Where the logits become NaN or infinite, what came before is printed, and 1 returned. JSON has
+    what came before Ctrl-C, too.
     """
     import checkpoints
     from ffjax.broken import NotFiniteError
@@ -93,13 +99,19 @@ def run(args: argparse.Namespace) -> int:
             "--chat-template and --template-var say how --chat writes the prompt, and it was not "
             "given. Give --chat, or leave them out."
         )
-    path = args.model or checkpoints.SHIPPED_MODEL
+    _check_text(args.prompt)
+    path = checkpoints.SHIPPED_MODEL if args.model is None else args.model
     model = load_model(args, path)
     tokenizer = load_tokenizer(path, model.config)
     if args.chat:
         prompt = _chat(tokenizer, args.prompt, args.chat_template, variables)
     else:
         prompt = tokenizer.encode(args.prompt)
+    if not prompt:
+        raise ValueError(
+            "--prompt is empty, and this model's tokenizer puts nothing before a text. Give at "
+            "least one character."
+        )
     steps = stream(
         model,
         [prompt],
@@ -114,14 +126,18 @@ def run(args: argparse.Namespace) -> int:
     decoder = tokenizer.stream()
     said = "".join([decoder.push(token) for token in prompt])
     show("" if args.chat else said)
-    text, broken = [], None
+    text: list[str] = []
+    broken: NotFiniteError | KeyboardInterrupt | None = None
     try:
         for (token,) in steps:
             if token is not None:
                 text.append(decoder.push(token))
                 show(text[-1])
-    except NotFiniteError as error:
+    except (NotFiniteError, KeyboardInterrupt) as error:
+        steps.close()
         broken = error
+    if isinstance(broken, KeyboardInterrupt) and not args.json:
+        raise broken
     text.append(decoder.finish())
     show(text[-1])
     out = steps.output
@@ -134,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
             "text": "".join(text),
             "tokens": tokens,
             "prompt_tokens": len(prompt),
-            "finish_reason": finish_reason if broken is None else _NOT_FINITE,
+            "finish_reason": finish_reason if broken is None else _ended_by(broken),
             # JSON has no NaN, which a text without decode steps has.
             "tokens_per_second": rate if timed else None,
             "implementation": out.implementation,
@@ -148,6 +164,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         show("\n")
+    if isinstance(broken, KeyboardInterrupt):
+        raise broken
     if broken is not None:
         print(f"ffjax generate: {broken}", file=sys.stderr)
         return _WRONG
@@ -163,6 +181,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ended_by(broken: BaseException) -> str:
+    return _INTERRUPTED if isinstance(broken, KeyboardInterrupt) else _NOT_FINITE
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            "--prompt is text in this terminal's encoding, and some of its bytes are not. Set "
+            "PYTHONUTF8=1 or LC_ALL=C.UTF-8, or correct the text."
+        ) from None
+
+
 def _variables(given: list[str]) -> dict[str, Any]:
     """The variables of a chat template, from NAME=VALUE."""
     variables: dict[str, Any] = {}
@@ -171,6 +203,11 @@ def _variables(given: list[str]) -> dict[str, Any]:
         if not equals or not name.isidentifier():
             raise ValueError(
                 f"--template-var takes NAME=VALUE, as in enable_thinking=false; got {one!r}."
+            )
+        if value in ("True", "False", "None"):
+            raise ValueError(
+                f"--template-var takes JSON, which writes {name}={_JSON_OF[value]}; got {one!r}. "
+                f"For the text itself, give '{name}=\"{value}\"'."
             )
         try:
             variables[name] = json.loads(value)
@@ -191,7 +228,12 @@ def _chat(
             "on conversations. Leave --chat out."
         )
     message = {"role": "user", "content": text}
-    return tokenizer.chat([message], template=template, variables=variables)
+    tokens = tokenizer.chat([message], template=template, variables=variables)
+    source = tokenizer.chat_templates.get(template or "default")
+    for name in variables:
+        if source is not None and not re.search(rf"\b{name}\b", source.text):
+            print(f"ffjax generate: The chat template reads no variable {name}.", file=sys.stderr)
+    return tokens
 
 
 def _show(text: str) -> None:

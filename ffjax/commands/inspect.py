@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ffjax.commands.folders import add_ignore_field, is_folder, notes_on_stderr
+from ffjax.commands.options import whole
 from ffjax.config import ModelConfig
+from ffjax.failures import without_advice
 
 __all__ = ["HELP", "add_arguments", "inspect", "run"]
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax inspect`."""
     parser.add_argument("path", metavar="PATH", help="checkpoint, or Hugging Face folder")
     parser.add_argument(
-        "--batch", metavar="B", type=int, default=1, help="sequences; default: %(default)s"
+        "--batch", metavar="B", type=whole(1), default=1, help="sequences; default: %(default)s"
     )
     add_ignore_field(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -31,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table, or JSON; one sentence and exit code 2 where it is damaged or unsupported."""
-    if args.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {args.batch}.")
-    path = Path(args.path).expanduser().resolve()
+    from checkpoints.places import real_path
+
+    path = real_path(args.path)
     is_folder(args, path)  # or --ignore-field is refused
     with notes_on_stderr("inspect"):
         report = inspect(path, args.batch, ignore_fields=args.ignore_field)
@@ -158,7 +160,7 @@ def _table(report: dict[str, Any]) -> dict[str, str]:
         "bytes": f"{report['weight_bytes']:,} of weights, {report['disk_bytes']:,} on disk",
         "tokenizer": tokenizer,
         "source": _short(json.dumps(report["source"])) if report["source"] else "not said",
-        "fused kernel": report["why_not_fused"] or "can run it here",
+        "fused kernel": without_advice(report["why_not_fused"] or "can run it here"),
     }
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
-from ffjax.commands.folders import add_ignore_field, load_model
+from ffjax.commands.folders import add_ignore_field, load_model, notes_on_stderr
 from ffjax.commands.formats import KINDS
 from ffjax.formats import DEFAULT_GROUP, GROUP_SIZES
 
@@ -31,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GROUP",
         type=int,
         choices=GROUP_SIZES,
-        default=DEFAULT_GROUP,
-        help="inputs that share a scale in int4: 32, 64 or 128; default: %(default)s",
+        help=f"inputs that share a scale in int4: 32, 64 or 128; default: {DEFAULT_GROUP}",
     )
     parser.add_argument(
         "--head",
@@ -48,21 +45,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints what was made on stdout; the progress and the time on stderr."""
     import checkpoints
-    from checkpoints.hf_import import is_hf_folder
-    from checkpoints.manifest import check_free
+    from checkpoints.hf_import import HFFolder, is_hf_folder
+    from checkpoints.places import check_apart, check_free, real_path
     from ffjax.commands.progress import byte_bar
-    from ffjax.quantize import quantize
+    from ffjax.quantization import quantize
 
     start = time.perf_counter()
-    path, out = (Path(name).expanduser().resolve() for name in (args.model, args.out))
-    check_free(out, args.overwrite)  # before minutes are spent
-    source: dict[str, Any] | None = None
-    if not is_hf_folder(path):
+    path, out = (real_path(name) for name in (args.model, args.out))
+    # Before minutes are spent.
+    if args.group_size is not None and "int4" not in (args.weights, args.head):
+        raise ValueError(
+            "--group-size is of int4, which has groups; --weights and --head ask for none. Leave "
+            "it out."
+        )
+    check_apart(out, path)
+    check_free(out, args.overwrite)
+    if is_hf_folder(path):
+        with notes_on_stderr("quantize", said=True):  # loading says them
+            folder = HFFolder.open(path, ignore_fields=args.ignore_field)
+        source = folder.source("bfloat16", args.ignore_field)
+    else:
         source = checkpoints.Manifest.read(path).source
     model = load_model(args, path)
     name = model.config.name
+    group = DEFAULT_GROUP if args.group_size is None else args.group_size
     with byte_bar("quantize") as progress:
-        model = quantize(model, args.weights, args.group_size, head=args.head, progress=progress)
+        model = quantize(model, args.weights, group, head=args.head, progress=progress)
     checkpoints.save(
         model,
         out,

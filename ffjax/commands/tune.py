@@ -12,6 +12,8 @@ import json
 import sys
 
 from ffjax.commands.formats import add_format_arguments, chosen_config
+from ffjax.commands.options import whole
+from ffjax.failures import without_advice
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -25,22 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="NAME", required=True, help="a preset: llama3.2-1b")
     add_format_arguments(parser)
     parser.add_argument(
-        "--batch", metavar="B", type=int, default=1, help="sequences; default: %(default)s"
+        "--batch", metavar="B", type=whole(1), default=1, help="sequences; default: %(default)s"
     )
     parser.add_argument(
         "--position",
         metavar="P",
-        type=int,
+        type=whole(0),
         default=96,
         help="live positions before the first step; default: %(default)s",
     )
     parser.add_argument(
-        "--steps", metavar="N", type=int, default=64, help="steps of a loop; default: %(default)s"
+        "--steps",
+        metavar="N",
+        type=whole(1),
+        default=64,
+        help="steps of a loop; default: %(default)s",
     )
     parser.add_argument(
         "--repetitions",
         metavar="N",
-        type=int,
+        type=whole(7),
         default=7,
         help="timed loops, 7 or more; default: %(default)s",
     )
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     capacity = capacity_for(args.position, args.steps)
     reason = why_not_fused_config(config, jnp.bfloat16, args.batch, capacity, "pallas_stream")
     if reason is not None or gpu is None:
-        raise NotImplementedError(reason)
+        raise NotImplementedError(without_advice(reason or "There is no GPU here."))
     model = random_model(config)
     dims = step_dims(config, args.batch, capacity)
 

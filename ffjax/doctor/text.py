@@ -8,6 +8,7 @@ from typing import Any
 
 from ffjax.doctor.activations import Largest
 from ffjax.doctor.diagnosis import Diagnosis
+from ffjax.failures import without_advice
 
 __all__ = ["as_data", "as_text"]
 
@@ -78,7 +79,7 @@ def _choices(found: Diagnosis) -> list[str]:
     for choice in found.choices:
         lines.append(f"batch {choice['batch']}: {choice['chosen']!r} is chosen")
         for name, reason in choice["why_not"].items():
-            lines.append(f"  {name!r}: {reason or 'can run.'}")
+            lines.append(f"  {name!r}: {without_advice(reason or 'can run.')}")
         lines.append("  'xla': can run.")
     return lines
 

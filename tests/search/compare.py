@@ -15,7 +15,7 @@ from numerics import TOLERANCES, relative_error, worst_error
 
 from ffjax.cache import KVCache
 from ffjax.decode import DecodeOutput, default_device, fused_step, reference_step
-from ffjax.quantize import dequantize
+from ffjax.quantization import dequantize
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.stream.launch import layout_of
 from pallas_kernels.stream.mail import mail_words

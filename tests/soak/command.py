@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ffjax.decode import Implementation
-from ffjax.quantize import Kind
+from ffjax.quantization import Kind
 from soak.together import in_processes, in_threads
 from soak.walk import NOT_FINITE, Walk, Walker
 

@@ -23,7 +23,7 @@ from ffjax.config import preset
 from ffjax.decode import Implementation, decode_step, resolve_implementation_config
 from ffjax.formats import WeightFormats
 from ffjax.model import Transformer
-from ffjax.quantize import Kind, named_format, quantize, quantized_config
+from ffjax.quantization import Kind, named_format, quantize, quantized_config
 
 __all__ = ["NOT_FINITE", "Walk", "Walker"]
 

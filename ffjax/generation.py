@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from ffjax.broken import NotFiniteError
@@ -172,12 +173,12 @@ def generate(
     # Waited for before the steps are ordered: on a GPU that order lasts as long as they do, and
     # the prefill would seem to. The device meanwhile idles for one round trip to the host, once a
     # call.
-    first = np.asarray(loop.prefill())
+    first = jax.device_get(loop.prefill())
     prefilled = time.perf_counter()
     if (blocks := blocks_for(request)) > 0:
         on_device, index = loop.decode(blocks)
-        steps = int(index) - 1
-        made = np.asarray(on_device)[:steps]
+        steps = int(jax.device_get(index)) - 1
+        made = jax.device_get(on_device)[:steps]
         decode_seconds = time.perf_counter() - prefilled if steps else 0.0
 
     def output() -> GenerateOutput:

@@ -16,6 +16,7 @@ from ffjax.config import ModelConfig
 from ffjax.formats import DEFAULT_GROUP, FLOATING, INT8, WeightFormat, WeightFormats, int4
 from ffjax.model import Transformer
 from ffjax.rounding import expand, round_matrix
+from ffjax.settings import own_settings
 
 __all__ = ["Kind", "dequantize", "named_format", "quantize", "quantized_config"]
 
@@ -58,6 +59,7 @@ def quantized_config(config: ModelConfig, formats: WeightFormats) -> ModelConfig
     return dataclasses.replace(config, weights=formats, tied_embeddings=tied)
 
 
+@own_settings()
 def quantize(
     model: Transformer,
     weights: Kind | WeightFormats,
@@ -119,6 +121,7 @@ def quantize(
     return _assembled(config, model.dtype, arrays)
 
 
+@own_settings()
 def dequantize(model: Transformer, dtype: Any = None) -> Transformer:
     """The model with the weights that its integers and scales stand for.
 

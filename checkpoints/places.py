@@ -1,0 +1,103 @@
+"""Where models are read and written: paths as people give them, and what may be replaced."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from checkpoints.manifest import HF_FILES, MANIFEST, WEIGHTS, CheckpointError, Manifest
+
+__all__ = ["check_apart", "check_free", "real_path"]
+
+# What a save puts into a checkpoint's directory.
+_OF_A_CHECKPOINT = (MANIFEST, WEIGHTS, HF_FILES)
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """A path in full: from the root, `~` and symbolic links resolved.
+
+    Raises:
+        ValueError: it is empty, begins with the `~name` of no user, or is a link to itself.
+    """
+    if not os.fspath(path):
+        raise ValueError("A path is empty. Give a folder; . is the one you are in.")
+    try:
+        full = Path(path).expanduser()
+    except RuntimeError:
+        name = Path(path).parts[0]
+        raise ValueError(
+            f"{name} stands for the home of a user, and there is no such user. Give {path} in full."
+        ) from None
+    try:
+        return full.resolve()
+    except RuntimeError:
+        raise ValueError(
+            f"{path} is a symbolic link that leads back to itself. Give the folder itself."
+        ) from None
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Whether a checkpoint may be put at `path`: at nothing, an empty folder, or a checkpoint.
+
+    Raises:
+        FileExistsError: there is something, and overwrite is false or it is no checkpoint, or
+            holds what no save has put there.
+        ValueError: the path cannot be read again.
+    """
+    _check_readable(path)
+    if not path.exists():
+        return
+    within = sorted(place.name for place in path.iterdir()) if path.is_dir() else None
+    if within == []:
+        return
+    try:
+        Manifest.read(path)
+        is_checkpoint = True
+    except CheckpointError:
+        is_checkpoint = False
+    if not overwrite:
+        how = ", or pass overwrite=True, which replaces a checkpoint" if is_checkpoint else ""
+        raise FileExistsError(
+            f"Nothing is replaced unless asked for, and there is something at {path}. Write "
+            f"elsewhere{how}."
+        )
+    # A mistyped path must not cost somebody their files.
+    if not is_checkpoint:
+        raise FileExistsError(
+            f"A checkpoint is replaced and nothing else, and {path} is none that can be read. "
+            "Write elsewhere, or remove it yourself."
+        )
+    if others := [name for name in within or [] if name not in _OF_A_CHECKPOINT]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise FileExistsError(
+            f"A checkpoint is replaced and nothing else, and {path} also holds "
+            f"{', '.join(others[:3])}{more}. Move that elsewhere, or write elsewhere."
+        )
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Whether what is written lies outside what is read, and the reverse.
+
+    Raises:
+        ValueError: one lies within the other.
+    """
+    if source in out.parents:
+        raise ValueError(
+            f"A model is written outside the folder that it is read from; {out} lies in {source}. "
+            "Write elsewhere."
+        )
+    if out in source.parents:
+        raise ValueError(
+            f"A model is written to a place of its own, and {out} holds {source}, from which it is "
+            "read. Write elsewhere."
+        )
+
+
+def _check_readable(path: Path) -> None:
+    """TensorStore reads files by names in UTF-8 alone."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"The path of a checkpoint is UTF-8, and {str(path)!a} is not. Choose another name."
+        ) from None

@@ -1,0 +1,30 @@
+"""JAX's configuration, as this library's own arithmetic wants it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+__all__ = ["own_settings"]
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """What is traced and called within it is the same whatever JAX's configuration says.
+
+    Strict promotion of dtypes and ranks, and a guard against transfers, look for slips in a
+    program's own arithmetic; a library's mixed dtypes, broadcasting and constants are none.
+    Which of its two ways Threefry fills an array is decided when a program is lowered, by nothing
+    that a key or a function of `jax.random` could say.
+
+    Also a decorator.
+    """
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.transfer_guard("allow"),
+        jax.threefry_partitionable(True),
+    ):
+        yield
