@@ -48,7 +48,7 @@ def _raises(error):
         (lambda: int("x"), "This is an error inside ffjax: ValueError, invalid literal for"),
         (lambda: jnp.zeros(2) + jnp.zeros(3), "This is an error inside ffjax: TypeError, "),
         (lambda: {}[3], "This is an error inside ffjax: KeyError, 3. Please report it"),
-        (lambda: main(None, None), "This is an error inside ffjax: TypeError, main() takes"),
+        (lambda: [][0], "This is an error inside ffjax: IndexError, list index out of range."),
         (_raises(Exception()), "This is an error inside ffjax: Exception. Please report it"),
         (lambda: jnp.ones("x" * 9999), "This is an error inside ffjax: "),
     ],
