@@ -15,6 +15,7 @@ from typing import Any
 from checkpoints.hf_effects import understood
 from checkpoints.hf_families import ACTIVATIONS, FAMILIES, NESTED, NUMBERS, Family
 from checkpoints.hf_fields import CONFIG, Fields
+from checkpoints.hf_files import broken_link
 from checkpoints.hf_rope import Rope, read_rope, write_rope
 from checkpoints.hf_windows import normal_pattern, read_window, write_window
 from checkpoints.manifest import MANIFEST, CheckpointError, in_a_cache
@@ -38,6 +39,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             )
         raise CheckpointError(
             in_a_cache(directory)
+            or broken_link(directory, CONFIG)
             or f"A Hugging Face folder has a {CONFIG}; {directory} has none. Give the folder with "
             "the model's files."
         )

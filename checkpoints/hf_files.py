@@ -26,6 +26,7 @@ __all__ = [
     "SINGLE",
     "StoredTensor",
     "TensorWriter",
+    "broken_link",
     "check_dtypes",
     "dtype_name",
     "find_tensors",
@@ -168,6 +169,8 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
     elif (directory / INDEX).is_file():
         promised = _read_index(directory)
         files = [directory / name for name in sorted(set(promised.values()))]
+    elif (link := broken_link(directory, SINGLE, INDEX)) is not None:
+        raise CheckpointError(link)
     elif shards := sorted(file.name for file in directory.glob("*.safetensors")):
         raise CheckpointError(
             f"Safetensors in shards have an index; {directory} has {some(shards, 3)}, and no "
@@ -178,6 +181,8 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
             f"A Hugging Face folder has {SINGLE} or {INDEX}; {directory} has neither. Weights in "
             "other formats (pytorch_model.bin, gguf) are not supported: save them as safetensors."
         )
+    if (link := broken_link(directory, *(file.name for file in files))) is not None:
+        raise CheckpointError(link)
     if absent := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(
             f"{directory} is incomplete: of the {len(files)} shards that {INDEX} lists, "
@@ -204,6 +209,21 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
             f"{', '.join(elsewhere)}. Download it again."
         )
     return found
+
+
+def broken_link(directory: Path, *names: str) -> str | None:
+    """A sentence, where a file of a folder is a link to what is not there; None if none is.
+
+    As in the Hugging Face cache, whose files are links, after a download that did not finish.
+    """
+    for name in names:
+        file = directory / name
+        if file.is_symlink() and not file.exists():
+            return (
+                f"{file} is a link, and {file.readlink()}, to which it leads, is not there. "
+                "Download it again."
+            )
+    return None
 
 
 def check_dtypes(directory: Path, tensors: Iterable[StoredTensor]) -> None:

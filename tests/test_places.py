@@ -188,6 +188,17 @@ def _pointer(folder):
     )
 
 
+def _broken_link(folder, name="model.safetensors"):
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../blobs/0123abc")
+
+
+def _broken_shard(folder):
+    _broken_link(folder)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
+
+
 def _no_index(folder):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
 
@@ -196,6 +207,8 @@ def _no_index(folder):
     ("change", "sentence"),
     [
         (_pointer, "is a pointer of Git LFS, which stands for the weights"),
+        (_broken_link, "model.safetensors is a link, and ../../blobs/0123abc, to which it leads,"),
+        (_broken_shard, "a.safetensors is a link, and ../../blobs/0123abc, to which it leads, is"),
         (_no_index, "has model-00001-of-00002.safetensors, and no model.safetensors.index.json."),
         (lambda folder: (folder / "config.json").write_text("[]"), "is a JSON object with its"),
     ],
