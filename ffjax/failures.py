@@ -5,6 +5,7 @@ Nothing is imported here that may fail itself: an error may be that JAX cannot b
 
 from __future__ import annotations
 
+import dis
 import os
 import re
 import traceback
@@ -57,8 +58,7 @@ def sentence(error: BaseException) -> str:
         return reason
     if isinstance(error, OSError) and error.errno is not None:
         return _of_files(error)
-    ours = bool(modules) and modules[-1].partition(".")[0] in _OURS
-    if isinstance(error, _OF_INPUT) and ours and str(error):
+    if isinstance(error, _OF_INPUT) and _raised_by_us(error) and str(error):
         return in_options(str(error))
     if isinstance(error, MemoryError):
         return (
@@ -91,6 +91,22 @@ def _modules(error: BaseException) -> list[str]:
         name = str(frame.f_globals.get("__name__"))
         modules.append(name + _IMPORTED * (frame.f_code.co_name == "<module>"))
     return modules
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether a `raise` of this project made an error.
+
+    What compiled code raises, and JAX, which leaves its own frames out, seems to come of the line
+    of ours that has called it: hence the look at the instruction.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    code, name = last.tb_frame.f_code, str(last.tb_frame.f_globals.get("__name__"))
+    is_raise = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    return is_raise and name.partition(".")[0] in _OURS
 
 
 def _refused_setting(error: BaseException) -> str:

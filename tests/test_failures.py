@@ -8,7 +8,9 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ffjax.cli import main
@@ -59,6 +61,23 @@ def test_every_error_is_a_sentence(call, said):
     assert text.endswith(".")
     assert "\n" not in text
     assert len(text) < 500
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "np.zeros(2) + np.zeros(3)",  # compiled code has no frames
+        "jax.lax.scan(lambda c, x: (c, c, c), 0, jnp.zeros(3))",  # JAX leaves its own out
+        "jax.jit(lambda x: int(x))(3)",
+        "int('x')",
+        "json.loads('x')",
+    ],
+)
+def test_an_error_that_a_line_of_ours_has_called_forth_is_none_of_the_input(line):
+    ours = {"__name__": "ffjax.made_up", "jax": jax, "jnp": jnp, "np": np, "json": json}
+    text = sentence(_caught(lambda: eval(line, ours)))
+    assert text.startswith("This is an error inside ffjax: ")
+    assert "\n" not in text
 
 
 def test_an_error_of_ours_speaks_for_itself():
