@@ -50,10 +50,14 @@ class _Parser(argparse.ArgumentParser):
 
     def _meant(self, rest: list[str]) -> str:
         """A question for a misspelt option; empty where nothing is like it."""
-        known = list(self._option_string_actions)
+        known = [name for name in self._option_string_actions if name != "--help"]
+        places = {f"--{one.dest}": one.dest for one in self._actions if not one.option_strings}
         for word in rest:
-            if word.startswith("--"):
-                near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+            name = word.partition("=")[0]
+            if name in places:
+                return f". The {places[name]} is given by itself, without {name}"
+            if name.startswith("--"):
+                near = difflib.get_close_matches(name, known, n=1)
                 return f". Is {near[0]} meant?" if near else ""
         return ""
 

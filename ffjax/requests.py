@@ -176,7 +176,8 @@ class Request:
         stop_tokens = _stop_tokens(stop_token, config)
         longest = max(len(row) for row in rows)
         need = longest + new
-        needs = f"A prompt of {longest} tokens and {new} new ones need {need} positions; "
+        tokens = "1 token" if longest == 1 else f"{longest} tokens"
+        needs = f"A prompt of {tokens} and {new} new ones need {need} positions; "
         if need > config.max_context:
             raise ValueError(
                 f"{needs}{config.name} was made for {config.max_context}. "

@@ -77,6 +77,7 @@ def number(least: float, *, above: bool = False) -> Callable[[str], float]:
             value = math.nan
         if not least <= value <= _MOST_NUMBER or (above and value == least):
             limit = f"above {least:g}" if above else f"from {least:g}"
+            limit += f", at most {_MOST_NUMBER:.2g}," if value > _MOST_NUMBER else ""
             raise argparse.ArgumentTypeError(f"a number {limit} is needed, got {text!r}")
         return value
 
