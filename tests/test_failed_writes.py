@@ -21,11 +21,14 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="needs signals and locks of POSIX"),
 ]
 
-# Writes half of a directory, says so, and waits to be stopped.
+# Writes half of a directory, says so, and waits to be stopped. Signals that this process ignores,
+# as under nohup, a child would inherit.
 _WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from checkpoints.atomic import written_beside
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
 with written_beside(Path(sys.argv[1]), lambda: None) as partial:
     (partial / "half").write_text("half")
     print("writing", flush=True)
