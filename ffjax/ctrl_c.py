@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
+from typing import Any
 
 __all__ = ["ctrl_c_is_kept", "ctrl_c_waits"]
 
-# Functions that Python calls of its own accord: what they raise is printed and forgotten.
-_FORGETFUL = ("_xla_gc_callback", "__del__")
 _LATER_SECONDS = 0.02
 
 
@@ -34,26 +33,30 @@ def ctrl_c_waits() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ctrl_c_is_kept() -> Iterator[None]:
-    """A Ctrl-C within the block that finds Python in a callback comes again after it."""
+    """A Ctrl-C within the block that finds Python in a callback comes again after it.
+
+    What a callback of the garbage collector or of a weak reference raises, or a `__del__`, Python
+    would print and forget.
+    """
     if not _is_ours():
         yield
         return
+    other = sys.unraisablehook
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        while frame is not None:
-            if frame.f_code.co_name in _FORGETFUL:
-                again = threading.Timer(_LATER_SECONDS, os.kill, (os.getpid(), number))
-                again.daemon = True
-                again.start()
-                return
-            frame = frame.f_back
-        raise KeyboardInterrupt
+    def again(forgotten: Any) -> None:
+        if issubclass(forgotten.exc_type, KeyboardInterrupt):
+            # Not at once: this, too, is within the callback.
+            later = threading.Timer(_LATER_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+            later.daemon = True
+            later.start()
+        else:
+            other(forgotten)
 
-    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = again
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = other
 
 
 def _is_ours() -> bool:

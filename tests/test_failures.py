@@ -5,7 +5,9 @@ import gc
 import json
 import os
 import signal
+import sys
 import time
+import weakref
 from pathlib import Path
 
 import jax
@@ -172,20 +174,54 @@ def test_ctrl_c_waits_until_the_end_of_an_import():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.usefixtures("default_handler")
-def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
-    def _xla_gc_callback(phase, info):  # by the name of the one that JAX has
-        if not came:
-            came.append(1)
-            signal.raise_signal(signal.SIGINT)
+class _Cycle:
+    """Garbage that only the collector finds."""
 
-    came: list[int] = []
-    gc.callbacks.append(_xla_gc_callback)
-    try:
-        with pytest.raises(KeyboardInterrupt), ctrl_c_is_kept():
-            gc.collect()
-            for _ in range(200):
-                time.sleep(0.01)
-    finally:
-        gc.callbacks.remove(_xla_gc_callback)
-    assert came
+    def __init__(self, end=None):
+        self.me, self.end = self, end
+
+    def __del__(self):
+        if self.end is not None:
+            self.end()
+
+
+def _from_the_collector(stop):
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        stop()
+
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+def _from_a_weak_reference(stop):
+    cycle = _Cycle()
+    reference = weakref.ref(cycle, lambda _: stop())
+    del cycle
+    gc.collect()
+    assert reference() is None
+
+
+def _from_a_finalizer(stop):
+    _Cycle(stop)
+    gc.collect()
+
+
+@pytest.mark.usefixtures("default_handler")
+@pytest.mark.parametrize(
+    "callback", [_from_the_collector, _from_a_weak_reference, _from_a_finalizer]
+)
+def test_ctrl_c_in_a_callback_is_not_lost(callback):
+    came = []
+
+    def stop():
+        came.append(1)
+        signal.raise_signal(signal.SIGINT)
+
+    before = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), ctrl_c_is_kept():
+        callback(stop)
+        for _ in range(500):
+            time.sleep(0.01)
+    assert came == [1]
+    assert sys.unraisablehook is before
