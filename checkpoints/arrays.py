@@ -21,9 +21,9 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from checkpoints.atomic import why_not_written
-from checkpoints.interrupts import interrupts_held_back
 from checkpoints.manifest import CheckpointError, NotWrittenError
 from checkpoints.skeleton import nested
+from ffjax.interrupts import interrupts_held_back
 
 __all__ = ["forget_where_written", "lay_out", "read_array", "write_array"]
 

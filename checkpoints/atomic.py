@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from checkpoints.interrupts import interrupts_held_back, stops_unwind
 from checkpoints.manifest import NotWrittenError
+from ffjax.interrupts import interrupts_held_back, stops_unwind
 
 try:
     import fcntl

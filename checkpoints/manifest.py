@@ -115,12 +115,7 @@ class Manifest:
                 f"with a config.json; {directory} has neither. Give the directory that ffjax.save "
                 "or `ffjax convert` wrote, or the folder that was downloaded."
             )
-        try:
-            str(directory).encode()
-        except UnicodeEncodeError:
-            raise CheckpointError(
-                f"The path of a checkpoint is UTF-8, and {str(directory)!a} is not. Rename it."
-            ) from None
+        check_utf8(directory)
         try:
             data = json.loads(file.read_bytes())
         except ValueError as error:
@@ -196,6 +191,21 @@ def nothing_at(path: Path, what: str) -> str:
         what: what was looked for there, as in "checkpoint".
     """
     return f"There is no {what} at {path}. Nothing is downloaded: give a folder on this machine."
+
+
+def check_utf8(directory: Path) -> None:
+    """Whether TensorStore can read a checkpoint there, which takes names in UTF-8 alone.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"The path of a checkpoint is UTF-8, and {str(directory)!a} is not. Choose another "
+            "name."
+        ) from None
 
 
 def in_a_cache(directory: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from checkpoints.manifest import HF_FILES, MANIFEST, WEIGHTS, CheckpointError, Manifest
+from checkpoints.manifest import HF_FILES, MANIFEST, WEIGHTS, CheckpointError, Manifest, check_utf8
 
 __all__ = ["check_apart", "check_free", "real_path"]
 
@@ -42,9 +42,9 @@ def check_free(path: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: there is something, and overwrite is false or it is no checkpoint, or
             holds what no save has put there.
-        ValueError: the path cannot be read again.
+        CheckpointError: the path is not UTF-8.
     """
-    _check_readable(path)
+    check_utf8(path)
     if not path.exists():
         return
     within = sorted(place.name for place in path.iterdir()) if path.is_dir() else None
@@ -91,13 +91,3 @@ def check_apart(out: Path, source: Path) -> None:
             f"A model is written to a place of its own, and {out} holds {source}, from which it is "
             "read. Write elsewhere."
         )
-
-
-def _check_readable(path: Path) -> None:
-    """TensorStore reads files by names in UTF-8 alone."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"The path of a checkpoint is UTF-8, and {str(path)!a} is not. Choose another name."
-        ) from None

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from ffjax.arguments import make_parser
-from ffjax.ctrl_c import ctrl_c_is_kept, ctrl_c_waits
 from ffjax.failures import sentence
+from ffjax.interrupts import ctrl_c_is_kept, interrupts_held_back
 
 __all__ = ["commands", "main"]
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     name = "ffjax"
     try:
-        with ctrl_c_waits():  # JAX's modules take it for an error of their own
+        with interrupts_held_back():  # JAX's modules take it for an error of their own
             modules = commands()
             from ffjax.settings import own_settings
 

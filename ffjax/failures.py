@@ -20,8 +20,6 @@ _OURS = ("ffjax", "checkpoints", "pallas_kernels")
 _LONGEST = 300
 # How JAX says that a device's memory is full.
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
-# Marks a module whose own body was running.
-_IMPORTED = " (imported)"
 
 # The library's words for what the command line has options for.
 _OPTIONS = {
@@ -51,8 +49,7 @@ def sentence(error: BaseException) -> str:
         error: as it was caught, with its traceback: an error that this project raises of its
             input speaks for itself, the like raised by what it calls does not.
     """
-    modules = _modules(error)
-    if any(frame.startswith("jax") for frame in modules if frame.endswith(_IMPORTED)):
+    if _while_importing_jax(error):
         return _refused_setting(error)
     if (reason := _no_device(error)) is not None:
         return reason
@@ -84,13 +81,13 @@ def _short(error: BaseException) -> str:
     return lines[0][:_LONGEST].rstrip(". ") if lines else ""
 
 
-def _modules(error: BaseException) -> list[str]:
-    """The modules of a traceback's frames, the one that raised last; marked where imported."""
-    modules = []
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        name = str(frame.f_globals.get("__name__"))
-        modules.append(name + _IMPORTED * (frame.f_code.co_name == "<module>"))
-    return modules
+def _while_importing_jax(error: BaseException) -> bool:
+    bodies = [
+        frame.f_globals.get("__name__")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "<module>"
+    ]
+    return any(str(name).startswith("jax") for name in bodies)
 
 
 def _raised_by_us(error: BaseException) -> bool:

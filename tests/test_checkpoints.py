@@ -21,8 +21,8 @@ from flax import nnx
 from jax.core import Tracer
 
 import checkpoints
-from checkpoints.interrupts import interrupts_held_back
 from ffjax.config import ModelConfig, RopeScaling
+from ffjax.interrupts import interrupts_held_back
 from ffjax.model import Transformer
 
 pytestmark = pytest.mark.filterwarnings("error")

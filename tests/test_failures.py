@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from ffjax.cli import main
-from ffjax.ctrl_c import ctrl_c_is_kept, ctrl_c_waits
 from ffjax.failures import in_options, sentence, without_advice
+from ffjax.interrupts import ctrl_c_is_kept, interrupts_held_back
 from ffjax.streaming import Stream
 
 
@@ -167,7 +167,7 @@ def default_handler():
 @pytest.mark.usefixtures("default_handler")
 def test_ctrl_c_waits_until_the_end_of_an_import():
     done = []
-    with pytest.raises(KeyboardInterrupt), ctrl_c_waits():
+    with pytest.raises(KeyboardInterrupt), interrupts_held_back():
         signal.raise_signal(signal.SIGINT)
         done.append(1)
     assert done

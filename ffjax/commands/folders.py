@@ -52,16 +52,7 @@ def notes_on_stderr(command: str, *, said: bool = False) -> Iterator[None]:
             print(f"ffjax {command}: {text}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", HFFolderWarning)
-        other = warnings.showwarning
-
-        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, HFFolderWarning):
-                tell(message)
-            else:
-                other(message, category, *where, **more)
-
-        warnings.showwarning = show
+        warnings.simplefilter("ignore" if said else "always", HFFolderWarning)
         with _logged("ffjax.folders", tell):
             yield
 

@@ -1,17 +1,22 @@
-"""Ctrl-C and signals that end a process: held back while they would do harm, or unwound."""
+"""Ctrl-C and signals that end a process: held back while they would do harm, unwound, not lost."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
-__all__ = ["interrupts_held_back", "stops_unwind"]
+__all__ = ["ctrl_c_is_kept", "interrupts_held_back", "stops_unwind"]
 
 # What ends a process and lets it say goodbye: `kill`, `timeout`, a container or a batch system
 # that stops; a terminal that closes. Windows has no SIGHUP.
 _ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+# After which a Ctrl-C that was lost comes again: its callback has ended by then.
+_LATER_SECONDS = 0.02
 
 
 class _Stopped(BaseException):
@@ -83,3 +88,34 @@ def stops_unwind() -> Iterator[None]:
     if stopped is not None:
         signal.raise_signal(stopped.number)
         raise SystemExit(128 + stopped.number)  # where the signal is blocked
+
+
+@contextlib.contextmanager
+def ctrl_c_is_kept() -> Iterator[None]:
+    """A Ctrl-C within the block that finds Python in a callback comes again after it.
+
+    What a callback of the garbage collector or of a weak reference raises, or a `__del__`, Python
+    would print and forget.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    other = sys.unraisablehook
+
+    def again(forgotten: Any) -> None:
+        if issubclass(forgotten.exc_type, KeyboardInterrupt):
+            # Not at once: this, too, is within the callback.
+            later = threading.Timer(_LATER_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+            later.daemon = True
+            later.start()
+        else:
+            other(forgotten)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = other
