@@ -82,4 +82,11 @@ def make_parser(modules: dict[str, ModuleType], version: str) -> argparse.Argume
             action="store_true",
             help="where something fails, print Python's traceback before the sentence",
         )
+        sub.add_argument(
+            "--no-compilation-cache",
+            dest="compilation_cache",
+            action="store_false",
+            help="compile every program anew, and keep none for the next command; as "
+            "JAX_ENABLE_COMPILATION_CACHE=0 does",
+        )
     return parser

@@ -80,13 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with interrupts_held_back():  # JAX's modules take it for an error of their own
             modules = commands()
+            from ffjax.compiled import compiled_programs_kept
             from ffjax.settings import own_settings
 
         if argv and argv[0] in modules:
             name = f"ffjax {argv[0]}"
         args = make_parser(modules, _version()).parse_args(argv)
         _prepare_output()
-        with own_settings(), ctrl_c_is_kept(), _warnings_as_lines(name):
+        with contextlib.ExitStack() as around:
+            around.enter_context(own_settings())
+            around.enter_context(ctrl_c_is_kept())
+            around.enter_context(_warnings_as_lines(name))
+            if args.compilation_cache:
+                around.enter_context(compiled_programs_kept(lambda text: _say(f"{name}: {text}")))
             code = modules[args.command].run(args)
         sys.stdout.flush()
         return code

@@ -7,7 +7,9 @@ import gc
 import os
 import pathlib
 import re
+import shutil
 import signal
+import tempfile
 
 import pytest
 
@@ -24,8 +26,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell that starts a command in the background has it ignore Ctrl-C; some tests send it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The command line keeps compiled programs in the user's folder, which is none of ours. All
+    # processes of a run share one of its own.
+    if not hasattr(config, "workerinput"):
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ffjax-tests-")
     # Some tests start a process that needs the same GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)
