@@ -1,4 +1,4 @@
-"""Compiled programs are kept from one command to the next, and nothing wrong with them stops one."""
+"""Programs are kept from one command to the next, and nothing wrong with them stops one."""
 
 import json
 import os
@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
 EVENTS = "/jax/compilation_cache/"
 _seen: dict[str, int] = {}
 jax.monitoring.register_event_listener(
-    lambda name, **_: _seen.update({name: _seen.get(name, 0) + 1})
+    lambda event, **_: _seen.update({event: _seen.get(event, 0) + 1})
 )
 
 
