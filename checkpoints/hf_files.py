@@ -30,6 +30,7 @@ __all__ = [
     "check_dtypes",
     "dtype_name",
     "find_tensors",
+    "parts_of",
     "read_header",
     "read_into",
     "same_numbers",
@@ -57,6 +58,9 @@ _LONGEST_HEADER = 100_000_000
 
 # Numbers that are cast or compared at a time, in bytes of the file.
 _BLOCK_BYTES = 16 << 20
+# Numbers that a thread reads at a time, in bytes of the file.
+_PART_BYTES = 32 << 20
+_ALL = slice(None)
 
 
 class StoredTensor(NamedTuple):
@@ -277,27 +281,36 @@ def some(names: Iterable[str], most: int = 20, between: str = ", ") -> str:
     return between.join(names[:most]) + more
 
 
-def read_into(tensor: StoredTensor, out: np.ndarray) -> None:
+def parts_of(tensor: StoredTensor) -> list[slice]:
+    """The numbers of a tensor in parts that can be read side by side."""
+    count = math.prod(tensor.shape)
+    size = _PART_BYTES // _DTYPES[tensor.dtype].itemsize
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def read_into(tensor: StoredTensor, out: np.ndarray, part: slice = _ALL) -> None:
     """Reads a tensor into an array, rounding where the array's dtype is another.
 
     Args:
         tensor: the tensor.
         out: contiguous, of the tensor's shape; bfloat16 or float32.
+        part: which of the numbers, one of `parts_of`; all of them if not said.
 
     Raises:
         CheckpointError: the file ends before the tensor does.
     """
-    flat = out.reshape(-1)
+    flat = out.reshape(-1)[part]
+    stored = _DTYPES[tensor.dtype]
     with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        if (stored := _DTYPES[tensor.dtype]) == out.dtype:
+        file.seek(tensor.offset + (part.start or 0) * stored.itemsize)
+        if stored == out.dtype:
             _fill(file, flat.view(np.uint8), tensor)
             return
         block = np.empty(min(flat.size, _BLOCK_BYTES // stored.itemsize), stored)
         for start in range(0, flat.size, block.size):
-            part = block[: flat.size - start]
-            _fill(file, part.view(np.uint8), tensor)
-            flat[start : start + part.size] = part
+            filled = block[: flat.size - start]
+            _fill(file, filled.view(np.uint8), tensor)
+            flat[start : start + filled.size] = filled
 
 
 def _fill(file: BinaryIO, out: np.ndarray, tensor: StoredTensor) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ from checkpoints.hf_files import (
     check_dtypes,
     dtype_name,
     find_tensors,
+    parts_of,
     read_into,
     same_numbers,
     some,
 )
 from checkpoints.hf_table import NameRules, Slot, slots_of
 from checkpoints.hf_token_ids import check_end_tokens
+from checkpoints.host_arrays import empty
 from checkpoints.manifest import (
     HF_FILES,
     MANIFEST,
@@ -59,6 +63,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger("ffjax.folders")
+
+# Threads that read: a disk is at its fastest with several requests at a time.
+_MOST_THREADS = 16
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -214,7 +221,7 @@ class HFFolder:
     def arrays(
         self, dtype: Any, progress: Callable[[int], None] | None = None
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Our arrays, filled tensor by tensor from the files.
+        """Our arrays, filled from the files by several threads.
 
         One array exists at a time, as long as the caller keeps no other.
 
@@ -222,15 +229,32 @@ class HFFolder:
             dtype: bfloat16 or float32.
             progress: is told, after each tensor, the bytes that were read.
         """
-        for name, shape in array_shapes(self.config, dtype).items():
-            array = np.empty(shape.shape, shape.dtype)
-            for slot in self.slots[name]:
-                tensor = self.tensors[slot.theirs]
-                read_into(tensor, array[slot.place])
-                if progress is not None:
-                    progress(tensor.nbytes)
-            yield name, array
-            del array  # before the next is allocated
+        pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
+        try:
+            for name, shape in array_shapes(self.config, dtype).items():
+                array = empty(shape.shape, shape.dtype)
+                under_way = [
+                    (tensor, [pool.submit(read_into, tensor, out, part) for part in parts])
+                    for tensor, out, parts in self._pieces(name, array)
+                ]
+                for tensor, reads in under_way:
+                    for read in reads:
+                        read.result()
+                    if progress is not None:
+                        progress(tensor.nbytes)
+                del under_way
+                yield name, array
+                del array  # before the next is allocated
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _pieces(
+        self, name: str, array: np.ndarray
+    ) -> Iterator[tuple[StoredTensor, np.ndarray, list[slice]]]:
+        """Of every tensor of one of our arrays: where it goes, and its parts."""
+        for slot in self.slots[name]:
+            tensor = self.tensors[slot.theirs]
+            yield tensor, array[slot.place], parts_of(tensor)
 
 
 def _name_of(directory: Path) -> str:
@@ -358,7 +382,7 @@ def convert_hf(
     """Makes a checkpoint of a Hugging Face folder.
 
     Tensors go from the files to one of our arrays at a time: the host never holds more than
-    the largest of them, and the chunks in which it is compressed. As with `save`, an error or
+    the largest of them, and the chunks in which it is written. As with `save`, an error or
     Ctrl-C leaves nothing half-written at `path`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Saving and restoring a model: Orbax for the weights, a manifest for the rest.
+"""Saving and restoring a model: an Orbax checkpoint of the weights, a manifest for the rest.
 
 A checkpoint is a directory:
 
@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
-from checkpoints.arrays import lay_out, write_array
-from checkpoints.atomic import written_beside
+from checkpoints.arrays import lay_out, open_arrays, read_opened, write_array
+from checkpoints.atomic import why_not_written, written_beside
 from checkpoints.hf_import import is_hf_folder, keep_companions, load_hf
 from checkpoints.manifest import (
     HF_FILES,
@@ -31,7 +29,7 @@ from checkpoints.manifest import (
     supported_dtype,
 )
 from checkpoints.places import check_free, real_path
-from checkpoints.skeleton import flat, quantized_arrays, skeleton, weights_of
+from checkpoints.skeleton import flat, nested, quantized_arrays, skeleton, weights_of
 from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 from ffjax.settings import own_settings
@@ -107,7 +105,8 @@ def load(
     """Loads a model: from a checkpoint, or straight from a Hugging Face folder.
 
     The weights are restored into the places of a model that was never allocated, on
-    the default device: no second copy of them exists at any time.
+    the default device: no second copy of them exists at any time. Beside it the host holds an
+    array that is read, and the one before it as long as it is on its way.
 
     Args:
         path: the directory of a checkpoint, or of a Hugging Face model: `config.json`
@@ -140,29 +139,23 @@ def load(
     stored = skeleton(manifest.config, manifest.dtype)
     model = stored if dtype is None else skeleton(manifest.config, dtype)
     state = nnx.state(model, nnx.Param)
-    # Orbax notes the device that each array was saved from. Saying where it is to go
-    # lets a model saved on one machine be loaded on another.
-    place = jnp.zeros(()).sharding
-
-    def target(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    targets = jax.tree.map(target, weights_of(state))
-    wanted = weights_of(nnx.state(stored, nnx.Param))
+    wanted = flat(weights_of(nnx.state(stored, nnx.Param)))
+    targets = flat(weights_of(state))
+    weights: dict[str, Any] = {}
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            _check_arrays(path, checkpointer.metadata(path / WEIGHTS), wanted)
-            weights = checkpointer.restore(path / WEIGHTS, args=ocp.args.StandardRestore(targets))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # Orbax and TensorStore raise errors of many kinds, and long ones.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        arrays = open_arrays(path / WEIGHTS)
+        _check_arrays(path, arrays, wanted)
+        for name, array in arrays.items():
+            # On its way to the device while the next is read.
+            weights[name] = jax.device_put(read_opened(array, targets[name].dtype))
+    except (ValueError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
-            f"The checkpoint at {path} is damaged: Orbax cannot read its weights "
-            f"({reason[0]}). Copy or save it again."
+            f"The checkpoint at {path} is damaged: its weights cannot be read "
+            f"({why_not_written(error)}). Copy or save it again."
         ) from error
-    nnx.replace_by_pure_dict(state, weights)
+    nnx.replace_by_pure_dict(state, nested(weights))
     nnx.update(model, state)
     return model
 
@@ -198,18 +191,14 @@ def _dtype_of(weights: dict[str, Any], config: ModelConfig) -> str:
     return supported_dtype("A checkpoint's weights are", names[0]).name
 
 
-def _described(tree: dict[str, Any]) -> dict[str, str]:
-    """Dtype and shape of every array, by its dotted name."""
-    return {name: _one(leaf) for name, leaf in flat(tree).items()}
-
-
 def _one(leaf: Any) -> str:
-    return "no such array" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+    return "no such array" if leaf is None else f"{leaf.dtype.name}{list(leaf.shape)}"
 
 
-def _check_arrays(path: Path, metadata: Any, wanted: dict[str, Any]) -> None:
+def _check_arrays(path: Path, arrays: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Whether the weights are those that the manifest promises, before any is read."""
-    stored, expected = _described(metadata.item_metadata.tree), _described(wanted)
+    stored = {name: _one(array) for name, array in arrays.items()}
+    expected = {name: _one(leaf) for name, leaf in wanted.items()}
     scales = {name for name in stored.keys() ^ expected.keys() if name.endswith("_scale")}
     if scales:
         name = min(scales)

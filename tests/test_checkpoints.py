@@ -238,10 +238,54 @@ def test_every_file_of_the_weights_missing_or_truncated(saved, tmp_path):
         refused(path, f"incomplete: {name} is missing")
 
 
-def test_weights_that_orbax_cannot_read(copy):
-    file = copy / "weights" / "_METADATA"
+def test_weights_that_cannot_be_read(copy):
+    file = copy / "weights" / "manifest.ocdbt"
     file.write_bytes(bytes(file.stat().st_size))
-    refused(copy, "damaged: Orbax cannot read its weights")
+    refused(copy, "damaged: its weights cannot be read")
+
+
+_MODULES = """
+import ffjax, sys
+ffjax.load(sys.argv[1])
+print(*sys.modules)
+"""
+
+
+def test_reading_takes_no_orbax(saved):
+    """Importing it takes longer than a small model takes to load."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MODULES, str(saved)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tensorstore" in done.stdout.split()
+    assert "orbax.checkpoint" not in done.stdout.split()
+
+
+@pytest.mark.parametrize("most_bytes", [1, 1 << 30])
+def test_an_array_of_many_chunks_comes_back(tmp_path, monkeypatch, most_bytes):
+    """Also where only two of them may be on their way."""
+    monkeypatch.setattr("checkpoints.arrays._CHUNK_BYTES", 100)
+    monkeypatch.setattr("checkpoints.arrays._READ_BYTES", most_bytes)
+    checkpoints.save(build(), tmp_path / "model")
+    assert_same(checkpoints.load(tmp_path / "model"), build())
+
+
+def test_compressed_weights_are_read_as_orbax_reads_them():
+    """This library once wrote them so: the shipped model's are."""
+    shipped = checkpoints.SHIPPED_MODEL
+    loaded = nnx.to_pure_dict(nnx.state(checkpoints.load(shipped)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        expected = checkpointer.restore(shipped / "weights", loaded)
+    same = jax.tree.map(
+        lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), loaded, expected
+    )
+    assert len(jax.tree.leaves(same)) == 8
+    assert all(jax.tree.leaves(same))
 
 
 @pytest.mark.parametrize(

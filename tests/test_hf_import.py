@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 import weakref
 from pathlib import Path
 
@@ -502,6 +501,13 @@ print(peak() - before)
 """
 
 
+def test_a_tensor_is_read_in_parts(sharded, tmp_path, monkeypatch):
+    checkpoints.convert_hf(sharded, tmp_path / "whole")
+    monkeypatch.setattr("checkpoints.hf_files._PART_BYTES", 20)
+    checkpoints.convert_hf(sharded, tmp_path / "parts")
+    assert_same(checkpoints.load(tmp_path / "whole"), checkpoints.load(tmp_path / "parts"))
+
+
 def test_an_array_is_gone_before_the_next_is_made(sharded, tmp_path, monkeypatch):
     made = []
 
@@ -511,8 +517,7 @@ def test_an_array_is_gone_before_the_next_is_made(sharded, tmp_path, monkeypatch
         made.append(weakref.ref(array))
         return array
 
-    patched = types.SimpleNamespace(empty=empty, dtype=np.dtype)
-    monkeypatch.setattr("checkpoints.hf_import.np", patched)
+    monkeypatch.setattr("checkpoints.hf_import.empty", empty)
     checkpoints.convert_hf(sharded, tmp_path / "ours")
     assert len(made) == 9
 

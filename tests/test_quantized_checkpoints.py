@@ -108,13 +108,13 @@ def test_arrays_that_the_configuration_does_not_know_are_not_saved(tmp_path):
 
 
 def test_on_disk_it_takes_what_its_formats_say(tmp_path):
-    """Less what compression saves, which is more of floating-point numbers than of integers."""
+    """And what Orbax and the manifest write beside it, some 40 KB."""
     shipped = checkpoints.load(checkpoints.SHIPPED_MODEL)
     for model, share in ((quantize(shipped, "int8"), 0.52), (quantize(shipped, "int4"), 0.28)):
         path = tmp_path / str(share)
         checkpoints.save(model, path)
         assert nbytes(model) < share * nbytes(shipped)
-        assert 0.85 * nbytes(model) < size_of(path) < 1.02 * nbytes(model)
+        assert nbytes(model) < size_of(path) < 1.04 * nbytes(model)
 
 
 # The command line
