@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -53,12 +54,7 @@ class KVCache:
                 f"A cache needs a positive batch and capacity, got {batch} and {capacity}."
             )
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
-        return cls(
-            k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
-            lengths=jnp.zeros((batch,), jnp.int32),
-            counters=jnp.zeros((mail_words(step_dims(config, batch, capacity)),), jnp.int32),
-        )
+        return _zeros(shape, jnp.dtype(dtype), mail_words(step_dims(config, batch, capacity)))
 
     @property
     def batch(self) -> int:
@@ -69,6 +65,17 @@ class KVCache:
     def capacity(self) -> int:
         """S, the positions each sequence has room for."""
         return self.k.shape[3]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, words: int) -> KVCache:
+    """One program, where each array would be two of its own: that counts when a process starts."""
+    return KVCache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        lengths=jnp.zeros(shape[1:2], jnp.int32),
+        counters=jnp.zeros((words,), jnp.int32),
+    )
 
 
 _MAKE = "Make the cache with KVCache.create(model.config, batch, capacity, model.dtype)."

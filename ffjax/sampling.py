@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from ffjax.seeds import key_of
+from ffjax.seeds import keys_of, words_of
 
 __all__ = ["sample", "sequence_keys", "step_keys"]
 
@@ -23,8 +24,13 @@ def sequence_keys(seed: int | Sequence[int], batch: int) -> Array:
         batch: B.
     """
     if isinstance(seed, int):
-        return jax.vmap(jax.random.fold_in, (None, 0))(key_of(seed), jnp.arange(batch))
-    return jnp.stack([jax.random.fold_in(key_of(one), 0) for one in seed])
+        return _folded(words_of([seed] * batch), np.arange(batch))
+    return _folded(words_of(seed), np.zeros(batch, np.int64))
+
+
+@jax.jit  # one program, where each operation would be one of its own
+def _folded(words: Array, data: Array) -> Array:
+    return jax.vmap(jax.random.fold_in)(keys_of(words), data)
 
 
 def step_keys(keys: Array, index: Array | int) -> Array:
