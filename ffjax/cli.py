@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# First: it looks at the clock.
+import ffjax.startup  # isort: skip  # noqa: F401
+
 import contextlib
 import importlib.metadata
 import io

@@ -80,6 +80,11 @@ def test_json_is_one_object_and_nothing_else(model, path, capsys):
     assert report["device"]
     assert report["seconds"] == report["prefill_seconds"] + report["decode_seconds"] > 0
     assert report["tokens_per_second"] == pytest.approx(39 / report["decode_seconds"])
+    start_up = report["start_up_seconds"]
+    assert list(start_up) == ["imports", "model", "programs", "first_token"]
+    assert start_up["programs"] >= report["compile_seconds"]
+    assert start_up["first_token"] >= report["prefill_seconds"]
+    assert min(start_up.values()) > 0
 
 
 def test_temperature_and_seed_reach_the_draws(model, path, capsys):

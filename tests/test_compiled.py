@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 import checkpoints
 from ffjax import compiled
@@ -43,10 +44,37 @@ def path(tmp_path_factory) -> str:
     return str(path)
 
 
+# JAX's own settings, where nobody has said anything.
+DEFAULTS = {
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 1.0,
+    "jax_persistent_cache_enable_xla_caches": "xla_gpu_per_fusion_autotune_cache_dir",
+}
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def user_setting():
+    """Sets JAX's configuration as a user's environment variable does, for a test."""
+    before = {}
+
+    def set_to(name, value):
+        before.setdefault(name, jax.config.values[name])
+        jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX looks once a process
+
+    yield set_to
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, user_setting) -> Path:
     """Where this test's commands keep their programs; nobody has made it yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    for name, value in DEFAULTS.items():
+        monkeypatch.delenv(name.upper(), raising=False)
+        user_setting(name, value)
     return tmp_path / "caches" / "ffjax" / "compiled"
 
 
@@ -135,24 +163,8 @@ def test_with_the_option_nothing_is_kept_or_read(ask, folder):
     assert sorted(folder.iterdir()) == kept
 
 
-@pytest.fixture
-def user_setting():
-    """Sets JAX's configuration as a user's environment variable does."""
-    before = {}
-
-    def set_to(name, value):
-        before.setdefault(name, jax.config.values[name])
-        jax.config.update(name, value)
-
-    yield set_to
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compiled.compilation_cache.reset_cache()
-
-
 def test_nothing_is_kept_where_jax_is_told_so(ask, folder, user_setting):
     user_setting("jax_enable_compilation_cache", False)
-    compiled.compilation_cache.reset_cache()  # JAX asks once a process
     assert ask()[3:] == (0, 0)
     assert not folder.parent.exists()
 
@@ -255,25 +267,24 @@ def test_a_write_that_is_cut_off_is_said_once_and_leaves_nothing(ask, folder, mo
     assert ask()[:3] == (0, tokens, "")
 
 
-def test_a_folder_that_grows_too_large_loses_what_was_not_used_for_longest(
-    ask, folder, monkeypatch
-):
-    _, _, _, _, count = ask()
-    kept = sorted(folder.iterdir())
-    size = sum(file.stat().st_size for file in kept)
-    for file in kept:
-        os.utime(file, (1, 1))
-    stranger = folder / "notes.txt"
-    stranger.write_text("not an entry")
-    os.utime(stranger, (1, 1))
-    monkeypatch.setattr(compiled, "_MOST_BYTES", size)
-    code, _, err, hits, misses = ask("--temperature", "1")  # other programs, and some of the same
-    assert (code, err) == (0, "")
-    assert 0 < hits < count and misses > 0
-    left = [file for file in folder.iterdir() if file != stranger]
-    assert sum(file.stat().st_size for file in left) <= size
-    assert sum(file not in kept for file in left) == misses
-    assert stranger.exists()
+def test_what_was_not_used_for_longest_goes_first(tmp_path):
+    for name, used in (("a-1-cache", 1), ("b-1-cache", 3), ("a-2-cache", 2), ("notes.txt", 0)):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (used, 0))
+    compiled._shrink(tmp_path, 250)
+    assert sorted(os.listdir(tmp_path)) == ["a-2-cache", "b-1-cache", "notes.txt"]
+    compiled._shrink(tmp_path, 250)
+    assert len(os.listdir(tmp_path)) == 3
+    compiled._shrink(tmp_path / "none", 250)
+
+
+def test_a_command_that_adds_to_the_folder_bounds_it(ask, folder, monkeypatch):
+    ask()
+    monkeypatch.setattr(compiled, "_MOST_BYTES", 0)
+    ask()  # which adds nothing, and does not look
+    assert len(list(folder.iterdir())) > 2
+    ask("--temperature", "1")
+    assert list(folder.iterdir()) == []
 
 
 # Which folder

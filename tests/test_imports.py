@@ -25,6 +25,20 @@ def test_each_package_can_come_first(package):
     assert done.returncode == 0, done.stderr
 
 
+def test_importing_ffjax_imports_no_jax():
+    """Its settings are read from the environment then, which a program may still change."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import ffjax, sys; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ffjax" in done.stdout.split()
+    assert not {"jax", "flax", "numpy"} & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("name", ffjax.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(ffjax, name) is not None

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.options import number, seed, whole
 from ffjax.decode import Implementation
+from ffjax.startup import StartUp
 from ffjax.tokenizer import Tokenizer
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     from ffjax.streaming import stream
     from ffjax.tokenizer import load_tokenizer
 
+    start_up = StartUp()
+    start_up.ended("imports")
     variables = _variables(args.template_var)
     if not args.chat and (args.chat_template is not None or variables):
         raise ValueError(
@@ -103,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     path = checkpoints.SHIPPED_MODEL if args.model is None else args.model
     model = load_model(args, path)
     tokenizer = load_tokenizer(path, model.config)
+    start_up.ended("model")
     if args.chat:
         prompt = _chat(tokenizer, args.prompt, args.chat_template, variables)
     else:
@@ -121,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         stop_token=tokenizer.eot_ids,
         implementation=args.implementation,
     )
+    start_up.ended("programs")
     show = (lambda text: None) if args.json else _show
     # The prompt goes through the same decoder: what a token says may depend on those before.
     decoder = tokenizer.stream()
@@ -130,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
     broken: NotFiniteError | KeyboardInterrupt | None = None
     try:
         for (token,) in steps:
+            if "first_token" not in start_up.seconds:
+                start_up.ended("first_token")
             if token is not None:
                 text.append(decoder.push(token))
                 show(text[-1])
@@ -160,6 +167,7 @@ def run(args: argparse.Namespace) -> int:
             "prefill_seconds": out.prefill_seconds,
             "decode_seconds": out.decode_seconds,
             "compile_seconds": out.compile_seconds,
+            "start_up_seconds": start_up.seconds,
         }
         print(json.dumps(report))
     else:
