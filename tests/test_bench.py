@@ -27,6 +27,7 @@ from ffjax.benchmark.baseline import LayerCaches, baseline_step, split_cache
 from ffjax.benchmark.check import Check, Difference, compare, follow, observe
 from ffjax.benchmark.contenders import Contender, baseline, implementation
 from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, started_cache
+from ffjax.benchmark.machine import Machine
 from ffjax.benchmark.plot import draw
 from ffjax.benchmark.report import as_data, as_text
 from ffjax.benchmark.suite import Point, Report, Sweep, Traffic
@@ -669,9 +670,7 @@ def _report(*points: Point) -> Report:
     sweep = Sweep(config=CONFIG, batches=(4,), positions=(96,), steps=2, baseline=True)
     return Report(
         sweep=sweep,
-        device="Abacus",
-        platform="wood",
-        versions={"jax": "1", "ffjax": "2"},
+        machine=Machine("Abacus", "wood", {"jax": "1", "ffjax": "2"}),
         bandwidth=Bandwidth(8_000_000, (0.002,) * 7),
         points=points,
     )
