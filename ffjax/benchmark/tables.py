@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ffjax.benchmark.machine import Machine
-from ffjax.benchmark.timing import Timing
+from ffjax.benchmark.timing import Samples, Timing
 from ffjax.config import ModelConfig
 from ffjax.failures import without_advice
 
@@ -16,6 +16,7 @@ __all__ = [
     "origin_data",
     "origin_text",
     "reasons_text",
+    "samples_data",
     "stored_as",
     "table",
     "timing_data",
@@ -65,6 +66,16 @@ def timing_data(timing: Timing) -> dict[str, Any]:
         "spread": timing.spread,
         "repetitions_us": [1e6 * seconds / timing.steps for seconds in timing.loop_seconds],
         "compile_seconds": timing.compile_seconds,
+    }
+
+
+def samples_data(samples: Samples) -> dict[str, Any]:
+    """Milliseconds, as JSON."""
+    return {
+        "ms": 1e3 * samples.median,
+        "fastest_ms": 1e3 * samples.fastest,
+        "spread": samples.spread,
+        "repetitions_ms": [1e3 * seconds for seconds in samples.seconds],
     }
 
 
