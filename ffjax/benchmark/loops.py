@@ -44,7 +44,8 @@ class LoopSweep:
         config: the model's sizes.
         batches: values of B.
         positions: tokens of each prompt.
-        steps: decode steps of a generation; the first token comes with the prefill.
+        steps: decode steps of a generation, a multiple of `ffjax.loop.BLOCK`; the first token
+            comes with the prefill.
         repetitions: timed generations of each kind, `MIN_REPETITIONS` or more.
         implementation: of prefill and steps, as `ffjax.generate` takes it.
 
@@ -67,6 +68,11 @@ class LoopSweep:
         if not self.positions or min(self.positions) < 1:
             raise ValueError(
                 f"A generation begins behind 1 token or more, got {listed(self.positions)}."
+            )
+        if self.steps % BLOCK:
+            raise ValueError(
+                f"Generations run whole blocks of {BLOCK} steps: ask for a multiple of {BLOCK} "
+                f"steps, got {self.steps}."
             )
         need = max(self.positions) + self.steps + 1
         if need > config.max_context:
@@ -291,7 +297,6 @@ class _Asked:
         out = self._call(generate, self.sweep.steps + 1)
         end = time.perf_counter()
         tokens = np.array(out.tokens, np.int32).T
-        # Of whole blocks of steps, those that were not asked for are paid for all the same.
         return _Spent(out.decode_seconds, (end - middle) - (middle - start), 0.0, tokens)
 
     def stream(self) -> _Spent:

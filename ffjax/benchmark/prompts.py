@@ -129,7 +129,8 @@ class PromptPoint:
         first_token: seconds from the prefill's call until the first token of each was here; the
             cache may still be being made when it starts.
         request: seconds from the arguments of `ffjax.generate` to the same moment.
-        compile_seconds: of the first request, which is none of the timed ones.
+        compile_seconds: of the first request, which is none of the timed ones. What it shares
+            with prompts of fewer tokens has been compiled for those.
         reference: seconds of the reference model's prefill, or None.
         step: the bare step behind the prompts.
         temp_bytes: most bytes for intermediates of one of the prefill's programs; None where the
