@@ -19,6 +19,7 @@ from ffjax.benchmark.loop_report import as_data, as_text
 from ffjax.benchmark.loops import LoopPoint, LoopReport, LoopSweep, Way
 from ffjax.benchmark.machine import Machine
 from ffjax.benchmark.timing import Samples, Timing
+from ffjax.broken import NotFiniteError
 from ffjax.cli import main
 from ffjax.config import PRESETS
 from ffjax.generation import generate
@@ -148,6 +149,16 @@ def test_a_generation_that_does_not_repeat_ends_with_code_1(monkeypatch):
     assert [way["sound"] for way in point["ways"]].count(False) == 1
     assert "batch 1, position 4: generate, " in err
     assert "gave other tokens than before, or not as many as asked for." in err
+
+
+def test_logits_that_are_not_finite_end_with_code_1(monkeypatch):
+    def broken(*_, **__):
+        raise NotFiniteError(0, 3)
+
+    monkeypatch.setattr(loops, "generate", broken)
+    code, out, err = _bench("--position", "4", "--steps", "8", "--json")
+    assert (code, out) == (1, "")
+    assert "those of sequence 0 were NaN or infinite after 3 new tokens" in err
 
 
 @pytest.mark.parametrize(

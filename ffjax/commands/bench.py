@@ -16,7 +16,7 @@ token or a cache that is not the reference's.
 
 With --loop: the time a token of `ffjax.generate` and `ffjax.stream` behind prompts of --position
 tokens, beside that of bare decode steps at the same positions. Wrong are tokens that differ from
-one run to the next.
+one run to the next, or logits that are not finite.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ def _run_prompts(args: argparse.Namespace) -> list[str]:
 def _run_loops(args: argparse.Namespace) -> list[str]:
     """The same of generations."""
     from ffjax.benchmark import loop_report, loops
+    from ffjax.broken import NotFiniteError
 
     sweep = loops.LoopSweep(
         config=chosen_config(args),
@@ -188,7 +189,10 @@ def _run_loops(args: argparse.Namespace) -> list[str]:
         repetitions=args.repetitions,
         implementation=args.implementation,
     )
-    results = loops.run(sweep, say=_sayer(args))
+    try:
+        results = loops.run(sweep, say=_sayer(args))
+    except NotFiniteError as error:  # whose times would be of no use
+        return [str(error)]
     _print(args, results, loop_report)
     return [
         f"batch {point.batch}, position {point.position}: {way.name} gave other tokens than "
