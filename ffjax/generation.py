@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
 from ffjax.loop import BLOCK, NOT_FINITE, Loop
 from ffjax.model import Transformer
+from ffjax.prefill.choice import Prefill
 from ffjax.requests import Request
 from pallas_kernels.dims import ceil_div
 
@@ -33,7 +33,9 @@ class GenerateOutput:
         finish_reasons: of each sequence: "stop", it came to a stop token; "length",
             it has as many tokens as were asked for; None, it was broken off.
         implementation: which one ran the decode steps; see `ffjax.decode_step`.
-        steps: decode steps the device ran.
+        prefill: which one ran the prefill; see `ffjax.generate`.
+        steps: decode steps that ran before the last token was here, whole blocks of
+            `ffjax.loop.BLOCK`. After an early end the device runs a block more.
         compile_seconds: spent on compiling, next to nothing once a like request has
             been served; the other times do not contain it.
         prefill_seconds: from the start until the first new token of each sequence was here.
@@ -43,6 +45,7 @@ class GenerateOutput:
     tokens: list[list[int]]
     finish_reasons: list[FinishReason | None]
     implementation: Implementation
+    prefill: Prefill
     steps: int
     compile_seconds: float
     prefill_seconds: float
@@ -124,11 +127,13 @@ def generate(
     stop_token: int | Sequence[int] | None = None,
     capacity: int | None = None,
     implementation: Implementation | None = None,
+    prefill: Prefill | None = None,
 ) -> GenerateOutput:
     """Continues each prompt by up to `max_new_tokens` tokens.
 
-    The prompts are fed through the reference model. The decode loop then runs on the
-    device within one jitted call that updates the cache in place. The same arguments give the
+    The prompts are packed one behind the other and fed; the decode loop then runs on the device,
+    which is given its next steps before the last ones are read. The cache is updated in place. The
+    same arguments give the
     same tokens in every process on the same kind of device with the same versions of JAX and,
     on a GPU, of CUDA: see `ffjax.reproducible`.
 
@@ -149,6 +154,9 @@ def generate(
             they share their compiled programs. None: what this one needs, rounded up.
         implementation: of the decode steps, by name, or None for the best that can run; see
             `ffjax.decode_step`.
+        prefill: implementation of the prefill: "pallas", the packed one with a flash attention;
+            "xla", the reference model; None: the first where it can run, but the second where
+            `implementation` is "xla".
 
     Returns:
         The tokens, why each sequence ended, and the times it took.
@@ -159,42 +167,41 @@ def generate(
             tokens need more positions than the model or the capacity has, a kernel is named
             for more than 8 prompts, or an option is out of range.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: the named implementation cannot run here.
+        NotImplementedError: a named implementation cannot run here.
         NotFiniteError: the logits of a sequence were NaN or infinite; a FloatingPointError, whose
             `output` is what came before.
     """
     request = Request.checked(
         model.config, prompts, max_new_tokens, temperature, seed, stop_token, capacity
     )
-    loop = Loop(model, request, implementation)
+    loop = Loop(model, request, implementation, prefill)
     replies = Replies(request)
-    made, steps, decode_seconds = np.zeros((0, request.batch), np.int32), 0, 0.0
-    start = time.perf_counter()
-    # Waited for before the steps are ordered: on a GPU that order lasts as long as they do, and
-    # the prefill would seem to. The device meanwhile idles for one round trip to the host, once a
-    # call.
-    first = jax.device_get(loop.prefill())
-    prefilled = time.perf_counter()
-    if (blocks := blocks_for(request)) > 0:
-        on_device, index = loop.decode(blocks)
-        steps = int(jax.device_get(index)) - 1
-        made = jax.device_get(on_device)[:steps]
-        decode_seconds = time.perf_counter() - prefilled if steps else 0.0
+    prefill_seconds, decode_seconds = 0.0, 0.0
 
     def output() -> GenerateOutput:
         return GenerateOutput(
             tokens=replies.tokens,
             finish_reasons=replies.finish_reasons,
             implementation=loop.implementation,
-            steps=steps,
+            prefill=loop.prefill_implementation,
+            steps=loop.steps,
             compile_seconds=loop.compile_seconds,
-            prefill_seconds=prefilled - start,
+            prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
         )
 
+    start = time.perf_counter()
+    first = loop.prefill()
+    # The device has its first steps before the prefill's token is read.
+    rows = loop.rows(blocks_for(request))
+    first = jax.device_get(first).tolist()
+    prefilled = time.perf_counter()
+    prefill_seconds = prefilled - start
     try:
-        for row in (first, *made):
-            replies.add(row.tolist(), loop.fault)
+        replies.add(first, loop.fault)
+        while not replies.finished and (row := next(rows, None)) is not None:
+            replies.add(row, loop.fault)
+            decode_seconds = time.perf_counter() - prefilled
     except NotFiniteError as error:
         error.output = output()
         raise

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,18 @@ from ffjax.rope import apply_rope, inverse_frequencies
 from ffjax.rounding import expand, random_matrix
 from ffjax.settings import own_settings
 
-__all__ = ["LAST_TENSORS", "LAYER_TENSORS", "Layers", "Transformer", "capped", "gated", "rms_norm"]
+__all__ = [
+    "LAST_TENSORS",
+    "LAYER_TENSORS",
+    "Attend",
+    "LayerAt",
+    "Layers",
+    "Product",
+    "Transformer",
+    "capped",
+    "gated",
+    "rms_norm",
+]
 
 LAYER_TENSORS = (
     "residual_in",
@@ -53,12 +64,41 @@ LAYER_TENSORS = (
 LAST_TENSORS = ("final_norm", "logits")
 """What it sees behind the last layer."""
 
-# Told of an intermediate, by name, while the model is traced.
-_Note = Callable[[str, Array], None]
+
+class LayerAt(NamedTuple):
+    """A layer while the model is traced.
+
+    Attributes:
+        number: int32, from 0.
+        is_local: bool, whether it has a window; None where no layer has one.
+        weights: its arrays, by their names in `Layers`, without the axis `[L]`.
+    """
+
+    number: Array
+    is_local: Array | None
+    weights: dict[str, Array]
+
+
+Attend = Callable[[LayerAt, Array, Array, Array, Any], tuple[Array, Any]]
+"""Attention of a layer: of its queries `[B, T, N, H]`, keys and values `[B, T, K, H]`, after RoPE,
+and the state of the layer before, makes `[B, T, N * H]`, in the queries' dtype, and a state."""
+
+Product = Callable[[LayerAt, Array, str], Array]
+"""A product of `[..., in]` with the layer's matrix of a name, float32 or in the model's dtype."""
+
+Note = Callable[[str, Array], None]
+"""Told of an intermediate, by name, while the model is traced."""
 
 
 def _unnoted(name: str, value: Array) -> None:
     """Nobody looks: the program that is compiled has nothing of it."""
+
+
+def _noting(summary: Callable[[Array], Any] | None, seen: dict[str, Any]) -> Note:
+    """Keeps summaries in `seen`, where there are any to make."""
+    if (made := summary) is None:
+        return _unnoted
+    return lambda name, value: seen.update({name: made(value)})
 
 
 def rms_norm(x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
@@ -340,88 +380,159 @@ class Transformer(nnx.Module):
         last_only: bool,
         summary: Callable[[Array], Any] | None = None,
     ) -> tuple[Array, KVCache, dict[str, Any]]:
-        c = self.config
-
-        def noting(seen: dict[str, Any]) -> _Note:
-            """Keeps summaries in `seen`, where there are any to make."""
-            if (made := summary) is None:
-                return _unnoted
-            return lambda name, value: seen.update({name: made(value)})
-
-        _, count = tokens.shape
+        count = tokens.shape[1]
         lengths = cache.lengths + (count if num_tokens is None else num_tokens)
         positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, T]
-        slots = jnp.arange(cache.capacity)
-        visible = slots <= positions[..., None]  # [B, T, S]
-        inv_freq = inverse_frequencies(c)
-        local_inv_freq = inverse_frequencies(c, local=True)
-        x = self.embed[...][tokens].astype(jnp.float32)  # [B, T, D]
-        if c.embed_scale != 1:
-            # transformers rounds Gemma's sqrt(D) so (Gemma3TextScaledWordEmbedding: 55.43
-            # becomes 55.5); Granite's multiplier it does not round, and need not: 12.
-            x = x * jnp.asarray(c.embed_scale, self.dtype).astype(jnp.float32)
-
-        def layer(carry, per_layer):
-            x, k, v, index = carry
-            weights, is_local = per_layer
-            seen, frequencies = visible, inv_freq
-            if c.window is not None:
-                # Position p sees the window's positions p - window + 1 to p.
-                near = slots > positions[..., None] - c.window
-                seen = visible & (near | ~is_local)
-                if c.rope_theta_local is not None:
-                    frequencies = jnp.where(is_local, local_inv_freq, inv_freq)
-            notes: dict[str, Any] = {}
-            where = index, positions, seen, frequencies
-            x, k, v = self._layer(weights, x, k, v, *where, noting(notes))
-            return (x, k, v, index + 1), notes
-
-        stacked = {
-            name: param[...]
-            for name, param in vars(self.layers).items()
-            if isinstance(param, nnx.Param)
-        }
-        is_local = None if c.window is None else jnp.array(c.local_layers)  # [L]
-        carry = (x, cache.k, cache.v, jnp.int32(0))
-        (x, k, v, _), notes = lax.scan(layer, carry, (stacked, is_local))
-        note = noting(notes)
+        attend = self.attention_over(cache, positions)
+        x = self.embedded(tokens)
+        x, (k, v), notes = self.run_layers(x, positions, attend, (cache.k, cache.v), summary)
+        note = _noting(summary, notes)
         if last_only:
             last = jnp.maximum(lengths - cache.lengths - 1, 0)[:, None]  # [B, 1]
             x = jnp.take_along_axis(x, last[..., None], axis=1)  # [B, 1, D]
             positions = jnp.take_along_axis(positions, last, axis=1)
-        x = self._norm(x, self.final_norm[...])
-        note("final_norm", x)
-        head = {"head": self.head_weight}
-        if c.weights.head is not None:
-            head["head_scale"] = vars(self)["head_scale"][...]
-        logits = self._product(x, head, "head")
-        if c.logit_scale != 1:
-            logits = logits * c.logit_scale
-        logits = capped(logits, c.logit_softcap)
-        note("logits", logits)
+        logits = self.logits_of(x, note)
         fits = positions < cache.capacity
         logits = jnp.where(fits[..., None], logits, jnp.nan)
         logits = logits[:, 0] if last_only else logits
         cache = KVCache(k=k, v=v, lengths=lengths, counters=cache.counters)
         return logits, cache, notes
 
-    def _layer(
-        self,
-        w: dict[str, Array],
-        x: Array,
-        k_cache: Array,
-        v_cache: Array,
-        index: Array,
-        positions: Array,
-        visible: Array,
-        inv_freq: Array | np.ndarray,
-        note: _Note = _unnoted,
-    ) -> tuple[Array, Array, Array]:
+    def attention_over(self, cache: KVCache, positions: Array) -> Attend:
+        """The reference's attention: all scores of a layer at once.
+
+        Its state is the pair of the cache's keys and values.
+
+        Args:
+            cache: the cache, whose capacity counts.
+            positions: int32 `[B, T]`, of the queries.
+        """
         c = self.config
+        slots = jnp.arange(cache.capacity)
+        visible = slots <= positions[..., None]  # [B, T, S]
+        rows = jnp.arange(cache.batch)[:, None]
+
+        def attend(at: LayerAt, q: Array, k: Array, v: Array, caches: Any) -> tuple[Array, Any]:
+            k_cache, v_cache = caches
+            # A position past the capacity is dropped, never wrapped onto another.
+            k_cache = k_cache.at[at.number, rows, :, positions].set(k, mode="drop")
+            v_cache = v_cache.at[at.number, rows, :, positions].set(v, mode="drop")
+            k_all = lax.dynamic_index_in_dim(k_cache, at.number, keepdims=False)
+            v_all = lax.dynamic_index_in_dim(v_cache, at.number, keepdims=False)
+            seen = visible
+            if at.is_local is not None and c.window is not None:
+                # Position p sees the window's positions p - window + 1 to p.
+                near = slots > positions[..., None] - c.window
+                seen = visible & (near | ~at.is_local)
+            attended = _attend(q, k_all, v_all, seen, c.attn_scale, c.attn_softcap)
+            return attended, (k_cache, v_cache)
+
+        return attend
+
+    def embedded(self, tokens: Array) -> Array:
+        """What the first layer is given, float32 `[B, T, D]`, of tokens int `[B, T]`."""
+        x = self.embed[...][tokens].astype(jnp.float32)
+        if self.config.embed_scale != 1:
+            # transformers rounds Gemma's sqrt(D) so (Gemma3TextScaledWordEmbedding: 55.43
+            # becomes 55.5); Granite's multiplier it does not round, and need not: 12.
+            x = x * jnp.asarray(self.config.embed_scale, self.dtype).astype(jnp.float32)
+        return x
+
+    def run_layers(
+        self,
+        x: Array,
+        positions: Array,
+        attend: Attend,
+        state: Any,
+        summary: Callable[[Array], Any] | None = None,
+        product: Product | None = None,
+    ) -> tuple[Array, Any, dict[str, Any]]:
+        """All layers, whoever attends and multiplies: `ffjax.prefill` does in ways of its own.
+
+        Args:
+            x: float32 `[B, T, D]`.
+            positions: int32 `[B, T]`.
+            attend: attention, which keeps keys and values in a state of its own.
+            state: what the first layer's `attend` is given.
+            summary: see `observe`; or None.
+            product: products with the layers' matrices; None: the reference's.
+
+        Returns:
+            float32 `[B, T, D]`, the last layer's state, and the summaries.
+        """
+        c = self.config
+        inv_freq = inverse_frequencies(c)
+        local_inv_freq = inverse_frequencies(c, local=True)
+
+        def layer(carry, per_layer):
+            x, state, index = carry
+            weights, is_local = per_layer
+            frequencies = inv_freq
+            if c.window is not None and c.rope_theta_local is not None:
+                frequencies = jnp.where(is_local, local_inv_freq, inv_freq)
+            notes: dict[str, Any] = {}
+            at = LayerAt(index, is_local, weights)
+            how = frequencies, attend, state, product, _noting(summary, notes)
+            x, state = self.layer(at, x, positions, *how)
+            return (x, state, index + 1), notes
+
+        is_local = None if c.window is None else jnp.array(c.local_layers)  # [L]
+        carry = (x, state, jnp.int32(0))
+        (x, state, _), notes = lax.scan(layer, carry, (self.stacked_weights(), is_local))
+        return x, state, notes
+
+    def stacked_weights(self) -> dict[str, Array]:
+        """The arrays of all layers, by their names in `Layers`."""
+        named = vars(self.layers).items()
+        return {name: param[...] for name, param in named if isinstance(param, nnx.Param)}
+
+    def logits_of(self, x: Array, note: Note = _unnoted) -> Array:
+        """Logits float32 `[..., V]` of what the last layer returns, float32 `[..., D]`."""
+        c = self.config
+        x = self._norm(x, self.final_norm[...])
+        note("final_norm", x)
+        head = {"head": self.head_weight}
+        if c.weights.head is not None:
+            head["head_scale"] = vars(self)["head_scale"][...]
+        logits = self._multiplied(x, head, "head")
+        if c.logit_scale != 1:
+            logits = logits * c.logit_scale
+        logits = capped(logits, c.logit_softcap)
+        note("logits", logits)
+        return logits
+
+    def layer(
+        self,
+        at: LayerAt,
+        x: Array,
+        positions: Array,
+        inv_freq: Array | np.ndarray,
+        attend: Attend,
+        state: Any,
+        product: Product | None = None,
+        note: Note = _unnoted,
+    ) -> tuple[Array, Any]:
+        """One layer of `run_layers`, which says what the arguments are.
+
+        Args:
+            at: which layer.
+            x: float32 `[B, T, D]`.
+            positions: int32 `[B, T]`.
+            inv_freq: RoPE's frequencies, float32 `[H/2]`.
+            attend: attention.
+            state: of the layer before.
+            product: products.
+            note: told of each of `LAYER_TENSORS`.
+
+        Returns:
+            float32 `[B, T, D]`, and the state.
+        """
+        c, w = self.config, at.weights
+        product = self._product if product is None else product
         batch, count, _ = x.shape
         note("residual_in", x)
         h = self._norm(x, w["attn_norm"]) if c.pre_norm else x
-        qkv = self._product(h, w, "qkv")
+        qkv = product(at, h, "qkv")
         if c.qkv_bias:
             qkv = qkv + w["qkv_bias"].astype(jnp.float32)
         qkv = qkv.astype(self.dtype).reshape(batch, count, -1, c.head_dim)
@@ -432,29 +543,26 @@ class Transformer(nnx.Module):
         k = apply_rope(k, positions, inv_freq).astype(self.dtype)
         for name, heads in (("q", q), ("k", k), ("v", v)):
             note(name, heads)
-        rows = jnp.arange(batch)[:, None]
-        # A position past the capacity is dropped, never wrapped onto another.
-        k_cache = k_cache.at[index, rows, :, positions].set(k, mode="drop")
-        v_cache = v_cache.at[index, rows, :, positions].set(v, mode="drop")
-        k_all = lax.dynamic_index_in_dim(k_cache, index, keepdims=False)
-        v_all = lax.dynamic_index_in_dim(v_cache, index, keepdims=False)
-        attended = _attend(q, k_all, v_all, visible, c.attn_scale, c.attn_softcap)
-        attn_out = self._product(attended, w, "attn_out").astype(self.dtype)
+        attended, state = attend(at, q, k, v, state)
+        attn_out = product(at, attended, "attn_out").astype(self.dtype)
         note("attended", attended)
         note("attention_out", attn_out)
         x = self._add(x, attn_out, w.get("attn_post_norm"))
         note("residual_mid", x)
         h = self._norm(x, w["mlp_norm"]) if c.pre_norm else x
-        gate, up = jnp.split(self._product(h, w, "gate_up").astype(self.dtype), 2, axis=-1)
+        gate, up = jnp.split(product(at, h, "gate_up").astype(self.dtype), 2, axis=-1)
         hidden = gated(gate, up, c.activation)
-        down = self._product(hidden, w, "down").astype(self.dtype)
+        down = product(at, hidden, "down").astype(self.dtype)
         x = self._add(x, down, w.get("mlp_post_norm"))
         for name, value in (("hidden", hidden), ("ffw_out", down), ("residual_out", x)):
             note(name, value)
-        return x, k_cache, v_cache
+        return x, state
 
-    def _product(self, x: Array, w: dict[str, Array], name: str) -> Array:
-        """`x[..., in]` times a matrix of `w`, whatever its format: float32 `[..., out]`."""
+    def _product(self, at: LayerAt, x: Array, name: str) -> Array:
+        """`x[..., in]` times a layer's matrix, whatever its format: float32 `[..., out]`."""
+        return self._multiplied(x, at.weights, name)
+
+    def _multiplied(self, x: Array, w: dict[str, Array], name: str) -> Array:
         scale, format = w.get(f"{name}_scale"), self.config.weights.quantized.get(name)
         return _linear(x, w[name], self.dtype, scale=scale, format=format)
 

@@ -9,28 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ffjax.seeds import keys_of, words_of
+from ffjax.seeds import keys_of, seed_words
 
-__all__ = ["sample", "sequence_keys", "step_keys"]
+__all__ = ["sample", "sequence_keys", "step_keys", "words_of"]
 
 
-def sequence_keys(seed: int | Sequence[int], batch: int) -> Array:
+def words_of(seed: int | Sequence[int]) -> np.ndarray:
+    """The bits of the seeds of a call: uint32 `[2]` of one, `[B, 2]` of one a sequence."""
+    return seed_words(seed) if isinstance(seed, int) else np.stack([*map(seed_words, seed)])
+
+
+def sequence_keys(words: Array | np.ndarray, batch: int) -> Array:
     """One random key a sequence, typed key array `[B]`.
 
     Args:
-        seed: one seed for the call, 0 to 2^64 - 1, from which sequence b gets the b-th key; or
-            one a sequence. A sequence with a seed of its own draws the same
-            tokens in whatever batch it is.
+        words: of one seed for the call, uint32 `[2]`, from which sequence b gets the b-th key; or
+            of one a sequence, `[B, 2]`. A sequence with a seed of its own draws the same
+            tokens in whatever batch it is. From `words_of`.
         batch: B.
     """
-    if isinstance(seed, int):
-        return _folded(words_of([seed] * batch), np.arange(batch))
-    return _folded(words_of(seed), np.zeros(batch, np.int64))
-
-
-@jax.jit  # one program, where each operation would be one of its own
-def _folded(words: Array, data: Array) -> Array:
-    return jax.vmap(jax.random.fold_in)(keys_of(words), data)
+    if words.ndim == 1:
+        return jax.vmap(jax.random.fold_in, (None, 0))(keys_of(words), jnp.arange(batch))
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_of(words), 0)
 
 
 def step_keys(keys: Array, index: Array | int) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["MAX_SEED", "checked_seed", "key_of", "keys_of", "words_of"]
+__all__ = ["MAX_SEED", "checked_seed", "key_of", "keys_of", "seed_words"]
 
 MAX_SEED = 2**64 - 1
 """The largest seed: a key has 64 bits, and every seed is another key."""
@@ -35,27 +34,32 @@ def checked_seed(seed: Any) -> int:
     return number
 
 
-def words_of(seeds: Sequence[int]) -> np.ndarray:
-    """The two words of each seed's key, uint32 `[n, 2]`: on the host, where nothing is compiled."""
-    return np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32)
+def seed_words(seed: int) -> np.ndarray:
+    """A seed's 64 bits, uint32 `[2]`, the high ones first.
+
+    Args:
+        seed: from 0 to `MAX_SEED`.
+    """
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
 def keys_of(words: Array | np.ndarray) -> Array:
-    """The typed keys of words, `[..., 2]`. Inside a program, or outside.
+    """The typed keys of seeds.
 
-    The generator is Threefry, whatever `jax_default_prng_impl` says: with another one, what a
-    sequence draws may depend on those beside it.
+    Up to 2^32 - 1 a seed's is what `jax.random.key(seed)` gives where JAX is not configured
+    otherwise; beyond, what it gives with 64-bit types. The generator is Threefry, whatever
+    `jax_default_prng_impl` says: with another one, what a sequence draws may depend on those
+    beside it.
+
+    Args:
+        words: uint32 `[..., 2]`, from `seed_words`.
+
+    Returns:
+        Typed keys `[...]`.
     """
     return jax.random.wrap_key_data(jnp.asarray(words), impl=_GENERATOR)
 
 
 def key_of(seed: int) -> Array:
-    """The typed key of a seed.
-
-    Up to 2^32 - 1 it is what `jax.random.key(seed)` gives where JAX is not configured otherwise;
-    beyond, what it gives with 64-bit types.
-
-    Args:
-        seed: from 0 to `MAX_SEED`.
-    """
-    return keys_of(words_of([seed])[0])
+    """The typed key of one seed, from 0 to `MAX_SEED`: see `keys_of`."""
+    return keys_of(seed_words(seed))

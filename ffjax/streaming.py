@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from ffjax.decode import Implementation
 from ffjax.generation import GenerateOutput, Replies, blocks_for
 from ffjax.loop import Loop
 from ffjax.model import Transformer
+from ffjax.prefill.choice import Prefill
 from ffjax.requests import Request
 
 __all__ = ["Stream", "stream"]
@@ -33,11 +34,12 @@ class Stream(Iterator[list[int | None]]):
         """Made by `stream`."""
         self._replies = Replies(request)
         self._implementation: Implementation = loop.implementation
+        self._prefill: Prefill = loop.prefill_implementation
         self._compile_seconds = loop.compile_seconds
         self._steps = 0
         self._prefill_seconds = 0.0
         self._decode_seconds = 0.0
-        self._rows = self._run(loop, blocks_for(request))
+        self._rows: Generator[list[int | None], None, None] = self._run(loop, blocks_for(request))
 
     def __iter__(self) -> Stream:
         """The stream is its own iterator: it can be run through once."""
@@ -71,36 +73,29 @@ class Stream(Iterator[list[int | None]]):
             tokens=[list(row) for row in self._replies.tokens],
             finish_reasons=list(self._replies.finish_reasons),
             implementation=self._implementation,
+            prefill=self._prefill,
             steps=self._steps,
             compile_seconds=self._compile_seconds,
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._decode_seconds,
         )
 
-    def _run(self, loop: Loop, blocks: int):
+    def _run(self, loop: Loop, blocks: int) -> Generator[list[int | None], None, None]:
         replies = self._replies
         start = time.perf_counter()
         first = loop.prefill()
-        # The device always has its next block before the last one is read. The order of a single
-        # block does not wait for the prefill: see `loop.Loop.decode`.
-        ahead = loop.decode(1) if blocks > 0 else None
-        first = jax.device_get(first)
+        # The device has its first steps before the prefill's token is read, and its next ones
+        # before the reader is given the last.
+        rows = loop.rows(blocks)
+        first = jax.device_get(first).tolist()
         prefilled = time.perf_counter()
         self._prefill_seconds = prefilled - start
-        yield replies.add(first.tolist(), loop.fault)
-        for block in range(1, blocks + 1):
-            if replies.finished or ahead is None:
-                return
-            made, index = ahead
-            ahead = loop.decode(1) if block < blocks else None
-            rows = jax.device_get(made)[: int(jax.device_get(index)) - 1 - self._steps]
-            self._steps += len(rows)
-            for row in rows:
-                if replies.finished:
-                    return
-                taken = replies.add(row.tolist(), loop.fault)
-                self._decode_seconds = time.perf_counter() - prefilled
-                yield taken
+        yield replies.add(first, loop.fault)
+        while not replies.finished and (row := next(rows, None)) is not None:
+            self._steps = loop.steps
+            taken = replies.add(row, loop.fault)
+            self._decode_seconds = time.perf_counter() - prefilled
+            yield taken
 
 
 def stream(
@@ -113,6 +108,7 @@ def stream(
     stop_token: int | Sequence[int] | None = None,
     capacity: int | None = None,
     implementation: Implementation | None = None,
+    prefill: Prefill | None = None,
 ) -> Stream:
     """Continues each prompt, token by token: `generate` as an iterator.
 
@@ -128,6 +124,7 @@ def stream(
         stop_token: as in `ffjax.generate`.
         capacity: as in `ffjax.generate`.
         implementation: as in `ffjax.generate`.
+        prefill: as in `ffjax.generate`.
 
     Returns:
         An iterator over lists of B entries: a sequence's next token, or None once it has
@@ -142,4 +139,4 @@ def stream(
     request = Request.checked(
         model.config, prompts, max_new_tokens, temperature, seed, stop_token, capacity
     )
-    return Stream(Loop(model, request, implementation, max_blocks=1), request)
+    return Stream(Loop(model, request, implementation, prefill), request)

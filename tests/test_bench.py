@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench_cases import CONFIG, FAMILY, PNG
 from decode_cases import filled_cache, random_tokens
 from numerics import TOLERANCES, assert_close, assert_same_choice, relative_error
 
@@ -27,55 +28,21 @@ from ffjax.benchmark.baseline import LayerCaches, baseline_step, split_cache
 from ffjax.benchmark.check import Check, Difference, compare, follow, observe
 from ffjax.benchmark.contenders import Contender, baseline, implementation
 from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, started_cache
+from ffjax.benchmark.machine import Machine
 from ffjax.benchmark.plot import draw
 from ffjax.benchmark.report import as_data, as_text
 from ffjax.benchmark.suite import Point, Report, Sweep, Traffic
 from ffjax.benchmark.timing import DecodeLoop, Timing, time_loops
 from ffjax.cli import main
-from ffjax.config import PRESETS, ModelConfig
+from ffjax.config import PRESETS
 from ffjax.decode import DecodeOutput, reference_step
 from ffjax.model import Transformer
 from pallas_kernels.compile import why_no_compiler
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-# No two sizes are the same, and none of its arrays but stacked ones has a size of 3.
-CONFIG = ModelConfig(
-    name="tiny",
-    vocab_size=101,
-    num_layers=3,
-    model_dim=48,
-    ffw_dim=80,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    norm_eps=1e-2,
-    max_context=300,
-)
-# Nothing in it is as in Llama; the cache of its local layer is a ring of 256 slots.
-FAMILY = dataclasses.replace(
-    CONFIG,
-    name="tiny-family",
-    norm_offset=1.0,
-    post_norm=True,
-    qk_norm="head",
-    qkv_bias=True,
-    activation="gelu_tanh",
-    embed_scale=2.0,
-    residual_scale=0.5,
-    attn_scale=0.5,
-    logit_scale=0.5,
-    attn_softcap=3.0,
-    logit_softcap=2.0,
-    window=7,
-    window_pattern=(True, False),
-    rope_theta_local=100.0,
-    tied_embeddings=True,
-    max_context=500,
-)
 CAPACITY = 24
 EQUAL = Difference(0.0, 0.0, 1.0, 1, 0.0)
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
@@ -669,9 +636,7 @@ def _report(*points: Point) -> Report:
     sweep = Sweep(config=CONFIG, batches=(4,), positions=(96,), steps=2, baseline=True)
     return Report(
         sweep=sweep,
-        device="Abacus",
-        platform="wood",
-        versions={"jax": "1", "ffjax": "2"},
+        machine=Machine("Abacus", "wood", {"jax": "1", "ffjax": "2"}),
         bandwidth=Bandwidth(8_000_000, (0.002,) * 7),
         points=points,
     )

@@ -15,10 +15,11 @@ from flax import nnx
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig, preset
 from ffjax.generation import generate
-from ffjax.loop import BLOCK, Loop, chunk_sizes
+from ffjax.loop import BLOCK, Loop
 from ffjax.model import Transformer
+from ffjax.prefill.padded import chunk_sizes
 from ffjax.requests import Request
-from ffjax.sampling import sample, sequence_keys, step_keys
+from ffjax.sampling import sample, sequence_keys, step_keys, words_of
 from ffjax.streaming import stream
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -48,7 +49,7 @@ def model() -> Transformer:
 
 def _without_cache(model, prompt, count, temperature=0.0, seed=0):
     """Feeds the whole sequence again for every token."""
-    key = sequence_keys((seed,), 1)
+    key = sequence_keys(words_of((seed,)), 1)
     width = len(prompt) + count  # one shape, one compilation
     forward = nnx.jit(lambda model, tokens: model(tokens))
     tokens = list(prompt)
@@ -244,19 +245,19 @@ def test_the_stream_orders_the_next_block_before_it_reads_the_last(model, monkey
     events = []
     decode = Loop.decode
 
-    def watched(self, blocks):
-        made, index = decode(self, blocks)
+    def watched(self):
         events.append("order")
-        return _Watched(made, events), index
+        return _Watched(decode(self), events)
 
     monkeypatch.setattr(Loop, "decode", watched)
-    steps = stream(model, SHORT, 3 * BLOCK + 1)
+    steps = stream(model, SHORT, 4 * BLOCK + 1)
     next(steps)
-    assert events == ["order"]  # the first token comes while the first block runs
+    assert events == ["order"] * 2  # the first token comes while the first block runs
     next(steps)
-    assert events == ["order", "order", "read"]
-    assert len(list(steps)) == 3 * BLOCK - 1
-    assert events == ["order", "order", "read", "order", "read", "read"]
+    # And the third is ordered before the reader has the first one's tokens.
+    assert events == ["order"] * 2 + ["read", "order"]
+    assert len(list(steps)) == 4 * BLOCK - 1
+    assert events == ["order"] * 2 + ["read", "order"] * 2 + ["read"] * 2
 
 
 def test_breaking_off_a_stream_keeps_what_came_and_harms_nothing(model):
@@ -289,11 +290,11 @@ def test_ctrl_c_inside_a_stream_ends_it_and_leaves_the_model_whole(model, monkey
     decode = Loop.decode
     calls = []
 
-    def interrupted(self, blocks):
-        calls.append(blocks)
-        if len(calls) == 3:
+    def interrupted(self):
+        calls.append(self)
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return decode(self, blocks)
+        return decode(self)
 
     monkeypatch.setattr(Loop, "decode", interrupted)
     steps = stream(model, SHORT, 4 * BLOCK)
@@ -307,8 +308,10 @@ def test_ctrl_c_inside_a_stream_ends_it_and_leaves_the_model_whole(model, monkey
     assert [row[0] for row in stream(model, SHORT, 4 * BLOCK)] == whole
 
 
-@pytest.mark.parametrize("run", [generate, lambda *args, **kw: list(stream(*args, **kw))])
-def test_like_requests_compile_once(model, run):
+@pytest.mark.parametrize(
+    ("run", "others"), [(generate, 3), (lambda *args, **kw: list(stream(*args, **kw)), 4)]
+)
+def test_like_requests_compile_once(model, run, others):
     def ask(prompt, count, temperature, seed, stop):
         run(model, [prompt], count, temperature=temperature, seed=seed, stop_token=stop)
 
@@ -319,22 +322,21 @@ def test_like_requests_compile_once(model, run):
         ask(LONG[:290], 40, 0.5, 3, range(20))
     assert compiled == []
     with _compilations() as compiled:
-        run(model, [SHORT] * 3, 9, temperature=1.0)  # another batch: the counter does count
+        run(model, [SHORT] * others, 9, temperature=1.0)  # another batch: the counter does count
     assert compiled
 
 
 @pytest.mark.parametrize("committed", [False, True])
-@pytest.mark.parametrize("max_blocks", [None, 1])
-def test_all_is_compiled_before_the_clock_starts(model, committed, max_blocks):
+def test_all_is_compiled_before_the_clock_starts(model, committed):
     if committed:  # as a model is that was loaded
         graph, state = nnx.split(model)
         model = nnx.merge(graph, jax.device_put(state, jax.devices()[0]))
     request = Request.checked(CONFIG, [LONG] * 2, 20, 0.0, 0, None, None)
-    loop = Loop(model, request, None, max_blocks=max_blocks)
+    loop = Loop(model, request)
     with _compilations() as compiled:
         loop.prefill()
-        loop.decode(1)
-        loop.decode(1)
+        loop.decode()
+        loop.decode()
     assert compiled == []
 
 
@@ -479,6 +481,7 @@ def test_prefill_and_decode_update_the_cache_in_place(model):
     loop = Loop(model, request, None)
     pointers = {array.unsafe_buffer_pointer() for array in (loop._cache.k, loop._cache.v)}
     loop.prefill()
-    loop.decode(2)
+    loop.decode()
+    loop.decode()
     now = {array.unsafe_buffer_pointer() for array in (loop._cache.k, loop._cache.v)}
     assert now == pointers

@@ -22,7 +22,7 @@ from reference_cases import (
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.model import Transformer, gated, rms_norm
+from ffjax.model import LayerAt, Transformer, gated, rms_norm
 from ffjax.rope import inverse_frequencies
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -72,21 +72,16 @@ def empty_cache(model, capacity: int = CAPACITY, fill: float = 0.0) -> KVCache:
 def one_layer(model, index, x):
     """Layer `index` over `x` `[B, T, D]`: the stream behind it, keys, values `[B, T, K, H]`."""
     batch, count, _ = x.shape
-    weights = {
-        name: param[...][index]
-        for name, param in vars(model.layers).items()
-        if isinstance(param, nnx.Param)
-    }
     c = model.config
+    weights = {name: stacked[index] for name, stacked in model.stacked_weights().items()}
     positions = jnp.broadcast_to(jnp.arange(count), (batch, count))
-    behind = positions[..., None] - jnp.arange(count)  # how far each slot lies behind its query
     local = jnp.array(c.local_layers)[index]
-    reach = jnp.where(local, c.window or count, count)
-    visible = (behind >= 0) & (behind < reach)
+    at = LayerAt(index, None if c.window is None else local, weights)
     cache = empty_cache(model, count, jnp.nan)
     frequencies = jnp.where(local, inverse_frequencies(c, local=True), inverse_frequencies(c))
-    out, k, v = model._layer(weights, x, cache.k, cache.v, index, positions, visible, frequencies)
-    return out, *(jnp.swapaxes(kept[index], 1, 2) for kept in (k, v))
+    attend, caches = model.attention_over(cache, positions), (cache.k, cache.v)
+    x, (k, v) = model.layer(at, x, positions, frequencies, attend, caches)
+    return x, *(jnp.swapaxes(kept[index], 1, 2) for kept in (k, v))
 
 
 @every_dtype

@@ -19,8 +19,9 @@ from ffjax.cache import KVCache
 from ffjax.cli import main
 from ffjax.decode import decode_step, fused_step, step_fault
 from ffjax.generation import generate
-from ffjax.loop import BLOCK, NOT_FINITE, Loop, _marked
+from ffjax.loop import BLOCK, NOT_FINITE, Loop
 from ffjax.model import Transformer
+from ffjax.prefill.first import marked as mark
 from ffjax.streaming import stream
 from ffjax.tokenizer import ByteTokenizer
 from pallas_kernels.gpu import INTERPRETER
@@ -158,7 +159,7 @@ def test_a_steps_token_is_marked_whoever_chose_it(step):
     @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
     def run(params):
         out = step(nnx.merge(graph, params), cache, tokens)
-        return out.token, _marked(out.logits, out.token)
+        return out.token, mark(out.logits, out.token)
 
     plain, marked = run(params)
     assert plain.tolist() == marked.tolist()

@@ -6,10 +6,12 @@ import os
 import sys
 
 import jax
+import numpy as np
 import pytest
 from decode_cases import dims_of
 from ptx_inline import lower_for_gpu
 from sanitize import command, findings, sanitizer
+from sanitize.apart import plan_apart, put_apart
 from sanitize.cases import CASES, Case
 from sanitize.findings import Explanation, Finding, findings_in
 from sanitize.planted import PLANTED, plant
@@ -17,7 +19,8 @@ from stream_cases import H200
 
 from ffjax.cache import KVCache
 from pallas_kernels.launch import StepState
-from pallas_kernels.stream import launch
+from pallas_kernels.stream import launch, product
+from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan
 
@@ -43,6 +46,11 @@ RACECHECK = """\
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
+# Of one write, with two reads.
+SEVERAL = RACECHECK.replace(
+    "[508 hazards]\n",
+    "[508 hazards]\n=========     and Read access at ffjax_decode_step+0x2f0 [4 hazards]\n",
+)
 CLEAN = "========= COMPUTE-SANITIZER\nsteps taken\n========= ERROR SUMMARY: 0 errors\n"
 
 # Takes the place of NVIDIA's program: it writes down how it was called, and says what the folder
@@ -54,10 +62,11 @@ if sys.argv[1] == "--help":
     print("Version 2099.1 --tool arg --port arg --padding arg --print-limit arg")
     sys.exit()
 folder = pathlib.Path(__file__).parent
-words = sys.argv[1:]
+words = [word for word in sys.argv[1:] if word != "apart"]
 with open(folder / "calls", "a") as calls:
     allocator = os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"]
-    print(json.dumps({{"words": words, "allocator": allocator}}), file=calls)
+    apart = "apart" in sys.argv
+    print(json.dumps({{"words": words, "allocator": allocator, "apart": apart}}), file=calls)
 said = folder / f"{{words[1]}} {{words[-1]}}"
 print(said.read_text() if said.exists() else (folder / "else").read_text())
 """
@@ -91,6 +100,7 @@ def test_every_tool_watches_every_case(fake, capsys):
     }
     assert len(asked) == len(sanitizer.TOOLS) * len(CASES)
     assert {call["allocator"] for call in asked} == {"platform"}
+    assert {call["words"][1] for call in asked if call["apart"]} == {"racecheck"}
     assert {"--padding" in call["words"] for call in asked} == {True, False}
     # What this version has not is not asked for.
     assert not any("--num-cuda-barriers" in call["words"] for call in asked)
@@ -104,7 +114,7 @@ def test_every_tool_watches_every_case(fake, capsys):
 
 def test_a_finding_is_printed_and_fails(fake, capsys):
     (fake.parent / "racecheck int8, 3").write_text(RACECHECK)
-    assert run(fake, "--only", "int8", "--tool", "racecheck") == 1
+    assert run(fake, "--only", "^int8", "--tool", "racecheck") == 1
     out = capsys.readouterr().out
     assert "int8, 3, racecheck\n  1 times: Error: Race reported between Write access" in out
     assert "1 FOUND" in out
@@ -115,9 +125,9 @@ def test_an_explained_finding_does_not(fake, capsys, monkeypatch):
     (fake.parent / "racecheck int8, 3").write_text(RACECHECK)
     why = Explanation("racecheck", "int8, .", r"\+0x90.*\+0x100", "They are not the same words.")
     monkeypatch.setattr(findings, "EXPLAINED", (why,))
-    assert run(fake, "--only", "int8", "--tool", "racecheck") == 1  # no "steps taken"
+    assert run(fake, "--only", "^int8", "--tool", "racecheck") == 1  # no "steps taken"
     (fake.parent / "racecheck int8, 3").write_text(f"{RACECHECK}steps taken\n")
-    assert run(fake, "--only", "int8", "--tool", "racecheck") == 0
+    assert run(fake, "--only", "^int8", "--tool", "racecheck") == 0
     out = capsys.readouterr().out
     assert "explained. They are not the same words." in out
     assert "1 explained" in out
@@ -190,6 +200,18 @@ def test_planted_errors_must_be_found_by_their_tools(fake, capsys):
                 )
             ],
         ),
+        (
+            SEVERAL,
+            [
+                Finding(
+                    "Error: Race reported between Write access at ffjax_decode_step+0x90 "
+                    f"and Read access at ffjax_decode_step+{read}",
+                    "",
+                    1,
+                )
+                for read in ("0x100", "0x2f0")
+            ],
+        ),
         (CLEAN, []),
         ("no word of the tool's", []),
     ],
@@ -231,6 +253,10 @@ def test_the_cases_are_of_every_kind():
     plans = {name: plan_of(case) for name, case in streamed.items()}
     split = {name for name, plan in plans.items() if plan.segments[Segment.DOWN].splits > 1}
     assert split == {name for name in streamed if name.startswith("split")}
+    boxed = {name for name, plan in plans.items() if plan.box is not None}
+    assert boxed == {name for name in streamed if "boxes" in name}
+    # Somewhere the ring comes round.
+    assert any(plan.total_tiles > plan.slots for plan in plans.values())
     for name, case in CASES.items():
         assert (max(case.lengths) >= 512) == ("several spans" in name)
         assert max(case.lengths) + 3 <= case.capacity
@@ -259,3 +285,49 @@ def test_a_planted_error_is_planted(name):
 def test_an_error_that_changes_nothing_is_none():
     with pytest.raises(RuntimeError, match="changed no text"), plant("load"):
         pass
+
+
+def test_what_was_said_and_run_is_kept_where_asked(fake, tmp_path):
+    kept = tmp_path / "a" / "kept"
+    asked = ["--only", "olmo2", "--tool", "racecheck", "--keep", str(kept)]
+    assert run(fake, *asked, "--as-it-is") == 0
+    assert (kept / "olmo2, 1, racecheck.txt").read_text().startswith(CLEAN)
+    assert [call["apart"] for call in calls(fake)] == [False]
+
+
+STREAMED = [name for name, case in CASES.items() if case.kernel == "pallas_stream"]
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_nothing_is_read_beyond_a_slot_that_is_put_apart(name):
+    case = CASES[name]
+    dims = dims_of(case.config, len(case.lengths), case.capacity)
+    with put_apart():
+        plan = plan_apart(dims, H200)
+        at = SharedLayout.of(plan)
+    usual = SharedLayout.of(plan_of(case))
+    assert plan.slots >= 2
+    for segment, part in plan.segments.items():
+        span = plan.span(segment) * part.bits // 8
+        assert (part.rows - 1) * part.row_bytes + span <= plan.slot_bytes
+    assert at.sums - at.spare == 32 * (usual.sums - usual.spare)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_kernel_put_apart_is_lowered(name):
+    with put_apart():
+        lower(CASES[name])
+
+
+def test_spare_places_apart_are_each_threads_own():
+    case = CASES["bfloat16, 1"]
+    plan = plan_of(case)
+    part = plan.segments[Segment.QKV]
+    usual = np.asarray(product.place_aside(plan, part, 0, 1 << 20))
+    with put_apart():
+        apart = np.asarray(product.place_aside(plan, part, 0, 1 << 20))
+    spare = usual >= 1 << 20
+    assert (apart[~spare] == usual[~spare]).all()
+    assert len(set(apart[spare])) == spare.sum()
+    assert (np.diff(np.sort(apart[spare])) >= 4 * part.rows).all()
+    assert len(set(usual[spare])) == plan.num_warps

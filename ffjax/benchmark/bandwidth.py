@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from ffjax.benchmark.timing import Samples
 
 __all__ = ["Bandwidth", "default_bytes", "read_bandwidth"]
 
@@ -38,13 +39,12 @@ class Bandwidth:
     @property
     def bytes_per_second(self) -> float:
         """The median."""
-        return self.array_bytes / statistics.median(self.pass_seconds)
+        return self.array_bytes / Samples(self.pass_seconds).median
 
     @property
     def spread(self) -> float:
         """(slowest - fastest) / median."""
-        slowest, fastest = max(self.pass_seconds), min(self.pass_seconds)
-        return (slowest - fastest) / statistics.median(self.pass_seconds)
+        return Samples(self.pass_seconds).spread
 
 
 def default_bytes(device: Any) -> int:

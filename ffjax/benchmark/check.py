@@ -19,7 +19,11 @@ from ffjax.benchmark.contenders import Contender
 from ffjax.benchmark.timing import Step, rewind
 from ffjax.cache import KVCache
 
-__all__ = ["Check", "Difference", "Observed", "compare", "follow", "observe"]
+__all__ = ["WRONG", "Check", "Difference", "Observed", "compare", "follow", "observe"]
+
+# What is computed is wrong beyond this relative error; bfloat16 computations of real depth lie
+# 0.04 apart at most.
+WRONG = 0.1
 
 
 class Observed(NamedTuple):

@@ -7,16 +7,24 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from ffjax.benchmark.baseline import LayerCaches, baseline_step, split_cache, split_weights
 from ffjax.benchmark.timing import Step
 from ffjax.cache import KVCache
-from ffjax.decode import DecodeOutput, Implementation, decode_step
+from ffjax.config import ModelConfig
+from ffjax.decode import (
+    DecodeOutput,
+    Implementation,
+    choose_kernel,
+    decode_step,
+    why_not_fused_config,
+)
 from ffjax.model import Transformer
 
-__all__ = ["Contender", "ContenderName", "baseline", "contender", "implementation"]
+__all__ = ["Contender", "ContenderName", "baseline", "choose", "contender", "implementation"]
 
 ContenderName = Literal[Implementation, "baseline"]
 
@@ -35,6 +43,34 @@ class Contender:
     step: Step
     weights: Any
     adopt: Callable[[KVCache], Any]
+
+
+def choose(
+    config: ModelConfig, batch: int, capacity: int, named: Implementation | None
+) -> tuple[Implementation, str | None]:
+    """Which implementation of the bfloat16 step to time.
+
+    Args:
+        config: the model's.
+        batch: B.
+        capacity: S.
+        named: what was asked for, or None for the best that can run here.
+
+    Returns:
+        Its name; and, where that is the reference unasked, why, a sentence.
+
+    Raises:
+        NotImplementedError: the named implementation cannot run here.
+    """
+    if named == "xla":
+        return "xla", None
+    if named is not None:
+        reason = why_not_fused_config(config, jnp.bfloat16, batch, capacity, named)
+        if reason is not None:
+            raise NotImplementedError(reason)
+        return named, None
+    kernel, reason = choose_kernel(config, jnp.bfloat16, batch, capacity)
+    return ("xla", reason) if kernel is None else (kernel, None)
 
 
 def contender(model: Transformer, name: ContenderName) -> Contender:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -16,7 +18,7 @@ from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 from pallas_kernels.dims import ceil_div
 
-__all__ = ["capacity_for", "first_tokens", "random_model", "started_cache"]
+__all__ = ["capacity_for", "first_tokens", "random_model", "random_prompts", "started_cache"]
 
 # Capacities are multiples of this. XLA cuts a long sum over slots into up to 16 parts of a
 # multiple of 16 each, and copies the whole cache of a layer to pad it where that does not come
@@ -95,3 +97,9 @@ def _started_cache(
 def first_tokens(config: ModelConfig, batch: int, seed: int = 0) -> Array:
     """Random token ids to begin with, int32 `[B]`; the sequences of a batch differ."""
     return jax.random.randint(jax.random.key(seed), (batch,), 0, config.vocab_size, jnp.int32)
+
+
+def random_prompts(config: ModelConfig, lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:
+    """Prompts of random token ids, int32 `[n]` for each length n."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(config.vocab_size, size=n, dtype=np.int32) for n in lengths]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ffjax.benchmark.report import stored_as
 from ffjax.benchmark.suite import Point, Report
+from ffjax.benchmark.tables import stored_as
 
 __all__ = ["check_plot", "draw"]
 
@@ -50,7 +50,7 @@ def draw(report: Report, path: Path) -> None:
     _panel(by_batch, report, "batch", lambda p: p.batch, "position", lambda p: p.position)
     by_position.set_ylabel("µs a step")
     config = report.sweep.config
-    figure.suptitle(f"{config.name}, {stored_as(config)}, {report.device}")
+    figure.suptitle(f"{config.name}, {stored_as(config)}, {report.machine.device}")
     figure.savefig(path, format="png", dpi=150)
 
 

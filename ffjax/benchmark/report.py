@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ffjax.benchmark.suite import Point, Report
-from ffjax.benchmark.timing import Timing
-from ffjax.config import ModelConfig
-from ffjax.failures import without_advice
+from ffjax.benchmark.tables import (
+    finite,
+    origin_data,
+    origin_text,
+    reasons_text,
+    table,
+    timing_data,
+)
 
-__all__ = ["as_data", "as_text", "stored_as"]
+__all__ = ["as_data", "as_text"]
 
 
 def as_data(report: Report) -> dict[str, Any]:
@@ -20,12 +24,7 @@ def as_data(report: Report) -> dict[str, Any]:
     """
     bandwidth = report.bandwidth
     return {
-        "device": report.device,
-        "platform": report.platform,
-        "versions": report.versions,
-        "config": report.sweep.config.name,
-        "dtype": "bfloat16",
-        "quantized": str(report.sweep.config.weights) or None,
+        **origin_data(report.machine, report.sweep.config),
         "steps": report.sweep.steps,
         "repetitions": report.sweep.repetitions,
         "read_bandwidth": {
@@ -37,16 +36,6 @@ def as_data(report: Report) -> dict[str, Any]:
     }
 
 
-def _timing_data(timing: Timing) -> dict[str, Any]:
-    return {
-        "us_per_step": 1e6 * timing.step_seconds,
-        "fastest_us": 1e6 * timing.fastest_step_seconds,
-        "spread": timing.spread,
-        "repetitions_us": [1e6 * seconds / timing.steps for seconds in timing.loop_seconds],
-        "compile_seconds": timing.compile_seconds,
-    }
-
-
 def _point_data(report: Report, point: Point) -> dict[str, Any]:
     check, baseline = point.check, point.baseline
     return {
@@ -55,7 +44,7 @@ def _point_data(report: Report, point: Point) -> dict[str, Any]:
         "capacity": point.capacity,
         "implementation": point.implementation,
         "reason": point.reason,
-        **_timing_data(point.timing),
+        **timing_data(point.timing),
         "tokens_per_second": point.tokens_per_second,
         "weight_bytes": point.traffic.weight_bytes,
         "cache_bytes": point.traffic.cache_bytes,
@@ -63,7 +52,7 @@ def _point_data(report: Report, point: Point) -> dict[str, Any]:
         "tb_per_second": point.bytes_per_second / 1e12,
         "percent_of_read_bandwidth": 100 * report.fraction_of_bandwidth(point),
         "floor_us": 1e6 * report.floor_seconds(point),
-        "baseline": None if baseline is None else _timing_data(baseline),
+        "baseline": None if baseline is None else timing_data(baseline),
         "speedup": point.speedup,
         "correctness": {
             "steps": check.steps,
@@ -71,37 +60,25 @@ def _point_data(report: Report, point: Point) -> dict[str, Any]:
             "finite": check.finite,
             "repeats": check.repeats,
             "against": check.against,
-            "difference": {k: _finite(v) for k, v in check.difference._asdict().items()},
+            "difference": {k: finite(v) for k, v in check.difference._asdict().items()},
         },
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def stored_as(config: ModelConfig) -> str:
-    """How the weights are stored, as in "bfloat16" or "int8: qkv, down; the rest bfloat16"."""
-    return f"{config.weights}; the rest bfloat16" if config.weights.quantized else "bfloat16"
-
-
 def as_text(report: Report) -> str:
     """What was measured where and how, and a table in Markdown, a row a point."""
-    sweep, versions, bandwidth = report.sweep, report.versions, report.bandwidth
+    sweep, bandwidth = report.sweep, report.bandwidth
     lines = [
-        f"{sweep.config.name}, {stored_as(sweep.config)}, on {report.device} ({report.platform}); "
-        f"ffjax {versions['ffjax']}, JAX {versions['jax']}. "
+        f"{origin_text(report.machine, sweep.config)} "
         f"Median of {sweep.repetitions} loops of {sweep.steps} steps; spread is "
         "(slowest - fastest) / median.",
         f"Read bandwidth {bandwidth.bytes_per_second / 1e12:.3f} TB/s "
         f"(array of {bandwidth.array_bytes / 1e9:.2f} GB, spread {100 * bandwidth.spread:.1f}%).",
     ]
-    for reason in dict.fromkeys(point.reason for point in report.points):
-        if reason is not None:
-            lines.append(f"The reference, 'xla', is timed, because: {without_advice(reason)}")
+    lines += reasons_text(point.reason for point in report.points)
     lines += map(_how_checked, dict.fromkeys(point.check.against for point in report.points))
     rows = [_row(report, point) for point in report.points]
-    return "\n".join([*lines, "", *_table(rows)])
+    return "\n".join([*lines, "", *table(rows)])
 
 
 def _how_checked(against: str) -> str:
@@ -138,16 +115,3 @@ def _row(report: Report, point: Point) -> dict[str, str]:
     row["largest gap"] = f"{difference.largest_gap:.1e}"
     row["bit-equal"] = ("yes" if check.repeats else "NO") if check.finite else "NOT FINITE"
     return row
-
-
-def _table(rows: list[dict[str, str]]) -> list[str]:
-    """Lines of a Markdown table, aligned for reading as it is."""
-    names = list(rows[0])
-    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
-
-    def line(cells: list[str]) -> str:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join("-" * (width + 1) + ":" for width in widths)
-    return [line(names), f"|{rule}|", *(line(list(row.values())) for row in rows)]

@@ -4,39 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import statistics
 from collections.abc import Callable
-from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ffjax.benchmark.asked import MIN_REPETITIONS, check_asked, listed
 from ffjax.benchmark.bandwidth import Bandwidth, default_bytes, read_bandwidth
 from ffjax.benchmark.check import Check, compare, follow, observe
-from ffjax.benchmark.contenders import Contender, ContenderName, contender
+from ffjax.benchmark.contenders import Contender, ContenderName, choose, contender
 from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, started_cache
+from ffjax.benchmark.machine import Machine, check_memory
 from ffjax.benchmark.timing import DecodeLoop, Timing, rewind, time_loops
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
-from ffjax.decode import (
-    Implementation,
-    Kernel,
-    choose_kernel,
-    default_device,
-    why_not_fused_config,
-)
-from ffjax.dims import step_dims, unknown_groups
+from ffjax.decode import Implementation, default_device
+from ffjax.dims import step_dims
 from ffjax.model import Transformer
-from pallas_kernels.support import MAX_BATCH
 
-__all__ = ["MIN_REPETITIONS", "Point", "Report", "Sweep", "Traffic", "run", "traffic"]
+__all__ = ["Point", "Report", "Sweep", "Traffic", "run", "traffic"]
 
-# Fewer say little about the spread.
-MIN_REPETITIONS = 7
 # The logits of every step looked at are kept, float32 [steps, B, V], up to three times.
 _MAX_CHECKED_STEPS = 64
 
@@ -73,34 +63,15 @@ class Sweep:
 
     def __post_init__(self):
         limit = self.config.max_context
-        if (reason := unknown_groups(self.config)) is not None:  # nor are its bytes counted
-            raise NotImplementedError(reason)
-        if not self.batches or min(self.batches) < 1:
-            raise ValueError(f"A batch has at least 1 sequence, got {_listed(self.batches)}.")
+        check_asked(self.config, self.batches, self.steps, self.repetitions, self.implementation)
         if not self.positions or min(self.positions) < 0:
-            raise ValueError(f"A position is 0 or more, got {_listed(self.positions)}.")
-        if self.steps < 1:
-            raise ValueError(f"A loop has at least 1 step, got {self.steps}.")
-        if self.repetitions < MIN_REPETITIONS:
-            raise ValueError(
-                f"A median and its spread need at least {MIN_REPETITIONS} repetitions, "
-                f"got {self.repetitions}."
-            )
+            raise ValueError(f"A position is 0 or more, got {listed(self.positions)}.")
         if max(self.positions) + self.steps > limit:
             raise ValueError(
                 f"{self.steps} steps from position {max(self.positions)} on need "
                 f"{max(self.positions) + self.steps} positions; {self.config.name} was made for "
                 f"{limit}."
             )
-        if self.implementation in get_args(Kernel) and max(self.batches) > MAX_BATCH:
-            raise ValueError(
-                f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are "
-                f"{max(self.batches)}. Ask for smaller batches, or time the reference, 'xla'."
-            )
-
-
-def _listed(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers)) or "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,17 +142,13 @@ class Report:
 
     Attributes:
         sweep: what was asked for.
-        device: what the device calls itself.
-        platform: JAX's name of its kind.
-        versions: of jax, jaxlib, ffjax, and of the device's runtime.
+        machine: what it ran on.
         bandwidth: the device's read bandwidth, measured in the same run.
         points: in the order of batches, then positions.
     """
 
     sweep: Sweep
-    device: str
-    platform: str
-    versions: dict[str, str]
+    machine: Machine
     bandwidth: Bandwidth
     points: tuple[Point, ...]
 
@@ -221,8 +188,13 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
         ValueError: the device has too little memory.
     """
     device = default_device()
-    _check_memory(sweep, device)
-    chosen = {at: _choose(sweep, *at) for at in _grid(sweep)}
+    # The baseline has copies of all; the reference is checked against it.
+    copies = 2 if sweep.baseline or sweep.implementation == "xla" else 1
+    slots = max(b * capacity_for(p, sweep.steps) for b, p in _grid(sweep))
+    advice = "a smaller batch or position" + (", or leave --compare out" * sweep.baseline)
+    check_memory(device, sweep.config, slots, copies, copies, advice)
+    # Asked before the weights are made: a kernel that cannot run costs nobody gigabytes.
+    chosen = {(b, p): _choose(sweep, b, p) for b, p in _grid(sweep)}
     model = random_model(sweep.config)
     say("measuring the read bandwidth")
     bandwidth = read_bandwidth(default_bytes(device), sweep.repetitions)
@@ -234,9 +206,7 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
         points.append(_measure(sweep, model, contenders, batch, position, name, reason))
     return Report(
         sweep=sweep,
-        device=device.device_kind,
-        platform=device.platform,
-        versions=_versions(device),
+        machine=Machine.of(device),
         bandwidth=bandwidth,
         points=tuple(points),
     )
@@ -248,20 +218,8 @@ def _grid(sweep: Sweep) -> list[tuple[int, int]]:
 
 
 def _choose(sweep: Sweep, batch: int, position: int) -> tuple[Implementation, str | None]:
-    """What to time at a point; and, where that is the reference unasked, why.
-
-    Asked before the weights are made: a kernel that cannot run costs nobody gigabytes.
-    """
-    if sweep.implementation == "xla":
-        return "xla", None
-    capacity, config = capacity_for(position, sweep.steps), sweep.config
-    if (named := sweep.implementation) is not None:
-        reason = why_not_fused_config(config, jnp.bfloat16, batch, capacity, named)
-        if reason is not None:
-            raise NotImplementedError(reason)
-        return named, None
-    kernel, reason = choose_kernel(config, jnp.bfloat16, batch, capacity)
-    return ("xla", reason) if kernel is None else (kernel, None)
+    capacity = capacity_for(position, sweep.steps)
+    return choose(sweep.config, batch, capacity, sweep.implementation)
 
 
 def _measure(
@@ -331,41 +289,3 @@ def _check(
         difference=difference,
     )
     return check, np.asarray(seen.chosen), cache
-
-
-def _check_memory(sweep: Sweep, device: Any) -> None:
-    """Raises a sentence where not even weights and caches fit the device."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if not limit:
-        return
-    c = sweep.config
-    # The baseline has copies of all; the reference is checked against it.
-    copies = 2 if sweep.baseline or sweep.implementation == "xla" else 1
-    slots = max(b * capacity_for(p, sweep.steps) for b, p in _grid(sweep))
-    cache = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim * slots
-    needed = copies * (_model_bytes(c) + cache)
-    if needed > limit:
-        raise ValueError(
-            f"Weights and caches take {needed / 1e9:.1f} GB at the largest point; this device "
-            f"has {limit / 1e9:.1f} GB. Ask for a smaller batch or position"
-            + (", or leave --compare out." if sweep.baseline else ".")
-        )
-
-
-def _model_bytes(config: ModelConfig) -> int:
-    """Of all weights: those that a step reads, and the embedding where it is not the head."""
-    d = step_dims(config, 1, 1)
-    row = 2 * d.model_dim  # of the embedding, which is counted for the one sequence
-    embed = 0 if config.tied_embeddings else row * d.vocab_size
-    return d.step_weight_bytes - row + embed
-
-
-def _versions(device: Any) -> dict[str, str]:
-    versions = {"jax": jax.__version__}
-    for name in ("jaxlib", "ffjax"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    versions["runtime"] = " ".join(device.client.platform_version.split())
-    return versions

@@ -9,15 +9,26 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-__all__ = ["DecodeLoop", "Step", "StepOutput", "Timing", "rewind", "time_loops"]
+__all__ = [
+    "DecodeLoop",
+    "Samples",
+    "Step",
+    "StepOutput",
+    "Timing",
+    "rewind",
+    "take_turns",
+    "time_loops",
+]
+
+_Found = TypeVar("_Found")
 
 
 class StepOutput(Protocol):
@@ -50,6 +61,32 @@ def rewind(cache: Any, position: int) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Samples:
+    """The same thing timed again and again.
+
+    Attributes:
+        seconds: a number a repetition.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def fastest(self) -> float:
+        """Seconds of the fastest repetition."""
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """(slowest - fastest) / median."""
+        return (max(self.seconds) - self.fastest) / self.median
+
+
+@dataclasses.dataclass(frozen=True)
 class Timing:
     """How long a decode loop took.
 
@@ -66,18 +103,17 @@ class Timing:
     @property
     def step_seconds(self) -> float:
         """Seconds a step: the median."""
-        return statistics.median(self.loop_seconds) / self.steps
+        return Samples(self.loop_seconds).median / self.steps
 
     @property
     def fastest_step_seconds(self) -> float:
         """Seconds a step in the fastest repetition."""
-        return min(self.loop_seconds) / self.steps
+        return Samples(self.loop_seconds).fastest / self.steps
 
     @property
     def spread(self) -> float:
         """(slowest - fastest) / median."""
-        slowest, fastest = max(self.loop_seconds), min(self.loop_seconds)
-        return (slowest - fastest) / statistics.median(self.loop_seconds)
+        return Samples(self.loop_seconds).spread
 
 
 class DecodeLoop:
@@ -146,10 +182,26 @@ class DecodeLoop:
             array.delete()
 
 
-def time_loops(loops: Sequence[DecodeLoop], repetitions: int) -> list[Timing]:
-    """Times loops in turn: a run of each, then again, after one of each that does not count.
+def take_turns(runs: Sequence[Callable[[], _Found]], repetitions: int) -> list[tuple[_Found, ...]]:
+    """Runs each in turn, then again, after a run of each that does not count.
 
     Taking turns, all meet the same clock rates and temperatures.
+
+    Args:
+        runs: what to run, each of which returns what it found.
+        repetitions: counted runs of each.
+
+    Returns:
+        What each run of each found.
+    """
+    for run in runs:
+        run()
+    rounds = [[run() for run in runs] for _ in range(repetitions)]
+    return list(zip(*rounds, strict=True))
+
+
+def time_loops(loops: Sequence[DecodeLoop], repetitions: int) -> list[Timing]:
+    """Times loops in turn.
 
     Args:
         loops: the loops, which may be of different implementations.
@@ -158,11 +210,8 @@ def time_loops(loops: Sequence[DecodeLoop], repetitions: int) -> list[Timing]:
     Returns:
         A timing a loop.
     """
-    for loop in loops:
-        loop.run()
-    rounds = [[loop.run() for loop in loops] for _ in range(repetitions)]
-    columns = zip(*rounds, strict=True)
+    columns = take_turns([loop.run for loop in loops], repetitions)
     return [
-        Timing(loop.steps, tuple(seconds), loop.compile_seconds)
+        Timing(loop.steps, seconds, loop.compile_seconds)
         for loop, seconds in zip(loops, columns, strict=True)
     ]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ffjax.benchmark.check import compare, follow, observe
+from ffjax.benchmark.check import WRONG, compare, follow, observe
 from ffjax.benchmark.contenders import Contender, implementation
 from ffjax.benchmark.inputs import capacity_for, first_tokens, started_cache
 from ffjax.benchmark.timing import DecodeLoop, Timing, rewind, time_loops
@@ -33,9 +33,6 @@ from pallas_kernels.stream.tuning import Tuning
 
 __all__ = ["Trial", "candidates", "refinements", "tune", "tuned"]
 
-# A step is wrong beyond this relative error of its logits; bfloat16 computations of real
-# depth lie 0.04 apart at most.
-WRONG = 0.1
 _CHECKED_STEPS = 4
 
 

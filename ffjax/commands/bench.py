@@ -1,10 +1,22 @@
-"""Times decode steps of a model of real shapes with random weights, and checks their numbers.
+"""Times decode steps, prompts or whole generations of a model of real shapes with random weights.
 
-Weights are made in the format that --weights and --head name: int8, or int4 in groups of 128.
-Every batch is timed at every position, in loops on the device that feed each step the token
-of the one before it. With --compare xla, a baseline in plain JAX, one array per layer, is
-timed in turn with it. The exit code is 1 where a step had a logit that is not finite, or
-where repeating it gave other bits.
+Weights are made in the format that --weights and --head name: int8, or int4 in groups of 128. The
+exit code is 1 where numbers were wrong.
+
+By itself: every batch is timed at every position, in loops on the device that feed each step the
+token of the one before it, and the logits are checked. With --compare xla, a baseline in plain
+JAX, one array per layer, is timed in turn with it. Wrong is a logit that is not finite, or other
+bits when a step is repeated.
+
+With --prompt: the time from a request to its first token on the host, for prompts of each length,
+beside the time that their multiplications take at the device's rate of dense products and the
+time of a bare decode step. 10-1500 stands for prompts of unequal lengths, one for each sequence of
+--batch, evenly spread. With --compare xla, the reference model is timed in turn. Wrong is a first
+token or a cache that is not the reference's.
+
+With --loop: the time a token of `ffjax.generate` and `ffjax.stream` behind prompts of --position
+tokens, beside that of bare decode steps at the same positions. Wrong are tokens that differ from
+one run to the next, or logits that are not finite.
 """
 
 from __future__ import annotations
@@ -12,18 +24,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from types import ModuleType
+from typing import Any, get_args
 
 from ffjax.commands.formats import add_format_arguments, chosen_config
-from ffjax.commands.options import whole, wholes
+from ffjax.commands.options import spans, whole, wholes
 from ffjax.decode import Implementation
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "time decode steps and check their numbers"
+HELP = "time decode steps, prompts or generations and check their numbers"
 
 _WRONG = 1
+_POSITION = 96
+_STEPS, _LOOP_STEPS = 64, 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +57,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--position",
         metavar="P,..",
         type=wholes(0),
-        default=(96,),
-        help="live positions before the first step, one number or several; default: 96",
+        help=f"live positions before the first step, one number or several; default: {_POSITION}",
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="N,..",
+        type=spans(1),
+        help="time prompts of so many tokens up to their first new one, one number or several, or "
+        "10-1500 for unequal ones",
+    )
+    parser.add_argument(
+        "--loop", action="store_true", help="time whole generations, beside their bare steps"
     )
     parser.add_argument(
         "--steps",
         metavar="N",
         type=whole(1),
-        default=64,
-        help="steps of a loop; default: %(default)s",
+        help=f"steps of a loop; default: {_STEPS}, with --loop {_LOOP_STEPS}",
     )
     parser.add_argument(
         "--repetitions",
         metavar="N",
         type=whole(7),
         default=7,
-        help="timed loops, 7 or more; default: %(default)s",
+        help="timed loops or requests, 7 or more; default: %(default)s",
     )
     parser.add_argument(
         "--implementation",
@@ -64,10 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to time; default: the fused kernel where it can run, else the reference",
     )
     parser.add_argument(
-        "--compare", choices=("xla",), help="time a baseline in turn: XLA, one array per layer"
+        "--compare",
+        choices=("xla",),
+        help="time a baseline in turn: XLA, one array per layer; of prompts, the reference model",
     )
     parser.add_argument(
-        "--plot", metavar="FILE.png", type=Path, help="draw the times and the memory floor"
+        "--plot", metavar="FILE.png", type=Path, help="draw the times and their floor"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
@@ -76,31 +102,116 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table on stdout, what is being done on stderr; or JSON."""
+    if args.loop:
+        for name in ("prompt", "compare", "plot"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--loop times whole generations; leave --{name} out.")
+        wrong = _run_loops(args)
+    elif args.prompt is not None:
+        if args.position is not None:
+            raise ValueError(
+                "--prompt times prompts from position 0 on; leave --position out, or --prompt."
+            )
+        wrong = _run_prompts(args)
+    else:
+        wrong = _run_steps(args)
+    for what in wrong:
+        _say(what)
+    return _WRONG if wrong else 0
+
+
+def _run_steps(args: argparse.Namespace) -> list[str]:
+    """Measures and prints decode steps; returns a sentence for each point that is wrong."""
     from ffjax.benchmark import plot, report, suite
 
     sweep = suite.Sweep(
         config=chosen_config(args),
         batches=args.batch,
-        positions=args.position,
-        steps=args.steps,
+        positions=args.position or (_POSITION,),
+        steps=args.steps or _STEPS,
         repetitions=args.repetitions,
         implementation=args.implementation,
         baseline=args.compare == "xla",
     )
     if args.plot is not None:
         plot.check_plot(args.plot)
-    results = suite.run(sweep, say=(lambda text: None) if args.json else _say)
+    results = suite.run(sweep, say=_sayer(args))
+    _print(args, results, report)
+    if args.plot is not None:
+        plot.draw(results, args.plot)
+    wrong = []
+    for point in results.points:
+        if not point.check.sound:
+            what = (
+                "gave other bits when repeated" if point.check.finite else "had logits not finite"
+            )
+            name = point.implementation
+            wrong.append(f"batch {point.batch}, position {point.position}: {name!r} {what}.")
+    return wrong
+
+
+def _run_prompts(args: argparse.Namespace) -> list[str]:
+    """The same of prompts."""
+    from ffjax.benchmark import plot, prompt_plot, prompt_report, prompts
+
+    sweep = prompts.PromptSweep(
+        config=chosen_config(args),
+        batches=args.batch,
+        spans=args.prompt,
+        steps=args.steps or _STEPS,
+        repetitions=args.repetitions,
+        implementation=args.implementation,
+        reference=args.compare == "xla",
+    )
+    if args.plot is not None:
+        plot.check_plot(args.plot)
+    results = prompts.run(sweep, say=_sayer(args))
+    _print(args, results, prompt_report)
+    if args.plot is not None:
+        prompt_plot.draw_prompts(results, args.plot)
+    return [
+        f"batch {point.batch}, prompts of {point.span}: the prefill {point.check.complaint}."
+        for point in results.points
+        if not point.check.sound
+    ]
+
+
+def _run_loops(args: argparse.Namespace) -> list[str]:
+    """The same of generations."""
+    from ffjax.benchmark import loop_report, loops
+    from ffjax.broken import NotFiniteError
+
+    sweep = loops.LoopSweep(
+        config=chosen_config(args),
+        batches=args.batch,
+        positions=args.position or (_POSITION,),
+        steps=args.steps or _LOOP_STEPS,
+        repetitions=args.repetitions,
+        implementation=args.implementation,
+    )
+    try:
+        results = loops.run(sweep, say=_sayer(args))
+    except NotFiniteError as error:  # whose times would be of no use
+        return [str(error)]
+    _print(args, results, loop_report)
+    return [
+        f"batch {point.batch}, position {point.position}: {way.name} gave other tokens than "
+        "before, or not as many as asked for."
+        for point in results.points
+        for way in point.ways
+        if not way.sound
+    ]
+
+
+def _print(args: argparse.Namespace, results: Any, report: ModuleType) -> None:
     if args.json:
         print(json.dumps(report.as_data(results), allow_nan=False))
     else:
         print(report.as_text(results))
-    if args.plot is not None:
-        plot.draw(results, args.plot)
-    wrong = [point for point in results.points if not point.check.sound]
-    for point in wrong:
-        what = "gave other bits when repeated" if point.check.finite else "had logits not finite"
-        _say(f"batch {point.batch}, position {point.position}: {point.implementation!r} {what}.")
-    return _WRONG if wrong else 0
+
+
+def _sayer(args: argparse.Namespace) -> Callable[[str], None]:
+    return (lambda text: None) if args.json else _say
 
 
 def _say(text: str) -> None:

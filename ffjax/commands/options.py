@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ffjax.benchmark.span import Span
 from ffjax.seeds import MAX_SEED
 
-__all__ = ["DTYPES", "number", "seed", "whole", "wholes"]
+__all__ = ["DTYPES", "number", "seed", "spans", "whole", "wholes"]
 
 DTYPES = ("bfloat16", "float32")
 """What weights can be cast to."""
@@ -57,6 +58,29 @@ def wholes(least: int) -> Callable[[str], tuple[int, ...]]:
             raise argparse.ArgumentTypeError(
                 f"whole numbers from {least} are needed, with commas between them, as 1,2,4; "
                 f"got {text!r}"
+            ) from None
+
+    return read
+
+
+def spans(least: int) -> Callable[[str], tuple[Span, ...]]:
+    """The type of an option that is one length or several, or lengths from one to another."""
+    one = whole(least)
+
+    def span(text: str) -> Span:
+        shortest, dash, longest = text.partition("-")
+        ends = one(shortest), one(longest if dash else shortest)
+        if ends[0] > ends[1]:
+            raise argparse.ArgumentTypeError("the shorter length comes first")
+        return Span(*ends)
+
+    def read(text: str) -> tuple[Span, ...]:
+        try:
+            return tuple(map(span, text.split(",")))
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"lengths from {least} are needed, with commas between them, as 16,128 or "
+                f"10-1500; got {text!r}"
             ) from None
 
     return read

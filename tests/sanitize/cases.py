@@ -47,6 +47,10 @@ def _each(name: str, config: ModelConfig, kernel: Kernel = "pallas_stream") -> d
     }
 
 
+def _split_int8(ffw_dim: int) -> ModelConfig:
+    return kernel_config(FOR_KERNELS["int8 and its head"], **_SPLIT | {"ffw_dim": ffw_dim})
+
+
 CASES: dict[str, Case] = {
     **_each("bfloat16", small_config()),
     **_each("int8", kernel_config(FOR_KERNELS["int8 and its head"])),
@@ -59,6 +63,9 @@ CASES: dict[str, Case] = {
     "several spans, 3": Case(small_config(**_HEADS), _LONG_THREE, 1024),
     "split down projection, 1": Case(small_config(**_SPLIT), _ONE),
     "split down projection, 3": Case(small_config(**_SPLIT), _THREE),
+    "split down projection, int8, 3": Case(_split_int8(8_448), _THREE),
+    # Of whole parts alone: tiles come as boxes, which a tensor map describes.
+    "split down projection, boxes, 3": Case(_split_int8(8_704), _THREE),
     **_each("phased", small_config(), kernel="pallas"),
     "phased, several spans": Case(small_config(**_HEADS), _LONG, 1024, "pallas"),
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import pathlib
 import queue
 import re
 import sys
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from sanitize.apart import APART
 from sanitize.cases import CASES
 from sanitize.findings import Finding, explanation_of, findings_in, has_summary
 from sanitize.planted import PLANTED
@@ -96,9 +99,9 @@ def read(tool: str, case: str, ran: Ran, seconds: float) -> Result:
 class Runs:
     """Runs side by side, each with a number that no other has at the same time."""
 
-    def __init__(self, sanitizer: Sanitizer, jobs: int, seconds: float, cache: str):
-        self._sanitizer, self._seconds = sanitizer, seconds
-        self._environment = environment(cache)
+    def __init__(self, sanitizer: Sanitizer, jobs: int, seconds: float, folder: pathlib.Path):
+        self._sanitizer, self._seconds, self._folder = sanitizer, seconds, folder
+        self._environment = environment(str(folder / "programs"))
         self._pool = ThreadPoolExecutor(jobs)
         self._numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
         for number in range(jobs):
@@ -127,6 +130,7 @@ class Runs:
             ran = run(command, self._environment, self._seconds)
         finally:
             self._numbers.put(number)
+        (self._folder / f"{name}.txt").write_text(ran.output, encoding="utf-8")
         result = read(tool, arguments[0], ran, time.monotonic() - start)
         _say(f"{name}: {result.cell}, {result.seconds:.0f} s")
         return result
@@ -146,20 +150,33 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tests.sanitize: --only {asked.only!r} fits no case of {names}", file=sys.stderr)
         return 2
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="ffjax_sanitize_") as cache:
-        runs = Runs(sanitizer, asked.jobs, asked.seconds, cache)
+    with contextlib.ExitStack() as stack:
+        if asked.keep is None:
+            folder = tempfile.TemporaryDirectory(prefix="ffjax_sanitize_")
+            kept = pathlib.Path(stack.enter_context(folder))
+        else:
+            kept = asked.keep
+            kept.mkdir(parents=True, exist_ok=True)
+        runs = Runs(sanitizer, asked.jobs, asked.seconds, kept)
         report = _planted if asked.planted else _clean
-        code = report(runs, asked.tool or list(TOOLS), cases)
+        code = report(runs, asked.tool or list(TOOLS), cases, asked.as_it_is)
     print(f"\ncompute-sanitizer {sanitizer.version}, {time.monotonic() - start:.0f} s")
     return code
 
 
-def _clean(runs: Runs, tools: list[str], cases: list[str]) -> int:
+def _changes(tool: str, as_it_is: bool) -> tuple[str, ...]:
+    """How the kernel is changed for a tool."""
+    return (APART,) if tool == "racecheck" and not as_it_is else ()
+
+
+def _clean(runs: Runs, tools: list[str], cases: list[str], as_it_is: bool) -> int:
     """Runs the tools over the cases; prints what they found, and a table."""
     # Unwatched, first: it compiles what the tools then run, and shows that the steps are sound.
     plain = runs.all((f"{case}, {PLAIN}", PLAIN, (case,)) for case in cases)
     grid = [(case, tool) for tool in tools for case in cases]
-    watched = runs.all((f"{case}, {tool}", tool, (case,)) for case, tool in grid)
+    watched = runs.all(
+        (f"{case}, {tool}", tool, (case, *_changes(tool, as_it_is))) for case, tool in grid
+    )
     results = plain | watched
     for name, result in results.items():
         _print_findings(name, result)
@@ -171,12 +188,15 @@ def _clean(runs: Runs, tools: list[str], cases: list[str]) -> int:
     return 1 if wrong else 0
 
 
-def _planted(runs: Runs, tools: list[str], cases: list[str]) -> int:
+def _planted(runs: Runs, tools: list[str], cases: list[str], as_it_is: bool) -> int:
     """Plants errors; each tool must find one of its own, and says which kinds it does not see."""
     planted = {name: one for name, one in PLANTED.items() if one.tool in tools}
-    runs_of = [(name, one.tool, (_PLANTED_IN, name)) for name, one in planted.items()]
+    runs_of = [
+        (name, one.tool, (_PLANTED_IN, *_changes(one.tool, as_it_is), name))
+        for name, one in planted.items()
+    ]
     # What a tool says without them is no sign that it sees them.
-    clean = [(tool, tool, (_PLANTED_IN,)) for tool in tools]
+    clean = [(tool, tool, (_PLANTED_IN, *_changes(tool, as_it_is))) for tool in tools]
     results = runs.all([*clean, *runs_of])
     rows, blind, seeing = [], [], set()
     for name, one in planted.items():
@@ -267,5 +287,17 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(1),
         default=240,
         help="that a run may take; default: %(default)s",
+    )
+    parser.add_argument(
+        "--as-it-is",
+        action="store_true",
+        help="show racecheck the kernel as it is, with the pairs that tests/sanitize/apart.py "
+        "says are harmless",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="FOLDER",
+        type=pathlib.Path,
+        help="keep what every run said, and the compiled programs that were watched",
     )
     return parser

@@ -44,7 +44,7 @@ class Explanation:
 EXPLAINED: tuple[Explanation, ...] = (
     Explanation(
         "initcheck",
-        r"(int8|int4|mixed), \d",
+        r"(int8|int4|mixed|split down projection, (int8|boxes)), \d",
         r"Uninitialized __global__ memory read of size 32 bytes",
         "Bulk copies move whole 16 bytes. The scales of the head's 101 rows end within such a "
         "piece, and the rest of it lies in the array's allocation, which XLA makes in multiples of "
@@ -83,10 +83,12 @@ def findings_in(output: str) -> list[Finding]:
         head, *rest = report
         if _NOT_FOUND.match(head):
             continue
-        if "Race reported" in head:  # its second half stands on the next line
-            head = " ".join([head, *rest[:1]])
+        heads = [head]
+        if "Race reported" in head:  # with each of the accesses on the next lines
+            heads = [f"{head} {line}" for line in rest if line.startswith("and ")] or heads
         where = next((line.removeprefix("at ") for line in rest if line.startswith("at ")), "")
-        found[_DIFFERS.sub("", head), _DIFFERS.sub("", where)] += 1
+        for head in heads:
+            found[_DIFFERS.sub("", head), _DIFFERS.sub("", where)] += 1
     return [Finding(*key, count) for key, count in found.most_common()]
 
 

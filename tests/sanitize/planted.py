@@ -11,7 +11,9 @@ from unittest import mock
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.stream import launch
+from pallas_kernels.program import iota
+from pallas_kernels.stream import launch, product
+from pallas_kernels.stream.plan import SegmentPlan, StreamPlan
 from pallas_kernels.stream.ptx import cache, lowered
 
 __all__ = ["PLANTED", "Planted", "plant"]
@@ -96,6 +98,24 @@ def _copy_beyond(lines: list[str], keys: str) -> list[str]:
     return [line.replace(begin, f"{begin} add.u64 %e, %e, {_FAR};") for line in lines]
 
 
+def _no_arrival(text: str) -> str:
+    """Without the wait for a tile of weights; attention waits in a text of its own."""
+    return "mov.u32 $0, 0;" if "mbarrier.try_wait" in text and "mma" not in text else text
+
+
+def _one_place(count: _Counted) -> Any:
+    """Has all warps put their products where the first puts its own."""
+    original = product.place_aside
+
+    def place(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> Any:
+        count()
+        assert plan.chunked, "Of several sequences, products lie in another order."
+        warp = jnp.right_shift(iota((plan.threads,), 0), 5)
+        return original(plan, part, start - warp * plan.columns(part) * 4 * part.rows, spare)
+
+    return mock.patch.object(product, "place_aside", place)
+
+
 def _no_meeting(text: str) -> str:
     """Without the barriers of a program that stand inside a text: those of each warp stay."""
     return text.replace("bar.sync 0;", "")
@@ -122,6 +142,8 @@ PLANTED: dict[str, Planted] = {
         "memcheck", "a bulk copy from beyond the cache", _lines_of_the_cache(_copy_beyond)
     ),
     "no-barrier": Planted("racecheck", "barriers left out of attention", _texts(_no_meeting)),
+    "no-arrival": Planted("racecheck", "a tile multiplied before it has come", _texts(_no_arrival)),
+    "one-place": Planted("racecheck", "products of two warps in one place", _one_place),
     "early-read": Planted(
         "racecheck",
         "a read of what another warp writes",

@@ -7,6 +7,7 @@ whatever is found is found in them, and nothing that they read is unknown to the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 
 import jax
@@ -15,6 +16,7 @@ from decode_cases import filled_cache, random_model, random_tokens
 from flax import nnx
 
 from ffjax.decode import DecodeOutput, fused_step
+from sanitize.apart import APART, put_apart
 from sanitize.cases import CASES, Case
 from sanitize.planted import plant
 
@@ -24,13 +26,16 @@ STEPS = 3
 DONE = "steps taken"
 
 
-def take_steps(case: Case, steps: int = STEPS, planted: str | None = None) -> np.ndarray:
+def take_steps(
+    case: Case, steps: int = STEPS, planted: str | None = None, apart: bool = False
+) -> np.ndarray:
     """Takes steps on the default device; returns the last one's logits, `[B, V]`.
 
     Args:
         case: which.
         steps: how many, each fed the tokens of the one before it.
         planted: name of an error to plant in the kernel.
+        apart: whether each thread has places of its own: see `apart`.
     """
     with jax.default_device(jax.devices("cpu")[0]):
         graph, params = nnx.split(random_model(case.config))
@@ -42,7 +47,11 @@ def take_steps(case: Case, steps: int = STEPS, planted: str | None = None) -> np
     def step(params, cache, tokens) -> DecodeOutput:
         return fused_step(nnx.merge(graph, params), cache, tokens, kernel=case.kernel)
 
-    with contextlib.nullcontext() if planted is None else plant(planted):
+    with contextlib.ExitStack() as changes:
+        if apart:
+            changes.enter_context(put_apart())
+        if planted is not None:
+            changes.enter_context(plant(planted))
         lowered = jax.jit(step, donate_argnames="cache").lower(params, cache, tokens)
     take, logits = lowered.compile(), None
     for _ in range(steps):
@@ -51,12 +60,18 @@ def take_steps(case: Case, steps: int = STEPS, planted: str | None = None) -> np
     return np.asarray(logits)
 
 
-def main(name: str, *planted: str) -> None:
-    """Takes a case's steps, an error planted where one is named; says so at the end."""
-    logits = take_steps(CASES[name], planted=next(iter(planted), None))
+def main(name: str, *changes: str) -> None:
+    """Takes a case's steps, and says so, with a digest of the last logits.
+
+    Args:
+        name: of the case.
+        changes: of the kernel: `APART`, and the name of an error to plant.
+    """
+    planted = [change for change in changes if change != APART]
+    logits = take_steps(CASES[name], planted=next(iter(planted), None), apart=APART in changes)
     if not planted and not np.isfinite(logits).all():
         sys.exit(f"The logits of {name!r} are not finite.")
-    print(DONE, flush=True)
+    print(DONE, hashlib.sha256(logits.tobytes()).hexdigest()[:16], flush=True)
 
 
 if __name__ == "__main__":

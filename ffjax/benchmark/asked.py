@@ -1,0 +1,59 @@
+"""What every benchmark may be asked for."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from ffjax.config import ModelConfig
+from ffjax.decode import Implementation, Kernel
+from ffjax.dims import unknown_groups
+from pallas_kernels.support import MAX_BATCH
+
+__all__ = ["MIN_REPETITIONS", "check_asked", "listed"]
+
+# Fewer say little about the spread.
+MIN_REPETITIONS = 7
+
+
+def listed(numbers: tuple[int, ...]) -> str:
+    """Numbers in a sentence."""
+    return ", ".join(map(str, numbers)) or "none"
+
+
+def check_asked(
+    config: ModelConfig,
+    batches: tuple[int, ...],
+    steps: int,
+    repetitions: int,
+    implementation: Implementation | None,
+) -> None:
+    """Refuses what cannot be measured.
+
+    Args:
+        config: the model's.
+        batches: values of B.
+        steps: steps of a loop.
+        repetitions: of each measurement.
+        implementation: of the decode steps, or None.
+
+    Raises:
+        ValueError: a number is out of its range; the fused kernel is asked for too many
+            sequences.
+        NotImplementedError: int4 weights are in groups that no kernel reads.
+    """
+    if (reason := unknown_groups(config)) is not None:  # nor are its bytes counted
+        raise NotImplementedError(reason)
+    if not batches or min(batches) < 1:
+        raise ValueError(f"A batch has at least 1 sequence, got {listed(batches)}.")
+    if steps < 1:
+        raise ValueError(f"A loop has at least 1 step, got {steps}.")
+    if repetitions < MIN_REPETITIONS:
+        raise ValueError(
+            f"A median and its spread need at least {MIN_REPETITIONS} repetitions, "
+            f"got {repetitions}."
+        )
+    if implementation in get_args(Kernel) and max(batches) > MAX_BATCH:
+        raise ValueError(
+            f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are "
+            f"{max(batches)}. Ask for smaller batches, or time the reference, 'xla'."
+        )

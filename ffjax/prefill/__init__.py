@@ -1,0 +1,9 @@
+"""Prefill: prompts go into the cache, and each gets its first new token.
+
+Attributes:
+    choice: which implementation runs, and why not the other.
+    first: the first new token, from what the last layer returns.
+    packed: the tokens of all prompts one behind the other, with a flash attention of its own.
+    packing: cuts prompts into the chunks of that.
+    padded: the reference model, prompts side by side and padded.
+"""

@@ -1,0 +1,188 @@
+"""The fast prefill: packed tokens through the reference's layers, with a flash attention.
+
+What differs from the reference model is who attends, how products are rounded, and that padding is
+none of its business: tokens of all sequences stand one behind the other (`ffjax.prefill.packing`).
+Products go to cuBLAS, which reads a layer's matrix where it lies in the stack `[L, out, in]`; of a
+matrix that is quantized, one layer's numbers exist at a time. Scores stay within the attention's
+kernel (`pallas_kernels.prefill.attention`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from ffjax.cache import KVCache
+from ffjax.model import LayerAt, Transformer
+from ffjax.parts import Parts
+from ffjax.prefill.first import Sampling, first_token
+from ffjax.prefill.packing import PackedChunk, chunks_of
+from ffjax.prefill.products import rounded_products
+from ffjax.programs import Programs
+from ffjax.reproducible import compiler_options
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.prefill import attention
+from pallas_kernels.prefill.attention import EVERYTHING, Blocks, blocks_for
+
+__all__ = ["PackedPrefill", "feed"]
+
+
+def feed(
+    model: Transformer,
+    cache: KVCache,
+    last: Array,
+    chunk: PackedChunk,
+    blocks: Blocks,
+    *,
+    interpret: bool = False,
+) -> tuple[KVCache, Array]:
+    """Feeds one chunk of packed tokens.
+
+    Args:
+        model: the model.
+        cache: the cache, which holds what came before.
+        last: float32 `[B, D]`, what the last layer returned for the last token of each prompt
+            that has come to its end.
+        chunk: the chunk; its arrays may be traced.
+        blocks: the attention's sizes, to which its tiles were cut.
+        interpret: run the attention's kernel on a CPU.
+
+    Returns:
+        The cache, grown by the tokens, and `last`, with the prompts that ended here.
+    """
+    c = model.config
+    tokens, rows, positions = chunk.fed
+    counts, ends = chunk.rows
+    window = jnp.int32(EVERYTHING)
+
+    def attend(at: LayerAt, q: Array, k: Array, v: Array, caches: Any) -> tuple[Array, Any]:
+        # Positions of padding are beyond the capacity: they are dropped. No two are the same.
+        where = at.number, rows, slice(None), positions
+        keys, values = (
+            kept.at[where].set(new[0], mode="drop", unique_indices=True)
+            for kept, new in zip(caches, (k, v), strict=True)
+        )
+        seen = window if at.is_local is None else jnp.where(at.is_local, c.window or 0, window)
+        out = attention.attend(
+            q[0],
+            keys,
+            values,
+            jnp.asarray(chunk.tiles),
+            at.number,
+            seen,
+            blocks=blocks,
+            scale=c.attn_scale,
+            softcap=c.attn_softcap,
+            interpret=interpret,
+        )
+        return out.reshape(1, len(tokens), -1), (keys, values)
+
+    x = model.embedded(tokens[None])
+    # CPUs have no bfloat16 product of every shape: the reference's are for them.
+    product = None if interpret else rounded_products(c, model.dtype)
+    caches = cache.k, cache.v
+    x, (k, v), _ = model.run_layers(x, positions[None], attend, caches, product=product)
+    ended = ends < len(tokens)
+    last = jnp.where(ended[:, None], x[0, jnp.where(ended, ends, 0)], last)
+    return KVCache(k, v, cache.lengths + counts, cache.counters), last
+
+
+def _feed_and_choose(
+    graphdef: Any,
+    state: Any,
+    cache: KVCache,
+    last: Array,
+    chunk: PackedChunk,
+    sampling: Sampling,
+    *,
+    blocks: Blocks,
+    greedy: bool,
+    interpret: bool,
+) -> tuple[KVCache, Array, Array]:
+    """Feeds a chunk; returns also the token that follows each prompt, once its end has come.
+
+    The head is multiplied in every chunk, for one token a sequence: it is that much cheaper than
+    the rest that a program of its own is not worth its compilation.
+    """
+    model = nnx.merge(graphdef, state)
+    cache, last = feed(model, cache, last, chunk, blocks, interpret=interpret)
+    return cache, last, first_token(model.logits_of(last), sampling, greedy=greedy)
+
+
+@functools.cache
+def _programs(device: Any) -> Programs:
+    jitted = jax.jit(
+        _feed_and_choose,
+        static_argnames=("graphdef", "blocks", "greedy", "interpret"),
+        donate_argnames=("cache", "last"),
+        compiler_options=compiler_options(device),
+    )
+    return Programs(jitted)
+
+
+class PackedPrefill:
+    """The fast prefill of one request."""
+
+    name: Literal["pallas", "xla"] = "pallas"
+
+    def __init__(
+        self,
+        parts: Parts,
+        prompts: tuple[np.ndarray, ...],
+        capacity: int,
+        sampling: Sampling,
+        ended: Array,
+        *,
+        greedy: bool,
+    ):
+        """Cuts the prompts into chunks. Where there is no GPU, the kernel is interpreted.
+
+        Args:
+            parts: the model.
+            prompts: token ids of each sequence.
+            capacity: S, of the cache.
+            sampling: how the first token is chosen.
+            ended: float32 `[B, D]`, anything.
+            greedy: take the likeliest token.
+        """
+        self._parts = parts
+        self._sampling, self._greedy = sampling, greedy
+        self._last = ended
+        self._chunks = chunks_of(prompts, capacity, lambda size: self._blocks(size).queries)
+        self._compiled: dict[int, Any] = {}
+
+    def _blocks(self, size: int) -> Blocks:
+        gpu = Gpu.of(self._parts.device) or INTERPRETER
+        itemsize = jnp.dtype(self._parts.dtype).itemsize
+        return blocks_for(self._parts.config.head_dim, itemsize, gpu.shared_memory, size)
+
+    def _args(self, cache: KVCache, last: Array, chunk: PackedChunk) -> tuple[Any, ...]:
+        return self._parts.state, cache, last, chunk, self._sampling
+
+    def compile(self, cache: KVCache) -> None:
+        """Compiles what `run` needs, ahead of it."""
+        graphdef, device = self._parts.graphdef, self._parts.device
+        for chunk in self._chunks:
+            if (size := chunk.size) not in self._compiled:
+                self._compiled[size] = _programs(device).get(
+                    graphdef,
+                    *self._args(cache, self._last, chunk),
+                    blocks=self._blocks(size),
+                    greedy=self._greedy,
+                    interpret=Gpu.of(device) is None,
+                )
+
+    def run(self, cache: KVCache) -> tuple[KVCache, Array]:
+        """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""
+        last, token = self._last, None
+        for chunk in self._chunks:
+            program = self._compiled[chunk.size]
+            cache, last, token = program(*self._args(cache, last, chunk))
+        assert token is not None, "a prompt has at least one token"
+        return cache, token

@@ -1,0 +1,130 @@
+"""The reference's prefill: prompts side by side, padded, through the model itself.
+
+All prompts end with the last chunk, so that its logits serve every one: a shorter prompt has fewer
+or no tokens in the first chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from ffjax.cache import KVCache
+from ffjax.config import ModelConfig
+from ffjax.parts import Parts
+from ffjax.prefill.first import Sampling, first_token
+from ffjax.programs import Programs
+from ffjax.reproducible import compiler_options
+
+__all__ = ["PaddedPrefill", "chunk_sizes"]
+
+# A prompt is fed in pieces of two sizes: the large one, and for what is left over the
+# small one where it suffices. Two sizes are two compilations, whatever the lengths.
+_LARGE_CHUNK = 256
+_SMALL_CHUNK = 32
+# The reference keeps the attention scores of a chunk, float32 [B, N, T, S].
+_MAX_SCORE_BYTES = 1 << 30
+
+
+def chunk_sizes(config: ModelConfig, longest: int, batch: int, capacity: int) -> list[int]:
+    """Sizes of the chunks in which prompts are fed, first to last.
+
+    Args:
+        config: the model's.
+        longest: tokens of the longest prompt.
+        batch: B.
+        capacity: S.
+    """
+    large = _LARGE_CHUNK
+    while large > _SMALL_CHUNK and 4 * batch * config.num_heads * large * capacity > (
+        _MAX_SCORE_BYTES
+    ):
+        large //= 2
+    rest = longest % large
+    sizes = [large] * (longest // large)
+    return [_SMALL_CHUNK if rest <= _SMALL_CHUNK else large, *sizes] if rest else sizes
+
+
+def _feed_and_choose(
+    graphdef: Any,
+    state: Any,
+    cache: KVCache,
+    tokens: Array,
+    num_tokens: Array,
+    sampling: Sampling,
+    *,
+    greedy: bool,
+) -> tuple[KVCache, Array]:
+    """Feeds `tokens [B, T]`, of which `num_tokens [B]` count; also the token that follows."""
+    model = nnx.merge(graphdef, state)
+    logits, cache = model(tokens, cache, num_tokens=num_tokens, last_only=True)
+    return cache, first_token(logits, sampling, greedy=greedy)
+
+
+@functools.cache
+def _programs(device: Any) -> Programs:
+    jitted = jax.jit(
+        _feed_and_choose,
+        static_argnames=("graphdef", "greedy"),
+        donate_argnames=("cache",),
+        compiler_options=compiler_options(device),
+    )
+    return Programs(jitted)
+
+
+class PaddedPrefill:
+    """The reference's prefill of one request."""
+
+    name: Literal["pallas", "xla"] = "xla"
+
+    def __init__(
+        self,
+        parts: Parts,
+        prompts: tuple[np.ndarray, ...],
+        capacity: int,
+        sampling: Sampling,
+        ended: Array,
+        *,
+        greedy: bool,
+    ):
+        """Takes what `ffjax.prefill.packed.PackedPrefill` does."""
+        self._prompts = prompts
+        longest = max(len(prompt) for prompt in prompts)
+        self._sizes = chunk_sizes(parts.config, longest, len(prompts), capacity)
+        self._parts = parts
+        self._sampling, self._greedy = sampling, greedy
+        self._compiled: dict[int, Any] = {}
+
+    def _args(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray) -> tuple[Any, ...]:
+        fed = jnp.asarray(tokens), jnp.asarray(counts)
+        return self._parts.state, cache, *fed, self._sampling
+
+    def compile(self, cache: KVCache) -> None:
+        """Compiles what `run` needs, ahead of it."""
+        batch = len(self._prompts)
+        for size in sorted(set(self._sizes)):
+            args = self._args(cache, np.zeros((batch, size), np.int32), np.zeros(batch, np.int32))
+            programs, graphdef = _programs(self._parts.device), self._parts.graphdef
+            self._compiled[size] = programs.get(graphdef, *args, greedy=self._greedy)
+
+    def run(self, cache: KVCache) -> tuple[KVCache, Array]:
+        """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""
+        after, token = sum(self._sizes), None  # positions this chunk and those behind it hold
+        for size in self._sizes:
+            tokens = np.zeros((len(self._prompts), size), np.int32)
+            counts = np.zeros(len(self._prompts), np.int32)
+            for row, prompt in enumerate(self._prompts):
+                start = max(len(prompt) - after, 0)
+                stop = max(len(prompt) - (after - size), 0)
+                counts[row] = stop - start
+                tokens[row, : stop - start] = prompt[start:stop]
+            cache, token = self._compiled[size](*self._args(cache, tokens, counts))
+            after -= size
+        assert token is not None, "a prompt has at least one token"
+        return cache, token

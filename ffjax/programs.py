@@ -1,0 +1,57 @@
+"""Compiled programs, kept by what they were compiled for."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+
+__all__ = ["Programs"]
+
+
+class Programs:
+    """What a jitted function has been compiled to.
+
+    `jax.jit` finds its program anew at each call, by hashing a model's structure among others,
+    and `lower` writes the whole program down once more before it finds that it is compiled. Here
+    a request looks once, and then calls what it found.
+    """
+
+    def __init__(self, function: Any):
+        """Takes a jitted function."""
+        self._function = function
+        self._compiled: dict[Any, Any] = {}
+
+    def get(self, *args: Any, **static: Any) -> Any:
+        """The program for arguments of these shapes, dtypes and devices; compiled if it has to be.
+
+        Args:
+            args: of the function: pytrees of arrays, but for one that is static and comes first,
+                `graphdef`.
+            static: its static arguments.
+
+        Returns:
+            The program. It takes the arguments that are not static. Where weights lie on several
+            devices it is the jitted function itself, which compiles when it is called: what a
+            step returns may then be laid out otherwise than what it was given.
+        """
+        graphdef, *arrays = args
+        leaves, structure = jax.tree.flatten(arrays)
+        if any(len(leaf.sharding.device_set) > 1 for leaf in leaves if isinstance(leaf, Array)):
+            return functools.partial(self._function, graphdef, **static)
+        key = (graphdef, structure, tuple(map(_kind, leaves)), tuple(sorted(static.items())))
+        program = self._compiled.get(key)
+        if program is None:
+            program = self._function.lower(*args, **static).compile()
+            self._compiled[key] = program
+        return program
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    """What of an array a program depends on; one of numpy goes where the others are."""
+    if not isinstance(leaf, Array):
+        return leaf.shape, leaf.dtype
+    # Whether an array may be moved to where the others are is not told by its sharding.
+    return jax.typeof(leaf), leaf.sharding, leaf.committed
