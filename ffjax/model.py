@@ -446,7 +446,6 @@ class Transformer(nnx.Module):
         state: Any,
         summary: Callable[[Array], Any] | None = None,
         product: Product | None = None,
-        unroll: int = 1,
     ) -> tuple[Array, Any, dict[str, Any]]:
         """All layers, whoever attends and multiplies: `ffjax.prefill` does in ways of its own.
 
@@ -457,7 +456,6 @@ class Transformer(nnx.Module):
             state: what the first layer's `attend` is given.
             summary: see `observe`; or None.
             product: products with the layers' matrices; None: the reference's.
-            unroll: how many layers are compiled one behind the other; the loop is over as many.
 
         Returns:
             float32 `[B, T, D]`, the last layer's state, and the summaries.
@@ -480,9 +478,7 @@ class Transformer(nnx.Module):
 
         is_local = None if c.window is None else jnp.array(c.local_layers)  # [L]
         carry = (x, state, jnp.int32(0))
-        (x, state, _), notes = lax.scan(
-            layer, carry, (self.stacked_weights(), is_local), unroll=unroll
-        )
+        (x, state, _), notes = lax.scan(layer, carry, (self.stacked_weights(), is_local))
         return x, state, notes
 
     def stacked_weights(self) -> dict[str, Array]:

@@ -25,18 +25,13 @@ from ffjax.parts import Parts
 from ffjax.prefill.first import Sampling, first_token
 from ffjax.prefill.packing import PackedChunk, chunks_of
 from ffjax.prefill.products import products_of
-from ffjax.programs import Programs
+from ffjax.programs import Programs, temp_bytes
 from ffjax.reproducible import compiler_options
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.prefill import attention
 from pallas_kernels.prefill.attention import EVERYTHING, Blocks, blocks_for
 
 __all__ = ["PackedPrefill", "feed"]
-
-
-# In chunks of few tokens, so many layers are compiled one behind the other. They are one graph of
-# launches then, which the host starts at once, where it would start one for every layer.
-_UNROLL, _FEW = 4, 128
 
 
 def blocks_of(config: ModelConfig, dtype: Any, gpu: Gpu, size: int) -> Blocks:
@@ -65,7 +60,7 @@ def feed(
     Returns:
         The cache, grown by the tokens, and `last`, with the prompts that ended here.
     """
-    c, interpret = model.config, gpu == INTERPRETER
+    c = model.config
     tokens, rows, positions = chunk.fed
     counts, ends = chunk.rows
     window = jnp.int32(EVERYTHING)
@@ -88,18 +83,15 @@ def feed(
             blocks=blocks_of(c, model.dtype, gpu, len(tokens)),
             scale=c.attn_scale,
             softcap=c.attn_softcap,
-            interpret=interpret,
+            interpret=gpu == INTERPRETER,
         )
         return out.reshape(1, len(tokens), -1), (keys, values)
 
     x = model.embedded(tokens[None])
     stacked = model.stacked_weights()
-    product = products_of(c, model.dtype, stacked, gpu.cores, interpret=interpret)
+    product = products_of(c, model.dtype, stacked, gpu)
     caches = cache.k, cache.v
-    unroll = _UNROLL if len(tokens) <= _FEW else 1
-    x, (k, v), _ = model.run_layers(
-        x, positions[None], attend, caches, product=product, unroll=unroll
-    )
+    x, (k, v), _ = model.run_layers(x, positions[None], attend, caches, product=product)
     ended = ends < len(tokens)
     last = jnp.where(ended[:, None], x[0, jnp.where(ended, ends, 0)], last)
     return KVCache(k, v, cache.lengths + counts, cache.counters), last
@@ -187,6 +179,11 @@ class PackedPrefill:
                     gpu=self._gpu,
                     greedy=self._greedy,
                 )
+
+    @property
+    def temp_bytes(self) -> int:
+        """Most bytes that one of the compiled programs has for intermediates."""
+        return temp_bytes(self._compiled.values())
 
     def run(self, cache: KVCache) -> tuple[KVCache, Array]:
         """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""

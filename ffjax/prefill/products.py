@@ -11,14 +11,13 @@ from ffjax.config import ModelConfig
 from ffjax.formats import WeightFormat
 from ffjax.model import LayerAt, Product
 from ffjax.packing import INPUTS_A_WORD, planes
+from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.prefill.product import MAX_TOKENS, multiply, tiling_for
 
 __all__ = ["products_of"]
 
 
-def products_of(
-    config: ModelConfig, dtype: Any, stacked: dict[str, Array], cores: int, *, interpret: bool
-) -> Product:
+def products_of(config: ModelConfig, dtype: Any, stacked: dict[str, Array], gpu: Gpu) -> Product:
     """Products that are rounded to the model's dtype as they are written.
 
     They are summed in float32, as the reference's are, which rounds them in its next operation:
@@ -33,9 +32,9 @@ def products_of(
         config: the model's.
         dtype: of its weights that are not quantized.
         stacked: arrays of all layers.
-        cores: of the GPU.
-        interpret: run kernels on a CPU.
+        gpu: what multiplies; `INTERPRETER`: a CPU, on which kernels are interpreted.
     """
+    interpret = gpu == INTERPRETER
 
     def product(at: LayerAt, x: Array, name: str) -> Array:
         format = config.weights.quantized.get(name)
@@ -43,9 +42,9 @@ def products_of(
         if format is None:
             return _product(x, at.weights[name], dtype, result, interpret=interpret)
         scales, tokens = f"{name}_scale", x.shape[-2]
-        if tokens <= MAX_TOKENS and dtype == jnp.bfloat16:
+        if tokens <= MAX_TOKENS[format.bits] and dtype == jnp.bfloat16:
             weight = stacked[name]
-            tiling = tiling_for(weight.shape[1], tokens, format.bits, cores)
+            tiling = tiling_for(weight.shape[1], tokens, format.bits, gpu)
             args = x[0].astype(dtype), weight, stacked[scales], at.number, tiling
             return multiply(*args, dtype=result, interpret=interpret)[None]
         weight, scale = at.weights[name], at.weights[scales]

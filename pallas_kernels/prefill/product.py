@@ -24,12 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import ceil_div, next_power_of_2
+from pallas_kernels.gpu import Gpu
 from pallas_kernels.program import iota
 
 __all__ = ["MAX_TOKENS", "Tiling", "multiply", "tiling_for"]
 
-MAX_TOKENS = 128
-"""More tokens keep tensor cores busy for longer than the matrix takes to be read."""
+MAX_TOKENS = {8: 128, 4: 64}
+"""By the bits of a weight: with more tokens, multiplying the weights out for cuBLAS is as fast."""
 
 KERNEL_NAME = "ffjax_prefill_product"
 # The places of a word's inputs 0 to 7, in bits: `ffjax.packing`.
@@ -37,6 +38,7 @@ _SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 # 128 in bfloat16, whose seven bits of mantissa count ones there; and what stands for 0.
 _MAGIC, _ZERO = 0x4300, 128 + 8
 _LEAST = 16  # what tensor cores multiply along any axis
+_SPARE = 4096  # of shared memory, for what the compiler exchanges between threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +60,31 @@ class Tiling:
     num_stages: int = 4
 
 
-def tiling_for(rows: int, tokens: int, bits: int, cores: int) -> Tiling:
-    """The sizes for a matrix of so many rows.
+def tiling_for(rows: int, tokens: int, bits: int, gpu: Gpu) -> Tiling:
+    """The sizes for a matrix of so many rows: the fastest of those tried on an H200.
 
     Args:
         rows: of the matrix.
         tokens: T.
         bits: of a weight, 8 or 4.
-        cores: of the GPU, each of which should get a program.
+        gpu: each of whose cores should get a program.
     """
-    each = 128
-    while each > _LEAST and ceil_div(rows, each) < 0.9 * cores:
+    wide = min(128, max(_LEAST, next_power_of_2(tokens)))
+    each = 64 if wide == 128 else 128
+    while each > _LEAST and ceil_div(rows, each) < 0.9 * gpu.cores:
         each //= 2
-    wide = max(_LEAST, next_power_of_2(tokens))
-    return Tiling(each, min(wide, MAX_TOKENS), 128 if bits == 8 else 32)
+    if bits == 8:
+        depths = (256, 128, 64, 32) if wide == 128 and each <= 32 else (128, 64, 32)
+    else:
+        depths = (64, 32, 16) if each <= 32 else (32, 16)
+    # Bytes of a column of a tile: of the matrix, and of what each of its numbers multiplies.
+    column = each + 2 * wide if bits == 8 else 4 * each + 16 * wide
+    stages = 4 if bits == 8 and wide < 128 else 3
+    for depth in depths:
+        for count in range(stages, 1, -1):
+            if count * depth * column <= gpu.shared_memory - _SPARE:
+                return Tiling(each, wide, depth, num_stages=count)
+    return Tiling(_LEAST, _LEAST, depths[-1], num_stages=2)
 
 
 def multiply(
