@@ -222,6 +222,19 @@ class Loop:
         return _programs(self._device).get(self._parts.graphdef, *self._block_args(), **how)
 
     @property
+    def cache(self) -> KVCache:
+        """The cache as it is now; the next call uses it up."""
+        return self._cache
+
+    @property
+    def prefill_temp_bytes(self) -> int:
+        """Most bytes that one of the prefill's programs has for intermediates.
+
+        Weights, cache and results are not among them.
+        """
+        return self._prefill.temp_bytes
+
+    @property
     def prefill_implementation(self) -> Prefill:
         """Which implementation runs the prefill."""
         return self._prefill.name

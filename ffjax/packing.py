@@ -20,7 +20,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["INPUTS_A_WORD", "ZERO", "pack", "unpack"]
+__all__ = ["INPUTS_A_WORD", "ZERO", "pack", "planes", "unpack"]
 
 INPUTS_A_WORD = 8
 ZERO = 8
@@ -65,3 +65,17 @@ def unpack(words: Array) -> Array:
     bits = lax.bitcast_convert_type(words, jnp.uint32)[..., None]
     eights = (bits >> jnp.array(_SHIFTS, jnp.uint32)) & 0xF
     return eights.astype(jnp.int8).reshape(*words.shape[:-1], -1)
+
+
+def planes(words: Array) -> Array:
+    """The weights before scaling, those of each place in a word together.
+
+    Args:
+        words: int32 `[..., in / 8]`.
+
+    Returns:
+        int8 `[..., 8, in / 8]`, of -8 to 7: at `[..., place, word]` is input `8 * word + place`.
+    """
+    bits = lax.bitcast_convert_type(words, jnp.uint32)[..., None, :]
+    shifts = jnp.array(_SHIFTS, jnp.uint32)[:, None]
+    return ((bits >> shifts) & 0xF).astype(jnp.int8) - jnp.int8(ZERO)

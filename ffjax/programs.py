@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from jax import Array
 
-__all__ = ["Programs"]
+__all__ = ["Programs", "temp_bytes"]
 
 
 class Programs:
@@ -55,3 +56,9 @@ def _kind(leaf: Any) -> tuple[Any, ...]:
         return leaf.shape, leaf.dtype
     # Whether an array may be moved to where the others are is not told by its sharding.
     return jax.typeof(leaf), leaf.sharding, leaf.committed
+
+
+def temp_bytes(programs: Iterable[Any]) -> int:
+    """Most bytes that one of some programs has for intermediates; 0 of what is not compiled yet."""
+    known = (getattr(program, "memory_analysis", lambda: None)() for program in programs)
+    return max((one.temp_size_in_bytes for one in known if one is not None), default=0)

@@ -20,7 +20,6 @@ from ffjax.benchmark import prompts
 from ffjax.benchmark.dense_rate import DenseRate
 from ffjax.benchmark.flops import prompt_flops
 from ffjax.benchmark.inputs import random_model, random_prompts
-from ffjax.benchmark.loop_facts import cache_of
 from ffjax.benchmark.machine import Machine
 from ffjax.benchmark.prompt_check import PromptCheck, ReferencePrefill, same_cache
 from ffjax.benchmark.prompt_plot import draw_prompts
@@ -161,33 +160,33 @@ def _altered(monkeypatch, alter: Callable[[Loop, jax.Array], jax.Array]) -> None
 
 
 def _set(loop: Loop, **arrays: Any) -> None:
-    loop._cache = dataclasses.replace(cache_of(loop), **arrays)
+    loop._cache = dataclasses.replace(loop.cache, **arrays)
 
 
 def _one_position(loop: Loop, token: jax.Array) -> jax.Array:
-    k = cache_of(loop).k
+    k = loop.cache.k
     _set(loop, k=k.at[2, 1, :, 33].set(-k[2, 1, :, 33]))
     return token
 
 
 def _one_layer_by_a_little(loop: Loop, token: jax.Array) -> jax.Array:
-    v = cache_of(loop).v
+    v = loop.cache.v
     _set(loop, v=v.at[1, 0].multiply(1.2))
     return token
 
 
 def _lengths(loop: Loop, token: jax.Array) -> jax.Array:
-    _set(loop, lengths=cache_of(loop).lengths - 1)
+    _set(loop, lengths=loop.cache.lengths - 1)
     return token
 
 
 def _not_finite(loop: Loop, token: jax.Array) -> jax.Array:
-    _set(loop, v=cache_of(loop).v.at[0, 0, 0, 2, 1].set(jnp.nan))
+    _set(loop, v=loop.cache.v.at[0, 0, 0, 2, 1].set(jnp.nan))
     return token
 
 
 def _beyond(loop: Loop, token: jax.Array) -> jax.Array:
-    _set(loop, v=cache_of(loop).v.at[:, :, :, 40:].set(jnp.nan))
+    _set(loop, v=loop.cache.v.at[:, :, :, 40:].set(jnp.nan))
     return token
 
 
@@ -229,7 +228,7 @@ def test_a_prefill_that_does_not_repeat_is_found(monkeypatch, run):
     def alter(loop: Loop, token: jax.Array) -> jax.Array:
         if next(runs) != run:
             return token
-        k = cache_of(loop).k
+        k = loop.cache.k
         _set(loop, k=k.at[0, 0, 0, 0, 0].add(0.125))
         return token + (run > 2)
 

@@ -19,7 +19,6 @@ import numpy as np
 from ffjax.benchmark.asked import MIN_REPETITIONS, check_asked, listed
 from ffjax.benchmark.contenders import choose, implementation
 from ffjax.benchmark.inputs import capacity_for, random_model, random_prompts
-from ffjax.benchmark.loop_facts import cache_of
 from ffjax.benchmark.machine import Machine, check_memory
 from ffjax.benchmark.timing import DecodeLoop, Samples, Timing, take_turns
 from ffjax.config import ModelConfig
@@ -247,7 +246,7 @@ def _bare_steps(
     loop = Loop(model, request, sweep.implementation)
     first = loop.prefill()
     contender = implementation(model, loop.implementation)
-    cache, position = cache_of(loop), len(prompts[0])
+    cache, position = loop.cache, len(prompts[0])
     steps = DecodeLoop(contender.step, contender.weights, cache, position, first, sweep.steps)
     return steps, loop.implementation
 

@@ -28,7 +28,6 @@ from ffjax.benchmark.inputs import (
     random_prompts,
     started_cache,
 )
-from ffjax.benchmark.loop_facts import cache_of, prefill_of, temp_bytes_of
 from ffjax.benchmark.machine import Machine, check_memory
 from ffjax.benchmark.prompt_check import (
     PromptCheck,
@@ -270,7 +269,7 @@ def _first(
     _, loop = _serve(sweep, model, prompts)
     after = _peak_bytes(device)
     peak = None if before is None or after is None else Peak(after, after > before)
-    return _First(loop.compile_seconds, temp_bytes_of(loop), peak)
+    return _First(loop.compile_seconds, loop.prefill_temp_bytes, peak)
 
 
 def _peak_bytes(device: Any) -> int | None:
@@ -288,10 +287,10 @@ def _measure(
     lengths = tuple(map(len, prompts))
     serve = functools.partial(_serve, sweep, model, prompts)
     (tokens, *_), loop = serve()
-    reference = ReferencePrefill(model, prompts, cache_of(loop).capacity)
-    check = check_prefill(tokens, cache_of(loop), lengths, *reference.run())
-    repeats = bool(same_cache(cache_of(loop), cache_of(serve()[1])))
-    name, prefill = loop.implementation, prefill_of(loop)
+    reference = ReferencePrefill(model, prompts, loop.cache.capacity)
+    check = check_prefill(tokens, loop.cache, lengths, *reference.run())
+    repeats = bool(same_cache(loop.cache, serve()[1].cache))
+    name, prefill = loop.implementation, loop.prefill_implementation
     del loop  # and its cache
 
     def feed_reference() -> float:

@@ -28,6 +28,11 @@ class RunsPrefill(Protocol):
 
     name: Prefill
 
+    @property
+    def temp_bytes(self) -> int:
+        """Most bytes that one of the compiled programs has for intermediates."""
+        ...
+
     def compile(self, cache: KVCache) -> None:
         """Compiles what `run` needs, ahead of it, for such a cache."""
 
@@ -71,8 +76,8 @@ def _why_not(dtype: Any, device: Any) -> str | None:
     if Gpu.of(device) is None:
         found = f"{device.device_kind} ({device.platform})"
         return f"The packed prefill needs an NVIDIA GPU, Ampere or later; this device is {found}."
-    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"The packed prefill takes weights of 16 or 32 bits; these are {dtype}."
+    if (kind := jnp.dtype(dtype)) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"The packed prefill takes weights of 16 or 32 bits; these are {kind}."
     return None
 
 

@@ -19,12 +19,13 @@ from flax import nnx
 from jax import Array
 
 from ffjax.cache import KVCache
+from ffjax.config import ModelConfig
 from ffjax.model import LayerAt, Transformer
 from ffjax.parts import Parts
 from ffjax.prefill.first import Sampling, first_token
 from ffjax.prefill.packing import PackedChunk, chunks_of
-from ffjax.prefill.products import rounded_products
-from ffjax.programs import Programs
+from ffjax.prefill.products import products_of
+from ffjax.programs import Programs, temp_bytes
 from ffjax.reproducible import compiler_options
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.prefill import attention
@@ -33,14 +34,18 @@ from pallas_kernels.prefill.attention import EVERYTHING, Blocks, blocks_for
 __all__ = ["PackedPrefill", "feed"]
 
 
+def blocks_of(config: ModelConfig, dtype: Any, gpu: Gpu, size: int) -> Blocks:
+    """The attention's sizes for a chunk of so many tokens."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return blocks_for(config.head_dim, itemsize, gpu.shared_memory, size)
+
+
 def feed(
     model: Transformer,
     cache: KVCache,
     last: Array,
     chunk: PackedChunk,
-    blocks: Blocks,
-    *,
-    interpret: bool = False,
+    gpu: Gpu,
 ) -> tuple[KVCache, Array]:
     """Feeds one chunk of packed tokens.
 
@@ -50,8 +55,7 @@ def feed(
         last: float32 `[B, D]`, what the last layer returned for the last token of each prompt
             that has come to its end.
         chunk: the chunk; its arrays may be traced.
-        blocks: the attention's sizes, to which its tiles were cut.
-        interpret: run the attention's kernel on a CPU.
+        gpu: what it runs on, for which its tiles were cut; `INTERPRETER`: kernels run on a CPU.
 
     Returns:
         The cache, grown by the tokens, and `last`, with the prompts that ended here.
@@ -76,16 +80,16 @@ def feed(
             jnp.asarray(chunk.tiles),
             at.number,
             seen,
-            blocks=blocks,
+            blocks=blocks_of(c, model.dtype, gpu, len(tokens)),
             scale=c.attn_scale,
             softcap=c.attn_softcap,
-            interpret=interpret,
+            interpret=gpu == INTERPRETER,
         )
         return out.reshape(1, len(tokens), -1), (keys, values)
 
     x = model.embedded(tokens[None])
-    # CPUs have no bfloat16 product of every shape: the reference's are for them.
-    product = None if interpret else rounded_products(c, model.dtype)
+    stacked = model.stacked_weights()
+    product = products_of(c, model.dtype, stacked, gpu)
     caches = cache.k, cache.v
     x, (k, v), _ = model.run_layers(x, positions[None], attend, caches, product=product)
     ended = ends < len(tokens)
@@ -101,9 +105,8 @@ def _feed_and_choose(
     chunk: PackedChunk,
     sampling: Sampling,
     *,
-    blocks: Blocks,
+    gpu: Gpu,
     greedy: bool,
-    interpret: bool,
 ) -> tuple[KVCache, Array, Array]:
     """Feeds a chunk; returns also the token that follows each prompt, once its end has come.
 
@@ -111,7 +114,7 @@ def _feed_and_choose(
     the rest that a program of its own is not worth its compilation.
     """
     model = nnx.merge(graphdef, state)
-    cache, last = feed(model, cache, last, chunk, blocks, interpret=interpret)
+    cache, last = feed(model, cache, last, chunk, gpu)
     return cache, last, first_token(model.logits_of(last), sampling, greedy=greedy)
 
 
@@ -119,7 +122,7 @@ def _feed_and_choose(
 def _programs(device: Any) -> Programs:
     jitted = jax.jit(
         _feed_and_choose,
-        static_argnames=("graphdef", "blocks", "greedy", "interpret"),
+        static_argnames=("graphdef", "gpu", "greedy"),
         donate_argnames=("cache", "last"),
         compiler_options=compiler_options(device),
     )
@@ -154,13 +157,13 @@ class PackedPrefill:
         self._parts = parts
         self._sampling, self._greedy = sampling, greedy
         self._last = ended
-        self._chunks = chunks_of(prompts, capacity, lambda size: self._blocks(size).queries)
+        self._gpu = Gpu.of(parts.device) or INTERPRETER
+        self._chunks = chunks_of(prompts, capacity, self._tile)
         self._compiled: dict[int, Any] = {}
 
-    def _blocks(self, size: int) -> Blocks:
-        gpu = Gpu.of(self._parts.device) or INTERPRETER
-        itemsize = jnp.dtype(self._parts.dtype).itemsize
-        return blocks_for(self._parts.config.head_dim, itemsize, gpu.shared_memory, size)
+    def _tile(self, size: int) -> int:
+        """Tokens of a tile of the attention, in a chunk of so many."""
+        return blocks_of(self._parts.config, self._parts.dtype, self._gpu, size).queries
 
     def _args(self, cache: KVCache, last: Array, chunk: PackedChunk) -> tuple[Any, ...]:
         return self._parts.state, cache, last, chunk, self._sampling
@@ -173,10 +176,14 @@ class PackedPrefill:
                 self._compiled[size] = _programs(device).get(
                     graphdef,
                     *self._args(cache, self._last, chunk),
-                    blocks=self._blocks(size),
+                    gpu=self._gpu,
                     greedy=self._greedy,
-                    interpret=Gpu.of(device) is None,
                 )
+
+    @property
+    def temp_bytes(self) -> int:
+        """Most bytes that one of the compiled programs has for intermediates."""
+        return temp_bytes(self._compiled.values())
 
     def run(self, cache: KVCache) -> tuple[KVCache, Array]:
         """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""

@@ -19,7 +19,7 @@ from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.parts import Parts
 from ffjax.prefill.first import Sampling, first_token
-from ffjax.programs import Programs
+from ffjax.programs import Programs, temp_bytes
 from ffjax.reproducible import compiler_options
 
 __all__ = ["PaddedPrefill", "chunk_sizes"]
@@ -112,6 +112,11 @@ class PaddedPrefill:
             args = self._args(cache, np.zeros((batch, size), np.int32), np.zeros(batch, np.int32))
             programs, graphdef = _programs(self._parts.device), self._parts.graphdef
             self._compiled[size] = programs.get(graphdef, *args, greedy=self._greedy)
+
+    @property
+    def temp_bytes(self) -> int:
+        """Most bytes that one of the compiled programs has for intermediates."""
+        return temp_bytes(self._compiled.values())
 
     def run(self, cache: KVCache) -> tuple[KVCache, Array]:
         """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""

@@ -2,48 +2,89 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
 from ffjax.config import ModelConfig
+from ffjax.formats import WeightFormat
 from ffjax.model import LayerAt, Product
-from ffjax.rounding import expand
+from ffjax.packing import INPUTS_A_WORD, planes
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.prefill.product import MAX_TOKENS, multiply, tiling_for
 
-__all__ = ["rounded_products"]
+__all__ = ["products_of"]
 
 
-def rounded_products(config: ModelConfig, dtype) -> Product:
+def products_of(config: ModelConfig, dtype: Any, stacked: dict[str, Array], gpu: Gpu) -> Product:
     """Products that are rounded to the model's dtype as they are written.
 
     They are summed in float32, as the reference's are, which rounds them in its next operation:
-    the numbers are the same, and half of the bytes are never written. Where something is added or
-    multiplied before that rounding, a bias or the scales of int8 rows, they stay float32.
+    the numbers are the same, and half of the bytes are never written. Where something is added
+    before that rounding, a bias, they stay float32.
+
+    Of few tokens, quantized matrices are multiplied by a kernel that reads the integers
+    (`pallas_kernels.prefill.product`). Of many, and where weights are not quantized, cuBLAS
+    multiplies; there one matrix of one layer exists as numbers at a time.
 
     Args:
         config: the model's.
-        dtype: of its weights.
+        dtype: of its weights that are not quantized.
+        stacked: arrays of all layers.
+        gpu: what multiplies; `INTERPRETER`: a CPU, on which kernels are interpreted.
     """
+    interpret = gpu == INTERPRETER
 
     def product(at: LayerAt, x: Array, name: str) -> Array:
-        weight, scale = at.weights[name], at.weights.get(f"{name}_scale")
         format = config.weights.quantized.get(name)
-        whole = jnp.float32 if name == "qkv" and config.qkv_bias else dtype
-        if format is not None and scale is not None:
-            if format.group_size is None:
-                return _product(x, weight.astype(dtype), dtype, jnp.float32) * scale
-            weight = expand(weight, scale, format, dtype)
-        return _product(x, weight, dtype, whole)
+        result = jnp.float32 if name == "qkv" and config.qkv_bias else dtype
+        if format is None:
+            return _product(x, at.weights[name], dtype, result, interpret=interpret)
+        scales, tokens = f"{name}_scale", x.shape[-2]
+        if tokens <= MAX_TOKENS[format.bits] and dtype == jnp.bfloat16:
+            weight = stacked[name]
+            tiling = tiling_for(weight.shape[1], tokens, format.bits, gpu)
+            args = x[0].astype(dtype), weight, stacked[scales], at.number, tiling
+            return multiply(*args, dtype=result, interpret=interpret)[None]
+        weight, scale = at.weights[name], at.weights[scales]
+        if format.group_size is None:
+            # The row's scale comes after the sum: integers are exact in bfloat16, products are not.
+            sums = _product(x, weight.astype(dtype), dtype, jnp.float32, interpret=interpret)
+            return (sums * scale).astype(result)
+        x, weight = _by_place(x), _expanded(weight, scale, format, dtype)
+        return _product(x, weight, dtype, result, interpret=interpret)
 
     return product
 
 
-def _product(x: Array, weight: Array, dtype, result) -> Array:
+def _product(x: Array, weight: Array, dtype: Any, result: Any, *, interpret: bool) -> Array:
     """`x[..., in] @ weight[out, in].T`, inputs of `dtype`."""
-    return jnp.einsum(
-        "...i,oi->...o",
-        x.astype(dtype),
-        weight,
-        # Without "highest" a GPU would round float32 operands to tf32.
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=result,
-    )
+    x = x.astype(dtype)
+    if interpret:  # CPUs have no bfloat16 product of every shape
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    # Without "highest" a GPU would round float32 operands to tf32.
+    how = {"precision": lax.Precision.HIGHEST, "preferred_element_type": result}
+    if interpret:
+        how["preferred_element_type"] = jnp.float32
+    return jnp.einsum("...i,oi->...o", x, weight, **how).astype(result)
+
+
+def _by_place(x: Array) -> Array:
+    """Inputs `[..., in]` in the order of `_expanded`: by their place in a word, then by words."""
+    eights = x.reshape(*x.shape[:-1], -1, INPUTS_A_WORD)
+    return jnp.swapaxes(eights, -1, -2).reshape(x.shape)
+
+
+def _expanded(words: Array, scale: Array, format: WeightFormat, dtype: Any) -> Array:
+    """The matrix `[out, in]` of int4 `[out, in / 8]`, its inputs in the order of `_by_place`.
+
+    Each place of all words is written in one go. Put back between their neighbours, the inputs
+    would be written one by one, which takes longer than the product of a hundred tokens.
+    """
+    assert format.group_size is not None, "int8 has no groups"
+    numbers = planes(words).astype(jnp.float32)  # [out, 8, in / 8]
+    out, places, _ = numbers.shape
+    groups = numbers.reshape(out, places, scale.shape[-1], -1)
+    weight = groups * scale.astype(jnp.float32)[:, None, :, None]
+    return weight.reshape(out, -1).astype(dtype)
