@@ -24,6 +24,7 @@ _NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 # The library's words for what the command line has options for.
 _OPTIONS = {
     r"implementation='(\w+)'": r"--implementation \1",
+    r"prefill='(\w+)'": r"--prefill \1",
     r"group_size=(\d+)": r"--group-size \1",
     r"overwrite=True": "--overwrite",
     r"ffjax\.quantize with head=": "ffjax quantize --head",

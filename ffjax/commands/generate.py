@@ -12,6 +12,7 @@ from typing import Any, get_args
 from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.options import number, seed, whole
 from ffjax.decode import Implementation
+from ffjax.prefill.choice import Prefill
 from ffjax.startup import StartUp
 from ffjax.tokenizer import Tokenizer
 
@@ -76,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Implementation),
         help="of the decode steps; default: the fused kernel where it can run",
     )
+    parser.add_argument(
+        "--prefill",
+        choices=get_args(Prefill),
+        help="implementation of the prefill: pallas, the fast one, or xla, the reference model; "
+        "default: the fast one where it can run, but xla with --implementation xla",
+    )
     add_ignore_field(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text"
@@ -124,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop_token=tokenizer.eot_ids,
         implementation=args.implementation,
+        prefill=args.prefill,
     )
     start_up.ended("programs")
     show = (lambda text: None) if args.json else _show
@@ -161,6 +169,7 @@ def run(args: argparse.Namespace) -> int:
             # JSON has no NaN, which a text without decode steps has.
             "tokens_per_second": rate if timed else None,
             "implementation": out.implementation,
+            "prefill": out.prefill,
             "device": device,
             "model": model.config.name,
             "seconds": out.prefill_seconds + out.decode_seconds,
