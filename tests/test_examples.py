@@ -65,14 +65,26 @@ def test_compare_step_refuses_a_prompt_that_does_not_fit():
     assert "a prompt of 2 to 255 bytes fits; this one has 256" in message
 
 
-def test_the_python_in_readme_runs_from_top_to_bottom(capsys):
+@pytest.fixture
+def jax_settings():
+    """Settings that README changes, as they were."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    yield before
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_the_python_in_readme_runs_from_top_to_bottom(capsys, jax_settings):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     # The one about a folder has no folder here: `test_hf_tokenizer` gives it one.
     blocks = [block for block in blocks if "ffjax.load_tokenizer(" not in block]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     exec(compile("\n".join(blocks), "README.md", "exec"), names)
     assert names["out"].logits.shape == (1, names["model"].config.vocab_size)
     printed = capsys.readouterr().out
     assert printed.split()[-1] in ("xla", "pallas")
     assert len(printed) > 50
+    # The block on settings comes last, behind all that compiles.
+    assert all(getattr(jax.config, name) != value for name, value in jax_settings.items())

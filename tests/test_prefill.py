@@ -3,6 +3,8 @@
 Its kernels are interpreted here; `test_gpu_prefill.py` runs them.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import assert_close
@@ -16,6 +18,7 @@ from ffjax.prefill.packed import PackedPrefill
 from ffjax.prefill.packing import chunks_of, sizes_of
 from ffjax.prefill.padded import PaddedPrefill
 from pallas_kernels.gpu import Gpu
+from pallas_kernels.prefill import product
 from pallas_kernels.prefill.attention import blocks_for, cut, tiles_for
 from pallas_kernels.prefill.product import tiling_for
 
@@ -178,3 +181,14 @@ def test_a_gpu_gets_the_packed_one_unless_the_reference_is_asked_for(monkeypatch
 def test_generate_says_which_prefill_ran():
     out = generate(model_of("llama", "float32"), [1, 2], 2)
     assert out.prefill == "xla"
+
+
+def test_the_kernel_is_not_given_what_it_cannot_reach():
+    def can_read(shape, dtype):
+        return product.can_read(jax.ShapeDtypeStruct(shape, dtype))
+
+    assert can_read((32, 14_336, 4_096), jnp.int8)
+    assert not can_read((32, 28_672, 4_096), jnp.int8)  # gate_up of Llama 3.1 8B
+    assert can_read((40, 28_672, 4_096), jnp.int8)  # counted in 64 bits
+    assert can_read((32, 28_672, 512), jnp.int32)
+    assert can_read((80, 57_344, 1_024), jnp.int32)

@@ -12,7 +12,7 @@ from ffjax.formats import WeightFormat
 from ffjax.model import LayerAt, Product
 from ffjax.packing import INPUTS_A_WORD, planes
 from pallas_kernels.gpu import INTERPRETER, Gpu
-from pallas_kernels.prefill.product import MAX_TOKENS, multiply, tiling_for
+from pallas_kernels.prefill.product import MAX_TOKENS, can_read, multiply, tiling_for
 
 __all__ = ["products_of"]
 
@@ -42,8 +42,8 @@ def products_of(config: ModelConfig, dtype: Any, stacked: dict[str, Array], gpu:
         if format is None:
             return _product(x, at.weights[name], dtype, result, interpret=interpret)
         scales, tokens = f"{name}_scale", x.shape[-2]
-        if tokens <= MAX_TOKENS[format.bits] and dtype == jnp.bfloat16:
-            weight = stacked[name]
+        few = tokens <= MAX_TOKENS[format.bits] and dtype == jnp.bfloat16
+        if few and can_read(weight := stacked[name]):
             tiling = tiling_for(weight.shape[1], tokens, format.bits, gpu)
             args = x[0].astype(dtype), weight, stacked[scales], at.number, tiling
             return multiply(*args, dtype=result, interpret=interpret)[None]

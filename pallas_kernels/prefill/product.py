@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from pallas_kernels.dims import ceil_div, next_power_of_2
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.program import iota
 
-__all__ = ["MAX_TOKENS", "Tiling", "multiply", "tiling_for"]
+__all__ = ["MAX_TOKENS", "Tiling", "can_read", "multiply", "tiling_for"]
 
 MAX_TOKENS = {8: 128, 4: 64}
 """By the bits of a weight: with more tokens, multiplying the weights out for cuBLAS is as fast."""
@@ -58,6 +59,19 @@ class Tiling:
     depth: int
     num_warps: int = 4
     num_stages: int = 4
+
+
+def can_read(weight: Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether the kernel can reach all of a matrix.
+
+    Pallas counts an array's elements in 32 bits, with a sign, unless it has more than 2^32 bytes.
+    Between the two, elements of one byte are lost: int8 of more than 2 GiB and less than 4.
+
+    Args:
+        weight: of all layers, `[L, out, ...]`.
+    """
+    size = math.prod(weight.shape)
+    return size < 1 << 31 or size * weight.dtype.itemsize > 1 << 32
 
 
 def tiling_for(rows: int, tokens: int, bits: int, gpu: Gpu) -> Tiling:
