@@ -83,15 +83,19 @@ def compiled_programs_kept(say: Callable[[str], None]) -> Iterator[None]:
         return
     settings = {name: to for name, to in _SETTINGS.items() if name.upper() not in os.environ}
     own: Path | None = None
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        try:
+    named = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        if named is None:
             own = default_folder()
             _make(own)
-        except OSError as error:
-            say(_not_kept(_reason(error)))
+            settings[_FOLDER] = str(own)
+        elif "://" not in named:  # an address in a cloud is JAX's affair
+            os.makedirs(named, exist_ok=True)
+    except OSError as error:
+        say(_not_kept(_reason(error)))
+        with _nothing_kept():
             yield
-            return
-        settings[_FOLDER] = str(own)
+        return
     before = {name: jax.config.values[name] for name in settings}
     changed = None if own is None else _changed(own)
     for name, value in settings.items():
@@ -106,6 +110,16 @@ def compiled_programs_kept(say: Callable[[str], None]) -> Iterator[None]:
             compilation_cache.reset_cache()  # JAX holds on to the folder it began with
             if _changed(own) != changed:
                 _shrink(own, _MOST_BYTES)
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Within it JAX tries no folder, its own setting neither."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 def _make(folder: Path) -> None:

@@ -35,7 +35,7 @@ class GenerateOutput:
         implementation: which one ran the decode steps; see `ffjax.decode_step`.
         prefill: which one ran the prefill; see `ffjax.generate`.
         steps: decode steps that ran before the last token was here, whole blocks of
-            `ffjax.loop.BLOCK`. After an early end the device runs a block more.
+            `ffjax.loop.BLOCK`. After an early end the device runs one block more.
         compile_seconds: spent on compiling, next to nothing once a like request has
             been served; the other times do not contain it.
         prefill_seconds: from the start until the first new token of each sequence was here.
@@ -78,6 +78,14 @@ class Replies:
     def finished(self) -> bool:
         """Whether no sequence takes another token."""
         return None not in self.finish_reasons
+
+    def would_finish(self, rows: list[list[int]]) -> bool:
+        """Whether no sequence would take another token behind these, `[steps][B]`."""
+        stops = {*self._request.stop_tokens, NOT_FINITE}
+        return all(
+            reason is not None or not stops.isdisjoint(row[b] for row in rows)
+            for b, reason in enumerate(self.finish_reasons)
+        )
 
     def add(self, row: Iterable[int], fault: Callable[[], str | None]) -> list[int | None]:
         """Takes the device's next token of each sequence, `[B]`.
@@ -131,11 +139,10 @@ def generate(
 ) -> GenerateOutput:
     """Continues each prompt by up to `max_new_tokens` tokens.
 
-    The prompts are packed one behind the other and fed; the decode loop then runs on the device,
-    which is given its next steps before the last ones are read. The cache is updated in place. The
-    same arguments give the
-    same tokens in every process on the same kind of device with the same versions of JAX and,
-    on a GPU, of CUDA: see `ffjax.reproducible`.
+    The prompts are fed by the prefill; the decode loop then runs on the device, which has its next
+    steps before the host reads the last ones. The cache is updated in place. The same arguments
+    give the same tokens in every process on the same kind of device with the same versions of JAX
+    and, on a GPU, of CUDA: see `ffjax.reproducible`.
 
     Args:
         model: the model.
@@ -193,7 +200,7 @@ def generate(
     start = time.perf_counter()
     first = loop.prefill()
     # The device has its first steps before the prefill's token is read.
-    rows = loop.rows(blocks_for(request))
+    rows = loop.rows(blocks_for(request), replies.would_finish)
     first = jax.device_get(first).tolist()
     prefilled = time.perf_counter()
     prefill_seconds = prefilled - start

@@ -6,9 +6,8 @@ seeds are arguments. It is compiled with the options of `ffjax.reproducible`:
 the same request gets the same tokens in every process.
 
 A block has a fixed number of steps, so that the device runs it without asking the host, and the
-host orders one before the last has run. It is the host that looks whether all sequences have
-ended, while the device goes on: the device never waits to be looked at, and at an early end runs
-the block that it had been given.
+host orders the next one while it runs. It is the host that looks whether all sequences have ended.
+The device never waits to be looked at; after an early end it runs the block that it has.
 
 A token whose logit is not finite comes back as `NOT_FINITE`. That adds no launch to a step: the
 look at one number a sequence is part of the launch that writes the token down.
@@ -19,7 +18,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import jax
@@ -45,7 +44,7 @@ from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
 from ffjax.sampling import sample, sequence_keys, step_keys, words_of
-from ffjax.settings import own_settings
+from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
 
@@ -53,8 +52,8 @@ __all__ = ["BLOCK", "NOT_FINITE", "Loop"]
 
 BLOCK = 8
 """Decode steps that the device is given at a time."""
-# Blocks that the device has beside the one whose tokens are waited for. With one it is never
-# without work, as long as the host comes back within a block; more would run in vain after an end.
+# Blocks ordered beyond the one that the host waits for. With one, the device always has work, as
+# long as the host comes back within the time of a block; more would run in vain after an end.
 _AHEAD = 1
 # Capacities are rounded up to a multiple of this.
 _CAPACITY_STEP = 256
@@ -124,7 +123,7 @@ def _programs(device: Any) -> Programs:
 def _start(
     config: ModelConfig, batch: int, capacity: int, dtype: Any
 ) -> tuple[KVCache, Array, Array, Array]:
-    """An empty cache, no token yet, and what stands for a prompt's end that has not come."""
+    """An empty cache, no token yet, and room for what `ffjax.prefill.packed.feed` calls last."""
     cache = KVCache.create(config, batch, capacity, dtype)
     token, index = jnp.zeros((batch,), jnp.int32), jnp.int32(1)
     return cache, token, index, jnp.zeros((batch, config.model_dim), jnp.float32)
@@ -177,7 +176,7 @@ class Loop:
         # weights are traced: see `decode.device_of`.
         self._parts = Parts.of(model)
         self._device = self._parts.device
-        with jax.default_device(self._device), own_settings():
+        with jax.default_device(self._device), program_settings():
             self._prepare(model, request, implementation, prefill)
             start = time.perf_counter()
             self._prefill.compile(self._cache)
@@ -198,7 +197,7 @@ class Loop:
         self._request = request
         size = request.batch, capacity
         start = _started(self._device)(model.config, *size, model.dtype)
-        self._cache, self._token, self._index, ended = start
+        self._cache, self._token, self._index, last = start
         chosen = resolve_implementation(model, self._cache, implementation)
         self.implementation: Implementation = chosen
         self._sampling = Sampling(words_of(request.seed), np.float32(request.temperature))
@@ -209,7 +208,7 @@ class Loop:
             request,
             capacity,
             self._sampling,
-            ended,
+            last,
             implementation,
             prefill,
         )
@@ -241,7 +240,7 @@ class Loop:
 
     def prefill(self) -> Array:
         """Feeds the prompts; returns the first new token of each, int32 `[B]`, or NOT_FINITE."""
-        with jax.default_device(self._device), own_settings():
+        with jax.default_device(self._device), program_settings():
             self._cache, self._token = self._prefill.run(self._cache)
         return self._token
 
@@ -251,29 +250,44 @@ class Loop:
         Returns:
             The new tokens, int32 `[BLOCK, B]`, NOT_FINITE for those whose logits are not finite.
         """
-        with jax.default_device(self._device), own_settings():
+        with jax.default_device(self._device), program_settings():
             self._cache, self._token, self._index, made = self._block(*self._block_args())
         return made
 
-    def rows(self, blocks: int) -> Iterator[list[int]]:
-        """Runs up to so many blocks, and the device ahead of who takes the tokens.
+    def rows(self, blocks: int, ends: Callable[[list[list[int]]], bool]) -> Iterator[list[int]]:
+        """Runs up to so many blocks, the device ahead of who takes the tokens.
 
-        The first orders go out when the iterator is made.
+        The first block is ordered at once, every other one before the block ahead of it is waited
+        for.
+
+        Args:
+            blocks: how many, at most.
+            ends: whether all sequences have ended with a block's tokens, `[BLOCK][B]`: then no
+                other is ordered.
 
         Returns:
             An iterator over the new tokens of all sequences, step by step.
         """
-        ordered = deque(self.decode() for _ in range(min(blocks, 1 + _AHEAD)))
-        return self._taken(ordered, blocks - len(ordered))
+        ordered = deque(self.decode() for _ in range(min(blocks, 1)))
+        return self._taken(ordered, blocks - len(ordered), ends)
 
-    def _taken(self, ordered: deque[Array], left: int) -> Iterator[list[int]]:
-        while ordered:
-            made = jax.device_get(ordered.popleft())
-            self.steps += BLOCK
-            if left > 0:
+    def _taken(
+        self, ordered: deque[Array], left: int, ends: Callable[[list[list[int]]], bool]
+    ) -> Iterator[list[int]]:
+        def order() -> None:
+            nonlocal left
+            while left > 0 and len(ordered) <= _AHEAD:
                 ordered.append(self.decode())
                 left -= 1
-            yield from made.tolist()
+
+        while ordered:
+            order()
+            made = jax.device_get(ordered.popleft()).tolist()
+            self.steps += BLOCK
+            if ends(made):
+                left = 0
+            order()  # before the reader is given these, who may take long
+            yield from made
 
     def fault(self) -> str | None:
         """What a step that gave up waiting has said, a sentence; None if none did."""

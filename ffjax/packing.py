@@ -20,14 +20,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.dims import WORD_SHIFTS
+
 __all__ = ["INPUTS_A_WORD", "ZERO", "pack", "planes", "unpack"]
 
 INPUTS_A_WORD = 8
 ZERO = 8
 """The packed integer that stands for 0."""
-
-# Where in a word each of its inputs begins.
-_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 
 def pack(integers: Array) -> Array:
@@ -49,7 +48,7 @@ def pack(integers: Array) -> Array:
         )
     eights = integers.astype(jnp.uint32).reshape(*rows, -1, INPUTS_A_WORD)
     # No two share a bit, so that the sum is an or.
-    words = (eights << jnp.array(_SHIFTS, jnp.uint32)).sum(axis=-1, dtype=jnp.uint32)
+    words = (eights << jnp.array(WORD_SHIFTS, jnp.uint32)).sum(axis=-1, dtype=jnp.uint32)
     return lax.bitcast_convert_type(words, jnp.int32)
 
 
@@ -63,7 +62,7 @@ def unpack(words: Array) -> Array:
         int8 `[..., in]`, of 0 to 15.
     """
     bits = lax.bitcast_convert_type(words, jnp.uint32)[..., None]
-    eights = (bits >> jnp.array(_SHIFTS, jnp.uint32)) & 0xF
+    eights = (bits >> jnp.array(WORD_SHIFTS, jnp.uint32)) & 0xF
     return eights.astype(jnp.int8).reshape(*words.shape[:-1], -1)
 
 
@@ -77,5 +76,5 @@ def planes(words: Array) -> Array:
         int8 `[..., 8, in / 8]`, of -8 to 7: at `[..., place, word]` is input `8 * word + place`.
     """
     bits = lax.bitcast_convert_type(words, jnp.uint32)[..., None, :]
-    shifts = jnp.array(_SHIFTS, jnp.uint32)[:, None]
+    shifts = jnp.array(WORD_SHIFTS, jnp.uint32)[:, None]
     return ((bits >> shifts) & 0xF).astype(jnp.int8) - jnp.int8(ZERO)

@@ -34,13 +34,14 @@ class Programs:
             static: its static arguments.
 
         Returns:
-            The program. It takes the arguments that are not static. Where weights lie on several
-            devices it is the jitted function itself, which compiles when it is called: what a
-            step returns may then be laid out otherwise than what it was given.
+            The program. It takes the arguments that are not static. With weights on several devices
+            jit chooses how results are sharded, so that a program which was compiled for the first
+            inputs may not take the next ones: then it is jit's own function.
         """
         graphdef, *arrays = args
         leaves, structure = jax.tree.flatten(arrays)
         if any(len(leaf.sharding.device_set) > 1 for leaf in leaves if isinstance(leaf, Array)):
+            self._function.lower(*args, **static).compile()  # jit finds it, at its first call
             return functools.partial(self._function, graphdef, **static)
         key = (graphdef, structure, tuple(map(_kind, leaves)), tuple(sorted(static.items())))
         program = self._compiled.get(key)

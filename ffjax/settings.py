@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
-__all__ = ["own_settings"]
+__all__ = ["own_settings", "program_settings"]
 
 
 @contextlib.contextmanager
@@ -27,4 +27,15 @@ def own_settings() -> Iterator[None]:
         jax.transfer_guard("allow"),
         jax.threefry_partitionable(True),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def program_settings() -> Iterator[None]:
+    """`own_settings`, for programs that are compiled as a whole and whose results are looked at.
+
+    Without jit there is no program to compile. Where logits are NaN or infinite, the generation
+    says so, with what came before; JAX's own look at every result would break it off within.
+    """
+    with own_settings(), jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         yield

@@ -32,14 +32,9 @@ class Stream(Iterator[list[int | None]]):
 
     def __init__(self, loop: Loop, request: Request):
         """Made by `stream`."""
-        self._replies = Replies(request)
-        self._implementation: Implementation = loop.implementation
-        self._prefill: Prefill = loop.prefill_implementation
-        self._compile_seconds = loop.compile_seconds
-        self._steps = 0
-        self._prefill_seconds = 0.0
-        self._decode_seconds = 0.0
-        self._rows: Generator[list[int | None], None, None] = self._run(loop, blocks_for(request))
+        self._so_far = _SoFar(loop, request)
+        # A generator that held the stream would keep its cache until Python looks for circles.
+        self._rows = _run(loop, blocks_for(request), self._so_far)
 
     def __iter__(self) -> Stream:
         """The stream is its own iterator: it can be run through once."""
@@ -60,7 +55,7 @@ class Stream(Iterator[list[int | None]]):
     @property
     def implementation(self) -> Implementation:
         """Which implementation runs the decode steps."""
-        return self._implementation
+        return self._so_far.implementation
 
     @property
     def output(self) -> GenerateOutput:
@@ -69,33 +64,51 @@ class Stream(Iterator[list[int | None]]):
         The decode time is that of the last token given to the stream's reader, and contains what
         the reader did meanwhile, while the device went on.
         """
+        return self._so_far.output()
+
+
+class _SoFar:
+    """What has come of a stream, without what it comes from."""
+
+    def __init__(self, loop: Loop, request: Request):
+        self.replies = Replies(request)
+        self.implementation: Implementation = loop.implementation
+        self.prefill: Prefill = loop.prefill_implementation
+        self.compile_seconds = loop.compile_seconds
+        self.steps = 0
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+
+    def output(self) -> GenerateOutput:
         return GenerateOutput(
-            tokens=[list(row) for row in self._replies.tokens],
-            finish_reasons=list(self._replies.finish_reasons),
-            implementation=self._implementation,
-            prefill=self._prefill,
-            steps=self._steps,
-            compile_seconds=self._compile_seconds,
-            prefill_seconds=self._prefill_seconds,
-            decode_seconds=self._decode_seconds,
+            tokens=[list(row) for row in self.replies.tokens],
+            finish_reasons=list(self.replies.finish_reasons),
+            implementation=self.implementation,
+            prefill=self.prefill,
+            steps=self.steps,
+            compile_seconds=self.compile_seconds,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
         )
 
-    def _run(self, loop: Loop, blocks: int) -> Generator[list[int | None], None, None]:
-        replies = self._replies
-        start = time.perf_counter()
-        first = loop.prefill()
-        # The device has its first steps before the prefill's token is read, and its next ones
-        # before the reader is given the last.
-        rows = loop.rows(blocks)
-        first = jax.device_get(first).tolist()
-        prefilled = time.perf_counter()
-        self._prefill_seconds = prefilled - start
-        yield replies.add(first, loop.fault)
-        while not replies.finished and (row := next(rows, None)) is not None:
-            self._steps = loop.steps
-            taken = replies.add(row, loop.fault)
-            self._decode_seconds = time.perf_counter() - prefilled
-            yield taken
+
+def _run(loop: Loop, blocks: int, so_far: _SoFar) -> Generator[list[int | None], None, None]:
+    """Runs the generation, row by row."""
+    replies = so_far.replies
+    start = time.perf_counter()
+    first = loop.prefill()
+    # The device has its first steps before the prefill's token is read, and its next ones
+    # before the reader is given the last.
+    rows = loop.rows(blocks, replies.would_finish)
+    first = jax.device_get(first).tolist()
+    prefilled = time.perf_counter()
+    so_far.prefill_seconds = prefilled - start
+    yield replies.add(first, loop.fault)
+    while not replies.finished and (row := next(rows, None)) is not None:
+        so_far.steps = loop.steps
+        taken = replies.add(row, loop.fault)
+        so_far.decode_seconds = time.perf_counter() - prefilled
+        yield taken
 
 
 def stream(

@@ -13,6 +13,7 @@ from jax import Array
 
 __all__ = [
     "GROUP",
+    "WORD_SHIFTS",
     "DecodeWeights",
     "Dims",
     "Features",
@@ -23,6 +24,8 @@ __all__ = [
 
 # Inputs of a row of int4 weights that share a scale.
 GROUP = 128
+# Where in a word each of its eight inputs begins, in bits: `ffjax.packing` says why.
+WORD_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -337,3 +337,13 @@ def test_the_systems_place_for_caches(platform, variables, place, monkeypatch, t
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(Path, "home", classmethod(lambda cls: tmp_path))
     assert compiled.default_folder() == tmp_path / place / "ffjax" / "compiled"
+
+
+def test_a_folder_of_the_users_own_that_cannot_be_made(ask, folder, tmp_path, user_setting):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    user_setting("jax_compilation_cache_dir", str(tmp_path / "file" / "below"))
+    code, _, err, hits, misses = ask()
+    assert code == 0
+    assert err.startswith(f"ffjax generate: {NOT_KEPT}")
+    assert err.count("\n") == 1
+    assert (hits, misses) == (0, 0)

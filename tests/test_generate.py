@@ -252,12 +252,44 @@ def test_the_stream_orders_the_next_block_before_it_reads_the_last(model, monkey
     monkeypatch.setattr(Loop, "decode", watched)
     steps = stream(model, SHORT, 4 * BLOCK + 1)
     next(steps)
-    assert events == ["order"] * 2  # the first token comes while the first block runs
+    assert events == ["order"]  # the first token comes while the first block runs
     next(steps)
-    # And the third is ordered before the reader has the first one's tokens.
+    # The second block is ordered before the first is read, and the third before the reader has
+    # the first one's tokens.
     assert events == ["order"] * 2 + ["read", "order"]
     assert len(list(steps)) == 4 * BLOCK - 1
     assert events == ["order"] * 2 + ["read", "order"] * 2 + ["read"] * 2
+
+
+@pytest.mark.parametrize("run", [generate, lambda *args, **kw: list(stream(*args, **kw))])
+def test_after_an_end_no_block_is_ordered(model, monkeypatch, run):
+    """At an end the device has one block that it did not need, and never two."""
+    [tokens] = generate(model, SHORT, 4 * BLOCK).tokens
+    ordered, decode = [], Loop.decode
+    monkeypatch.setattr(Loop, "decode", lambda loop: ordered.append(0) or decode(loop))
+    for at in range(2 * BLOCK + 2):
+        if tokens[at] in tokens[:at]:
+            continue
+        ordered.clear()
+        run(model, SHORT, 4 * BLOCK, stop_token=tokens[at])
+        needed = -(-at // BLOCK)
+        assert len(ordered) == needed + 1, at
+
+
+def test_a_stream_that_is_left_holds_no_cache(model, monkeypatch):
+    """Without the collector of circles, which may come late."""
+    prefill, loops = Loop.prefill, []
+    monkeypatch.setattr(
+        Loop, "prefill", lambda loop: loops.append(weakref.ref(loop)) or prefill(loop)
+    )
+    gc.disable()
+    try:
+        for row in stream(model, SHORT, 20):
+            assert row
+            break
+        assert [loop() for loop in loops] == [None]
+    finally:
+        gc.enable()
 
 
 def test_breaking_off_a_stream_keeps_what_came_and_harms_nothing(model):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from decode_cases import random_model, small_config
+from flax import nnx
 
 import ffjax
 from ffjax.evaluate import evaluate
@@ -144,3 +145,16 @@ def test_closed_and_full_streams(command, code, out, err):
     assert err in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_a_generation_is_compiled_also_where_jit_is_off(model):
+    plain = ffjax.generate(model, [1, 2, 3], 4).tokens
+    with jax.disable_jit():
+        assert ffjax.generate(model, [1, 2, 3], 4).tokens == plain
+
+
+def test_numbers_that_are_not_finite_are_ffjaxs_affair_also_where_jax_looks():
+    broken = nnx.clone(random_model(small_config(vocab_size=257)))
+    broken.final_norm[...] = jax.numpy.full_like(broken.final_norm[...], jax.numpy.nan)
+    with jax.debug_nans(True), pytest.raises(ffjax.NotFiniteError):
+        ffjax.generate(broken, [1, 2, 3], 4)

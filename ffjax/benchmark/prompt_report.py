@@ -86,6 +86,7 @@ def as_text(report: PromptReport) -> str:
         f"arguments on. A step is a bare decode step behind the prompt, of a loop of "
         f"{sweep.steps}.",
         *reasons_text(point.reason for point in report.points),
+        "The reference is the model itself, called with chunks of up to 512 tokens.",
         "Caches are compared with the reference's, fed the same prompts: L2 of the worst layer "
         "and sequence, and of the worst single position; first tokens that are the same, and where "
         "they are not, how far the reference prefers its own, in RMS of its logits.",
@@ -104,10 +105,7 @@ def _row(report: PromptReport, point: PromptPoint) -> dict[str, str]:
         "batch": str(point.batch),
         "prompt": str(point.span),
         "steps by": point.implementation,
-    }
-    if point.prefill is not None:
-        row["prefill by"] = point.prefill
-    row |= {
+        "prefill by": point.prefill,
         "first token ms": f"{1e3 * first.median:.2f}",
         "spread": f"{100 * first.spread:.1f}%",
         "request ms": f"{1e3 * point.request.median:.2f}",
@@ -119,8 +117,7 @@ def _row(report: PromptReport, point: PromptPoint) -> dict[str, str]:
     }
     if point.reference is not None:
         row["reference ms"] = f"{1e3 * point.reference.median:.2f}"
-    if point.temp_bytes is not None:
-        row["temp. MB"] = f"{point.temp_bytes / 1e6:.0f}"
+    row["temp. MB"] = f"{point.temp_bytes / 1e6:.0f}"
     if peak is not None:
         row["peak GB"] = f"{'' if peak.raised else '<='}{peak.bytes / 1e9:.2f}"
     row["cache error"] = f"{check.cache_error:.1e}"

@@ -41,6 +41,7 @@ from ffjax.config import ModelConfig
 from ffjax.decode import Implementation, default_device
 from ffjax.loop import BLOCK, Loop
 from ffjax.model import Transformer
+from ffjax.prefill.choice import Prefill
 from ffjax.requests import Request
 
 __all__ = ["Peak", "PromptPoint", "PromptReport", "PromptSweep", "run"]
@@ -122,7 +123,7 @@ class PromptPoint:
         span: as asked for.
         lengths: tokens of each prompt.
         implementation: of the steps.
-        prefill: of the prefill; None where the loop does not say.
+        prefill: of the prefill.
         reason: why steps are not the fused kernel's, where nobody had named it; else None.
         flops: what the prompts need.
         first_token: seconds from the prefill's call until the first token of each was here; the
@@ -132,8 +133,7 @@ class PromptPoint:
             with prompts of fewer tokens has been compiled for those.
         reference: seconds of the reference model's prefill, or None.
         step: the bare step behind the prompts.
-        temp_bytes: most bytes for intermediates of one of the prefill's programs; None where the
-            loop does not say.
+        temp_bytes: most bytes for intermediates of one of the prefill's programs.
         peak: of the device's memory; None where it does not say.
         check: whether the numbers are right.
     """
@@ -141,7 +141,7 @@ class PromptPoint:
     span: Span
     lengths: tuple[int, ...]
     implementation: Implementation
-    prefill: str | None
+    prefill: Prefill
     reason: str | None
     flops: PromptFlops
     first_token: Samples
@@ -149,7 +149,7 @@ class PromptPoint:
     compile_seconds: float
     reference: Samples | None
     step: Timing
-    temp_bytes: int | None
+    temp_bytes: int
     peak: Peak | None
     check: PromptCheck
 
@@ -207,7 +207,7 @@ class _First(NamedTuple):
     """What the first request tells, as a point has it."""
 
     compile_seconds: float
-    temp_bytes: int | None
+    temp_bytes: int
     peak: Peak | None
 
 

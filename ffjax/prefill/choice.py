@@ -86,7 +86,7 @@ def prefill_of(
     request: Request,
     capacity: int,
     sampling: Sampling,
-    ended: Array,
+    last: Array,
     implementation: Implementation | None,
     prefill: Prefill | None,
 ) -> RunsPrefill:
@@ -97,7 +97,8 @@ def prefill_of(
         request: whose prompts.
         capacity: S, of the cache, which is empty.
         sampling: how the first token is chosen.
-        ended: float32 `[B, D]`, anything; it is used up.
+        last: float32 `[B, D]`, room for what the last layer returns at the end of each prompt;
+            overwritten.
         implementation: see `resolve_prefill`.
         prefill: likewise.
 
@@ -108,4 +109,4 @@ def prefill_of(
     name = resolve_prefill(parts.dtype, parts.device, implementation, prefill)
     kind = PackedPrefill if name == "pallas" else PaddedPrefill
     greedy = request.temperature == 0
-    return kind(parts, request.prompts, capacity, sampling, ended, greedy=greedy)
+    return kind(parts, request.prompts, capacity, sampling, last, greedy=greedy)

@@ -1,7 +1,8 @@
 """The fast prefill: packed tokens through the reference's layers, with a flash attention.
 
-What differs from the reference model is who attends, how products are rounded, and that padding is
-none of its business: tokens of all sequences stand one behind the other (`ffjax.prefill.packing`).
+It differs from the reference in three ways: attention is a flash kernel, products are rounded as
+they are written, and prompts are not padded to one length but stand one behind the other
+(`ffjax.prefill.packing`).
 Products go to cuBLAS, which reads a layer's matrix where it lies in the stack `[L, out, in]`; of a
 matrix that is quantized, one layer's numbers exist at a time. Scores stay within the attention's
 kernel (`pallas_kernels.prefill.attention`).
@@ -140,7 +141,7 @@ class PackedPrefill:
         prompts: tuple[np.ndarray, ...],
         capacity: int,
         sampling: Sampling,
-        ended: Array,
+        last: Array,
         *,
         greedy: bool,
     ):
@@ -151,12 +152,13 @@ class PackedPrefill:
             prompts: token ids of each sequence.
             capacity: S, of the cache.
             sampling: how the first token is chosen.
-            ended: float32 `[B, D]`, anything.
+            last: float32 `[B, D]`, room for what the last layer returns at the end of each prompt;
+                overwritten.
             greedy: take the likeliest token.
         """
         self._parts = parts
         self._sampling, self._greedy = sampling, greedy
-        self._last = ended
+        self._last = last
         self._gpu = Gpu.of(parts.device) or INTERPRETER
         self._chunks = chunks_of(prompts, capacity, self._tile)
         self._compiled: dict[int, Any] = {}

@@ -89,7 +89,7 @@ class PaddedPrefill:
         prompts: tuple[np.ndarray, ...],
         capacity: int,
         sampling: Sampling,
-        ended: Array,
+        last: Array,
         *,
         greedy: bool,
     ):

@@ -1,4 +1,4 @@
-"""Products of many tokens with a layer's matrix, for the packed prefill."""
+"""Products of a chunk's tokens with a layer's matrix, for the packed prefill."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import ceil_div, next_power_of_2
+from pallas_kernels.dims import WORD_SHIFTS, ceil_div, next_power_of_2
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.program import iota
 
@@ -34,8 +34,6 @@ MAX_TOKENS = {8: 128, 4: 64}
 """By the bits of a weight: with more tokens, multiplying the weights out for cuBLAS is as fast."""
 
 KERNEL_NAME = "ffjax_prefill_product"
-# The places of a word's inputs 0 to 7, in bits: `ffjax.packing`.
-_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 # 128 in bfloat16, whose seven bits of mantissa count ones there; and what stands for 0.
 _MAGIC, _ZERO = 0x4300, 128 + 8
 _LEAST = 16  # what tensor cores multiply along any axis
@@ -129,7 +127,7 @@ def multiply(
     grid = ceil_div(rows, tiling.rows), ceil_div(tokens, tiling.tokens)
     if scale.ndim == 3:
         # Every eighth input of a token stands together: [8, T, in / 8].
-        x = jnp.transpose(x.reshape(tokens, -1, len(_SHIFTS)), (2, 0, 1))
+        x = jnp.transpose(x.reshape(tokens, -1, len(WORD_SHIFTS)), (2, 0, 1))
     body = _int8_kernel if scale.ndim == 2 else _int4_kernel
     kernel = functools.partial(body, tiling=tiling, interpret=interpret)
 
@@ -215,7 +213,7 @@ def _int4_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, tiling, in
         there = (own < rows) & (column + iota(size, 1) < words)
         scale = plgpu.load(scale_ref.at[layer, own, group], mask=there, other=0.0)
         for place in range(places):
-            bits = lax.shift_right_logical(tile, jnp.int32(_SHIFTS[place])) & 0xF
+            bits = lax.shift_right_logical(tile, jnp.int32(WORD_SHIFTS[place])) & 0xF
             weight = _weight(bits, scale, interpret)
             x = _load(x_ref, (place, token, column), (tiling.tokens, tiling.depth), (tokens, words))
             sums = sums + _dot(weight, x, interpret)
