@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 from jax import Array
 
-__all__ = ["Programs", "temp_bytes"]
+__all__ = ["Programs", "forget_programs", "temp_bytes"]
 
 
 class Programs:
@@ -24,6 +25,7 @@ class Programs:
         """Takes a jitted function."""
         self._function = function
         self._compiled: dict[Any, Any] = {}
+        _all.add(self)
 
     def get(self, *args: Any, **static: Any) -> Any:
         """The program for arguments of these shapes, dtypes and devices; compiled if it has to be.
@@ -49,6 +51,15 @@ class Programs:
             program = self._function.lower(*args, **static).compile()
             self._compiled[key] = program
         return program
+
+
+_all: weakref.WeakSet[Programs] = weakref.WeakSet()
+
+
+def forget_programs() -> None:
+    """Lets go of all programs that are kept in this process; `jax.clear_caches` does not."""
+    for programs in _all:
+        programs._compiled.clear()
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:

@@ -123,6 +123,9 @@ def run_once(options: str, config: str, prompt_tokens: int, new_tokens: int) -> 
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
     # A program from the cache of compiled programs would agree with itself.
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    # Also from a checkout that is not installed.
+    paths = str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-5:]))

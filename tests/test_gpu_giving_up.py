@@ -21,6 +21,7 @@ from ffjax.config import ModelConfig
 from ffjax.decode import default_device, fused_step
 from ffjax.formats import INT8, WeightFormats
 from ffjax.generation import generate
+from ffjax.programs import forget_programs
 from ffjax.streaming import stream
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream.faults import fault_of
@@ -115,6 +116,7 @@ def test_a_generation_ends_with_what_is_missing(way):
             generate(model, prompts, 8, implementation="pallas_stream")
         else:
             list(stream(model, prompts, 8, implementation="pallas_stream"))
+    forget_programs()
     jax.clear_caches()
     out = generate(model, prompts, 8, implementation="pallas_stream")
     assert [len(tokens) for tokens in out.tokens] == [8, 8]

@@ -245,7 +245,12 @@ def run(sweep: PromptSweep, say: Callable[[str], None] = lambda text: None) -> P
     for at in grid:
         batch, span = at
         say(f"batch {batch}, prompts of {span}: checking and timing")
-        points.append(_measure(sweep, model, span, prompts[at], reasons[at], firsts[at]))
+        point = _measure(sweep, model, span, prompts[at], reasons[at], firsts[at])
+        say(
+            f"first token {1e3 * point.first_token.median:.2f} ms, "
+            f"a step {1e6 * point.step.step_seconds:.1f} us"
+        )
+        points.append(point)
     return PromptReport(sweep=sweep, machine=Machine.of(device), rate=rate, points=tuple(points))
 
 
