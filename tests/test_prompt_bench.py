@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import re
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,7 +145,9 @@ def test_quantized_weights_are_named_and_right():
 def test_the_text_is_a_table_after_what_was_timed():
     code, out, err = _bench("--prompt", "4", "--steps", "2")
     assert code == 0
-    assert err.splitlines()[-1] == "ffjax bench: batch 1, prompts of 4: checking and timing"
+    doing, done = err.splitlines()[-2:]
+    assert doing == "ffjax bench: batch 1, prompts of 4: checking and timing"
+    assert re.fullmatch(r"ffjax bench: first token \S+ ms, a step \S+ us", done)
     title, _, table = out.rstrip("\n").partition("\n\n")
     assert title.startswith("tiny, bfloat16, on ")
     assert "Dense rate " in title
