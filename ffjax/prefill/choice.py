@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from jax import Array
 
-from ffjax.cache import KVCache
 from ffjax.decode import Implementation
 from ffjax.parts import Parts
 from ffjax.prefill.first import Sampling
 from ffjax.prefill.packed import PackedPrefill
 from ffjax.prefill.padded import PaddedPrefill
+from ffjax.prefill.request import Prefill, RequestPrefill
 from ffjax.requests import Request
 from pallas_kernels.gpu import Gpu
 
-__all__ = ["Prefill", "RunsPrefill", "prefill_of", "resolve_prefill"]
-
-Prefill = Literal["pallas", "xla"]
-"""Implementations: "pallas", packed tokens and a flash attention in Pallas, `ffjax.prefill.packed`;
-"xla", the reference model, `ffjax.prefill.padded`."""
-
-
-class RunsPrefill(Protocol):
-    """The prefill of one request."""
-
-    name: Prefill
-
-    @property
-    def temp_bytes(self) -> int:
-        """Most bytes that one of the compiled programs has for intermediates."""
-        ...
-
-    def compile(self, cache: KVCache) -> None:
-        """Compiles what `run` needs, ahead of it, for such a cache."""
-
-    def run(self, cache: KVCache) -> tuple[KVCache, Array]:
-        """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""
-        ...
+__all__ = ["Prefill", "prefill_of", "resolve_prefill"]
 
 
 def resolve_prefill(
@@ -89,7 +67,7 @@ def prefill_of(
     last: Array,
     implementation: Implementation | None,
     prefill: Prefill | None,
-) -> RunsPrefill:
+) -> RequestPrefill:
     """The prefill of a request, not yet compiled.
 
     Args:

@@ -11,7 +11,7 @@ kernel (`pallas_kernels.prefill.attention`).
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from ffjax.parts import Parts
 from ffjax.prefill.first import Sampling, first_token
 from ffjax.prefill.packing import PackedChunk, chunks_of
 from ffjax.prefill.products import products_of
-from ffjax.programs import Programs, temp_bytes
+from ffjax.prefill.request import RequestPrefill
+from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.prefill import attention
@@ -130,10 +131,10 @@ def _programs(device: Any) -> Programs:
     return Programs(jitted)
 
 
-class PackedPrefill:
+class PackedPrefill(RequestPrefill):
     """The fast prefill of one request."""
 
-    name: Literal["pallas", "xla"] = "pallas"
+    name = "pallas"
 
     def __init__(
         self,
@@ -156,12 +157,10 @@ class PackedPrefill:
                 overwritten.
             greedy: take the likeliest token.
         """
-        self._parts = parts
-        self._sampling, self._greedy = sampling, greedy
+        super().__init__(parts, sampling, greedy=greedy)
         self._last = last
         self._gpu = Gpu.of(parts.device) or INTERPRETER
         self._chunks = chunks_of(prompts, capacity, self._tile)
-        self._compiled: dict[int, Any] = {}
 
     def _tile(self, size: int) -> int:
         """Tokens of a tile of the attention, in a chunk of so many."""
@@ -172,20 +171,10 @@ class PackedPrefill:
 
     def compile(self, cache: KVCache) -> None:
         """Compiles what `run` needs, ahead of it."""
-        graphdef, device = self._parts.graphdef, self._parts.device
-        for chunk in self._chunks:
-            if (size := chunk.size) not in self._compiled:
-                self._compiled[size] = _programs(device).get(
-                    graphdef,
-                    *self._args(cache, self._last, chunk),
-                    gpu=self._gpu,
-                    greedy=self._greedy,
-                )
-
-    @property
-    def temp_bytes(self) -> int:
-        """Most bytes that one of the compiled programs has for intermediates."""
-        return temp_bytes(self._compiled.values())
+        programs = _programs(self._parts.device)
+        for chunk in {chunk.size: chunk for chunk in self._chunks}.values():
+            args = self._args(cache, self._last, chunk)
+            self._compile(programs, chunk.size, *args, gpu=self._gpu)
 
     def run(self, cache: KVCache) -> tuple[KVCache, Array]:
         """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""

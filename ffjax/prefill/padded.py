@@ -7,10 +7,9 @@ or no tokens in the first chunks.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -19,7 +18,8 @@ from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.parts import Parts
 from ffjax.prefill.first import Sampling, first_token
-from ffjax.programs import Programs, temp_bytes
+from ffjax.prefill.request import RequestPrefill
+from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 
 __all__ = ["PaddedPrefill", "chunk_sizes"]
@@ -78,10 +78,10 @@ def _programs(device: Any) -> Programs:
     return Programs(jitted)
 
 
-class PaddedPrefill:
+class PaddedPrefill(RequestPrefill):
     """The reference's prefill of one request."""
 
-    name: Literal["pallas", "xla"] = "xla"
+    name = "xla"
 
     def __init__(
         self,
@@ -94,29 +94,20 @@ class PaddedPrefill:
         greedy: bool,
     ):
         """Takes what `ffjax.prefill.packed.PackedPrefill` does."""
+        super().__init__(parts, sampling, greedy=greedy)
         self._prompts = prompts
         longest = max(len(prompt) for prompt in prompts)
         self._sizes = chunk_sizes(parts.config, longest, len(prompts), capacity)
-        self._parts = parts
-        self._sampling, self._greedy = sampling, greedy
-        self._compiled: dict[int, Any] = {}
 
     def _args(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray) -> tuple[Any, ...]:
-        fed = jnp.asarray(tokens), jnp.asarray(counts)
-        return self._parts.state, cache, *fed, self._sampling
+        return self._parts.state, cache, tokens, counts, self._sampling
 
     def compile(self, cache: KVCache) -> None:
         """Compiles what `run` needs, ahead of it."""
         batch = len(self._prompts)
         for size in sorted(set(self._sizes)):
             args = self._args(cache, np.zeros((batch, size), np.int32), np.zeros(batch, np.int32))
-            programs, graphdef = _programs(self._parts.device), self._parts.graphdef
-            self._compiled[size] = programs.get(graphdef, *args, greedy=self._greedy)
-
-    @property
-    def temp_bytes(self) -> int:
-        """Most bytes that one of the compiled programs has for intermediates."""
-        return temp_bytes(self._compiled.values())
+            self._compile(_programs(self._parts.device), size, *args)
 
     def run(self, cache: KVCache) -> tuple[KVCache, Array]:
         """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""

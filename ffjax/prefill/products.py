@@ -60,14 +60,15 @@ def products_of(config: ModelConfig, dtype: Any, stacked: dict[str, Array], gpu:
 
 def _product(x: Array, weight: Array, dtype: Any, result: Any, *, interpret: bool) -> Array:
     """`x[..., in] @ weight[out, in].T`, inputs of `dtype`."""
-    x = x.astype(dtype)
+    x, written = x.astype(dtype), result
     if interpret:  # CPUs have no bfloat16 product of every shape
-        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+        x, weight, written = x.astype(jnp.float32), weight.astype(jnp.float32), jnp.float32
     # Without "highest" a GPU would round float32 operands to tf32.
-    how = {"precision": lax.Precision.HIGHEST, "preferred_element_type": result}
-    if interpret:
-        how["preferred_element_type"] = jnp.float32
-    return jnp.einsum("...i,oi->...o", x, weight, **how).astype(result)
+    highest = lax.Precision.HIGHEST
+    product = jnp.einsum(
+        "...i,oi->...o", x, weight, precision=highest, preferred_element_type=written
+    )
+    return product.astype(result)
 
 
 def _by_place(x: Array) -> Array:
