@@ -120,17 +120,24 @@ def run(args: argparse.Namespace) -> int:
     return _WRONG if wrong else 0
 
 
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What every kind of measurement is told."""
+    return {
+        "config": chosen_config(args),
+        "batches": args.batch,
+        "repetitions": args.repetitions,
+        "implementation": args.implementation,
+    }
+
+
 def _run_steps(args: argparse.Namespace) -> list[str]:
     """Measures and prints decode steps; returns a sentence for each point that is wrong."""
     from ffjax.benchmark import plot, report, suite
 
     sweep = suite.Sweep(
-        config=chosen_config(args),
-        batches=args.batch,
+        **_asked(args),
         positions=args.position or (_POSITION,),
         steps=args.steps or _STEPS,
-        repetitions=args.repetitions,
-        implementation=args.implementation,
         baseline=args.compare == "xla",
     )
     if args.plot is not None:
@@ -155,12 +162,9 @@ def _run_prompts(args: argparse.Namespace) -> list[str]:
     from ffjax.benchmark import plot, prompt_plot, prompt_report, prompts
 
     sweep = prompts.PromptSweep(
-        config=chosen_config(args),
-        batches=args.batch,
+        **_asked(args),
         spans=args.prompt,
         steps=args.steps or _STEPS,
-        repetitions=args.repetitions,
-        implementation=args.implementation,
         reference=args.compare == "xla",
     )
     if args.plot is not None:
@@ -182,12 +186,9 @@ def _run_loops(args: argparse.Namespace) -> list[str]:
     from ffjax.broken import NotFiniteError
 
     sweep = loops.LoopSweep(
-        config=chosen_config(args),
-        batches=args.batch,
+        **_asked(args),
         positions=args.position or (_POSITION,),
         steps=args.steps or _LOOP_STEPS,
-        repetitions=args.repetitions,
-        implementation=args.implementation,
     )
     try:
         results = loops.run(sweep, say=_sayer(args))
