@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ffjax.generation import GenerateOutput, generate
     from ffjax.model import Transformer
     from ffjax.quantization import dequantize, quantize
+    from ffjax.sampling.params import SamplingParams
     from ffjax.streaming import Stream, stream
     from ffjax.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -30,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "NotFiniteError",
     "RopeScaling",
+    "SamplingParams",
     "Stream",
     "Transformer",
     "WeightFormat",
@@ -63,6 +65,7 @@ _HOME = {
     "ffjax.generation": ("GenerateOutput", "generate"),
     "ffjax.model": ("Transformer",),
     "ffjax.quantization": ("dequantize", "quantize"),
+    "ffjax.sampling.params": ("SamplingParams",),
     "ffjax.streaming": ("Stream", "stream"),
     "ffjax.tokenizer": ("ByteTokenizer", "load_tokenizer"),
 }

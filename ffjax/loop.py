@@ -43,7 +43,7 @@ from ffjax.prefill.first import NOT_FINITE, Sampling, marked
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
-from ffjax.sampling import sample, sequence_keys, step_keys, words_of
+from ffjax.sampling.draw import sample, sequence_keys, step_keys, words_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH

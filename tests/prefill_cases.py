@@ -23,7 +23,7 @@ from ffjax.parts import Parts
 from ffjax.prefill.first import Sampling
 from ffjax.prefill.packed import PackedPrefill
 from ffjax.prefill.padded import PaddedPrefill
-from ffjax.sampling import words_of
+from ffjax.sampling.draw import words_of
 
 __all__ = ["CONFIGS", "Fed", "check", "fed", "model_of", "prompts_of"]
 

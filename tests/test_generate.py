@@ -19,7 +19,7 @@ from ffjax.loop import BLOCK, Loop
 from ffjax.model import Transformer
 from ffjax.prefill.padded import chunk_sizes
 from ffjax.requests import Request
-from ffjax.sampling import sample, sequence_keys, step_keys, words_of
+from ffjax.sampling.draw import sample, sequence_keys, step_keys, words_of
 from ffjax.streaming import stream
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ffjax.sampling import sample, sequence_keys, step_keys, words_of
+from ffjax.sampling.draw import sample, sequence_keys, step_keys, words_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 

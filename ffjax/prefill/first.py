@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from ffjax.sampling import sample, sequence_keys, step_keys
+from ffjax.sampling.draw import sample, sequence_keys, step_keys
 
 __all__ = ["NOT_FINITE", "Sampling", "first_token", "marked"]
 
