@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ffjax.generation import GenerateOutput, generate
     from ffjax.model import Transformer
     from ffjax.quantization import dequantize, quantize
+    from ffjax.sampling.logprobs import TokenLogprobs
     from ffjax.sampling.params import SamplingParams
     from ffjax.streaming import Stream, stream
     from ffjax.tokenizer import ByteTokenizer, load_tokenizer
@@ -33,6 +34,7 @@ __all__ = [
     "RopeScaling",
     "SamplingParams",
     "Stream",
+    "TokenLogprobs",
     "Transformer",
     "WeightFormat",
     "WeightFormats",
@@ -65,6 +67,7 @@ _HOME = {
     "ffjax.generation": ("GenerateOutput", "generate"),
     "ffjax.model": ("Transformer",),
     "ffjax.quantization": ("dequantize", "quantize"),
+    "ffjax.sampling.logprobs": ("TokenLogprobs",),
     "ffjax.sampling.params": ("SamplingParams",),
     "ffjax.streaming": ("Stream", "stream"),
     "ffjax.tokenizer": ("ByteTokenizer", "load_tokenizer"),
