@@ -12,7 +12,7 @@ from generate_cases import TINY
 
 from ffjax.config import ModelConfig
 from ffjax.generation import generate
-from ffjax.live.batch import Chosen, LiveBatch
+from ffjax.live import Chosen, LiveBatch
 from ffjax.loop import BLOCK, NOT_FINITE
 from ffjax.model import Transformer
 from ffjax.sampling.params import SamplingParams
