@@ -136,6 +136,16 @@ def _started(device: Any) -> Any:
     return jax.jit(_start, static_argnums=(0, 1, 2, 3), compiler_options=options)
 
 
+def _on_its_way(tokens: Array) -> Array:
+    """The tokens, whose copy to the host is ordered with what makes them.
+
+    A copy that is ordered when the host asks for the tokens takes 0.45 ms on an H200, though all is
+    computed: as long as a whole step of Llama 3.2 1B in int4. This one runs beside the next steps.
+    """
+    tokens.copy_to_host_async()
+    return tokens
+
+
 class Loop:
     """One generation on the device: makes the cache, compiles, then runs.
 
@@ -242,7 +252,7 @@ class Loop:
         """Feeds the prompts; returns the first new token of each, int32 `[B]`, or NOT_FINITE."""
         with jax.default_device(self._device), program_settings():
             self._cache, self._token = self._prefill.run(self._cache)
-        return self._token
+            return _on_its_way(self._token)
 
     def decode(self) -> Array:
         """Orders a block of steps.
@@ -252,7 +262,7 @@ class Loop:
         """
         with jax.default_device(self._device), program_settings():
             self._cache, self._token, self._index, made = self._block(*self._block_args())
-        return made
+            return _on_its_way(made)
 
     def rows(self, blocks: int, ends: Callable[[list[list[int]]], bool]) -> Iterator[list[int]]:
         """Runs up to so many blocks, the device ahead of who takes the tokens.
