@@ -113,7 +113,7 @@ class Exchange:
         self._clear(phase)
         self._meet(phase)
         places = (sums.at[place(buffer, i)] for i in range(len(parts)))
-        return tuple(plgpu.load(one, cache_modifier=".cg") for one in places)
+        return tuple(plgpu.load(one, volatile=True) for one in places)
 
     def _clear(self, phase: Array) -> None:
         """Sets to zero what the next phase adds to."""
@@ -148,5 +148,5 @@ class Exchange:
         row, column = iota(shape, 0), iota(shape, 1)
         where = jnp.broadcast_to(buffer, shape), jnp.minimum(row, p - 1), column
         # Programs beyond the last read its own: it is the same token.
-        noisy, token, behind = (plgpu.load(ref.at[where], cache_modifier=".cg") for ref in refs)
+        noisy, token, behind = (plgpu.load(ref.at[where], volatile=True) for ref in refs)
         return _first_of(noisy, token, behind, 0)

@@ -11,7 +11,7 @@ __all__ = ["DrawPlan", "make_draw_plan"]
 
 _LEAST_WIDTH = 256
 # Logits that a thread may hold, beside as many with noise, without spilling.
-_MOST_PER_THREAD = 32
+_MOST_PER_THREAD = 16
 _MOST_WARPS = 32
 # What is summed of a vocabulary of so many tokens stays within the exchange's integers.
 _MOST_TOKENS = 1 << 20
