@@ -79,7 +79,9 @@ def _edited(
 def _drawn(logits: Array, likeliest: Array, rows: Rows, keys: Array, stages: Stages) -> Array:
     """Draws a token of each sequence, int32 `[B]`, by the kernel or, to the same effect, by XLA."""
     filters = (rows.top_k, rows.nucleus) if stages.filters else ()
-    if stages.gpu is not None and (plan := make_draw_plan(*logits.shape, stages.gpu)) is not None:
+    batch, vocab = logits.shape
+    plan = None if stages.gpu is None else make_draw_plan(batch, vocab, stages.gpu)
+    if plan is not None:
         words = jax.random.key_data(keys)
         interpret = stages.gpu == INTERPRETER
         temperature = rows.temperature

@@ -125,7 +125,8 @@ def drawing_gpu(device: Any, implementation: str | None) -> Gpu | None:
 
     Args:
         device: a JAX device.
-        implementation: what was asked for as that of the steps. Who names "xla" wants XLA all along.
+        implementation: what was asked for as that of the steps. Who names "xla" wants XLA all
+            along.
     """
     return None if implementation == "xla" else Gpu.of(device)
 
