@@ -8,7 +8,7 @@ from draw_cases import DRAWS, check
 from live_cases import KINDS, Request, prompt, serve
 
 from ffjax.benchmark.inputs import random_model
-from ffjax.config import preset
+from ffjax.config import ModelConfig
 from ffjax.generation import generate
 from ffjax.live import LiveBatch
 from ffjax.sampling.params import SamplingParams
@@ -18,6 +18,18 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("error", "ignore:The Pallas Triton backend:DeprecationWarning"),
 ]
+
+CONFIG = ModelConfig(
+    name="narrow",
+    vocab_size=4096,
+    num_layers=12,
+    model_dim=576,
+    ffw_dim=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_context=2048,
+)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
@@ -37,7 +49,7 @@ def test_a_large_vocabulary_and_many_launches():
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(preset("tiny-llama"))
+    return random_model(CONFIG)
 
 
 def test_two_generations_draw_the_same_bits(model):
@@ -69,7 +81,8 @@ def test_a_sequence_gets_the_same_whoever_comes_and_goes_beside_it(model):
 
 
 def test_a_live_batch_gives_what_the_reference_finds_likeliest(model):
-    one = [Request(prompt(n, n, 512), SamplingParams(), 40) for n in (3, 150, 600)]
+    vocab = model.config.vocab_size
+    one = [Request(prompt(n, n, vocab), SamplingParams(), 40) for n in (3, 150, 600)]
     serve(LiveBatch(model, 2, 1024, chunk=128), one)
     for request in one:
         tokens = jnp.array([request.tokens + request.answer])
