@@ -1,7 +1,8 @@
 """How the programs of a launch tell each other what each has found in its part of a row.
 
-What is told before a meeting is known to all behind it. Sums are of integers, so that they do not
-hang on the order in which programs come.
+What is told before a meeting is known to all behind it. Each program tells what it has in a place
+of its own, and all add it up alike: in the same order, whoever comes first. (Atomic sums would be
+the other way; Pallas adds arrays of integers as if they were floating-point numbers.)
 """
 
 from __future__ import annotations
@@ -21,12 +22,8 @@ from pallas_kernels.sync import MAX_POLLS, trap_if_over
 
 __all__ = ["Best", "Exchange", "arrivals_shape", "exchange_shapes"]
 
-# Sums are made in one of three buffers in turn: what a meeting adds to was set to zero the meeting
-# before, when all had read what it held two meetings earlier.
-_SUM_BUFFERS = 3
 # What a meeting tells is read before the next one, and so may be overwritten behind that.
-_BEST_BUFFERS = 2
-_PARTS = 3  # most sums of the first meeting, which are told as they are
+_BUFFERS = 2
 
 
 def arrivals_shape() -> jax.ShapeDtypeStruct:
@@ -44,13 +41,12 @@ def exchange_shapes(plan: DrawPlan, sums: int) -> dict[str, jax.ShapeDtypeStruct
         plan: the launch.
         sums: most sums of a row in one meeting.
     """
-    b, p = plan.padded_batch, plan.programs
+    place = plan.programs, plan.padded_batch
     return {
-        "sums": jax.ShapeDtypeStruct((_SUM_BUFFERS, sums, b), jnp.int32),
-        "best_noisy": jax.ShapeDtypeStruct((_BEST_BUFFERS, p, b), jnp.float32),
-        "best_behind": jax.ShapeDtypeStruct((_BEST_BUFFERS, p, b), jnp.float32),
-        "best_token": jax.ShapeDtypeStruct((_BEST_BUFFERS, p, b), jnp.int32),
-        "parts": jax.ShapeDtypeStruct((_PARTS, p, b), jnp.int32),
+        "noisy": jax.ShapeDtypeStruct((_BUFFERS, 1, *place), jnp.float32),
+        "behind": jax.ShapeDtypeStruct((_BUFFERS, 1, *place), jnp.float32),
+        "tokens": jax.ShapeDtypeStruct((_BUFFERS, 1, *place), jnp.int32),
+        "parts": jax.ShapeDtypeStruct((_BUFFERS, sums, *place), jnp.int32),
     }
 
 
@@ -91,7 +87,7 @@ def _fenced() -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """One program's end of it. The first meeting has no sums.
+    """One program's end of it.
 
     Attributes:
         plan: the launch.
@@ -128,36 +124,37 @@ class Exchange:
         plgpu.debug_barrier()
         return zero
 
-    def _clear(self, meeting: Array) -> None:
-        """Sets to zero what the next meeting adds to."""
-        sums, b = self.refs["sums"], iota((self.plan.padded_batch,), 0)
-        buffer = jnp.broadcast_to((meeting + 1) % _SUM_BUFFERS, b.shape)
-        first = jnp.broadcast_to(self.program == 0, b.shape)
-        for i in range(sums.shape[1]):
-            place = sums.at[buffer, jnp.full_like(b, i), b]
-            plgpu.store(place, jnp.zeros_like(b), mask=first)
+    def _tell(self, name: str, meeting: Array, i: int, value: Array) -> None:
+        """Stores this program's value of each row, `[B]`."""
+        b = iota((self.plan.padded_batch,), 0)
+        buffer, program = (jnp.broadcast_to(x, b.shape) for x in (meeting % _BUFFERS, self.program))
+        plgpu.store(self.refs[name].at[buffer, jnp.full_like(b, i), program, b], value)
+
+    def _told(self, name: str, meeting: Array, i: int, zero: Array) -> tuple[Array, Array]:
+        """All programs' values, `[P, B]` rounded up, and which of them are: the others repeat."""
+        p = self.plan.programs
+        shape = next_power_of_2(p), self.plan.padded_batch
+        row, column = iota(shape, 0), iota(shape, 1)
+        buffer = jnp.broadcast_to(meeting % _BUFFERS + zero, shape)
+        where = buffer, jnp.full_like(row, i), jnp.minimum(row, p - 1), column
+        return plgpu.load(self.refs[name].at[where], volatile=True), row < p
+
+    def _sums(self, meeting: Array, count: int, zero: Array) -> tuple[Array, ...]:
+        told = (self._told("parts", meeting, i, zero) for i in range(count))
+        return tuple(jnp.sum(jnp.where(real, part, 0), axis=0) for part, real in told)
 
     def total(self, meeting: Array, parts: tuple[Array, ...]) -> tuple[Array, ...]:
         """Sums over all programs.
 
         Args:
-            meeting: int32, how many meetings came before; 1 or more.
+            meeting: int32, how many meetings came before.
             parts: this program's, each int32 `[B]`.
         """
         if self._alone:
             return parts
-        sums, b = self.refs["sums"], iota((self.plan.padded_batch,), 0)
-
-        def place(buffer: Array, i: int) -> tuple[Array, Array, Array]:
-            return jnp.broadcast_to(buffer, b.shape), jnp.full_like(b, i), b
-
-        buffer = meeting % _SUM_BUFFERS
         for i, part in enumerate(parts):
-            plgpu.atomic_add(sums, place(buffer, i), part)
-        self._clear(meeting)
-        buffer += self._meet()
-        places = (sums.at[place(buffer, i)] for i in range(len(parts)))
-        return tuple(plgpu.load(one, volatile=True) for one in places)
+            self._tell("parts", meeting, i, part)
+        return self._sums(meeting, len(parts), self._meet())
 
     def best(
         self,
@@ -167,41 +164,24 @@ class Exchange:
         behind: Array,
         parts: tuple[Array, ...] = (),
     ) -> tuple[Best, tuple[Array, ...]]:
-        """The best of all programs.
+        """The best of all programs, and sums over them.
 
         Args:
             meeting: int32, how many meetings came before.
             noisy: float32 `[B, W]`, this program's tokens.
             token: int32 `[1, W]`.
             behind: float32 `[B, W]`.
-            parts: what is to be summed beside, int32 `[B]`, up to three; at the first meeting.
-
-        Returns:
-            The best, and the sums.
+            parts: what is to be summed beside, each int32 `[B]`.
         """
         own = _first_of(noisy, token, behind, 1)
         if self._alone:
             return own, parts
-        p, rows = self.plan.programs, self.plan.padded_batch
-        refs = [self.refs[f"best_{name}"] for name in Best._fields]
-        buffer, b = meeting % _BEST_BUFFERS, iota((rows,), 0)
-        here = jnp.broadcast_to(buffer, b.shape), jnp.broadcast_to(self.program, b.shape), b
-        for ref, value in zip(refs, own, strict=True):
-            plgpu.store(ref.at[here], value)
+        names = "noisy", "tokens", "behind"
+        for name, value in zip(names, own, strict=True):
+            self._tell(name, meeting, 0, value)
         for i, part in enumerate(parts):
-            plgpu.store(self.refs["parts"].at[jnp.full_like(b, i), *here[1:]], part)
-        self._clear(meeting)
+            self._tell("parts", meeting, i, part)
         zero = self._meet()
-        shape = next_power_of_2(p), rows
-        row, column = iota(shape, 0), iota(shape, 1)
-        rest = jnp.minimum(row, p - 1) + zero, column
-        where = jnp.broadcast_to(buffer, shape), *rest
-        # Programs beyond the last read its own: it is the same token.
-        noisy, token, behind = (plgpu.load(ref.at[where], volatile=True) for ref in refs)
-        best = _first_of(noisy, token, behind, 0)
-        totals = []
-        for i in range(len(parts)):
-            place = self.refs["parts"].at[jnp.full_like(row, i), *rest]
-            told = plgpu.load(place, mask=row < p, other=0, volatile=True)
-            totals.append(jnp.sum(told, axis=0))
-        return best, tuple(totals)
+        # A value that repeats another is of the same token.
+        told = [self._told(name, meeting, 0, zero)[0] for name in names]
+        return _first_of(told[0], told[1], told[2], 0), self._sums(meeting, len(parts), zero)
