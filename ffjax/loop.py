@@ -210,7 +210,9 @@ class Loop:
         self._cache, self._token, self._index, last = start
         chosen = resolve_implementation(model, self._cache, implementation)
         self.implementation: Implementation = chosen
-        self._sampling = Sampling(words_of(request.seed), np.float32(request.temperature))
+        # On the device, where every block takes them: arrays of numpy would be sent with each.
+        drawn = Sampling(words_of(request.seed), np.float32(request.temperature))
+        self._sampling = jax.device_put(drawn)
         self._greedy = request.temperature == 0
         self.steps = 0
         self._prefill = prefill_of(
