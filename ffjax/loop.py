@@ -277,8 +277,8 @@ class Loop:
         start = _started(self._device)(model.config, *size, model.dtype, stages.remembers)
         self._cache, self._token, self._index, last, self._history = start
         rows = rows_of(request.params, request.stop_tokens, request.seeds, stages)
-        # Once, and not with every block.
-        self._rows = jax.device_put(rows, self._token.sharding)
+        # On the device, where every block takes them: arrays of numpy would be sent with each.
+        self._rows = jax.device_put(rows)
         chosen = resolve_implementation(model, self._cache, implementation)
         self.implementation: Implementation = chosen
         self.steps = 0

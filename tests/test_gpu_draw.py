@@ -47,6 +47,11 @@ def test_a_large_vocabulary_and_many_launches():
     check("all", 8, 262144, gpu, seeds=200)
 
 
+@pytest.fixture(autouse=True)
+def by_kernel(monkeypatch):
+    monkeypatch.setattr("ffjax.sampling.rows.DRAW_BY_KERNEL", True)
+
+
 @pytest.fixture(scope="module")
 def model():
     return random_model(CONFIG)

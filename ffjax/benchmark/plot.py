@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def draw(report: Report, path: Path) -> None:
     _panel(by_batch, report, "batch", lambda p: p.batch, "position", lambda p: p.position)
     by_position.set_ylabel("µs a step")
     config = report.sweep.config
-    figure.suptitle(f"{config.name}, {stored_as(config)}, {report.machine.device}")
+    title = f"{config.name}, {stored_as(config)}, {report.machine.device}"
+    figure.suptitle(textwrap.fill(title, 110))  # formats of several matrices fill more than a line
     figure.savefig(path, format="png", dpi=150)
 
 

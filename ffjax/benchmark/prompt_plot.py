@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def draw_prompts(report: PromptReport, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     config = report.sweep.config
-    figure.suptitle(f"{config.name}, {stored_as(config)}, {report.machine.device}")
+    title = f"{config.name}, {stored_as(config)}, {report.machine.device}"
+    figure.suptitle(textwrap.fill(title, 70))  # formats of several matrices fill more than a line
     figure.savefig(path, format="png", dpi=150)
 
 

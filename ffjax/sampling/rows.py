@@ -12,7 +12,16 @@ from jax import Array
 from ffjax.sampling.params import MAX_STOP_TOKENS, SamplingParams
 from pallas_kernels.gpu import Gpu
 
-__all__ = ["EVERY_TOKEN", "Processor", "Rows", "Stages", "drawing_gpu", "row_of", "rows_of"]
+__all__ = [
+    "DRAW_BY_KERNEL",
+    "EVERY_TOKEN",
+    "Processor",
+    "Rows",
+    "Stages",
+    "drawing_gpu",
+    "row_of",
+    "rows_of",
+]
 
 Processor = Callable[[Array, "Any"], Array]
 """A caller's own stage: takes the logits float32 `[B, V]` and a `ffjax.sampling.choose.Before`,
@@ -20,6 +29,10 @@ and returns logits. It is traced."""
 
 EVERY_TOKEN = np.int32(2**31 - 1)
 """What stands for a `top_k` that is off, and for a token id that is none."""
+
+DRAW_BY_KERNEL = False
+"""Whether `pallas_kernels.draw` draws on a GPU. Its last text has run interpreted alone: XLA draws
+until `tests/test_gpu_draw.py` has passed on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,14 +134,14 @@ class Rows(NamedTuple):
 
 
 def drawing_gpu(device: Any, implementation: str | None) -> Gpu | None:
-    """The device, where the kernel draws: on a GPU that it knows.
+    """The device, where the kernel draws: on a GPU that it knows, and where `DRAW_BY_KERNEL` is set.
 
     Args:
         device: a JAX device.
         implementation: what was asked for as that of the steps. Who names "xla" wants XLA all
             along.
     """
-    return None if implementation == "xla" else Gpu.of(device)
+    return Gpu.of(device) if DRAW_BY_KERNEL and implementation != "xla" else None
 
 
 def _edits(params: SamplingParams) -> dict[int, float]:
