@@ -57,6 +57,12 @@ def _prompt(which: str, prompt: Any, config: ModelConfig) -> np.ndarray:
             f"A prompt needs at least one token; {which} is empty. Start it with a "
             "begin- or end-of-text token if there is nothing to say."
         )
+    if ids.ndim == 2 and np.issubdtype(ids.dtype, np.floating):
+        raise TypeError(
+            f"A prompt is a flat list of integer token ids; {which} has shape {ids.shape} and "
+            f"dtype {ids.dtype}, as embeddings have. Feed those by "
+            "model.last_hidden_state(embeddings, cache), and go on by ffjax.decode_step."
+        )
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(
             f"A prompt is a flat list of integer token ids; {which} has shape {ids.shape} "
