@@ -1,5 +1,6 @@
 """Every example runs, as README starts it, and prints what it promises."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import jax
 import pytest
+
+import ffjax
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -64,6 +67,28 @@ def test_compare_step_prints_a_small_difference_and_the_same_token():
 def test_compare_step_refuses_a_prompt_that_does_not_fit():
     message = _run("compare_step.py", "--prompt", "x" * 256, code=2)
     assert "a prompt of 2 to 255 bytes fits; this one has 256" in message
+
+
+def test_a_prefix_of_embeddings_changes_what_steps_say():
+    without, trained = _run("soft_prompt.py").splitlines()
+    text = """'print("Hello, " + name)'"""
+    assert text not in without
+    assert trained.endswith(text)
+
+
+def test_texts_of_one_kind_have_vectors_that_are_alike():
+    found = re.findall(r"^'(\S+).* is nearest to\n    '(\S+)", _run("text_embeddings.py"), re.M)
+    assert found == [(kind, kind) for kind in ("def", "def", "#", "#", "import", "import")]
+
+
+def test_loops_of_ones_own_say_what_generate_says():
+    greedy, *drawn = (line.split(": ", 1)[1] for line in _run("own_loop.py").splitlines())
+    tokenizer, prompt = ffjax.ByteTokenizer(), "import os\nfrom "
+    model = ffjax.load(ffjax.SHIPPED_MODEL)
+    out = ffjax.generate(model, tokenizer.encode(prompt), 60, stop_token=ord("\n"))
+    assert ast.literal_eval(greedy) == tokenizer.decode(out.tokens[0])
+    assert len(set(drawn)) == 3
+    assert all(len(ast.literal_eval(line)) == 24 for line in drawn)
 
 
 @pytest.fixture
