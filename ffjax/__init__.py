@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ffjax.generation import GenerateOutput, generate
     from ffjax.model import Transformer
     from ffjax.quantization import dequantize, quantize
+    from ffjax.sampling.logprobs import TokenLogprobs
+    from ffjax.sampling.params import SamplingParams
     from ffjax.streaming import Stream, stream
     from ffjax.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -30,7 +32,9 @@ __all__ = [
     "ModelConfig",
     "NotFiniteError",
     "RopeScaling",
+    "SamplingParams",
     "Stream",
+    "TokenLogprobs",
     "Transformer",
     "WeightFormat",
     "WeightFormats",
@@ -63,6 +67,8 @@ _HOME = {
     "ffjax.generation": ("GenerateOutput", "generate"),
     "ffjax.model": ("Transformer",),
     "ffjax.quantization": ("dequantize", "quantize"),
+    "ffjax.sampling.logprobs": ("TokenLogprobs",),
+    "ffjax.sampling.params": ("SamplingParams",),
     "ffjax.streaming": ("Stream", "stream"),
     "ffjax.tokenizer": ("ByteTokenizer", "load_tokenizer"),
 }
