@@ -34,7 +34,7 @@ class _Pieces(Iterator[str]):
         self._said = ""
         self._finish_reason: str | None = None
         self._prompt = "".join(one["content"] for one in messages)
-        self._cached = len(os.path.commonprefix([self._prompt, session.cache]))
+        self._cached = _common(self._prompt, session.cache)
 
     def __next__(self) -> str:
         if len(self._said) >= min(self._most, CONTEXT - len(self._prompt)):
@@ -75,6 +75,12 @@ class _Session:
 
     def close(self) -> None:
         self.cache = ""
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _answer(messages: Any, sampling: SamplingParams) -> Iterator[str]:

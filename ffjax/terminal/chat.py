@@ -163,7 +163,7 @@ class Chat:
         if not self.screen.interactive:
             return self._pieces(said, Stop())
         try:
-            with stops_the_answer() as stop:
+            with stops_the_answer(self.screen.note) as stop:
                 return self._pieces(said, stop)
         except KeyboardInterrupt:
             # It came anywhere: of the cache nothing is certain.
@@ -183,6 +183,7 @@ class Chat:
                 if piece:
                     if first is None:
                         first = time.perf_counter() - started
+                    stop.began = True
                     said.append(piece)
                     self.screen.piece(piece)
                 if stop.asked:
