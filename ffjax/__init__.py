@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ffjax.generation import GenerateOutput, generate
     from ffjax.model import Transformer
     from ffjax.quantization import dequantize, quantize
+    from ffjax.sampling.logprobs import TokenLogprobs
     from ffjax.sampling.params import SamplingParams
     from ffjax.streaming import Stream, stream
     from ffjax.text.completion import Completion
@@ -41,6 +42,7 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "TextStream",
+    "TokenLogprobs",
     "Transformer",
     "WeightFormat",
     "WeightFormats",
@@ -73,6 +75,7 @@ _HOME = {
     "ffjax.generation": ("GenerateOutput", "generate"),
     "ffjax.model": ("Transformer",),
     "ffjax.quantization": ("dequantize", "quantize"),
+    "ffjax.sampling.logprobs": ("TokenLogprobs",),
     "ffjax.sampling.params": ("SamplingParams",),
     "ffjax.streaming": ("Stream", "stream"),
     "ffjax.text.completion": ("Completion",),
