@@ -11,7 +11,7 @@ from typing import Any
 from ffjax.commands.options import number, seed, share, whole
 from ffjax.sampling.params import MAX_LOGPROBS, SamplingParams
 
-__all__ = ["add_sampling", "given_sampling", "say_defaults"]
+__all__ = ["add_sampling", "given_sampling", "in_options", "say_defaults"]
 
 # Options by the field that they set, as far as they are not called alike.
 _NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
@@ -173,10 +173,15 @@ def _replaced(defaults: SamplingParams, given: dict[str, Any]) -> SamplingParams
     try:
         return dataclasses.replace(defaults, **given)
     except (TypeError, ValueError) as error:
-        text = str(error)
-        for name in _FIELDS:
+        raise ValueError(in_options(str(error))) from error
+
+
+def in_options(text: str) -> str:
+    """A sentence on `SamplingParams` in the words of the command line."""
+    for name in _FIELDS:
+        if "_" in name:  # the others are words of English, too
             text = re.sub(rf"\b{name}\b", _option(name), text)
-        raise ValueError(text) from error
+    return text
 
 
 def _option(field: str) -> str:

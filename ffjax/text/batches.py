@@ -150,8 +150,8 @@ def texts(
     *,
     implementation: Implementation | None = None,
     prefill: Prefill | None = None,
-    ended: Callable[[int], None] = lambda count: None,
-    broken: Callable[[list[Completion]], None] = lambda so_far: None,
+    ended: Callable[[int], object] = lambda count: None,
+    broken: Callable[[list[Completion]], object] = lambda so_far: None,
 ) -> Iterator[Completion]:
     """Writes any number of texts, as many at a time as a kernel takes; yields them in order.
 
