@@ -124,14 +124,11 @@ def main() -> None:
     lines = lines_for(screen, lambda line: complete(line, names(sampling)), history)
     if screen.interactive:
         screen.note(f"Ready in {Path.cwd().name}.")
-    Chat(
-        _Session,
-        sampling,
-        screen,
-        lines,
-        system=args.system,
-        shows_figures=not args.no_figures,
-    ).run()
+    chat = Chat(
+        _Session, sampling, screen, lines, context=CONTEXT, shows_figures=not args.no_figures
+    )
+    chat.conversation.system = args.system
+    chat.run()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def at(home):
 def ready(shell: Terminal) -> None:
     shell.expect("Ready in")
     shell.expect("> ")
+
+
+def interrupt(shell: Terminal, text: str) -> None:
+    """Types something, and Ctrl-C once readline waits for the next key."""
+    shell.keys(text)
+    shell.expect(text)
+    time.sleep(0.2)
+    shell.keys(CTRL_C)
 
 
 def leave(shell: Terminal) -> None:
@@ -190,15 +199,13 @@ def test_a_second_ctrl_c_breaks_off_what_takes_long(at):
 def test_ctrl_c_at_the_prompt_drops_the_line_and_says_how_to_leave(at):
     with at() as shell:
         ready(shell)
-        shell.keys(f"not this{CTRL_C}")
-        shell.expect("Ctrl-D or /quit leaves")
-        shell.expect("> ")
-        shell.keys(CTRL_C)
-        shell.expect("Ctrl-D or /quit leaves")
-        shell.expect("> ")
+        for _ in range(2):
+            interrupt(shell, "not this")
+            shell.expect("Ctrl-D or /quit leaves")
+            shell.expect("> ")
         shell.line("one\\")
         shell.expect(r"\. ")
-        shell.keys(CTRL_C)
+        interrupt(shell, "two")
         shell.expect("Ctrl-D or /quit leaves")
         shell.line("this")
         shell.expect("1:'this'")

@@ -42,7 +42,7 @@ class Chat:
         screen: Screen,
         lines: Lines,
         *,
-        system: str | None = None,
+        context: int | None = None,
         shows_figures: bool = True,
         shows_traceback: bool = False,
         how: dict[str, Any] | None = None,
@@ -54,19 +54,18 @@ class Chat:
             sampling: its first parameters.
             screen: where to print.
             lines: what is typed.
-            system: the system message.
+            context: most tokens of a conversation and its answer; None: not known.
             shows_figures: whether a line of figures follows each answer.
             shows_traceback: whether Python's traceback is printed before an error's sentence.
             how: what else the partner's `reply` is given.
         """
         self.conversation = Conversation()
-        self.conversation.system = system
         self.sampling = sampling
         self.screen = screen
         self.files: set[Any] = set()
         self._new_partner = new_partner
         self._partner: Partner | None = None
-        self._lines = lines
+        self._lines, self._context = lines, context
         self._shows_figures = shows_figures
         self._shows_traceback = shows_traceback
         self._how = how or {}
@@ -224,12 +223,12 @@ class Chat:
 
     def _why_cut(self, answer: Answer) -> str:
         count = len(answer.tokens)
-        if count == getattr(self.sampling, "max_tokens", None):
-            return f"Cut off after {count} tokens, as max_tokens says: /set max_tokens {2 * count}."
-        return (
-            f"The model's context is full, with {answer.prompt_tokens + count} tokens. Nothing is "
-            "lost: /save FILE keeps the conversation, /reset begins a new one."
-        )
+        if self._context is not None and answer.prompt_tokens + count >= self._context:
+            return (
+                f"The model's context is full, with {self._context} tokens. Nothing is lost: "
+                "/save FILE keeps the conversation, /reset begins a new one."
+            )
+        return f"Cut off after {count} tokens, as max_tokens says: /set max_tokens {2 * count}."
 
     def _drop_partner(self) -> None:
         partner, self._partner = self._partner, None
