@@ -78,10 +78,10 @@ class Chat:
             Exception: whatever fails in a pipe; at a terminal nothing does.
             KeyboardInterrupt: Ctrl-C in a pipe.
         """
+        self.screen.read_any_bytes()
         try:
-            with self.screen.readable_stdin():
-                while self._turn():
-                    pass
+            while self._turn():
+                pass
         finally:
             self._drop_partner()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TextIO
 
 __all__ = ["Screen", "harmless"]
@@ -78,19 +79,13 @@ class Screen:
         with contextlib.suppress(OSError, ValueError):
             print(said, file=sys.stderr, flush=True)
 
-    @contextlib.contextmanager
-    def readable_stdin(self) -> Iterator[None]:
-        """Within it, bytes that are no text are read as lone surrogates, and can be told of."""
-        reconfigure = getattr(sys.stdin, "reconfigure", None)
-        if reconfigure is None:
-            yield
-            return
-        before = sys.stdin.errors
-        reconfigure(errors="surrogateescape")
-        try:
-            yield
-        finally:
-            reconfigure(errors=before)
+    def read_any_bytes(self) -> None:
+        """From here on, bytes of stdin that are no text are lone surrogates, and can be told of.
+
+        Before anything has been read.
+        """
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _is_terminal(file: TextIO | None) -> bool:
