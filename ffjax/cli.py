@@ -30,6 +30,7 @@ def commands() -> dict[str, ModuleType]:
     """The subcommands' modules by name; imports JAX, which may refuse its settings."""
     from ffjax.commands import (
         bench,
+        chat,
         convert,
         doctor,
         evaluate,
@@ -43,6 +44,7 @@ def commands() -> dict[str, ModuleType]:
 
     return {
         "generate": generate,
+        "chat": chat,
         "convert": convert,
         "export": export,
         "quantize": quantize,

@@ -45,7 +45,7 @@ from ffjax.sampling.choose import NOT_FINITE, Choice, choose
 from ffjax.sampling.draw import sequence_keys, step_keys
 from ffjax.sampling.history import History, said
 from ffjax.sampling.logprobs import LogProbs
-from ffjax.sampling.rows import Rows, Stages, rows_of
+from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
@@ -111,6 +111,7 @@ def decode_block(
     *,
     stages: Stages,
     implementation: Implementation,
+    running: Array | None = None,
 ) -> tuple[KVCache, Array, Array, History | None, Made]:
     """Runs a block of steps.
 
@@ -126,6 +127,7 @@ def decode_block(
         history: what came before `token`; None where no stage asks.
         stages: how tokens are chosen.
         implementation: of the steps.
+        running: bool `[B]`, whose tokens go into the history; None: all.
 
     Returns:
         Cache, token, index and history to go on from, and what was made.
@@ -142,7 +144,9 @@ def decode_block(
         cache, token, history = carry
         index, keys = each
         if history is not None:
-            history = said(history, token)
+            # A token that is none is dropped.
+            fed = token if running is None else jnp.where(running, token, EVERY_TOKEN)
+            history = said(history, fed)
         out = decode_step(model, cache, token, implementation=implementation)
         choice = choose(out.logits, out.token, rows, keys, history, index, stages)
         return (out.cache, choice.token, history), Made.of(choice)
@@ -173,7 +177,7 @@ class _Start(NamedTuple):
 
     cache: KVCache
     token: Array
-    index: Array
+    length: Array
     last: Array
     history: History | None
 
@@ -182,7 +186,7 @@ def _start(config: ModelConfig, batch: int, capacity: int, dtype: Any, remembers
     return _Start(
         cache=KVCache.create(config, batch, capacity, dtype),
         token=jnp.zeros((batch,), jnp.int32),
-        index=jnp.ones((batch,), jnp.int32),
+        length=jnp.ones((batch,), jnp.int32),
         last=jnp.zeros((batch, config.model_dim), jnp.float32),
         history=History.empty(batch, config.vocab_size) if remembers else None,
     )

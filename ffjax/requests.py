@@ -16,7 +16,7 @@ from ffjax.sampling.rows import Processor
 from ffjax.seeds import checked_seed
 from ffjax.tokenizer import check_known
 
-__all__ = ["Request", "check_params"]
+__all__ = ["Request", "check_params", "checked_prompt"]
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -70,6 +70,16 @@ def _prompt(which: str, prompt: Any, config: ModelConfig) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def checked_prompt(prompt: Any, config: ModelConfig) -> np.ndarray:
+    """One prompt as int32 `[n]`, n at least 1, every id inside the vocabulary.
+
+    Raises:
+        ValueError: it is empty, or an id is outside.
+        TypeError: it is no flat list of integers.
+    """
+    return _prompt("the prompt", prompt, config)
+
+
 def _prompts(prompts: Any, config: ModelConfig) -> tuple[np.ndarray, ...]:
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
         rows = [prompts]
@@ -81,7 +91,7 @@ def _prompts(prompts: Any, config: ModelConfig) -> tuple[np.ndarray, ...]:
     if not rows:
         raise ValueError("Generation needs at least one prompt; the list of prompts is empty.")
     if len(rows) == 1:
-        return (_prompt("the prompt", rows[0], config),)
+        return (checked_prompt(rows[0], config),)
     return tuple(_prompt(f"prompt {i}", row, config) for i, row in enumerate(rows))
 
 
@@ -125,7 +135,9 @@ def _seed(seed: Any, batch: int) -> int | tuple[int, ...]:
     return checked_seed(seed)
 
 
-def check_params(params: SamplingParams, config: ModelConfig, which: str = "") -> None:
+def check_params(
+    params: SamplingParams, config: ModelConfig, which: str = "", *, texts: bool = False
+) -> None:
     """Checks parameters against a model.
 
     Args:
@@ -133,6 +145,7 @@ def check_params(params: SamplingParams, config: ModelConfig, which: str = "") -
         config: the model's.
         which: of which sequence they are, as an error is to say it: "sampling[2]."; "": there is
             one for all.
+        texts: whether texts that end a sequence are somebody's to look for.
 
     Raises:
         ValueError: a token id is outside the vocabulary, or no token is left; or they name texts
@@ -141,11 +154,11 @@ def check_params(params: SamplingParams, config: ModelConfig, which: str = "") -
     for name in ("bad_token_ids", "stop_token_ids"):
         for token in getattr(params, name):
             _token_id(f"{which}{name}", token, config)
-    for token, _ in params.logit_bias:
+    for token in dict(params.logit_bias):
         _token_id(f"A token id of {which}logit_bias", token, config)
     if len(params.bad_token_ids) >= config.vocab_size:
         raise ValueError(f"{which}bad_token_ids forbids every token: one at least must be left.")
-    if params.stop:
+    if params.stop and not texts:
         raise ValueError(
             f"{which}stop holds texts, and this function speaks of tokens alone. Use "
             "ffjax.Generator, which has the tokenizer, or stop_token_ids."
@@ -179,7 +192,7 @@ def _params(
 
 
 def _processors(value: Any) -> tuple[Processor, ...]:
-    processors = (value,) if callable(value) else tuple(value)
+    processors: tuple[Any, ...] = (value,) if callable(value) else tuple(value)
     for one in processors:
         if not callable(one):
             raise TypeError(
@@ -187,6 +200,12 @@ def _processors(value: Any) -> tuple[Processor, ...]:
                 f"got {one!r}."
             )
     return processors
+
+
+def _needs(prompt: int, new: int) -> str:
+    """How a sentence begins on what a sequence needs."""
+    tokens = "1 token" if prompt == 1 else f"{prompt} tokens"
+    return f"A prompt of {tokens} and {new} new ones need {prompt + new} positions; "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,15 +283,17 @@ class Request:
         new = max(limits)
         ends = _stop_tokens(stop_token, config)
         stop_tokens = tuple(_ends(ends, one) for one in params)
-        longest = max(len(row) for row in rows)
-        need = longest + new
-        tokens = "1 token" if longest == 1 else f"{longest} tokens"
-        needs = f"A prompt of {tokens} and {new} new ones need {need} positions; "
-        if need > config.max_context:
+        # A sequence that has ended steps on with the others, for nobody: it has room, but no need.
+        positions, prompt, own = max(
+            (len(row) + limit, len(row), limit) for row, limit in zip(rows, limits, strict=True)
+        )
+        if positions > config.max_context:
             raise ValueError(
-                f"{needs}{config.name} was made for {config.max_context}. "
+                f"{_needs(prompt, own)}{config.name} was made for {config.max_context}. "
                 "Shorten the prompt or ask for fewer tokens."
             )
+        longest = max(len(row) for row in rows)
+        need, needs = longest + new, _needs(longest, new)
         if capacity is None:
             capacity = need
         elif need > _integer("capacity", capacity, 1):
