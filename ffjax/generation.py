@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
-
-import jax
 
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
-from ffjax.loop import BLOCK, NOT_FINITE, Loop
+from ffjax.loop import BLOCK, NOT_FINITE, Loop, Step
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.requests import Request
+from ffjax.sampling.logprobs import TokenLogprobs
+from ffjax.sampling.params import SamplingParams
+from ffjax.sampling.rows import Processor
 from pallas_kernels.dims import ceil_div
 
 __all__ = ["FinishReason", "GenerateOutput", "Replies", "blocks_for", "generate"]
@@ -32,6 +33,9 @@ class GenerateOutput:
             the stop token.
         finish_reasons: of each sequence: "stop", it came to a stop token; "length",
             it has as many tokens as were asked for; None, it was broken off.
+        stop_reasons: of each sequence: what stopped it, a stop token's id, or what
+            `ffjax.Stream.stop` was given; None where nothing did.
+        logprobs: of each sequence and token; of a sequence that did not ask, an empty list.
         implementation: which one ran the decode steps; see `ffjax.decode_step`.
         prefill: which one ran the prefill; see `ffjax.generate`.
         steps: decode steps that ran before the last token was here, whole blocks of
@@ -44,6 +48,8 @@ class GenerateOutput:
 
     tokens: list[list[int]]
     finish_reasons: list[FinishReason | None]
+    stop_reasons: list[int | str | None]
+    logprobs: list[list[TokenLogprobs]]
     implementation: Implementation
     prefill: Prefill
     steps: int
@@ -73,6 +79,10 @@ class Replies:
         self._request = request
         self.tokens: list[list[int]] = [[] for _ in request.prompts]
         self.finish_reasons: list[FinishReason | None] = [None for _ in request.prompts]
+        self.stop_reasons: list[int | str | None] = [None for _ in request.prompts]
+        self.logprobs: list[list[TokenLogprobs]] = [[] for _ in request.prompts]
+        self._stops = [frozenset(ids) for ids in request.stop_tokens]
+        self._ends = [ids | {NOT_FINITE} for ids in self._stops]
 
     @property
     def finished(self) -> bool:
@@ -81,17 +91,23 @@ class Replies:
 
     def would_finish(self, rows: list[list[int]]) -> bool:
         """Whether no sequence would take another token behind these, `[steps][B]`."""
-        stops = {*self._request.stop_tokens, NOT_FINITE}
         return all(
-            reason is not None or not stops.isdisjoint(row[b] for row in rows)
+            reason is not None
+            or len(self.tokens[b]) + len(rows) >= self._request.limits[b]
+            or not self._ends[b].isdisjoint(row[b] for row in rows)
             for b, reason in enumerate(self.finish_reasons)
         )
 
-    def add(self, row: Iterable[int], fault: Callable[[], str | None]) -> list[int | None]:
-        """Takes the device's next token of each sequence, `[B]`.
+    def stop(self, row: int, reason: int | str | None) -> None:
+        """Ends a sequence for a reason of the reader's; nothing where it has ended."""
+        if self.finish_reasons[row] is None:
+            self.finish_reasons[row], self.stop_reasons[row] = "stop", reason
+
+    def add(self, step: Step, fault: Callable[[], str | None]) -> list[int | None]:
+        """Takes the device's next token of each sequence.
 
         Args:
-            row: the tokens.
+            step: the tokens.
             fault: asked, where there are none, what a kernel that gave up has said.
 
         Returns:
@@ -101,21 +117,24 @@ class Replies:
             NotFiniteError: the logits of a sequence that has not ended chose none; then nothing
                 is taken, of any sequence.
         """
-        row = list(row)
+        row, logprobs = step
         for b, token in enumerate(row):
             if token == NOT_FINITE and self.finish_reasons[b] is None:
                 raise NotFiniteError(b, len(self.tokens[b]), fault())
         taken: list[int | None] = []
         for b, token in enumerate(row):
             mine = self.tokens[b]
-            if self.finish_reasons[b] is None and token in self._request.stop_tokens:
-                self.finish_reasons[b] = "stop"
+            if self.finish_reasons[b] is None and token in self._stops[b]:
+                self.stop(b, token)
             if self.finish_reasons[b] is not None:
                 taken.append(None)
                 continue
-            mine.append(int(token))
-            taken.append(int(token))
-            if len(mine) == self._request.max_new_tokens:
+            mine.append(token)
+            taken.append(token)
+            asked = self._request.params[b].logprobs
+            if logprobs is not None and asked is not None:
+                self.logprobs[b].append(logprobs.of(b, asked))
+            if len(mine) == self._request.limits[b]:
                 self.finish_reasons[b] = "length"
         return taken
 
@@ -133,6 +152,8 @@ def generate(
     temperature: float = 0.0,
     seed: int | Sequence[int] = 0,
     stop_token: int | Sequence[int] | None = None,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    logits_processors: Processor | Sequence[Processor] = (),
     capacity: int | None = None,
     implementation: Implementation | None = None,
     prefill: Prefill | None = None,
@@ -156,6 +177,13 @@ def generate(
             2^64 - 1, all different.
         stop_token: the token that ends a sequence; or several, up to 64, any of which ends it,
             as a tokenizer's `eot_ids`; None or an empty sequence: none does.
+        sampling: all that may be asked of the choice of tokens, in place of `temperature`: one for
+            all prompts or one for each. A `seed` or `max_tokens` in it goes before those here; its
+            `stop_token_ids` end a sequence beside `stop_token`.
+        logits_processors: functions of your own, which change logits behind the penalties and
+            before the temperature, in this order. Each takes float32 `[B, V]` and a
+            `ffjax.sampling.choose.Before`, and returns logits. They are traced, and a program is
+            compiled for each set of functions: do not make them anew for each call.
         capacity: positions of the cache to make, at least what the longest prompt and
             the new tokens need. Give the same to requests of different lengths, and
             they share their compiled programs. None: what this one needs, rounded up.
@@ -179,7 +207,15 @@ def generate(
             `output` is what came before.
     """
     request = Request.checked(
-        model.config, prompts, max_new_tokens, temperature, seed, stop_token, capacity
+        model.config,
+        prompts,
+        max_new_tokens,
+        temperature,
+        seed,
+        stop_token,
+        capacity,
+        sampling,
+        logits_processors,
     )
     loop = Loop(model, request, implementation, prefill)
     replies = Replies(request)
@@ -189,6 +225,8 @@ def generate(
         return GenerateOutput(
             tokens=replies.tokens,
             finish_reasons=replies.finish_reasons,
+            stop_reasons=replies.stop_reasons,
+            logprobs=replies.logprobs,
             implementation=loop.implementation,
             prefill=loop.prefill_implementation,
             steps=loop.steps,
@@ -201,7 +239,7 @@ def generate(
     first = loop.prefill()
     # The device has its first steps before the prefill's token is read.
     rows = loop.rows(blocks_for(request), replies.would_finish)
-    first = jax.device_get(first).tolist()
+    first = loop.first(first)
     prefilled = time.perf_counter()
     prefill_seconds = prefilled - start
     try:

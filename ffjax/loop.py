@@ -1,9 +1,9 @@
 """The device's side of a generation: the prefill, then blocks of decode steps.
 
-What is compiled depends on the model, the batch, the cache's capacity (rounded up, so
-that similar requests share it) and whether tokens are drawn; lengths, temperature and
-seeds are arguments. It is compiled with the options of `ffjax.reproducible`:
-the same request gets the same tokens in every process.
+What is compiled depends on the model, the batch, the cache's capacity (rounded up, so that similar
+requests share it) and the stages by which tokens are chosen (`ffjax.sampling.rows.Stages`);
+lengths, parameters and seeds are arguments. It is compiled with the options of
+`ffjax.reproducible`: the same request gets the same tokens in every process.
 
 A block has a fixed number of steps, so that the device runs it without asking the host, and the
 host orders the next one while it runs. It is the host that looks whether all sequences have ended.
@@ -19,11 +19,10 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 
@@ -39,16 +38,19 @@ from ffjax.decode import (
 from ffjax.model import Transformer
 from ffjax.parts import Parts
 from ffjax.prefill.choice import Prefill, prefill_of
-from ffjax.prefill.first import NOT_FINITE, Sampling, marked
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
-from ffjax.sampling.draw import sample, sequence_keys, step_keys, words_of
+from ffjax.sampling.choose import NOT_FINITE, Choice, choose
+from ffjax.sampling.draw import sequence_keys, step_keys
+from ffjax.sampling.history import History, said
+from ffjax.sampling.logprobs import LogProbs
+from ffjax.sampling.rows import Rows, Stages, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
 
-__all__ = ["BLOCK", "NOT_FINITE", "Loop"]
+__all__ = ["BLOCK", "NOT_FINITE", "Loop", "Made", "Step", "decode_block"]
 
 BLOCK = 8
 """Decode steps that the device is given at a time."""
@@ -59,17 +61,57 @@ _AHEAD = 1
 _CAPACITY_STEP = 256
 
 
-def _decode_block(
+class Made(NamedTuple):
+    """What a block of steps, or a prefill, has made; on the device, or of numpy.
+
+    Attributes:
+        tokens: int32 `[BLOCK, B]`, of a prefill `[B]`: NOT_FINITE where logits are not finite.
+        logprobs: of each; None where nobody asked.
+    """
+
+    tokens: Any
+    logprobs: LogProbs | None
+
+    @classmethod
+    def of(cls, choice: Choice) -> Made:
+        """Of one choice, or of those of a block."""
+        return cls(choice.told, choice.logprobs)
+
+    def steps(self) -> list[Step]:
+        """Step by step; the arrays are numpy's, and those of a block."""
+        tokens = self.tokens.tolist()
+        if self.logprobs is None:
+            return [Step(row, None) for row in tokens]
+        return [
+            Step(row, jax.tree.map(lambda a, i=i: a[i], self.logprobs))
+            for i, row in enumerate(tokens)
+        ]
+
+
+class Step(NamedTuple):
+    """The next token of each sequence, on the host.
+
+    Attributes:
+        tokens: B ids, or NOT_FINITE.
+        logprobs: of numpy; None where nobody asked.
+    """
+
+    tokens: list[int]
+    logprobs: LogProbs | None
+
+
+def decode_block(
     graphdef: Any,
     state: Any,
     cache: KVCache,
     token: Array,
     index: Array,
-    sampling: Sampling,
+    rows: Rows,
+    history: History | None,
     *,
-    greedy: bool,
+    stages: Stages,
     implementation: Implementation,
-) -> tuple[KVCache, Array, Array, Array]:
+) -> tuple[KVCache, Array, Array, History | None, Made]:
     """Runs a block of steps.
 
     A sequence that has stopped keeps stepping; what it says is for nobody.
@@ -79,32 +121,35 @@ def _decode_block(
         state: its weights.
         cache: the cache.
         token: int32 `[B]`, chosen but not yet fed.
-        index: int32, how many tokens a sequence has got, `token` included.
-        sampling: how tokens are chosen.
-        greedy: take the step's own greedy token.
+        index: int32 `[B]`, how many tokens a sequence has got, `token` included.
+        rows: how tokens are chosen.
+        history: what came before `token`; None where no stage asks.
+        stages: how tokens are chosen.
         implementation: of the steps.
 
     Returns:
-        Cache, token and index to go on from, and the new tokens, int32 `[BLOCK, B]`.
+        Cache, token, index and history to go on from, and what was made.
     """
     model = nnx.merge(graphdef, state)
-    indices = index + jnp.arange(BLOCK, dtype=jnp.int32)
+    indices = index + jnp.arange(BLOCK, dtype=jnp.int32)[:, None]
     # All keys of the block at once: one by one, each would cost a launch or more.
     keys = None
-    if not greedy:
-        own = sequence_keys(sampling.seeds, cache.batch)
+    if stages.draws:
+        own = sequence_keys(rows.seeds)
         keys = jax.vmap(lambda at: step_keys(own, at))(indices)
 
-    def step(carry, keys):
-        cache, token = carry
+    def step(carry, each):
+        cache, token, history = carry
+        index, keys = each
+        if history is not None:
+            history = said(history, token)
         out = decode_step(model, cache, token, implementation=implementation)
-        token = out.token
-        if not greedy:
-            token = sample(out.logits, keys, sampling.temperature)
-        return (out.cache, token), marked(out.logits, token)
+        choice = choose(out.logits, out.token, rows, keys, history, index, stages)
+        return (out.cache, choice.token, history), Made.of(choice)
 
-    (cache, token), made = lax.scan(step, (cache, token), keys, length=BLOCK)
-    return cache, token, index + BLOCK, made
+    start = cache, token, history
+    (cache, token, history), made = lax.scan(step, start, (indices, keys), length=BLOCK)
+    return cache, token, index + BLOCK, history, made
 
 
 @functools.cache
@@ -112,28 +157,42 @@ def _programs(device: Any) -> Programs:
     """The programs of blocks for a device: XLA's options depend on it."""
     return Programs(
         jax.jit(
-            _decode_block,
-            static_argnames=("graphdef", "greedy", "implementation"),
-            donate_argnames=("cache",),
+            decode_block,
+            static_argnames=("graphdef", "stages", "implementation"),
+            donate_argnames=("cache", "history"),
             compiler_options=compiler_options(device),
         )
     )
 
 
-def _start(
-    config: ModelConfig, batch: int, capacity: int, dtype: Any
-) -> tuple[KVCache, Array, Array, Array]:
-    """An empty cache, no token yet, and room for what `ffjax.prefill.packed.feed` calls last."""
-    cache = KVCache.create(config, batch, capacity, dtype)
-    token, index = jnp.zeros((batch,), jnp.int32), jnp.int32(1)
-    return cache, token, index, jnp.zeros((batch, config.model_dim), jnp.float32)
+class _Start(NamedTuple):
+    """What a generation begins with: an empty cache, no token yet.
+
+    `last` is room for what `ffjax.prefill.packed.feed` calls so.
+    """
+
+    cache: KVCache
+    token: Array
+    index: Array
+    last: Array
+    history: History | None
+
+
+def _start(config: ModelConfig, batch: int, capacity: int, dtype: Any, remembers: bool) -> _Start:
+    return _Start(
+        cache=KVCache.create(config, batch, capacity, dtype),
+        token=jnp.zeros((batch,), jnp.int32),
+        index=jnp.ones((batch,), jnp.int32),
+        last=jnp.zeros((batch, config.model_dim), jnp.float32),
+        history=History.empty(batch, config.vocab_size) if remembers else None,
+    )
 
 
 @functools.cache
 def _started(device: Any) -> Any:
     """Makes what a generation begins with, in one launch."""
     options = compiler_options(device)
-    return jax.jit(_start, static_argnums=(0, 1, 2, 3), compiler_options=options)
+    return jax.jit(_start, static_argnums=(0, 1, 2, 3, 4), compiler_options=options)
 
 
 class Loop:
@@ -179,7 +238,7 @@ class Loop:
         with jax.default_device(self._device), program_settings():
             self._prepare(model, request, implementation, prefill)
             start = time.perf_counter()
-            self._prefill.compile(self._cache)
+            self._prefill.compile(self._cache, self._history)
             if request.max_new_tokens > 1:
                 self._block = self._compiled_block()
             self.compile_seconds = time.perf_counter() - start
@@ -196,28 +255,32 @@ class Loop:
         self._model = model
         self._request = request
         size = request.batch, capacity
-        start = _started(self._device)(model.config, *size, model.dtype)
-        self._cache, self._token, self._index, last = start
+        self._stages = stages = Stages.of(request.params, request.processors)
+        start = _started(self._device)(model.config, *size, model.dtype, stages.remembers)
+        self._cache, self._token, self._index, last, self._history = start
+        rows = rows_of(request.params, request.stop_tokens, request.seeds, stages)
+        # Once, and not with every block.
+        self._rows = jax.device_put(rows, self._token.sharding)
         chosen = resolve_implementation(model, self._cache, implementation)
         self.implementation: Implementation = chosen
-        self._sampling = Sampling(words_of(request.seed), np.float32(request.temperature))
-        self._greedy = request.temperature == 0
         self.steps = 0
         self._prefill = prefill_of(
             self._parts,
             request,
             capacity,
-            self._sampling,
+            self._rows,
+            stages,
             last,
             implementation,
             prefill,
         )
 
     def _block_args(self) -> tuple[Any, ...]:
-        return self._parts.state, self._cache, self._token, self._index, self._sampling
+        state = self._parts.state
+        return state, self._cache, self._token, self._index, self._rows, self._history
 
     def _compiled_block(self) -> Any:
-        how = {"greedy": self._greedy, "implementation": self.implementation}
+        how = {"stages": self._stages, "implementation": self.implementation}
         return _programs(self._device).get(self._parts.graphdef, *self._block_args(), **how)
 
     @property
@@ -238,23 +301,22 @@ class Loop:
         """Which implementation runs the prefill."""
         return self._prefill.name
 
-    def prefill(self) -> Array:
-        """Feeds the prompts; returns the first new token of each, int32 `[B]`, or NOT_FINITE."""
+    def prefill(self) -> Made:
+        """Feeds the prompts; returns the first new token of each."""
         with jax.default_device(self._device), program_settings():
-            self._cache, self._token = self._prefill.run(self._cache)
-        return self._token
+            run = self._prefill.run(self._cache, self._history)
+        self._cache, self._history, choice = run
+        self._token = choice.token
+        return Made.of(choice)
 
-    def decode(self) -> Array:
-        """Orders a block of steps.
-
-        Returns:
-            The new tokens, int32 `[BLOCK, B]`, NOT_FINITE for those whose logits are not finite.
-        """
+    def decode(self) -> Made:
+        """Orders a block of steps; returns the new tokens."""
         with jax.default_device(self._device), program_settings():
-            self._cache, self._token, self._index, made = self._block(*self._block_args())
+            out = self._block(*self._block_args())
+        self._cache, self._token, self._index, self._history, made = out
         return made
 
-    def rows(self, blocks: int, ends: Callable[[list[list[int]]], bool]) -> Iterator[list[int]]:
+    def rows(self, blocks: int, ends: Callable[[list[list[int]]], bool]) -> Iterator[Step]:
         """Runs up to so many blocks, the device ahead of who takes the tokens.
 
         The first block is ordered at once, every other one before the block ahead of it is waited
@@ -272,8 +334,8 @@ class Loop:
         return self._taken(ordered, blocks - len(ordered), ends)
 
     def _taken(
-        self, ordered: deque[Array], left: int, ends: Callable[[list[list[int]]], bool]
-    ) -> Iterator[list[int]]:
+        self, ordered: deque[Made], left: int, ends: Callable[[list[list[int]]], bool]
+    ) -> Iterator[Step]:
         def order() -> None:
             nonlocal left
             while left > 0 and len(ordered) <= _AHEAD:
@@ -282,12 +344,18 @@ class Loop:
 
         while ordered:
             order()
-            made = jax.device_get(ordered.popleft()).tolist()
+            made = jax.device_get(ordered.popleft()).steps()
             self.steps += BLOCK
-            if ends(made):
+            if ends([step.tokens for step in made]):
                 left = 0
             order()  # before the reader is given these, who may take long
             yield from made
+
+    @staticmethod
+    def first(made: Made) -> Step:
+        """What a prefill has made, on the host; waits for it."""
+        tokens, logprobs = jax.device_get(made)
+        return Step(tokens.tolist(), logprobs)
 
     def fault(self) -> str | None:
         """What a step that gave up waiting has said, a sentence; None if none did."""

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 
 from ffjax.config import ModelConfig
+from ffjax.sampling.draw import sequence_words
+from ffjax.sampling.params import MAX_STOP_TOKENS, SamplingParams
+from ffjax.sampling.rows import Processor
 from ffjax.seeds import checked_seed
 from ffjax.tokenizer import check_known
 
-__all__ = ["MAX_STOP_TOKENS", "Request"]
-
-# What ends a sequence is compared with every new token in an array of this length, whatever
-# its number is: so that it never compiles anew. No model is known that has more than a few.
-MAX_STOP_TOKENS = 64
-_MOST_TEMPERATURE = float(np.finfo(np.float32).max)
+__all__ = ["Request", "check_params"]
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -102,6 +100,12 @@ def _stop_tokens(value: Any, config: ModelConfig) -> tuple[int, ...]:
     return ids
 
 
+def _ends(ends: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
+    """What ends one sequence: what ends a text of the model, and what its parameters name."""
+    own = () if params.ignore_eos else ends
+    return tuple(dict.fromkeys((*own, *params.stop_token_ids)))
+
+
 def _seed(seed: Any, batch: int) -> int | tuple[int, ...]:
     if isinstance(seed, Sequence) or getattr(seed, "ndim", 0) == 1:
         if isinstance(seed, str | bytes):
@@ -115,25 +119,106 @@ def _seed(seed: Any, batch: int) -> int | tuple[int, ...]:
     return checked_seed(seed)
 
 
+def check_params(params: SamplingParams, config: ModelConfig, which: str = "") -> None:
+    """Checks parameters against a model.
+
+    Args:
+        params: the parameters.
+        config: the model's.
+        which: of which sequence they are, as an error is to say it: "sampling[2]."; "": there is
+            one for all.
+
+    Raises:
+        ValueError: a token id is outside the vocabulary, or no token is left; or they name texts
+            that end a sequence, which need a tokenizer.
+    """
+    for name in ("bad_token_ids", "stop_token_ids"):
+        for token in getattr(params, name):
+            _token_id(f"{which}{name}", token, config)
+    for token, _ in params.logit_bias:
+        _token_id(f"A token id of {which}logit_bias", token, config)
+    if len(params.bad_token_ids) >= config.vocab_size:
+        raise ValueError(f"{which}bad_token_ids forbids every token: one at least must be left.")
+    if params.stop:
+        raise ValueError(
+            f"{which}stop holds texts, and this function speaks of tokens alone. Use "
+            "ffjax.Generator, which has the tokenizer, or stop_token_ids."
+        )
+
+
+def _params(
+    sampling: Any, temperature: Any, batch: int, config: ModelConfig
+) -> tuple[SamplingParams, ...]:
+    """The parameters of each sequence."""
+    if sampling is None:
+        return (SamplingParams(temperature=temperature),) * batch
+    if temperature != 0:
+        raise ValueError(
+            "A temperature is given beside sampling, which has one of its own. Give "
+            f"SamplingParams(temperature={temperature}, ...)."
+        )
+    if isinstance(sampling, SamplingParams):
+        check_params(sampling, config)
+        return (sampling,) * batch
+    kinds = "sampling is a SamplingParams, or a sequence of them, one for each prompt"
+    if isinstance(sampling, str | bytes) or not isinstance(sampling, Sequence):
+        raise TypeError(f"{kinds}; got {sampling!r}.")
+    if len(sampling) != batch:
+        raise ValueError(f"{kinds}; there are {len(sampling)} for {batch} prompts.")
+    for i, one in enumerate(sampling):
+        if not isinstance(one, SamplingParams):
+            raise TypeError(f"{kinds}; got {one!r} at index {i}.")
+        check_params(one, config, f"sampling[{i}].")
+    return tuple(sampling)
+
+
+def _processors(value: Any) -> tuple[Processor, ...]:
+    processors = (value,) if callable(value) else tuple(value)
+    for one in processors:
+        if not callable(one):
+            raise TypeError(
+                "A logits processor is a function of the logits [B, V] and of what came before; "
+                f"got {one!r}."
+            )
+    return processors
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """A generation, as asked for.
 
     Attributes:
         prompts: one int32 `[n]` a sequence, n at least 1.
-        max_new_tokens: at least 1.
-        temperature: 0 for greedy.
-        seed: one for all sequences, or one for each.
-        stop_tokens: the ids that end a sequence, each once; there may be none.
+        max_new_tokens: at least 1; of the sequence that may have most.
+        limits: of each sequence.
+        params: how its tokens are chosen, of each sequence.
+        seed: one for all sequences, or one for each; of those whose parameters have none.
+        stop_tokens: the ids that end each sequence, each once; there may be none.
         capacity: positions the cache must have room for.
+        processors: a caller's own logits processors.
     """
 
     prompts: tuple[np.ndarray, ...]
     max_new_tokens: int
-    temperature: float
+    limits: tuple[int, ...]
+    params: tuple[SamplingParams, ...]
     seed: int | tuple[int, ...]
-    stop_tokens: tuple[int, ...]
+    stop_tokens: tuple[tuple[int, ...], ...]
     capacity: int
+    processors: tuple[Processor, ...]
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """What each sequence draws by, uint32 `[B, 3]`: see `ffjax.sampling.draw.words_of`."""
+        words = []
+        for b, one in enumerate(self.params):
+            if one.seed is not None:
+                words.append(sequence_words(one.seed))
+            elif isinstance(self.seed, int):
+                words.append(sequence_words(self.seed, b))
+            else:
+                words.append(sequence_words(self.seed[b]))
+        return np.stack(words)
 
     @property
     def batch(self) -> int:
@@ -155,6 +240,8 @@ class Request:
         seed: int | Sequence[int],
         stop_token: int | Sequence[int] | None,
         capacity: int | None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        logits_processors: Processor | Sequence[Processor] = (),
     ) -> Request:
         """A request that a model of this configuration can serve.
 
@@ -166,14 +253,11 @@ class Request:
         """
         rows = _prompts(prompts, config)
         new = _integer("max_new_tokens", max_new_tokens, 1)
-        if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
-            raise TypeError(f"temperature is a number, got {temperature!r}.")
-        if not 0 <= temperature <= _MOST_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be 0 (greedy) or a positive number that float32 can hold, "
-                f"got {temperature}."
-            )
-        stop_tokens = _stop_tokens(stop_token, config)
+        params = _params(sampling, temperature, len(rows), config)
+        limits = tuple(new if p.max_tokens is None else min(new, p.max_tokens) for p in params)
+        new = max(limits)
+        ends = _stop_tokens(stop_token, config)
+        stop_tokens = tuple(_ends(ends, one) for one in params)
         longest = max(len(row) for row in rows)
         need = longest + new
         tokens = "1 token" if longest == 1 else f"{longest} tokens"
@@ -190,8 +274,10 @@ class Request:
         return cls(
             prompts=rows,
             max_new_tokens=new,
-            temperature=float(temperature),
+            limits=limits,
+            params=params,
             seed=_seed(seed, len(rows)),
             stop_tokens=stop_tokens,
             capacity=int(capacity),
+            processors=_processors(logits_processors),
         )

@@ -6,8 +6,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-import jax
-
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
 from ffjax.generation import GenerateOutput, Replies, blocks_for
@@ -15,6 +13,8 @@ from ffjax.loop import Loop
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.requests import Request
+from ffjax.sampling.params import SamplingParams
+from ffjax.sampling.rows import Processor
 
 __all__ = ["Stream", "stream"]
 
@@ -47,6 +47,15 @@ class Stream(Iterator[list[int | None]]):
         except NotFiniteError as error:
             error.output = self.output
             raise
+
+    def stop(self, row: int, reason: int | str | None = None) -> None:
+        """Ends one sequence, as if it had come to a stop token: it gets no more tokens.
+
+        Args:
+            row: which.
+            reason: why, for `GenerateOutput.stop_reasons`: a text that has come, for example.
+        """
+        self._so_far.replies.stop(row, reason)
 
     def close(self) -> None:
         """Ends the stream and frees the cache; what has come stays in `output`."""
@@ -83,6 +92,8 @@ class _SoFar:
         return GenerateOutput(
             tokens=[list(row) for row in self.replies.tokens],
             finish_reasons=list(self.replies.finish_reasons),
+            stop_reasons=list(self.replies.stop_reasons),
+            logprobs=[list(row) for row in self.replies.logprobs],
             implementation=self.implementation,
             prefill=self.prefill,
             steps=self.steps,
@@ -100,7 +111,7 @@ def _run(loop: Loop, blocks: int, so_far: _SoFar) -> Generator[list[int | None],
     # The device has its first steps before the prefill's token is read, and its next ones
     # before the reader is given the last.
     rows = loop.rows(blocks, replies.would_finish)
-    first = jax.device_get(first).tolist()
+    first = loop.first(first)
     prefilled = time.perf_counter()
     so_far.prefill_seconds = prefilled - start
     yield replies.add(first, loop.fault)
@@ -119,6 +130,8 @@ def stream(
     temperature: float = 0.0,
     seed: int | Sequence[int] = 0,
     stop_token: int | Sequence[int] | None = None,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    logits_processors: Processor | Sequence[Processor] = (),
     capacity: int | None = None,
     implementation: Implementation | None = None,
     prefill: Prefill | None = None,
@@ -135,6 +148,8 @@ def stream(
         temperature: as in `ffjax.generate`.
         seed: as in `ffjax.generate`.
         stop_token: as in `ffjax.generate`.
+        sampling: as in `ffjax.generate`.
+        logits_processors: as in `ffjax.generate`.
         capacity: as in `ffjax.generate`.
         implementation: as in `ffjax.generate`.
         prefill: as in `ffjax.generate`.
@@ -150,6 +165,14 @@ def stream(
         NotFiniteError: the iterator does, as its class says.
     """
     request = Request.checked(
-        model.config, prompts, max_new_tokens, temperature, seed, stop_token, capacity
+        model.config,
+        prompts,
+        max_new_tokens,
+        temperature,
+        seed,
+        stop_token,
+        capacity,
+        sampling,
+        logits_processors,
     )
     return Stream(Loop(model, request, implementation, prefill), request)

@@ -20,10 +20,11 @@ from ffjax.config import ModelConfig
 from ffjax.formats import INT8, WeightFormats, int4
 from ffjax.model import Transformer
 from ffjax.parts import Parts
-from ffjax.prefill.first import Sampling
 from ffjax.prefill.packed import PackedPrefill
 from ffjax.prefill.padded import PaddedPrefill
 from ffjax.sampling.draw import words_of
+from ffjax.sampling.params import SamplingParams
+from ffjax.sampling.rows import Stages, rows_of
 
 __all__ = ["CONFIGS", "Fed", "check", "fed", "model_of", "prompts_of"]
 
@@ -82,16 +83,18 @@ def fed(
     **sampling: Any,
 ) -> Fed:
     """Feeds prompts into a cache whose slots hold `fill`."""
-    how = Sampling(words_of(sampling.get("seed", 0)), np.float32(sampling.get("temperature", 0)))
-    ended = jnp.full((len(prompts), model.config.model_dim), fill, jnp.float32)
-    greedy = float(how.temperature) == 0
-    prefill = kind(Parts.of(model), prompts, capacity, how, ended, greedy=greedy)
+    batch = len(prompts)
+    params = [SamplingParams(temperature=sampling.get("temperature", 0))] * batch
+    seeds, stages = words_of(sampling.get("seed", 0), batch), Stages.of(params)
+    rows = rows_of(params, [()] * batch, seeds, stages)
+    ended = jnp.full((batch, model.config.model_dim), fill, jnp.float32)
+    prefill = kind(Parts.of(model), prompts, capacity, rows, stages, ended)
     cache = KVCache.create(model.config, len(prompts), capacity, model.dtype)
     full = (jnp.full_like(kept, fill) for kept in (cache.k, cache.v))
     cache = dataclasses.replace(cache, **dict(zip(("k", "v"), full, strict=True)))
-    prefill.compile(cache)
-    cache, token = prefill.run(cache)
-    return Fed(cache, token.tolist(), prefill.temp_bytes)
+    prefill.compile(cache, None)
+    cache, _, choice = prefill.run(cache, None)
+    return Fed(cache, choice.told.tolist(), prefill.temp_bytes)
 
 
 def check(name: str, dtype: str, lengths: tuple[int, ...], capacity: int) -> tuple[Fed, Fed]:

@@ -14,10 +14,10 @@ from ffjax.config import ModelConfig, preset
 from ffjax.formats import INT8, WeightFormats, int4
 from ffjax.model import Transformer
 from ffjax.prefill import packed
-from ffjax.prefill.first import Sampling
 from ffjax.prefill.packing import chunks_of
 from ffjax.quantization import quantized_config
 from ffjax.reproducible import SAME_IN_EVERY_PROCESS
+from ffjax.sampling.rows import Rows, Stages
 from pallas_kernels.compile import why_no_compiler
 from pallas_kernels.targets import target
 
@@ -61,13 +61,15 @@ def memory_of(config: ModelConfig, gpu: str, size: int, capacity: int, dtype=jnp
     blocks = packed.blocks_of(config, dtype, named.gpu, size)
     [chunk] = chunks_of([np.zeros(size, np.int32)], capacity, lambda _: blocks.queries)
     ended = jax.ShapeDtypeStruct((1, config.model_dim), jnp.float32)
-    sampling = Sampling(np.zeros(2, np.uint32), np.float32(0))
+    choose = functools.partial(
+        packed._feed_and_choose, graphdef, gpu=named.gpu, stages=Stages(), history=None
+    )
     step = jax.jit(
-        functools.partial(packed._feed_and_choose, graphdef, gpu=named.gpu, greedy=True),
+        choose,
         donate_argnames=("cache", "last"),
         compiler_options=SAME_IN_EVERY_PROCESS,
     )
-    arguments = map(abstract, (state, cache, ended, chunk, sampling))
+    arguments = map(abstract, (state, cache, ended, chunk, Rows()))
     with jax.set_mesh(mesh):
         memory = step.trace(*arguments).lower().compile().memory_analysis()
     assert memory is not None

@@ -49,7 +49,7 @@ def model() -> Transformer:
 
 def _without_cache(model, prompt, count, temperature=0.0, seed=0):
     """Feeds the whole sequence again for every token."""
-    key = sequence_keys(words_of((seed,)), 1)
+    key = sequence_keys(words_of((seed,), 1))
     width = len(prompt) + count  # one shape, one compilation
     forward = nnx.jit(lambda model, tokens: model(tokens))
     tokens = list(prompt)
@@ -201,7 +201,8 @@ def _streamed(steps):
 
 def test_a_request_holds_each_stop_token_once():
     def held(stop_token, config=CONFIG):
-        return Request.checked(config, SHORT, 4, 0.0, 0, stop_token, None).stop_tokens
+        [ends] = Request.checked(config, SHORT, 4, 0.0, 0, stop_token, None).stop_tokens
+        return ends
 
     assert held(None) == held([]) == ()
     assert held(np.int64(7)) == (7,)
@@ -230,7 +231,7 @@ def test_stream_is_generate(model, count, temperature):
 
 
 class _Watched:
-    """A result on the device that notes when it is read."""
+    """An array on the device that notes when it is read."""
 
     def __init__(self, result: jax.Array, events: list[str]):
         self._result = result
@@ -247,7 +248,8 @@ def test_the_stream_orders_the_next_block_before_it_reads_the_last(model, monkey
 
     def watched(self):
         events.append("order")
-        return _Watched(decode(self), events)
+        made = decode(self)
+        return made._replace(tokens=_Watched(made.tokens, events))
 
     monkeypatch.setattr(Loop, "decode", watched)
     steps = stream(model, SHORT, 4 * BLOCK + 1)

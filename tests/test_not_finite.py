@@ -21,7 +21,7 @@ from ffjax.decode import decode_step, fused_step, step_fault
 from ffjax.generation import generate
 from ffjax.loop import BLOCK, NOT_FINITE, Loop
 from ffjax.model import Transformer
-from ffjax.prefill.first import marked as mark
+from ffjax.sampling.choose import marked as mark
 from ffjax.streaming import stream
 from ffjax.tokenizer import ByteTokenizer
 from pallas_kernels.gpu import INTERPRETER

@@ -31,7 +31,7 @@ from ffjax.benchmark.timing import Samples, Timing
 from ffjax.cache import KVCache
 from ffjax.cli import main
 from ffjax.config import PRESETS
-from ffjax.loop import NOT_FINITE, Loop
+from ffjax.loop import NOT_FINITE, Loop, Made
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -157,40 +157,44 @@ def test_the_text_is_a_table_after_what_was_timed():
 # What is planted is found.
 
 
-def _altered(monkeypatch, alter: Callable[[Loop, jax.Array], jax.Array]) -> None:
+def _altered(monkeypatch, alter: Callable[[Loop, Made], Made]) -> None:
     prefill = Loop.prefill
     monkeypatch.setattr(Loop, "prefill", lambda loop: alter(loop, prefill(loop)))
+
+
+def _with(made: Made, tokens: jax.Array) -> Made:
+    return made._replace(tokens=tokens)
 
 
 def _set(loop: Loop, **arrays: Any) -> None:
     loop._cache = dataclasses.replace(loop.cache, **arrays)
 
 
-def _one_position(loop: Loop, token: jax.Array) -> jax.Array:
+def _one_position(loop: Loop, made: Made) -> Made:
     k = loop.cache.k
     _set(loop, k=k.at[2, 1, :, 33].set(-k[2, 1, :, 33]))
-    return token
+    return made
 
 
-def _one_layer_by_a_little(loop: Loop, token: jax.Array) -> jax.Array:
+def _one_layer_by_a_little(loop: Loop, made: Made) -> Made:
     v = loop.cache.v
     _set(loop, v=v.at[1, 0].multiply(1.2))
-    return token
+    return made
 
 
-def _lengths(loop: Loop, token: jax.Array) -> jax.Array:
+def _lengths(loop: Loop, made: Made) -> Made:
     _set(loop, lengths=loop.cache.lengths - 1)
-    return token
+    return made
 
 
-def _not_finite(loop: Loop, token: jax.Array) -> jax.Array:
+def _not_finite(loop: Loop, made: Made) -> Made:
     _set(loop, v=loop.cache.v.at[0, 0, 0, 2, 1].set(jnp.nan))
-    return token
+    return made
 
 
-def _beyond(loop: Loop, token: jax.Array) -> jax.Array:
+def _beyond(loop: Loop, made: Made) -> Made:
     _set(loop, v=loop.cache.v.at[:, :, :, 40:].set(jnp.nan))
-    return token
+    return made
 
 
 ANOTHER_CACHE = "made another cache than the reference"
@@ -203,9 +207,12 @@ ANOTHER_CACHE = "made another cache than the reference"
         (_one_layer_by_a_little, ANOTHER_CACHE),
         (_lengths, ANOTHER_CACHE),
         (_not_finite, "made a cache or logits not finite"),
-        (lambda _, token: token.at[1].set(NOT_FINITE), "made a cache or logits not finite"),
         (
-            lambda _, token: (token + 50) % CONFIG.vocab_size,
+            lambda _, made: _with(made, made.tokens.at[1].set(NOT_FINITE)),
+            "made a cache or logits not finite",
+        ),
+        (
+            lambda _, made: _with(made, (made.tokens + 50) % CONFIG.vocab_size),
             "chose other first tokens than the reference",
         ),
         (_beyond, None),  # nobody reads what is not live
@@ -228,12 +235,12 @@ def test_a_prefill_that_does_not_repeat_is_found(monkeypatch, run):
     """The first run is the compiling one; 1 is checked, 2 compared with it, others are timed."""
     runs = iter(range(99))
 
-    def alter(loop: Loop, token: jax.Array) -> jax.Array:
+    def alter(loop: Loop, made: Made) -> Made:
         if next(runs) != run:
-            return token
+            return made
         k = loop.cache.k
         _set(loop, k=k.at[0, 0, 0, 0, 0].add(0.125))
-        return token + (run > 2)
+        return _with(made, made.tokens + (run > 2))
 
     _altered(monkeypatch, alter)
     code, _, err = _bench("--prompt", "7", "--steps", "1", "--json")

@@ -244,7 +244,7 @@ def _bare_steps(
     """Steps from where a generation's prefill ends, and who runs them."""
     request = Request.checked(model.config, prompts, sweep.steps + 1, 0.0, 0, None, None)
     loop = Loop(model, request, sweep.implementation)
-    first = loop.prefill()
+    first = loop.prefill().tokens
     contender = implementation(model, loop.implementation)
     cache, position = loop.cache, len(prompts[0])
     steps = DecodeLoop(contender.step, contender.weights, cache, position, first, sweep.steps)

@@ -262,7 +262,7 @@ def _serve(
     request = Request.checked(model.config, prompts, 1, 0.0, 0, None, None)
     loop = Loop(model, request, sweep.implementation)
     made = time.perf_counter()
-    tokens = jax.device_get(loop.prefill())
+    tokens = jax.device_get(loop.prefill().tokens)
     done = time.perf_counter()
     return _Served(tokens, done - made, done - start), loop
 

@@ -9,11 +9,11 @@ from jax import Array
 
 from ffjax.decode import Implementation
 from ffjax.parts import Parts
-from ffjax.prefill.first import Sampling
 from ffjax.prefill.packed import PackedPrefill
 from ffjax.prefill.padded import PaddedPrefill
 from ffjax.prefill.request import Prefill, RequestPrefill
 from ffjax.requests import Request
+from ffjax.sampling.rows import Rows, Stages
 from pallas_kernels.gpu import Gpu
 
 __all__ = ["Prefill", "prefill_of", "resolve_prefill"]
@@ -63,7 +63,8 @@ def prefill_of(
     parts: Parts,
     request: Request,
     capacity: int,
-    sampling: Sampling,
+    rows: Rows,
+    stages: Stages,
     last: Array,
     implementation: Implementation | None,
     prefill: Prefill | None,
@@ -74,7 +75,8 @@ def prefill_of(
         parts: the model.
         request: whose prompts.
         capacity: S, of the cache, which is empty.
-        sampling: how the first token is chosen.
+        rows: how the first token is chosen.
+        stages: likewise.
         last: float32 `[B, D]`, room for what the last layer returns at the end of each prompt;
             overwritten.
         implementation: see `resolve_prefill`.
@@ -86,5 +88,4 @@ def prefill_of(
     """
     name = resolve_prefill(parts.dtype, parts.device, implementation, prefill)
     kind = PackedPrefill if name == "pallas" else PaddedPrefill
-    greedy = request.temperature == 0
-    return kind(parts, request.prompts, capacity, sampling, last, greedy=greedy)
+    return kind(parts, request.prompts, capacity, rows, stages, last)

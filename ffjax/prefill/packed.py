@@ -23,12 +23,15 @@ from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.model import LayerAt, Transformer
 from ffjax.parts import Parts
-from ffjax.prefill.first import Sampling, first_token
+from ffjax.prefill.first import first_token
 from ffjax.prefill.packing import PackedChunk, chunks_of
 from ffjax.prefill.products import products_of
 from ffjax.prefill.request import RequestPrefill
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
+from ffjax.sampling.choose import Choice
+from ffjax.sampling.history import History, fed
+from ffjax.sampling.rows import Rows, Stages
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.prefill import attention
 from pallas_kernels.prefill.attention import EVERYTHING, Blocks, blocks_for
@@ -105,11 +108,12 @@ def _feed_and_choose(
     cache: KVCache,
     last: Array,
     chunk: PackedChunk,
-    sampling: Sampling,
+    rows: Rows,
+    history: History | None,
     *,
     gpu: Gpu,
-    greedy: bool,
-) -> tuple[KVCache, Array, Array]:
+    stages: Stages,
+) -> tuple[KVCache, Array, History | None, Choice]:
     """Feeds a chunk; returns also the token that follows each prompt, once its end has come.
 
     The head is multiplied in every chunk, for one token a sequence: it is that much cheaper than
@@ -117,15 +121,18 @@ def _feed_and_choose(
     """
     model = nnx.merge(graphdef, state)
     cache, last = feed(model, cache, last, chunk, gpu)
-    return cache, last, first_token(model.logits_of(last), sampling, greedy=greedy)
+    if history is not None:
+        tokens, owners, positions = chunk.fed
+        history = fed(history, jnp.where(positions < cache.capacity, owners, cache.batch), tokens)
+    return cache, last, history, first_token(model.logits_of(last), rows, history, stages)
 
 
 @functools.cache
 def _programs(device: Any) -> Programs:
     jitted = jax.jit(
         _feed_and_choose,
-        static_argnames=("graphdef", "gpu", "greedy"),
-        donate_argnames=("cache", "last"),
+        static_argnames=("graphdef", "gpu", "stages"),
+        donate_argnames=("cache", "last", "history"),
         compiler_options=compiler_options(device),
     )
     return Programs(jitted)
@@ -141,10 +148,9 @@ class PackedPrefill(RequestPrefill):
         parts: Parts,
         prompts: tuple[np.ndarray, ...],
         capacity: int,
-        sampling: Sampling,
+        rows: Rows,
+        stages: Stages,
         last: Array,
-        *,
-        greedy: bool,
     ):
         """Cuts the prompts into chunks. Where there is no GPU, the kernel is interpreted.
 
@@ -152,12 +158,12 @@ class PackedPrefill(RequestPrefill):
             parts: the model.
             prompts: token ids of each sequence.
             capacity: S, of the cache.
-            sampling: how the first token is chosen.
+            rows: how the first token is chosen.
+            stages: likewise.
             last: float32 `[B, D]`, room for what the last layer returns at the end of each prompt;
                 overwritten.
-            greedy: take the likeliest token.
         """
-        super().__init__(parts, sampling, greedy=greedy)
+        super().__init__(parts, rows, stages)
         self._last = last
         self._gpu = Gpu.of(parts.device) or INTERPRETER
         self._chunks = chunks_of(prompts, capacity, self._tile)
@@ -166,21 +172,25 @@ class PackedPrefill(RequestPrefill):
         """Tokens of a tile of the attention, in a chunk of so many."""
         return blocks_of(self._parts.config, self._parts.dtype, self._gpu, size).queries
 
-    def _args(self, cache: KVCache, last: Array, chunk: PackedChunk) -> tuple[Any, ...]:
-        return self._parts.state, cache, last, chunk, self._sampling
+    def _args(
+        self, cache: KVCache, last: Array, chunk: PackedChunk, history: History | None
+    ) -> tuple[Any, ...]:
+        return self._parts.state, cache, last, chunk, self._rows, history
 
-    def compile(self, cache: KVCache) -> None:
+    def compile(self, cache: KVCache, history: History | None) -> None:
         """Compiles what `run` needs, ahead of it."""
         programs = _programs(self._parts.device)
         for chunk in {chunk.size: chunk for chunk in self._chunks}.values():
-            args = self._args(cache, self._last, chunk)
+            args = self._args(cache, self._last, chunk, history)
             self._compile(programs, chunk.size, *args, gpu=self._gpu)
 
-    def run(self, cache: KVCache) -> tuple[KVCache, Array]:
-        """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""
-        last, token = self._last, None
+    def run(
+        self, cache: KVCache, history: History | None
+    ) -> tuple[KVCache, History | None, Choice]:
+        """Feeds the prompts; returns both with them, and the first new tokens."""
+        last, choice = self._last, None
         for chunk in self._chunks:
             program = self._compiled[chunk.size]
-            cache, last, token = program(*self._args(cache, last, chunk))
-        assert token is not None, "a prompt has at least one token"
-        return cache, token
+            cache, last, history, choice = program(*self._args(cache, last, chunk, history))
+        assert choice is not None, "a prompt has at least one token"
+        return cache, history, choice

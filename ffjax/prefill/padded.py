@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -17,10 +18,13 @@ from jax import Array
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.parts import Parts
-from ffjax.prefill.first import Sampling, first_token
+from ffjax.prefill.first import first_token
 from ffjax.prefill.request import RequestPrefill
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
+from ffjax.sampling.choose import Choice
+from ffjax.sampling.history import History, fed
+from ffjax.sampling.rows import Rows, Stages
 
 __all__ = ["PaddedPrefill", "chunk_sizes"]
 
@@ -57,22 +61,28 @@ def _feed_and_choose(
     cache: KVCache,
     tokens: Array,
     num_tokens: Array,
-    sampling: Sampling,
+    rows: Rows,
+    history: History | None,
     *,
-    greedy: bool,
-) -> tuple[KVCache, Array]:
+    stages: Stages,
+) -> tuple[KVCache, History | None, Choice]:
     """Feeds `tokens [B, T]`, of which `num_tokens [B]` count; also the token that follows."""
     model = nnx.merge(graphdef, state)
     logits, cache = model(tokens, cache, num_tokens=num_tokens, last_only=True)
-    return cache, first_token(logits, sampling, greedy=greedy)
+    if history is not None:
+        batch, count = tokens.shape
+        counts = jnp.arange(count) < num_tokens[:, None]
+        owners = jnp.where(counts, jnp.arange(batch)[:, None], batch)
+        history = fed(history, owners.reshape(-1), tokens.reshape(-1))
+    return cache, history, first_token(logits, rows, history, stages)
 
 
 @functools.cache
 def _programs(device: Any) -> Programs:
     jitted = jax.jit(
         _feed_and_choose,
-        static_argnames=("graphdef", "greedy"),
-        donate_argnames=("cache",),
+        static_argnames=("graphdef", "stages"),
+        donate_argnames=("cache", "history"),
         compiler_options=compiler_options(device),
     )
     return Programs(jitted)
@@ -88,30 +98,38 @@ class PaddedPrefill(RequestPrefill):
         parts: Parts,
         prompts: tuple[np.ndarray, ...],
         capacity: int,
-        sampling: Sampling,
+        rows: Rows,
+        stages: Stages,
         last: Array,
-        *,
-        greedy: bool,
     ):
         """Takes what `ffjax.prefill.packed.PackedPrefill` does."""
-        super().__init__(parts, sampling, greedy=greedy)
+        super().__init__(parts, rows, stages)
         self._prompts = prompts
         longest = max(len(prompt) for prompt in prompts)
         self._sizes = chunk_sizes(parts.config, longest, len(prompts), capacity)
 
-    def _args(self, cache: KVCache, tokens: np.ndarray, counts: np.ndarray) -> tuple[Any, ...]:
-        return self._parts.state, cache, tokens, counts, self._sampling
+    def _args(
+        self,
+        cache: KVCache,
+        tokens: np.ndarray,
+        counts: np.ndarray,
+        history: History | None,
+    ) -> tuple[Any, ...]:
+        return self._parts.state, cache, tokens, counts, self._rows, history
 
-    def compile(self, cache: KVCache) -> None:
+    def compile(self, cache: KVCache, history: History | None) -> None:
         """Compiles what `run` needs, ahead of it."""
         batch = len(self._prompts)
         for size in sorted(set(self._sizes)):
-            args = self._args(cache, np.zeros((batch, size), np.int32), np.zeros(batch, np.int32))
+            tokens, counts = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
+            args = self._args(cache, tokens, counts, history)
             self._compile(_programs(self._parts.device), size, *args)
 
-    def run(self, cache: KVCache) -> tuple[KVCache, Array]:
-        """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""
-        after, token = sum(self._sizes), None  # positions this chunk and those behind it hold
+    def run(
+        self, cache: KVCache, history: History | None
+    ) -> tuple[KVCache, History | None, Choice]:
+        """Feeds the prompts; returns both with them, and the first new tokens."""
+        after, choice = sum(self._sizes), None  # positions this chunk and those behind it hold
         for size in self._sizes:
             tokens = np.zeros((len(self._prompts), size), np.int32)
             counts = np.zeros(len(self._prompts), np.int32)
@@ -120,7 +138,8 @@ class PaddedPrefill(RequestPrefill):
                 stop = max(len(prompt) - (after - size), 0)
                 counts[row] = stop - start
                 tokens[row, : stop - start] = prompt[start:stop]
-            cache, token = self._compiled[size](*self._args(cache, tokens, counts))
+            args = self._args(cache, tokens, counts, history)
+            cache, history, choice = self._compiled[size](*args)
             after -= size
-        assert token is not None, "a prompt has at least one token"
-        return cache, token
+        assert choice is not None, "a prompt has at least one token"
+        return cache, history, choice

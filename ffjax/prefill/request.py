@@ -5,12 +5,12 @@ from __future__ import annotations
 import abc
 from typing import Any, ClassVar, Literal
 
-from jax import Array
-
 from ffjax.cache import KVCache
 from ffjax.parts import Parts
-from ffjax.prefill.first import Sampling
 from ffjax.programs import Programs, temp_bytes
+from ffjax.sampling.choose import Choice
+from ffjax.sampling.history import History
+from ffjax.sampling.rows import Rows, Stages
 
 __all__ = ["Prefill", "RequestPrefill"]
 
@@ -24,21 +24,21 @@ class RequestPrefill(abc.ABC):
 
     name: ClassVar[Prefill]
 
-    def __init__(self, parts: Parts, sampling: Sampling, *, greedy: bool):
+    def __init__(self, parts: Parts, rows: Rows, stages: Stages):
         """Compiles nothing yet.
 
         Args:
             parts: the model.
-            sampling: how the first token is chosen.
-            greedy: take the likeliest token.
+            rows: how the first token is chosen.
+            stages: likewise.
         """
-        self._parts, self._sampling, self._greedy = parts, sampling, greedy
+        self._parts, self._rows, self._stages = parts, rows, stages
         self._compiled: dict[int, Any] = {}
 
     def _compile(self, programs: Programs, size: int, *args: Any, **static: Any) -> None:
         """Finds or makes the program for chunks of a size, which takes such arguments."""
         graphdef = self._parts.graphdef
-        self._compiled[size] = programs.get(graphdef, *args, greedy=self._greedy, **static)
+        self._compiled[size] = programs.get(graphdef, *args, stages=self._stages, **static)
 
     @property
     def temp_bytes(self) -> int:
@@ -46,9 +46,19 @@ class RequestPrefill(abc.ABC):
         return temp_bytes(self._compiled.values())
 
     @abc.abstractmethod
-    def compile(self, cache: KVCache) -> None:
-        """Compiles what `run` needs, ahead of it, for such a cache."""
+    def compile(self, cache: KVCache, history: History | None) -> None:
+        """Compiles what `run` needs, ahead of it, for such a cache and history."""
 
     @abc.abstractmethod
-    def run(self, cache: KVCache) -> tuple[KVCache, Array]:
-        """Feeds the prompts; returns the cache and the first new tokens, int32 `[B]`."""
+    def run(
+        self, cache: KVCache, history: History | None
+    ) -> tuple[KVCache, History | None, Choice]:
+        """Feeds the prompts.
+
+        Args:
+            cache: an empty one; used up.
+            history: an empty one, or None where no stage asks for it; used up.
+
+        Returns:
+            Both with the prompts, and the first new tokens.
+        """

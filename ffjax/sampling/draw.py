@@ -11,34 +11,46 @@ from jax import Array
 
 from ffjax.seeds import keys_of, seed_words
 
-__all__ = ["sample", "sequence_keys", "step_keys", "words_of"]
+__all__ = ["sample", "sequence_keys", "sequence_words", "step_keys", "words_of"]
 
 
-def words_of(seed: int | Sequence[int]) -> np.ndarray:
-    """The bits of the seeds of a call: uint32 `[2]` of one, `[B, 2]` of one a sequence."""
-    return seed_words(seed) if isinstance(seed, int) else np.stack([*map(seed_words, seed)])
+def words_of(seed: int | Sequence[int], batch: int) -> np.ndarray:
+    """What the sequences of a call draw by: uint32 `[B, 3]`, a seed's bits and a number each.
+
+    Args:
+        seed: one for the call, by which sequence b gets the b-th key; or one for each sequence,
+            which then draws the same tokens in whatever batch it is.
+        batch: B.
+    """
+    if isinstance(seed, int):
+        return np.stack([sequence_words(seed, b) for b in range(batch)])
+    return np.stack([sequence_words(one) for one in seed])
 
 
-def sequence_keys(words: Array | np.ndarray, batch: int) -> Array:
+def sequence_words(seed: int, number: int = 0) -> np.ndarray:
+    """What one sequence draws by, uint32 `[3]`: the `number`-th of a seed."""
+    return np.append(seed_words(seed), np.uint32(number))
+
+
+def sequence_keys(words: Array | np.ndarray) -> Array:
     """One random key a sequence, typed key array `[B]`.
 
     Args:
-        words: of one seed for the call, uint32 `[2]`, from which sequence b gets the b-th key; or
-            of one a sequence, `[B, 2]`. A sequence with a seed of its own draws the same
-            tokens in whatever batch it is. From `words_of`.
-        batch: B.
+        words: uint32 `[B, 3]`, from `words_of`.
     """
-    if words.ndim == 1:
-        return jax.vmap(jax.random.fold_in, (None, 0))(keys_of(words), jnp.arange(batch))
-    return jax.vmap(jax.random.fold_in, (0, None))(keys_of(words), 0)
+    return jax.vmap(jax.random.fold_in)(keys_of(words[:, :2]), jnp.asarray(words[:, 2]))
 
 
 def step_keys(keys: Array, index: Array | int) -> Array:
     """The keys `[B]` for the index-th new token (from 0) of each sequence.
 
     Derived from the index alone: how the steps are cut into blocks does not matter.
+
+    Args:
+        keys: of the sequences, from `sequence_keys`.
+        index: one for all, or int32 `[B]`.
     """
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(index, keys.shape))
 
 
 def sample(logits: Array, keys: Array, temperature: Array | float) -> Array:
@@ -52,7 +64,7 @@ def sample(logits: Array, keys: Array, temperature: Array | float) -> Array:
     Args:
         logits: float32 `[B, V]`.
         keys: typed keys `[B]`; row b depends on key b and logits b alone.
-        temperature: 0 or more.
+        temperature: 0 or more; one number, or float32 `[B]`.
 
     Returns:
         int32 `[B]`.
@@ -62,5 +74,6 @@ def sample(logits: Array, keys: Array, temperature: Array | float) -> Array:
         # The mode is named, that JAX's configuration does not choose it.
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32, mode="low")
 
-    noisy = logits + temperature * jax.vmap(noise)(keys)
+    scale = jnp.asarray(temperature, jnp.float32).reshape(-1, 1)
+    noisy = logits + scale * jax.vmap(noise)(keys)
     return jnp.argmax(noisy, axis=-1).astype(jnp.int32)

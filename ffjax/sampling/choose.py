@@ -1,0 +1,107 @@
+"""From logits to tokens: all stages, in order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from ffjax.sampling import edits
+from ffjax.sampling.draw import sample
+from ffjax.sampling.filters import filtered
+from ffjax.sampling.history import History
+from ffjax.sampling.logprobs import LogProbs, log_probs
+from ffjax.sampling.rows import Rows, Stages
+
+__all__ = ["NOT_FINITE", "Before", "Choice", "choose", "marked"]
+
+NOT_FINITE = -1
+"""What stands for a token whose logit is NaN or infinite; it stops its sequence."""
+
+
+class Before(NamedTuple):
+    """What a caller's own logits processor is told.
+
+    Attributes:
+        index: int32 `[B]`, how many tokens each answer holds.
+        prompt: bool `[B, V]`, whether the prompt holds a token.
+        counts: int32 `[B, V]`, how often the answer does.
+    """
+
+    index: Array
+    prompt: Array
+    counts: Array
+
+
+class Choice(NamedTuple):
+    """A token of each sequence.
+
+    Attributes:
+        token: int32 `[B]`; what is fed next, whatever its logit is.
+        told: int32 `[B]`, the same, NOT_FINITE where the logit is.
+        logprobs: None where nobody asked.
+    """
+
+    token: Array
+    told: Array
+    logprobs: LogProbs | None
+
+
+def marked(logits: Array, token: Array) -> Array:
+    """The tokens int32 `[B]`, NOT_FINITE where the logit `[B, V]` of one is not finite.
+
+    A NaN wins every choice of a token, as in `jnp.argmax`, so one among the logits is seen.
+    """
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return jnp.where(jnp.isfinite(chosen), token, NOT_FINITE)
+
+
+def _edited(
+    logits: Array, rows: Rows, history: History | None, index: Array, stages: Stages
+) -> Array:
+    if stages.edits:
+        logits = edits.biased(logits, rows.edit_ids, rows.edit_values)
+    if stages.forbids_stops:
+        logits = edits.without_stops(logits, rows.stop_ids, index < rows.min_tokens)
+    if stages.remembers:
+        assert history is not None
+        if stages.penalizes:
+            logits = edits.penalized(logits, history, rows.penalties)
+        for processor in stages.processors:
+            logits = processor(logits, Before(index, *history))
+    return logits
+
+
+def choose(
+    logits: Array,
+    greedy: Array | None,
+    rows: Rows,
+    keys: Array | None,
+    history: History | None,
+    index: Array,
+    stages: Stages,
+) -> Choice:
+    """Chooses a token of each sequence.
+
+    Args:
+        logits: float32 `[B, V]`, the model's.
+        greedy: int32 `[B]`, the likeliest tokens, where a step has found them already.
+        rows: the parameters.
+        keys: typed keys `[B]` of this token; None where none is drawn.
+        history: what came before; None where no stage asks.
+        index: int32 `[B]`, how many tokens each answer holds.
+        stages: which stages there are.
+    """
+    edited = _edited(logits, rows, history, index, stages)
+    if stages.draws:
+        allowed = edited
+        if stages.filters:
+            allowed = filtered(edited, rows.temperature, rows.top_k, rows.nucleus)
+        token = sample(allowed, keys, rows.temperature)
+    elif greedy is not None and not stages.changes_logits:
+        token = greedy
+    else:
+        token = jnp.argmax(edited, axis=-1).astype(jnp.int32)
+    told = None if stages.logprobs is None else log_probs(logits, token, stages.logprobs)
+    return Choice(token, marked(edited, token), told)

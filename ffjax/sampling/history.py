@@ -1,0 +1,45 @@
+"""Which tokens came before, for the stages that ask."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = ["History", "fed", "said"]
+
+
+class History(NamedTuple):
+    """What the sequences of a batch hold.
+
+    Attributes:
+        prompt: bool `[B, V]`, whether the prompt holds a token.
+        counts: int32 `[B, V]`, how often the answer does.
+    """
+
+    prompt: Array
+    counts: Array
+
+    @classmethod
+    def empty(cls, batch: int, vocab_size: int) -> History:
+        """Of sequences that hold nothing yet."""
+        shape = batch, vocab_size
+        return cls(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
+
+
+def fed(history: History, rows: Array, tokens: Array) -> History:
+    """With some more tokens in the prompts.
+
+    Args:
+        history: what they held.
+        rows: int32 `[P]`, which sequence each token belongs to; B for padding.
+        tokens: int32 `[P]`.
+    """
+    return history._replace(prompt=history.prompt.at[rows, tokens].set(True, mode="drop"))
+
+
+def said(history: History, tokens: Array) -> History:
+    """With one more token in each answer, int32 `[B]`."""
+    rows = jnp.arange(len(tokens))
+    return history._replace(counts=history.counts.at[rows, tokens].add(1, mode="drop"))
