@@ -38,11 +38,13 @@ def commands() -> dict[str, ModuleType]:
         generate,
         inspect,
         quantize,
+        serve,
         tune,
     )
 
     return {
         "generate": generate,
+        "serve": serve,
         "convert": convert,
         "export": export,
         "quantize": quantize,

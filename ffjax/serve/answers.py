@@ -56,11 +56,17 @@ class Answer:
             texts: of single tokens.
             fingerprint: what answers depend on, beside the request.
         """
-        kind, self._object = ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", "text_completion")
+        kind, self._object = (
+            ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", "text_completion")
+        )
         self.id = f"{kind}-{secrets.token_hex(12)}"
         self._asked = asked
         self._texts = texts
-        self._head = {"created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
+        self._head = {
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
         self._choices = [_Choice() for _ in asked.params]
         if asked.echo is not None:
             for i, choice in enumerate(self._choices):

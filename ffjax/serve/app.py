@@ -33,7 +33,12 @@ _NO_STORE = {"Cache-Control": "no-store"}
 
 
 def make_app(
-    endpoint: Endpoint, metrics: Metrics, *, name: str, owner: str, api_key: str | None
+    endpoint: Endpoint,
+    metrics: Metrics,
+    *,
+    name: str,
+    api_key: str | None,
+    say: Callable[[str], None],
 ) -> ASGIApp:
     """The application.
 
@@ -41,14 +46,14 @@ def make_app(
         endpoint: answers requests for texts.
         metrics: counts.
         name: of the model.
-        owner: what the list of models calls its owner.
         api_key: what requests to `/v1` must show. None: nothing.
+        say: takes lines about the server.
     """
     created = int(time.time())
     scheduler = endpoint.scheduler
 
     def model() -> dict[str, Any]:
-        card = {"id": name, "object": "model", "created": created, "owned_by": owner}
+        card = {"id": name, "object": "model", "created": created, "owned_by": "ffjax"}
         if scheduler.state == "ready":
             card["max_model_len"] = endpoint.limits().capacity
         return card
@@ -113,7 +118,7 @@ def make_app(
         return response
 
     app = Starlette(routes=routes, exception_handlers={ApiError: refused, HTTPException: of_http})
-    return _Front(app, metrics, api_key, {path for path in paths if "{" not in path}, endpoint.say)
+    return _Front(app, metrics, api_key, {path for path in paths if "{" not in path}, say)
 
 
 def _json(value: Any, **how: Any) -> Response:

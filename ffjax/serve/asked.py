@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import secrets
@@ -213,7 +214,7 @@ def _biases(given: Mapping[str, Any], limits: Limits) -> dict[int, Any]:
     for key, value in given.items():
         if not (key.isascii() and key.isdigit()):
             raise bad_request(
-                f"logit_bias maps token ids to numbers, as in {{\"42\": -100}}; got {key!r}.",
+                f'logit_bias maps token ids to numbers, as in {{"42": -100}}; got {key!r}.',
                 "logit_bias",
             )
         biases[int(key)] = value
@@ -382,7 +383,9 @@ def _message(i: int, message: Any) -> dict[str, Any]:
         message["role"] = "system"
     content = message.get("content")
     if isinstance(content, list):
-        message["content"] = "\n".join(_part(f"{where}.content[{k}]", x) for k, x in enumerate(content))
+        message["content"] = "\n".join(
+            _part(f"{where}.content[{k}]", x) for k, x in enumerate(content)
+        )
     elif content is None:
         if role != "assistant":
             raise bad_request(f"{where} has no content: give it a text.", f"{where}.content")
@@ -414,9 +417,8 @@ def _tool_calls(where: str, calls: Any) -> list[Any]:
     for call in calls:
         function = call.get("function")
         if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
-            try:
+            # A model wrote them, and may have erred: then they stay as they are.
+            with contextlib.suppress(ValueError):
                 call = {**call, "function": {**function, "arguments": json.loads(text)}}
-            except ValueError:
-                pass  # a model wrote them, and may have erred: as they are
         out.append(call)
     return out

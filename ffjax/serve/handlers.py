@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -27,7 +26,6 @@ __all__ = ["Endpoint", "error_response"]
 
 _MOST_BYTES = 32 << 20
 _GONE = 499  # what nginx calls a request whose client has gone; nobody sees it but our own figures
-
 
 
 class _Gone(Exception):
@@ -56,14 +54,14 @@ class Endpoint:
         scheduler: runs the jobs.
         texts: of single tokens.
         fingerprint: see `Answer`.
-        say: takes lines of a log.
+        log: takes a line for each answer.
     """
 
     limits: Callable[[], Limits]
     scheduler: Scheduler
     texts: TokenTexts
     fingerprint: Callable[[], str]
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
@@ -152,7 +150,7 @@ class _Run:
         left = [job for job in self.jobs if not job.over]
         if left:
             self.endpoint.scheduler.cancel(left)
-        self.endpoint.say(self._line(error))
+        self.endpoint.log(self._line(error))
 
     def _line(self, error: BaseException | None) -> str:
         now, jobs = time.perf_counter(), self.jobs
@@ -266,4 +264,3 @@ async def _body(request: Request) -> bytes:
     except Exception as error:  # starlette's ClientDisconnect among them
         raise bad_request("The request broke off before its end.") from error
     return b"".join(parts)
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections import deque
@@ -309,7 +310,9 @@ class Scheduler:
                 self._jobs[row] = job
             keep = keep if self._keep_caches else 0
             try:
-                self._batch.place(row, job.prompt, job.params, eos=job.eos, keep=keep)
+                # Texts that end a sequence are looked for here; the batch knows tokens alone.
+                params = dataclasses.replace(job.params, stop=())
+                self._batch.place(row, job.prompt, params, eos=job.eos, keep=keep)
             except (ValueError, TypeError, NotImplementedError) as error:
                 with self._changed:
                     self._jobs[row] = None
@@ -319,7 +322,7 @@ class Scheduler:
             job.cached = job.fed = keep
 
     def _order(self) -> list[tuple[dict[int, Job], Callable[[], _Steps]]]:
-        """Orders a chunk of prefill, which may be of several short prompts, and a block of steps."""
+        """Orders a chunk of prefill, perhaps of several short prompts, and a block of steps."""
         assert self._batch is not None
         ordered: list[tuple[dict[int, Job], Callable[[], _Steps]]] = []
         left = self._chunk

@@ -122,6 +122,7 @@ class Server:
         options: Options,
         *,
         say: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
         on_ready: Callable[[Batch], None] = lambda batch: None,
     ):
         """Starts nothing yet.
@@ -132,7 +133,8 @@ class Server:
             tokenizer: the model's.
             defaults: how tokens are chosen where a request does not say.
             options: how it works.
-            say: takes lines of a log.
+            say: takes lines about the server.
+            log: takes a line for each answer.
             on_ready: is told once, in the scheduler's thread, when requests are taken.
         """
         self.metrics = Metrics()
@@ -163,11 +165,9 @@ class Server:
             scheduler=self.scheduler,
             texts=TokenTexts(tokenizer),
             fingerprint=self._fingerprint,
-            say=say,
+            log=log,
         )
-        app = make_app(
-            endpoint, self.metrics, name=options.name, owner="ffjax", api_key=options.api_key
-        )
+        app = make_app(endpoint, self.metrics, name=options.name, api_key=options.api_key, say=say)
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
