@@ -35,7 +35,7 @@ def _next(context: Sequence[int], params: SamplingParams, count: int) -> int:
     mixed = seed * 7919
     for token in context[-5:]:
         mixed = (mixed * 31 + token * 17 + 3) % 1_000_003
-    mixed = (mixed + len(context) * 101) % 97
+    mixed = (mixed + len(context) * 101) % 997
     if mixed == 0 and count >= params.min_tokens and not params.ignore_eos:
         return EOS
     return 32 if mixed % 7 == 1 else 97 + mixed % 26
