@@ -32,9 +32,8 @@ def client(running):
 def text_of(prompt: str | list[int], **params: Any) -> str:
     """What the batch says behind a prompt, alone."""
     tokens = TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt
-    return TOKENIZER.decode(
-        expected(tokens, SamplingParams(**{"max_tokens": 16, "seed": 0} | params))
-    )
+    given: dict[str, Any] = {"max_tokens": 16, "seed": 0} | params
+    return TOKENIZER.decode(expected(tokens, SamplingParams(**given)))
 
 
 def send(

@@ -78,7 +78,7 @@ class Endpoint:
         limits = self.limits()
         loop, told = asyncio.get_running_loop(), asyncio.Queue[_Told]()
 
-        def teller(index: int) -> Callable[[Event], None]:
+        def teller(index: int) -> Callable[[Event], object]:
             return lambda event: loop.call_soon_threadsafe(told.put_nowait, (index, event))
 
         def prepare() -> tuple[Asked, list[Job]]:
