@@ -39,12 +39,14 @@ def commands() -> dict[str, ModuleType]:
         generate,
         inspect,
         quantize,
+        serve,
         tune,
     )
 
     return {
         "generate": generate,
         "chat": chat,
+        "serve": serve,
         "convert": convert,
         "export": export,
         "quantize": quantize,
