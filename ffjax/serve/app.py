@@ -25,7 +25,7 @@ __all__ = ["make_app"]
 
 _PAGE = "page/index.html"
 # The page holds its script and style, and asks this server alone.
-_PAGE_POLICY = (
+PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -85,7 +85,7 @@ def make_app(
         file = resources.files("ffjax.serve") / _PAGE
         if not file.is_file():
             raise ApiError(404, "This server has no page. Its endpoint is /v1.")
-        headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+        headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
         return Response(file.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
     routes = [
