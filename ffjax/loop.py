@@ -77,6 +77,17 @@ class Made(NamedTuple):
         """Of one choice, or of those of a block."""
         return cls(choice.told, choice.logprobs)
 
+    def sent(self) -> Made:
+        """The same, whose copy to the host is ordered with what makes it.
+
+        A copy that is ordered when the host asks for the tokens takes 0.45 ms on an H200, though
+        all is computed: as long as a whole step of Llama 3.2 1B in int4. This one runs beside the
+        next steps.
+        """
+        for array in jax.tree.leaves(self):
+            array.copy_to_host_async()
+        return self
+
     def steps(self) -> list[Step]:
         """Step by step; the arrays are numpy's, and those of a block."""
         tokens = self.tokens.tolist()
@@ -311,14 +322,14 @@ class Loop:
             run = self._prefill.run(self._cache, self._history)
         self._cache, self._history, choice = run
         self._token = choice.token
-        return Made.of(choice)
+        return Made.of(choice).sent()
 
     def decode(self) -> Made:
         """Orders a block of steps; returns the new tokens."""
         with jax.default_device(self._device), program_settings():
             out = self._block(*self._block_args())
         self._cache, self._token, self._index, self._history, made = out
-        return made
+        return made.sent()
 
     def rows(self, blocks: int, ends: Callable[[list[list[int]]], bool]) -> Iterator[Step]:
         """Runs up to so many blocks, the device ahead of who takes the tokens.

@@ -12,7 +12,7 @@ from generate_cases import TINY
 
 from ffjax.config import ModelConfig
 from ffjax.generation import generate
-from ffjax.live.batch import Chosen, LiveBatch
+from ffjax.live import Chosen, LiveBatch
 from ffjax.loop import BLOCK, NOT_FINITE
 from ffjax.model import Transformer
 from ffjax.sampling.params import SamplingParams
@@ -101,7 +101,7 @@ def serve(batch: LiveBatch, requests: list[Request]) -> None:
             return
 
 
-def alone(model: Transformer, one: Request) -> list[int]:
+def alone(model: Transformer, one: Request) -> list[int | str]:
     """What it gets by `ffjax.generate`, with the token that ended it."""
     out = generate(model, one.tokens, one.count, sampling=one.params, stop_token=one.eos, seed=(0,))
     [tokens], [reason] = out.tokens, out.stop_reasons

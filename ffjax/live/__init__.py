@@ -2,3 +2,7 @@
 
 `batch` is what its owner sees, `state` what lies on the device, `programs` what runs there.
 """
+
+from ffjax.live.batch import Block, Chosen, Fed, LiveBatch
+
+__all__ = ["Block", "Chosen", "Fed", "LiveBatch"]

@@ -382,7 +382,7 @@ class LiveBatch:
             self._running[row] = None
         else:
             self._waiting[row] = _Waiting(prompt, held + count)
-        return Fed(row, count, ends, made, self._params[row])
+        return Fed(row, count, ends, made.sent(), self._params[row])
 
     def decode(self) -> Block | None:
         """Orders a block of steps for all whose prompt has been fed; None where there are none."""
@@ -394,7 +394,7 @@ class LiveBatch:
         stages = next(kind for kind in self._kinds() if _covers(kind, needed))
         with self._settings():
             self._state, made = self._decoders[stages](*self._decode_args()[1:])
-        return Block(rows, made, params)
+        return Block(rows, made.sent(), params)
 
     def release(self, row: int) -> None:
         """Frees a row. Its cache keeps what it holds."""
