@@ -45,7 +45,7 @@ from ffjax.sampling.choose import NOT_FINITE, Choice, choose
 from ffjax.sampling.draw import sequence_keys, step_keys
 from ffjax.sampling.history import History, said
 from ffjax.sampling.logprobs import LogProbs
-from ffjax.sampling.rows import Rows, Stages, rows_of
+from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
@@ -76,6 +76,17 @@ class Made(NamedTuple):
     def of(cls, choice: Choice) -> Made:
         """Of one choice, or of those of a block."""
         return cls(choice.told, choice.logprobs)
+
+    def sent(self) -> Made:
+        """The same, whose copy to the host is ordered with what makes it.
+
+        A copy that is ordered when the host asks for the tokens takes 0.45 ms on an H200, though
+        all is computed: as long as a whole step of Llama 3.2 1B in int4. This one runs beside the
+        next steps.
+        """
+        for array in jax.tree.leaves(self):
+            array.copy_to_host_async()
+        return self
 
     def steps(self) -> list[Step]:
         """Step by step; the arrays are numpy's, and those of a block."""
@@ -111,6 +122,7 @@ def decode_block(
     *,
     stages: Stages,
     implementation: Implementation,
+    running: Array | None = None,
 ) -> tuple[KVCache, Array, Array, History | None, Made]:
     """Runs a block of steps.
 
@@ -126,6 +138,7 @@ def decode_block(
         history: what came before `token`; None where no stage asks.
         stages: how tokens are chosen.
         implementation: of the steps.
+        running: bool `[B]`, whose tokens go into the history; None: all.
 
     Returns:
         Cache, token, index and history to go on from, and what was made.
@@ -142,7 +155,9 @@ def decode_block(
         cache, token, history = carry
         index, keys = each
         if history is not None:
-            history = said(history, token)
+            # A token that is none is dropped.
+            fed = token if running is None else jnp.where(running, token, EVERY_TOKEN)
+            history = said(history, fed)
         out = decode_step(model, cache, token, implementation=implementation)
         choice = choose(out.logits, out.token, rows, keys, history, index, stages)
         return (out.cache, choice.token, history), Made.of(choice)
@@ -173,7 +188,7 @@ class _Start(NamedTuple):
 
     cache: KVCache
     token: Array
-    index: Array
+    length: Array
     last: Array
     history: History | None
 
@@ -182,7 +197,7 @@ def _start(config: ModelConfig, batch: int, capacity: int, dtype: Any, remembers
     return _Start(
         cache=KVCache.create(config, batch, capacity, dtype),
         token=jnp.zeros((batch,), jnp.int32),
-        index=jnp.ones((batch,), jnp.int32),
+        length=jnp.ones((batch,), jnp.int32),
         last=jnp.zeros((batch, config.model_dim), jnp.float32),
         history=History.empty(batch, config.vocab_size) if remembers else None,
     )
@@ -307,14 +322,14 @@ class Loop:
             run = self._prefill.run(self._cache, self._history)
         self._cache, self._history, choice = run
         self._token = choice.token
-        return Made.of(choice)
+        return Made.of(choice).sent()
 
     def decode(self) -> Made:
         """Orders a block of steps; returns the new tokens."""
         with jax.default_device(self._device), program_settings():
             out = self._block(*self._block_args())
         self._cache, self._token, self._index, self._history, made = out
-        return made
+        return made.sent()
 
     def rows(self, blocks: int, ends: Callable[[list[list[int]]], bool]) -> Iterator[Step]:
         """Runs up to so many blocks, the device ahead of who takes the tokens.

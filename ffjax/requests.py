@@ -16,7 +16,7 @@ from ffjax.sampling.rows import Processor
 from ffjax.seeds import checked_seed
 from ffjax.tokenizer import check_known
 
-__all__ = ["Request", "check_params"]
+__all__ = ["Request", "check_params", "checked_prompt"]
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -64,6 +64,16 @@ def _prompt(which: str, prompt: Any, config: ModelConfig) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def checked_prompt(prompt: Any, config: ModelConfig) -> np.ndarray:
+    """One prompt as int32 `[n]`, n at least 1, every id inside the vocabulary.
+
+    Raises:
+        ValueError: it is empty, or an id is outside.
+        TypeError: it is no flat list of integers.
+    """
+    return _prompt("the prompt", prompt, config)
+
+
 def _prompts(prompts: Any, config: ModelConfig) -> tuple[np.ndarray, ...]:
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
         rows = [prompts]
@@ -75,7 +85,7 @@ def _prompts(prompts: Any, config: ModelConfig) -> tuple[np.ndarray, ...]:
     if not rows:
         raise ValueError("Generation needs at least one prompt; the list of prompts is empty.")
     if len(rows) == 1:
-        return (_prompt("the prompt", rows[0], config),)
+        return (checked_prompt(rows[0], config),)
     return tuple(_prompt(f"prompt {i}", row, config) for i, row in enumerate(rows))
 
 
@@ -119,7 +129,9 @@ def _seed(seed: Any, batch: int) -> int | tuple[int, ...]:
     return checked_seed(seed)
 
 
-def check_params(params: SamplingParams, config: ModelConfig, which: str = "") -> None:
+def check_params(
+    params: SamplingParams, config: ModelConfig, which: str = "", *, texts: bool = False
+) -> None:
     """Checks parameters against a model.
 
     Args:
@@ -127,6 +139,7 @@ def check_params(params: SamplingParams, config: ModelConfig, which: str = "") -
         config: the model's.
         which: of which sequence they are, as an error is to say it: "sampling[2]."; "": there is
             one for all.
+        texts: whether texts that end a sequence are somebody's to look for.
 
     Raises:
         ValueError: a token id is outside the vocabulary, or no token is left; or they name texts
@@ -135,11 +148,11 @@ def check_params(params: SamplingParams, config: ModelConfig, which: str = "") -
     for name in ("bad_token_ids", "stop_token_ids"):
         for token in getattr(params, name):
             _token_id(f"{which}{name}", token, config)
-    for token, _ in params.logit_bias:
+    for token in dict(params.logit_bias):
         _token_id(f"A token id of {which}logit_bias", token, config)
     if len(params.bad_token_ids) >= config.vocab_size:
         raise ValueError(f"{which}bad_token_ids forbids every token: one at least must be left.")
-    if params.stop:
+    if params.stop and not texts:
         raise ValueError(
             f"{which}stop holds texts, and this function speaks of tokens alone. Use "
             "ffjax.Generator, which has the tokenizer, or stop_token_ids."
@@ -173,7 +186,7 @@ def _params(
 
 
 def _processors(value: Any) -> tuple[Processor, ...]:
-    processors = (value,) if callable(value) else tuple(value)
+    processors: tuple[Any, ...] = (value,) if callable(value) else tuple(value)
     for one in processors:
         if not callable(one):
             raise TypeError(

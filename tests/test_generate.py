@@ -1,6 +1,5 @@
 """Generation against the plainest thing that could generate: the reference, no cache."""
 
-import contextlib
 import dataclasses
 import gc
 import math
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from flax import nnx
 
 from ffjax.cache import KVCache
@@ -58,22 +58,6 @@ def _without_cache(model, prompt, count, temperature=0.0, seed=0):
         logits = forward(model, padded)[:, len(tokens) - 1]
         tokens.append(int(sample(logits, step_keys(key, i), temperature)[0]))
     return tokens[len(prompt) :]
-
-
-@contextlib.contextmanager
-def _compilations():
-    """Counts what XLA compiles meanwhile."""
-    names: list[str] = []
-
-    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event.endswith("backend_compile_duration"):
-            names.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(heard)
 
 
 @pytest.mark.parametrize("prompt", [SHORT, LONG], ids=["short", "long"])
@@ -350,12 +334,12 @@ def test_like_requests_compile_once(model, run, others):
         run(model, [prompt], count, temperature=temperature, seed=seed, stop_token=stop)
 
     ask(LONG, 9, 1.0, 0, None)
-    with _compilations() as compiled:
+    with compilations() as compiled:
         # Other lengths, counts and options, the same chunks and rounded capacity.
         ask(LONG[:290], 40, 0.5, 3, 7)
         ask(LONG[:290], 40, 0.5, 3, range(20))
     assert compiled == []
-    with _compilations() as compiled:
+    with compilations() as compiled:
         run(model, [SHORT] * others, 9, temperature=1.0)  # another batch: the counter does count
     assert compiled
 
@@ -367,7 +351,7 @@ def test_all_is_compiled_before_the_clock_starts(model, committed):
         model = nnx.merge(graph, jax.device_put(state, jax.devices()[0]))
     request = Request.checked(CONFIG, [LONG] * 2, 20, 0.0, 0, None, None)
     loop = Loop(model, request)
-    with _compilations() as compiled:
+    with compilations() as compiled:
         loop.prefill()
         loop.decode()
         loop.decode()
@@ -377,7 +361,7 @@ def test_all_is_compiled_before_the_clock_starts(model, committed):
 def test_a_capacity_given_is_shared_by_requests_of_any_length(model):
     generate(model, SHORT, 9, capacity=390)
     generate(model, LONG, 9, capacity=390)
-    with _compilations() as compiled:
+    with compilations() as compiled:
         generate(model, LONG[:100], 17, capacity=390)
     assert compiled == []
 

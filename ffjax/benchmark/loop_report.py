@@ -67,7 +67,8 @@ def as_text(report: LoopReport) -> str:
         "Bare steps are a loop on the device over the same positions. By the clock: of a stream, "
         "from its first token to its last; of generate, what the call took beyond a call for one "
         "token. Reported: the generation's own account. A slow reader sleeps about a step's time "
-        "at each token; its time is over that of a bare step or of its sleep, whichever is longer.",
+        "at each token, a busy one computes for 0.7 of it; the stream's time is over that of a "
+        "bare step or of its reader, whichever is longer.",
         *reasons_text(point.reason for point in report.points),
     ]
     for point in report.points:
@@ -89,20 +90,20 @@ def _rows(point: LoopPoint) -> list[dict[str, str]]:
         "spread": f"{100 * point.step.spread:.1f}%",
         "over step": "",
         "reported µs/token": "",
-        "sleep µs/token": "",
+        "reader µs/token": "",
         "same tokens": "",
     }
     return [bare, *({**bare, **at, **_cells(way, step)} for way in point.ways)]
 
 
 def _cells(way: Way, step: float) -> dict[str, str]:
-    slept = way.reader.median / way.steps
+    reader = way.reader.median / way.steps
     return {
         "what": way.name,
         "µs/token": f"{1e6 * way.clock.median / way.steps:.1f}",
         "spread": f"{100 * way.clock.spread:.1f}%",
         "over step": f"{way.over_longer(step):.3f}x",
         "reported µs/token": f"{1e6 * way.reported.median / way.steps:.1f}",
-        "sleep µs/token": f"{1e6 * slept:.1f}" if slept else "",
+        "reader µs/token": f"{1e6 * reader:.1f}" if reader else "",
         "same tokens": "yes" if way.sound else "NO",
     }

@@ -31,6 +31,9 @@ from ffjax.streaming import stream
 
 __all__ = ["SAMPLERS", "LoopPoint", "LoopReport", "LoopSweep", "Way", "run"]
 
+# A busy reader leaves the host so much less of a step's time. One that sleeps leaves all of it.
+_BUSY = 0.7
+
 SAMPLERS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 0.8": {"temperature": 0.8}}
 """How tokens are chosen: arguments of `ffjax.generate` and `ffjax.stream`, by name."""
 
@@ -91,7 +94,7 @@ class Way:
         reported: seconds of the decode steps, by the generation's own account.
         clock: seconds that they took by a clock outside. Of a stream, from its first token to its
             last; of `generate`, what the call took beyond a call for one token.
-        reader: seconds that the reader slept meanwhile; 0 where there is none.
+        reader: seconds that the reader slept or computed meanwhile; 0 where there is none.
         sound: whether every run gave the same tokens, as many as asked for, and those of the other
             ways that choose alike.
     """
@@ -202,6 +205,7 @@ def _measure(
         ("generate, greedy", "greedy", asked("greedy").generate),
         ("stream, greedy", "greedy", asked("greedy").stream),
         ("stream, greedy, slow reader", "greedy", asked("greedy", pause).stream),
+        ("stream, greedy, busy reader", "greedy", asked("greedy", _BUSY * pause, busy=True).stream),
     ]
     for sampler in SAMPLERS:
         if sampler != "greedy":
@@ -268,7 +272,8 @@ class _Asked:
         model: the model.
         prompts: of equal lengths.
         sampler: a name of `SAMPLERS`.
-        pause: seconds that a stream's reader sleeps at each token.
+        pause: seconds that a stream's reader takes at each token.
+        busy: whether it computes meanwhile, and does not sleep.
     """
 
     sweep: LoopSweep
@@ -276,6 +281,17 @@ class _Asked:
     prompts: Sequence[np.ndarray]
     sampler: str
     pause: float = 0.0
+    busy: bool = False
+
+    def _read(self) -> float:
+        """What a stream's reader does with a token; the seconds that it took."""
+        start = time.perf_counter()
+        if self.busy:
+            while time.perf_counter() < start + self.pause:
+                pass
+        else:
+            time.sleep(self.pause)
+        return time.perf_counter() - start
 
     def _call(self, function: Callable[..., Any], new_tokens: int) -> Any:
         return function(
@@ -299,16 +315,14 @@ class _Asked:
         return _Spent(out.decode_seconds, (end - middle) - (middle - start), 0.0, tokens)
 
     def stream(self) -> _Spent:
-        """Runs `ffjax.stream`, its reader sleeping at each token where it is to."""
+        """Runs `ffjax.stream`, its reader taking time at each token where it is to."""
         rows = self._call(stream, self.sweep.steps + 1)
         taken = [next(rows)]
         start = end = time.perf_counter()
-        slept = 0.0
+        reader = 0.0
         for _ in range(self.sweep.steps):
             if self.pause > 0:
-                asleep = time.perf_counter()
-                time.sleep(self.pause)
-                slept += time.perf_counter() - asleep
+                reader += self._read()
             taken.append(next(rows))
             end = time.perf_counter()
-        return _Spent(rows.output.decode_seconds, end - start, slept, np.array(taken, np.int32))
+        return _Spent(rows.output.decode_seconds, end - start, reader, np.array(taken, np.int32))

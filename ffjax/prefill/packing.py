@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels.prefill.attention import cut, tiles_for
 
-__all__ = ["LARGEST", "SMALLEST", "PackedChunk", "chunks_of", "sizes_of"]
+__all__ = ["LARGEST", "SMALLEST", "PackedChunk", "chunk_of_row", "chunks_of", "sizes_of"]
 
 LARGEST = 2048
 """Tokens of a full chunk: products of as many run at the rate of larger ones."""
@@ -80,6 +80,36 @@ def chunks_of(
         )
         start = stop
     return chunks
+
+
+def chunk_of_row(
+    tokens: np.ndarray,
+    row: int,
+    first: int,
+    *,
+    batch: int,
+    ends: bool,
+    size: int,
+    capacity: int,
+    tile: int,
+) -> PackedChunk:
+    """One chunk that feeds a single sequence of a batch.
+
+    Args:
+        tokens: int32 `[n]`, n up to `size`.
+        row: which sequence.
+        first: the position of the first token.
+        batch: B.
+        ends: whether the prompt ends with them.
+        size: P.
+        capacity: S, of the cache.
+        tile: tokens of a tile of the attention, in a chunk of so many.
+    """
+    count = len(tokens)
+    rows, positions = np.full(count, row), first + np.arange(count)
+    end = np.full(batch, -1)
+    end[row] = count if ends else -1
+    return _chunk(tokens, rows, positions, end, 0, count, size, capacity, tile)
 
 
 def _chunk(

@@ -24,12 +24,12 @@ class Before(NamedTuple):
     """What a caller's own logits processor is told.
 
     Attributes:
-        index: int32 `[B]`, how many tokens each answer holds.
+        lengths: int32 `[B]`, how many tokens each answer holds.
         prompt: bool `[B, V]`, whether the prompt holds a token.
         counts: int32 `[B, V]`, how often the answer does.
     """
 
-    index: Array
+    lengths: Array
     prompt: Array
     counts: Array
 
@@ -95,6 +95,7 @@ def choose(
     """
     edited = _edited(logits, rows, history, index, stages)
     if stages.draws:
+        assert keys is not None
         allowed = edited
         if stages.filters:
             allowed = filtered(edited, rows.temperature, rows.top_k, rows.nucleus)

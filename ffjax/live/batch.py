@@ -1,0 +1,438 @@
+"""A batch whose sequences come and go, as its owner sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, get_args
+
+import jax
+import numpy as np
+
+from ffjax.decode import Implementation, Kernel, resolve_implementation, step_fault
+from ffjax.live.programs import PaddedChunk, live_programs
+from ffjax.live.state import Newcomer
+from ffjax.loop import BLOCK, Made, Step
+from ffjax.model import Transformer
+from ffjax.parts import Parts
+from ffjax.prefill.choice import Prefill, resolve_prefill
+from ffjax.prefill.packed import blocks_of
+from ffjax.prefill.packing import SMALLEST, chunk_of_row
+from ffjax.requests import check_params, checked_prompt
+from ffjax.sampling.draw import sequence_words
+from ffjax.sampling.logprobs import TokenLogprobs
+from ffjax.sampling.params import SamplingParams
+from ffjax.sampling.rows import Stages, row_of
+from ffjax.settings import program_settings
+from pallas_kernels.dims import ceil_div
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.support import MAX_BATCH
+
+__all__ = ["MAX_EDITS", "Block", "Chosen", "Fed", "LiveBatch"]
+
+MAX_EDITS = 512
+"""Most logits of a sequence that `logit_bias` and forbidden tokens may change."""
+# Capacities are rounded up to a multiple of this.
+_CAPACITY_STEP = 256
+# Sizes of chunks are this many times apart: a program each.
+_CHUNK_STEP = 4
+
+
+class Chosen(NamedTuple):
+    """One new token of a sequence.
+
+    Attributes:
+        token: its id; `ffjax.loop.NOT_FINITE` where the logits were NaN or infinite.
+        logprobs: None where the request did not ask.
+    """
+
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+def _chosen(step: Step, at: int, params: SamplingParams) -> Chosen:
+    told = None
+    if step.logprobs is not None and params.logprobs is not None:
+        told = step.logprobs.of(at, params.logprobs)
+    return Chosen(step.tokens[at], told)
+
+
+class Fed(NamedTuple):
+    """A chunk of a prompt that the device has orders to feed.
+
+    Attributes:
+        row: whose.
+        fed: tokens in it.
+        done: whether the prompt ends with it.
+        made: what came of it, on the device.
+        params: of the sequence.
+    """
+
+    row: int
+    fed: int
+    done: bool
+    made: Made
+    params: SamplingParams
+
+    def read(self) -> Chosen:
+        """The first new token, of a chunk that ends a prompt; waits for the device."""
+        if not self.done:
+            raise ValueError("The first new token comes when the whole prompt has been fed.")
+        tokens, logprobs = jax.device_get(self.made)
+        return _chosen(Step(tokens.tolist(), logprobs), 0, self.params)
+
+
+class Block(NamedTuple):
+    """Steps that the device has orders to run.
+
+    Attributes:
+        rows: which sequences take part.
+        made: what came of them, on the device.
+        params: of those sequences.
+    """
+
+    rows: tuple[int, ...]
+    made: Made
+    params: tuple[SamplingParams, ...]
+
+    def read(self) -> list[dict[int, Chosen]]:
+        """The new tokens, step by step and by row; waits for the device."""
+        steps = jax.device_get(self.made).steps()
+        each = [*zip(self.rows, self.params, strict=True)]
+        return [{row: _chosen(step, row, params) for row, params in each} for step in steps]
+
+
+class _Waiting(NamedTuple):
+    """A prompt that is not yet fed to its end: tokens, and how many the cache holds."""
+
+    tokens: np.ndarray
+    held: int
+
+
+class LiveBatch:
+    """A batch whose sequences come and go, with no program compiled after it was made.
+
+    Its owner places a request in a free row, orders chunks of prompts and blocks of steps, and
+    reads them: calls return when the device has its orders, `read` waits. Order the next block
+    before reading the last, and the device never waits. It is the owner who looks for a sequence's
+    end (a stop token, enough tokens, a full cache), and then releases its row: what the sequence
+    said behind that is for nobody.
+
+    A row's cache holds, when n new tokens have been read, the prompt and n - 1 of them. The next
+    request in the row may keep as much of that as its own prompt begins with.
+
+    What a sequence draws hangs on its own prompt, parameters and seed, not on those beside it.
+    One thread owns it.
+
+    Attributes:
+        rows: B, how many sequences there may be at a time.
+        capacity: tokens that a sequence may have, prompt and answer together.
+        implementation: of the steps; see `ffjax.decode_step`.
+        prefill_implementation: see `ffjax.generate`.
+        compile_seconds: that compiling took.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        rows: int = MAX_BATCH,
+        capacity: int = 4096,
+        *,
+        implementation: Implementation | None = None,
+        prefill: Prefill | None = None,
+        max_logprobs: int | None = None,
+        chunk: int = 512,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        """Makes an empty batch, and compiles all that it may need.
+
+        Args:
+            model: the model.
+            rows: B.
+            capacity: tokens that a sequence may have.
+            implementation: of the steps, or None for the best that can run.
+            prefill: of the prefill, likewise.
+            max_logprobs: most alternatives whose log-probabilities may be asked for, 0 to 20;
+                None: no request may ask for log-probabilities.
+            chunk: most tokens that are fed at a time; for so long the sequences that run wait.
+            say: is told what is being compiled, in a line.
+
+        Raises:
+            ValueError: a number is out of its range; the fused kernel is named for more than 8
+                rows; the model has fewer positions than the capacity.
+            NotImplementedError: a named implementation cannot run here.
+        """
+        if rows < 1 or chunk < 1:
+            raise ValueError(f"A batch has rows and chunks of 1 and more, got {rows}, {chunk}.")
+        if not 2 <= capacity <= model.config.max_context:
+            raise ValueError(
+                f"{model.config.name} takes up to {model.config.max_context} tokens; a batch needs "
+                f"a capacity of 2 to that, got {capacity}."
+            )
+        if implementation in get_args(Kernel) and rows > MAX_BATCH:
+            raise ValueError(
+                f"The fused kernel takes 1 to {MAX_BATCH} sequences; got {rows}. "
+                "Ask for fewer, or use implementation='xla'."
+            )
+        self.rows, self.capacity = rows, capacity
+        self._model, self._parts = model, Parts.of(model)
+        self._device, self._config = self._parts.device, model.config
+        self._gpu = Gpu.of(self._device) or INTERPRETER
+        self._programs = live_programs(self._device)
+        # A block may run past the end of a sequence: there is room for that too.
+        self._slots = ceil_div(capacity + BLOCK, _CAPACITY_STEP) * _CAPACITY_STEP
+        self._all = Stages(
+            draws=True,
+            filters=True,
+            penalizes=True,
+            edits=min(MAX_EDITS, 1 << (self._config.vocab_size - 1).bit_length()),
+            forbids_stops=True,
+            logprobs=max_logprobs,
+        )
+        name = resolve_prefill(self._parts.dtype, self._device, implementation, prefill)
+        self.prefill_implementation: Prefill = name
+        self._sizes = _sizes(chunk)
+        self.reset()
+        self.implementation: Implementation = resolve_implementation(
+            model, self._state.cache, implementation
+        )
+        start = time.perf_counter()
+        self._compile(say)
+        self.compile_seconds = time.perf_counter() - start
+
+    def reset(self) -> None:
+        """Empties the batch: no sequence, and a cache that holds nothing."""
+        with self._settings():
+            self._state = self._programs.start(
+                self._config, self.rows, self._slots, self._parts.dtype, self._all
+            )
+        self._waiting: dict[int, _Waiting] = {}
+        self._order: deque[int] = deque()  # of those that wait, the longest first
+        self._running: dict[int, None] = {}
+        self._params: dict[int, SamplingParams] = {}
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """JAX's settings while programs are called."""
+        with jax.default_device(self._device), program_settings():
+            yield
+
+    def _compile(self, say: Callable[[str], None]) -> None:
+        with self._settings():
+            self._decoders = {}
+            for stages in self._kinds():
+                say(f"compiling a block of steps{_told(stages)}")
+                self._decoders[stages] = self._programs.decode.get(
+                    *self._decode_args(),
+                    stages=stages,
+                    implementation=self.implementation,
+                )
+            self._feeders = {}
+            for size in self._sizes:
+                say(f"compiling the prefill of {size} tokens")
+                args = self._feed_args(0, np.zeros(1, np.int32), 0, True, size)
+                if self.prefill_implementation == "pallas":
+                    programs, how = self._programs.feed_packed, {"gpu": self._gpu}
+                else:
+                    programs, how = self._programs.feed_padded, {}
+                self._feeders[size] = programs.get(*args, stages=self._all, **how)
+            self._enter(0, np.zeros(1, np.int32), 0, SamplingParams(), ())
+
+    def _kinds(self) -> tuple[Stages, ...]:
+        """The kinds of steps, the quickest first: each for all that it has the stages for."""
+        return Stages(), Stages(draws=True, filters=True), self._all
+
+    def _decode_args(self) -> tuple[Any, ...]:
+        running = np.zeros(self.rows, bool)
+        running[[*self._running]] = True
+        return self._parts.graphdef, self._parts.state, self._state, running
+
+    def _feed_args(
+        self, row: int, tokens: np.ndarray, first: int, ends: bool, size: int
+    ) -> tuple[Any, ...]:
+        if self.prefill_implementation == "pallas":
+            blocks = blocks_of(self._config, self._parts.dtype, self._gpu, size)
+            chunk = chunk_of_row(
+                tokens,
+                row,
+                first,
+                batch=self.rows,
+                ends=ends,
+                size=size,
+                capacity=self._slots,
+                tile=blocks.queries,
+            )
+        else:
+            padded = np.zeros((1, size), np.int32)
+            padded[0, : len(tokens)] = tokens
+            chunk = PaddedChunk(padded, np.array([len(tokens)], np.int32))
+        return self._parts.graphdef, self._parts.state, self._state, chunk, np.int32(row)
+
+    def _enter(
+        self,
+        row: int,
+        tokens: np.ndarray,
+        kept: int,
+        params: SamplingParams,
+        stops: Sequence[int],
+    ) -> None:
+        seed = 0 if params.seed is None else params.seed
+        own = row_of(params, stops, self._all)._replace(seeds=sequence_words(seed))
+        new = Newcomer.of(row, kept, own, tokens, self._config.vocab_size)
+        self._state = self._programs.enter(self._state, new)
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Rows without a request."""
+        return tuple(row for row in range(self.rows) if row not in self._params)
+
+    def check(self, tokens: Any, params: SamplingParams) -> np.ndarray:
+        """Checks a request that is yet to be placed.
+
+        Args:
+            tokens: ids of its prompt.
+            params: its parameters.
+
+        Returns:
+            The prompt, int32 `[n]`.
+
+        Raises:
+            ValueError: it is empty, leaves no room for an answer, or a token id is outside the
+                vocabulary; more log-probabilities or edits of logits are asked for than this
+                batch has.
+            TypeError: it is no list of integers.
+        """
+        prompt = checked_prompt(tokens, self._config)
+        if len(prompt) >= self.capacity:
+            raise ValueError(
+                f"Prompt and answer have room for {self.capacity} tokens together; the prompt has "
+                f"{len(prompt)}. Shorten it."
+            )
+        check_params(params, self._config, texts=True)
+        most = self._all.logprobs
+        if params.logprobs is not None and (most is None or params.logprobs > most):
+            which = "none" if most is None else f"those of up to {most} alternatives"
+            raise ValueError(f"This batch tells log-probabilities of {which}; asked for others.")
+        edits = len(dict(params.logit_bias).keys() | set(params.bad_token_ids))
+        if edits > self._all.edits:
+            raise ValueError(
+                f"logit_bias and bad_token_ids may name up to {self._all.edits} tokens together; "
+                f"got {edits}."
+            )
+        return prompt
+
+    def place(
+        self,
+        row: int,
+        tokens: Any,
+        params: SamplingParams | None = None,
+        *,
+        eos: Sequence[int] = (),
+        keep: int = 0,
+    ) -> None:
+        """Gives a free row to a request.
+
+        Args:
+            row: which.
+            tokens: ids of the prompt, all of it.
+            params: its parameters; None: the defaults, greedy. Without a seed it is 0.
+            eos: what ends a text of the model, forbidden before `min_tokens`.
+            keep: how many of the tokens the row's cache holds already, in front; fewer than all.
+
+        Raises:
+            ValueError: the row is not free, or there is none of that number; `keep` is out of its
+                range; or as `check` says.
+            TypeError: likewise.
+        """
+        params = SamplingParams() if params is None else params
+        if not 0 <= row < self.rows:
+            raise ValueError(f"Rows are 0 to {self.rows - 1}, got {row}.")
+        if row in self._params:
+            raise ValueError(f"Row {row} has a request. Release it first.")
+        prompt = self.check(tokens, params)
+        if not 0 <= keep < len(prompt):
+            raise ValueError(
+                f"Of {len(prompt)} tokens, 0 to {len(prompt) - 1} may be kept, got {keep}."
+            )
+        own = () if params.ignore_eos else tuple(eos)
+        with self._settings():
+            self._enter(row, prompt, keep, params, tuple({*own, *params.stop_token_ids}))
+        self._params[row] = params
+        self._waiting[row] = _Waiting(prompt, keep)
+        self._order.append(row)
+
+    def feed(self) -> Fed | None:
+        """Orders one chunk of the prompt that waits longest; None where none waits."""
+        if not self._order:
+            return None
+        row = self._order[0]
+        prompt, held = self._waiting[row]
+        left = len(prompt) - held
+        size = next((size for size in self._sizes if size >= left), self._sizes[-1])
+        count = min(left, size)
+        ends = count == left
+        with self._settings():
+            args = self._feed_args(row, prompt[held : held + count], held, ends, size)
+            self._state, made = self._feeders[size](*args[1:])
+        if ends:
+            self._order.popleft()
+            del self._waiting[row]
+            self._running[row] = None
+        else:
+            self._waiting[row] = _Waiting(prompt, held + count)
+        return Fed(row, count, ends, made.sent(), self._params[row])
+
+    def decode(self) -> Block | None:
+        """Orders a block of steps for all whose prompt has been fed; None where there are none."""
+        if not self._running:
+            return None
+        rows = tuple(self._running)
+        params = tuple(self._params[row] for row in rows)
+        needed = Stages.of(params)
+        stages = next(kind for kind in self._kinds() if _covers(kind, needed))
+        with self._settings():
+            self._state, made = self._decoders[stages](*self._decode_args()[1:])
+        return Block(rows, made.sent(), params)
+
+    def release(self, row: int) -> None:
+        """Frees a row. Its cache keeps what it holds."""
+        if self._params.pop(row, None) is None:
+            return
+        self._running.pop(row, None)
+        if self._waiting.pop(row, None) is not None:
+            self._order.remove(row)
+
+    def fault(self) -> str | None:
+        """What a step that gave up waiting has said, a sentence; None if none did."""
+        if self.implementation != "pallas_stream":
+            return None
+        fault = step_fault(self._model, self._state.cache)
+        return None if fault is None else str(fault)
+
+
+def _sizes(chunk: int) -> tuple[int, ...]:
+    """Sizes of chunks, rising to the largest."""
+    sizes = [chunk]
+    while sizes[0] // _CHUNK_STEP >= SMALLEST:
+        sizes.insert(0, sizes[0] // _CHUNK_STEP)
+    return tuple(sizes)
+
+
+def _covers(kind: Stages, needed: Stages) -> bool:
+    """Whether steps of a kind have all stages that are needed."""
+    return (
+        kind.draws >= needed.draws
+        and kind.filters >= needed.filters
+        and kind.penalizes >= needed.penalizes
+        and kind.edits >= needed.edits
+        and kind.forbids_stops >= needed.forbids_stops
+        and (needed.logprobs is None or kind.logprobs is not None)
+    )
+
+
+def _told(stages: Stages) -> str:
+    if stages.plain:
+        return ", greedy"
+    return ", with all stages" if stages.penalizes else ", drawn"

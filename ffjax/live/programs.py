@@ -1,0 +1,168 @@
+"""What runs on the device for a live batch: a sequence enters, is fed, and all take steps."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from ffjax.cache import KVCache
+from ffjax.decode import Implementation
+from ffjax.dims import step_dims
+from ffjax.live.state import LiveState, empty_state, entered
+from ffjax.loop import Made, decode_block
+from ffjax.model import Transformer
+from ffjax.prefill.first import first_token
+from ffjax.prefill.packed import feed
+from ffjax.prefill.packing import PackedChunk
+from ffjax.programs import Programs
+from ffjax.reproducible import compiler_options
+from ffjax.sampling.history import History
+from ffjax.sampling.rows import Stages
+from pallas_kernels.gpu import Gpu
+from pallas_kernels.stream.mail import mail_words
+
+__all__ = ["LivePrograms", "PaddedChunk", "live_programs"]
+
+
+class PaddedChunk(NamedTuple):
+    """Tokens of one sequence, for the reference.
+
+    Attributes:
+        tokens: int32 `[1, P]`.
+        count: int32 `[1]`, how many count.
+    """
+
+    tokens: Any
+    count: Any
+
+
+def _first(model: Transformer, state: LiveState, logits: Array, row: Array, stages: Stages):
+    """Chooses the first token of one sequence, from logits `[1, V]`: state, and what was made."""
+
+    def own(arrays: Any) -> Any:
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, 1), arrays)
+
+    choice = first_token(logits, own(state.rows), own(state.history), stages)
+    token = state.token.at[row].set(choice.token[0])
+    return state._replace(token=token, length=state.length.at[row].set(1)), Made.of(choice)
+
+
+def _feed_packed(
+    graphdef: Any,
+    weights: Any,
+    state: LiveState,
+    chunk: PackedChunk,
+    row: Array,
+    *,
+    gpu: Gpu,
+    stages: Stages,
+) -> tuple[LiveState, Made]:
+    """Feeds some tokens of a sequence; also the one that follows, should the prompt end here."""
+    model = nnx.merge(graphdef, weights)
+    cache, last = feed(model, state.cache, state.last, chunk, gpu)
+    logits = model.logits_of(lax.dynamic_slice_in_dim(last, row, 1))
+    return _first(model, state._replace(cache=cache, last=last), logits, row, stages)
+
+
+def _feed_padded(
+    graphdef: Any,
+    weights: Any,
+    state: LiveState,
+    chunk: PaddedChunk,
+    row: Array,
+    *,
+    stages: Stages,
+) -> tuple[LiveState, Made]:
+    """The same, by the reference, on the sequence's own part of the cache."""
+    model = nnx.merge(graphdef, weights)
+    cache = state.cache
+    own = KVCache(
+        lax.dynamic_slice_in_dim(cache.k, row, 1, axis=1),
+        lax.dynamic_slice_in_dim(cache.v, row, 1, axis=1),
+        lax.dynamic_slice_in_dim(cache.lengths, row, 1),
+        jnp.zeros((mail_words(step_dims(model.config, 1, cache.capacity)),), jnp.int32),
+    )
+    logits, own = model(chunk.tokens, own, num_tokens=chunk.count, last_only=True)
+    cache = KVCache(
+        lax.dynamic_update_slice_in_dim(cache.k, own.k, row, axis=1),
+        lax.dynamic_update_slice_in_dim(cache.v, own.v, row, axis=1),
+        lax.dynamic_update_slice_in_dim(cache.lengths, own.lengths, row, axis=0),
+        cache.counters,
+    )
+    return _first(model, state._replace(cache=cache), logits, row, stages)
+
+
+def _decode(
+    graphdef: Any,
+    weights: Any,
+    state: LiveState,
+    running: Array,
+    *,
+    stages: Stages,
+    implementation: Implementation,
+) -> tuple[LiveState, Made]:
+    """Runs a block of steps of the sequences that run, bool `[B]`.
+
+    The others take steps too, whose keys and values lie beyond what they hold, and end where they
+    began.
+    """
+    before = state.cache.lengths
+    history = state.history if stages.remembers else None
+    cache, token, length, history, made = decode_block(
+        graphdef,
+        weights,
+        state.cache,
+        state.token,
+        state.length,
+        state.rows,
+        history,
+        stages=stages,
+        implementation=implementation,
+        running=running,
+    )
+    lengths = jnp.where(running, cache.lengths, before)
+    state = state._replace(
+        cache=KVCache(cache.k, cache.v, lengths, cache.counters),
+        token=jnp.where(running, token, state.token),
+        length=jnp.where(running, length, state.length),
+        history=state.history if history is None else History(*history),
+    )
+    return state, made
+
+
+class LivePrograms(NamedTuple):
+    """The programs for a device."""
+
+    start: Any
+    enter: Any
+    feed_packed: Programs
+    feed_padded: Programs
+    decode: Programs
+
+
+@functools.cache
+def live_programs(device: Any) -> LivePrograms:
+    """The programs for a device: XLA's options depend on it."""
+    options = compiler_options(device)
+
+    def kept(function: Any, *static: str) -> Programs:
+        jitted = jax.jit(
+            function,
+            static_argnames=("graphdef", "stages", *static),
+            donate_argnames=("state",),
+            compiler_options=options,
+        )
+        return Programs(jitted)
+
+    return LivePrograms(
+        start=jax.jit(empty_state, static_argnums=(0, 1, 2, 3, 4), compiler_options=options),
+        enter=jax.jit(entered, donate_argnames=("state",), compiler_options=options),
+        feed_packed=kept(_feed_packed, "gpu"),
+        feed_padded=kept(_feed_padded),
+        decode=kept(_decode, "implementation"),
+    )
