@@ -286,7 +286,7 @@ def _requests() -> list[tuple[bool, Any, dict[str, Any]]]:
     requests: list[tuple[bool, Any, dict[str, Any]]] = []
     for i in range(50):
         text = f"{i} " + " ".join(draw.choices(words, k=draw.randint(1, 60)))
-        params: dict[str, Any] = {"max_tokens": draw.randint(1, 40), "seed": draw.randrange(2**63)}
+        params: dict[str, Any] = {"max_tokens": draw.randint(5, 40), "seed": draw.randrange(2**63)}
         if i % 2:
             params |= _DRAWN
         if i >= 8:  # the first ones are as other tests have them, and compiled
@@ -358,4 +358,5 @@ def test_the_shipped_model_answers_as_generate_does():
             )
             answer = client.completions.create(model=NAME, prompt=prompt, max_tokens=48)
             assert answer.choices[0].text == tokenizer.decode(out.tokens[0])
+            assert answer.usage is not None
             assert answer.usage.completion_tokens == len(out.tokens[0])

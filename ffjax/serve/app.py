@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import time
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def make_app(
 
     def model() -> dict[str, Any]:
         card = {"id": name, "object": "model", "created": created, "owned_by": "ffjax"}
-        if scheduler.state == "ready":
+        with contextlib.suppress(ApiError):  # not known before it is warm
             card["max_model_len"] = endpoint.limits().capacity
         return card
 
@@ -101,7 +102,11 @@ def make_app(
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
+        endpoint.log(f"{request.url.path}: {error.status}. {error.message}")
         return error_response(error)
+
+    async def defect(request: Request, error: Exception) -> Response:
+        return error_response(server_error(sentence(error), "internal_error"))
 
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -117,7 +122,8 @@ def make_app(
         response.headers.update(error.headers or {})
         return response
 
-    app = Starlette(routes=routes, exception_handlers={ApiError: refused, HTTPException: of_http})
+    handlers = {ApiError: refused, HTTPException: of_http, Exception: defect}
+    app = Starlette(routes=routes, exception_handlers=handlers)
     return _Front(app, metrics, api_key, {path for path in paths if "{" not in path}, say)
 
 
@@ -155,11 +161,8 @@ class _Front:
                 await error_response(refusal)(scope, receive, counted)
             else:
                 await self._app(scope, receive, counted)
-        except Exception as error:  # a defect of ours: the others go on
-            said = sentence(error)
-            self._say(f"{scope['path']}: {said}")
-            if not status:
-                await error_response(server_error(said, "internal_error"))(scope, receive, counted)
+        except Exception as error:  # a defect of ours, which was answered: the others go on
+            self._say(f"{scope['path']}: {sentence(error)}")
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             if status:
