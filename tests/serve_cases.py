@@ -67,7 +67,7 @@ def serving(
         config or preset("python-bytes-3m"),
         tokenizer or ByteTokenizer(),
         defaults or SamplingParams(),
-        Options(**{"name": NAME, "grace": 5.0} | options),
+        Options(**({"name": NAME, "grace": 5.0} | options)),
         say=lines.append,
         log=lines.append,
     )
@@ -85,7 +85,7 @@ def serving(
             assert not thread.is_alive(), "the server did not end"
 
 
-def until(happens: Callable[[], bool], seconds: float = 10) -> None:
+def until(happens: Callable[[], object], seconds: float = 10) -> None:
     """Waits for something to happen."""
     end = time.monotonic() + seconds
     while not happens():

@@ -26,7 +26,8 @@ class Reader:
 
     def __init__(self, text: str | list[int], **params: Any):
         prompt = TOKENIZER.encode(text) if isinstance(text, str) else text
-        self.params = SamplingParams(**{"max_tokens": 20, "seed": 0} | params)
+        given: dict[str, Any] = {"max_tokens": 20, "seed": 0} | params
+        self.params = SamplingParams(**given)
         self.events: list[Event] = []
         self.ended = threading.Event()
         self.job = Job(
@@ -62,7 +63,8 @@ def start():
     running: list[Scheduler] = []
 
     def start(make: Any = FakeBatch, **how: Any) -> Scheduler:
-        scheduler = Scheduler(make, **{"max_queue": 100, "metrics": Metrics(), "chunk": 64} | how)
+        given: dict[str, Any] = {"max_queue": 100, "metrics": Metrics(), "chunk": 64} | how
+        scheduler = Scheduler(make, **given)
         running.append(scheduler)
         scheduler.start()
         until(lambda: scheduler.state != "starting")
@@ -133,8 +135,8 @@ def test_caches_are_left_alone_where_that_is_asked_for(start):
         reader = Reader("the same prompt")
         scheduler.submit([reader.job])
         reader.end()
+        assert reader.text == reader.expected
     assert [kept for _, kept in batch.entered] == [0, 0]
-    assert reader.text == reader.expected
 
 
 def test_which_row_is_taken():

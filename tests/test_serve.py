@@ -32,9 +32,8 @@ def client(running):
 def text_of(prompt: str | list[int], **params: Any) -> str:
     """What the batch says behind a prompt, alone."""
     tokens = TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt
-    return TOKENIZER.decode(
-        expected(tokens, SamplingParams(**{"max_tokens": 16, "seed": 0} | params))
-    )
+    given: dict[str, Any] = {"max_tokens": 16, "seed": 0} | params
+    return TOKENIZER.decode(expected(tokens, SamplingParams(**given)))
 
 
 def send(
@@ -376,6 +375,26 @@ def test_a_chat_needs_a_template(client):
     with pytest.raises(openai.BadRequestError, match="its tokens are bytes") as refused:
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "a"}])
     assert refused.value.code == "no_chat_template"
+
+
+def test_a_defect_is_an_error_in_the_same_form_and_a_line(running, monkeypatch):
+    def broken() -> str:
+        raise KeyError("x")
+
+    handler = "ffjax.serve.handlers.Writer"
+    monkeypatch.setattr(handler, lambda *_: broken())
+    status, _, answer = send(running, "/v1/completions", {"prompt": "a"})
+    assert status == 500 and answer["error"]["code"] == "internal_error"
+    assert "an error inside ffjax: KeyError" in answer["error"]["message"]
+    until(lambda: any("KeyError" in line for line in running.lines))
+    monkeypatch.undo()
+    assert send(running, "/v1/completions", {"prompt": "a"})[0] == 200
+
+
+def test_what_a_request_says_stays_in_its_line(running):
+    send(running, "/v1/completions", {"prompt": "a", "b\nfake: line": 1})
+    until(lambda: any("fake: line" in line for line in running.lines))
+    assert not any("\n" in line for line in running.lines)
 
 
 # The server itself

@@ -194,8 +194,11 @@ def run(args: argparse.Namespace) -> int:
             on_ready=ready,
         )
         _say(f"Starting at {url}; Ctrl-C ends it.")
-        server.run(sock)
+        ended = server.run(sock)
     _say("Ended.")
+    if not ended:  # a thread that runs XLA while Python ends would crash the process
+        sys.stdout.flush()
+        os._exit(0)
     return 0
 
 

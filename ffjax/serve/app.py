@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ __all__ = ["make_app"]
 
 _PAGE = "page/index.html"
 # The page holds its script and style, and asks this server alone.
-_PAGE_POLICY = (
+PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -54,7 +55,7 @@ def make_app(
 
     def model() -> dict[str, Any]:
         card = {"id": name, "object": "model", "created": created, "owned_by": "ffjax"}
-        if scheduler.state == "ready":
+        with contextlib.suppress(ApiError):  # not known before it is warm
             card["max_model_len"] = endpoint.limits().capacity
         return card
 
@@ -85,7 +86,7 @@ def make_app(
         file = resources.files("ffjax.serve") / _PAGE
         if not file.is_file():
             raise ApiError(404, "This server has no page. Its endpoint is /v1.")
-        headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+        headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
         return Response(file.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
     routes = [
@@ -101,7 +102,11 @@ def make_app(
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
+        endpoint.log(f"{request.url.path}: {error.status}. {error.message}")
         return error_response(error)
+
+    async def defect(request: Request, error: Exception) -> Response:
+        return error_response(server_error(sentence(error), "internal_error"))
 
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -117,7 +122,8 @@ def make_app(
         response.headers.update(error.headers or {})
         return response
 
-    app = Starlette(routes=routes, exception_handlers={ApiError: refused, HTTPException: of_http})
+    handlers = {ApiError: refused, HTTPException: of_http, Exception: defect}
+    app = Starlette(routes=routes, exception_handlers=handlers)
     return _Front(app, metrics, api_key, {path for path in paths if "{" not in path}, say)
 
 
@@ -155,11 +161,8 @@ class _Front:
                 await error_response(refusal)(scope, receive, counted)
             else:
                 await self._app(scope, receive, counted)
-        except Exception as error:  # a defect of ours: the others go on
-            said = sentence(error)
-            self._say(f"{scope['path']}: {said}")
-            if not status:
-                await error_response(server_error(said, "internal_error"))(scope, receive, counted)
+        except Exception as error:  # a defect of ours, which was answered: the others go on
+            self._say(f"{scope['path']}: {sentence(error)}")
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             if status:

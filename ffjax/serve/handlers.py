@@ -78,7 +78,7 @@ class Endpoint:
         limits = self.limits()
         loop, told = asyncio.get_running_loop(), asyncio.Queue[_Told]()
 
-        def teller(index: int) -> Callable[[Event], None]:
+        def teller(index: int) -> Callable[[Event], object]:
             return lambda event: loop.call_soon_threadsafe(told.put_nowait, (index, event))
 
         def prepare() -> tuple[Asked, list[Job]]:
@@ -164,11 +164,11 @@ class _Run:
             how += f", the first after {min(firsts):.3f} s"
         how += f", {now - jobs[0].began:.3f} s in all"
         if isinstance(error, ApiError):
-            how += f"; failed: {error.message}"
+            how += "; failed"
         elif isinstance(error, _Gone | asyncio.CancelledError | OSError):
             how += "; the client went away"
         elif error is not None:
-            how += f"; failed: {error}"
+            how += "; failed"
         return f"{self.request.url.path}: {how}"
 
 
@@ -204,6 +204,7 @@ class _EventStream(Response):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except ApiError as failed:
             error = failed
+            run.endpoint.log(f"{run.request.url.path}: {failed.message}")
             with contextlib.suppress(OSError):
                 await _send(send, as_json(failed.body()))
                 await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -79,7 +79,7 @@ class Job:
         *,
         eos: Iterable[int],
         writer: Writer,
-        tell: Callable[[Event], None],
+        tell: Callable[[Event], object],
     ):
         """Asks for a sequence.
 

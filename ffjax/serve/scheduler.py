@@ -177,7 +177,7 @@ class Scheduler:
         return sum(job is not None for job in self._jobs)
 
     def _refusal(self) -> ApiError:
-        code = {"starting": "starting", "failed": "scheduler_failed"}.get(self._state, "closing")
+        code = {"starting": "not_ready", "failed": "failed"}.get(self._state, "closing")
         retry = None if self._state == "failed" else _RETRY_SECONDS
         return unavailable(self.reason or "The server takes no requests.", code, retry)
 
@@ -229,6 +229,8 @@ class Scheduler:
         broken = [job for job in self._jobs if job is not None]
         with self._changed:
             self._jobs = [None] * len(self._jobs)
+            self._state = "starting"
+            self.reason = "The batch failed, and a new one is being made."
         for job in broken:
             self._fail(job, server_error(f"The batch that ran this failed: {said}", "batch_failed"))
         if self._failures >= _MOST_FAILURES:
@@ -240,6 +242,7 @@ class Scheduler:
             self._give_up(again)
             return False
         self._say("A new batch was made; the server goes on.")
+        self._become("ready")
         return True
 
     def _give_up(self, error: Exception, more: str = "") -> None:

@@ -137,6 +137,7 @@ class Server:
             log: takes a line for each answer.
             on_ready: is told once, in the scheduler's thread, when requests are taken.
         """
+        say, log = _printable(say), _printable(log)
         self.metrics = Metrics()
         self._options = options
         self._on_ready = on_ready
@@ -179,11 +180,13 @@ class Server:
                 log_level="critical",
                 access_log=False,
                 server_header=False,
+                # Longer than clients keep idle connections, so that it is they who close them.
+                timeout_keep_alive=75,
                 timeout_graceful_shutdown=int(options.grace + _LAST_SECONDS + 1),
             )
         )
 
-    def run(self, sock: socket.socket) -> None:
+    def run(self, sock: socket.socket) -> bool:
         """Serves until it is told to stop: by `stop`, or a signal where this is the main thread.
 
         The first signal lets running answers end, for as long as the options say; a second one
@@ -191,6 +194,10 @@ class Server:
 
         Args:
             sock: bound and listening.
+
+        Returns:
+            Whether its threads have ended too. One that compiles, or waits for a device that
+            hangs, goes on: then the process should end without looking back.
 
         Raises:
             Exception: what the scheduler failed with before it had served anything.
@@ -204,10 +211,10 @@ class Server:
         finally:
             sys.setswitchinterval(before)
             self.scheduler.close(0)
-            # A device that hangs is left to the end of the process.
-            self.scheduler.join(self._options.grace + _LAST_SECONDS)
+            ended = self.scheduler.join(_LAST_SECONDS)
         if self._failed_at_start and self.scheduler.error is not None:
             raise self.scheduler.error
+        return ended
 
     def stop(self, grace: float | None = None) -> None:
         """Takes no more requests, and ends when those that run are answered; from any thread.
@@ -219,7 +226,7 @@ class Server:
         self._server.should_exit = True
 
     def _changed(self, state: State) -> None:
-        if state == "ready":
+        if state == "ready" and not self._was_ready:
             self._was_ready = True
             self._on_ready(self.scheduler.batch)
         elif state == "failed" and not self._was_ready:
@@ -260,6 +267,11 @@ class Server:
         finally:
             for number, handler in found.items():
                 signal.signal(number, handler)
+
+
+def _printable(say: Callable[[str], None]) -> Callable[[str], None]:
+    """For lines that quote a request: what it says stays in its line."""
+    return lambda text: say("".join(x if x.isprintable() else "\ufffd" for x in text))
 
 
 class _Uvicorn(uvicorn.Server):
