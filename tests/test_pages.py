@@ -15,7 +15,9 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,19 @@ from test_hf_tokenizer import BEGIN, END, KINDS
 import ffjax
 from ffjax.arguments import make_parser
 from ffjax.cli import commands, main
+from ffjax.compiled import compiled_programs_kept
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs/guide"
 PAGES = sorted(page.stem for page in GUIDE.glob("*.md"))
+EXAMPLES_RUN = "".join(
+    (ROOT / "tests" / name).read_text(encoding="utf-8")
+    for name in ("test_examples.py", "test_export_step.py")
+)
 NAMED = "Llama-3.2-1B-Instruct"
 
-# Of these the options are looked at, and nothing runs: they take a GPU, or long, or do not end.
-TOO_LONG = re.compile(r"--config llama|^ffjax (doctor$|fidelity|serve)")
+# Of these the options are looked at, and nothing runs: they take a GPU or long, or do not end.
+UNENDING = re.compile(r"^ffjax (bench|tune|fidelity|serve|doctor$|chat --model \S+$)")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -95,7 +102,9 @@ def test_the_commands_of_a_page_run(page, here, capfd):
         words = shlex.split(line, comments=True)
         if words[:2] == ["pip", "install"]:
             assert _extras(words[2]) <= _all_extras()
-        elif TOO_LONG.search(line):
+        elif words[0] == "python" and words[1].startswith("examples/"):
+            assert Path(words[1]).name in EXAMPLES_RUN, line
+        elif UNENDING.search(line):
             make_parser(known, "").parse_args(words[1:])
         elif {"|", "<", ">"} & set(words) or words[0] != "ffjax":
             _run_in_shell(line)
@@ -147,16 +156,25 @@ def jax_settings() -> Iterator[None]:
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, here, jax_settings):
     code = blocks(page, "python")
     assert code
-    for folder in ("kept", "written-back"):
-        assert not (here / folder).exists()
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    # What a page's commands have compiled need not be compiled again.
+    with compiled_programs_kept(print), contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile("\n".join(code), page, "exec"), {})
     assert out.getvalue().strip() or "print(" not in "".join(code)
 
 
+def _wait_until_ready(url: str) -> None:
+    for _ in range(1200):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
+            return
+        time.sleep(0.1)
+    raise TimeoutError("The server is not ready after two minutes.")
+
+
 def test_a_client_of_the_page_is_served(here):
     [command] = [line for line in lines("serve") if line.startswith("ffjax serve")]
-    served = [sys.executable, "-m", *shlex.split(command), "--port", "0", "--capacity", "256"]
+    # What it is made smaller by, it compiles less for.
+    small = "--port", "0", "--capacity", "256", "--batch", "1", "--max-logprobs", "0"
+    served = [sys.executable, "-m", *shlex.split(command), *small]
     with subprocess.Popen(served, env=_environment(), stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
@@ -165,6 +183,7 @@ def test_a_client_of_the_page_is_served(here):
                 line = server.stderr.readline()
                 assert line, said
                 said += line
+            _wait_until_ready(found[0])
             [code] = blocks("serve", "python")
             assert "http://127.0.0.1:8000/v1" in code
             with contextlib.redirect_stdout(io.StringIO()) as out:
