@@ -9,6 +9,7 @@ or a document's embeddings would go the same way.
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def trained_prefix(
 
     def loss_of(prefix: jax.Array, model: ffjax.Transformer) -> jax.Array:
         embeddings = jnp.concatenate([prefix, model.embedded(tokens)], axis=1)
-        hidden = model.last_hidden_state(embeddings)
+        hidden: Any = model.last_hidden_state(embeddings)
         # The state at each position says what comes next.
         logits = model.logits(hidden[:, -text.size - 1 : -1])
         chances = jax.nn.log_softmax(logits)

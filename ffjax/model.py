@@ -214,7 +214,7 @@ class Layers(nnx.Module):
         down: `[L, D, F]`.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.bfloat16):
         c = config
 
         def weight(name: str) -> nnx.Param:
@@ -266,7 +266,7 @@ class Transformer(nnx.Module):
     """
 
     @own_settings()
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.bfloat16):
         """Random weights: normal, of standard deviation 1/sqrt(in) (0.02 for the embedding).
 
         Norms start as the identity, biases at zero.
@@ -289,7 +289,7 @@ class Transformer(nnx.Module):
             self.head = _quantized(self, "head", vocab_shape, config.weights.head, rngs)
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         """The dtype of weights that are not quantized and of the inputs to matrix products."""
         return self.embed[...].dtype
 
@@ -383,7 +383,14 @@ class Transformer(nnx.Module):
 
     @own_settings()
     def logits(self, hidden: Array) -> Array:
-        """Logits float32 `[..., V]` of `last_hidden_state`, float `[..., D]`."""
+        """Logits of hidden states.
+
+        Args:
+            hidden: float `[..., D]`, from `last_hidden_state`.
+
+        Returns:
+            float32 `[..., V]`.
+        """
         return self._headed(hidden)
 
     @own_settings()
@@ -466,7 +473,14 @@ class Transformer(nnx.Module):
 
     @own_settings()
     def embedded(self, tokens: Array) -> Array:
-        """What the first layer is given, float32 `[B, T, D]`, of tokens int `[B, T]`."""
+        """What the first layer is given of tokens: their rows of the embedding, scaled.
+
+        Args:
+            tokens: int `[B, T]`.
+
+        Returns:
+            float32 `[B, T, D]`.
+        """
         x = self.embed[...][tokens].astype(jnp.float32)
         if self.config.embed_scale != 1:
             # transformers rounds Gemma's sqrt(D) so (Gemma3TextScaledWordEmbedding: 55.43

@@ -94,6 +94,12 @@ class ByteTokenizer:
         A lone surrogate that `os.fsdecode` made of an undecodable byte, as in a
         command line argument, becomes that byte again.
 
+        Args:
+            text: of any length; an empty one has no tokens.
+
+        Returns:
+            Ids from 0 to 255.
+
         Raises:
             ValueError: the text holds another lone surrogate, which UTF-8 cannot express.
             TypeError: the text is no string.
@@ -160,6 +166,10 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
     Args:
         path: the directory of a checkpoint or of a Hugging Face model.
         config: the model's configuration.
+
+    Returns:
+        A tokenizer with `encode`, `decode` and `eot_ids`, those of the tokens that end a text; one
+        of a Hugging Face folder can `chat`, too.
 
     Raises:
         ValueError: there is none, and the model's tokens are not bytes; or it is damaged, or

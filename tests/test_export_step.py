@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def test_a_program_that_knows_jax_alone_runs_the_step(tmp_path):
         **{f"layers.{name}": array for name, array in model.stacked_weights().items()},
         **{f"cache.{name}": array for name, array in vars(cache).items()},
     }
-    bits = {
+    bits: dict[str, Any] = {
         name: np.asarray(x).view(np.uint16) if x.dtype == jnp.bfloat16 else x
         for name, x in arrays.items()
     }

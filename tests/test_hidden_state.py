@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +37,7 @@ def step(model, cache, token):
     return ffjax.decode_step(model, cache, token, implementation="xla")
 
 
-def embeddings_of(model, count=COUNT) -> np.ndarray:
+def embeddings_of(model, count=COUNT) -> Any:
     """Embeddings `[B, T, D]` that are no token's."""
     shape = BATCH, count, model.config.model_dim
     return np.random.default_rng(5).normal(size=shape).astype(np.float32)
@@ -94,7 +95,7 @@ def test_steps_go_on_from_embeddings_in_a_cache():
 
 def test_the_last_one_alone_and_what_does_not_fit():
     model = random_model(NAME, FLOAT32)
-    embeddings, counts = embeddings_of(model), np.array([5, 7], np.int32)
+    embeddings, counts = embeddings_of(model), jnp.array([5, 7])
     cache = KVCache.create(model.config, BATCH, 6, model.dtype)
     every, _ = hidden_of(model, embeddings, cache, counts)
     last, grown = model.last_hidden_state(embeddings, cache, num_tokens=counts, last_only=True)
