@@ -331,3 +331,18 @@ def test_nan_keeps_what_came_before(tmp_path, capsys):
     assert reasons[:8] == ["length"] * 8
     assert reasons[8] == "not_finite"
     assert "Logits must be finite" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_waits_for_what_the_device_still_computes():
+    """Else Python 3.12 aborts, as it ends while a thread of XLA's gives something back to it."""
+    arguments = ["generate", "--prompt", "def f", "--max-new-tokens", "3000", "--temperature", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", _MODULE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(12).startswith(b"def f")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.endswith(b"\nInterrupted.\n")
