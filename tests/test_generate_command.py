@@ -336,7 +336,7 @@ def test_nan_keeps_what_came_before(tmp_path, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_waits_for_what_the_device_still_computes():
     """Else Python 3.12 aborts, as it ends while a thread of XLA's gives something back to it."""
-    arguments = ["generate", "--prompt", "def f", "--max-new-tokens", "3000", "--temperature", "1"]
+    arguments = ["generate", "--prompt", "def f", "--max-new-tokens", "2000", "--temperature", "1"]
     with subprocess.Popen(
         [sys.executable, "-c", _MODULE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
