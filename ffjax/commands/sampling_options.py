@@ -11,7 +11,7 @@ from typing import Any
 from ffjax.commands.options import number, seed, share, whole
 from ffjax.sampling.params import MAX_LOGPROBS, SamplingParams
 
-__all__ = ["add_sampling", "given_sampling", "say_defaults"]
+__all__ = ["add_sampling", "given_sampling", "in_options", "say_defaults"]
 
 # Options by the field that they set, as far as they are not called alike.
 _NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
@@ -128,7 +128,8 @@ def given_sampling(args: argparse.Namespace, defaults: SamplingParams) -> Sampli
             "them."
         )
     if args.greedy:
-        given["temperature"] = 0.0
+        plain = SamplingParams()
+        given = {name: getattr(plain, name) for name in ("temperature", *_OF_DRAWS)} | given
     for name in ("max_tokens", "min_tokens"):
         # What the file says of the one must not contradict what is asked of the other.
         other = "min_tokens" if name == "max_tokens" else "max_tokens"
@@ -137,7 +138,7 @@ def given_sampling(args: argparse.Namespace, defaults: SamplingParams) -> Sampli
             if most is not None and least > most:
                 given[other] = given[name]
     params = _replaced(defaults, given)
-    unused = [_option(name) for name in _OF_DRAWS if name in given]
+    unused = [_option(name) for name in _OF_DRAWS if getattr(args, name) is not None]
     if unused and params.greedy:
         print(
             f"ffjax {args.command}: {', '.join(unused)} change{'s' * (len(unused) == 1)} nothing "
@@ -173,10 +174,15 @@ def _replaced(defaults: SamplingParams, given: dict[str, Any]) -> SamplingParams
     try:
         return dataclasses.replace(defaults, **given)
     except (TypeError, ValueError) as error:
-        text = str(error)
-        for name in _FIELDS:
+        raise ValueError(in_options(str(error))) from error
+
+
+def in_options(text: str) -> str:
+    """A sentence on `SamplingParams` in the words of the command line."""
+    for name in _FIELDS:
+        if "_" in name:  # the others are words of English, too
             text = re.sub(rf"\b{name}\b", _option(name), text)
-        raise ValueError(text) from error
+    return text
 
 
 def _option(field: str) -> str:

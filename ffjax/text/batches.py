@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
@@ -58,7 +60,8 @@ class TextBatch(Iterator[list[str | None]]):
             model,
             [one.prompt for one in self._asked],
             max(self._most),
-            sampling=params,
+            # Texts that end a text are looked for here: the device knows tokens alone.
+            sampling=[dataclasses.replace(one, stop=()) for one in params],
             stop_token=tokenizer.eot_ids,
             capacity=capacity,
             implementation=implementation,
@@ -115,27 +118,29 @@ class TextBatch(Iterator[list[str | None]]):
 
     def completions(self) -> list[Completion]:
         """What has come so far, of each text."""
-        out = self._steps.output
-        return [
-            Completion(
-                text=writer.text,
-                tokens=out.tokens[row],
-                prompt_tokens=len(prompt),
-                cached_tokens=0,
-                finish_reason=out.finish_reasons[row],
-                stop_reason=out.stop_reasons[row],
-                logprobs=None if params.logprobs is None else (out.logprobs or [])[row],
-                seed=params.seed or 0,
-                implementation=out.implementation,
-                prefill=out.prefill,
-                compile_seconds=out.compile_seconds,
-                prefill_seconds=out.prefill_seconds,
-                decode_seconds=out.decode_seconds,
-            )
-            for row, ((prompt, params), writer) in enumerate(
-                zip(self._asked, self._writers, strict=True)
-            )
-        ]
+        return [self._completion(row) for row in range(len(self._asked))]
+
+    def _completion(self, row: int) -> Completion:
+        out, writer = self._steps.output, self._writers[row]
+        prompt, params = self._asked[row]
+        # A stop string may come with the last token that was asked for.
+        ended: tuple[Any, Any] = (out.finish_reasons[row], out.stop_reasons[row])
+        finish_reason, stop_reason = ended if writer.stopped is None else ("stop", writer.stopped)
+        return Completion(
+            text=writer.text,
+            tokens=out.tokens[row],
+            prompt_tokens=len(prompt),
+            cached_tokens=0,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            logprobs=None if params.logprobs is None else out.logprobs[row],
+            seed=params.seed or 0,
+            implementation=out.implementation,
+            prefill=out.prefill,
+            compile_seconds=out.compile_seconds,
+            prefill_seconds=out.prefill_seconds,
+            decode_seconds=out.decode_seconds,
+        )
 
 
 def texts(
@@ -145,8 +150,8 @@ def texts(
     *,
     implementation: Implementation | None = None,
     prefill: Prefill | None = None,
-    ended: Callable[[int], None] = lambda count: None,
-    broken: Callable[[list[Completion]], None] = lambda so_far: None,
+    ended: Callable[[int], object] = lambda count: None,
+    broken: Callable[[list[Completion]], object] = lambda so_far: None,
 ) -> Iterator[Completion]:
     """Writes any number of texts, as many at a time as a kernel takes; yields them in order.
 
@@ -171,7 +176,8 @@ def texts(
     # Evenly, so that there are at most two sizes, and one capacity: each is a program of its own.
     batches = ceil_div(len(asked), MAX_BATCH)
     ends = [len(asked) * i // batches for i in range(batches + 1)]
-    capacity = max(len(one.prompt) + (one.params.max_tokens or 1) for one in asked)
+    longest = max(len(one.prompt) for one in asked)
+    capacity = longest + max(one.params.max_tokens or 1 for one in asked)
     for start, end in itertools.pairwise(ends):
         batch = TextBatch(
             model,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ffjax.decode import Implementation
     from ffjax.generation import FinishReason
     from ffjax.prefill.choice import Prefill
+    from ffjax.sampling.logprobs import TokenLogprobs
 
 __all__ = ["Completion"]
 
@@ -43,7 +44,7 @@ class Completion:
     cached_tokens: int
     finish_reason: FinishReason | None
     stop_reason: int | str | None
-    logprobs: list[Any] | None
+    logprobs: list[TokenLogprobs] | None
     seed: int
     implementation: Implementation
     prefill: Prefill

@@ -12,7 +12,7 @@ from ffjax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from ffjax.decode import Implementation
     from ffjax.generation import FinishReason
-    from ffjax.live import Chosen
+    from ffjax.live.batch import Chosen
     from ffjax.prefill.choice import Prefill
 
 __all__ = ["Reply"]

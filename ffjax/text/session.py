@@ -11,10 +11,11 @@ from typing import Any
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
 from ffjax.interrupts import interrupts_held_back
-from ffjax.live import LiveBatch
+from ffjax.live.batch import LiveBatch
 from ffjax.loop import BLOCK, NOT_FINITE
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
+from ffjax.requests import check_params
 from ffjax.sampling.params import MAX_LOGPROBS, SamplingParams
 from ffjax.text.asked import Asked, completed, with_overrides
 from ffjax.text.conversation import conversation_tokens
@@ -25,7 +26,9 @@ from pallas_kernels.dims import ceil_div
 
 __all__ = ["ChatSession"]
 
-_LEAST_CAPACITY = 1024
+# A live batch has room for a block beyond its capacity, and rounds up.
+_LEAST_CAPACITY = 1024 - BLOCK
+_GROWTH = 4
 _ROW = 0
 
 
@@ -64,9 +67,9 @@ class ChatSession:
         self._model, self._tokenizer = model, tokenizer
         self._sampling = SamplingParams() if sampling is None else sampling
         self._least = capacity or _LEAST_CAPACITY
-        self._how = {"implementation": implementation, "prefill": prefill}
+        self._how: dict[str, Any] = {"implementation": implementation, "prefill": prefill}
         self._batch: LiveBatch | None = None
-        self._max_logprobs = 0
+        self._max_logprobs: int | None = None
         self._held: list[int] = []  # what the cache holds for certain, from its beginning on
         self._running: weakref.ref[TextStream] | None = None
 
@@ -143,6 +146,7 @@ class ChatSession:
                 "messages, shorten them, or begin a new one."
             )
         check_known("the conversation", tokens, config)
+        check_params(sampling, config, texts=True)
         params = completed(sampling, tokens, config)
         if (params.max_tokens or 1) > room:
             params = with_overrides(
@@ -151,6 +155,7 @@ class ChatSession:
         self._break_off()
         batch, compile_seconds = self._batch_for(len(tokens) + (params.max_tokens or 1), params)
         keep = min(_common(self._held, tokens), len(tokens) - 1)
+        batch.check(tokens, params)
         with self._ordered():
             batch.place(_ROW, tokens, params, eos=self._tokenizer.eot_ids, keep=keep)
             self._held = tokens[:keep]
@@ -186,19 +191,20 @@ class ChatSession:
 
     def _batch_for(self, need: int, params: SamplingParams) -> tuple[LiveBatch, float]:
         """A batch with room for so many positions, and the seconds spent on compiling it."""
-        most = self._model.config.max_context
-        logprobs = self._max_logprobs if params.logprobs is None else MAX_LOGPROBS
+        tells = params.logprobs is not None
         if (
             self._batch is not None
             and self._batch.capacity >= need
-            and (logprobs <= self._max_logprobs)
+            and (self._max_logprobs is not None or not tells)
         ):
             return self._batch, 0.0
         capacity = max(self._least, self.capacity)
         while capacity < need:
-            capacity *= 2
+            # Each size is a set of programs of its own.
+            capacity = (capacity + BLOCK) * _GROWTH - BLOCK
+        capacity = min(capacity, self._model.config.max_context)
+        logprobs = MAX_LOGPROBS if tells else self._max_logprobs
         self._drop()  # before the next one is made: there may be no room for both
-        capacity = min(capacity, most)
         batch = LiveBatch(
             self._model, rows=1, capacity=capacity, max_logprobs=logprobs, **self._how
         )
