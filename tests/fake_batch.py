@@ -19,7 +19,7 @@ __all__ = ["EOS", "NAN", "FakeBatch", "expected"]
 
 EOS = 256
 # A prompt that holds this byte gets logits that are not finite behind its second token.
-NAN = 1
+NAN = 254
 # What the scheduler has a new batch run before there are requests.
 WARM = [0]
 

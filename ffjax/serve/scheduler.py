@@ -358,19 +358,31 @@ class Scheduler:
         for row, job in jobs.items():
             if job.over:
                 continue
+            count, before = len(job.tokens), job.last
             try:
-                job.take([step[row] for step in steps], self._batch, self._metrics, now)
-            except Exception as error:  # of its text, or of its reader
-                with contextlib.suppress(RuntimeError):
-                    job.fail(server_error(f"The answer's text failed: {sentence(error)}"))
-            if not job.over:
-                continue
-            self._leave(row, job)
-            if isinstance(job.end, Ended):
-                self._failures = 0
-                self._metrics.ended(job.end.finish_reason)
-            elif job.end is not None:
-                self._metrics.ended("failed")
+                events = job.take([step[row] for step in steps], self._batch, now)
+            except Exception as error:  # of its text
+                events = [server_error(f"The answer's text failed: {sentence(error)}")]
+                job.end, job.over = events[0], True
+            self._metrics.came(job, len(job.tokens) - count, before)
+            if job.over:
+                # First: whoever is told may ask for the row at once.
+                self._leave(row, job)
+                self._count(job)
+            try:
+                job.tell(events)
+            except RuntimeError:  # its reader's loop has ended
+                if not job.over:
+                    job.leave()
+                    self._leave(row, job)
+                    self._metrics.ended("cancelled")
+
+    def _count(self, job: Job) -> None:
+        if isinstance(job.end, Ended):
+            self._failures = 0
+            self._metrics.ended(job.end.finish_reason)
+        else:
+            self._metrics.ended("failed")
 
     def _leave(self, row: int, job: Job) -> None:
         assert self._batch is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import ipaddress
 import signal
@@ -237,12 +238,8 @@ class Server:
     _failed_at_start = False
 
     def _fingerprint(self) -> str:
-        try:
-            version = importlib.metadata.version("ffjax")
-        except importlib.metadata.PackageNotFoundError:
-            version = "sources"
         how = getattr(self.scheduler.batch, "implementation", None)
-        return f"ffjax-{version}" + ("" if how is None else f"-{how}")
+        return f"ffjax-{_version()}" + ("" if how is None else f"-{how}")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -267,6 +264,14 @@ class Server:
         finally:
             for number, handler in found.items():
                 signal.signal(number, handler)
+
+
+@functools.cache  # it takes a millisecond
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ffjax")
+    except importlib.metadata.PackageNotFoundError:
+        return "sources"
 
 
 def _printable(say: Callable[[str], None]) -> Callable[[str], None]:
