@@ -34,7 +34,6 @@ def test_the_main_example_shows_a_text_to_read():
     assert len(lines) > 8
     assert len(set(lines)) > 0.8 * len(lines)
     assert "They are drawn: temperature 1, top-p 0.8, seed " in figures
-    assert _run("generate.py").split("\n\npython-bytes-3m ", 1)[0] == text
 
 
 def test_generate_prints_a_completion_its_speed_and_who_ran_it():
@@ -111,8 +110,7 @@ def test_the_python_in_readme_runs_from_top_to_bottom(capsys):
     assert names["out"].logits.shape == (1, names["model"].config.vocab_size)
     # The story in four lines: text in, text out.
     assert len(blocks[0].splitlines()) - blocks[0].splitlines().count("") == 4
-    written = names["generator"].generate(
-        "class Stack:\n    def ", temperature=0.6, top_p=0.9, seed=1, max_tokens=80
-    )
+    prompt = "class Stack:\n    def "
+    written = names["generator"].generate(prompt, temperature=0.6, seed=5, max_tokens=80)
     assert capsys.readouterr().out.startswith(written.text)
     assert "self" in written.text

@@ -44,7 +44,7 @@ EXAMPLES_RUN = "".join(
 NAMED = "Llama-3.2-1B-Instruct"
 
 # Of these the options are looked at, and nothing runs: they take a GPU or long, or do not end.
-UNENDING = re.compile(r"^ffjax (bench|tune|fidelity|serve|doctor$|chat --model \S+$)")
+UNENDING = re.compile(r"^ffjax (bench|tune|fidelity|serve|doctor$|chat --model \S+$|.* -n )")
 
 
 def blocks(page: str, language: str) -> list[str]:
