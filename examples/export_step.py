@@ -12,6 +12,7 @@ multiprocessors of its GPU. So: the same JAX, and the same kind of GPU.
 """
 
 import argparse
+import importlib.util
 import pathlib
 
 import jax
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--capacity", type=int, default=256, help="positions of the cache")
     args = parser.parse_args()
+    if importlib.util.find_spec("flatbuffers") is None:
+        parser.error("jax.export writes files with flatbuffers: pip install '.[export]'")
 
     model = ffjax.load(ffjax.SHIPPED_MODEL)
     cache = ffjax.KVCache.create(model.config, args.batch, args.capacity, model.dtype)

@@ -33,13 +33,16 @@ def main() -> None:
     args = parser.parse_args()
 
     generator = ffjax.Generator.load()
-    out = generator.generate(
-        args.prompt,
-        max_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    try:
+        out = generator.generate(
+            args.prompt,
+            max_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
+    except ValueError as error:  # what was asked for, in a sentence
+        parser.error(str(error))
 
     print(args.prompt + out.text)
     config = generator.model.config

@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40, help="of training")
     args = parser.parse_args()
+    if args.vectors < 1 or args.steps < 1 or not args.prompt or not args.text:
+        parser.error("at least one vector and one step are needed, and a prompt and a text")
 
     model, tokenizer = ffjax.load(ffjax.SHIPPED_MODEL), ffjax.ByteTokenizer()
     prompt, text = (jnp.array(tokenizer.encode(part))[None] for part in (args.prompt, args.text))

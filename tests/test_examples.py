@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 import ffjax
 
@@ -56,6 +57,19 @@ def test_generate_has_no_speed_to_print_of_a_single_token():
     out = _run("generate.py", "--max-new-tokens", "1")
     assert "made 1 token: no decode steps.\n" in out
     assert "nan" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--top-p", "2"), "top_p must be above 0, to 1 (off)"),
+        (("--max-new-tokens", "4000"), "python-bytes-3m was made for 2048"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(arguments, sentence):
+    message = _run("generate.py", *arguments, code=2)
+    assert sentence in message
+    assert "Traceback" not in message
 
 
 def test_compare_step_prints_a_small_difference_and_the_same_token():
