@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,6 +14,8 @@ from ffjax.sampling.filters import filtered
 from ffjax.sampling.history import History
 from ffjax.sampling.logprobs import LogProbs, log_probs
 from ffjax.sampling.rows import Rows, Stages
+from pallas_kernels.draw import draw_tokens, make_draw_plan, no_arrivals
+from pallas_kernels.gpu import INTERPRETER
 
 __all__ = ["NOT_FINITE", "Before", "Choice", "choose", "marked"]
 
@@ -41,11 +44,13 @@ class Choice(NamedTuple):
         token: int32 `[B]`; what is fed next, whatever its logit is.
         told: int32 `[B]`, the same, NOT_FINITE where the logit is.
         logprobs: None where nobody asked.
+        arrivals: what the kernel that draws is given next time; None where none draws.
     """
 
     token: Array
     told: Array
     logprobs: LogProbs | None
+    arrivals: Array | None
 
 
 def marked(logits: Array, token: Array) -> Array:
@@ -73,6 +78,34 @@ def _edited(
     return logits
 
 
+def _drawn(
+    logits: Array,
+    likeliest: Array,
+    rows: Rows,
+    keys: Array,
+    arrivals: Array | None,
+    stages: Stages,
+) -> tuple[Array, Array | None]:
+    """Draws a token of each sequence, int32 `[B]`, by the kernel or, to the same effect, by XLA."""
+    filters = (rows.top_k, rows.nucleus) if stages.filters else ()
+    batch, vocab = logits.shape
+    plan = None if stages.gpu is None else make_draw_plan(batch, vocab, stages.gpu)
+    if plan is not None:
+        return draw_tokens(
+            plan,
+            logits,
+            likeliest,
+            jax.random.key_data(keys),
+            no_arrivals() if arrivals is None else arrivals,
+            rows.temperature,
+            *filters,
+            interpret=stages.gpu == INTERPRETER,
+        )
+    if stages.filters:
+        logits = filtered(logits, rows.temperature, *filters)
+    return sample(logits, keys, rows.temperature), arrivals
+
+
 def choose(
     logits: Array,
     greedy: Array | None,
@@ -81,6 +114,7 @@ def choose(
     history: History | None,
     index: Array,
     stages: Stages,
+    arrivals: Array | None = None,
 ) -> Choice:
     """Chooses a token of each sequence.
 
@@ -92,17 +126,16 @@ def choose(
         history: what came before; None where no stage asks.
         index: int32 `[B]`, how many tokens each answer holds.
         stages: which stages there are.
+        arrivals: of the choice before, in this program; None: there was none.
     """
     edited = _edited(logits, rows, history, index, stages)
+    if greedy is not None and not stages.changes_logits:
+        likeliest = greedy
+    else:
+        likeliest = jnp.argmax(edited, axis=-1).astype(jnp.int32)
+    token = likeliest
     if stages.draws:
         assert keys is not None
-        allowed = edited
-        if stages.filters:
-            allowed = filtered(edited, rows.temperature, rows.top_k, rows.nucleus)
-        token = sample(allowed, keys, rows.temperature)
-    elif greedy is not None and not stages.changes_logits:
-        token = greedy
-    else:
-        token = jnp.argmax(edited, axis=-1).astype(jnp.int32)
+        token, arrivals = _drawn(edited, likeliest, rows, keys, arrivals, stages)
     told = None if stages.logprobs is None else log_probs(logits, token, stages.logprobs)
-    return Choice(token, marked(edited, token), told)
+    return Choice(token, marked(edited, token), told, arrivals)
