@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import time
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax
 __all__ = ["note"]
 
 _latest: list[Any] = []
+_LAST_SECONDS = 0.1
 
 
 def note(array: Any) -> None:
@@ -26,7 +28,10 @@ def note(array: Any) -> None:
 def _wait() -> None:
     # A second Ctrl-C, or a device that has failed, is no reason to stay.
     with contextlib.suppress(BaseException):
-        jax.block_until_ready(_latest)
+        if not all(array.is_ready() for array in _latest):
+            jax.block_until_ready(_latest)
+            # What was computed is there before the last of what it held is given back.
+            time.sleep(_LAST_SECONDS)
 
 
 # JAX's own farewells are said after ours: they were registered before.

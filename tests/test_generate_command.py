@@ -231,6 +231,7 @@ def test_a_folder_of_messages_only_needs_no_chat_option(talker, capsys, tmp_path
     [
         (b"", "A file of prompts has one a line; FILE has none."),
         (b"\n \n", "A file of prompts has one a line; FILE has none."),
+        (b'[{"prompt": "a"},\n {"prompt": "b"}]', "FILE is one list in JSON. Write each"),
         (b"ab\n\xff\n", "the byte at 3 of FILE is none. Convert it"),
         (b'{"prompt": "a"}\nb\n', "line 2 of FILE is not JSON"),
         (b'{"prompt": "a"}\n3\n', "line 2 of FILE is none"),
@@ -244,7 +245,7 @@ def test_a_folder_of_messages_only_needs_no_chat_option(talker, capsys, tmp_path
         (b'{"prompt": "a"}\n{"prompt": ""}', "Line 2 of FILE is empty, and this model's"),
         (b'{"prompt": "a", "logit_bias": {"x": 1}}', "Line 1 of FILE: A token id of logit_bias"),
         (b'{"prompt": "a", "stop_token_ids": [257]}', "Line 1 of FILE: stop_token_ids"),
-        (b'{"prompt": "a", "max_tokens": 400}', "Line 1 of FILE: A prompt of 1 tokens and 400"),
+        (b'{"prompt": "a", "max_tokens": 400}', "Line 1 of FILE: A prompt of 1 token and 400"),
         (b"ab\n" + b"a" * 400, "Line 2 of FILE: A prompt of 400 tokens and 1 new ones need 401"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "Line 1 of FILE has messages: that"),
     ],
@@ -299,7 +300,7 @@ def test_options_that_cannot_be_are_a_sentence(path, capsys, more, sentence):
 def test_ctrl_c_keeps_what_was_written(path, tmp_path):
     """Short texts are there when long ones are broken off, which are shown as far as they came."""
     short = [{"prompt": "a", "max_tokens": 2, "ignore_eos": True}] * 8
-    long = [{"prompt": "a", "max_tokens": 390, "ignore_eos": True, "temperature": 1.0}] * 4000
+    long = [{"prompt": "a", "max_tokens": 390, "ignore_eos": True}] * 4000
     (tmp_path / "p").write_text("".join(json.dumps(one) + "\n" for one in [*short, *long]))
     arguments = ["generate", "--model", path, "--prompts", str(tmp_path / "p")]
     with subprocess.Popen(
@@ -336,7 +337,7 @@ def test_nan_keeps_what_came_before(tmp_path, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_waits_for_what_the_device_still_computes():
     """Else Python 3.12 aborts, as it ends while a thread of XLA's gives something back to it."""
-    arguments = ["generate", "--prompt", "def f", "--max-new-tokens", "2000", "--temperature", "1"]
+    arguments = ["generate", "--prompt", "def f", "--max-new-tokens", "2000"]
     with subprocess.Popen(
         [sys.executable, "-c", _MODULE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
