@@ -47,6 +47,7 @@ from ffjax.sampling.history import History, said
 from ffjax.sampling.logprobs import LogProbs
 from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, rows_of
 from ffjax.settings import program_settings
+from ffjax.unfinished import noted
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
 
@@ -86,6 +87,7 @@ class Made(NamedTuple):
         """
         for array in jax.tree.leaves(self):
             array.copy_to_host_async()
+        noted(self.tokens)
         return self
 
     def steps(self) -> list[Step]:

@@ -140,7 +140,7 @@ def test_a_conversation_streams(page, server):
     page.until(lambda: not page.is_busy)
     assert page.texts == ["hello", "Hello there."]
     assert re.fullmatch(
-        r"3 tokens, [\d.]+ tokens/s, first after \d+\.\d\d s, 3 of 7 before it were in the cache",
+        r"3 tokens, [\d.]+ tokens/s, first after \d+\.\d\d s, 3 of 7 context tokens cached",
         page.figures,
     )
     server.pieces = ["Zwölf 漢字 🙂"]
@@ -447,7 +447,7 @@ def test_it_talks_with_ffjax_serve(browser, tmp_path):
             said.choices[0].message.content
         )
         assert re.search(r"20 tokens, [\d.]+ tokens/s, first after", page.figures)
-        cached = re.search(r"(\d+) of \d+ before it were in the cache", page.figures)
+        cached = re.search(r"(\d+) of \d+ context tokens cached", page.figures)
         assert cached is not None
         assert int(cached[1]) > 20
         page.button("Settings").click()

@@ -111,9 +111,9 @@ def test_figures_follow_an_answer_in_dim_text(at):
         ready(shell)
         shell.line("hello")
         shell.expect(r"9 tokens, 12.5 tokens/s, first after 0.\d\d s")
-        shell.expect("0 of 5 before it were in the cache")
+        shell.expect("0 of 5 context tokens cached")
         shell.line("again")
-        shell.expect("14 of 19 before it were in the cache")
+        shell.expect("14 of 19 context tokens cached")
         leave(shell)
     assert b"\x1b[2m9 tokens" in shell.raw
 
@@ -218,7 +218,7 @@ def test_a_narrow_window(at):
         words = "a line that is longer than the window"
         shell.line(f"{words}{CTRL_A}first, ")
         shell.expect("1:'first, a line")
-        shell.expect("in the cache")
+        shell.expect("context tokens cached")
         shell.line("/help")
         shell.expect("Ctrl-D leaves")
         leave(shell)

@@ -172,15 +172,18 @@ class Chat:
 
     def _pieces(self, said: list[str], stop: Stop) -> tuple[Answer, float | None, Stop]:
         started, first = time.perf_counter(), None
+        self.screen.wait("Reading ..." if self._partner else "Compiling, if need be, and reading ...")
         if self._partner is None:
             self._partner = self._new_partner()
-        pieces = self._partner.reply(
-            list(self.conversation.messages), self._parameters(), **self._how
-        )
+        pieces = None
         try:
+            pieces = self._partner.reply(
+                list(self.conversation.messages), self._parameters(), **self._how
+            )
             for piece in pieces:
                 if piece:
                     if first is None:
+                        self.screen.waited()
                         first = time.perf_counter() - started
                     stop.began = True
                     said.append(piece)
@@ -192,7 +195,9 @@ class Chat:
                 self.screen.piece("\n")
             raise
         finally:
-            pieces.close()
+            self.screen.waited()
+            if pieces is not None:
+                pieces.close()
         done = pieces.completion
         if said and not said[-1].endswith("\n"):
             self.screen.piece("\n")
