@@ -14,6 +14,7 @@ from flax import nnx
 from talkers import write_talker
 
 import ffjax
+from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.live.batch import LiveBatch
 from ffjax.sampling.params import SamplingParams
 from ffjax.text.generator import Generator
@@ -48,16 +49,19 @@ def _common(one: list[int], other: list[int]) -> int:
     )
 
 
+def _prompt(talker: Generator, messages) -> list[int]:
+    assert isinstance(talker.tokenizer, HFTokenizer)
+    return talker.tokenizer.chat(messages)
+
+
 def _from_scratch(talker: Generator, messages, params=PARAMS) -> list[int]:
     """By `ffjax.generate`, which knows of no session."""
-    tokenizer = talker.tokenizer
-    prompt = tokenizer.chat(messages)  # pyright: ignore[reportAttributeAccessIssue]
     out = ffjax.generate(
         talker.model,
-        prompt,
-        params.max_tokens,
+        _prompt(talker, messages),
+        params.max_tokens or 1,
         sampling=dataclasses.replace(params, stop=()),
-        stop_token=tokenizer.eot_ids,
+        stop_token=talker.tokenizer.eot_ids,
         capacity=900,
     )
     return out.tokens[0]
@@ -90,13 +94,14 @@ def test_turns_are_those_of_a_fresh_cache_and_feed_only_what_is_new(talker, monk
     session = talker.session()
     messages = [_said(SYSTEM, "be brief")]
     held: list[int] = []
+    common = 0
     for turn in range(4):
         messages.append(_said(USER, f"hello number {turn}"))
         params = PARAMS if turn % 2 else dataclasses.replace(PARAMS, temperature=0.0)
         with _fed(monkeypatch) as counts:
             out = _run(session, messages, params)
         assert out.tokens == _from_scratch(talker, messages, params)
-        prompt = talker.tokenizer.chat(messages)
+        prompt = _prompt(talker, messages)
         common = _common(held, prompt)
         assert (out.prompt_tokens, out.cached_tokens) == (len(prompt), common)
         assert sum(counts) == len(prompt) - common
@@ -112,7 +117,7 @@ def test_an_edited_history_keeps_what_stands_before_the_edit(talker):
     first = _run(session, messages)
     edited = [messages[0], _said("assistant", "word"), messages[2]]
     out = _run(session, edited)
-    both = [talker.tokenizer.chat(one) for one in (messages, edited)]
+    both = [_prompt(talker, one) for one in (messages, edited)]
     assert out.cached_tokens == _common(*both) > 10
     assert out.tokens == _from_scratch(talker, edited)
     # The same once more: all but the last token, which is to be fed for its logits.
@@ -293,7 +298,7 @@ def test_nan_keeps_what_came_and_the_session(folder):
     session = talker.session()
     messages = [_said(USER, "hello")]
     free = _run(session, messages, max_tokens=30)
-    token = next(t for t in free.tokens[3:] if t not in talker.tokenizer.chat(messages))
+    token = next(t for t in free.tokens[3:] if t not in _prompt(talker, messages))
     count = free.tokens.index(token) + 1
     kept = model.embed[...]
     model.embed[...] = kept.at[token].set(jnp.nan)

@@ -101,8 +101,7 @@ def number(least: float | None = None, *, above: bool = False) -> Callable[[str]
         except ValueError:
             value = math.nan
         if not lowest <= value <= _MOST_NUMBER or (above and value == lowest):
-            limit = f" above {least:g}" if above else f" from {least:g}"
-            limit = "" if least is None else limit
+            limit = "" if least is None else f" {'above' if above else 'from'} {least:g}"
             limit += f", at most {_MOST_NUMBER:.2g}," if value > _MOST_NUMBER else ""
             raise argparse.ArgumentTypeError(f"a number{limit} is needed, got {text!r}")
         return value

@@ -128,7 +128,8 @@ def given_sampling(args: argparse.Namespace, defaults: SamplingParams) -> Sampli
             "them."
         )
     if args.greedy:
-        given["temperature"] = 0.0
+        plain = SamplingParams()
+        given = {name: getattr(plain, name) for name in ("temperature", *_OF_DRAWS)} | given
     for name in ("max_tokens", "min_tokens"):
         # What the file says of the one must not contradict what is asked of the other.
         other = "min_tokens" if name == "max_tokens" else "max_tokens"
@@ -137,7 +138,7 @@ def given_sampling(args: argparse.Namespace, defaults: SamplingParams) -> Sampli
             if most is not None and least > most:
                 given[other] = given[name]
     params = _replaced(defaults, given)
-    unused = [_option(name) for name in _OF_DRAWS if name in given]
+    unused = [_option(name) for name in _OF_DRAWS if getattr(args, name) is not None]
     if unused and params.greedy:
         print(
             f"ffjax {args.command}: {', '.join(unused)} change{'s' * (len(unused) == 1)} nothing "
