@@ -19,7 +19,9 @@ __all__ = ["EOS", "NAN", "FakeBatch", "expected"]
 
 EOS = 256
 # A prompt that holds this byte gets logits that are not finite behind its second token.
-NAN = 1
+NAN = 254
+# What the scheduler has a new batch run before there are requests.
+WARM = [0]
 
 
 class Chosen(NamedTuple):
@@ -85,7 +87,7 @@ class FakeBatch:
     """Eight rows of letters.
 
     Attributes:
-        fail: an error that the next read raises; None: none does.
+        fail: an error that the next read of a request's raises; None: none does.
         fed: tokens of prompts that were fed.
         blocks: blocks of steps that were ordered.
         longest: most tokens of prompts fed between two blocks while rows were running.
@@ -111,14 +113,15 @@ class FakeBatch:
         self.fed = self.blocks = self.longest = self._since = 0
         self.entered: list[tuple[int, int]] = []
 
-    def warm_up(self) -> None:
-        self._check()
+    def fault(self) -> str | None:
+        return None
 
     def place(
         self,
         row: int,
         tokens: Sequence[int],
         params: SamplingParams,
+        *,
         eos: Sequence[int] = (),
         keep: int = 0,
     ) -> None:
@@ -132,7 +135,8 @@ class FakeBatch:
         assert self._caches[row][:keep] == tokens[:keep], "the cache holds something else"
         self._rows[row] = _Row(tokens, params, keep)
         self._caches[row] = tokens[:keep]
-        self.entered.append((row, keep))
+        if tokens != WARM:
+            self.entered.append((row, keep))
 
     def feed(self) -> _Fed | None:
         self._check()
@@ -143,7 +147,7 @@ class FakeBatch:
                     self._since += count
                     self.longest = max(self.longest, self._since)
                 row.fed += count
-                self.fed += count
+                self.fed += count if row.tokens != WARM else 0
                 self._caches[i] = row.tokens[: row.fed]
                 return _Fed(self, i, count, row.fed == len(row.tokens))
         return None
@@ -178,7 +182,7 @@ class FakeBatch:
     def _waits(self, steps: int) -> None:
         self._check()
         time.sleep(steps * self._step_seconds)
-        if self.fail is not None:
+        if self.fail is not None and self.entered:
             error, self.fail = self.fail, None
             raise error
 

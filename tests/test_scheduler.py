@@ -263,9 +263,11 @@ def test_a_batch_that_fails_again_and_again_is_the_end_and_says_so(start):
 
     scheduler = start(make)
     for i in range(3):
+        until(lambda: scheduler.state == "ready")
         reader = Reader(str(i))
         scheduler.submit([reader.job])
         assert isinstance(reader.end(), ApiError)
+        until(lambda: scheduler.reason is None or scheduler.state == "failed")
     until(lambda: scheduler.state == "failed")
     with pytest.raises(ApiError, match=r"must be restarted.*gone.* 3 times in a row") as refused:
         scheduler.submit([Reader("x").job])

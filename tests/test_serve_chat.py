@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import openai
 import pytest
 from chat_folder import chat_folder
+from fake_batch import FakeBatch
 from serve_cases import NAME, serving, until
 
 import checkpoints
@@ -259,18 +260,20 @@ def test_what_is_wrong_with_a_chat_is_a_sentence(client, body, param, words):
 
 def test_a_folders_own_defaults_count_where_a_request_says_nothing(tmp_path, model, tokenizer):
     folder = chat_folder(tmp_path / "own", do_sample=True, temperature=0.8, top_k=7)
+    placed: list[SamplingParams] = []
+
+    class Batch(FakeBatch):
+        def place(self, row, tokens, params, **how):
+            placed.append(params)
+            super().place(row, tokens, params, **how)
+
     with serving(
-        lambda: LiveBatch(model, rows=1, capacity=CAPACITY),
-        config=model.config,
-        tokenizer=tokenizer,
-        defaults=default_sampling(folder),
+        Batch, config=model.config, tokenizer=tokenizer, defaults=default_sampling(folder)
     ) as running:
-        client, prompt = running.client(), tokenizer.chat(SAID)
         for given in ({}, {"temperature": 0.0}, {"top_p": 0.9}):
-            params = {"temperature": 0.8, "top_k": 7, "seed": 3} | given
-            tokens, _ = alone(model, tokenizer, prompt, **params)
-            said = ask(client, seed=3, **given).choices[0].message.content
-            assert said == tokenizer.decode(tokens)
+            ask(running.client(), seed=3, **given)
+            params = {"temperature": 0.8, "top_k": 7, "seed": 3, "max_tokens": 12} | given
+            assert placed[-1] == SamplingParams(**params)
 
 
 # Many at once
@@ -349,7 +352,7 @@ def test_the_shipped_model_answers_as_generate_does():
     model = ffjax.load(ffjax.SHIPPED_MODEL)
     tokenizer = load_tokenizer(ffjax.SHIPPED_MODEL, model.config)
     with serving(
-        lambda: LiveBatch(model, rows=2, capacity=256, max_logprobs=1), config=model.config
+        lambda: LiveBatch(model, rows=2, capacity=248, chunk=32), config=model.config
     ) as running:
         client = running.client()
         for prompt in ("def add(a, b):\n", "# é\nimport "):

@@ -1,7 +1,7 @@
 """Clients of an OpenAI-compatible server, in a process of their own, timed.
 
-`python -m ffjax.benchmark.serving_clients` reads a JSON object from stdin and writes a list of
-answers to stdout; see `Job` and `Answer`. It uses the openai client where that is installed, as
+`python -m ffjax.benchmark.serving_clients` reads a list of jobs from stdin, and writes what came of
+each to stdout, in JSON; see `Job` and `Answer`. It uses the openai client where it is installed, as
 programs do, and Python's own HTTP otherwise.
 """
 
@@ -159,10 +159,13 @@ def _plain(url: str) -> _Chunks:
 
 
 def main() -> None:
-    """Reads a `Job` from stdin, and writes its answers."""
-    found, seconds, name = answers(Job(**json.load(sys.stdin)))
-    report = {"client": name, "seconds": seconds, "answers": list(map(dataclasses.asdict, found))}
-    json.dump(report, sys.stdout)
+    """Reads jobs from stdin, does one after the other, and writes their answers."""
+    reports = []
+    for job in json.load(sys.stdin):
+        found, seconds, name = answers(Job(**job))
+        told = [dataclasses.asdict(answer) for answer in found]
+        reports.append({"client": name, "seconds": seconds, "answers": told})
+    json.dump(reports, sys.stdout)
 
 
 if __name__ == "__main__":

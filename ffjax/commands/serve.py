@@ -155,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
                 prefill=args.prefill,
                 max_logprobs=args.max_logprobs,
                 chunk=_CHUNK,
+                say=lambda text: _say(f"{text[0].upper()}{text[1:]}."),
             )
 
         host, port = sock.getsockname()[:2]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ffjax.sampling.params import SamplingParams
 
-__all__ = ["Batch", "Chosen", "Ordered"]
+__all__ = ["Batch", "Block", "Chosen", "Fed"]
 
 
 class Chosen(Protocol):
@@ -24,20 +24,38 @@ class Chosen(Protocol):
         ...
 
 
-class _Fed(Protocol):
-    row: int
-    done: bool
-    fed: int
+class Fed(Protocol):
+    """A chunk of a prompt that the device was told to feed."""
 
-    def read(self) -> Chosen: ...
+    @property
+    def row(self) -> int:
+        """Whose it is."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether the prompt ends with it."""
+        ...
+
+    @property
+    def fed(self) -> int:
+        """Tokens in it."""
+        ...
+
+    def read(self) -> Chosen:
+        """The first new token, where it is done; waits for the device."""
+        ...
 
 
-class Ordered(Protocol):
-    """A block of steps that the device was told to run."""
+class Block(Protocol):
+    """Steps that the device was told to run."""
 
-    rows: tuple[int, ...]
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Which rows take part."""
+        ...
 
-    def read(self) -> Sequence[Mapping[int, Chosen]]:
+    def read(self) -> Sequence[Mapping[int, Any]]:
         """Step by step, what each row got; waits for the device."""
         ...
 
@@ -48,27 +66,28 @@ class Batch(Protocol):
     rows: int
     capacity: int
 
-    def warm_up(self) -> None:
-        """Compiles whatever requests may need."""
-        ...
-
     def place(
         self,
         row: int,
         tokens: Sequence[int],
         params: SamplingParams,
+        *,
         eos: Sequence[int] = (),
         keep: int = 0,
     ) -> None:
         """A request enters a free row, whose cache holds the first `keep` tokens."""
         ...
 
-    def feed(self) -> Any:
+    def feed(self) -> Fed | None:
         """Orders a chunk of a prompt; None: none waits."""
         ...
 
-    def decode(self) -> Ordered | None:
+    def decode(self) -> Block | None:
         """Orders a block of steps of all rows whose prompt is fed; None: there are none."""
+        ...
+
+    def fault(self) -> str | None:
+        """What a kernel that gave up waiting has said; None if none did."""
         ...
 
     def release(self, row: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ffjax.broken import NotFiniteError
 from ffjax.loop import NOT_FINITE
 from ffjax.sampling.params import SamplingParams
-from ffjax.serve.batch import Chosen
+from ffjax.serve.batch import Batch, Chosen
 from ffjax.serve.errors import ApiError, server_error
 from ffjax.text.writer import Writer
 
@@ -125,14 +125,14 @@ class Job:
             return self.prompt + self.tokens[:-1]
         return self.prompt[: self.fed]
 
-    def take(self, chosen: Iterable[Chosen], capacity: int, metrics: Metrics, now: float) -> None:
+    def take(self, chosen: Iterable[Chosen], batch: Batch, metrics: Metrics, now: float) -> None:
         """Takes what the device has chosen, and tells of it.
 
         What comes behind an end is for nobody.
 
         Args:
             chosen: the next tokens.
-            capacity: of the row's cache: as many tokens fit into it.
+            batch: which has chosen them.
             metrics: counts them.
             now: when they came, by `time.perf_counter`.
         """
@@ -141,7 +141,7 @@ class Job:
         for one in chosen:
             token = int(one.token)
             if token == NOT_FINITE:
-                end = _not_finite(len(self.tokens))
+                end = _not_finite(len(self.tokens), batch.fault())
                 break
             if token in self._stops:
                 end = Ended("stop", token)
@@ -155,7 +155,7 @@ class Job:
                 end = Ended("stop", self._writer.stopped)
                 break
             count = len(self.tokens)
-            if count == self._most or len(self.prompt) + count == capacity:
+            if count == self._most or len(self.prompt) + count == batch.capacity:
                 end = Ended("length", None)
                 break
         if isinstance(end, Ended):
@@ -180,6 +180,8 @@ class Job:
             self._tell(error)
 
 
-def _not_finite(count: int) -> ApiError:
-    said = str(NotFiniteError(0, count)).replace("those of sequence 0", "those of this request")
+def _not_finite(count: int, fault: str | None) -> ApiError:
+    said = str(NotFiniteError(0, count, fault)).replace(
+        "those of sequence 0", "those of this request"
+    )
     return server_error(said, code="not_finite")

@@ -8,11 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from ffjax.failures import sentence
 from ffjax.loop import BLOCK
-from ffjax.serve.batch import Batch, Chosen
+from ffjax.sampling.params import SamplingParams
+from ffjax.serve.batch import Batch, Chosen, Fed
 from ffjax.serve.errors import ApiError, bad_request, server_error, unavailable
 from ffjax.serve.job import Ended, Job
 from ffjax.serve.metrics import Metrics
@@ -214,7 +215,7 @@ class Scheduler:
         """A new batch, warm, without jobs."""
         self._batch, self._ordered = None, []  # first, since there may be no memory for two
         batch = self._make()
-        batch.warm_up()
+        _run_once(batch)
         self._slots = Slots(batch.rows)
         with self._changed:
             self._jobs = [None] * batch.rows
@@ -358,7 +359,7 @@ class Scheduler:
             if job.over:
                 continue
             try:
-                job.take([step[row] for step in steps], self._batch.capacity, self._metrics, now)
+                job.take([step[row] for step in steps], self._batch, self._metrics, now)
             except Exception as error:  # of its text, or of its reader
                 with contextlib.suppress(RuntimeError):
                     job.fail(server_error(f"The answer's text failed: {sentence(error)}"))
@@ -379,5 +380,14 @@ class Scheduler:
             self._jobs[row] = None
 
 
-def _first(fed: Any) -> Callable[[], _Steps]:
+def _first(fed: Fed) -> Callable[[], _Steps]:
     return lambda: [{fed.row: fed.read()}]
+
+
+def _run_once(batch: Batch) -> None:
+    """Has the device run what requests will have it run, so that none of them is the first."""
+    batch.place(0, [0], SamplingParams(seed=0, max_tokens=BLOCK))
+    fed, block = batch.feed(), batch.decode()
+    assert fed is not None and block is not None
+    fed.read(), block.read()
+    batch.release(0)
