@@ -9,23 +9,23 @@ from __future__ import annotations
 import atexit
 import contextlib
 import threading
+from typing import Any
 
-import jax
+import jax  # noqa: F401
 
 __all__ = ["noted"]
 
 _lock = threading.Lock()
-_unfinished: list[jax.Array] = []
+_unfinished: list[Any] = []
 
 
-def noted(array: jax.Array) -> jax.Array:
-    """The array, for which the program's end waits."""
+def noted(array: Any) -> None:
+    """Has the program's end wait for an array."""
     with _lock:
         _unfinished[:] = [one for one in _unfinished if not _is_done(one)] + [array]
-    return array
 
 
-def _is_done(array: jax.Array) -> bool:
+def _is_done(array: Any) -> bool:
     return array.is_deleted() or array.is_ready()
 
 

@@ -314,7 +314,11 @@ def test_an_answer_that_breaks_off_keeps_what_was_said(page, server, script, err
 def test_an_answer_that_is_cut_off_says_so(page, server):
     server.finish_reason = "length"
     page.ask("one")
-    assert page.figures.startswith("cut off by max tokens, or at the context's end, 3 tokens")
+    assert page.figures.startswith("cut off at the context's end: begin a new chat, 3 tokens")
+    page.button("Settings").click()
+    page.find("#max_tokens").send_keys("3" + Keys.ENTER)
+    page.ask("two")
+    assert page.figures.startswith("cut off by max tokens, 3 tokens")
 
 
 def test_a_server_that_is_gone(browser):

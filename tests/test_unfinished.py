@@ -11,7 +11,7 @@ import dataclasses
 import ffjax
 from flax import nnx
 config = ffjax.preset("llama3.2-1b")
-config = dataclasses.replace(config, num_layers=2, vocab_size=20_000)
+config = dataclasses.replace(config, num_layers=1, vocab_size=20_000)
 model = ffjax.Transformer(config, rngs=nnx.Rngs(0))
 steps = ffjax.stream(model, [[1, 2, 3]], 100)
 next(steps)
