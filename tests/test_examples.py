@@ -78,14 +78,21 @@ def jax_settings():
 
 def test_the_python_in_readme_runs_from_top_to_bottom(capsys, jax_settings):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    # The one about a folder has no folder here: `test_hf_tokenizer` gives it one.
-    blocks = [block for block in blocks if "ffjax.load_tokenizer(" not in block]
-    assert len(blocks) == 3
+    # Those about a folder have none here: `test_hf_tokenizer` and `test_generator` give them one.
+    blocks = [block for block in blocks if "Llama-3.2-1B" not in block]
+    assert len(blocks) == 4
     names: dict = {}
     exec(compile("\n".join(blocks), "README.md", "exec"), names)
     assert names["out"].logits.shape == (1, names["model"].config.vocab_size)
     printed = capsys.readouterr().out
     assert printed.split()[-1] in ("xla", "pallas")
     assert len(printed) > 50
+    # The story in four lines: text in, text out.
+    assert len(blocks[0].splitlines()) - blocks[0].splitlines().count("") == 4
+    written = names["generator"].generate(
+        "class Stack:\n    def ", temperature=0.6, top_p=0.9, seed=1, max_tokens=80
+    )
+    assert printed.startswith(written.text)
+    assert "self" in written.text
     # The block on settings comes last, behind all that compiles.
     assert all(getattr(jax.config, name) != value for name, value in jax_settings.items())

@@ -6,6 +6,8 @@ import json
 import math
 import random
 import weakref
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -291,6 +293,19 @@ def test_a_file_that_cannot_be_followed_is_named(content, sentence, tmp_path):
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(ValueError, match=sentence):
         Generator.load(folder)
+
+
+def test_the_readme_chats_with_a_folder(tmp_path, capsys):
+    folder = write_talker(tmp_path / "hf")
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    [lines] = [block for block in readme.split("```") if ".stream_chat(" in block]
+    code = lines.removeprefix("python\n").replace('"Llama-3.2-1B-Instruct"', repr(str(folder)))
+    assert code.count(str(folder)) == 1
+    names = {"ffjax": ffjax}
+    exec(code, names)
+    talker: Any = names["generator"]
+    again = talker.session().reply(names["messages"], max_tokens=50)
+    assert capsys.readouterr().out == "".join(again)
 
 
 # Bad input

@@ -74,8 +74,9 @@ def write_many(
                 ended=bar.update,
                 broken=unfinished.extend,
             ):
-                with bar.external_write_mode(file=sys.stdout):
-                    show(completion, completion.finish_reason)
+                if sys.stdout.isatty():
+                    bar.clear()  # the text takes its line
+                show(completion, completion.finish_reason)
         except (NotFiniteError, KeyboardInterrupt) as error:
             broken = error
     seconds = time.perf_counter() - start
