@@ -272,7 +272,8 @@ def test_a_folders_own_defaults_count_where_a_request_says_nothing(tmp_path, mod
     ) as running:
         for given in ({}, {"temperature": 0.0}, {"top_p": 0.9}):
             ask(running.client(), seed=3, **given)
-            params = {"temperature": 0.8, "top_k": 7, "seed": 3, "max_tokens": 12} | given
+            params: dict[str, Any] = {"temperature": 0.8, "top_k": 7, "seed": 3}
+            params |= {"max_tokens": 12, **given}
             assert placed[-1] == SamplingParams(**params)
 
 
@@ -346,6 +347,19 @@ def test_200_requests_of_8_clients_lose_nothing_and_are_as_alone(running, model,
     assert not wrong, f"{len(wrong)} answers are not as alone: {wrong[:3]}"
     until(lambda: running.server.scheduler._running == 0)
     assert running.server.scheduler.state == "ready"
+
+
+def test_clients_that_go_away_leave_caches_that_can_be_trusted(running, model, tokenizer):
+    client = running.client()
+    for i in range(6):
+        said = [{"role": "user", "content": f"{i} times hello world"}]
+        with ask(client, said, max_tokens=300, stream=True) as chunks:
+            next(iter(chunks))
+        until(lambda: running.server.scheduler._running == 0)
+        answer = ask(client, said, max_tokens=30)
+        tokens, _ = alone(model, tokenizer, tokenizer.chat(said), max_tokens=30)
+        assert answer.choices[0].message.content == tokenizer.decode(tokens)
+        assert answer.usage.prompt_tokens_details.cached_tokens > 5
 
 
 def test_the_shipped_model_answers_as_generate_does():

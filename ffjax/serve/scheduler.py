@@ -401,5 +401,6 @@ def _run_once(batch: Batch) -> None:
     batch.place(0, [0], SamplingParams(seed=0, max_tokens=BLOCK))
     fed, block = batch.feed(), batch.decode()
     assert fed is not None and block is not None
-    fed.read(), block.read()
+    fed.read()
+    block.read()
     batch.release(0)
