@@ -46,7 +46,7 @@ from ffjax.sampling.choose import NOT_FINITE, Choice, choose
 from ffjax.sampling.draw import sequence_keys, step_keys
 from ffjax.sampling.history import History, said
 from ffjax.sampling.logprobs import LogProbs
-from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, rows_of
+from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, drawing_gpu, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
@@ -272,7 +272,8 @@ class Loop:
         self._model = model
         self._request = request
         size = request.batch, capacity
-        self._stages = stages = Stages.of(request.params, request.processors)
+        gpu = drawing_gpu(self._device, implementation)
+        self._stages = stages = Stages.of(request.params, request.processors, gpu)
         start = _started(self._device)(model.config, *size, model.dtype, stages.remembers)
         self._cache, self._token, self._index, last, self._history = start
         rows = rows_of(request.params, request.stop_tokens, request.seeds, stages)

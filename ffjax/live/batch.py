@@ -24,7 +24,7 @@ from ffjax.requests import check_params, checked_prompt
 from ffjax.sampling.draw import sequence_words
 from ffjax.sampling.logprobs import TokenLogprobs
 from ffjax.sampling.params import SamplingParams
-from ffjax.sampling.rows import Stages, row_of
+from ffjax.sampling.rows import Stages, drawing_gpu, row_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.gpu import INTERPRETER, Gpu
@@ -190,6 +190,7 @@ class LiveBatch:
             edits=min(MAX_EDITS, 1 << (self._config.vocab_size - 1).bit_length()),
             forbids_stops=True,
             logprobs=max_logprobs,
+            gpu=drawing_gpu(self._device, implementation),
         )
         name = resolve_prefill(self._parts.dtype, self._device, implementation, prefill)
         self.prefill_implementation: Prefill = name
@@ -242,7 +243,8 @@ class LiveBatch:
 
     def _kinds(self) -> tuple[Stages, ...]:
         """The kinds of steps, the quickest first: each for all that it has the stages for."""
-        return Stages(), Stages(draws=True, filters=True), self._all
+        drawn = Stages(draws=True, filters=True, gpu=self._all.gpu)
+        return Stages(gpu=self._all.gpu), drawn, self._all
 
     def _decode_args(self) -> tuple[Any, ...]:
         running = np.zeros(self.rows, bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,6 +14,8 @@ from ffjax.sampling.filters import filtered
 from ffjax.sampling.history import History
 from ffjax.sampling.logprobs import LogProbs, log_probs
 from ffjax.sampling.rows import Rows, Stages
+from pallas_kernels.draw import draw_tokens, make_draw_plan
+from pallas_kernels.gpu import INTERPRETER
 
 __all__ = ["NOT_FINITE", "Before", "Choice", "choose", "marked"]
 
@@ -73,6 +76,21 @@ def _edited(
     return logits
 
 
+def _drawn(logits: Array, likeliest: Array, rows: Rows, keys: Array, stages: Stages) -> Array:
+    """Draws a token of each sequence, int32 `[B]`, by the kernel or, to the same effect, by XLA."""
+    filters = (rows.top_k, rows.nucleus) if stages.filters else ()
+    if stages.gpu is not None and (plan := make_draw_plan(*logits.shape, stages.gpu)) is not None:
+        words = jax.random.key_data(keys)
+        interpret = stages.gpu == INTERPRETER
+        temperature = rows.temperature
+        return draw_tokens(
+            plan, logits, likeliest, words, temperature, *filters, interpret=interpret
+        )
+    if stages.filters:
+        logits = filtered(logits, rows.temperature, *filters)
+    return sample(logits, keys, rows.temperature)
+
+
 def choose(
     logits: Array,
     greedy: Array | None,
@@ -94,15 +112,13 @@ def choose(
         stages: which stages there are.
     """
     edited = _edited(logits, rows, history, index, stages)
+    if greedy is not None and not stages.changes_logits:
+        likeliest = greedy
+    else:
+        likeliest = jnp.argmax(edited, axis=-1).astype(jnp.int32)
+    token = likeliest
     if stages.draws:
         assert keys is not None
-        allowed = edited
-        if stages.filters:
-            allowed = filtered(edited, rows.temperature, rows.top_k, rows.nucleus)
-        token = sample(allowed, keys, rows.temperature)
-    elif greedy is not None and not stages.changes_logits:
-        token = greedy
-    else:
-        token = jnp.argmax(edited, axis=-1).astype(jnp.int32)
+        token = _drawn(edited, likeliest, rows, keys, stages)
     told = None if stages.logprobs is None else log_probs(logits, token, stages.logprobs)
     return Choice(token, marked(edited, token), told)

@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array
 
 from ffjax.sampling.params import MAX_STOP_TOKENS, SamplingParams
+from pallas_kernels.gpu import Gpu
 
-__all__ = ["EVERY_TOKEN", "Processor", "Rows", "Stages", "row_of", "rows_of"]
+__all__ = ["EVERY_TOKEN", "Processor", "Rows", "Stages", "drawing_gpu", "row_of", "rows_of"]
 
 Processor = Callable[[Array, "Any"], Array]
 """A caller's own stage: takes the logits float32 `[B, V]` and a `ffjax.sampling.choose.Before`,
@@ -34,6 +35,7 @@ class Stages:
         logprobs: how many alternatives' log-probabilities are told; None: not even those of the
             chosen.
         processors: a caller's own.
+        gpu: the device, where a kernel draws (`pallas_kernels.draw`); None: XLA does.
     """
 
     draws: bool = False
@@ -43,6 +45,7 @@ class Stages:
     forbids_stops: bool = False
     logprobs: int | None = None
     processors: tuple[Processor, ...] = ()
+    gpu: Gpu | None = None
 
     @property
     def plain(self) -> bool:
@@ -60,10 +63,20 @@ class Stages:
         return self.penalizes or bool(self.processors)
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], processors: Sequence[Processor] = ()) -> Stages:
+    def of(
+        cls,
+        params: Sequence[SamplingParams],
+        processors: Sequence[Processor] = (),
+        gpu: Gpu | None = None,
+    ) -> Stages:
         """The stages that a batch of such requests needs.
 
         `edits` is rounded up to a power of two, so that there are few programs.
+
+        Args:
+            params: of each sequence.
+            processors: a caller's own.
+            gpu: the device, where a kernel is to draw.
         """
         told = [one.logprobs for one in params if one.logprobs is not None]
         edits = max((len(_edits(one)) for one in params), default=0)
@@ -75,6 +88,7 @@ class Stages:
             forbids_stops=any(one.min_tokens > 0 for one in params),
             logprobs=max(told) if told else None,
             processors=tuple(processors),
+            gpu=gpu,
         )
 
 
@@ -104,6 +118,16 @@ class Rows(NamedTuple):
     edit_values: Any = None
     min_tokens: Any = None
     stop_ids: Any = None
+
+
+def drawing_gpu(device: Any, implementation: str | None) -> Gpu | None:
+    """The device, where the kernel draws: on a GPU that it knows.
+
+    Args:
+        device: a JAX device.
+        implementation: what was asked for as that of the steps. Who names "xla" wants XLA all along.
+    """
+    return None if implementation == "xla" else Gpu.of(device)
 
 
 def _edits(params: SamplingParams) -> dict[int, float]:

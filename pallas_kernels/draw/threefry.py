@@ -1,0 +1,58 @@
+"""JAX's random bits and Gumbel noise, within a kernel: the same numbers as `jax.random`'s.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Threefry-2x32 with 20
+rounds. As `jax.random` does where `jax_threefry_partitionable` is set, each number has its own
+index as the counter, so that a program makes those of its own tokens.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+__all__ = ["gumbel", "random_bits"]
+
+_ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
+_PARITY = np.uint32(0x1BD11BDA)
+_TINY = np.finfo(np.float32).tiny
+_MANTISSA_BITS = 23
+_ONE = np.uint32(0x3F800000)  # the bits of 1.0
+
+
+def _rotated(x: Array, by: int) -> Array:
+    left = lax.shift_left(x, jnp.full_like(x, by))
+    return left | lax.shift_right_logical(x, jnp.full_like(x, 32 - by))
+
+
+def random_bits(key: tuple[Array, Array], index: Array) -> Array:
+    """32 random bits for each index.
+
+    Args:
+        key: a key's two words, uint32, that broadcast against the indices.
+        index: uint32, below 2^32: the counter's low word.
+    """
+    keys = *key, key[0] ^ key[1] ^ _PARITY
+    x = jnp.zeros_like(index) + keys[0]
+    y = index + keys[1]
+    for group in range(5):
+        for by in _ROTATIONS[group % 2]:
+            x = x + y
+            y = _rotated(y, by) ^ x
+        x = x + keys[(group + 1) % 3]
+        y = y + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return x ^ y
+
+
+def gumbel(key: tuple[Array, Array], index: Array) -> Array:
+    """Standard Gumbel noise for each index, float32: `jax.random.gumbel(..., mode="low")`.
+
+    Args:
+        key: as in `random_bits`.
+        index: likewise.
+    """
+    bits = random_bits(key, index)
+    mantissa = lax.shift_right_logical(bits, jnp.full_like(bits, 32 - _MANTISSA_BITS))
+    uniform = lax.bitcast_convert_type(mantissa | _ONE, jnp.float32) - 1.0
+    uniform = jnp.maximum(uniform * (1.0 - _TINY) + _TINY, _TINY)
+    return -jnp.log(-jnp.log(uniform))
