@@ -172,7 +172,14 @@ class Server:
             fingerprint=self._fingerprint,
             log=log,
         )
-        app = make_app(endpoint, self.metrics, name=options.name, api_key=options.api_key, say=say)
+        app = make_app(
+            endpoint,
+            self.metrics,
+            name=options.name,
+            api_key=options.api_key,
+            say=say,
+            on_error=on_error,
+        )
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
