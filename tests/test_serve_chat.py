@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import random
 import time
 from typing import Any
@@ -377,3 +378,32 @@ def test_the_shipped_model_answers_as_generate_does():
             assert answer.choices[0].text == tokenizer.decode(out.tokens[0])
             assert answer.usage is not None
             assert answer.usage.completion_tokens == len(out.tokens[0])
+
+
+@pytest.mark.skipif(
+    "FFJAX_TEST_CHAT_MODEL" not in os.environ,
+    reason="FFJAX_TEST_CHAT_MODEL names no folder of a trained chat model",
+)
+def test_a_trained_model_chats_over_several_turns():
+    path = os.environ["FFJAX_TEST_CHAT_MODEL"]
+    model = ffjax.load(path)
+    tokenizer = load_tokenizer(path, model.config)
+    questions = ["What is the capital of France?", "Which river runs through it?", "Thank you."]
+    with serving(
+        lambda: LiveBatch(model, rows=2, capacity=CAPACITY),
+        config=model.config,
+        tokenizer=tokenizer,
+    ) as running:
+        client, messages, before = running.client(timeout=600), [], 0
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            answer = ask(client, messages, max_tokens=24)
+            prompt = tokenizer.chat(messages)
+            tokens, out = alone(model, tokenizer, prompt, max_tokens=24)
+            assert answer.choices[0].message.content == tokenizer.decode(tokens)
+            assert answer.choices[0].finish_reason == out.finish_reasons[0]
+            # All that was fed and said before, but for the last token, which was never fed.
+            assert answer.usage.prompt_tokens_details.cached_tokens == before
+            before = len(prompt) + max(len(tokens) - 1, 0)
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+    assert "Paris" in messages[1]["content"]

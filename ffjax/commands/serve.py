@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"what requests must show; others on this machine may see it here, but not in the "
-        f"environment variable {_KEY}; default: none",
+        help=f"what requests must show; default: what the environment variable {_KEY} holds, "
+        "which other users of this machine do not see, or none",
     )
     parser.add_argument(
         "--batch",
