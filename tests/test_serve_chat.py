@@ -240,6 +240,7 @@ def test_what_else_a_template_takes(client, tokenizer):
         ({"messages": SAID, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
         ({"messages": SAID, "logprobs": 3}, "logprobs", "true or false"),
         ({"messages": SAID, "tools": [{"name": "f"}]}, "tools[0]", "A tool is"),
+        ({"messages": SAID, "documents": [{"text": "x"}]}, "documents", "takes no documents"),
         ({"messages": SAID, "functions": [{}]}, "functions", "give tools"),
         ({"messages": SAID, "prompt": "x"}, "prompt", "has no such field"),
         ({"messages": SAID, "modalities": ["audio"]}, "modalities", "Answers are text"),
