@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ffjax.broken import NotFiniteError
 from ffjax.loop import NOT_FINITE
@@ -13,9 +13,6 @@ from ffjax.sampling.params import SamplingParams
 from ffjax.serve.batch import Batch, Chosen
 from ffjax.serve.errors import ApiError, server_error
 from ffjax.text.writer import Writer
-
-if TYPE_CHECKING:
-    from ffjax.serve.metrics import Metrics
 
 __all__ = ["Ended", "Event", "Job", "Piece"]
 
@@ -125,16 +122,18 @@ class Job:
             return self.prompt + self.tokens[:-1]
         return self.prompt[: self.fed]
 
-    def take(self, chosen: Iterable[Chosen], batch: Batch, metrics: Metrics, now: float) -> None:
-        """Takes what the device has chosen, and tells of it.
+    def take(self, chosen: Iterable[Chosen], batch: Batch, now: float) -> list[Event]:
+        """Takes what the device has chosen.
 
         What comes behind an end is for nobody.
 
         Args:
             chosen: the next tokens.
             batch: which has chosen them.
-            metrics: counts them.
             now: when they came, by `time.perf_counter`.
+
+        Returns:
+            What is to be told of it.
         """
         text, tokens, logprobs = "", [], []
         end: Ended | ApiError | None = None
@@ -150,24 +149,33 @@ class Job:
             tokens.append(token)
             if one.logprobs is not None and self.params.logprobs is not None:
                 logprobs.append(one.logprobs)
-            text += self._writer.push(token)
-            if self._writer.stopped is not None:
-                end = Ended("stop", self._writer.stopped)
-                break
+            if self.params.stop:
+                text += self._writer.push(token)
+                if self._writer.stopped is not None:
+                    end = Ended("stop", self._writer.stopped)
+                    break
             count = len(self.tokens)
             if count == self._most or len(self.prompt) + count == batch.capacity:
                 end = Ended("length", None)
                 break
+        if not self.params.stop:  # then it is done faster
+            text = self._writer.push_all(tokens)
         if isinstance(end, Ended):
             text += self._writer.finish()
         if tokens:
-            metrics.came(self, len(tokens), now)
             self.first, self.last = self.first or now, now
+        events: list[Event] = []
         if text or tokens:
-            self._tell(Piece(text, tuple(tokens), tuple(logprobs)))
+            events.append(Piece(text, tuple(tokens), tuple(logprobs)))
         if end is not None:
             self.end, self.over = end, True
-            self._tell(end)
+            events.append(end)
+        return events
+
+    def tell(self, events: Iterable[Event]) -> None:
+        """Tells its reader."""
+        for event in events:
+            self._tell(event)
 
     def leave(self) -> None:
         """Ends it without a word."""

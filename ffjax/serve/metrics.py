@@ -74,15 +74,23 @@ class Metrics:
         """A text is complete, or was given up."""
         self._ended.labels(outcome).inc()
 
-    def came(self, job: Job, count: int, now: float) -> None:
-        """New tokens of a text have come."""
+    def came(self, job: Job, count: int, before: float | None) -> None:
+        """New tokens of a text have come.
+
+        Args:
+            job: the text.
+            count: how many.
+            before: when the last ones came; None: these are the first.
+        """
+        if not count or job.last is None:
+            return
         self._new.inc(count)
-        if job.last is None:
-            self._to_first.observe(now - job.began)
+        if before is None:
+            self._to_first.observe(job.last - job.began)
             self._prompt.inc(len(job.prompt))
             self._cached.inc(job.cached)
         else:
-            self._between.observe((now - job.last) / count)
+            self._between.observe((job.last - before) / count)
 
     def text(self) -> bytes:
         """The figures as Prometheus reads them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import ipaddress
 import signal
@@ -124,6 +125,7 @@ class Server:
         say: Callable[[str], None] = lambda text: None,
         log: Callable[[str], None] = lambda text: None,
         on_ready: Callable[[Batch], None] = lambda batch: None,
+        on_error: Callable[[BaseException], None] = lambda error: None,
     ):
         """Starts nothing yet.
 
@@ -136,6 +138,7 @@ class Server:
             say: takes lines about the server.
             log: takes a line for each answer.
             on_ready: is told once, in the scheduler's thread, when requests are taken.
+            on_error: is shown what went wrong, for whoever wants to see where.
         """
         say, log = _printable(say), _printable(log)
         self.metrics = Metrics()
@@ -149,6 +152,7 @@ class Server:
             keep_caches=options.keep_caches,
             on_change=self._changed,
             say=say,
+            on_error=on_error,
         )
 
         def limits() -> Limits:
@@ -168,7 +172,14 @@ class Server:
             fingerprint=self._fingerprint,
             log=log,
         )
-        app = make_app(endpoint, self.metrics, name=options.name, api_key=options.api_key, say=say)
+        app = make_app(
+            endpoint,
+            self.metrics,
+            name=options.name,
+            api_key=options.api_key,
+            say=say,
+            on_error=on_error,
+        )
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -237,12 +248,8 @@ class Server:
     _failed_at_start = False
 
     def _fingerprint(self) -> str:
-        try:
-            version = importlib.metadata.version("ffjax")
-        except importlib.metadata.PackageNotFoundError:
-            version = "sources"
         how = getattr(self.scheduler.batch, "implementation", None)
-        return f"ffjax-{version}" + ("" if how is None else f"-{how}")
+        return f"ffjax-{_version()}" + ("" if how is None else f"-{how}")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -267,6 +274,14 @@ class Server:
         finally:
             for number, handler in found.items():
                 signal.signal(number, handler)
+
+
+@functools.cache  # it takes a millisecond
+def _version() -> str:
+    try:
+        return importlib.metadata.version("ffjax")
+    except importlib.metadata.PackageNotFoundError:
+        return "sources"
 
 
 def _printable(say: Callable[[str], None]) -> Callable[[str], None]:
