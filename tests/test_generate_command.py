@@ -231,6 +231,7 @@ def test_a_folder_of_messages_only_needs_no_chat_option(talker, capsys, tmp_path
     [
         (b"", "A file of prompts has one a line; FILE has none."),
         (b"\n \n", "A file of prompts has one a line; FILE has none."),
+        (b'[{"prompt": "a"},\n {"prompt": "b"}]', "FILE is one list in JSON. Write each"),
         (b"ab\n\xff\n", "the byte at 3 of FILE is none. Convert it"),
         (b'{"prompt": "a"}\nb\n', "line 2 of FILE is not JSON"),
         (b'{"prompt": "a"}\n3\n', "line 2 of FILE is none"),

@@ -15,7 +15,7 @@ from talkers import write_talker
 
 import ffjax
 from ffjax.hf_tokenizer import HFTokenizer
-from ffjax.live.batch import LiveBatch
+from ffjax.live.batch import Block, LiveBatch
 from ffjax.sampling.params import SamplingParams
 from ffjax.text.generator import Generator
 from ffjax.text.session import ChatSession
@@ -193,7 +193,8 @@ def test_ctrl_c_anywhere_leaves_a_usable_session(talker, monkeypatch):
         assert _run(session, messages).tokens == _from_scratch(talker, messages)
 
 
-def test_an_error_in_an_order_costs_the_cache_and_no_more(talker, monkeypatch):
+@pytest.mark.parametrize("place", [(LiveBatch, "decode"), (Block, "read")])
+def test_an_error_of_the_device_costs_the_cache_and_no_more(talker, monkeypatch, place):
     session = talker.session()
     messages = [_said(USER, "hello")]
     _run(session, messages)
@@ -202,7 +203,7 @@ def test_an_error_in_an_order_costs_the_cache_and_no_more(talker, monkeypatch):
         raise RuntimeError("out of memory, say")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LiveBatch, "decode", broken)
+        patch.setattr(*place, broken)
         with pytest.raises(RuntimeError):
             list(session.reply(messages, PARAMS))
     out = _run(session, messages)

@@ -72,13 +72,15 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
         name = "Standard input" if args.prompt_file == "-" else args.prompt_file
         return [Prompt(name, read_text(args.prompt_file))]
     name = "standard input" if args.prompts == "-" else args.prompts
-    lines = [
-        (number, line)
-        for number, line in enumerate(read_text(args.prompts).split("\n"), 1)
-        if line.strip()
-    ]
+    text = read_text(args.prompts)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"A file of prompts has one a line; {name} has none.")
+    if text.lstrip().startswith("[") and _is_json(text):
+        raise ValueError(
+            f"A file of prompts has one a line; {name} is one list in JSON. Write each of its "
+            "objects on a line of its own, as jq -c '.[]' does."
+        )
     as_json = lines[0][1].lstrip().startswith("{")
     read = _object if as_json else _line
     return [read(line.removesuffix("\r"), number, name) for number, line in lines]
@@ -108,6 +110,14 @@ def _decoded(data: bytes, name: str) -> str:
             f"A prompt is text in UTF-8; the byte at {error.start} of {name} is none. Convert it, "
             "with iconv for example."
         ) from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _utf8(prompt: str) -> str:

@@ -243,7 +243,7 @@ class ChatSession:
                 for chosen in rows:
                     if chosen.token == NOT_FINITE:
                         self._held = []
-                        raise NotFiniteError(_ROW, len(reply.tokens))
+                        raise NotFiniteError(_ROW, len(reply.tokens), batch.fault())
                     piece = reply.take(chosen, time.perf_counter())
                     self._held = prompt + reply.read[:-1]
                     if piece:
@@ -257,6 +257,9 @@ class ChatSession:
         except NotFiniteError as error:
             reply.broken_off()
             error.completions = [reply.completion()]
+            raise
+        except Exception:
+            self._drop()  # what the device has left of the cache is anybody's guess
             raise
         finally:
             reply.broken_off()
