@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="neither read nor keep the lines of earlier chats",
     )
-    add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS)
+    add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS, in_json=False)
     parser.add_argument(
         "--implementation",
         choices=get_args(Implementation),

@@ -172,9 +172,7 @@ class Chat:
 
     def _pieces(self, said: list[str], stop: Stop) -> tuple[Answer, float | None, Stop]:
         started, first = time.perf_counter(), None
-        self.screen.wait(
-            "Reading ..." if self._partner else "Compiling, if need be, and reading ..."
-        )
+        self.screen.wait("Reading ..." if self._partner else "Compiling and reading ...")
         try:
             pieces = self._asked()
         except BaseException:
