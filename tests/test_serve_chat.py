@@ -388,7 +388,7 @@ def test_the_shipped_model_answers_as_generate_does():
 def test_a_trained_model_chats_over_several_turns():
     path = os.environ["FFJAX_TEST_CHAT_MODEL"]
     model = ffjax.load(path)
-    tokenizer = load_tokenizer(path, model.config)
+    tokenizer: Any = load_tokenizer(path, model.config)
     questions = ["What is the capital of France?", "Which river runs through it?", "Thank you."]
     with serving(
         lambda: LiveBatch(model, rows=2, capacity=CAPACITY),
