@@ -21,6 +21,10 @@ class StreamDecoder(Protocol):
         """The characters that this token completes; empty while one is still cut in two."""
         ...
 
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """The same of several tokens, in less time than one by one."""
+        ...
+
     def finish(self) -> str:
         """What a text cut off inside a character leaves: U+FFFD for it, or nothing."""
         ...
@@ -151,6 +155,14 @@ class ByteStreamDecoder:
             ValueError: the id is outside 0 to 256.
         """
         return self._decoder.decode(_as_bytes([token]))
+
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """The same of several tokens.
+
+        Raises:
+            ValueError: an id is outside 0 to 256.
+        """
+        return self._decoder.decode(_as_bytes(tokens))
 
     def finish(self) -> str:
         """U+FFFD if the text was cut off inside a character, else nothing."""

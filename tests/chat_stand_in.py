@@ -8,6 +8,7 @@ It answers with what it was told, and does as it is told: see `_answer`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ffjax.sampling.params import SamplingParams
 from ffjax.terminal.chat import Chat
 from ffjax.terminal.commands import complete
 from ffjax.terminal.history import default_file
@@ -26,6 +26,17 @@ from ffjax.terminal.settings import names
 
 CONTEXT = 300
 """Characters that a conversation may have: a token each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """As much of `ffjax.SamplingParams` as is asked for here; that one would import JAX."""
+
+    max_tokens: int | None = 200
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = 7
 
 
 class _Pieces(Iterator[str]):
@@ -83,7 +94,7 @@ def _common(one: str, other: str) -> int:
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _answer(messages: Any, sampling: SamplingParams) -> Iterator[str]:
+def _answer(messages: Any, sampling: Sampling) -> Iterator[str]:
     """By the last message: what it says, in quotes, after how many messages there were."""
     text = messages[-1]["content"]
     if text == "count":  # slowly, and for long
@@ -118,7 +129,7 @@ def main() -> None:
     parser.add_argument("--no-figures", action="store_true")
     parser.add_argument("--system")
     args = parser.parse_args()
-    sampling = SamplingParams(max_tokens=200, seed=7)
+    sampling = Sampling()
     screen = Screen(os.environ)
     history = default_file()
     lines = lines_for(screen, lambda line: complete(line, names(sampling)), history)

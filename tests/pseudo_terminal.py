@@ -11,6 +11,7 @@ import select
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 __all__ = ["CTRL_A", "CTRL_C", "CTRL_D", "CTRL_U", "UP", "Terminal", "terminal"]
 
 CTRL_A, CTRL_C, CTRL_D, CTRL_U, UP = "\x01", "\x03", "\x04", "\x15", "\x1b[A"
-_SECONDS = 30  # the machine may be busy
+_SECONDS = 90  # the machine may be busy
 # What readline and dim text send beside the text itself.
 _PROMPT = re.compile(r"(^|\n)[^\n ]+ $")
 _ORDERS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()=>][0-9A-B]?")
@@ -104,20 +105,14 @@ def terminal(
     """Runs a command at a pseudo terminal, and ends it with the block."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-    def take() -> None:  # the new session's terminal, so that Ctrl-C reaches it
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
     process = subprocess.Popen(
-        [str(word) for word in command],
+        [sys.executable, "-S", __file__, *map(str, command)],
         stdin=side,
         stdout=side,
         stderr=side,
         cwd=cwd,
         env={**os.environ, "TERM": "xterm-256color", **(env or {})},
         start_new_session=True,
-        preexec_fn=take,
     )
     os.close(side)
     try:
@@ -126,3 +121,14 @@ def terminal(
         process.kill()
         process.wait()
         os.close(main)
+
+
+def _take() -> None:
+    """In the new process: makes the terminal its own, so that Ctrl-C reaches it, and goes on."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.execv(sys.argv[1], sys.argv[1:])
+
+
+if __name__ == "__main__":
+    _take()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +34,7 @@ class ScriptedServer:
         api_key: what requests must show; None: nothing.
         bodies: of the requests that came.
         left: whether a client went away before its answer's end.
+        connections: all that there have been.
     """
 
     def __init__(self, url: str):
@@ -47,6 +49,7 @@ class ScriptedServer:
         self.api_key: str | None = None
         self.bodies: list[dict[str, Any]] = []
         self.left = threading.Event()
+        self.connections: list[socket.socket] = []
 
     @property
     def messages(self) -> list[tuple[str, str]]:
@@ -70,12 +73,20 @@ def scripted() -> Iterator[ScriptedServer]:
         http.shutdown()
         http.server_close()
         thread.join()
+        # A browser may have opened a connection for later.
+        for connection in script.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
     @property
     def script(self) -> ScriptedServer:
         return self.server.script  # pyright: ignore[reportAttributeAccessIssue]
+
+    def setup(self) -> None:
+        super().setup()
+        self.script.connections.append(self.connection)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

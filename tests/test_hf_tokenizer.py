@@ -125,6 +125,16 @@ def streamed(tokenizer: Tokenizer, tokens) -> list[str]:
     return [*(decoder.push(token) for token in tokens), decoder.finish()]
 
 
+def streamed_in_blocks(tokenizer: Tokenizer, tokens, random) -> str:
+    """The same, several tokens at a time."""
+    decoder, pieces, at = tokenizer.stream(), [], 0
+    while at < len(tokens):
+        count = int(random.integers(1, 9))
+        pieces.append(decoder.push_all(tokens[at : at + count]))
+        at += count
+    return "".join([*pieces, decoder.finish()])
+
+
 # Text
 
 
@@ -145,6 +155,7 @@ def test_a_stream_joined_is_what_decode_returns_for_any_bytes(folders):
         # Special tokens, cut-off characters, spaces at the start: what a model may say.
         tokens = random.integers(0, tokenizer.vocab_size, 14).tolist()
         assert "".join(streamed(tokenizer, tokens)) == tokenizer.decode(tokens)
+        assert streamed_in_blocks(tokenizer, tokens, random) == tokenizer.decode(tokens)
 
 
 def test_a_stream_joined_is_what_decode_returns_for_any_pieces(folders):
@@ -156,6 +167,7 @@ def test_a_stream_joined_is_what_decode_returns_for_any_pieces(folders):
         drawn = [[int(x)] if x else snake for x in random.choice(others, 14)]
         tokens = [token for group in drawn for token in group]
         assert "".join(streamed(tokenizer, tokens)) == tokenizer.decode(tokens)
+        assert streamed_in_blocks(tokenizer, tokens, random) == tokenizer.decode(tokens)
 
 
 def test_a_byte_that_is_no_character_costs_a_stream_no_other(folders):

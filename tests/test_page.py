@@ -140,7 +140,7 @@ def test_a_conversation_streams(page, server):
     page.until(lambda: not page.is_busy)
     assert page.texts == ["hello", "Hello there."]
     assert re.fullmatch(
-        r"3 tokens, [\d.]+ tokens/s, first after \d+\.\d\d s, 3 of 7 before it were in the cache",
+        r"3 tokens, [\d.]+ tokens/s, first after \d+\.\d\d s, 3 of 7 context tokens cached",
         page.figures,
     )
     server.pieces = ["Zwölf 漢字 🙂"]
@@ -314,7 +314,11 @@ def test_an_answer_that_breaks_off_keeps_what_was_said(page, server, script, err
 def test_an_answer_that_is_cut_off_says_so(page, server):
     server.finish_reason = "length"
     page.ask("one")
-    assert page.figures.startswith("cut off by max tokens, or at the context's end, 3 tokens")
+    assert page.figures.startswith("cut off at the context's end: begin a new chat, 3 tokens")
+    page.button("Settings").click()
+    page.find("#max_tokens").send_keys("3" + Keys.ENTER)
+    page.ask("two")
+    assert page.figures.startswith("cut off by max tokens, 3 tokens")
 
 
 def test_a_server_that_is_gone(browser):
@@ -447,7 +451,7 @@ def test_it_talks_with_ffjax_serve(browser, tmp_path):
             said.choices[0].message.content
         )
         assert re.search(r"20 tokens, [\d.]+ tokens/s, first after", page.figures)
-        cached = re.search(r"(\d+) of \d+ before it were in the cache", page.figures)
+        cached = re.search(r"(\d+) of \d+ context tokens cached", page.figures)
         assert cached is not None
         assert int(cached[1]) > 20
         page.button("Settings").click()

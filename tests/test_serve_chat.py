@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import random
 import time
 from typing import Any
@@ -239,6 +240,7 @@ def test_what_else_a_template_takes(client, tokenizer):
         ({"messages": SAID, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
         ({"messages": SAID, "logprobs": 3}, "logprobs", "true or false"),
         ({"messages": SAID, "tools": [{"name": "f"}]}, "tools[0]", "A tool is"),
+        ({"messages": SAID, "documents": [{"text": "x"}]}, "documents", "takes no documents"),
         ({"messages": SAID, "functions": [{}]}, "functions", "give tools"),
         ({"messages": SAID, "prompt": "x"}, "prompt", "has no such field"),
         ({"messages": SAID, "modalities": ["audio"]}, "modalities", "Answers are text"),
@@ -272,7 +274,8 @@ def test_a_folders_own_defaults_count_where_a_request_says_nothing(tmp_path, mod
     ) as running:
         for given in ({}, {"temperature": 0.0}, {"top_p": 0.9}):
             ask(running.client(), seed=3, **given)
-            params = {"temperature": 0.8, "top_k": 7, "seed": 3, "max_tokens": 12} | given
+            params: dict[str, Any] = {"temperature": 0.8, "top_k": 7, "seed": 3}
+            params |= {"max_tokens": 12, **given}
             assert placed[-1] == SamplingParams(**params)
 
 
@@ -348,6 +351,19 @@ def test_200_requests_of_8_clients_lose_nothing_and_are_as_alone(running, model,
     assert running.server.scheduler.state == "ready"
 
 
+def test_clients_that_go_away_leave_caches_that_can_be_trusted(running, model, tokenizer):
+    client = running.client()
+    for i in range(6):
+        said = [{"role": "user", "content": f"{i} times hello world"}]
+        with ask(client, said, max_tokens=300, stream=True) as chunks:
+            next(iter(chunks))
+        until(lambda: running.server.scheduler._running == 0)
+        answer = ask(client, said, max_tokens=30)
+        tokens, _ = alone(model, tokenizer, tokenizer.chat(said), max_tokens=30)
+        assert answer.choices[0].message.content == tokenizer.decode(tokens)
+        assert answer.usage.prompt_tokens_details.cached_tokens > 5
+
+
 def test_the_shipped_model_answers_as_generate_does():
     model = ffjax.load(ffjax.SHIPPED_MODEL)
     tokenizer = load_tokenizer(ffjax.SHIPPED_MODEL, model.config)
@@ -363,3 +379,32 @@ def test_the_shipped_model_answers_as_generate_does():
             assert answer.choices[0].text == tokenizer.decode(out.tokens[0])
             assert answer.usage is not None
             assert answer.usage.completion_tokens == len(out.tokens[0])
+
+
+@pytest.mark.skipif(
+    "FFJAX_TEST_CHAT_MODEL" not in os.environ,
+    reason="FFJAX_TEST_CHAT_MODEL names no folder of a trained chat model",
+)
+def test_a_trained_model_chats_over_several_turns():
+    path = os.environ["FFJAX_TEST_CHAT_MODEL"]
+    model = ffjax.load(path)
+    tokenizer: Any = load_tokenizer(path, model.config)
+    questions = ["What is the capital of France?", "Which river runs through it?", "Thank you."]
+    with serving(
+        lambda: LiveBatch(model, rows=2, capacity=CAPACITY),
+        config=model.config,
+        tokenizer=tokenizer,
+    ) as running:
+        client, messages, before = running.client(timeout=600), [], 0
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            answer = ask(client, messages, max_tokens=24)
+            prompt = tokenizer.chat(messages)
+            tokens, out = alone(model, tokenizer, prompt, max_tokens=24)
+            assert answer.choices[0].message.content == tokenizer.decode(tokens)
+            assert answer.choices[0].finish_reason == out.finish_reasons[0]
+            # All that was fed and said before, but for the last token, which was never fed.
+            assert answer.usage.prompt_tokens_details.cached_tokens == before
+            before = len(prompt) + max(len(tokens) - 1, 0)
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+    assert "Paris" in messages[1]["content"]

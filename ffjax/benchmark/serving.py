@@ -339,13 +339,16 @@ class _Letters:
         return [], self.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return "".join(map(self.push, tokens))
+        return self.push_all(tokens)
 
     def stream(self) -> _Letters:
         return self
 
     def push(self, token: int) -> str:
         return chr(97 + token % 26)
+
+    def push_all(self, tokens: Sequence[int]) -> str:
+        return "".join(map(self.push, tokens))
 
     def finish(self) -> str:
         return ""

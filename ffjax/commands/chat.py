@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -26,6 +27,8 @@ __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "talk with a model"
 
+# The command did its work, and the model's numbers are wrong.
+_WRONG = 1
 _MAX_NEW_TOKENS = 1024
 
 
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="neither read nor keep the lines of earlier chats",
     )
-    add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS)
+    add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS, in_json=False)
     parser.add_argument(
         "--implementation",
         choices=get_args(Implementation),
@@ -73,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints answers on stdout, all else on stderr."""
     import checkpoints
+    from ffjax.broken import NotFiniteError
     from ffjax.decode import device_of
     from ffjax.terminal.chat import Chat
     from ffjax.terminal.commands import complete
@@ -128,7 +132,11 @@ def run(args: argparse.Namespace) -> int:
             f"{model.config.name} on {device_of(model).device_kind}. /help lists the commands, "
             "Ctrl-D leaves."
         )
-    chat.run()
+    try:
+        chat.run()
+    except NotFiniteError as error:  # in a pipe
+        print(f"ffjax chat: {error}", file=sys.stderr)
+        return _WRONG
     return 0
 
 

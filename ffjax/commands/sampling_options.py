@@ -21,12 +21,15 @@ _OF_DRAWS = ("top_k", "top_p", "min_p")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+def add_sampling(
+    parser: argparse.ArgumentParser, *, max_new_tokens: int, in_json: bool = True
+) -> None:
     """Adds the options.
 
     Args:
         parser: of the command.
         max_new_tokens: its own default, for the help.
+        in_json: whether it writes JSON, with log-probabilities, and draws the same each time.
     """
     group = parser.add_argument_group(
         "how tokens are chosen",
@@ -100,15 +103,17 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> Non
         help="ends the text, and is not shown; \\n in it stands for the end of a line, \\t for a "
         "tab; may be given several times",
     )
+    usual = "0" if in_json else "another one for each answer"
     group.add_argument(
-        "--seed", metavar="S", type=seed, help="of the draws, 0 to 2^64 - 1; default: 0"
+        "--seed", metavar="S", type=seed, help=f"of the draws, 0 to 2^64 - 1; default: {usual}"
     )
-    group.add_argument(
-        "--logprobs",
-        metavar="K",
-        type=whole(0, MAX_LOGPROBS),
-        help="in JSON, the log-probability of each token, and the K likeliest with theirs",
-    )
+    if in_json:
+        group.add_argument(
+            "--logprobs",
+            metavar="K",
+            type=whole(0, MAX_LOGPROBS),
+            help="in JSON, the log-probability of each token, and the K likeliest with theirs",
+        )
 
 
 def given_sampling(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:

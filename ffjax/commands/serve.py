@@ -9,8 +9,10 @@ whether requests are taken, /metrics has figures for Prometheus. Needs the extra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, get_args
 
 from ffjax.commands.folders import add_ignore_field, load_model
@@ -58,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"what requests must show; others on this machine may see it here, but not in the "
-        f"environment variable {_KEY}; default: none",
+        help=f"what requests must show; default: what the environment variable {_KEY} holds, "
+        "which other users of this machine do not see, or none",
     )
     parser.add_argument(
         "--batch",
@@ -193,6 +195,7 @@ def run(args: argparse.Namespace) -> int:
             say=_say,
             log=(lambda text: None) if args.quiet else _say,
             on_ready=ready,
+            on_error=_show if args.traceback else lambda error: None,
         )
         _say(f"Starting at {url}; Ctrl-C ends it.")
         ended = server.run(sock)
@@ -216,5 +219,10 @@ def _key(args: argparse.Namespace) -> str | None:
     return key
 
 
+def _show(error: BaseException) -> None:
+    print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+
+
 def _say(text: str) -> None:
-    print(f"ffjax serve: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # whoever read it has left: the server goes on
+        print(f"ffjax serve: {text}", file=sys.stderr, flush=True)

@@ -40,6 +40,7 @@ def make_app(
     name: str,
     api_key: str | None,
     say: Callable[[str], None],
+    on_error: Callable[[BaseException], None],
 ) -> ASGIApp:
     """The application.
 
@@ -49,6 +50,7 @@ def make_app(
         name: of the model.
         api_key: what requests to `/v1` must show. None: nothing.
         say: takes lines about the server.
+        on_error: is shown what went wrong.
     """
     created = int(time.time())
     scheduler = endpoint.scheduler
@@ -106,6 +108,7 @@ def make_app(
         return error_response(error)
 
     async def defect(request: Request, error: Exception) -> Response:
+        on_error(error)
         return error_response(server_error(sentence(error), "internal_error"))
 
     async def of_http(request: Request, error: Exception) -> Response:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ffjax.chat_files import choose_template
 from ffjax.config import ModelConfig
 from ffjax.failures import sentence
 from ffjax.hf_tokenizer import HFTokenizer
@@ -329,7 +331,10 @@ def _conversation(fields: Fields, limits: Limits) -> list[int]:
             "no_chat_template",
         )
     said = [_message(i, message) for i, message in enumerate(messages)]
-    tools = _tools(fields)
+    tools, documents = _tools(fields), fields.get("documents", list)
+    for name, given in (("tools", tools), ("documents", documents)):
+        if given:
+            _check_read(name, limits.tokenizer, tools=tools is not None)
     goes_on = fields.any("continue_final_message") or False
     if not isinstance(goes_on, bool | str):
         raise wrong_kind("continue_final_message", "true, false or a field's name", goes_on)
@@ -339,11 +344,26 @@ def _conversation(fields: Fields, limits: Limits) -> list[int]:
         said,
         reply=fields.get("add_generation_prompt", bool),
         tools=tools,
-        documents=fields.get("documents", list),
+        documents=documents,
         continue_final_message=goes_on,
         variables=fields.get("chat_template_kwargs", dict, {}),
     )
     return _checked(tokens, limits, "messages")
+
+
+def _check_read(name: str, tokenizer: HFTokenizer, *, tools: bool) -> None:
+    """Refuses what the chat template would leave out without a word."""
+    try:
+        template = choose_template(tokenizer.chat_templates, None, tools=tools)
+    except ValueError as error:
+        raise bad_request(str(error), "messages", "no_chat_template") from None
+    if not re.search(rf"\b{name}\b", template.text):
+        raise bad_request(
+            f"{template} takes no {name}: the model was not trained on them. Leave {name} out, or "
+            "write them into a message.",
+            name,
+            "unsupported_parameter",
+        )
 
 
 def _tools(fields: Fields) -> list[Any] | None:

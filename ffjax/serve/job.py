@@ -149,14 +149,17 @@ class Job:
             tokens.append(token)
             if one.logprobs is not None and self.params.logprobs is not None:
                 logprobs.append(one.logprobs)
-            text += self._writer.push(token)
-            if self._writer.stopped is not None:
-                end = Ended("stop", self._writer.stopped)
-                break
+            if self.params.stop:
+                text += self._writer.push(token)
+                if self._writer.stopped is not None:
+                    end = Ended("stop", self._writer.stopped)
+                    break
             count = len(self.tokens)
             if count == self._most or len(self.prompt) + count == batch.capacity:
                 end = Ended("length", None)
                 break
+        if not self.params.stop:  # then it is done faster
+            text = self._writer.push_all(tokens)
         if isinstance(end, Ended):
             text += self._writer.finish()
         if tokens:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -58,6 +59,7 @@ class Scheduler:
         keep_caches: bool = True,
         on_change: Callable[[State], None] = lambda state: None,
         say: Callable[[str], None] = lambda text: None,
+        on_error: Callable[[BaseException], None] = lambda error: None,
     ):
         """Starts nothing yet.
 
@@ -69,6 +71,7 @@ class Scheduler:
             keep_caches: whether a prompt goes on with what a row's cache holds.
             on_change: is told each new state, in the scheduler's thread.
             say: takes lines of a log.
+            on_error: is shown what went wrong, for whoever wants to see where.
         """
         self._make = make
         self._max_queue = max_queue
@@ -77,6 +80,7 @@ class Scheduler:
         self._keep_caches = keep_caches
         self._on_change = on_change
         self._say = say
+        self._on_error = on_error
         self._changed = threading.Condition()
         # Shared, under `_changed`: the state, who waits, and who is in which row.
         self._state: State = "starting"
@@ -213,7 +217,7 @@ class Scheduler:
 
     def _renew(self) -> None:
         """A new batch, warm, without jobs."""
-        self._batch, self._ordered = None, []  # first, since there may be no memory for two
+        self._batch, self._ordered = None, []  # first: there may be no memory for two
         batch = self._make()
         _run_once(batch)
         self._slots = Slots(batch.rows)
@@ -225,6 +229,9 @@ class Scheduler:
         """After a failure of the batch: its jobs fail, and a new one is made, or it is the end."""
         said = sentence(error)
         self._say(f"The batch failed: {said}")
+        self._on_error(error)
+        # Its frames hold the old batch, and there may be no memory for two.
+        traceback.clear_frames(error.__traceback__)
         self._metrics.batch_failures.inc()
         self._failures += 1
         broken = [job for job in self._jobs if job is not None]
@@ -240,6 +247,7 @@ class Scheduler:
         try:
             self._renew()
         except Exception as again:
+            self._on_error(again)
             self._give_up(again)
             return False
         self._say("A new batch was made; the server goes on.")
@@ -362,6 +370,7 @@ class Scheduler:
             try:
                 events = job.take([step[row] for step in steps], self._batch, now)
             except Exception as error:  # of its text
+                self._on_error(error)
                 events = [server_error(f"The answer's text failed: {sentence(error)}")]
                 job.end, job.over = events[0], True
             self._metrics.came(job, len(job.tokens) - count, before)
@@ -401,5 +410,6 @@ def _run_once(batch: Batch) -> None:
     batch.place(0, [0], SamplingParams(seed=0, max_tokens=BLOCK))
     fed, block = batch.feed(), batch.decode()
     assert fed is not None and block is not None
-    fed.read(), block.read()
+    fed.read()
+    block.read()
     batch.release(0)

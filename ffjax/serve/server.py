@@ -125,6 +125,7 @@ class Server:
         say: Callable[[str], None] = lambda text: None,
         log: Callable[[str], None] = lambda text: None,
         on_ready: Callable[[Batch], None] = lambda batch: None,
+        on_error: Callable[[BaseException], None] = lambda error: None,
     ):
         """Starts nothing yet.
 
@@ -137,6 +138,7 @@ class Server:
             say: takes lines about the server.
             log: takes a line for each answer.
             on_ready: is told once, in the scheduler's thread, when requests are taken.
+            on_error: is shown what went wrong, for whoever wants to see where.
         """
         say, log = _printable(say), _printable(log)
         self.metrics = Metrics()
@@ -150,6 +152,7 @@ class Server:
             keep_caches=options.keep_caches,
             on_change=self._changed,
             say=say,
+            on_error=on_error,
         )
 
         def limits() -> Limits:
@@ -169,7 +172,14 @@ class Server:
             fingerprint=self._fingerprint,
             log=log,
         )
-        app = make_app(endpoint, self.metrics, name=options.name, api_key=options.api_key, say=say)
+        app = make_app(
+            endpoint,
+            self.metrics,
+            name=options.name,
+            api_key=options.api_key,
+            say=say,
+            on_error=on_error,
+        )
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,

@@ -14,7 +14,7 @@ from ffjax.terminal.figures import figures
 from ffjax.terminal.interrupt import Stop, stops_the_answer
 from ffjax.terminal.lines import Lines
 from ffjax.terminal.messages import command_of, read_message
-from ffjax.terminal.partner import Answer, NewPartner, Partner
+from ffjax.terminal.partner import Answer, Message, NewPartner, Partner, Pieces
 from ffjax.terminal.screen import Screen
 
 __all__ = ["Chat"]
@@ -103,7 +103,9 @@ class Chat:
                 raise
             if self._shows_traceback:
                 self.screen.note("".join(traceback.format_exception(error)))
-            self.screen.note(sentence(error))
+            # What is not finite says so itself; it is no fault of ours.
+            is_ours = not isinstance(error, FloatingPointError)
+            self.screen.note(sentence(error) if is_ours else str(error))
             return True
 
     def _see_to(self, text: str) -> bool:
@@ -111,9 +113,10 @@ class Chat:
         if (command := command_of(text)) is not None:
             return commands.run(self, *command)
         if text.strip():
+            before = list(self.conversation.messages)
             self.conversation.ask(text.strip())
             self._retries = 0
-            self.answer()
+            self._answer(before)
         return True
 
     def again(self) -> None:
@@ -124,36 +127,33 @@ class Chat:
         """
         if not any(one["role"] == "user" for one in self.conversation.messages):
             raise ValueError("There is nothing to answer yet. Type a message.")
-        before = self.conversation.take_back_answer()
-        if before is not None:
+        before = list(self.conversation.messages)
+        if self.conversation.take_back_answer():
             self._retries += 1
             if getattr(self.sampling, "temperature", 1) == 0:
                 self.screen.note(
                     "At temperature 0 the answer comes out the same: /set temperature 0.7 draws."
                 )
-        self.answer(instead_of=before)
+        self._answer(before)
 
-    def answer(self, *, instead_of: dict[str, Any] | None = None) -> None:
+    def _answer(self, before: list[Message]) -> None:
         """Has the partner answer, and prints it as it comes.
 
         What has been said before it was stopped stays. Where nothing was, or it fails, the
-        conversation is as before the question.
+        conversation is as it was.
 
         Args:
-            instead_of: the answer that was taken back for this one.
+            before: the messages, to go back to.
         """
         said: list[str] = []
-        whole = False
+        done = None
         try:
             done = self._reply(said)
-            whole = True
         finally:
-            if whole and said:
+            if done is not None and said:
                 self.conversation.answer("".join(said))
-            elif instead_of is not None:
-                self.conversation.messages.append(instead_of)
             else:
-                self.conversation.take_back()
+                self.conversation.messages = before
         if done is not None:
             self._say_of(done, bool(said))
 
@@ -172,15 +172,17 @@ class Chat:
 
     def _pieces(self, said: list[str], stop: Stop) -> tuple[Answer, float | None, Stop]:
         started, first = time.perf_counter(), None
-        if self._partner is None:
-            self._partner = self._new_partner()
-        pieces = self._partner.reply(
-            list(self.conversation.messages), self._parameters(), **self._how
-        )
+        self.screen.wait("Reading ..." if self._partner else "Compiling and reading ...")
+        try:
+            pieces = self._asked()
+        except BaseException:
+            self.screen.waited()
+            raise
         try:
             for piece in pieces:
                 if piece:
                     if first is None:
+                        self.screen.waited()
                         first = time.perf_counter() - started
                     stop.began = True
                     said.append(piece)
@@ -192,6 +194,7 @@ class Chat:
                 self.screen.piece("\n")
             raise
         finally:
+            self.screen.waited()
             pieces.close()
         done = pieces.completion
         if said and not said[-1].endswith("\n"):
@@ -201,6 +204,21 @@ class Chat:
         if first is not None:
             first = max(0.0, first - done.compile_seconds)
         return done, first, stop
+
+    def _asked(self) -> Pieces:
+        """The partner's answer, of which nothing has come yet."""
+        if self._partner is None:
+            self._partner = self._new_partner()
+        try:
+            messages = list(self.conversation.messages)
+            return self._partner.reply(messages, self._parameters(), **self._how)
+        except ValueError as error:
+            if not self.screen.interactive:
+                raise
+            raise ValueError(
+                f"{error} Nothing is lost: /save FILE keeps the conversation as it was before, "
+                "/undo takes back a turn, /reset begins a new one."
+            ) from error
 
     def _parameters(self) -> Any:
         """The sampling parameters: an answer that is drawn again is drawn with another seed."""
@@ -217,7 +235,7 @@ class Chat:
         elif answer.finish_reason == "length":
             self.screen.note(self._why_cut(answer))
         elif not any_text:
-            self.screen.note("The answer is empty; the message is taken back. /set temperature 1?")
+            self.screen.note("The answer is empty; the message is taken back.")
         if self._shows_figures:
             self.screen.note(figures(answer, first))
 

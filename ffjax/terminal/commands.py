@@ -178,12 +178,14 @@ _COMMANDS = {
     "help": _Command("", "lists the commands", _help),
     "reset": _Command("", "forgets the conversation", _reset, takes_text=False),
     "system": _Command(
-        "TEXT", f"sets the system message; {_NO_SYSTEM} removes it, nothing shows it", _system
+        "[TEXT]", f"shows the system message, or sets it; {_NO_SYSTEM} removes it", _system
     ),
     "retry": _Command("", "answers the last message again", _retry, takes_text=False),
     "undo": _Command("", "takes back the last message and its answer", _undo, takes_text=False),
     "set": _Command(
-        "NAME VALUE", "sets how answers are drawn, as in /set temperature 0.7; nothing shows", _set
+        "[NAME VALUE]",
+        "shows how answers are drawn, or changes it, as in /set temperature 0.7",
+        _set,
     ),
     "save": _Command("FILE", "saves the messages as JSON", _save, needs_text=True),
     "load": _Command("FILE", "goes on with messages that were saved", _load, needs_text=True),

@@ -22,7 +22,7 @@ def figures(answer: Answer, first_seconds: float | None) -> str:
         said.append(f"{rate:.1f} tokens/s")
     if first_seconds is not None:
         said.append(f"first after {first_seconds:.2f} s")
-    said.append(f"{answer.cached_tokens} of {answer.prompt_tokens} before it were in the cache")
+    said.append(f"{answer.cached_tokens} of {answer.prompt_tokens} context tokens cached")
     text = ", ".join(said)
     if answer.compile_seconds >= 0.05:
         text += f" (compiling took {answer.compile_seconds:.1f} s, not counted)"

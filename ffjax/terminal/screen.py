@@ -13,6 +13,7 @@ from typing import TextIO
 __all__ = ["Screen", "harmless"]
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_ERASED = "\r\x1b[K"
 _NARROWEST = 20
 # A model may say what a terminal would take for an order: those characters are shown as pictures.
 _SHOWN = {
@@ -45,11 +46,9 @@ class Screen:
         self.edits = self.interactive and _is_terminal(sys.stdout)
         self._shows = _is_terminal(sys.stdout)
         self._notes_shown = _is_terminal(sys.stderr)
-        self._dims = (
-            self._notes_shown
-            and not environ.get("NO_COLOR")
-            and environ.get("TERM", "dumb") not in ("dumb", "")
-        )
+        self._moves = self._notes_shown and environ.get("TERM", "dumb") not in ("dumb", "")
+        self._dims = self._moves and not environ.get("NO_COLOR")
+        self._waits = False
 
     def piece(self, text: str) -> None:
         """A piece of an answer."""
@@ -71,13 +70,28 @@ class Screen:
                 for line in lines
                 for row in textwrap.wrap(harmless(line), width, subsequent_indent=indent) or [""]
             ]
-        said = "\n".join(lines)
-        if self._dims:
-            said = f"{_DIM}{said}{_PLAIN}"
+        self._put("\n".join(lines), end="\n")
+
+    def wait(self, text: str) -> None:
+        """Something that is shown until `waited`, where a terminal can take it away again."""
+        if self._moves and self.edits:
+            self._put(text[: shutil.get_terminal_size().columns - 1], end="")
+            self._waits = True
+
+    def waited(self) -> None:
+        """Takes it away."""
+        if self._waits:
+            self._waits = False
+            with contextlib.suppress(OSError, ValueError):
+                print(_ERASED, end="", file=sys.stderr, flush=True)
+
+    def _put(self, text: str, *, end: str) -> None:
+        if self._dims and text:
+            text = f"{_DIM}{text}{_PLAIN}"
         # stdout first: both may be one terminal. Where stderr is closed, the chat goes on.
         sys.stdout.flush()
         with contextlib.suppress(OSError, ValueError):
-            print(said, file=sys.stderr, flush=True)
+            print(text, end=end, file=sys.stderr, flush=True)
 
     def read_any_bytes(self) -> None:
         """From here on, bytes of stdin that are no text are lone surrogates, and can be told of.

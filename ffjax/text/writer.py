@@ -35,8 +35,7 @@ class Writer:
             params: `stop`, `include_stop_str_in_output` and `min_tokens` count here.
         """
         self._decoder = tokenizer.stream()
-        for token in prompt[-_CONTEXT:]:
-            self._decoder.push(token)
+        self._decoder.push_all(prompt[-_CONTEXT:])
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._least = params.min_tokens
         self.text = ""
@@ -53,6 +52,11 @@ class Writer:
             return ""
         self.count += 1
         return self._add(self._decoder.push(token))
+
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """The same of several tokens of a text that no stop string can end."""
+        self.count += len(tokens)
+        return self._add(self._decoder.push_all(tokens))
 
     def finish(self) -> str:
         """What was held back of a text that ends here.
