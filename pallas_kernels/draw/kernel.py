@@ -42,9 +42,9 @@ KERNEL_NAME = "ffjax_draw"
 # Gumbel noise of float32 lies between -4.5 and 16.7.
 _FURTHEST = 32.0
 # Places that a step of the search looks at, and steps after which what is left is equal: it lies
-# within 32 / 8^8, two millionths of a temperature.
-_PLACES = 7
-_MOST_STEPS = 8
+# within 32 / 4^12, two millionths of a temperature.
+_PLACES = 3
+_MOST_STEPS = 12
 _LEAST_TEMPERATURE = 1e-30
 # Masses are summed as two integers: units of 2^-_UNIT, and the rest in units of 2^-_REST of one.
 _REST_BITS = 22
@@ -156,14 +156,14 @@ def _choose(
     mass = jnp.exp(-behind)
     possible = behind <= -jnp.log(min_p)[:, None]
     by_count = top_k < exchange.plan.vocab_size
-    # Whether some row needs to know what `top_k` keeps.
-    searches = jnp.sum((by_count & (top_p < 1)).astype(jnp.int32)) > 0
 
     def ahead(meeting: Array, end: Array, parts: tuple[Array, ...] = ()) -> Any:
         there = possible & (behind < end[:, None])
         return exchange.best(meeting, jnp.where(there, noisy, -jnp.inf), token, behind, parts)
 
-    def look(meeting: Array, at: Array, search: _Search) -> tuple[Array, Array, _Search]:
+    def look(
+        meeting: Array, at: Array, search: _Search, searches: Array
+    ) -> tuple[Array, Array, _Search]:
         """Count and mass of what is likelier than a candidate; and a step of the search."""
         own = _sum_of(exchange, behind < at[:, None], mass)
 
@@ -183,20 +183,23 @@ def _choose(
         return count, _whole((whole, rest), bits), search
 
     def settle(state):
-        meeting, candidate, search = state
+        meeting, candidate, search, searches = state
         end, best, settled = candidate
-        count, above, search = look(meeting, best.behind, search)
+        count, above, search = look(meeting, best.behind, search, searches)
         # Of equal tokens all stay, so that the likeliest always does.
         out = (count > 0) & (count >= top_k)
         out |= (above > 0) & (above >= top_p * search.high_mass) & (top_p < 1)
-        in_ = ~out & ((top_p >= 1) | (above == 0) | (above < top_p * search.low_mass))
+        # What stays of `top_k` sums up to no less than what is likelier and the candidate itself.
+        least = jnp.maximum(search.low_mass, above + jnp.exp(-best.behind))
+        in_ = ~out & ((top_p >= 1) | (above == 0) | (above < top_p * least))
         settled |= in_
         out &= ~settled
+        searches = jnp.sum((~settled & ~out).astype(jnp.int32)) > 0
         end = jnp.where(out, best.behind, end)
         again = jnp.sum(out.astype(jnp.int32)) > 0
         best = lax.cond(again, lambda: ahead(meeting + 1, end)[0], lambda: best)
         meeting = jnp.where(again, meeting + 2, meeting + 1)
-        return meeting, _Candidate(end, best, settled), search
+        return meeting, _Candidate(end, best, settled), search, searches
 
     def unsettled(state):
         return jnp.sum((~state[1].settled).astype(jnp.int32)) > 0
@@ -217,7 +220,7 @@ def _choose(
     )
     # Where nothing is left out, the first is the choice.
     free = keeps_all & (top_p >= 1)
-    start = jnp.int32(1), _Candidate(end, first, free), search
+    start = jnp.int32(1), _Candidate(end, first, free), search, jnp.bool_(False)
     return lax.while_loop(unsettled, settle, start)[1].best.token
 
 
