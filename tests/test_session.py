@@ -111,6 +111,23 @@ def test_turns_are_those_of_a_fresh_cache_and_feed_only_what_is_new(talker, monk
     assert common > 60
 
 
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 10])
+def test_all_but_the_last_token_of_a_reply_is_kept(talker, count):
+    """The last one has been chosen; where a block of steps ends with it, nobody has fed it."""
+    session = talker.session()
+    prompt = _prompt(talker, [_said(USER, "hello")])
+    first = session.continued(prompt, dataclasses.replace(PARAMS, max_tokens=count))
+    list(first)
+    both = [*prompt, *first.completion.tokens, 5]
+    second = session.continued(both, PARAMS)
+    list(second)
+    assert second.completion.cached_tokens == len(prompt) + count - 1
+    expected = ffjax.generate(
+        talker.model, both, 12, sampling=PARAMS, stop_token=talker.tokenizer.eot_ids, capacity=900
+    )
+    assert second.completion.tokens == expected.tokens[0]
+
+
 def test_an_edited_history_keeps_what_stands_before_the_edit(talker):
     session = talker.session()
     messages = [_said(USER, "hello " * 9), _said("assistant", "world"), _said(USER, "again")]
