@@ -364,23 +364,6 @@ def test_clients_that_go_away_leave_caches_that_can_be_trusted(running, model, t
         assert answer.usage.prompt_tokens_details.cached_tokens > 5
 
 
-def test_the_shipped_model_answers_as_generate_does():
-    model = ffjax.load(ffjax.SHIPPED_MODEL)
-    tokenizer = load_tokenizer(ffjax.SHIPPED_MODEL, model.config)
-    with serving(
-        lambda: LiveBatch(model, rows=2, capacity=248, chunk=32), config=model.config
-    ) as running:
-        client = running.client()
-        for prompt in ("def add(a, b):\n", "# é\nimport "):
-            out = ffjax.generate(
-                model, [tokenizer.encode(prompt)], 48, stop_token=tokenizer.eot_ids, capacity=256
-            )
-            answer = client.completions.create(model=NAME, prompt=prompt, max_tokens=48)
-            assert answer.choices[0].text == tokenizer.decode(out.tokens[0])
-            assert answer.usage is not None
-            assert answer.usage.completion_tokens == len(out.tokens[0])
-
-
 @pytest.mark.skipif(
     "FFJAX_TEST_CHAT_MODEL" not in os.environ,
     reason="FFJAX_TEST_CHAT_MODEL names no folder of a trained chat model",
