@@ -5,7 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import random
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -277,6 +279,13 @@ def test_a_folders_own_defaults_count_where_a_request_says_nothing(tmp_path, mod
             params: dict[str, Any] = {"temperature": 0.8, "top_k": 7, "seed": 3}
             params |= {"max_tokens": 12, **given}
             assert placed[-1] == SamplingParams(**params)
+
+
+def test_the_guides_program_prints_an_answer(running, capsys):
+    guide = (Path(__file__).parent.parent / "docs" / "serve.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    exec(program.replace("http://127.0.0.1:8000", running.url), {})
+    assert len(capsys.readouterr().out) > 0
 
 
 # Many at once
