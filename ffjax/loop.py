@@ -49,6 +49,7 @@ from ffjax.sampling.logprobs import LogProbs
 from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, drawing_gpu, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
+from pallas_kernels.draw import no_arrivals
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["BLOCK", "NOT_FINITE", "Loop", "Made", "Step", "decode_block"]
@@ -154,18 +155,19 @@ def decode_block(
         keys = jax.vmap(lambda at: step_keys(own, at))(indices)
 
     def step(carry, each):
-        cache, token, history = carry
+        cache, token, history, arrivals = carry
         index, keys = each
         if history is not None:
             # A token that is none is dropped.
             fed = token if running is None else jnp.where(running, token, EVERY_TOKEN)
             history = said(history, fed)
         out = decode_step(model, cache, token, implementation=implementation)
-        choice = choose(out.logits, out.token, rows, keys, history, index, stages)
-        return (out.cache, choice.token, history), Made.of(choice)
+        choice = choose(out.logits, out.token, rows, keys, history, index, stages, arrivals)
+        return (out.cache, choice.token, history, choice.arrivals), Made.of(choice)
 
-    start = cache, token, history
-    (cache, token, history), made = lax.scan(step, start, (indices, keys), length=BLOCK)
+    arrivals = no_arrivals() if stages.draws and stages.gpu is not None else None
+    start = cache, token, history, arrivals
+    (cache, token, history, _), made = lax.scan(step, start, (indices, keys), length=BLOCK)
     return cache, token, index + BLOCK, history, made
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from ffjax.sampling.draw import sample, sequence_keys, step_keys, words_of
 from ffjax.sampling.filters import filtered
 from ffjax.settings import own_settings
-from pallas_kernels.draw import draw_tokens, make_draw_plan
+from pallas_kernels.draw import draw_tokens, make_draw_plan, no_arrivals
 from pallas_kernels.gpu import INTERPRETER, Gpu
 
 __all__ = ["DRAWS", "check"]
@@ -31,6 +31,7 @@ def check(draws: str, batch: int, vocab: int, gpu: Gpu, *, seeds: int) -> None:
     interpret = gpu == INTERPRETER
     kernel = jax.jit(lambda *args: draw_tokens(plan, *args, interpret=interpret))
     reference = jax.jit(_reference)
+    arrivals = no_arrivals()
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         logits = rng.normal(size=(batch, vocab)).astype(np.float32) * rng.choice([0.5, 2.0, 6.0])
@@ -51,7 +52,7 @@ def check(draws: str, batch: int, vocab: int, gpu: Gpu, *, seeds: int) -> None:
             keys = step_keys(sequence_keys(words_of(seed, batch)), 3)
             likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             words = jax.random.key_data(keys)
-            got = kernel(logits, likeliest, words, temperature, *filters)
+            got, arrivals = kernel(logits, likeliest, words, arrivals, temperature, *filters)
             want = reference(logits, keys, temperature, *filters)
         assert got.tolist() == want.tolist(), (seed, temperature, filters)
 

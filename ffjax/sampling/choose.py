@@ -14,7 +14,7 @@ from ffjax.sampling.filters import filtered
 from ffjax.sampling.history import History
 from ffjax.sampling.logprobs import LogProbs, log_probs
 from ffjax.sampling.rows import Rows, Stages
-from pallas_kernels.draw import draw_tokens, make_draw_plan
+from pallas_kernels.draw import draw_tokens, make_draw_plan, no_arrivals
 from pallas_kernels.gpu import INTERPRETER
 
 __all__ = ["NOT_FINITE", "Before", "Choice", "choose", "marked"]
@@ -44,11 +44,13 @@ class Choice(NamedTuple):
         token: int32 `[B]`; what is fed next, whatever its logit is.
         told: int32 `[B]`, the same, NOT_FINITE where the logit is.
         logprobs: None where nobody asked.
+        arrivals: what the kernel that draws is given next time; None where none draws.
     """
 
     token: Array
     told: Array
     logprobs: LogProbs | None
+    arrivals: Array | None
 
 
 def marked(logits: Array, token: Array) -> Array:
@@ -76,21 +78,32 @@ def _edited(
     return logits
 
 
-def _drawn(logits: Array, likeliest: Array, rows: Rows, keys: Array, stages: Stages) -> Array:
+def _drawn(
+    logits: Array,
+    likeliest: Array,
+    rows: Rows,
+    keys: Array,
+    arrivals: Array | None,
+    stages: Stages,
+) -> tuple[Array, Array | None]:
     """Draws a token of each sequence, int32 `[B]`, by the kernel or, to the same effect, by XLA."""
     filters = (rows.top_k, rows.nucleus) if stages.filters else ()
     batch, vocab = logits.shape
     plan = None if stages.gpu is None else make_draw_plan(batch, vocab, stages.gpu)
     if plan is not None:
-        words = jax.random.key_data(keys)
-        interpret = stages.gpu == INTERPRETER
-        temperature = rows.temperature
         return draw_tokens(
-            plan, logits, likeliest, words, temperature, *filters, interpret=interpret
+            plan,
+            logits,
+            likeliest,
+            jax.random.key_data(keys),
+            no_arrivals() if arrivals is None else arrivals,
+            rows.temperature,
+            *filters,
+            interpret=stages.gpu == INTERPRETER,
         )
     if stages.filters:
         logits = filtered(logits, rows.temperature, *filters)
-    return sample(logits, keys, rows.temperature)
+    return sample(logits, keys, rows.temperature), arrivals
 
 
 def choose(
@@ -101,6 +114,7 @@ def choose(
     history: History | None,
     index: Array,
     stages: Stages,
+    arrivals: Array | None = None,
 ) -> Choice:
     """Chooses a token of each sequence.
 
@@ -112,6 +126,7 @@ def choose(
         history: what came before; None where no stage asks.
         index: int32 `[B]`, how many tokens each answer holds.
         stages: which stages there are.
+        arrivals: of the choice before, in this program; None: there was none.
     """
     edited = _edited(logits, rows, history, index, stages)
     if greedy is not None and not stages.changes_logits:
@@ -121,6 +136,6 @@ def choose(
     token = likeliest
     if stages.draws:
         assert keys is not None
-        token = _drawn(edited, likeliest, rows, keys, stages)
+        token, arrivals = _drawn(edited, likeliest, rows, keys, arrivals, stages)
     told = None if stages.logprobs is None else log_probs(logits, token, stages.logprobs)
-    return Choice(token, marked(edited, token), told)
+    return Choice(token, marked(edited, token), told, arrivals)

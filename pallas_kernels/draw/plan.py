@@ -12,7 +12,7 @@ __all__ = ["DrawPlan", "make_draw_plan"]
 _LEAST_WIDTH = 256
 # Logits that a thread may hold, beside as many with noise, without spilling.
 _MOST_PER_THREAD = 16
-_MOST_WARPS = 32
+_LEAST_WARPS, _MOST_WARPS = 8, 32
 # What is summed of a vocabulary of so many tokens stays within the exchange's integers.
 _MOST_TOKENS = 1 << 20
 
@@ -51,7 +51,7 @@ def make_draw_plan(batch: int, vocab_size: int, gpu: Gpu) -> DrawPlan | None:
     """
     width = max(_LEAST_WIDTH, next_power_of_2(ceil_div(vocab_size, gpu.cores)))
     rows = next_power_of_2(batch)
-    warps = max(4, ceil_div(rows * width, 32 * _MOST_PER_THREAD))
+    warps = max(_LEAST_WARPS, ceil_div(rows * width, 32 * _MOST_PER_THREAD))
     if gpu.cores > 1 and (warps > _MOST_WARPS or vocab_size > _MOST_TOKENS):
         return None
     return DrawPlan(
