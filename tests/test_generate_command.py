@@ -245,7 +245,7 @@ def test_a_folder_of_messages_only_needs_no_chat_option(talker, capsys, tmp_path
         (b'{"prompt": "a"}\n{"prompt": ""}', "Line 2 of FILE is empty, and this model's"),
         (b'{"prompt": "a", "logit_bias": {"x": 1}}', "Line 1 of FILE: A token id of logit_bias"),
         (b'{"prompt": "a", "stop_token_ids": [257]}', "Line 1 of FILE: stop_token_ids"),
-        (b'{"prompt": "a", "max_tokens": 400}', "Line 1 of FILE: A prompt of 1 tokens and 400"),
+        (b'{"prompt": "a", "max_tokens": 400}', "Line 1 of FILE: A prompt of 1 token and 400"),
         (b"ab\n" + b"a" * 400, "Line 2 of FILE: A prompt of 400 tokens and 1 new ones need 401"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "Line 1 of FILE has messages: that"),
     ],

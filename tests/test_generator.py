@@ -254,6 +254,11 @@ def test_what_came_before_nan_is_kept():
     assert one.tokens == free[0].tokens[: free[0].tokens.index(token) + 1]
     assert other.tokens == free[1].tokens[: len(other.tokens)] != []
     assert (one.finish_reason, other.finish_reason) == (None, None)
+    short = [dataclasses.replace(DRAWN, max_tokens=1)] * 5 + [DRAWN] * 5
+    with pytest.raises(ffjax.NotFiniteError) as raised:
+        Generator(broken, TOKENIZER).generate(["ab"] * 10, short)
+    first, *_, last = raised.value.completions or []
+    assert (first.tokens, last.tokens) == (one.tokens[:1], one.tokens)
     stream = Generator(broken, TOKENIZER).stream("ab", DRAWN)
     with pytest.raises(ffjax.NotFiniteError):
         list(stream)

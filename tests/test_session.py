@@ -303,12 +303,16 @@ def test_nan_keeps_what_came_and_the_session(folder):
     count = free.tokens.index(token) + 1
     kept = model.embed[...]
     model.embed[...] = kept.at[token].set(jnp.nan)
-    broken = talker.session().reply(messages, PARAMS, max_tokens=30)
+    broken = session.reply(messages, PARAMS, max_tokens=30)
     with pytest.raises(ffjax.NotFiniteError, match=f"after {count} new tokens") as raised:
         list(broken)
     [out] = raised.value.completions or []
     assert out.tokens == free.tokens[:count] == broken.completion.tokens
     assert out.finish_reason is None
+    # With the numbers in place again, nothing of the broken cache is left.
+    model.embed[...] = kept
+    after = _run(session, messages, max_tokens=30)
+    assert after.tokens == free.tokens
 
 
 def test_a_session_that_is_let_go_frees_its_cache(talker):
@@ -349,6 +353,12 @@ def test_bad_input_is_a_sentence_and_leaves_the_session(talker, messages, option
     with pytest.raises(error, match=sentence):
         session.reply(messages, **options)
     assert _run(session, good).cached_tokens == before.prompt_tokens - 1
+
+
+@pytest.mark.parametrize("capacity", [0, 1, -3, 2.5, True, "x"])
+def test_a_capacity_is_a_number(talker, capacity):
+    with pytest.raises(ValueError, match="is a number from 2, got"):
+        talker.session(capacity=capacity)
 
 
 def test_a_model_of_bytes_has_no_conversations():

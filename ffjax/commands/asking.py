@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ffjax.commands.completions import count_of
 from ffjax.commands.prompts import Prompt
 from ffjax.commands.sampling_options import in_options
 
@@ -54,9 +55,9 @@ def asked_of(
             most = max(min(max(max_new_tokens, params.min_tokens), room), 1)
         if most > room:
             raise ValueError(
-                f"A prompt of {len(tokens)} tokens and {most} new ones need {len(tokens) + most} "
-                f"positions; {config.name} was made for {config.max_context}. Shorten the prompt "
-                "or ask for fewer tokens."
+                f"A prompt of {count_of(len(tokens), 'token')} and {most} new ones need "
+                f"{len(tokens) + most} positions; {config.name} was made for "
+                f"{config.max_context}. Shorten the prompt or ask for fewer tokens."
             )
         params = with_overrides(
             params,

@@ -80,8 +80,10 @@ def write_many(
         except (NotFiniteError, KeyboardInterrupt) as error:
             broken = error
     seconds = time.perf_counter() - start
-    for completion in unfinished:
-        show(completion, ended_by(broken, completion))
+    for row, completion in enumerate(unfinished):
+        # Of texts side by side, one alone has no numbers; the others end with it.
+        mine = not isinstance(broken, NotFiniteError) or row == broken.sequence
+        show(completion, ended_by(broken if mine else None, completion))
     if isinstance(broken, KeyboardInterrupt):
         raise broken
     if broken is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
+from ffjax.loop import BLOCK
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.streaming import stream
@@ -20,6 +21,8 @@ from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["TextBatch", "texts"]
+
+_LEAST_SLOTS = 256
 
 
 class TextBatch(Iterator[list[str | None]]):
@@ -173,17 +176,15 @@ def texts(
     """
     if not asked:
         return
-    # Evenly, so that there are at most two sizes, and one capacity: each is a program of its own.
+    # Evenly, so that there are at most two sizes: each is a program of its own.
     batches = ceil_div(len(asked), MAX_BATCH)
     ends = [len(asked) * i // batches for i in range(batches + 1)]
-    longest = max(len(one.prompt) for one in asked)
-    capacity = longest + max(one.params.max_tokens or 1 for one in asked)
     for start, end in itertools.pairwise(ends):
         batch = TextBatch(
             model,
             tokenizer,
-            asked[start:end],
-            capacity=capacity,
+            mine := asked[start:end],
+            capacity=_capacity(mine),
             implementation=implementation,
             prefill=prefill,
         )
@@ -201,3 +202,13 @@ def texts(
             raise
         batch.close()
         yield from batch.completions()
+
+
+def _capacity(asked: Sequence[Asked]) -> int:
+    """Positions of a cache, such that many batches share a few capacities, and their programs."""
+    longest = max(len(one.prompt) for one in asked)
+    need = longest + max(one.params.max_tokens or 1 for one in asked)
+    slots = _LEAST_SLOTS
+    while slots < need + BLOCK:  # there is room for a block beyond the capacity
+        slots *= 2
+    return slots - BLOCK

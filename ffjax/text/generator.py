@@ -7,6 +7,7 @@ from collections.abc import Generator as Pieces
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
@@ -145,7 +146,7 @@ class Generator:
                 or an option is out of range.
             TypeError: an argument is of the wrong kind.
             NotFiniteError: the logits of a text were NaN or infinite. Its `completions` are what
-                came before.
+                came before, of this text, those beside it and all before them.
         """
         alone = isinstance(prompts, str)
         rows = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -154,7 +155,12 @@ class Generator:
             raise ValueError(f"n is how many texts of each prompt, at least 1; got {n!r}.")
         asked = [self.asked(row, one) for row, one in zip(rows, params, strict=True)]
         each = [one for row in asked for one in samples(row, n)]
-        out = list(texts(self.model, self.tokenizer, each, **self._how))
+        out: list[Completion] = []
+        try:
+            out.extend(texts(self.model, self.tokenizer, each, **self._how))
+        except NotFiniteError as error:
+            error.completions = out + (error.completions or [])
+            raise
         grouped = out if n == 1 else [out[i : i + n] for i in range(0, len(out), n)]
         return grouped[0] if alone else grouped
 

@@ -63,10 +63,16 @@ class ChatSession:
             capacity: positions of the cache to begin with. None: what the first reply needs.
             implementation: of the decode steps; see `ffjax.generate`.
             prefill: of the prefill; see `ffjax.generate`.
+
+        Raises:
+            ValueError: the capacity is no whole number from 2.
         """
+        whole = isinstance(capacity, int) and not isinstance(capacity, bool)
+        if capacity is not None and not (whole and capacity >= 2):
+            raise ValueError(f"The capacity of a session is a number from 2, got {capacity!r}.")
         self._model, self._tokenizer = model, tokenizer
         self._sampling = SamplingParams() if sampling is None else sampling
-        self._least = capacity or _LEAST_CAPACITY
+        self._least = _LEAST_CAPACITY if capacity is None else capacity
         self._how: dict[str, Any] = {"implementation": implementation, "prefill": prefill}
         self._batch: LiveBatch | None = None
         self._max_logprobs: int | None = None
@@ -242,11 +248,8 @@ class ChatSession:
             while True:
                 for chosen in rows:
                     if chosen.token == NOT_FINITE:
-                        self._held = []
                         raise NotFiniteError(_ROW, len(reply.tokens), batch.fault())
-                    piece = reply.take(chosen, time.perf_counter())
-                    self._held = prompt + reply.read[:-1]
-                    if piece:
+                    if piece := reply.take(chosen, time.perf_counter()):
                         yield piece
                     if reply.finish_reason is not None:
                         return
@@ -254,16 +257,17 @@ class ChatSession:
                 current, ahead = ahead, self._order(batch, min(blocks, 1))
                 assert current is not None, "a reply ends with its last block"
                 rows = [step[_ROW] for step in current.read()]
-        except NotFiniteError as error:
-            reply.broken_off()
-            error.completions = [reply.completion()]
-            raise
-        except Exception:
+        except Exception as error:
             self._drop()  # what the device has left of the cache is anybody's guess
+            if isinstance(error, NotFiniteError):
+                reply.broken_off()
+                error.completions = [reply.completion()]
             raise
         finally:
             reply.broken_off()
             if self._batch is batch:
+                if reply.read:  # the last one has been chosen, and maybe not fed
+                    self._held = prompt + reply.read[:-1]
                 with self._ordered():
                     batch.release(_ROW)
 
