@@ -5,7 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import random
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -279,6 +281,13 @@ def test_a_folders_own_defaults_count_where_a_request_says_nothing(tmp_path, mod
             assert placed[-1] == SamplingParams(**params)
 
 
+def test_the_guides_program_prints_an_answer(running, capsys):
+    guide = (Path(__file__).parent.parent / "docs" / "serve.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    exec(program.replace("http://127.0.0.1:8000", running.url), {})
+    assert len(capsys.readouterr().out) > 0
+
+
 # Many at once
 
 
@@ -362,23 +371,6 @@ def test_clients_that_go_away_leave_caches_that_can_be_trusted(running, model, t
         tokens, _ = alone(model, tokenizer, tokenizer.chat(said), max_tokens=30)
         assert answer.choices[0].message.content == tokenizer.decode(tokens)
         assert answer.usage.prompt_tokens_details.cached_tokens > 5
-
-
-def test_the_shipped_model_answers_as_generate_does():
-    model = ffjax.load(ffjax.SHIPPED_MODEL)
-    tokenizer = load_tokenizer(ffjax.SHIPPED_MODEL, model.config)
-    with serving(
-        lambda: LiveBatch(model, rows=2, capacity=248, chunk=32), config=model.config
-    ) as running:
-        client = running.client()
-        for prompt in ("def add(a, b):\n", "# é\nimport "):
-            out = ffjax.generate(
-                model, [tokenizer.encode(prompt)], 48, stop_token=tokenizer.eot_ids, capacity=256
-            )
-            answer = client.completions.create(model=NAME, prompt=prompt, max_tokens=48)
-            assert answer.choices[0].text == tokenizer.decode(out.tokens[0])
-            assert answer.usage is not None
-            assert answer.usage.completion_tokens == len(out.tokens[0])
 
 
 @pytest.mark.skipif(
