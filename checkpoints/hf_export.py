@@ -66,6 +66,9 @@ def export_hf(
         shard_bytes: where a file of tensors ends and the next begins.
         progress: is told, after each tensor, how many bytes were written and of how many.
 
+    Returns:
+        What was written.
+
     Raises:
         FileNotFoundError: there is nothing at `checkpoint`.
         FileExistsError: there is something at `path`.

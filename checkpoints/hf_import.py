@@ -396,6 +396,9 @@ def convert_hf(
             not. A field that is understood cannot be ignored.
         progress: is told, after each tensor, how many bytes were read and of how many.
 
+    Returns:
+        What was made, rounded and left out. The model itself: `ffjax.load(path)`.
+
     Raises:
         FileNotFoundError: there is no such folder.
         FileExistsError: there is something at `path`, and overwrite is false or it is no

@@ -117,6 +117,9 @@ def load(
         ignore_fields: names of fields of a Hugging Face folder's config.json to leave out, which
             would be refused, and of which the caller knows that they change nothing.
 
+    Returns:
+        The model, on the default device.
+
     Raises:
         FileNotFoundError: there is nothing at `path`.
         ValueError: fields are to be ignored, and there is no Hugging Face folder.

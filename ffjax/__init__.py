@@ -18,14 +18,21 @@ if TYPE_CHECKING:
     from ffjax.sampling.logprobs import TokenLogprobs
     from ffjax.sampling.params import SamplingParams
     from ffjax.streaming import Stream, stream
+    from ffjax.text.completion import Completion
+    from ffjax.text.generator import Generator
+    from ffjax.text.session import ChatSession
+    from ffjax.text.stream import TextStream
     from ffjax.tokenizer import ByteTokenizer, load_tokenizer
 
 __all__ = [
     "PRESETS",
     "SHIPPED_MODEL",
     "ByteTokenizer",
+    "ChatSession",
+    "Completion",
     "DecodeOutput",
     "GenerateOutput",
+    "Generator",
     "HFFolderWarning",
     "KVCache",
     "LinearRopeScaling",
@@ -34,6 +41,7 @@ __all__ = [
     "RopeScaling",
     "SamplingParams",
     "Stream",
+    "TextStream",
     "TokenLogprobs",
     "Transformer",
     "WeightFormat",
@@ -70,6 +78,10 @@ _HOME = {
     "ffjax.sampling.logprobs": ("TokenLogprobs",),
     "ffjax.sampling.params": ("SamplingParams",),
     "ffjax.streaming": ("Stream", "stream"),
+    "ffjax.text.completion": ("Completion",),
+    "ffjax.text.generator": ("Generator",),
+    "ffjax.text.session": ("ChatSession",),
+    "ffjax.text.stream": ("TextStream",),
     "ffjax.tokenizer": ("ByteTokenizer", "load_tokenizer"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

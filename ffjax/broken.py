@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ffjax.generation import GenerateOutput
+    from ffjax.text.completion import Completion
 
 __all__ = ["NotFiniteError"]
 
@@ -17,6 +18,7 @@ class NotFiniteError(FloatingPointError):
         sequence: which one, counted from 0.
         count: new tokens it had got before; None where nobody has counted.
         output: what came before, of all sequences. None while the error is on its way.
+        completions: the same as texts, where `ffjax.Generator` writes them; else None.
     """
 
     def __init__(self, sequence: int, count: int | None = None, fault: str | None = None):
@@ -36,3 +38,4 @@ class NotFiniteError(FloatingPointError):
         self.sequence = sequence
         self.count = count
         self.output: GenerateOutput | None = None
+        self.completions: list[Completion] | None = None

@@ -43,8 +43,19 @@ class KVCache:
 
     @classmethod
     @own_settings()
-    def create(cls, config: ModelConfig, batch: int, capacity: int, dtype=jnp.bfloat16) -> KVCache:
+    def create(
+        cls, config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.bfloat16
+    ) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions each.
+
+        Args:
+            config: the model's.
+            batch: B; a fused step takes up to 8.
+            capacity: S, positions for a prompt and what follows it.
+            dtype: of keys and values: the model's.
+
+        Returns:
+            The cache, on the default device; it takes `4 * L * B * K * S * H` bytes in bfloat16.
 
         Raises:
             ValueError: batch or capacity is not positive.

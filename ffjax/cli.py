@@ -30,6 +30,7 @@ def commands() -> dict[str, ModuleType]:
     """The subcommands' modules by name; imports JAX, which may refuse its settings."""
     from ffjax.commands import (
         bench,
+        chat,
         convert,
         doctor,
         evaluate,
@@ -38,11 +39,14 @@ def commands() -> dict[str, ModuleType]:
         generate,
         inspect,
         quantize,
+        serve,
         tune,
     )
 
     return {
         "generate": generate,
+        "chat": chat,
+        "serve": serve,
         "convert": convert,
         "export": export,
         "quantize": quantize,

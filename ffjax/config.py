@@ -271,6 +271,12 @@ class ModelConfig:
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """Builds a configuration from `to_dict`'s data.
 
+        Args:
+            data: fields by name, as JSON has them.
+
+        Returns:
+            An equal configuration.
+
         Raises:
             ValueError: a field is unknown or missing, or a size is impossible.
         """
@@ -323,7 +329,13 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The configuration called `name`.
+    """The configuration of a known model.
+
+    Args:
+        name: one of `PRESETS`, as "llama3.2-1b".
+
+    Returns:
+        Its configuration, which nothing has been allocated for.
 
     Raises:
         ValueError: there is none of that name; the message lists those there are.

@@ -361,6 +361,12 @@ def _checked(model: Transformer, cache: KVCache, tokens: Any) -> Array:
     """The tokens int `[B]` of a step whose inputs fit together."""
     check_cache(cache, model.config, model.dtype)
     tokens = jnp.asarray(tokens)
+    if tokens.ndim > 1 and jnp.issubdtype(tokens.dtype, jnp.floating):
+        raise TypeError(
+            f"A decode step takes token ids, not embeddings, got {tokens.dtype} of shape "
+            f"{list(tokens.shape)}. Feed embeddings by model.last_hidden_state(embeddings, cache): "
+            "steps go on from the cache that it returns."
+        )
     if tokens.shape != (cache.batch,):
         raise ValueError(
             f"A decode step takes one token a sequence, shape [{cache.batch}], got {tokens.shape}."
@@ -495,7 +501,8 @@ def decode_step(
     Raises:
         ValueError: the implementation's name is unknown, the tokens are not `[B]`, the cache
             is another model's, or, where it is no tracer, a length is negative.
-        TypeError: the tokens are no integers, or the cache has other dtypes.
+        TypeError: the tokens are no integers (embeddings go into `Transformer.last_hidden_state`),
+            or the cache has other dtypes.
         NotImplementedError: the named implementation cannot run here; a fused step is asked
             for a derivative.
     """

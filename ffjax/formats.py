@@ -63,6 +63,9 @@ class WeightFormat:
         Args:
             inputs: of the matrix.
             others: those of matrices that are to have the same format, for the advice.
+
+        Returns:
+            The sentence, or None.
         """
         if self.group_size is None or inputs % self.group_size == 0:
             return None
@@ -115,7 +118,15 @@ class WeightFormats:
     def of_layers(
         cls, layers: WeightFormat | None, head: WeightFormat | None = None
     ) -> WeightFormats:
-        """The same format for all matrices of the layers."""
+        """The same format for all matrices of the layers.
+
+        Args:
+            layers: their format; None leaves them as they are.
+            head: the head's; None leaves it as it is.
+
+        Returns:
+            A format for each matrix.
+        """
         return cls(qkv=layers, attn_out=layers, gate_up=layers, down=layers, head=head)
 
     @property
@@ -134,6 +145,12 @@ class WeightFormats:
     @classmethod
     def from_dict(cls, data: Any) -> WeightFormats:
         """The formats that `dataclasses.asdict` made plain data of.
+
+        Args:
+            data: formats by the matrices' names; a format is a table of its fields, or None.
+
+        Returns:
+            The formats.
 
         Raises:
             ValueError: the data is no table of formats.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 __all__ = ["REPLACEMENT", "HFStreamDecoder"]
 
@@ -60,6 +60,21 @@ class HFStreamDecoder:
         if self._is_silent(token):
             return ""
         self._held.append(token)
+        return self._take(at_end=False)
+
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """The same of several tokens: their text is decoded once, and not for each of them.
+
+        Raises:
+            ValueError: an id is negative.
+        """
+        heard = [token for token in map(int, tokens) if not self._is_silent(token)]
+        if not heard:
+            return ""
+        if any(self._byte_of(token) is not None for token in heard):
+            # One byte that is missing at the end would cost the whole characters before it.
+            return "".join([self.push(token) for token in heard])
+        self._held += heard
         return self._take(at_end=False)
 
     def finish(self) -> str:

@@ -213,6 +213,10 @@ class HFTokenizer:
             raise ValueError(f"A tokenizer's ids are 0 to {self.vocab_size - 1}, got {min(ids)}.")
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def name_of(self, token: int) -> str | None:
+        """A token as the vocabulary writes it ("Ġhello", "<|im_end|>"); None: there is none."""
+        return None if token < 0 else self._tokenizer.id_to_token(token)
+
     def stream(self) -> HFStreamDecoder:
         """A fresh decoder for tokens that come one by one."""
         return HFStreamDecoder(self.decode, is_silent=self._is_silent, byte_of=self._byte_of)

@@ -35,6 +35,7 @@ from ffjax.decode import (
     resolve_implementation,
     step_fault,
 )
+from ffjax.in_flight import note
 from ffjax.model import Transformer
 from ffjax.parts import Parts
 from ffjax.prefill.choice import Prefill, prefill_of
@@ -87,6 +88,7 @@ class Made(NamedTuple):
         """
         for array in jax.tree.leaves(self):
             array.copy_to_host_async()
+        note(self.tokens)
         return self
 
     def steps(self) -> list[Step]:

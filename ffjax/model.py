@@ -27,9 +27,10 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from ffjax.cache import KVCache, check_cache
+from ffjax.cache import KVCache
 from ffjax.config import Activation, ModelConfig
 from ffjax.formats import WeightFormat
+from ffjax.inputs import checked_inputs, checked_store, checked_tokens
 from ffjax.rope import apply_rope, inverse_frequencies
 from ffjax.rounding import expand, random_matrix
 from ffjax.settings import own_settings
@@ -213,7 +214,7 @@ class Layers(nnx.Module):
         down: `[L, D, F]`.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.bfloat16):
         c = config
 
         def weight(name: str) -> nnx.Param:
@@ -265,7 +266,7 @@ class Transformer(nnx.Module):
     """
 
     @own_settings()
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.bfloat16):
         """Random weights: normal, of standard deviation 1/sqrt(in) (0.02 for the embedding).
 
         Norms start as the identity, biases at zero.
@@ -288,7 +289,7 @@ class Transformer(nnx.Module):
             self.head = _quantized(self, "head", vocab_shape, config.weights.head, rngs)
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         """The dtype of weights that are not quantized and of the inputs to matrix products."""
         return self.embed[...].dtype
 
@@ -329,25 +330,68 @@ class Transformer(nnx.Module):
                 model's, or, where it is no tracer, has a negative length.
             TypeError: tokens are not integers, or the cache has other dtypes.
         """
-        tokens = jnp.asarray(tokens)
-        if tokens.ndim != 2:
-            raise ValueError(f"Tokens come as [B, T], got shape {tokens.shape}.")
-        if not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise TypeError(f"Tokens are integers, got {tokens.dtype}.")
-        if cache is None and num_tokens is not None:
-            raise ValueError("num_tokens marks padding for a cache; without a cache leave it out.")
-        batch, count = tokens.shape
-        if cache is None:
-            store = KVCache.create(self.config, batch, count, self.dtype)
-        else:
-            store = cache
-            if cache.batch != batch:
-                raise ValueError(
-                    f"The cache holds {cache.batch} sequences, got tokens for {batch}."
-                )
-            check_cache(cache, self.config, self.dtype)
-        logits, store, _ = self._forward(tokens, store, num_tokens, last_only)
+        tokens = checked_tokens(tokens)
+        store = checked_store(tokens, cache, num_tokens, self.config, self.dtype)
+        x, store, _ = self._forward(self.embedded(tokens), store, num_tokens, last_only)
+        logits = self.logits_of(x)
         return logits if cache is None else (logits, store)
+
+    @own_settings()
+    def last_hidden_state(
+        self,
+        inputs: Array,
+        cache: KVCache | None = None,
+        *,
+        num_tokens: Array | None = None,
+        last_only: bool = False,
+    ) -> Array | tuple[Array, KVCache]:
+        """What the head is given of every token, or of embeddings that are none of a token.
+
+        `model.logits` makes logits of it, and `model.embedded` embeddings of token ids; so
+        `model(tokens)` is `model.logits(model.last_hidden_state(model.embedded(tokens)))`.
+        Embeddings fill a cache as tokens do, and `ffjax.decode_step` goes on from there by
+        whichever implementation.
+
+        Args:
+            inputs: token ids int `[B, T]`, or embeddings `[B, T, D]` of a floating dtype, which
+                the first layer is given as they are, in float32: a multiplier that a model has
+                for its embedding (`config.embed_scale`) is in them already.
+            cache: what came before, or None.
+            num_tokens: int `[B]`, how many of each row's T inputs count; as in a call of the model.
+            last_only: return only that of each row's last input that counts.
+
+        Returns:
+            float32 `[B, T, D]`, behind the final norm (as the `last_hidden_state` of
+            transformers), or `[B, D]` where last_only; with a cache, the pair of it and the new
+            cache. A sequence that would outgrow the cache gets NaN.
+
+        Raises:
+            ValueError: the inputs have another shape; the cache has another batch, is another
+                model's, or, where it is no tracer, has a negative length.
+            TypeError: embeddings are integers, or the cache has other dtypes.
+        """
+        inputs = checked_inputs(inputs, self.config)
+        store = checked_store(inputs, cache, num_tokens, self.config, self.dtype)
+        x = self.embedded(inputs) if inputs.ndim == 2 else inputs
+        if num_tokens is not None:
+            # Of padding, tokens are numbers; embeddings may be NaN, which 0 * NaN would spread.
+            counts = jnp.arange(x.shape[1]) < jnp.asarray(num_tokens)[:, None]
+            x = jnp.where(counts[..., None], x, 0)
+        x, store, _ = self._forward(x, store, num_tokens, last_only)
+        x = self._norm(x, self.final_norm[...])
+        return x if cache is None else (x, store)
+
+    @own_settings()
+    def logits(self, hidden: Array) -> Array:
+        """Logits of hidden states.
+
+        Args:
+            hidden: float `[..., D]`, from `last_hidden_state`.
+
+        Returns:
+            float32 `[..., V]`.
+        """
+        return self._headed(hidden)
 
     @own_settings()
     def observe(self, tokens: Array, summary: Callable[[Array], Any]) -> dict[str, Any]:
@@ -365,38 +409,36 @@ class Transformer(nnx.Module):
 
         Raises:
             ValueError: tokens are not `[B, T]`.
+            TypeError: tokens are not integers.
         """
-        if tokens.ndim != 2:
-            raise ValueError(f"Tokens come as [B, T], got shape {tokens.shape}.")
-        batch, count = tokens.shape
-        cache = KVCache.create(self.config, batch, count, self.dtype)
-        return self._forward(tokens, cache, None, False, summary)[2]
+        tokens = checked_tokens(tokens)
+        store = checked_store(tokens, None, None, self.config, self.dtype)
+        x, _, notes = self._forward(self.embedded(tokens), store, None, False, summary)
+        self.logits_of(x, _noting(summary, notes))
+        return notes
 
     def _forward(
         self,
-        tokens: Array,
+        x: Array,
         cache: KVCache,
         num_tokens: Array | None,
         last_only: bool,
         summary: Callable[[Array], Any] | None = None,
     ) -> tuple[Array, KVCache, dict[str, Any]]:
-        count = tokens.shape[1]
+        """All layers, and the cache grown: float32 `[B, T, D]`, or `[B, D]` where last_only."""
+        count = x.shape[1]
         lengths = cache.lengths + (count if num_tokens is None else num_tokens)
         positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, T]
         attend = self.attention_over(cache, positions)
-        x = self.embedded(tokens)
         x, (k, v), notes = self.run_layers(x, positions, attend, (cache.k, cache.v), summary)
-        note = _noting(summary, notes)
         if last_only:
             last = jnp.maximum(lengths - cache.lengths - 1, 0)[:, None]  # [B, 1]
             x = jnp.take_along_axis(x, last[..., None], axis=1)  # [B, 1, D]
             positions = jnp.take_along_axis(positions, last, axis=1)
-        logits = self.logits_of(x, note)
         fits = positions < cache.capacity
-        logits = jnp.where(fits[..., None], logits, jnp.nan)
-        logits = logits[:, 0] if last_only else logits
-        cache = KVCache(k=k, v=v, lengths=lengths, counters=cache.counters)
-        return logits, cache, notes
+        x = jnp.where(fits[..., None], x, jnp.nan)
+        x = x[:, 0] if last_only else x
+        return x, KVCache(k=k, v=v, lengths=lengths, counters=cache.counters), notes
 
     def attention_over(self, cache: KVCache, positions: Array) -> Attend:
         """The reference's attention: all scores of a layer at once.
@@ -429,8 +471,16 @@ class Transformer(nnx.Module):
 
         return attend
 
+    @own_settings()
     def embedded(self, tokens: Array) -> Array:
-        """What the first layer is given, float32 `[B, T, D]`, of tokens int `[B, T]`."""
+        """What the first layer is given of tokens: their rows of the embedding, scaled.
+
+        Args:
+            tokens: int `[B, T]`.
+
+        Returns:
+            float32 `[B, T, D]`.
+        """
         x = self.embed[...][tokens].astype(jnp.float32)
         if self.config.embed_scale != 1:
             # transformers rounds Gemma's sqrt(D) so (Gemma3TextScaledWordEmbedding: 55.43
@@ -488,18 +538,22 @@ class Transformer(nnx.Module):
 
     def logits_of(self, x: Array, note: Note = _unnoted) -> Array:
         """Logits float32 `[..., V]` of what the last layer returns, float32 `[..., D]`."""
-        c = self.config
         x = self._norm(x, self.final_norm[...])
         note("final_norm", x)
+        logits = self._headed(x)
+        note("logits", logits)
+        return logits
+
+    def _headed(self, x: Array) -> Array:
+        """The head's logits float32 `[..., V]` of what it is given, `[..., D]`."""
+        c = self.config
         head = {"head": self.head_weight}
         if c.weights.head is not None:
             head["head_scale"] = vars(self)["head_scale"][...]
         logits = self._multiplied(x, head, "head")
         if c.logit_scale != 1:
             logits = logits * c.logit_scale
-        logits = capped(logits, c.logit_softcap)
-        note("logits", logits)
-        return logits
+        return capped(logits, c.logit_softcap)
 
     def layer(
         self,

@@ -86,6 +86,10 @@ def quantize(
             configuration says that they are not tied.
         progress: is told, after each matrix, how many bytes of them were read and of how many.
 
+    Returns:
+        A model of integers, int8 or packed in uint32 (`ffjax.packing`), and scales beside them,
+        on the same device.
+
     Raises:
         ValueError: there is no such format; inputs are not whole groups; a matrix is quantized
             already, or holds what is not finite.
@@ -132,6 +136,9 @@ def dequantize(model: Transformer, dtype: Any = None) -> Transformer:
     Args:
         model: a model, also one of which nothing is quantized.
         dtype: of all weights, bfloat16 or float32; None: that of the model.
+
+    Returns:
+        A model of which nothing is quantized.
     """
     config, dtype = model.config, jnp.dtype(dtype or model.dtype)
     arrays = _arrays(model)

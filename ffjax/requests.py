@@ -55,6 +55,12 @@ def _prompt(which: str, prompt: Any, config: ModelConfig) -> np.ndarray:
             f"A prompt needs at least one token; {which} is empty. Start it with a "
             "begin- or end-of-text token if there is nothing to say."
         )
+    if ids.ndim == 2 and np.issubdtype(ids.dtype, np.floating):
+        raise TypeError(
+            f"A prompt is a flat list of integer token ids; {which} has shape {ids.shape} and "
+            f"dtype {ids.dtype}, as embeddings have. Feed those by "
+            "model.last_hidden_state(embeddings, cache), and go on by ffjax.decode_step."
+        )
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(
             f"A prompt is a flat list of integer token ids; {which} has shape {ids.shape} "
@@ -196,6 +202,12 @@ def _processors(value: Any) -> tuple[Processor, ...]:
     return processors
 
 
+def _needs(prompt: int, new: int) -> str:
+    """How a sentence begins on what a sequence needs."""
+    tokens = "1 token" if prompt == 1 else f"{prompt} tokens"
+    return f"A prompt of {tokens} and {new} new ones need {prompt + new} positions; "
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """A generation, as asked for.
@@ -271,15 +283,17 @@ class Request:
         new = max(limits)
         ends = _stop_tokens(stop_token, config)
         stop_tokens = tuple(_ends(ends, one) for one in params)
-        longest = max(len(row) for row in rows)
-        need = longest + new
-        tokens = "1 token" if longest == 1 else f"{longest} tokens"
-        needs = f"A prompt of {tokens} and {new} new ones need {need} positions; "
-        if need > config.max_context:
+        # A sequence that has ended steps on with the others, for nobody: it has room, but no need.
+        positions, prompt, own = max(
+            (len(row) + limit, len(row), limit) for row, limit in zip(rows, limits, strict=True)
+        )
+        if positions > config.max_context:
             raise ValueError(
-                f"{needs}{config.name} was made for {config.max_context}. "
+                f"{_needs(prompt, own)}{config.name} was made for {config.max_context}. "
                 "Shorten the prompt or ask for fewer tokens."
             )
+        longest = max(len(row) for row in rows)
+        need, needs = longest + new, _needs(longest, new)
         if capacity is None:
             capacity = need
         elif need > _integer("capacity", capacity, 1):

@@ -15,7 +15,16 @@ import numpy as np
 
 from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling
 
-__all__ = ["LayerWeights", "Weights", "forward", "layer", "next_logits", "rope_angles", "rotate"]
+__all__ = [
+    "LayerWeights",
+    "Weights",
+    "forward",
+    "layer",
+    "next_logits",
+    "rope_angles",
+    "rotate",
+    "through_layers",
+]
 
 
 class LayerWeights(NamedTuple):
@@ -187,15 +196,23 @@ def forward(
 ) -> tuple[np.ndarray, list[LayerOutput]]:
     """Logits `[T, V]` of one sequence's tokens, and what every layer gave."""
     x = np.stack([weights.embedding[token] * config.embed_scale for token in tokens])
+    hidden, outputs = through_layers(x, weights, config)
+    head = weights.embedding if weights.head is None else weights.head
+    logits = np.stack([head @ row for row in hidden])
+    return _capped(logits * config.logit_scale, config.logit_softcap), outputs
+
+
+def through_layers(
+    x: np.ndarray, weights: Weights, config: ModelConfig
+) -> tuple[np.ndarray, list[LayerOutput]]:
+    """What the head is given `[T, D]` of embeddings `[T, D]`, and what every layer gave."""
     outputs = []
     for i, w in enumerate(weights.layers):
         pattern = config.window_pattern
         local = config.window is not None and pattern[i % len(pattern)]
         outputs.append(layer(x, w, config, local))
         x = outputs[-1].x
-    head = weights.embedding if weights.head is None else weights.head
-    logits = [head @ _normalised(row, weights.final_norm, config) for row in x]
-    return _capped(np.stack(logits) * config.logit_scale, config.logit_softcap), outputs
+    return np.stack([_normalised(row, weights.final_norm, config) for row in x]), outputs
 
 
 def next_logits(tokens: list[int], weights: Weights, config: ModelConfig) -> np.ndarray:

@@ -229,6 +229,8 @@ def test_where_jax_starts_no_device_every_command_says_so(path, tmp_path):
     small = ["--config", "python-bytes-3m"]
     commands = {
         "generate": _arguments(path, "--json"),
+        "chat": ["chat", "--model", path],
+        "serve": ["serve", "--model", path, "--port", "0"],
         "convert": ["convert", str(tmp_path / "hf"), str(tmp_path / "converted")],
         "quantize": ["quantize", path, str(tmp_path / "quantized"), "--weights", "int8"],
         "inspect": ["inspect", path],

@@ -1,5 +1,6 @@
 """Every example runs, as README starts it, and prints what it promises."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import jax
 import pytest
+
+import ffjax
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -22,6 +25,16 @@ def _run(name: str, *arguments: str, code: int = 0) -> str:
     )
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
+
+
+def test_the_main_example_shows_a_text_to_read():
+    """Of whole lines that differ, and nothing that is printed again and again."""
+    out = _run("generate.py")
+    text, figures = out.split("\n\npython-bytes-3m ", 1)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    assert len(lines) > 8
+    assert len(set(lines)) > 0.8 * len(lines)
+    assert "They are drawn: temperature 1, top-p 0.8, seed " in figures
 
 
 def test_generate_prints_a_completion_its_speed_and_who_ran_it():
@@ -46,6 +59,19 @@ def test_generate_has_no_speed_to_print_of_a_single_token():
     assert "nan" not in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--top-p", "2"), "top_p must be above 0, to 1 (off)"),
+        (("--max-new-tokens", "4000"), "python-bytes-3m was made for 2048"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(arguments, sentence):
+    message = _run("generate.py", *arguments, code=2)
+    assert sentence in message
+    assert "Traceback" not in message
+
+
 def test_compare_step_prints_a_small_difference_and_the_same_token():
     out = _run("compare_step.py")
     if jax.default_backend() == "cpu":
@@ -66,26 +92,39 @@ def test_compare_step_refuses_a_prompt_that_does_not_fit():
     assert "a prompt of 2 to 255 bytes fits; this one has 256" in message
 
 
-@pytest.fixture
-def jax_settings():
-    """Settings that README changes, as they were."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    yield before
-    for name, value in before.items():
-        jax.config.update(name, value)
+def test_a_prefix_of_embeddings_changes_what_steps_say():
+    without, trained = _run("soft_prompt.py").splitlines()
+    text = """'print("Hello, " + name)'"""
+    assert text not in without
+    assert trained.endswith(text)
 
 
-def test_the_python_in_readme_runs_from_top_to_bottom(capsys, jax_settings):
+def test_texts_of_one_kind_have_vectors_that_are_alike():
+    found = re.findall(r"^'(\S+).* is nearest to\n    '(\S+)", _run("text_embeddings.py"), re.M)
+    assert found == [(kind, kind) for kind in ("def", "def", "#", "#", "import", "import")]
+
+
+def test_loops_of_ones_own_say_what_generate_says():
+    greedy, *drawn = (line.split(": ", 1)[1] for line in _run("own_loop.py").splitlines())
+    tokenizer, prompt = ffjax.ByteTokenizer(), "import os\nfrom "
+    model = ffjax.load(ffjax.SHIPPED_MODEL)
+    out = ffjax.generate(model, tokenizer.encode(prompt), 60, stop_token=ord("\n"))
+    assert ast.literal_eval(greedy) == tokenizer.decode(out.tokens[0])
+    assert len(set(drawn)) == 3
+    assert all(len(ast.literal_eval(line)) == 24 for line in drawn)
+
+
+def test_the_python_in_readme_runs_from_top_to_bottom(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    # The one about a folder has no folder here: `test_hf_tokenizer` gives it one.
-    blocks = [block for block in blocks if "ffjax.load_tokenizer(" not in block]
-    assert len(blocks) == 3
+    # The one about a folder has none here: `test_generator` gives it one.
+    blocks = [block for block in blocks if "Llama-3.2-1B" not in block]
+    assert len(blocks) == 2
     names: dict = {}
     exec(compile("\n".join(blocks), "README.md", "exec"), names)
     assert names["out"].logits.shape == (1, names["model"].config.vocab_size)
-    printed = capsys.readouterr().out
-    assert printed.split()[-1] in ("xla", "pallas")
-    assert len(printed) > 50
-    # The block on settings comes last, behind all that compiles.
-    assert all(getattr(jax.config, name) != value for name, value in jax_settings.items())
+    # The story in four lines: text in, text out.
+    assert len(blocks[0].splitlines()) - blocks[0].splitlines().count("") == 4
+    prompt = "class Stack:\n    def "
+    written = names["generator"].generate(prompt, temperature=0.6, seed=5, max_tokens=80)
+    assert capsys.readouterr().out.startswith(written.text)
+    assert "self" in written.text

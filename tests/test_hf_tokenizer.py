@@ -14,7 +14,6 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import checkpoints
-import ffjax
 from ffjax.cli import main
 from ffjax.config import preset
 from ffjax.hf_tokenizer import HFTokenizer
@@ -126,6 +125,16 @@ def streamed(tokenizer: Tokenizer, tokens) -> list[str]:
     return [*(decoder.push(token) for token in tokens), decoder.finish()]
 
 
+def streamed_in_blocks(tokenizer: Tokenizer, tokens, random) -> str:
+    """The same, several tokens at a time."""
+    decoder, pieces, at = tokenizer.stream(), [], 0
+    while at < len(tokens):
+        count = int(random.integers(1, 9))
+        pieces.append(decoder.push_all(tokens[at : at + count]))
+        at += count
+    return "".join([*pieces, decoder.finish()])
+
+
 # Text
 
 
@@ -146,6 +155,7 @@ def test_a_stream_joined_is_what_decode_returns_for_any_bytes(folders):
         # Special tokens, cut-off characters, spaces at the start: what a model may say.
         tokens = random.integers(0, tokenizer.vocab_size, 14).tolist()
         assert "".join(streamed(tokenizer, tokens)) == tokenizer.decode(tokens)
+        assert streamed_in_blocks(tokenizer, tokens, random) == tokenizer.decode(tokens)
 
 
 def test_a_stream_joined_is_what_decode_returns_for_any_pieces(folders):
@@ -157,6 +167,7 @@ def test_a_stream_joined_is_what_decode_returns_for_any_pieces(folders):
         drawn = [[int(x)] if x else snake for x in random.choice(others, 14)]
         tokens = [token for group in drawn for token in group]
         assert "".join(streamed(tokenizer, tokens)) == tokenizer.decode(tokens)
+        assert streamed_in_blocks(tokenizer, tokens, random) == tokenizer.decode(tokens)
 
 
 def test_a_byte_that_is_no_character_costs_a_stream_no_other(folders):
@@ -451,21 +462,6 @@ def test_generate_speaks_the_models_own_tokens(model_folder, checkpoint, capsys)
         assert report["prompt_tokens"] == len(prompt)
         both = tokenizer.decode([*prompt, *expected])
         assert report["text"] == both.removeprefix(tokenizer.decode(prompt))
-
-
-def test_the_readme_loads_a_folder_with_its_tokenizer(model_folder, capsys):
-    """Its five lines, with a folder that is there."""
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    [lines] = [block for block in readme.split("```") if "ffjax.load_tokenizer(" in block]
-    code = lines.removeprefix("python\n").replace('"Llama-3.2-1B"', repr(str(model_folder)))
-    assert code.count(str(model_folder)) == 2
-    assert len(code.splitlines()) == 5
-    exec(code, {"ffjax": ffjax})
-    model, tokenizer = checkpoints.load(model_folder), HFTokenizer.read(model_folder)
-    prompt = tokenizer.encode("The capital of France is")
-    out = ffjax.generate(model, prompt, 50, stop_token=tokenizer.eot_id)
-    assert out.tokens[0]
-    assert capsys.readouterr().out == tokenizer.decode(out.tokens[0]) + "\n"
 
 
 def test_generate_takes_the_prompt_as_a_message(model_folder, checkpoint, capsys):

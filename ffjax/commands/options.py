@@ -14,7 +14,7 @@ import numpy as np
 from ffjax.benchmark.span import Span
 from ffjax.seeds import MAX_SEED
 
-__all__ = ["DTYPES", "number", "seed", "spans", "whole", "wholes"]
+__all__ = ["DTYPES", "number", "seed", "share", "spans", "whole", "wholes"]
 
 DTYPES = ("bfloat16", "float32")
 """What weights can be cast to."""
@@ -86,12 +86,34 @@ def spans(least: int) -> Callable[[str], tuple[Span, ...]]:
     return read
 
 
-def number(least: float, *, above: bool = False) -> Callable[[str], float]:
+def number(least: float | None = None, *, above: bool = False) -> Callable[[str], float]:
     """The type of an option that is a number, one that float32 can hold.
 
     Args:
-        least: the smallest one.
+        least: the smallest one. None: any that float32 can hold.
         above: whether it must be larger than that.
+    """
+    lowest = -_MOST_NUMBER if least is None else least
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value <= _MOST_NUMBER or (above and value == lowest):
+            limit = "" if least is None else f" {'above' if above else 'from'} {least:g}"
+            limit += f", at most {_MOST_NUMBER:.2g}," if value > _MOST_NUMBER else ""
+            raise argparse.ArgumentTypeError(f"a number{limit} is needed, got {text!r}")
+        return value
+
+    return read
+
+
+def share(*, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that is a number from 0 to 1.
+
+    Args:
+        above: whether it must be above 0.
     """
 
     def read(text: str) -> float:
@@ -99,9 +121,8 @@ def number(least: float, *, above: bool = False) -> Callable[[str], float]:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= _MOST_NUMBER or (above and value == least):
-            limit = f"above {least:g}" if above else f"from {least:g}"
-            limit += f", at most {_MOST_NUMBER:.2g}," if value > _MOST_NUMBER else ""
+        if not 0 <= value <= 1 or (above and value == 0):
+            limit = "above 0, at most 1," if above else "from 0 to 1"
             raise argparse.ArgumentTypeError(f"a number {limit} is needed, got {text!r}")
         return value
 

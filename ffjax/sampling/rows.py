@@ -134,7 +134,7 @@ class Rows(NamedTuple):
 
 
 def drawing_gpu(device: Any, implementation: str | None) -> Gpu | None:
-    """The device, where the kernel draws: on a GPU that it knows, and where `DRAW_BY_KERNEL` is set.
+    """The device, where the kernel draws: on a GPU that it knows, if `DRAW_BY_KERNEL` says so.
 
     Args:
         device: a JAX device.

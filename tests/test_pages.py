@@ -1,0 +1,233 @@
+"""The pages of docs/: their commands and their Python run, and what they name is there.
+
+A small model stands in for the one that the pages name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from hf_folders import write_folder
+from hf_models import MODELS
+from talkers import CHATML
+from test_hf_tokenizer import BEGIN, END, KINDS
+
+import ffjax
+from ffjax.arguments import make_parser
+from ffjax.cli import commands, main
+from ffjax.compiled import compiled_programs_kept
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = ROOT / "docs/guide"
+PAGES = sorted(page.stem for page in GUIDE.glob("*.md"))
+EXAMPLES_RUN = "".join(
+    (ROOT / "tests" / name).read_text(encoding="utf-8")
+    for name in ("test_examples.py", "test_export_step.py")
+)
+NAMED = "Llama-3.2-1B-Instruct"
+
+# Of these the options are looked at, and nothing runs: they take a GPU or long, or do not end.
+UNENDING = re.compile(r"^ffjax (bench|tune|fidelity|serve|doctor$|chat --model \S+$|.* -n )")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code of a page, by its language."""
+    path = ROOT / page if page.endswith(".md") else GUIDE / f"{page}.md"
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def lines(page: str) -> list[str]:
+    """The command lines of a page, each as one line but for text in quotes."""
+    joined = "".join(blocks(page, "bash")).replace("\\\n", " ")
+    found, line = [], ""
+    for part in joined.splitlines():
+        line = f"{line}\n{part}" if line else part
+        with contextlib.suppress(ValueError):  # a quotation that has not ended
+            shlex.split(line, comments=True)
+            found.append(line)
+            line = ""
+    assert not line
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with what the pages name."""
+    place = tmp_path_factory.mktemp("pages")
+    tied = MODELS["tied"]
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    settings = {**tied.settings, **sizes, "max_position_embeddings": 4096}
+    model = dataclasses.replace(tied, seed=5, settings={**settings, "num_hidden_layers": 1})
+    folder = write_folder(place / NAMED, model, eos_token_id=1, bos_token_id=0)
+    KINDS["byte_level"]().save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": BEGIN, "eos_token": END, "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (place / "draft.py").write_text("import os\n")
+    (place / "held_out.txt").write_text("def main():\n    return 0\n")
+    (place / "questions.txt").write_text("Who?\nWhy?\n")
+    prompts = [{"prompt": "def ", "temperature": 0.8, "seed": 3}, {"prompt": "class "}]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts))
+    for name in ("checkpoints", "examples"):
+        (place / name).symlink_to(ROOT / name)
+    return place
+
+
+@pytest.fixture
+def here(place, monkeypatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run(page, here, capfd):
+    known = commands()
+    for line in lines(page):
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["pip", "install"]:
+            assert _extras(words[2]) <= _all_extras()
+        elif words[0] == "python" and words[1].startswith("examples/"):
+            assert Path(words[1]).name in EXAMPLES_RUN, line
+        elif UNENDING.search(line):
+            make_parser(known, "").parse_args(words[1:])
+        elif {"|", "<", ">"} & set(words) or words[0] != "ffjax":
+            _run_in_shell(line)
+        else:
+            assert main(words[1:]) == 0, f"{line}\n{capfd.readouterr().err}"
+
+
+def _extras(target: str) -> set[str]:
+    assert target[0] == "."
+    return set(filter(None, target[1:].strip("[]").split(",")))
+
+
+def _all_extras() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return set(project["optional-dependencies"])
+
+
+def _run_in_shell(line: str) -> None:
+    script = f'ffjax() {{ "{sys.executable}" -m ffjax "$@"; }}\n'
+    script += f'python() {{ "{sys.executable}" "$@"; }}\n{line}'
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+def _environment() -> dict[str, str]:
+    # The folder that the tests run in is not the one with the packages.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+@pytest.fixture
+def jax_settings() -> Iterator[None]:
+    """Settings that a page changes, as they were."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.parametrize("page", ["docs/index.md", *sorted(set(PAGES) - {"serve", "bench"})])
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, here, jax_settings):
+    code = blocks(page, "python")
+    assert code
+    # What a page's commands have compiled need not be compiled again.
+    with compiled_programs_kept(print), contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile("\n".join(code), page, "exec"), {})
+    assert out.getvalue().strip() or "print(" not in "".join(code)
+
+
+def _wait_until_ready(url: str) -> None:
+    for _ in range(1200):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
+            return
+        time.sleep(0.1)
+    raise TimeoutError("The server is not ready after two minutes.")
+
+
+def test_a_client_of_the_page_is_served(here):
+    [command] = [line for line in lines("serve") if line.startswith("ffjax serve")]
+    # What it is made smaller by, it compiles less for.
+    small = "--port", "0", "--capacity", "256", "--batch", "1", "--max-logprobs", "0"
+    served = [sys.executable, "-m", *shlex.split(command), *small]
+    with subprocess.Popen(served, env=_environment(), stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            said = ""
+            while (found := re.search(r"http://127\.0\.0\.1:\d+", said)) is None:
+                line = server.stderr.readline()
+                assert line, said
+                said += line
+            _wait_until_ready(found[0])
+            [code] = blocks("serve", "python")
+            assert "http://127.0.0.1:8000/v1" in code
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(code.replace("http://127.0.0.1:8000", found[0]), {})
+            assert "prompt_tokens" in out.getvalue()
+        finally:
+            server.terminate()
+            server.stderr.read()
+            assert server.wait(60) == 0
+
+
+# The reference
+
+
+def test_every_public_name_has_one_place_in_the_reference():
+    texts = [page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference").glob("*.md")]
+    named = re.findall(r"^::: ffjax\.(\w+)$", "\n".join(texts), re.M)
+    assert sorted(named) == sorted(ffjax.__all__)
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("mkdocs", "material", "mkdocstrings_handlers"))),
+    reason="needs the extra docs: pip install '.[docs]'",
+)
+def test_the_site_is_built_without_a_warning(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**_environment(), "NO_MKDOCS_2_WARNING": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    pages: dict[str, Any] = {
+        str(path.relative_to(tmp_path / "site")): path.read_text(encoding="utf-8")
+        for path in (tmp_path / "site").rglob("*.html")
+    }
+    for command in commands():
+        assert f'id="ffjax-{command}"' in pages["reference/commands.html"]
+    for name in ("ffjax.Transformer.last_hidden_state", "ffjax.SamplingParams"):
+        assert any(f'id="{name}"' in page for page in pages.values()), name
+    # A reader's browser asks nobody else for anything.
+    fetched = re.compile(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=\"?https?://")
+    assert [name for name, page in pages.items() if fetched.search(page)] == []
