@@ -33,6 +33,8 @@ WAYS = [
     "stream, greedy, busy reader",
     "generate, temperature 0.8",
     "stream, temperature 0.8",
+    "generate, top-k 50, top-p 0.9",
+    "stream, top-k 50, top-p 0.9",
 ]
 _model = functools.cache(random_model)
 

@@ -27,6 +27,7 @@ from ffjax.generation import generate
 from ffjax.loop import BLOCK, Loop
 from ffjax.model import Transformer
 from ffjax.requests import Request
+from ffjax.sampling.params import SamplingParams
 from ffjax.streaming import stream
 
 __all__ = ["SAMPLERS", "LoopPoint", "LoopReport", "LoopSweep", "Way", "run"]
@@ -34,7 +35,11 @@ __all__ = ["SAMPLERS", "LoopPoint", "LoopReport", "LoopSweep", "Way", "run"]
 # A busy reader leaves the host so much less of a step's time. One that sleeps leaves all of it.
 _BUSY = 0.7
 
-SAMPLERS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 0.8": {"temperature": 0.8}}
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature 0.8": {"temperature": 0.8},
+    "top-k 50, top-p 0.9": {"sampling": SamplingParams(temperature=0.8, top_k=50, top_p=0.9)},
+}
 """How tokens are chosen: arguments of `ffjax.generate` and `ffjax.stream`, by name."""
 
 
