@@ -53,4 +53,4 @@ def test_it_compiles_to_one_launch(name, batch, filters):
     step = jax.jit(lambda *args: draw_tokens(plan, *args), donate_argnums=3)
     with jax.set_mesh(mesh):
         text = step.trace(*args).lower().compile().as_text()
-    assert text.count("custom-call(") == 1
+    assert text is not None and text.count("custom-call(") == 1
