@@ -167,7 +167,7 @@ def test_logits_without_numbers_are_marked_in_their_row_alone(model):
     graph, state = nnx.split(model)
     broken = nnx.merge(graph, state)
     broken.embed[...] = broken.embed[...].at[5].set(jnp.nan)
-    live = LiveBatch(broken, 2, CAPACITY, chunk=32)
+    live = LiveBatch(broken, 2, CAPACITY, chunk=32, ahead=False)
     live.place(0, [1, 2, 3], SamplingParams(bad_token_ids=(5,)))
     live.place(1, [4, 5, 6])
     first = {}
@@ -177,6 +177,21 @@ def test_logits_without_numbers_are_marked_in_their_row_alone(model):
     live.reset()
     assert live.free == (0, 1)
     assert live.decode() is None
+
+
+def test_a_batch_may_compile_what_a_request_needs(model):
+    with compilations() as compiled:
+        live = LiveBatch(model, 2, CAPACITY, ahead=False, chunk=32)
+        assert live.compile_seconds == 0
+        one = Request(prompt(9, 3), SamplingParams(), 5)
+        serve(live, [one])
+        after, spent = len(compiled), live.compile_seconds
+        serve(live, [again := Request(prompt(9, 3), SamplingParams(), 5)])
+        assert (len(compiled), live.compile_seconds) == (after, pytest.approx(spent, abs=0.05))
+        serve(live, [drawn := Request(prompt(9, 3), SamplingParams(temperature=1.0), 5)])
+        assert len(compiled) > after
+    assert one.answer == again.answer == alone(model, one)
+    assert drawn.answer == alone(model, drawn)
 
 
 def test_sizes_that_no_batch_has_are_refused(model):

@@ -66,19 +66,19 @@ class Fed(NamedTuple):
         row: whose.
         fed: tokens in it.
         done: whether the prompt ends with it.
-        made: what came of it, on the device.
+        made: the first new token, on the device; None while there is more to feed.
         params: of the sequence.
     """
 
     row: int
     fed: int
     done: bool
-    made: Made
+    made: Made | None
     params: SamplingParams
 
     def read(self) -> Chosen:
         """The first new token, of a chunk that ends a prompt; waits for the device."""
-        if not self.done:
+        if self.made is None:
             raise ValueError("The first new token comes when the whole prompt has been fed.")
         tokens, logprobs = jax.device_get(self.made)
         return _chosen(Step(tokens.tolist(), logprobs), 0, self.params)
@@ -112,7 +112,7 @@ class _Waiting(NamedTuple):
 
 
 class LiveBatch:
-    """A batch whose sequences come and go, with no program compiled after it was made.
+    """A batch whose sequences come and go, with few programs whatever they ask for.
 
     Its owner places a request in a free row, orders chunks of prompts and blocks of steps, and
     reads them: calls return when the device has its orders, `read` waits. Order the next block
@@ -144,9 +144,10 @@ class LiveBatch:
         prefill: Prefill | None = None,
         max_logprobs: int | None = None,
         chunk: int = 512,
+        ahead: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ):
-        """Makes an empty batch, and compiles all that it may need.
+        """Makes an empty batch.
 
         Args:
             model: the model.
@@ -157,6 +158,8 @@ class LiveBatch:
             max_logprobs: most alternatives whose log-probabilities may be asked for, 0 to 20;
                 None: no request may ask for log-probabilities.
             chunk: most tokens that are fed at a time; for so long the sequences that run wait.
+            ahead: compile all that any request may need now. False: what a request needs, when it
+                is placed.
             say: is told what is being compiled, in a line.
 
         Raises:
@@ -199,9 +202,15 @@ class LiveBatch:
         self.implementation: Implementation = resolve_implementation(
             model, self._state.cache, implementation
         )
-        start = time.perf_counter()
-        self._compile(say)
-        self.compile_seconds = time.perf_counter() - start
+        self._say = say
+        self._decoders: dict[Stages, Any] = {}
+        self._feeders: dict[int, Any] = {}
+        self._first: Any = None
+        self.compile_seconds = 0.0
+        if ahead:
+            self._compile(self._kinds(), self._sizes)
+            with self._settings():
+                self._enter(0, np.zeros(1, np.int32), 0, SamplingParams(), ())
 
     def reset(self) -> None:
         """Empties the batch: no sequence, and a cache that holds nothing."""
@@ -220,26 +229,54 @@ class LiveBatch:
         with jax.default_device(self._device), program_settings():
             yield
 
-    def _compile(self, say: Callable[[str], None]) -> None:
+    def _compile(self, kinds: Sequence[Stages], sizes: Sequence[int]) -> None:
+        """Compiles steps of these kinds and chunks of these sizes, where they are not yet."""
+        start = time.perf_counter()
         with self._settings():
-            self._decoders = {}
-            for stages in self._kinds():
-                say(f"compiling a block of steps{_told(stages)}")
-                self._decoders[stages] = self._programs.decode.get(
-                    *self._decode_args(),
-                    stages=stages,
-                    implementation=self.implementation,
-                )
-            self._feeders = {}
-            for size in self._sizes:
-                say(f"compiling the prefill of {size} tokens")
-                args = self._feed_args(0, np.zeros(1, np.int32), 0, True, size)
-                if self.prefill_implementation == "pallas":
-                    programs, how = self._programs.feed_packed, {"gpu": self._gpu}
-                else:
-                    programs, how = self._programs.feed_padded, {}
-                self._feeders[size] = programs.get(*args, stages=self._all, **how)
-            self._enter(0, np.zeros(1, np.int32), 0, SamplingParams(), ())
+            for stages in kinds:
+                if stages not in self._decoders:
+                    self._say(f"compiling a block of steps{_told(stages)}")
+                    how = {"stages": stages, "implementation": self.implementation}
+                    self._decoders[stages] = self._programs.decode.get(*self._decode_args(), **how)
+            packed = self.prefill_implementation == "pallas"
+            for size in sizes:
+                if size not in self._feeders:
+                    self._say(f"compiling the prefill of {size} tokens")
+                    args = self._feed_args(0, np.zeros(1, np.int32), 0, True, size)
+                    self._feeders[size] = (
+                        self._programs.feed_packed.get(*args, gpu=self._gpu)
+                        if packed
+                        else self._programs.feed_padded.get(*args)
+                    )
+            if self._first is None:
+                self._say("compiling the choice of the first token")
+                args = self._parts.graphdef, self._parts.state, self._state, np.int32(0)
+                how = {"stages": self._all, "normed": not packed}
+                self._first = self._programs.choose_first.get(*args, **how)
+        self.compile_seconds += time.perf_counter() - start
+
+    def prepare(self, left: int, params: SamplingParams) -> None:
+        """Compiles what a request needs, where it is not compiled yet.
+
+        Args:
+            left: how many tokens of its prompt are to be fed.
+            params: its parameters.
+        """
+        self._compile([self._kind_for([params])], sorted(self._sizes_for(left)))
+
+    def _kind_for(self, params: Sequence[SamplingParams]) -> Stages:
+        """The quickest kind of steps that has all stages which some requests need."""
+        needed = Stages.of(params)
+        return next(kind for kind in self._kinds() if _covers(kind, needed))
+
+    def _size_for(self, left: int) -> int:
+        """The size of the next chunk of so many tokens."""
+        return next((size for size in self._sizes if size >= left), self._sizes[-1])
+
+    def _sizes_for(self, left: int) -> set[int]:
+        """The sizes of all of them."""
+        full, rest = divmod(left, self._sizes[-1])
+        return ({self._sizes[-1]} if full else set()) | ({self._size_for(rest)} if rest else set())
 
     def _kinds(self) -> tuple[Stages, ...]:
         """The kinds of steps, the quickest first: each for all that it has the stages for."""
@@ -359,6 +396,7 @@ class LiveBatch:
                 f"Of {len(prompt)} tokens, 0 to {len(prompt) - 1} may be kept, got {keep}."
             )
         own = () if params.ignore_eos else tuple(eos)
+        self.prepare(len(prompt) - keep, params)
         with self._settings():
             self._enter(row, prompt, keep, params, tuple({*own, *params.stop_token_ids}))
         self._params[row] = params
@@ -372,19 +410,22 @@ class LiveBatch:
         row = self._order[0]
         prompt, held = self._waiting[row]
         left = len(prompt) - held
-        size = next((size for size in self._sizes if size >= left), self._sizes[-1])
+        size = self._size_for(left)
         count = min(left, size)
-        ends = count == left
+        ends, made = count == left, None
         with self._settings():
             args = self._feed_args(row, prompt[held : held + count], held, ends, size)
-            self._state, made = self._feeders[size](*args[1:])
+            self._state = self._feeders[size](*args[1:])
+            if ends:
+                self._state, made = self._first(self._parts.state, self._state, np.int32(row))
+                made = made.sent()
         if ends:
             self._order.popleft()
             del self._waiting[row]
             self._running[row] = None
         else:
             self._waiting[row] = _Waiting(prompt, held + count)
-        return Fed(row, count, ends, made.sent(), self._params[row])
+        return Fed(row, count, ends, made, self._params[row])
 
     def decode(self) -> Block | None:
         """Orders a block of steps for all whose prompt has been fed; None where there are none."""
@@ -392,8 +433,7 @@ class LiveBatch:
             return None
         rows = tuple(self._running)
         params = tuple(self._params[row] for row in rows)
-        needed = Stages.of(params)
-        stages = next(kind for kind in self._kinds() if _covers(kind, needed))
+        stages = self._kind_for(params)
         with self._settings():
             self._state, made = self._decoders[stages](*self._decode_args()[1:])
         return Block(rows, made.sent(), params)

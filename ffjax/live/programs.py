@@ -15,7 +15,6 @@ from ffjax.decode import Implementation
 from ffjax.dims import step_dims
 from ffjax.live.state import LiveState, empty_state, entered
 from ffjax.loop import Made, decode_block
-from ffjax.model import Transformer
 from ffjax.prefill.first import first_token
 from ffjax.prefill.packed import feed
 from ffjax.prefill.packing import PackedChunk
@@ -41,17 +40,6 @@ class PaddedChunk(NamedTuple):
     count: Any
 
 
-def _first(model: Transformer, state: LiveState, logits: Array, row: Array, stages: Stages):
-    """Chooses the first token of one sequence, from logits `[1, V]`: state, and what was made."""
-
-    def own(arrays: Any) -> Any:
-        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, 1), arrays)
-
-    choice = first_token(logits, own(state.rows), own(state.history), stages)
-    token = state.token.at[row].set(choice.token[0])
-    return state._replace(token=token, length=state.length.at[row].set(1)), Made.of(choice)
-
-
 def _feed_packed(
     graphdef: Any,
     weights: Any,
@@ -60,25 +48,20 @@ def _feed_packed(
     row: Array,
     *,
     gpu: Gpu,
-    stages: Stages,
-) -> tuple[LiveState, Made]:
-    """Feeds some tokens of a sequence; also the one that follows, should the prompt end here."""
+) -> LiveState:
+    """Feeds some tokens of a sequence."""
     model = nnx.merge(graphdef, weights)
     cache, last = feed(model, state.cache, state.last, chunk, gpu)
-    logits = model.logits_of(lax.dynamic_slice_in_dim(last, row, 1))
-    return _first(model, state._replace(cache=cache, last=last), logits, row, stages)
+    return state._replace(cache=cache, last=last)
 
 
 def _feed_padded(
-    graphdef: Any,
-    weights: Any,
-    state: LiveState,
-    chunk: PaddedChunk,
-    row: Array,
-    *,
-    stages: Stages,
-) -> tuple[LiveState, Made]:
-    """The same, by the reference, on the sequence's own part of the cache."""
+    graphdef: Any, weights: Any, state: LiveState, chunk: PaddedChunk, row: Array
+) -> LiveState:
+    """The same, by the reference, on the sequence's own part of the cache.
+
+    It leaves what the final norm returns; the other leaves what it is given.
+    """
     model = nnx.merge(graphdef, weights)
     cache = state.cache
     own = KVCache(
@@ -87,14 +70,39 @@ def _feed_padded(
         lax.dynamic_slice_in_dim(cache.lengths, row, 1),
         jnp.zeros((mail_words(step_dims(model.config, 1, cache.capacity)),), jnp.int32),
     )
-    logits, own = model(chunk.tokens, own, num_tokens=chunk.count, last_only=True)
+    hidden, own = model.last_hidden_state(chunk.tokens, own, num_tokens=chunk.count, last_only=True)
     cache = KVCache(
         lax.dynamic_update_slice_in_dim(cache.k, own.k, row, axis=1),
         lax.dynamic_update_slice_in_dim(cache.v, own.v, row, axis=1),
         lax.dynamic_update_slice_in_dim(cache.lengths, own.lengths, row, axis=0),
         cache.counters,
     )
-    return _first(model, state._replace(cache=cache), logits, row, stages)
+    return state._replace(cache=cache, last=state.last.at[row].set(hidden[0]))
+
+
+def _choose_first(
+    graphdef: Any, weights: Any, state: LiveState, row: Array, *, stages: Stages, normed: bool
+) -> tuple[LiveState, Made]:
+    """Chooses the first token of a sequence whose prompt has been fed.
+
+    Args:
+        graphdef: the model's structure.
+        weights: its weights.
+        state: the batch.
+        row: int32, which sequence.
+        stages: how the token is chosen.
+        normed: whether what was left of the prompt is behind the final norm.
+    """
+    model = nnx.merge(graphdef, weights)
+
+    def own(arrays: Any) -> Any:
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, 1), arrays)
+
+    last = own(state.last)
+    logits = model.logits(last) if normed else model.logits_of(last)
+    choice = first_token(logits, own(state.rows), own(state.history), stages)
+    token = state.token.at[row].set(choice.token[0])
+    return state._replace(token=token, length=state.length.at[row].set(1)), Made.of(choice)
 
 
 def _decode(
@@ -142,6 +150,7 @@ class LivePrograms(NamedTuple):
     enter: Any
     feed_packed: Programs
     feed_padded: Programs
+    choose_first: Programs
     decode: Programs
 
 
@@ -153,7 +162,7 @@ def live_programs(device: Any) -> LivePrograms:
     def kept(function: Any, *static: str) -> Programs:
         jitted = jax.jit(
             function,
-            static_argnames=("graphdef", "stages", *static),
+            static_argnames=("graphdef", *static),
             donate_argnames=("state",),
             compiler_options=options,
         )
@@ -164,5 +173,6 @@ def live_programs(device: Any) -> LivePrograms:
         enter=jax.jit(entered, donate_argnames=("state",), compiler_options=options),
         feed_packed=kept(_feed_packed, "gpu"),
         feed_padded=kept(_feed_padded),
-        decode=kept(_decode, "implementation"),
+        choose_first=kept(_choose_first, "stages", "normed"),
+        decode=kept(_decode, "stages", "implementation"),
     )

@@ -27,7 +27,8 @@ class LiveState(NamedTuple):
         length: int32 `[B]`, how many tokens the answer holds, `token` included.
         rows: how tokens are chosen, with the arrays of every stage.
         history: what the prompt and the answer hold, `token` not included.
-        last: float32 `[B, D]`, what the last layer returned for the last token of each prompt.
+        last: float32 `[B, D]`, what the last layer returned for the last token of each prompt, or
+            what the final norm made of it.
     """
 
     cache: KVCache

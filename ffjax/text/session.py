@@ -159,9 +159,10 @@ class ChatSession:
                 params, {"max_tokens": room, "min_tokens": min(params.min_tokens, room)}
             )
         self._break_off()
-        batch, compile_seconds = self._batch_for(len(tokens) + (params.max_tokens or 1), params)
+        batch, before = self._batch_for(len(tokens) + (params.max_tokens or 1), params)
         keep = min(_common(self._held, tokens), len(tokens) - 1)
         batch.check(tokens, params)
+        batch.prepare(len(tokens) - keep, params)
         with self._ordered():
             batch.place(_ROW, tokens, params, eos=self._tokenizer.eot_ids, keep=keep)
             self._held = tokens[:keep]
@@ -171,7 +172,7 @@ class ChatSession:
             cached_tokens=keep,
             implementation=batch.implementation,
             prefill=batch.prefill_implementation,
-            compile_seconds=compile_seconds,
+            compile_seconds=batch.compile_seconds - before,
         )
         stream = TextStream(self._pieces(batch, reply), reply.completion)
         self._running = weakref.ref(stream)
@@ -196,14 +197,14 @@ class ChatSession:
         self._batch, self._held = None, []
 
     def _batch_for(self, need: int, params: SamplingParams) -> tuple[LiveBatch, float]:
-        """A batch with room for so many positions, and the seconds spent on compiling it."""
+        """A batch with room for so many positions, and the seconds it had compiled before."""
         tells = params.logprobs is not None
         if (
             self._batch is not None
             and self._batch.capacity >= need
             and (self._max_logprobs is not None or not tells)
         ):
-            return self._batch, 0.0
+            return self._batch, self._batch.compile_seconds
         capacity = max(self._least, self.capacity)
         while capacity < need:
             # Each size is a set of programs of its own.
@@ -212,10 +213,15 @@ class ChatSession:
         logprobs = MAX_LOGPROBS if tells else self._max_logprobs
         self._drop()  # before the next one is made: there may be no room for both
         batch = LiveBatch(
-            self._model, rows=1, capacity=capacity, max_logprobs=logprobs, **self._how
+            self._model,
+            rows=1,
+            capacity=capacity,
+            max_logprobs=logprobs,
+            ahead=False,  # a conversation needs few of the programs
+            **self._how,
         )
         self._batch, self._max_logprobs = batch, logprobs
-        return batch, batch.compile_seconds
+        return batch, 0.0
 
     @contextlib.contextmanager
     def _ordered(self) -> Iterator[None]:
