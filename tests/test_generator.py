@@ -351,3 +351,12 @@ def test_the_completion_has_no_surprises_for_json(generator):
     out = generator.generate("a", DRAWN, logprobs=1)
     assert json.loads(json.dumps(dataclasses.asdict(out)))["tokens"] == out.tokens
     assert checkpoints.SHIPPED_MODEL.exists()
+
+
+def test_a_text_that_ends_early_has_times_of_its_own(generator):
+    short, long = generator.generate(
+        ["import ", "class "],
+        [SamplingParams(max_tokens=3), SamplingParams(max_tokens=200)],
+    )
+    assert (len(short.tokens), len(long.tokens)) == (3, 200)
+    assert 0 < short.decode_seconds < long.decode_seconds

@@ -320,8 +320,11 @@ WRONG = [
     ({"top_k": -2}, ValueError, "top_k must be at least -1, got -2"),
     ({"top_k": 2.5}, TypeError, "top_k is an integer, got 2.5"),
     ({"min_p": 2}, ValueError, "min_p must be from 0 .off. to 1"),
-    ({"repetition_penalty": 0}, ValueError, "repetition_penalty must be above 0"),
-    ({"presence_penalty": np.inf}, ValueError, "presence_penalty must be a number that float32"),
+    ({"repetition_penalty": 0}, ValueError, "repetition_penalty must be from 1e-6 to 1e6"),
+    ({"repetition_penalty": 1e-46}, ValueError, "repetition_penalty must be from 1e-6 to 1e6"),
+    ({"presence_penalty": np.inf}, ValueError, "presence_penalty must be from -1e6 to 1e6"),
+    ({"frequency_penalty": -3e38}, ValueError, "frequency_penalty must be from -1e6 to 1e6"),
+    ({"min_tokens": 2**31}, ValueError, "min_tokens must be at most 2147483647"),
     ({"logit_bias": {-1: 2}}, ValueError, "A token id of logit_bias must be at least 0"),
     ({"logit_bias": {1: "x"}}, TypeError, r"logit_bias\[1\] is a number"),
     ({"logit_bias": 3}, TypeError, "logit_bias maps token ids to numbers, got 3"),
@@ -386,6 +389,22 @@ def test_generation_config_is_read_as_transformers_reads_it():
     )
     with pytest.raises(ValueError, match="top_p must be"):
         read({"do_sample": True, "top_p": 7})
+
+
+def test_numbers_as_large_as_they_may_be_reach_the_device(model):
+    """None is refused by numpy behind the checks."""
+    params = SamplingParams(
+        temperature=3e38,
+        top_k=10**300,
+        min_tokens=2**31 - 1,
+        repetition_penalty=1e6,
+        presence_penalty=-1e6,
+        frequency_penalty=1e6,
+        logit_bias={3: 3.4e38, 4: -3.4e38},
+        stop_token_ids=(5,),
+        seed=2**64 - 1,
+    )
+    assert generate(model, [1, 2], 4, sampling=params).finish_reasons == ["length"]
 
 
 def test_parameters_are_values():

@@ -123,7 +123,9 @@ class LiveBatch:
     A row's cache holds, when n new tokens have been read, the prompt and n - 1 of them. The next
     request in the row may keep as much of that as its own prompt begins with.
 
-    What a sequence draws hangs on its own prompt, parameters and seed, not on those beside it.
+    What a sequence draws hangs on its own prompt, parameters and seed, not on those beside it. In a
+    batch of another size, or behind a cache that was filled in other pieces, its logits may differ
+    in their last bits, and a draw that is as good as even may fall otherwise.
     One thread owns it.
 
     Attributes:

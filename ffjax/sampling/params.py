@@ -21,12 +21,16 @@ MAX_LOGPROBS = 20
 """Most alternatives whose log-probabilities are told at each token."""
 
 _MOST = float(np.finfo(np.float32).max)
+# Logits that are multiplied by so much stay finite, and next to nothing beside others.
+_MOST_PENALTY = 1e6
+_MOST_COUNT = 2**31 - 1  # tokens are counted in int32
 # Beside the range: the numbers that a field takes, as its error calls them.
 _RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (0, _MOST, "0 (greedy) or a positive number that float32 can hold"),
     "min_p": (0, 1, "from 0 (off) to 1"),
-    "presence_penalty": (-_MOST, _MOST, "a number that float32 can hold; 0 is off"),
-    "frequency_penalty": (-_MOST, _MOST, "a number that float32 can hold; 0 is off"),
+    "presence_penalty": (-_MOST_PENALTY, _MOST_PENALTY, "from -1e6 to 1e6; 0 is off"),
+    "frequency_penalty": (-_MOST_PENALTY, _MOST_PENALTY, "from -1e6 to 1e6; 0 is off"),
+    "repetition_penalty": (1e-6, _MOST_PENALTY, "from 1e-6 to 1e6; 1 is off"),
 }
 
 
@@ -52,8 +56,10 @@ class SamplingParams:
         min_p: only tokens are drawn that are at least so many times as likely as the likeliest.
             0: all.
         repetition_penalty: logits of tokens that the prompt or the answer holds are divided by it
-            where they are positive, else multiplied (Keskar et al., arXiv 1909.05858). 1: off.
-        presence_penalty: subtracted from the logits of tokens that the answer holds. 0: off.
+            where they are positive, else multiplied (Keskar et al., arXiv 1909.05858). 1e-6 to
+            1e6; 1: off.
+        presence_penalty: subtracted from the logits of tokens that the answer holds; -1e6 to 1e6.
+            0: off.
         frequency_penalty: the same, times how often it holds them.
         logit_bias: numbers added to logits, by token id.
         bad_token_ids: tokens that never come.
@@ -61,8 +67,8 @@ class SamplingParams:
         stop: texts that end the sequence. They need a tokenizer: `ffjax.Generator` takes them.
         include_stop_str_in_output: whether the text that ended the sequence is returned too.
         ignore_eos: whether tokens that end a text of the model are ordinary ones.
-        seed: of the draws, 0 to 2^64 - 1. The same seed, prompt and parameters draw the same
-            tokens in whatever batch. None: what the caller gives.
+        seed: of the draws, 0 to 2^64 - 1. The noise of a draw hangs on it and on how many tokens
+            the answer has, not on the batch. None: what the caller gives.
         logprobs: tell the log-probability of each chosen token, and of so many likeliest ones, 0
             to 20. They are `log_softmax` of the model's own logits, before any stage. None: none.
 
@@ -98,14 +104,11 @@ class SamplingParams:
         put("top_p", _number("top_p", self.top_p, 0, 1, "above 0, to 1 (off)"))
         if self.top_p == 0:
             raise ValueError("top_p must be above 0, to 1 (off), got 0. For greedy, temperature=0.")
-        name = "repetition_penalty"
-        put(name, _number(name, self.repetition_penalty, 0, _MOST, "above 0; 1 is off"))
-        if self.repetition_penalty == 0:
-            raise ValueError("repetition_penalty must be above 0; 1 is off. Got 0.")
         if self.max_tokens is not None:
             put("max_tokens", _whole("max_tokens", self.max_tokens, 1))
-        put("min_tokens", _whole("min_tokens", self.min_tokens, 0))
-        put("top_k", max(_whole("top_k", self.top_k, -1), 0))
+        put("min_tokens", _whole("min_tokens", self.min_tokens, 0, _MOST_COUNT))
+        # More than there are tokens keeps them all.
+        put("top_k", min(max(_whole("top_k", self.top_k, -1), 0), _MOST_COUNT))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens is at most max_tokens, {self.max_tokens}; got {self.min_tokens}."
@@ -177,11 +180,13 @@ def _number(name: str, value: Any, least: float, most: float, range_: str) -> fl
     return number
 
 
-def _whole(name: str, value: Any, least: int) -> int:
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is an integer, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}; what came is larger.")
     return int(value)
 
 

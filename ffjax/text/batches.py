@@ -72,6 +72,7 @@ class TextBatch(Iterator[list[str | None]]):
         )
         self._writers = [Writer(tokenizer, one.prompt, one.params) for one in self._asked]
         self._ended = [False] * len(self._asked)
+        self._seconds: dict[int, float] = {}  # of the decode steps, of those that have ended
 
     def __iter__(self) -> TextBatch:
         """The batch is its own iterator: it can be run through once."""
@@ -105,6 +106,7 @@ class TextBatch(Iterator[list[str | None]]):
 
     def _end(self, row: int) -> str:
         self._ended[row] = True
+        self._seconds[row] = self._steps.output.decode_seconds
         return self._writers[row].finish()
 
     def close(self) -> None:
@@ -142,7 +144,8 @@ class TextBatch(Iterator[list[str | None]]):
             prefill=out.prefill,
             compile_seconds=out.compile_seconds,
             prefill_seconds=out.prefill_seconds,
-            decode_seconds=out.decode_seconds,
+            # Of this text, and not of the longest beside it.
+            decode_seconds=self._seconds.get(row, out.decode_seconds),
         )
 
 

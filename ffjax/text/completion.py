@@ -29,7 +29,7 @@ class Completion:
             tokens as were asked for, or as there is room for; None: it was broken off.
         stop_reason: the stop string, or the stop token's id; None where neither came.
         logprobs: of each token, where they were asked for; else None.
-        seed: of the draws: with it and the same parameters, the same text comes again.
+        seed: of the draws: the same call with it gives the same text again.
         implementation: which one ran the decode steps; see `ffjax.decode_step`.
         prefill: which one ran the prefill; see `ffjax.generate`.
         compile_seconds: spent on compiling; the other times do not contain it.

@@ -125,8 +125,8 @@ class Generator:
     ) -> Any:
         """Goes on from texts.
 
-        Several prompts run side by side, as many at a time as a kernel takes; each gets the text
-        that it gets alone.
+        Several prompts run side by side, as many at a time as a kernel takes. Each draws with the
+        noise that it has alone; logits of another batch may differ in their last bits.
 
         Args:
             prompts: a text, or several.

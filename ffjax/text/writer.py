@@ -12,6 +12,9 @@ __all__ = ["Writer"]
 
 # Tokens of a prompt that a new one's text may hang on: a word's space, a character cut in two.
 _CONTEXT = 256
+# Of those, the last ones are taken one by one: where a prompt ends inside a character, the whole
+# characters before it have been said then, and are not said again with the text.
+_ONE_BY_ONE = 16
 
 
 class Writer:
@@ -35,7 +38,10 @@ class Writer:
             params: `stop`, `include_stop_str_in_output` and `min_tokens` count here.
         """
         self._decoder = tokenizer.stream()
-        self._decoder.push_all(prompt[-_CONTEXT:])
+        context = [*prompt[-_CONTEXT:]]
+        self._decoder.push_all(context[:-_ONE_BY_ONE])
+        for token in context[-_ONE_BY_ONE:]:
+            self._decoder.push(token)
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._least = params.min_tokens
         self.text = ""
