@@ -183,11 +183,12 @@ def _number(name: str, value: Any, least: float, most: float, range_: str) -> fl
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is an integer, got {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if most is not None and value > most:
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
+    if most is not None and number > most:
         raise ValueError(f"{name} must be at most {most}; what came is larger.")
-    return int(value)
+    return number
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
