@@ -299,6 +299,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "a", "stop": [1]}, "stop", "sequence of texts"),
     ({"prompt": "a", "stop_token_ids": [257]}, "stop_token_ids", "stop_token_ids has 257"),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "maps token ids to numbers"),
+    ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias", r"'9{60}\.\.\.'. A token id is"),
     ({"prompt": "a", "logit_bias": {"257": 1}}, "logit_bias", "logit_bias has 257"),
     ({"prompt": "a", "logit_bias": {"7": "x"}}, "logit_bias", "is a number"),
     ({"prompt": "a", "logit_bias": [1]}, "logit_bias", "an object"),

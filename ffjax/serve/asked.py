@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ffjax.biases import biases_of
 from ffjax.chat_files import choose_template
 from ffjax.config import ModelConfig
 from ffjax.failures import sentence
@@ -212,14 +213,10 @@ def _params(fields: Fields, limits: Limits, logprobs: int | None) -> SamplingPar
 
 
 def _biases(given: Mapping[str, Any], limits: Limits) -> dict[int, Any]:
-    biases: dict[int, Any] = {}
-    for key, value in given.items():
-        if not (key.isascii() and key.isdigit()):
-            raise bad_request(
-                f'logit_bias maps token ids to numbers, as in {{"42": -100}}; got {key!r}.',
-                "logit_bias",
-            )
-        biases[int(key)] = value
+    try:
+        biases = biases_of(given)
+    except ValueError as error:
+        raise bad_request(str(error), "logit_bias") from None
     _check_ids("logit_bias", list(biases), limits)
     return biases
 
