@@ -321,14 +321,35 @@ class Scheduler:
                 row, keep = self._slots.choose(free, job.prompt)
                 self._jobs[row] = job
             keep = keep if self._keep_caches else 0
-            try:
-                # Texts that end a sequence are looked for here; the batch knows tokens alone.
-                params = dataclasses.replace(job.params, stop=())
-                self._batch.place(row, job.prompt, params, eos=job.eos, keep=keep)
-            except (ValueError, TypeError, NotImplementedError) as error:
+            if (refusal := self._place(row, job, keep)) is not None:
                 with self._changed:
                     self._jobs[row] = None
-                self._fail(job, bad_request(sentence(error)))
+    def _place(self, row: int, job: Job, keep: int) -> ApiError | None:
+        """Places a job; what goes wrong before the device has an order is its own failure."""
+        assert self._batch is not None
+        try:
+            # Texts that end a sequence are looked for here; the batch knows tokens alone.
+            params = dataclasses.replace(job.params, stop=())
+            self._batch.check(job.prompt, params)
+        except Exception as error:
+            return self._own_failure(error)
+        try:
+            self._batch.place(row, job.prompt, params, eos=job.eos, keep=keep)
+        except NotImplementedError as error:
+            return self._own_failure(error)
+        except (RuntimeError, MemoryError):  # JAX's of a device, which may hold half a request
+            raise
+        except Exception as error:
+            return self._own_failure(error)
+        return None
+
+    def _own_failure(self, error: Exception) -> ApiError:
+        if isinstance(error, ValueError | TypeError | NotImplementedError):
+            return bad_request(sentence(error))
+        self._on_error(error)
+        return server_error(f"The request cannot be run: {sentence(error)}", "internal_error")
+
+                self._fail(job, refusal)
                 continue
             self._slots.entered(row)
             job.cached = job.fed = keep
