@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import ipaddress
@@ -30,6 +31,20 @@ __all__ = ["Options", "Server", "bound", "is_local"]
 
 _BACKLOG = 512
 # Beyond what running answers are given: the last of them is written, connections are closed.
+# Requests that are read, refused or answered while as many as may wait do: each has a body.
+_BESIDE_QUEUE = 256
+# Connections may be idle, too.
+_CONNECTIONS = 1024
+# Of a line that quotes a request.
+_LONGEST_LINE = 1500
+_ANOTHER_PORT = "Give another --port, or 0 for any that is free; or see what else uses it."
+_ADVICE = {
+    errno.EADDRNOTAVAIL: (
+        "That is no address of this machine. Give --host one of its own, 127.0.0.1 for this "
+        "machine alone, or 0.0.0.0 for all of its addresses."
+    ),
+    errno.EACCES: "Ports below 1024 are the administrator's. Give another --port, from 1024.",
+}
 _LAST_SECONDS = 2.0
 # How long a thread may hold Python while another waits for it. By Python's 5 ms the device would
 # wait for blocks of steps that take less.
@@ -90,8 +105,9 @@ def bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise ValueError(
+        advice = _ADVICE.get(error.errno or 0, _ANOTHER_PORT)
             f"A server cannot be bound to {host}, port {port}: {(error.strerror or '').lower()}. "
-            "Give another --port, or 0 for any that is free; or see what else uses it."
+            f"{advice}"
         ) from None
     return sock
 
