@@ -107,6 +107,7 @@ def test_sigterm_lets_the_shipped_models_answer_end_which_is_that_of_generate():
         assert said[-1].finish_reason == "length"
         assert server.ended() == 0
         assert "200 new" in server.wait("/v1/completions: ")
+        assert "a chat page needs a model with a chat template" in server.wait("Ready: ")
         assert server.lines[-1] == "ffjax serve: Ended.\n"
         assert not any("Traceback" in line for line in server.lines)
     tokens = ByteTokenizer().encode(PROMPT)
