@@ -25,12 +25,12 @@ from ffjax.serve.handlers import Endpoint
 from ffjax.serve.metrics import Metrics
 from ffjax.serve.scheduler import Scheduler, State
 from ffjax.serve.token_text import TokenTexts
+from ffjax.shortened import shortened
 from ffjax.tokenizer import Tokenizer
 
 __all__ = ["Options", "Server", "bound", "is_local"]
 
 _BACKLOG = 512
-# Beyond what running answers are given: the last of them is written, connections are closed.
 # Requests that are read, refused or answered while as many as may wait do: each has a body.
 _BESIDE_QUEUE = 256
 # Connections may be idle, too.
@@ -45,6 +45,7 @@ _ADVICE = {
     ),
     errno.EACCES: "Ports below 1024 are the administrator's. Give another --port, from 1024.",
 }
+# Beyond what running answers are given: the last of them is written, connections are closed.
 _LAST_SECONDS = 2.0
 # How long a thread may hold Python while another waits for it. By Python's 5 ms the device would
 # wait for blocks of steps that take less.
@@ -104,8 +105,8 @@ def bound(host: str, port: int) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise ValueError(
         advice = _ADVICE.get(error.errno or 0, _ANOTHER_PORT)
+        raise ValueError(
             f"A server cannot be bound to {host}, port {port}: {(error.strerror or '').lower()}. "
             f"{advice}"
         ) from None
@@ -178,6 +179,8 @@ class Server:
                 tokenizer=tokenizer,
                 defaults=defaults,
                 capacity=self.scheduler.batch.capacity,
+                rows=self.scheduler.batch.rows,
+                max_queue=options.max_queue,
                 max_logprobs=options.max_logprobs,
             )
 
@@ -193,6 +196,7 @@ class Server:
             self.metrics,
             name=options.name,
             api_key=options.api_key,
+            most=_BESIDE_QUEUE + options.max_queue,
             say=say,
             on_error=on_error,
         )
@@ -209,6 +213,8 @@ class Server:
                 server_header=False,
                 # Longer than clients keep idle connections, so that it is they who close them.
                 timeout_keep_alive=75,
+                # The routes turn requests away before this, in OpenAI's form.
+                limit_concurrency=_CONNECTIONS + options.max_queue,
                 timeout_graceful_shutdown=int(options.grace + _LAST_SECONDS + 1),
             )
         )
@@ -301,8 +307,13 @@ def _version() -> str:
 
 
 def _printable(say: Callable[[str], None]) -> Callable[[str], None]:
-    """For lines that quote a request: what it says stays in its line."""
-    return lambda text: say("".join(x if x.isprintable() else "\ufffd" for x in text))
+    """For lines that quote a request: what it says stays in its line, which has an end."""
+
+    def printable(text: str) -> None:
+        text = shortened(text, _LONGEST_LINE)
+        say("".join(x if x.isprintable() else "\ufffd" for x in text))
+
+    return printable
 
 
 class _Uvicorn(uvicorn.Server):
