@@ -177,8 +177,7 @@ class HFTokenizer:
             continue_final_message=continue_final_message,
             variables=variables,
         )
-        # The template writes BOS itself where there is to be one.
-        return self._encode(text, special=False).ids
+        return self.encode_rendered(text)
 
     def render(
         self,
@@ -201,6 +200,14 @@ class HFTokenizer:
             continue_final_message=continue_final_message,
             variables={**self.special_tokens, **(variables or {})},
         )
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The token ids of a text that `render` gave: it has BOS itself where there is to be one.
+
+        Raises:
+            ValueError: the text holds a lone surrogate, which UTF-8 cannot express.
+        """
+        return self._encode(text, special=False).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids. Special tokens have none, nor has a padded vocabulary's end.

@@ -116,6 +116,10 @@ class FakeBatch:
     def fault(self) -> str | None:
         return None
 
+    def check(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        if len(tokens) + 1 > self.capacity:
+            raise ValueError("too long")
+
     def place(
         self,
         row: int,
@@ -129,8 +133,7 @@ class FakeBatch:
         assert self._rows[row] is None, f"row {row} is taken"
         assert params.seed is not None and params.max_tokens is not None and not params.stop
         tokens = list(tokens)
-        if len(tokens) + 1 > self.capacity:
-            raise ValueError("too long")
+        self.check(tokens, params)
         assert 0 <= keep < len(tokens)
         assert self._caches[row][:keep] == tokens[:keep], "the cache holds something else"
         self._rows[row] = _Row(tokens, params, keep)

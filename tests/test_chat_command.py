@@ -90,10 +90,14 @@ def test_what_options_refuse(chat, options, words):
     assert len(err.strip().splitlines()) == 1
 
 
-def test_settings_of_the_sampling_are_refused_in_a_sentence(chat):
-    code, out, err = chat("/set temperature -1\nhello\n")
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("temperature -1", "temperature"), ('logit_bias {"x": 1}', "maps token ids to numbers")],
+)
+def test_settings_of_the_sampling_are_refused_in_a_sentence(chat, setting, words):
+    code, out, err = chat(f"/set {setting}\nhello\n")
     assert (code, out) == (2, "")
-    assert "temperature" in err
+    assert words in err
     assert "Traceback" not in err
 
 

@@ -179,17 +179,19 @@ def test_lines_of_json_have_options_of_their_own(talker, capsys, tmp_path):
         {"prompt": "hello", "id": "first", "temperature": 0.9, "seed": 3, "max_tokens": 4},
         {"messages": [{"role": "user", "content": "hello"}], "logit_bias": {"7": 50}},
         {"prompt": "world", "stop": ["\n"], "logprobs": 1},
+        {"prompt": "world", "max_tokens": None, "logit_bias": None},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     reports = _reports(
         capsys, "--model", talker, "--prompts", str(tmp_path / "p.jsonl"), "--greedy"
     )
-    assert [one.get("id") for one in reports] == ["first", None, None]
-    assert ["logprobs" in one for one in reports] == [False, False, True]
+    assert [one.get("id") for one in reports] == ["first", None, None, None]
+    assert ["logprobs" in one for one in reports] == [False, False, True, False]
     generator = Generator.load(talker, sampling=SamplingParams(seed=0, max_tokens=9))
     first = generator.generate("hello", temperature=0.9, seed=3, max_tokens=4)
     assert reports[0]["tokens"] == first.tokens
     assert reports[1]["tokens"] == [7] * 9
+    assert reports[3]["tokens"] == generator.generate("world").tokens
 
 
 def test_several_texts_of_a_prompt(path, capsys, tmp_path):
@@ -243,7 +245,7 @@ def test_a_folder_of_messages_only_needs_no_chat_option(talker, capsys, tmp_path
         (b'{"prompt": "a", "top_p": 3}', "Line 1 of FILE: top_p must be above 0"),
         (b'{"prompt": "a", "seed": "x"}', "Line 1 of FILE: A seed is an integer"),
         (b'{"prompt": "a"}\n{"prompt": ""}', "Line 2 of FILE is empty, and this model's"),
-        (b'{"prompt": "a", "logit_bias": {"x": 1}}', "Line 1 of FILE: A token id of logit_bias"),
+        (b'{"prompt": "a", "logit_bias": {"x": 1}}', "Line 1 of FILE: logit_bias maps token"),
         (b'{"prompt": "a", "stop_token_ids": [257]}', "Line 1 of FILE: stop_token_ids"),
         (b'{"prompt": "a", "max_tokens": 400}', "Line 1 of FILE: A prompt of 1 token and 400"),
         (b"ab\n" + b"a" * 400, "Line 2 of FILE: A prompt of 400 tokens and 1 new ones need 401"),

@@ -255,6 +255,64 @@ def test_a_batch_that_fails_is_made_anew_and_those_that_wait_go_on(start):
     assert "The batch failed" in said[0] and "goes on" in said[1]
 
 
+@pytest.mark.parametrize("where", ["check", "place"])
+@pytest.mark.parametrize(
+    ("error", "status"), [(OverflowError("too large"), 500), (ValueError("A bad one."), 400)]
+)
+def test_a_request_that_cannot_be_placed_fails_alone(start, where, error, status):
+    batches: list[FakeBatch] = []
+
+    class Batch(FakeBatch):
+        def check(self, tokens, params):
+            if where == "check" and params.seed == 13:
+                raise error
+            super().check(tokens, params)
+
+        def place(self, row, tokens, params, **how):
+            if params.seed == 13:
+                raise error
+            super().place(row, tokens, params, **how)
+
+    def make() -> FakeBatch:
+        batches.append(Batch(step_seconds=0.001))
+        return batches[-1]
+
+    scheduler = start(make)
+    running, broken = Reader("a", max_tokens=300, ignore_eos=True), Reader("b", seed=13)
+    scheduler.submit([running.job])
+    until(lambda: running.events)
+    after = Reader("c")
+    scheduler.submit([broken.job, after.job])
+    failed = broken.end()
+    assert isinstance(failed, ApiError) and failed.status == status
+    for reader in (running, after):
+        assert isinstance(reader.end(), Ended) and reader.text == reader.expected
+    assert len(batches) == 1 and scheduler.state == "ready"
+    until(lambda: scheduler._running == 0)
+
+
+def test_a_device_that_fails_while_a_request_is_placed_is_the_batchs_failure(start):
+    batches: list[FakeBatch] = []
+
+    class Batch(FakeBatch):
+        def place(self, row, tokens, params, **how):
+            super().place(row, tokens, params, **how)
+            if params.seed == 13:
+                raise RuntimeError("the device has gone")
+
+    def make() -> FakeBatch:
+        batches.append(Batch())
+        return batches[-1]
+
+    scheduler = start(make)
+    broken = Reader("b", seed=13)
+    scheduler.submit([broken.job])
+    failed = broken.end()
+    assert isinstance(failed, ApiError) and failed.code == "batch_failed"
+    until(lambda: scheduler.state == "ready")
+    assert len(batches) == 2
+
+
 def test_a_batch_that_fails_again_and_again_is_the_end_and_says_so(start):
     def make() -> FakeBatch:
         batch = FakeBatch()

@@ -281,6 +281,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": [1, 300]}, "prompt", "Token ids .* are 0 to 256; the prompt has 300 at index 1"),
     ({"prompt": [2**70]}, "prompt", "are 0 to 256"),
     ({"prompt": "a" * 512}, None, "has 512 tokens, and a prompt and its answer have 512 positions"),
+    ({"prompt": "a" * 65537}, "prompt", "up to 65536 characters here, .* this one has 65537"),
     ({"prompt": "a" * 500, "max_tokens": 13}, "max_tokens", "513 positions, and there are 512"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens", "from 1"),
     ({"prompt": "a", "max_tokens": "9"}, "max_tokens", 'a whole number, got "9"'),
@@ -297,8 +298,11 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "a", "ignore_eos": 1}, "ignore_eos", "true or false, got 1"),
     ({"prompt": "a", "stop": ""}, "stop", "at least one character"),
     ({"prompt": "a", "stop": [1]}, "stop", "sequence of texts"),
+    ({"prompt": "a", "stop": ["x"] * 65}, "stop", "one of up to 64 texts; stop has 65"),
+    ({"prompt": "a", "stop": ["b", "x" * 1001]}, "stop", "up to 1000 characters; .* one of 1001"),
     ({"prompt": "a", "stop_token_ids": [257]}, "stop_token_ids", "stop_token_ids has 257"),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "maps token ids to numbers"),
+    ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias", r"'9{60}\.\.\.'. A token id is"),
     ({"prompt": "a", "logit_bias": {"257": 1}}, "logit_bias", "logit_bias has 257"),
     ({"prompt": "a", "logit_bias": {"7": "x"}}, "logit_bias", "is a number"),
     ({"prompt": "a", "logit_bias": [1]}, "logit_bias", "an object"),
@@ -332,6 +336,71 @@ def test_what_is_wrong_with_a_request_is_a_sentence(client, body, param, words):
     assert error.body["message"].endswith((".", "?"))
 
 
+def test_more_texts_than_can_be_queued_are_refused_before_any_is_read(running, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "encode", None)
+    body = {"prompt": ["a"] * 2048, "n": 128}
+    status, _, answer = send(running, "/v1/completions", body)
+    message = answer["error"]["message"]
+    assert status == 400 and "up to 16 texts" in message and "asks for 262144" in message
+
+
+LONG = "z" * 100_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {LONG: 1},
+        {"model": LONG},
+        {"stream": True, "stream_options": {LONG: 1}},
+        {"logit_bias": {LONG: 1}},
+        {"temperature": LONG},
+        {"prompt": {LONG: 1}},
+    ],
+)
+def test_what_a_request_says_is_quoted_in_part(running, body):
+    before = len(running.lines)
+    _, _, answer = send(running, "/v1/completions", {"prompt": "a"} | body)
+    assert "zzz" in answer["error"]["message"] and len(str(answer)) < 1200
+    until(lambda: any("zzz" in line for line in running.lines[before:]))
+    assert max(map(len, running.lines)) < 2000
+
+
+def test_long_paths_and_bodies(running):
+    for path in (f"/{LONG[:9000]}", f"/v1/models/{LONG[:9000]}"):
+        status, _, answer = send(running, path, method="GET")
+        assert status == 404 and len(str(answer)) < 500
+    status, _, answer = send(running, "/v1/completions", b" " * (8 << 20) + b"{}")
+    assert status == 413 and "up to 8388608 bytes" in answer["error"]["message"]
+
+
+def test_a_files_least_tokens_yield_to_a_requests_most():
+    with serving(defaults=SamplingParams(min_tokens=30)) as running:
+        client = running.client()
+        usage = client.completions.create(model=NAME, prompt="ab", max_tokens=5).usage
+        assert usage is not None and usage.completion_tokens == 5
+        with pytest.raises(openai.BadRequestError, match="min_tokens is at most"):
+            client.completions.create(
+                model=NAME, prompt="ab", max_tokens=5, extra_body={"min_tokens": 6}
+            )
+
+
+def test_too_many_requests_at_a_time_are_told_so(monkeypatch):
+    monkeypatch.setattr("ffjax.serve.server._BESIDE_QUEUE", 0)
+    with serving(lambda: FakeBatch(step_seconds=0.002), max_queue=1) as running:
+        client = running.client()
+        busy = client.completions.create(
+            model=NAME, prompt="a", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(busy)
+        status, headers, answer = send(running, "/v1/completions", {"prompt": "b"})
+        assert (status, answer["error"]["code"]) == (503, "overloaded")
+        assert headers["retry-after"] == "1" and "up to 1 requests" in answer["error"]["message"]
+        assert send(running, "/health", method="GET")[0] == 200
+        assert "".join(chunk.choices[0].text for chunk in busy)
+        until(lambda: send(running, "/v1/completions", {"prompt": "b"})[0] == 200)
+
+
 def test_another_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError, match=f"This server has '{NAME}'") as refused:
         client.completions.create(model="gpt-4", prompt="a")
@@ -363,6 +432,7 @@ def test_a_body_that_is_no_json(running, body, words):
 def test_what_is_not_there_is_said_in_the_same_form(running):
     status, _, answer = send(running, "/v1/embeddings", {})
     assert status == 404 and "/v1/chat/completions" in answer["error"]["message"]
+    assert "/v1/models/NAME" in answer["error"]["message"]
     status, headers, answer = send(running, "/v1/completions", None, "GET")
     assert (
         status == 405 and headers["allow"] == "POST" and "takes POST" in answer["error"]["message"]

@@ -254,6 +254,11 @@ def test_what_else_a_template_takes(client, tokenizer):
         ),
         ({"messages": SAID, "max_tokens": 600}, "max_tokens", "and there are 512"),
         ({"messages": [*SAID, {"role": "user", "content": "x" * 600}]}, None, "512 positions"),
+        (
+            {"messages": [*SAID, {"role": "user", "content": "x" * 66_000}]},
+            "messages",
+            "up to 65536 characters here",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_chat_is_a_sentence(client, body, param, words):

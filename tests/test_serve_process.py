@@ -107,6 +107,7 @@ def test_sigterm_lets_the_shipped_models_answer_end_which_is_that_of_generate():
         assert said[-1].finish_reason == "length"
         assert server.ended() == 0
         assert "200 new" in server.wait("/v1/completions: ")
+        assert "a chat page needs a model with a chat template" in server.wait("Ready: ")
         assert server.lines[-1] == "ffjax serve: Ended.\n"
         assert not any("Traceback" in line for line in server.lines)
     tokens = ByteTokenizer().encode(PROMPT)
@@ -160,7 +161,7 @@ def test_a_port_that_is_taken(capsys, folder):
     ("more", "words"),
     [
         (["--host", "no such host"], "--host is a name or an address of this machine"),
-        (["--host", "192.0.2.1"], "cannot be bound to 192.0.2.1"),
+        (["--host", "192.0.2.1"], "no address of this machine. Give --host one of its own"),
         (["--port", "65536"], "--port: a whole number from 0 to 65535"),
         (["--batch", "9"], "--batch: a whole number from 1 to 8"),
         (["--batch", "0"], "--batch: a whole number from 1 to 8"),

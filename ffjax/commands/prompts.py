@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ffjax.biases import biases_of
 from ffjax.sampling.params import SamplingParams
 
 __all__ = ["Prompt", "add_prompts", "read_prompts", "read_text"]
@@ -157,16 +158,11 @@ def _object(line: str, number: int, name: str) -> Prompt:
         if key not in _FIELDS and key not in _OTHERS:
             known = ", ".join([*_OTHERS, *sorted(_FIELDS)])
             raise ValueError(f"{where} has a field {key!r}; there are {known}.")
-    options = {
-        # JSON has text as keys.
-        key: _biases(value) if key == "logit_bias" else value
-        for key, value in data.items()
-        if key in _FIELDS
-    }
+    # A field that is null is as good as absent.
+    options = {key: value for key, value in data.items() if key in _FIELDS and value is not None}
+    if isinstance(biases := options.get("logit_bias"), dict):
+        try:
+            options["logit_bias"] = biases_of(biases)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return Prompt(where, text, messages, tools, options, number, data.get("id"))
-
-
-def _biases(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {int(key) if key.isdecimal() else key: bias for key, bias in value.items()}

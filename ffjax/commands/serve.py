@@ -163,13 +163,17 @@ def run(args: argparse.Namespace) -> int:
         host, port = sock.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
+        page = f", the chat page {url}/"
+        if not getattr(tokenizer, "chat_templates", None):
+            page = f"; a chat page needs a model with a chat template, and {name} has none"
+
         def ready(batch: Batch) -> None:
             how = getattr(batch, "implementation", "")
             seconds = getattr(batch, "compile_seconds", 0.0)
             _say(
                 f"Ready: {name}, {batch.rows} texts at a time of {batch.capacity} positions, with "
                 f"{how!r} on {device_of(model).device_kind} (compiling took {seconds:.1f} s). The "
-                f"endpoint is {url}/v1, the chat page {url}/."
+                f"endpoint is {url}/v1{page}."
             )
 
         _say(f"Where a request does not say how tokens are chosen: {described(defaults)}.")

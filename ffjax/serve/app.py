@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ffjax.failures import sentence
 from ffjax.serve.answers import as_json
-from ffjax.serve.errors import ApiError, server_error
+from ffjax.serve.errors import ApiError, server_error, unavailable
 from ffjax.serve.handlers import Endpoint, error_response
 from ffjax.serve.metrics import CONTENT_TYPE, Metrics
+from ffjax.shortened import shortened
 
 __all__ = ["make_app"]
 
@@ -39,6 +40,7 @@ def make_app(
     *,
     name: str,
     api_key: str | None,
+    most: int,
     say: Callable[[str], None],
     on_error: Callable[[BaseException], None],
 ) -> ASGIApp:
@@ -49,6 +51,7 @@ def make_app(
         metrics: counts.
         name: of the model.
         api_key: what requests to `/v1` must show. None: nothing.
+        most: requests to `/v1` that are answered at the same time; others are turned away.
         say: takes lines about the server.
         on_error: is shown what went wrong.
     """
@@ -69,7 +72,7 @@ def make_app(
         if asked != name:
             raise ApiError(
                 404,
-                f"The model {asked!r} does not exist. This server has {name!r}.",
+                f"The model {shortened(asked)!r} does not exist. This server has {name!r}.",
                 param="model",
                 code="model_not_found",
             )
@@ -101,6 +104,7 @@ def make_app(
         Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
     ]
     paths = [route.path for route in routes]
+    known = [path.replace("{name:path}", "NAME") for path in paths]
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -113,12 +117,12 @@ def make_app(
 
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        path, status = request.url.path, error.status_code
+        path, status = shortened(request.url.path), error.status_code
         if status == 404:
-            message = f"There is no {path} here. There are {', '.join(paths)}."
+            message = f"There is no {path} here. There are {', '.join(known)}."
         elif status == 405:
             allowed = (error.headers or {}).get("Allow", "another method")
-            message = f"{path} takes {allowed}; got {request.method}."
+            message = f"{path} takes {allowed}; got {shortened(request.method)}."
         else:
             message = str(error.detail)
         response = error_response(ApiError(status, message))
@@ -127,7 +131,8 @@ def make_app(
 
     handlers = {ApiError: refused, HTTPException: of_http, Exception: defect}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    return _Front(app, metrics, api_key, {path for path in paths if "{" not in path}, say)
+    counted = {path for path in paths if "{" not in path}
+    return _Front(app, metrics, api_key, counted, most, say)
 
 
 def _json(value: Any, **how: Any) -> Response:
@@ -143,9 +148,11 @@ class _Front:
         metrics: Metrics,
         api_key: str | None,
         paths: set[str],
+        most: int,
         say: Callable[[str], None],
     ):
         self._app, self._metrics, self._paths, self._say = app, metrics, paths, say
+        self._most, self._answering = most, 0
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -159,6 +166,8 @@ class _Front:
                 status.append(message["status"])
             await send(message)
 
+        is_v1 = scope["path"].startswith("/v1")
+        self._answering += is_v1
         try:
             if (refusal := self._refusal(scope)) is not None:
                 await error_response(refusal)(scope, receive, counted)
@@ -167,12 +176,22 @@ class _Front:
         except Exception as error:  # a defect of ours, which was answered: the others go on
             self._say(f"{scope['path']}: {sentence(error)}")
         finally:
+            self._answering -= is_v1
             path = scope["path"] if scope["path"] in self._paths else "other"
             if status:
                 self._metrics.answered(path, status[0])
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        if self._key is None or not scope["path"].startswith("/v1"):
+        if not scope["path"].startswith("/v1"):
+            return None
+        if self._answering > self._most:
+            return unavailable(
+                f"The server answers up to {self._most} requests at the same time. Try again in a "
+                "moment.",
+                "overloaded",
+                1,
+            )
+        if self._key is None:
             return None
         given = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, key = given.partition(b" ")

@@ -10,14 +10,16 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ffjax.biases import biases_of
 from ffjax.chat_files import choose_template
 from ffjax.config import ModelConfig
 from ffjax.failures import sentence
 from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.sampling.params import SamplingParams
 from ffjax.seeds import MAX_SEED
-from ffjax.serve.errors import ApiError, bad_request
+from ffjax.serve.errors import ApiError, bad_request, too_many_texts
 from ffjax.serve.fields import CHAT, COMPLETION, Fields, wrong_kind
+from ffjax.shortened import shortened
 from ffjax.tokenizer import Tokenizer, check_known
 
 __all__ = ["Asked", "Limits", "asked_chat", "asked_completion"]
@@ -25,6 +27,10 @@ __all__ = ["Asked", "Limits", "asked_chat", "asked_completion"]
 _COMPLETION_TOKENS = 16  # as OpenAI's endpoint and vLLM's have it
 _MOST_TEXTS = 128
 _MOST_PROMPTS = 2048
+# No token of a known tokenizer is longer: Llama 3's longest has 128 spaces.
+_TOKEN_CHARACTERS = 128
+_MOST_STOPS = 64
+_LONGEST_STOP = 1000
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Fields of `SamplingParams` that are read as they come, by name.
 _SAMPLING = (
@@ -44,6 +50,8 @@ class Limits:
         tokenizer: the model's.
         defaults: how tokens are chosen where a request does not say.
         capacity: positions for a prompt and its answer.
+        rows: texts that are written side by side.
+        max_queue: texts that may wait for a row.
         max_logprobs: most alternatives told at a token.
     """
 
@@ -52,6 +60,8 @@ class Limits:
     tokenizer: Tokenizer
     defaults: SamplingParams
     capacity: int
+    rows: int
+    max_queue: int
     max_logprobs: int
 
 
@@ -116,6 +126,7 @@ def asked_chat(body: Mapping[str, Any], limits: Limits) -> Asked:
     """
     fields = Fields(body, CHAT, "/v1/chat/completions")
     _check_model(fields, limits)
+    _check_count(fields, limits, 1)
     prompt = _conversation(fields, limits)
     top = fields.whole("top_logprobs", 0, limits.max_logprobs, 0)
     told = fields.get("logprobs", bool, False)
@@ -145,13 +156,14 @@ def _asked(
     logprobs: int | None,
     echo: list[str] | None,
 ) -> Asked:
-    n = fields.whole("n", 1, _MOST_TEXTS, 1)
+    n = _texts_each(fields)
     stream = fields.get("stream", bool, False)
     options = fields.get("stream_options", dict, {})
     if options and not stream:
         raise bad_request("stream_options needs stream: true.", "stream_options")
     for name in options:
         if name not in ("include_usage", "include_obfuscation"):
+            name = shortened(name)
             raise bad_request(
                 f"stream_options has include_usage, and no {name}.", f"stream_options.{name}"
             )
@@ -165,16 +177,28 @@ def _asked(
     for i, prompt in enumerate(prompts):
         what = "The prompt" if len(prompts) == 1 else f"Prompt {i}"
         count = _count(limits, what, len(prompt), asked_for, default, most)
-        if base.min_tokens > count:
+        if "min_tokens" in fields and base.min_tokens > count:
             raise bad_request(
                 f"min_tokens is at most {most}, here {count}; got {base.min_tokens}.", "min_tokens"
             )
         for k in range(n):
             own = secrets.randbits(64) if seed is None else (seed + k) % (MAX_SEED + 1)
-            params.append(dataclasses.replace(base, max_tokens=count, seed=own))
+            least = min(base.min_tokens, count)  # the model's own may be more than is asked for
+            params.append(dataclasses.replace(base, max_tokens=count, min_tokens=least, seed=own))
     return Asked(
         chat=chat, prompts=prompts, n=n, params=params, echo=echo, stream=stream, usage=usage
     )
+
+
+def _texts_each(fields: Fields) -> int:
+    return fields.whole("n", 1, _MOST_TEXTS, 1)
+
+
+def _check_count(fields: Fields, limits: Limits, prompts: int) -> None:
+    """Refuses more texts than can be queued, before anything is done for them."""
+    asked = prompts * _texts_each(fields)
+    if asked > limits.rows + limits.max_queue:
+        raise too_many_texts(asked, limits.rows, limits.max_queue)
 
 
 def _check_model(fields: Fields, limits: Limits) -> None:
@@ -182,7 +206,7 @@ def _check_model(fields: Fields, limits: Limits) -> None:
     if name != limits.name:
         raise ApiError(
             404,
-            f"The model {name!r} does not exist. This server has {limits.name!r}.",
+            f"The model {shortened(name)!r} does not exist. This server has {limits.name!r}.",
             param="model",
             code="model_not_found",
         )
@@ -200,6 +224,7 @@ def _params(fields: Fields, limits: Limits, logprobs: int | None) -> SamplingPar
             given[name] = fields.get(name, int)
     if "ignore_eos" in given:
         given["ignore_eos"] = fields.get("ignore_eos", bool)
+    _check_stops(given.get("stop"))
     for name in given:  # each by itself, so that an error names the field
         try:
             SamplingParams(**{name: given[name]})
@@ -211,15 +236,27 @@ def _params(fields: Fields, limits: Limits, logprobs: int | None) -> SamplingPar
     return dataclasses.replace(base, **given, logprobs=logprobs)
 
 
+def _check_stops(given: Any) -> None:
+    """Each new token of an answer is compared with all of them."""
+    stops = given if isinstance(given, list) else [given]
+    if len(stops) > _MOST_STOPS:
+        raise bad_request(
+            f"A sequence ends at one of up to {_MOST_STOPS} texts; stop has {len(stops)}.", "stop"
+        )
+    longest = max((len(one) for one in stops if isinstance(one, str)), default=0)
+    if longest > _LONGEST_STOP:
+        raise bad_request(
+            f"A text that ends a sequence has up to {_LONGEST_STOP} characters; stop has one of "
+            f"{longest}.",
+            "stop",
+        )
+
+
 def _biases(given: Mapping[str, Any], limits: Limits) -> dict[int, Any]:
-    biases: dict[int, Any] = {}
-    for key, value in given.items():
-        if not (key.isascii() and key.isdigit()):
-            raise bad_request(
-                f'logit_bias maps token ids to numbers, as in {{"42": -100}}; got {key!r}.',
-                "logit_bias",
-            )
-        biases[int(key)] = value
+    try:
+        biases = biases_of(given)
+    except ValueError as error:
+        raise bad_request(str(error), "logit_bias") from None
     _check_ids("logit_bias", list(biases), limits)
     return biases
 
@@ -277,10 +314,12 @@ def _prompts(fields: Fields, limits: Limits) -> tuple[list[list[int]], list[Call
             f"prompt has up to {_MOST_PROMPTS} texts, got {len(given)}. Send them in parts.",
             "prompt",
         )
+    _check_count(fields, limits, len(given))
     prompts: list[list[int]] = []
     texts: list[Callable[[], str]] = []
     for one in given:
         if isinstance(one, str):
+            _check_length(one, limits, "prompt")
             tokens = _reading("prompt", limits.tokenizer.encode, one)
             texts.append(lambda text=one: text)
         elif isinstance(one, list) and _is_ids(one):
@@ -297,6 +336,19 @@ _PROMPT = "a text, a list of texts, a list of token ids, or a list of such lists
 
 def _is_ids(value: list[Any]) -> bool:
     return all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+
+
+def _check_length(text: str, limits: Limits, param: str) -> None:
+    """Refuses a text that has too many tokens for certain, before it is split into them."""
+    most = limits.capacity * _TOKEN_CHARACTERS
+    if len(text) > most:
+        raise bad_request(
+            f"A prompt has up to {most} characters here, {_TOKEN_CHARACTERS} for each of "
+            f"{limits.capacity} positions; this one has {len(text)}. Shorten it, or start the "
+            "server with a larger --capacity.",
+            param,
+            "context_length_exceeded",
+        )
 
 
 def _checked(tokens: list[int], limits: Limits, param: str) -> list[int]:
@@ -340,7 +392,8 @@ def _conversation(fields: Fields, limits: Limits) -> list[int]:
         raise wrong_kind("continue_final_message", "true, false or a field's name", goes_on)
     tokens = _reading(
         "messages",
-        limits.tokenizer.chat,
+        _chat,
+        limits,
         said,
         reply=fields.get("add_generation_prompt", bool),
         tools=tools,
@@ -349,6 +402,14 @@ def _conversation(fields: Fields, limits: Limits) -> list[int]:
         variables=fields.get("chat_template_kwargs", dict, {}),
     )
     return _checked(tokens, limits, "messages")
+
+
+def _chat(limits: Limits, messages: Sequence[Any], **how: Any) -> list[int]:
+    """A conversation's tokens; its text is looked at before it is split."""
+    assert isinstance(limits.tokenizer, HFTokenizer)
+    text = limits.tokenizer.render(messages, **how)
+    _check_length(text, limits, "messages")
+    return limits.tokenizer.encode_rendered(text)
 
 
 def _check_read(name: str, tokenizer: HFTokenizer, *, tools: bool) -> None:
@@ -424,7 +485,7 @@ def _part(where: str, part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     raise bad_request(
         f'Messages are text here: a part is {{"type": "text", "text": ...}}; {where} is '
-        f"{kind if isinstance(kind, str) else 'something else'}.",
+        f"{shortened(kind) if isinstance(kind, str) else 'something else'}.",
         where,
     )
 

@@ -66,6 +66,10 @@ class Batch(Protocol):
     rows: int
     capacity: int
 
+    def check(self, tokens: Sequence[int], params: SamplingParams) -> object:
+        """Refuses a request that cannot be placed; asks nothing of the device."""
+        ...
+
     def place(
         self,
         row: int,

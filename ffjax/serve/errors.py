@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ApiError", "bad_request", "server_error", "unavailable"]
+from ffjax.shortened import shortened
+
+__all__ = ["ApiError", "bad_request", "server_error", "too_many_texts", "unavailable"]
+
+
+# Of a message: it may quote a request, which may be long.
+_LONGEST = 1000
 
 
 class ApiError(Exception):
@@ -30,6 +36,7 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ):
         """Of its parts; see the attributes."""
+        message = shortened(message, _LONGEST)
         super().__init__(message)
         self.status = status
         self.message = message
@@ -60,6 +67,16 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that is wrong, and stays so."""
     return ApiError(400, message, param=param, code=code)
+
+
+def too_many_texts(asked: int, rows: int, max_queue: int) -> ApiError:
+    """More texts than can run and wait, however little there is to do."""
+    return bad_request(
+        f"A request asks for up to {rows + max_queue} texts: {rows} run side by side, and "
+        f"{max_queue} more may wait. This one asks for {asked} (prompts times n). Send it in "
+        "parts.",
+        "n",
+    )
 
 
 def server_error(message: str, code: str | None = None) -> ApiError:

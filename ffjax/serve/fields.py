@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ffjax.serve.errors import ApiError, bad_request
+from ffjax.shortened import shortened
 
 __all__ = ["CHAT", "COMPLETION", "Fields", "json_body"]
 
@@ -106,6 +107,7 @@ class Fields:
                 if any(value == one and type(value) is type(one) for one in harmless):
                     continue
                 raise bad_request(why, name, "unsupported_parameter")
+            name = shortened(name)
             near = difflib.get_close_matches(name, known, n=1)
             raise bad_request(
                 f"Unrecognized request argument supplied: {name}. {path} has no such field; "
@@ -148,12 +150,12 @@ class Fields:
         return value
 
 
-def _named(value: Any, most: int = 60) -> str:
+def _named(value: Any) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False)
     except ValueError:  # a number with more digits than Python writes
         text = type(value).__name__
-    return text if len(text) <= most else f"{text[:most]}..."
+    return shortened(text)
 
 
 def _no_constant(name: str) -> None:

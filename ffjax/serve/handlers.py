@@ -20,11 +20,12 @@ from ffjax.serve.fields import json_body
 from ffjax.serve.job import Event, Job
 from ffjax.serve.scheduler import Scheduler
 from ffjax.serve.token_text import TokenTexts
+from ffjax.shortened import shortened
 from ffjax.text.writer import Writer
 
 __all__ = ["Endpoint", "error_response"]
 
-_MOST_BYTES = 32 << 20
+_MOST_BYTES = 8 << 20
 _GONE = 499  # what nginx calls a request whose client has gone; nobody sees it but our own figures
 
 
@@ -98,9 +99,9 @@ class Endpoint:
         asked, jobs = await run_in_threadpool(prepare)
         for job in jobs:
             job.began = began
-        self.scheduler.submit(jobs)
         answer = Answer(asked, limits.name, self.texts, self.fingerprint())
         run = _Run(request, asked, jobs, told, answer, self)
+        self.scheduler.submit(jobs)  # what comes behind it is tried: it ends them where it fails
         try:
             with _watched(request.receive, told):
                 if asked.stream:  # what fails before its first token has a status of its own
@@ -246,7 +247,7 @@ def _check_type(request: Request) -> None:
         raise ApiError(
             415,
             "A request's body is JSON, and says so: send the header Content-Type: "
-            f"application/json. Got {kind!r}.",
+            f"application/json. Got {shortened(kind)!r}.",
         )
 
 

@@ -15,7 +15,7 @@ from ffjax.failures import sentence
 from ffjax.loop import BLOCK
 from ffjax.sampling.params import SamplingParams
 from ffjax.serve.batch import Batch, Chosen, Fed
-from ffjax.serve.errors import ApiError, bad_request, server_error, unavailable
+from ffjax.serve.errors import ApiError, bad_request, server_error, too_many_texts, unavailable
 from ffjax.serve.job import Ended, Job
 from ffjax.serve.metrics import Metrics
 from ffjax.serve.slots import Slots
@@ -130,12 +130,7 @@ class Scheduler:
                 raise self._refusal()
             rows = len(self._jobs)
             if len(jobs) > rows + self._max_queue:
-                raise bad_request(
-                    f"A request asks for up to {rows + self._max_queue} texts: {rows} run side by "
-                    f"side, and {self._max_queue} more may wait. This one asks for {len(jobs)} "
-                    "(prompts times n). Send it in parts.",
-                    "n",
-                )
+                raise too_many_texts(len(jobs), rows, self._max_queue)
             room = self._max_queue + rows - self._running - len(self._waiting)
             if len(jobs) > room:
                 raise ApiError(
@@ -321,17 +316,38 @@ class Scheduler:
                 row, keep = self._slots.choose(free, job.prompt)
                 self._jobs[row] = job
             keep = keep if self._keep_caches else 0
-            try:
-                # Texts that end a sequence are looked for here; the batch knows tokens alone.
-                params = dataclasses.replace(job.params, stop=())
-                self._batch.place(row, job.prompt, params, eos=job.eos, keep=keep)
-            except (ValueError, TypeError, NotImplementedError) as error:
+            if (refusal := self._place(row, job, keep)) is not None:
                 with self._changed:
                     self._jobs[row] = None
-                self._fail(job, bad_request(sentence(error)))
+                self._fail(job, refusal)
                 continue
             self._slots.entered(row)
             job.cached = job.fed = keep
+
+    def _place(self, row: int, job: Job, keep: int) -> ApiError | None:
+        """Places a job; what goes wrong before the device has an order is its own failure."""
+        assert self._batch is not None
+        try:
+            # Texts that end a sequence are looked for here; the batch knows tokens alone.
+            params = dataclasses.replace(job.params, stop=())
+            self._batch.check(job.prompt, params)
+        except Exception as error:
+            return self._own_failure(error)
+        try:
+            self._batch.place(row, job.prompt, params, eos=job.eos, keep=keep)
+        except NotImplementedError as error:
+            return self._own_failure(error)
+        except (RuntimeError, MemoryError):  # JAX's of a device, which may hold half a request
+            raise
+        except Exception as error:
+            return self._own_failure(error)
+        return None
+
+    def _own_failure(self, error: Exception) -> ApiError:
+        if isinstance(error, ValueError | TypeError | NotImplementedError):
+            return bad_request(sentence(error))
+        self._on_error(error)
+        return server_error(f"The request cannot be run: {sentence(error)}", "internal_error")
 
     def _order(self) -> list[tuple[dict[int, Job], Callable[[], _Steps]]]:
         """Orders a chunk of prefill, perhaps of several short prompts, and a block of steps."""

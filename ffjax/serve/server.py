@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import ipaddress
@@ -24,11 +25,26 @@ from ffjax.serve.handlers import Endpoint
 from ffjax.serve.metrics import Metrics
 from ffjax.serve.scheduler import Scheduler, State
 from ffjax.serve.token_text import TokenTexts
+from ffjax.shortened import shortened
 from ffjax.tokenizer import Tokenizer
 
 __all__ = ["Options", "Server", "bound", "is_local"]
 
 _BACKLOG = 512
+# Requests that are read, refused or answered while as many as may wait do: each has a body.
+_BESIDE_QUEUE = 256
+# Connections may be idle, too.
+_CONNECTIONS = 1024
+# Of a line that quotes a request.
+_LONGEST_LINE = 1500
+_ANOTHER_PORT = "Give another --port, or 0 for any that is free; or see what else uses it."
+_ADVICE = {
+    errno.EADDRNOTAVAIL: (
+        "That is no address of this machine. Give --host one of its own, 127.0.0.1 for this "
+        "machine alone, or 0.0.0.0 for all of its addresses."
+    ),
+    errno.EACCES: "Ports below 1024 are the administrator's. Give another --port, from 1024.",
+}
 # Beyond what running answers are given: the last of them is written, connections are closed.
 _LAST_SECONDS = 2.0
 # How long a thread may hold Python while another waits for it. By Python's 5 ms the device would
@@ -89,9 +105,10 @@ def bound(host: str, port: int) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
+        advice = _ADVICE.get(error.errno or 0, _ANOTHER_PORT)
         raise ValueError(
             f"A server cannot be bound to {host}, port {port}: {(error.strerror or '').lower()}. "
-            "Give another --port, or 0 for any that is free; or see what else uses it."
+            f"{advice}"
         ) from None
     return sock
 
@@ -162,6 +179,8 @@ class Server:
                 tokenizer=tokenizer,
                 defaults=defaults,
                 capacity=self.scheduler.batch.capacity,
+                rows=self.scheduler.batch.rows,
+                max_queue=options.max_queue,
                 max_logprobs=options.max_logprobs,
             )
 
@@ -177,6 +196,7 @@ class Server:
             self.metrics,
             name=options.name,
             api_key=options.api_key,
+            most=_BESIDE_QUEUE + options.max_queue,
             say=say,
             on_error=on_error,
         )
@@ -193,6 +213,8 @@ class Server:
                 server_header=False,
                 # Longer than clients keep idle connections, so that it is they who close them.
                 timeout_keep_alive=75,
+                # The routes turn requests away before this, in OpenAI's form.
+                limit_concurrency=_CONNECTIONS + options.max_queue,
                 timeout_graceful_shutdown=int(options.grace + _LAST_SECONDS + 1),
             )
         )
@@ -285,8 +307,13 @@ def _version() -> str:
 
 
 def _printable(say: Callable[[str], None]) -> Callable[[str], None]:
-    """For lines that quote a request: what it says stays in its line."""
-    return lambda text: say("".join(x if x.isprintable() else "\ufffd" for x in text))
+    """For lines that quote a request: what it says stays in its line, which has an end."""
+
+    def printable(text: str) -> None:
+        text = shortened(text, _LONGEST_LINE)
+        say("".join(x if x.isprintable() else "\ufffd" for x in text))
+
+    return printable
 
 
 class _Uvicorn(uvicorn.Server):

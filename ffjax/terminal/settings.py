@@ -7,6 +7,8 @@ import difflib
 import json
 from typing import Any
 
+from ffjax.biases import biases_of
+
 __all__ = ["changed", "described", "names"]
 
 _NOTHING = ("none", "null", "off")
@@ -69,7 +71,7 @@ def _value(name: str, text: str) -> Any:
     except (ValueError, RecursionError):
         value = text
     if name == "logit_bias" and isinstance(value, dict):
-        return {int(token): bias for token, bias in value.items()}
+        return biases_of(value)
     return tuple(value) if isinstance(value, list) else value
 
 
