@@ -292,7 +292,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "a", "top_k": -2}, "top_k", "top_k must be"),
     ({"prompt": "a", "top_k": True}, "top_k", "a whole number, got true"),
     ({"prompt": "a", "min_p": 2}, "min_p", "min_p must be"),
-    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "must be above 0"),
+    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "must be from 1e-6 to 1e6"),
     ({"prompt": "a", "presence_penalty": []}, "presence_penalty", "is a number"),
     ({"prompt": "a", "min_tokens": 20}, "min_tokens", "at most max_tokens, here 16"),
     ({"prompt": "a", "ignore_eos": 1}, "ignore_eos", "true or false, got 1"),
