@@ -19,10 +19,10 @@ from ffjax.chat_files import ChatTemplate
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["needs", "write_conversation"]
+__all__ = ["GIVEN_NAMES", "needs", "write_conversation"]
 
 # What a template is always given; a variable of the user's own has another name.
-_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
+GIVEN_NAMES = ("messages", "tools", "documents", "add_generation_prompt")
 # Names under which templates look for what a model thought.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 # Marks where a message that is to be continued ends. It holds the space on purpose: a template
@@ -65,9 +65,9 @@ def write_conversation(
         NotImplementedError: the package jinja2 is not installed.
     """
     variables = dict(variables or {})
-    if taken := sorted(set(_GIVEN) & variables.keys()):
+    if taken := sorted(set(GIVEN_NAMES) & variables.keys()):
         raise ValueError(
-            f"A template's own variables have names other than {', '.join(_GIVEN)}; got "
+            f"A template's own variables have names other than {', '.join(GIVEN_NAMES)}; got "
             f"{taken[0]!r}. What these hold is given in other ways: the prompt as a message; "
             "in Python, tools and documents as arguments of their own."
         )

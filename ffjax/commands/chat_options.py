@@ -70,7 +70,11 @@ def say_unread(
         template: which template is asked for.
         variables: those given.
     """
+    from ffjax.chat_template import GIVEN_NAMES
+
     source = getattr(tokenizer, "chat_templates", {}).get(template or "default")
     for name in variables:
+        if name in GIVEN_NAMES:
+            continue  # refused in a sentence of its own, when the conversation is written
         if source is not None and not re.search(rf"\b{name}\b", source.text):
             print(f"ffjax {command}: The chat template reads no variable {name}.", file=sys.stderr)
