@@ -12,7 +12,7 @@ from generate_cases import TINY
 import checkpoints
 from ffjax.cli import main
 from ffjax.generation import generate
-from ffjax.loop import BLOCK, Loop
+from ffjax.loop import BLOCK, Loop, Made
 from ffjax.model import Transformer
 from ffjax.streaming import stream
 
@@ -44,12 +44,12 @@ class Device:
     def prefill(self, loop: Loop):
         """In place of `Loop.prefill`."""
         self.work(PREFILL)
-        return Later(np.full(loop._request.batch, TOKEN), self)
+        return Made(Later(np.full(loop._request.batch, TOKEN), self), None)
 
     def decode(self, loop: Loop):
         """In place of `Loop.decode`."""
         self.work(BLOCK * STEP)
-        return Later(np.full((BLOCK, loop._request.batch), TOKEN), self)
+        return Made(Later(np.full((BLOCK, loop._request.batch), TOKEN), self), None)
 
 
 class Later:
@@ -144,7 +144,7 @@ def test_a_stop_token_is_made_by_a_step_too(model, device):
 
     def stops_at_3(loop):
         made = steps(loop)
-        made._value[2] = 7
+        made.tokens._value[2] = 7
         return made
 
     device.decode = stops_at_3
