@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
+
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
 from ffjax.loop import BLOCK, NOT_FINITE, Loop, Step
@@ -239,7 +241,7 @@ def generate(
     first = loop.prefill()
     # The device has its first steps before the prefill's token is read.
     rows = loop.rows(blocks_for(request), replies.would_finish)
-    first = loop.first(first)
+    first = jax.device_get(first).step()
     prefilled = time.perf_counter()
     prefill_seconds = prefilled - start
     try:

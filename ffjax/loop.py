@@ -52,7 +52,7 @@ from pallas_kernels.dims import ceil_div
 from pallas_kernels.draw import no_arrivals
 from pallas_kernels.support import MAX_BATCH
 
-__all__ = ["BLOCK", "NOT_FINITE", "Loop", "Made", "Step", "decode_block"]
+__all__ = ["BLOCK", "NOT_FINITE", "Loop", "Made", "Step", "decode_block", "slots_for"]
 
 BLOCK = 8
 """Decode steps that the device is given at a time."""
@@ -90,6 +90,10 @@ class Made(NamedTuple):
             array.copy_to_host_async()
         note(self.tokens)
         return self
+
+    def step(self) -> Step:
+        """What a prefill has made; the arrays are numpy's."""
+        return Step(self.tokens.tolist(), self.logprobs)
 
     def steps(self) -> list[Step]:
         """Step by step; the arrays are numpy's, and those of a block."""
@@ -169,6 +173,11 @@ def decode_block(
     start = cache, token, history, arrivals
     (cache, token, history, _), made = lax.scan(step, start, (indices, keys), length=BLOCK)
     return cache, token, index + BLOCK, history, made
+
+
+def slots_for(capacity: int) -> int:
+    """S of a cache for so many positions: with room for a block that runs past them, rounded up."""
+    return ceil_div(capacity + BLOCK, _CAPACITY_STEP) * _CAPACITY_STEP
 
 
 @functools.cache
@@ -269,8 +278,7 @@ class Loop:
         implementation: Implementation | None,
         prefill: Prefill | None,
     ) -> None:
-        # A block may run past the last token asked for: it has room for that too.
-        capacity = ceil_div(request.capacity + BLOCK, _CAPACITY_STEP) * _CAPACITY_STEP
+        capacity = slots_for(request.capacity)
         self._model = model
         self._request = request
         size = request.batch, capacity
@@ -370,12 +378,6 @@ class Loop:
                 left = 0
             order()  # before the reader is given these, who may take long
             yield from made
-
-    @staticmethod
-    def first(made: Made) -> Step:
-        """What a prefill has made, on the host; waits for it."""
-        tokens, logprobs = jax.device_get(made)
-        return Step(tokens.tolist(), logprobs)
 
     def fault(self) -> str | None:
         """What a step that gave up waiting has said, a sentence; None if none did."""

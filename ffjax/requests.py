@@ -116,12 +116,6 @@ def _stop_tokens(value: Any, config: ModelConfig) -> tuple[int, ...]:
     return ids
 
 
-def _ends(ends: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
-    """What ends one sequence: what ends a text of the model, and what its parameters name."""
-    own = () if params.ignore_eos else ends
-    return tuple(dict.fromkeys((*own, *params.stop_token_ids)))
-
-
 def _seed(seed: Any, batch: int) -> int | tuple[int, ...]:
     if isinstance(seed, Sequence) or getattr(seed, "ndim", 0) == 1:
         if isinstance(seed, str | bytes):
@@ -282,7 +276,7 @@ class Request:
         limits = tuple(new if p.max_tokens is None else min(new, p.max_tokens) for p in params)
         new = max(limits)
         ends = _stop_tokens(stop_token, config)
-        stop_tokens = tuple(_ends(ends, one) for one in params)
+        stop_tokens = tuple(one.ends(ends) for one in params)
         # A sequence that has ended steps on with the others, for nobody: it has room, but no need.
         positions, prompt, own = max(
             (len(row) + limit, len(row), limit) for row, limit in zip(rows, limits, strict=True)

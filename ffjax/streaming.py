@@ -6,6 +6,8 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
 from ffjax.generation import GenerateOutput, Replies, blocks_for
@@ -111,7 +113,7 @@ def _run(loop: Loop, blocks: int, so_far: _SoFar) -> Generator[list[int | None],
     # The device has its first steps before the prefill's token is read, and its next ones
     # before the reader is given the last.
     rows = loop.rows(blocks, replies.would_finish)
-    first = loop.first(first)
+    first = jax.device_get(first).step()
     prefilled = time.perf_counter()
     so_far.prefill_seconds = prefilled - start
     yield replies.add(first, loop.fault)

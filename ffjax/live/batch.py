@@ -14,7 +14,7 @@ import numpy as np
 from ffjax.decode import Implementation, Kernel, resolve_implementation, step_fault
 from ffjax.live.programs import PaddedChunk, live_programs
 from ffjax.live.state import Newcomer
-from ffjax.loop import BLOCK, Made, Step
+from ffjax.loop import Made, Step, slots_for
 from ffjax.model import Transformer
 from ffjax.parts import Parts
 from ffjax.prefill.choice import Prefill, resolve_prefill
@@ -26,7 +26,6 @@ from ffjax.sampling.logprobs import TokenLogprobs
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, drawing_gpu, row_of
 from ffjax.settings import program_settings
-from pallas_kernels.dims import ceil_div
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.support import MAX_BATCH
 
@@ -34,8 +33,6 @@ __all__ = ["MAX_EDITS", "Block", "Chosen", "Fed", "LiveBatch"]
 
 MAX_EDITS = 512
 """Most logits of a sequence that `logit_bias` and forbidden tokens may change."""
-# Capacities are rounded up to a multiple of this.
-_CAPACITY_STEP = 256
 # Sizes of chunks are this many times apart: a program each.
 _CHUNK_STEP = 4
 
@@ -80,8 +77,7 @@ class Fed(NamedTuple):
         """The first new token, of a chunk that ends a prompt; waits for the device."""
         if self.made is None:
             raise ValueError("The first new token comes when the whole prompt has been fed.")
-        tokens, logprobs = jax.device_get(self.made)
-        return _chosen(Step(tokens.tolist(), logprobs), 0, self.params)
+        return _chosen(jax.device_get(self.made).step(), 0, self.params)
 
 
 class Block(NamedTuple):
@@ -186,8 +182,7 @@ class LiveBatch:
         self._device, self._config = self._parts.device, model.config
         self._gpu = Gpu.of(self._device) or INTERPRETER
         self._programs = live_programs(self._device)
-        # A block may run past the end of a sequence: there is room for that too.
-        self._slots = ceil_div(capacity + BLOCK, _CAPACITY_STEP) * _CAPACITY_STEP
+        self._slots = slots_for(capacity)
         self._all = Stages(
             draws=True,
             filters=True,
@@ -397,10 +392,9 @@ class LiveBatch:
             raise ValueError(
                 f"Of {len(prompt)} tokens, 0 to {len(prompt) - 1} may be kept, got {keep}."
             )
-        own = () if params.ignore_eos else tuple(eos)
         self.prepare(len(prompt) - keep, params)
         with self._settings():
-            self._enter(row, prompt, keep, params, tuple({*own, *params.stop_token_ids}))
+            self._enter(row, prompt, keep, params, params.ends(eos))
         self._params[row] = params
         self._waiting[row] = _Waiting(prompt, keep)
         self._order.append(row)

@@ -20,7 +20,6 @@ from ffjax.prefill.packed import feed
 from ffjax.prefill.packing import PackedChunk
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
-from ffjax.sampling.history import History
 from ffjax.sampling.rows import Stages
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream.mail import mail_words
@@ -138,7 +137,7 @@ def _decode(
         cache=KVCache(cache.k, cache.v, lengths, cache.counters),
         token=jnp.where(running, token, state.token),
         length=jnp.where(running, length, state.length),
-        history=state.history if history is None else History(*history),
+        history=state.history if history is None else history,
     )
     return state, made
 

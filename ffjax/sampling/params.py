@@ -153,6 +153,15 @@ class SamplingParams:
             or self.frequency_penalty != 0
         )
 
+    def ends(self, eos: Iterable[int]) -> tuple[int, ...]:
+        """The tokens that end a sequence, each once.
+
+        Args:
+            eos: those that end a text of the model.
+        """
+        own = () if self.ignore_eos else eos
+        return tuple(dict.fromkeys((*own, *self.stop_token_ids)))
+
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> SamplingParams:
         """What a Hugging Face folder's `generation_config.json` sets.

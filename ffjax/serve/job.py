@@ -104,7 +104,7 @@ class Job:
         self.first: float | None = None
         self.last: float | None = None
         self._most = params.max_tokens
-        self._stops = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos)}
+        self._stops = frozenset(params.ends(self.eos))
         self._writer = writer
         self._tell = tell
 

@@ -53,7 +53,7 @@ class Reply:
         self._stop_reason: int | str | None = None
         # A model of bytes ends a text with one of its own; a request may add others.
         params = asked.params
-        self._stops = {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.eot_ids)}
+        self._stops = frozenset(params.ends(tokenizer.eot_ids))
         self._writer = Writer(tokenizer, asked.prompt, params)
         self._logprobs = []
         self._how = {
