@@ -12,13 +12,12 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from ffjax.commands.chat_options import add_chat_template, say_unread, template_variables
 from ffjax.commands.folders import add_ignore_field, load_model
+from ffjax.commands.implementations import add_implementations
 from ffjax.commands.sampling_options import add_sampling, given_sampling, say_defaults
-from ffjax.decode import Implementation
-from ffjax.prefill.choice import Prefill
 
 if TYPE_CHECKING:
     from ffjax.tokenizer import Tokenizer
@@ -59,17 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="neither read nor keep the lines of earlier chats",
     )
     add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS, in_json=False)
-    parser.add_argument(
-        "--implementation",
-        choices=get_args(Implementation),
-        help="of the decode steps; default: the fused kernel where it can run",
-    )
-    parser.add_argument(
-        "--prefill",
-        choices=get_args(Prefill),
-        help="implementation of the prefill: pallas, the fast one, or xla, the reference model; "
-        "default: the fast one where it can run, but xla with --implementation xla",
-    )
+    add_implementations(parser)
     add_ignore_field(parser)
 
 

@@ -11,18 +11,17 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from ffjax.commands.asking import asked_of
 from ffjax.commands.chat_options import add_chat_template, say_unread, template_variables
 from ffjax.commands.completions import as_json, count_of, ended_by
 from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.generate_many import write_many
+from ffjax.commands.implementations import add_implementations
 from ffjax.commands.options import whole
 from ffjax.commands.prompts import Prompt, add_prompts, read_prompts
 from ffjax.commands.sampling_options import add_sampling, given_sampling, say_defaults
-from ffjax.decode import Implementation
-from ffjax.prefill.choice import Prefill
 from ffjax.startup import StartUp
 
 if TYPE_CHECKING:
@@ -60,17 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_chat_template(parser)
     add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS)
-    parser.add_argument(
-        "--implementation",
-        choices=get_args(Implementation),
-        help="of the decode steps; default: the fused kernel where it can run",
-    )
-    parser.add_argument(
-        "--prefill",
-        choices=get_args(Prefill),
-        help="implementation of the prefill: pallas, the fast one, or xla, the reference model; "
-        "default: the fast one where it can run, but xla with --implementation xla",
-    )
+    add_implementations(parser)
     add_ignore_field(parser)
     parser.add_argument(
         "--json",

@@ -13,12 +13,11 @@ import contextlib
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from ffjax.commands.folders import add_ignore_field, load_model
+from ffjax.commands.implementations import add_implementations
 from ffjax.commands.options import number, whole
-from ffjax.decode import Implementation
-from ffjax.prefill.choice import Prefill
 from ffjax.sampling.params import MAX_LOGPROBS
 from pallas_kernels.support import MAX_BATCH
 
@@ -105,16 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds that running answers are given at the end; default: %(default)g",
     )
     parser.add_argument("--quiet", action="store_true", help="write no line for each answer")
-    parser.add_argument(
-        "--implementation",
-        choices=get_args(Implementation),
-        help="of the decode steps; default: the fused kernel where it can run",
-    )
-    parser.add_argument(
-        "--prefill",
-        choices=get_args(Prefill),
-        help="implementation of the prefill: pallas, the fast one, or xla, the reference model",
-    )
+    add_implementations(parser)
     add_ignore_field(parser)
 
 
