@@ -25,8 +25,8 @@ from pallas_kernels.plan import Plan, make_plan
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.mail import mail_words
 from pallas_kernels.stream.plan import StreamPlan
-from pallas_kernels.stream.planner import make_stream_plan
-from pallas_kernels.stream.tuning import Tuning, tuning_for
+from pallas_kernels.stream.planner import fitting, make_stream_plan
+from pallas_kernels.stream.tuning import tuning_for
 from pallas_kernels.targets import target
 
 __all__ = ["MODULE", "compile_step", "main"]
@@ -80,7 +80,8 @@ def main(directory: str) -> None:
     dims = Dims(**sizes, features=Features(**features), weight_bits=bits)
     if request["kernel"] == "streamed":
         stages = {key: options.pop(key) for key in ("num_stages",) if key in options}
-        tuning = tuning_for(gpu.gpu.name, dims) if request["tuned"] else Tuning()
+        tuning = tuning_for(gpu.gpu.name, dims) if request["tuned"] else None
+        tuning = tuning or fitting(dims, gpu.gpu)
         plan = make_stream_plan(dims, gpu.gpu, dataclasses.replace(tuning, **options))
         plan = dataclasses.replace(plan, **stages)
     else:

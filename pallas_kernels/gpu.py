@@ -37,6 +37,11 @@ class Gpu:
     cores: int
     shared_memory: int
 
+    @property
+    def bulk_copies(self) -> bool:
+        """Whether one thread can ask for a whole tile (`cp.async.bulk`)."""
+        return float(self.capability) >= 9
+
     @classmethod
     def of(cls, device: Any) -> Gpu | None:
         """Describes a JAX device, or None when it is no NVIDIA GPU the kernel knows."""

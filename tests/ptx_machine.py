@@ -38,7 +38,7 @@ _TURN = 16
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """A bulk copy that was asked for."""
+    """A copy that was asked for; 16 bytes or many, by one thread."""
 
     to: int
     source: int
@@ -136,6 +136,12 @@ class Machine:
         self.known_maps: set[tuple[int, int]] = set()
         self._barriers: dict[int, _Barrier] = {}
         self.flying: list[Copy] = []
+        # Copies of 16 bytes that each thread has asked for and that have not come, by their numbers;
+        # and arrivals that wait for some of them.
+        self._asked: dict[int, set[int]] = collections.defaultdict(set)
+        self._arriving: dict[int, list[tuple[set[int], Callable[[], None]]]] = (
+            collections.defaultdict(list)
+        )
         self._later: list[tuple[int, int, Callable[[], Any]]] = []
         self._tickets = itertools.count()
 
@@ -233,8 +239,47 @@ class Machine:
             at.news[self.races.copier] = max(at.news[self.races.copier], number)
             at.complete(size)
 
-        delay = self.delay if isinstance(self.delay, int) else self.delay()
-        self.later(delay, land)
+        self.later(self._delay(), land)
+
+    def copy_small(self, thread: int, to: int, source: int) -> None:
+        """Starts a thread's own copy of 16 bytes, which the thread can tell a barrier of."""
+        for name, address in (("shared", to), ("global", source)):
+            self.places(name, np.array([address]), 16, 16)
+        copy = Copy(to, source, 16, 0, self.clock)
+        place = to - self.shared_base + np.arange(16)
+        number = self.races.copy(thread // WARP, place, fenced=False)
+        self.copies.append(copy)
+        self.flying.append(copy)
+        self._asked[thread].add(number)
+
+        def land() -> None:
+            self.flying.remove(copy)
+            self.view(to, 16, np.uint8)[:] = self.view(source, 16, np.uint8)
+            self._asked[thread].remove(number)
+            for missing, arrive in [*self._arriving[thread]]:
+                missing.discard(number)
+                if not missing:
+                    self._arriving[thread].remove((missing, arrive))
+                    arrive()
+
+        self.later(self._delay(), land)
+
+    def arrive_behind_copies(self, thread: int, barrier: int) -> None:
+        """Arrives at an mbarrier when all that the thread has asked for so far has come."""
+        at, missing = self.barrier(barrier), set(self._asked[thread])
+        newest = max(missing, default=0)
+
+        def arrive() -> None:
+            at.news[self.races.copier] = max(at.news[self.races.copier], newest)
+            at.arrive()
+
+        if missing:
+            self._arriving[thread].append((missing, arrive))
+        else:
+            arrive()
+
+    def _delay(self) -> int:
+        return self.delay if isinstance(self.delay, int) else self.delay()
 
     def barrier(self, address: int) -> _Barrier:
         """The mbarrier at an address."""

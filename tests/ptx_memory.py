@@ -9,6 +9,8 @@ from ptx_table import DTYPES, WARP, Threads, instruction
 from ptx_text import SIZES, Address, Branch, Operand, PtxError, Register
 
 _ORDERS = "weak relaxed acquire release volatile gpu cta sys cluster nc"
+# Bytes that a thread asks for into the L2 cache at once.
+LINE = 128
 _SPACES = {"shared": "shared", "shared::cta": "shared", "global": "global"}
 
 
@@ -77,9 +79,37 @@ def _(t: Threads) -> None:
     _ = t[0]
 
 
-@instruction("cp", also="async bulk shared::cluster shared::cta global prefetch L2 "
+@instruction("prefetch", also="global L2")
+def _(t: Threads) -> None:
+    for at in t.address(0, "global"):
+        t.machine.places("global", np.array([at]), 1, 1)
+        t.machine.prefetched.append((int(at), LINE))
+
+
+def _copy_small(t: Threads) -> None:
+    """Copies of 16 bytes, or what tells a barrier of a thread's own."""
+    if t.has("mbarrier"):
+        if not (t.has("arrive") and t.has("noinc")):
+            raise PtxError("The machine counts arrivals behind copies among the barrier's own.")
+        for thread, at in zip(t.threads, t.address(0, "shared"), strict=True):
+            t.machine.arrive_behind_copies(int(thread), int(at))
+        return
+    if not (t.has("cg") and t.has("L2::cache_hint") and len(t.operands) == 4):
+        raise PtxError("The machine copies 16 bytes through the L2 cache, with a policy.")
+    if (t.get(t.operands[2], "u32") != 16).any():
+        raise PtxError("What passes through the L2 cache alone is 16 bytes.")
+    t.get(t.operands[3], "b64")
+    for each in zip(t.threads, t.address(0, "shared"), t.address(1, "global"), strict=True):
+        t.machine.copy_small(*(int(x) for x in each))
+
+
+@instruction("cp", also="async bulk shared::cluster shared::cta shared global prefetch L2 cg "
+              "mbarrier arrive noinc "
               "mbarrier::complete_tx::bytes L2::cache_hint tensor tile 3d")  # fmt: skip
 def _(t: Threads) -> None:
+    if not t.has("bulk"):
+        _copy_small(t)
+        return
     if t.has("tensor"):
         copy_box(t)
         return

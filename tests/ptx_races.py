@@ -37,11 +37,17 @@ class Races:
         self._written[places] = self.known[warps, warps][:, None]
         self._fenced[places] = False
 
-    def copy(self, warp: int, places: np.ndarray) -> int:
-        """A warp starts a copy to bytes; returns the copy's number."""
+    def copy(self, warp: int, places: np.ndarray, fenced: bool = True) -> int:
+        """A warp starts a copy to bytes; returns the copy's number.
+
+        Args:
+            warp: who starts it.
+            places: the bytes.
+            fenced: whether a fence must stand behind what was stored there: of bulk copies.
+        """
         one, places = np.array([warp]), places[None]
         self._overwrite(one, places, np.ones(places.shape, bool))
-        if not self._fenced[places].all():
+        if fenced and not self._fenced[places].all():
             raise PtxError("No fence.proxy.async stands between a store and a copy to its place.")
         self.known[self.copier, self.copier] += 1
         number = int(self.known[self.copier, self.copier])

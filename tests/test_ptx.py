@@ -63,6 +63,7 @@ class Tile:
             threads=32 * self.warps,
             product_warps=self.product_warps,
             chunked=self.chunked,
+            bulk=True,
             line=lambda part: line,
             columns=lambda part: COLUMNS,
         )
@@ -181,6 +182,7 @@ class Ring:
     slot_bytes: int = 512
     scales: int = 0  # copies of a tile's scales at most, 32 bytes each; every other tile has some
     box: tuple[int, int] | None = None  # pieces of 16 bytes and rows of tiles that come as boxes
+    bulk: bool = True  # whether by bulk copies, or by 16 bytes a thread
 
     @property
     def row_words(self) -> int:
@@ -223,6 +225,7 @@ class Ring:
             has_scales=self.scales > 0,
             l2_tiles=self.l2_tiles,
             l2_bytes=self.l2_bytes,
+            bulk=self.bulk,
             matrix_rows=4 * self.box[1] if self.box else 0,
         )
 
@@ -255,7 +258,7 @@ def setup_texts(feed: ptx.Feed, threads: int) -> list[Inline]:
         rows, zero = jnp.zeros((threads,), jnp.int32), jnp.int32(0)
         ptx.clear_shared(zero, feed.control + 64, threads)
         ptx.write_row(rows, [rows] * 8, rows == 0)
-        ptx.start_barriers(zero, feed.slots)
+        ptx.start_barriers(zero, feed.slots, feed.bulk)
 
     return inlines(body)
 
@@ -270,8 +273,8 @@ def map_text(tensor: ptx.TensorMap) -> Inline:
 
 
 @functools.cache
-def wait_text(most: int) -> Inline:
-    return inline(lambda: ptx.wait_copies(jnp.int32(0), jnp.int32(0), most))
+def wait_text(most: int, bulk: bool) -> Inline:
+    return inline(lambda: ptx.wait_copies(jnp.int32(0), jnp.int32(0), most, bulk))
 
 
 class Fed:
@@ -300,7 +303,7 @@ class Fed:
             in_layers = number <= len(ring.layer_copies)
             self.rows[number, :8] = [
                 *self._begin(rng, 300 if in_layers else 0),
-                int(rng.integers(units, 30)),
+                int(rng.integers(units, max(units + 3, 30))),
                 ring.size,
                 copies,
                 int(rng.integers(units, units + 3)) * 16,
@@ -382,7 +385,11 @@ class Fed:
         flying, number = set(), 0
         copies = self.machine.copies
         for i in range(self.asked):
-            wanted = [(self.slot(i) + to, at, size) for at, to, size in self.places(i)]
+            wanted = [
+                (self.slot(i) + to + by, at + by, step)
+                for at, to, size in self.places(i)
+                for by, step in self._steps(size, 16)
+            ]
             made = copies[number : number + len(wanted)]
             # Threads that share the scales' copies begin with the last.
             assert sorted((x.to, x.source, x.size) for x in made) == sorted(wanted)
@@ -412,7 +419,8 @@ class Fed:
             assert self.asked == number + 1
         elif waits_for in after:
             assert self.asked == number
-        assert self.machine.prefetched == self._pieces
+        steps = [(at + by, step) for at, size in self._pieces for by, step in self._steps(size, 128)]
+        assert sorted(self.machine.prefetched) == sorted(steps)
 
     def _look_ahead(self, number: int) -> None:
         """What should have been asked for into the L2 cache, the ring being full."""
@@ -439,12 +447,16 @@ class Fed:
             for past in range(0, size, most)
         ]
 
+    def _steps(self, size: int, step: int) -> list[tuple[int, int]]:
+        """Bytes to each of a copy's steps, and the size of it: all at once by a bulk copy."""
+        return [(0, size)] if self.ring.bulk else [(by, step) for by in range(0, size, step)]
+
     def wait(self, index: int, edit: Edit = None, most: int = 2000) -> None:
         """Waits for a tile, and looks at it."""
         assert index < self.asked
         around, slot = divmod(index, self.ring.slots)
         barrier = self.base + self.feed.barriers + 8 * slot
-        wait_text(most).edited(edit).run(self.machine, barrier, around % 2)
+        wait_text(most, self.ring.bulk).edited(edit).run(self.machine, barrier, around % 2)
         for at, to, size in self.places(index):
             here = self.machine.view(self.slot(index) + to, size, np.uint8)
             there = self.machine.view(at, size, np.uint8)
@@ -483,6 +495,7 @@ SCALED = Ring(3, (2, 1, 3), (1, 1), slots=2, in_flight=2, scales=2, l2_tiles=3)
 SCALED_MANY = Ring(2, (2, 4, 1, 0), (1,), slots=3, in_flight=2, scales=2)
 BOXES = Ring(3, (2, BOX, 1, BOX), (1,), slots=3, in_flight=2, l2_tiles=2, box=(2, 5))
 SCALED_BOXES = Ring(2, (2, BOX, 0), (1, 2), slots=2, in_flight=2, scales=2, box=(1, 8))
+LONG = Ring(2, (1, 0, 1), (1,), slots=2, in_flight=2, size=4656, slot_bytes=4864, bulk=False)
 RINGS = {
     "one": ONE,
     "two": TWO,
@@ -494,6 +507,15 @@ RINGS = {
     "boxes": BOXES,
     "boxes and scales": SCALED_BOXES,
 }
+RINGS |= {
+    f"{name}, 16 bytes a thread": dataclasses.replace(ring, bulk=False)
+    for name, ring in RINGS.items()
+    if ring.box is None
+}
+RINGS["long rows, 16 bytes a thread"] = LONG
+# By whole warps: their threads look for words together, however long any of them does.
+BY_WARPS = dataclasses.replace(TWO, bulk=False)
+BOTH = pytest.mark.parametrize("ring", [TWO, BY_WARPS], ids=["bulk", "16 bytes a thread"])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -666,14 +688,21 @@ def test_words_are_waited_for_until_all_carry_the_tag(pieces, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("pieces", [1, 5])
+def test_warps_wait_for_words_together(pieces, way):
+    check_collect(pieces, way, ring=BY_WARPS)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", [TWINS, ODD_TWINS, EVEN_TWINS])
 def test_words_of_two_activations_are_waited_for(kind, way):
     check_collect(8, way, kind=kind)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_warps_wait_for_words_in_any_order(way):
-    check_collect(5, way, order=np.random.default_rng(1))
+@BOTH
+def test_warps_wait_for_words_in_any_order(way, ring):
+    check_collect(5, way, order=np.random.default_rng(1), ring=ring)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -688,8 +717,8 @@ def test_tiles_are_asked_for_ahead_while_words_are_waited_for(seed):
 class Waiting:
     """A program that waits for words of a mail, of which no other program writes any."""
 
-    def __init__(self, program: int = 5, used: int = 77):
-        self.fed = Fed(ONE, 0)
+    def __init__(self, program: int = 5, used: int = 77, bulk: bool = True):
+        self.fed = Fed(dataclasses.replace(ONE, bulk=bulk), 0)
         self.machine = m = self.fed.machine
         control = self.fed.base + self.fed.feed.control
         say = inline(lambda x: ptx.say_where(x, 0, jnp.int32(0), jnp.int32(0)), shape(64))
@@ -712,10 +741,11 @@ class Waiting:
         return self.fed.record + 4 * distance - self.mail
 
 
+@pytest.mark.parametrize("bulk", [True, False])
 @pytest.mark.parametrize("pieces", [2, 6])
-def test_who_waits_for_words_in_vain_says_so_and_takes_nan(pieces):
-    text = collect_text(ONE, pieces, 64, 32)
-    waiting = Waiting()
+def test_who_waits_for_words_in_vain_says_so_and_takes_nan(pieces, bulk):
+    waiting = Waiting(bulk=bulk)
+    text = collect_text(waiting.fed.ring, pieces, 64, 32)
     m, fed = waiting.machine, waiting.fed
     there = np.where(np.arange(ONE.threads) == 40, pieces, 0)
     at = waiting.mail + 32 * np.arange(ONE.threads)
@@ -727,12 +757,13 @@ def test_who_waits_for_words_in_vain_says_so_and_takes_nan(pieces):
     assert (words == TAG).all()
 
 
+@pytest.mark.parametrize("bulk", [True, False])
 @pytest.mark.parametrize("used", [76, 78])
-def test_who_waits_leaves_when_another_has_given_up(used):
+def test_who_waits_leaves_when_another_has_given_up(used, bulk):
     """Of both, what is missing earlier in the step is what the record says."""
-    waiting = Waiting(used=77)
+    waiting = Waiting(used=77, bulk=bulk)
     m, fed, record = waiting.machine, waiting.fed, waiting.record
-    text = collect_text(ONE, 2, 64, 1 << 20)  # more looks than it could make here
+    text = collect_text(fed.ring, 2, 64, 1 << 20)  # more looks than it could make here
     other = record_of(used, distance=1 << 20, program=3)
     m.later(3000, lambda: record.__setitem__(0, other))
     words = text.run(m, waiting.mail, TAG, 2, fed.pointer, fed.base, limit=200_000)
@@ -819,16 +850,18 @@ def check_each(
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["words", "pairs"])
 @pytest.mark.parametrize(("arrays", "together"), [(1, 1), (3, 2), (2, 4)])
-def test_arrays_are_waited_for_until_all_carry_the_tag(arrays, together, pairs):
-    check_each(arrays, together, pairs)
-    check_each(arrays, together, pairs, order=np.random.default_rng(7))
+@BOTH
+def test_arrays_are_waited_for_until_all_carry_the_tag(arrays, together, pairs, ring):
+    check_each(arrays, together, pairs, ring=ring)
+    check_each(arrays, together, pairs, order=np.random.default_rng(7), ring=ring)
 
 
+@pytest.mark.parametrize("bulk", [True, False])
 @pytest.mark.parametrize("pairs", [False, True], ids=["words", "pairs"])
-def test_who_waits_for_arrays_in_vain_says_so_and_takes_nan(pairs):
-    waiting = Waiting()
+def test_who_waits_for_arrays_in_vain_says_so_and_takes_nan(pairs, bulk):
+    waiting = Waiting(bulk=bulk)
     m, fed, missing = waiting.machine, waiting.fed, np.arange(ONE.threads) == 9
-    text = each_text(ONE, 2, 1, pairs, 32)
+    text = each_text(fed.ring, 2, 1, pairs, 32)
     # Of the first array all is there; of the second, one thread's.
     m.view(waiting.mail, 64, np.uint32)[:] = TAG
     first, second = np.where(missing, 0, -1), np.where(missing, 512, -1)
@@ -858,9 +891,11 @@ def combine_text(ring: Ring, count: int, lanes: int, step: int, most: int = 512)
     return inlines(body, shape(1024), shape(16, jnp.bfloat16))[0]
 
 
-def check_combine(splits: int, width: int, edit: Edit = None, order: Any = None) -> None:
+def check_combine(
+    splits: int, width: int, edit: Edit = None, order: Any = None, ring: Ring = TWO
+) -> None:
     """Elements of spans that other programs hand over meanwhile, more or fewer of them."""
-    ring, size, tag = TWO, 32, 0x7654_3210
+    size, tag = 32, 0x7654_3210
     lanes, *split = combining_threads(ring.threads, width, splits)
     number, within = (np.asarray(x, np.int64) for x in split)
     element = 16 + (within & (width - 1))
@@ -895,14 +930,16 @@ def check_combine(splits: int, width: int, edit: Edit = None, order: Any = None)
 
 
 @pytest.mark.parametrize(("splits", "width"), [(16, 4), (4, 16), (2, 16), (32, 8)])
-def test_spans_are_combined_when_all_have_come(splits, width):
-    check_combine(splits, width)
+@BOTH
+def test_spans_are_combined_when_all_have_come(splits, width, ring):
+    check_combine(splits, width, ring=ring)
 
 
-def test_who_combines_spans_in_vain_says_so_and_makes_nan():
-    waiting = Waiting()
+@pytest.mark.parametrize("bulk", [True, False])
+def test_who_combines_spans_in_vain_says_so_and_makes_nan(bulk):
+    waiting = Waiting(bulk=bulk)
     m, fed, count = waiting.machine, waiting.fed, 4
-    text = combine_text(ONE, count, 1, 64, 32)
+    text = combine_text(fed.ring, count, 1, 64, 32)
     # Threads of the second warp wait for a span each, and it has all but its value.
     thread = np.arange(ONE.threads)
     m.view(waiting.mail + 4 * 4096, 4, np.uint32)[:] = (0, TAG, 0, TAG)
@@ -1174,6 +1211,48 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("@%p mov.b32 %o, 0; add.u32 %u, %n,", "add.u32 %u, %n,"),
             ("setp.lt.u32 %p, %x, %n;", "setp.gt.u32 %p, %x, %n;"),
         ],
+    ),
+    "feed by 16 bytes a thread": (
+        lambda edit: check_feed(RINGS["many scales, 16 bytes a thread"], 0, edit),
+        [
+            ("setp.lt.u32 %go, %n, %u;", "setp.le.u32 %go, %n, %u;"),
+            ("and.pred %go, %go, %p;", ""),
+            ("vote.sync.all.pred %go, %go, 0xffffffff;", "mov.pred %go, %lead;"),
+            ("xor.b32 %r, %r, %h;", ""),
+            ("@%p mov.u32 %e, 1;", ""),
+            ("mov.b32 %layer, %l;", "mov.b32 %layer, %e;"),
+            ("@%p xor.b32 %h, %h, 1;", ""),
+            ("shr.u32 %b, %t, 5;", "shr.u32 %b, %t, 6;"),
+            ("sub.s32 %rest, %size, %lane;", "mov.b32 %rest, %size;"),
+            ("add.u32 %row, %row, %apart;", "add.u32 %row, %row, %size;"),
+            ("add.u64 %begin, %begin, %by;", ""),
+            ("sub.u32 %parts, %parts, 1;", "sub.u32 %parts, %parts, 2;"),
+            ("add.u32 %first, %t, %first;", "mov.b32 %first, %t;"),
+            ("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%b];", ""),
+        ],
+    ),
+    "feed of long rows": (
+        lambda edit: check_feed(LONG, 0, edit),
+        [
+            ("add.u32 %to, %to, 4096;", ""),
+            ("add.u64 %at, %at, 4096;", "add.u64 %at, %at, 512;"),
+            ("@%is bra some;", ""),
+            ("setp.gt.s32 %is, %rest, 512;", "setp.ge.s32 %is, %rest, 0;"),
+        ],
+    ),
+    "feed ahead by 16 bytes a thread": (
+        lambda edit: check_feed(RINGS["l2, 16 bytes a thread"], 0, edit),
+        [
+            ("sub.s32 %rest, %v, %lane;", "mov.b32 %rest, %v;"),
+        ],
+    ),
+    "feed ahead of empty ones by 16 bytes a thread": (
+        lambda edit: check_feed(RINGS["l2 and empty ones, 16 bytes a thread"], 0, edit),
+        [("setp.gt.and.s32 %is, %rest, 0, %p;", "setp.gt.s32 %is, %rest, 0;")],
+    ),
+    "collect by whole warps": (
+        lambda edit: check_collect(4, "one last", edit, ring=BY_WARPS),
+        [("vote.sync.all.pred %p, %p, 0xffffffff; @%p bra done;", "@%p bra done;")],
     ),
     "wait": (
         lambda edit: check_feed(ONE, 0, None, edit),

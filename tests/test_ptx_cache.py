@@ -10,12 +10,12 @@ import pytest
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream.plan import LOT
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx import async_copy, lowered
 from pallas_kernels.stream.ptx.attend_text import attend_lines
 from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
-from pallas_kernels.stream.ring import MOST_LOOKS
 
 LAYERS, CAPACITY = 2, 320
+MOST_LOOKS = 1 << 22
 WORDS = 8
 # 16 bits of queries and of weights are left.
 WORST = 5e-4
@@ -52,6 +52,7 @@ class Setting(NamedTuple):
     softcap: float | None = None
     threads: int = 128
     paired: bool = False
+    bulk: bool = True
 
     @property
     def queries(self) -> int:
@@ -70,6 +71,11 @@ SETTINGS = {
     "4 queries of 256, 8 warps": Setting(256, 64, 8, softcap=50.0, threads=256, paired=True),
     "4 queries of 256": Setting(256, 32, 4, paired=True),
     "4 queries of 32": Setting(32, 128, 4, paired=True),
+    "heads of 64, 16 bytes a thread": Setting(64, 32, 4, bulk=False),
+    "4 queries of 128, 16 bytes a thread": Setting(128, 16, 2, paired=True, bulk=False),
+    "4 queries of 256, 16 bytes a thread": Setting(
+        256, 8, 1, softcap=50.0, threads=256, paired=True, bulk=False
+    ),
 }
 
 
@@ -111,6 +117,7 @@ class Bench:
             paired=s.paired,
             softcap=s.softcap,
             thread=s.threads - 32,
+            bulk=s.bulk,
         )
         self.machine = Machine(s.threads, end, self.cache[0].size * 4, delay=delay)
         self.ring = self.machine.shared_base
@@ -119,7 +126,8 @@ class Bench:
         for at, x in zip((self.keys, self.values), self.cache, strict=True):
             self.machine.view(at, x.size, np.uint16)[:] = halves(x).ravel()
         for i in range(s.stages):
-            self.machine.start_barrier(self.ring + self.feed.barriers + 8 * i, 1)
+            at = self.ring + self.feed.barriers + 8 * i
+            self.machine.start_barrier(at, 1 if s.bulk else async_copy.ARRIVALS)
         self.at("control", WORDS, np.uint32)[:] = [s.stages, *[0] * (WORDS - 1)]
         rows = self.machine.view(self.ring + self.rows, WORDS * (1 + len(parts)), np.uint32)
         rows[:] = 0
@@ -190,7 +198,11 @@ def run(setting: Setting, parts: list[Part], edit=None, delay: int = 40) -> floa
             for x, y in zip(got, bench.wanted(layer, part, q, new), strict=True):
                 worst = max(worst, float(np.abs(x - y).max()) if np.isfinite(x).all() else np.inf)
     tiles = sum(-(-(p.live + p.new) // setting.block) for p in parts)
-    assert len(bench.machine.copies) <= 2 * LAYERS * tiles
+    if setting.bulk:
+        assert len(bench.machine.copies) <= 2 * LAYERS * tiles
+    else:  # no position is copied twice
+        cached = sum(part.live for part in parts)
+        assert len(bench.machine.copies) == LAYERS * cached * 2 * setting.head_dim // 8
     return worst
 
 
@@ -255,10 +267,24 @@ PAIRED_EDITS = {
 }
 
 
+SMALL_COPY_EDITS = {
+    "a barrier is told before the values are asked for": (
+        "add.u64 %e, %d, $3;",
+        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%b]; add.u64 %e, %d, $3;",
+    ),
+    "a tile is asked for while it is used": (f"used: {lowered.MEET}", "used:"),
+    "one thread copies alone": ("@%p bra asked;", "@!%lead bra asked;"),
+}
+
+
 FAULTS = [
     (setting, name, edit)
-    for setting, own in (("heads of 64", PLAIN_EDITS), ("4 queries of 64", PAIRED_EDITS))
-    for name, edit in {**EDITS, **own}.items()
+    for setting, own in (
+        ("heads of 64", {**EDITS, **PLAIN_EDITS}),
+        ("4 queries of 64", {**EDITS, **PAIRED_EDITS}),
+        ("heads of 64, 16 bytes a thread", SMALL_COPY_EDITS),
+    )
+    for name, edit in own.items()
 ]
 
 

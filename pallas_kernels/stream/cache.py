@@ -15,7 +15,7 @@ from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import StreamPlan
-from pallas_kernels.stream.ring import MOST_LOOKS
+from pallas_kernels.stream.ring import most_looks
 from pallas_kernels.stream.spans import Share, row_of, share_of
 
 __all__ = ["attend_span", "feed_cache", "layer_share"]
@@ -43,6 +43,7 @@ def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
         out=at.products,
         sums=at.sums,
         thread=feeding_thread(plan),
+        bulk=plan.bulk,
     )
 
 
@@ -72,5 +73,5 @@ def attend_span(env: StreamEnv, layer: Array, share: Share, j: Array) -> None:
     """
     feed = _feed_of(env.plan)
     ptx.attend_span(
-        env["k"], env["v"], env.shared, share.rows, row_of(share, j), layer, feed, MOST_LOOKS
+        env["k"], env["v"], env.shared, share.rows, row_of(share, j), layer, feed, most_looks(env.plan)
     )

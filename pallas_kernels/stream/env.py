@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.dims import Features
-from pallas_kernels.program import Program
+from pallas_kernels.program import Program, iota
+from pallas_kernels.stream import ptx
 from pallas_kernels.stream.mail import Mail
 from pallas_kernels.stream.plan import Segment, SegmentPlan, StreamPlan
 
@@ -56,6 +57,15 @@ class StreamEnv(Program):
     step: Array
     mail: Mail
     shared: Array
+
+    def iota(self, shape: tuple[int, ...], axis: int) -> Array:
+        """int32 indices along `axis`, which the compiler takes for new ones where it has to.
+
+        See `ptx.anew`: what follows from them is not kept from layer to layer. Compilers for compute
+        capability 8 keep so much that there are too few registers for it.
+        """
+        numbers = iota(shape, axis)
+        return numbers if self.plan.bulk or self.interpret else ptx.anew(numbers)
 
     def segment(self, segment: Segment) -> SegmentPlan:
         """The plan of a segment."""

@@ -22,6 +22,7 @@ from jax import Array, lax
 from pallas_kernels.program import iota
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, QUAD, SegmentPlan, StreamPlan
+from pallas_kernels.stream.ptx.anew import anew
 
 __all__ = [
     "LOAD",
@@ -40,8 +41,14 @@ __all__ = [
 LOAD = 4
 
 
+def _threads(plan: StreamPlan) -> Array:
+    """Each thread's number, int32 `[T]`; as `StreamEnv.iota`."""
+    threads = iota((plan.threads,), 0)
+    return threads if plan.bulk else anew(threads)
+
+
 def _lane(plan: StreamPlan) -> Array:
-    return iota((plan.threads,), 0) & 31
+    return _threads(plan) & 31
 
 
 def column_of(plan: StreamPlan) -> Array:
@@ -56,7 +63,7 @@ def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
 
 
 def _first(plan: StreamPlan, part: SegmentPlan, chunk: Array) -> Array:
-    warp = lax.shift_right_logical(iota((plan.threads,), 0), 5) & (plan.product_warps - 1)
+    warp = lax.shift_right_logical(_threads(plan), 5) & (plan.product_warps - 1)
     first = warp * (part.reads * plan.line(part)) + (_lane(plan) & 3)
     return first + chunk * QUAD if plan.chunked else first
 
@@ -72,7 +79,7 @@ def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
 
 def multiplies(plan: StreamPlan) -> Array:
     """Whether each thread is one of those that multiply: bool `[T]`."""
-    return iota((plan.threads,), 0) < 32 * plan.product_warps
+    return _threads(plan) < 32 * plan.product_warps
 
 
 def feeding_thread(plan: StreamPlan) -> int:
@@ -85,7 +92,7 @@ def waits(plan: StreamPlan) -> Array:
 
     The last warp's do, so that its first one feeds the ring for as long. Bool `[T]`.
     """
-    return multiplies(plan) | (iota((plan.threads,), 0) >= feeding_thread(plan))
+    return multiplies(plan) | (_threads(plan) >= feeding_thread(plan))
 
 
 def next_input(plan: StreamPlan, part: SegmentPlan) -> int:
@@ -106,7 +113,7 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
         start: address where the tile's products begin: int32 scalar, or int.
         spare: likewise where what is of no use goes, `SPARE_BYTES` a warp.
     """
-    thread = iota((plan.threads,), 0)
+    thread = _threads(plan)
     warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
     if not plan.chunked:
         return start + (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8

@@ -226,6 +226,7 @@ class StreamPlan:
         segments: the mat-vecs, by `Segment`.
         attention: how attention is cut.
         owned: groups of the residual that one program owns at most.
+        bulk: whether bulk copies bring tiles, or asynchronous ones of 16 bytes a thread.
         tuning: what was chosen freely.
     """
 
@@ -246,10 +247,11 @@ class StreamPlan:
     segments: dict[Segment, SegmentPlan]
     attention: AttentionPlan
     owned: int
+    bulk: bool
     tuning: Tuning
 
     def __hash__(self) -> int:
-        return hash((self.dims, self.programs, self.tuning))
+        return hash((self.dims, self.programs, self.bulk, self.tuning))
 
     @property
     def why_no_room(self) -> str | None:
@@ -280,7 +282,7 @@ class StreamPlan:
         Of a single sequence a tile's rows are few, and of bfloat16 memory is what takes the time.
         """
         part = self.segments[Segment.DOWN]
-        if part.splits == 1 or self.chunked or not self.quantized:
+        if part.splits == 1 or self.chunked or not self.quantized or not self.bulk:
             return None
         # All tiles are whole ones.
         if part.inner % part.width or part.out % part.rows or part.out > 1 << 16:

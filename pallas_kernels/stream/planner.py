@@ -33,13 +33,15 @@ from pallas_kernels.stream.plan import (
 )
 from pallas_kernels.stream.tuning import Tuning
 
-__all__ = ["COMPILER_BYTES", "make_stream_plan", "splits_of", "why_not", "why_not_on"]
+__all__ = ["COMPILER_BYTES", "fitting", "make_stream_plan", "splits_of", "why_not", "why_not_on"]
 
 DEFAULT = Tuning()
 # Hand-overs after which the tags of queries, keys and values come round: they have 8 bits.
 MOST_BETWEEN = 256
 # Shared memory that the compiler takes for itself, at most.
 COMPILER_BYTES = 6 * 1024
+# Bytes of tiles of weights, and of keys and values, that are tried in turn: see `fitting`.
+_SHRINKING = [(1 << a, 1 << b) for a, b in ((15, 15), (15, 14), (14, 14), (14, 13), (13, 13))]
 
 
 class _Geometry:
@@ -201,8 +203,15 @@ def _inputs(dims: Dims) -> dict[str, int]:
     return {"qkv": d, "attn_out": dims.attn_dim, "gate_up": d, "down": dims.ffw_dim, "head": d}
 
 
-def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning = DEFAULT) -> str | None:
-    """Why these sizes cannot be streamed on a GPU, as a sentence; None if they can."""
+def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning | None = None) -> str | None:
+    """Why these sizes cannot be streamed on a GPU, as a sentence; None if they can.
+
+    Args:
+        gpu: the device.
+        dims: the sizes.
+        tuning: as in `make_stream_plan`.
+    """
+    tuning = tuning or fitting(dims, gpu)
     if (reason := _why_not_there(gpu, dims) or why_not(dims, gpu.cores, tuning)) is not None:
         return reason
     # Interpreted, no shared memory is taken.
@@ -214,11 +223,6 @@ def _why_not_there(gpu: Gpu, dims: Dims) -> str | None:
         return (
             f"The programs of a streamed step hand over what is theirs in at most {MAX_PROGRAMS} "
             f"places; this GPU has {gpu.cores} multiprocessors, a program each. {_instead(dims)}"
-        )
-    if float(gpu.capability) < 9:
-        return (
-            "Weights are streamed by an instruction of compute capability 9.0 and newer; "
-            f"this GPU has {gpu.capability}. {_instead(dims)}"
         )
     return None
 
@@ -279,17 +283,45 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
 
 
 @functools.lru_cache
-def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPlan:
+def fitting(dims: Dims, gpu: Gpu) -> Tuning:
+    """The defaults, with tiles so small that shared memory holds some of them.
+
+    On a device with little shared memory fewer bytes need be on their way: those of all its
+    multiprocessors have to last for the time that memory takes to answer, about a microsecond, and
+    memory that is slow, or shared by many of them, brings less in it. Tiles of weights
+    shrink first, then those of keys and values, until three tiles of weights fit; else the choice
+    that holds two of the largest ones.
+
+    Returns:
+        The tuning; the defaults where no choice fits.
+    """
+    found = DEFAULT
+    for tile_bytes, cache_tile_bytes in _SHRINKING:
+        tuning = Tuning(tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes)
+        if _why_not_there(gpu, dims) or why_not(dims, gpu.cores, tuning):
+            continue
+        plan = make_stream_plan(dims, gpu, tuning)
+        if plan.why_no_room is not None:
+            continue
+        if plan.slots > 2:
+            return tuning
+        found = tuning if found == DEFAULT else found
+    return found
+
+
+@functools.lru_cache
+def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> StreamPlan:
     """The plan for a streamed step of these sizes on a GPU.
 
     Args:
         dims: the sizes.
         gpu: the device.
-        tuning: what may be chosen freely.
+        tuning: what may be chosen freely; None: what `fitting` says.
 
     Raises:
         ValueError: the sizes cannot be streamed there; see `why_not_on`.
     """
+    tuning = tuning or fitting(dims, gpu)
     d, programs = dims, gpu.cores
     if (reason := _why_not_there(gpu, dims) or why_not(dims, programs, tuning)) is not None:
         raise ValueError(reason)
@@ -321,6 +353,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
         segments=segments,
         attention=_attention(d, gpu, g.num_warps, tuning),
         owned=owned,
+        bulk=gpu.bulk_copies,
         tuning=tuning,
     )
     if plan.box is not None:  # boxes come to such addresses alone
@@ -333,9 +366,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning = DEFAULT) -> StreamPl
 
 
 def _attention(d: Dims, gpu: Gpu, num_warps: int, tuning: Tuning) -> AttentionPlan:
-    # Of keys and values; where room is scarce, half.
-    size = min(tuning.cache_tile_bytes, 32 * 1024 if gpu.shared_memory >= 128 * 1024 else 16 * 1024)
-    block = min(128, size // (4 * d.head_dim))
+    block = min(128, tuning.cache_tile_bytes // (4 * d.head_dim))
     lots = ceil_div(d.q_per_kv, LOT)
     splits = max(1, min(MAX_SPLITS, gpu.cores // d.num_kv_heads))
     splits = 1 << (splits.bit_length() - 1)

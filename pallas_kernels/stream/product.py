@@ -14,7 +14,6 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import GROUP
-from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import first_input, first_read, next_input, place_aside
@@ -81,7 +80,7 @@ def outputs_of(env: StreamEnv, segment: Segment, every: int = 1, *, anew: bool =
     plan, bp = env.plan, env.plan.padded_batch
     rows = plan.rows if segment == Segment.EMBED else env.segment(segment).run_rows
     pairs = rows // 2 // every
-    index = iota((plan.flushed(segment) * pairs * bp,), 0)
+    index = env.iota((plan.flushed(segment) * pairs * bp,), 0)
     if anew and not env.interpret:
         index = ptx.anew(index)
     pair = lax.div(index, jnp.int32(bp))
@@ -255,5 +254,5 @@ def _interpreted(
         sums = products.sum(axis=1)[:, None]
     else:
         sums = products.reshape(part.rows, plan.num_warps, COLUMNS, 4).sum(axis=(1, 3))
-    row, b = iota(sums.shape, 0), iota(sums.shape, 1)
+    row, b = env.iota(sums.shape, 0), env.iota(sums.shape, 1)
     plgpu.store(env["products"].at[env.program, place.slot, row, b], sums)

@@ -1,7 +1,7 @@
 """The ring: shared memory through which the weights pass, tile after tile.
 
-Copies that the memory system makes by itself (the bulk copies of compute capability 9.0) fill
-its slots. A slot is asked for anew as soon as its tile has been used, whatever segment or layer
+Copies that the memory system makes by itself fill its slots: bulk copies where the device has them
+(compute capability 9.0), else asynchronous ones of 16 bytes a thread (`ptx.async_copy`). A slot is asked for anew as soon as its tile has been used, whatever segment or layer
 the next one belongs to, so that tiles are on their way while the program waits for others.
 
 The compiler has no name for this. It is made to take shared memory for a loop that never runs;
@@ -46,11 +46,11 @@ from pallas_kernels.stream.spans import make_spans
 from pallas_kernels.stream.tuning import TILE_BYTES
 
 __all__ = [
-    "MOST_LOOKS",
     "Turn",
     "fed_otherwise",
     "feed_more",
     "feed_ring",
+    "most_looks",
     "next_turn",
     "products_address",
     "read_tile",
@@ -61,8 +61,6 @@ __all__ = [
     "with_ring",
 ]
 
-# A wait looks so often before it gives up; a look takes up to some microseconds.
-MOST_LOOKS = 1 << 22
 
 
 class Turn(NamedTuple):
@@ -70,6 +68,14 @@ class Turn(NamedTuple):
 
     slot: Array
     phase: Array  # 0 in the first round, then 1, 0 and so on
+
+
+def most_looks(plan: StreamPlan) -> int:
+    """How often a wait for a tile looks before it gives up: for some seconds.
+
+    Where there are bulk copies, a look may last some microseconds; else it is over at once.
+    """
+    return 1 << (22 if plan.bulk else 27)
 
 
 def with_ring(env: StreamEnv) -> StreamEnv:
@@ -144,8 +150,8 @@ def start_ring(env: StreamEnv) -> Turn:
         # What is multiplied by zeros must be numbers.
         ptx.clear_shared(env.shared, at.tiles, plan.threads)
     make_spans(env, env.shared + at.spans)
-    ptx.start_barriers(env.shared + at.slot_barriers, plan.slots)
-    ptx.start_barriers(env.shared + at.tile_barriers, plan.attention.tiles)
+    ptx.start_barriers(env.shared + at.slot_barriers, plan.slots, plan.bulk)
+    ptx.start_barriers(env.shared + at.tile_barriers, plan.attention.tiles, plan.bulk)
     nothing = jnp.zeros((1,), jnp.int32)
     free = nothing + plan.attention.tiles
     for row, first in enumerate((nothing, nothing, free)):
@@ -196,6 +202,7 @@ def _feed_of(plan: StreamPlan) -> ptx.Feed:
         has_scales=plan.quantized,
         l2_tiles=plan.tuning.l2_tiles,
         l2_bytes=plan.tuning.l2_bytes,
+        bulk=plan.bulk,
         matrix_rows=0 if plan.box is None else plan.segments[Segment.DOWN].out,
     )
 
@@ -236,7 +243,8 @@ def feed_more(env: StreamEnv, tiles: int) -> None:
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:
     """Waits until the tile whose turn it is has come."""
     if not env.interpret:
-        ptx.wait_copies(_barrier(env, turn), turn.phase, MOST_LOOKS)
+        most = most_looks(env.plan)
+        ptx.wait_copies(_barrier(env, turn), turn.phase, most, env.plan.bulk)
 
 
 def read_tile(

@@ -4,7 +4,7 @@ A choice changes the step's speed, and the order of its sums, and nothing else. 
 holds a row for each device, model shape and batch that was tuned, by `ffjax tune` or by hand.
 Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on their way, 8 more
 asked for into the L2 cache while a program waits, and behind a segment of bfloat16 weights no more
-than one.
+than one. Where shared memory is too small for that, tiles are smaller: see `planner.fitting`.
 
 A cache that a step with one tuning was made with goes on with that one: what words of the mail a
 tuning leaves alone have old tags.
@@ -50,7 +50,7 @@ class Tuning:
             attention's output, 0 to 4: where the ring is full, a copy of a tile each, into the L2
             cache. Then memory has nothing to do, and nobody waits for words.
         hidden_copies: of the hidden activations, 1 or 2: a program reads one of them.
-        cache_tile_bytes: bytes of a tile of keys and values, 16 or 32 KiB.
+        cache_tile_bytes: bytes of a tile of keys and values, 8, 16 or 32 KiB.
         cache_tiles: such tiles that shared memory holds, 2 to 6.
 
     Raises:
@@ -79,7 +79,7 @@ class Tuning:
             "next_tiles": [None, *range(1, 17)],
             "operand_tiles": list(range(5)),
             "hidden_copies": [1, 2],
-            "cache_tile_bytes": [16 * 1024, 32 * 1024],
+            "cache_tile_bytes": [8 * 1024, 16 * 1024, 32 * 1024],
             "cache_tiles": list(range(2, 7)),
         }.items():
             if getattr(self, name) not in allowed:
@@ -117,8 +117,8 @@ def _table() -> list[dict[str, Any]]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def tuning_for(device: str, dims: Dims) -> Tuning:
-    """The tuning of the table's row for this device, shape and batch; else the defaults.
+def tuning_for(device: str, dims: Dims) -> Tuning | None:
+    """The tuning of the table's row for this device, shape and batch; None where it has none.
 
     Raises:
         ValueError: the row holds an impossible tuning.
@@ -128,4 +128,4 @@ def tuning_for(device: str, dims: Dims) -> Tuning:
     for row in _table():
         if all(row[name] == value for name, value in key.items()):
             return Tuning(**row["tuning"])
-    return Tuning()
+    return None

@@ -1,4 +1,4 @@
-"""Waiting for what bulk copies bring."""
+"""Waiting for what copies bring."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pallas_kernels.stream.ptx import lowered
 __all__ = ["arrival_lines", "wait_copies"]
 
 
-def arrival_lines(barrier: str, phase: str, most: int) -> list[str]:
+def arrival_lines(barrier: str, phase: str, most: int, bulk: bool) -> list[str]:
     """Waits until a barrier's copies have arrived; %p and %looks are the text's to use.
 
     Whole warps come here, look, and go on together: each thread has looked by itself, so they
@@ -24,9 +24,11 @@ def arrival_lines(barrier: str, phase: str, most: int) -> list[str]:
         barrier: its address.
         phase: 0 the first time, then 1, 0 and so on.
         most: how often to look before the launch ends in an error.
+        bulk: whether bulk copies bring it. Where they are, a look may last some microseconds.
     """
+    wait = "try_wait" if bulk else "test_wait"
     look = (
-        f"mbarrier.try_wait.parity.shared::cta.b64 %p, [{barrier}], {phase}; "
+        f"mbarrier.{wait}.parity.shared::cta.b64 %p, [{barrier}], {phase}; "
         "vote.sync.all.pred %p, %p, 0xffffffff; @%p bra come;"
     )
     return [
@@ -40,24 +42,26 @@ _wait_copies_p = core.Primitive("ffjax_wait_copies")
 
 
 @_wait_copies_p.def_effectful_abstract_eval
-def _(barrier, phase, *, most):
+def _(barrier, phase, *, most, bulk):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
 
 
 @lowering.register_lowering(_wait_copies_p)
-def _(ctx, barrier, phase, *, most):
-    lines = arrival_lines("$1", "$2", most)
+def _(ctx, barrier, phase, *, most, bulk):
+    lines = arrival_lines("$1", "$2", most, bulk)
     text = " ".join(["{ .reg .pred %p; .reg .b32 %looks;", *lines, "mov.u32 $0, 0; }"])
     result, arguments = lowered.like((1,), lowered.i32()), lowered.values(ctx, [barrier, phase])
     return lowered.assembly([result], text, "=r,r,r", arguments, by_warps=True)[0]
 
 
-def wait_copies(barrier: Array, phase: Array, most: int) -> None:
+def wait_copies(barrier: Array, phase: Array, most: int, bulk: bool) -> None:
     """Waits until a barrier's copies have arrived; ends the launch in an error if they do not.
 
     Args:
         barrier: int32 scalar, its address.
         phase: int32 scalar, 0 the first time, then 1, 0 and so on.
         most: how often to look.
+        bulk: whether bulk copies bring it.
     """
-    _wait_copies_p.bind(jnp.full((1,), barrier), jnp.full((1,), phase), most=most)
+    options = {"most": most, "bulk": bulk}
+    _wait_copies_p.bind(jnp.full((1,), barrier), jnp.full((1,), phase), **options)

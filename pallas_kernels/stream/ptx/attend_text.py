@@ -118,7 +118,7 @@ class _Attend:
         f = self.f
         return [
             f"mad.lo.u32 %at, %stage, 8, {ring}; add.u32 %at, %at, {f.barriers};",
-            *arrival_lines("%at", "%phase", most),
+            *arrival_lines("%at", "%phase", most, f.bulk),
             f"mad.lo.u32 %at, %stage, {f.tile_bytes}, {ring}; add.u32 %at, %at, {f.tiles};",
         ]
 
@@ -145,8 +145,8 @@ class _Attend:
             "add.u32 %y, %z, %at; mov.b32 %x, 0;",
             f"st.shared.v4.b32 [%y+{f.tile_bytes // 2}], {{%x, %x, %x, %x}};",
             f"add.u32 %z, %z, {16 * 32 * f.warps}; bra put;",
-            # The place will be copied to by other means.
-            f"clear: fence.proxy.async.shared::cta; {lowered.MEET} old:",
+            # The place will be copied to, by other means where copies are bulk copies.
+            f"clear: {'fence.proxy.async.shared::cta; ' if f.bulk else ''}{lowered.MEET} old:",
         ]
         return lines
 

@@ -11,7 +11,7 @@ from jax._src import core, state
 from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx import async_copy, lowered
 from pallas_kernels.stream.ptx.address import UNIT
 
 __all__ = ["CacheFeed", "cache_feed_lines", "feed_cache", "pointers"]
@@ -46,6 +46,7 @@ class CacheFeed:
         out: likewise what each warp makes of its positions: 8 rows.
         sums: likewise the maximum and the sum of the weights of each of those rows.
         thread: the thread that asks.
+        bulk: as of `Feed`.
     """
 
     head_dim: int
@@ -66,6 +67,7 @@ class CacheFeed:
     out: int
     sums: int
     thread: int
+    bulk: bool
 
     @property
     def row_bytes(self) -> int:
@@ -87,13 +89,21 @@ def cache_feed_lines(
         layer: the last one that may be asked for.
         freed: tiles that have been used since last time.
     """
+    lead, rejoin = ("", "") if f.bulk else ("@%lead ", f"{lowered.REJOIN} ")
     return [
         "{ .reg .pred %p, %q; .reg .b32 %t, %n, %j, %i, %l, %s, %m, %o, %c, %k, %x, %y, %b, %v;",
         # Like weights, keys and values are read once a step: they are the first to leave the L2
         # cache, where weights may wait that have been asked for ahead.
         ".reg .b64 %policy, %d, %e; createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
         "mov.u32 %t, %tid.x;",
-        f"setp.ne.u32 %p, %t, {f.thread}; @%p bra asked;",
+        *(
+            [f"setp.ne.u32 %p, %t, {f.thread}; @%p bra asked;"]
+            if f.bulk
+            else [
+                f".reg .pred %lead; setp.eq.u32 %lead, %t, {f.thread}; shr.u32 %t, %t, 5;",
+                f"setp.ne.u32 %p, %t, {f.thread // 32}; @%p bra asked;",
+            ]
+        ),
         f"ld.shared.v4.b32 {{%n, %j, %i, %l}}, [{ring}+{f.control}];",
         f"ld.shared.b32 %s, [{ring}+{f.control + 16}]; ld.shared.b32 %m, [{parts}];",
         f"add.u32 %n, %n, {freed};",
@@ -108,22 +118,36 @@ def cache_feed_lines(
         f"max.s32 %y, %y, 0; mul.lo.u32 %y, %y, {f.row_bytes};",
         f"mad.lo.u32 %o, %x, {f.row_bytes // UNIT}, %o; mul.wide.u32 %d, %l, {f.layer_units};",
         "cvt.u64.u32 %e, %o; add.u64 %d, %d, %e; shl.b64 %d, %d, 4;",
-        f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers}; shl.b32 %x, %y, 1;",
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %x; setp.gt.u32 %q, %y, 0;",
-        f"mad.lo.u32 %v, %s, {f.tile_bytes}, {ring}; add.u32 %v, %v, {f.tiles};",
-        f"add.u64 %e, %d, {keys};",
-        "@%q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%v], [%e], %y, [%b], %policy;",
-        f"add.u64 %e, %d, {values}; add.u32 %v, %v, {f.tile_bytes // 2};",
-        "@%q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%v], [%e], %y, [%b], %policy;",
+        f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
+        *_copy_lines(f, ring, keys, values),
         "add.u32 %i, %i, 1; setp.eq.u32 %p, %i, %k; selp.u32 %i, 0, %i, %p;",
         "@%p add.u32 %j, %j, 1; setp.eq.u32 %p, %j, %m; selp.u32 %j, 0, %j, %p;",
         "@%p add.u32 %l, %l, 1;",
         f"add.u32 %s, %s, 1; setp.eq.u32 %p, %s, {f.stages}; selp.u32 %s, 0, %s, %p;",
         "sub.u32 %n, %n, 1; bra more;",
-        f"stored: st.shared.v4.b32 [{ring}+{f.control}], {{%n, %j, %i, %l}};",
-        f"st.shared.b32 [{ring}+{f.control + 16}], %s; asked: }}",
+        f"stored: {lead}st.shared.v4.b32 [{ring}+{f.control}], {{%n, %j, %i, %l}};",
+        f"{lead}st.shared.b32 [{ring}+{f.control + 16}], %s; {rejoin}asked: }}",
+    ]
+
+
+def _copy_lines(f: CacheFeed, ring: str, keys: str, values: str) -> list[str]:
+    """Copies %y bytes of keys, and as many of values, %d bytes from the arrays' first, to tile %s."""
+    place = f"mad.lo.u32 %v, %s, {f.tile_bytes}, {ring}; add.u32 %v, %v, {f.tiles};"
+    if not f.bulk:
+        copies = [place]
+        for array, behind in ((keys, 0), (values, f.tile_bytes // 2)):
+            copies.append(f"add.u64 %e, %d, {array}; add.u32 %v, %v, {behind};")
+            copies += async_copy.copy_lines(source="%e", place="%v", size="%y", policy="%policy")
+        return [*copies, async_copy.arrive_line("%b", "")]
+    copy = (
+        "@%q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%v], [%e], %y, [%b], %policy;"
+    )
+    return [
+        "shl.b32 %x, %y, 1;",
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %x; setp.gt.u32 %q, %y, 0;",
+        f"{place} add.u64 %e, %d, {keys}; {copy}",
+        f"add.u64 %e, %d, {values}; add.u32 %v, %v, {f.tile_bytes // 2}; {copy}",
     ]
 
 

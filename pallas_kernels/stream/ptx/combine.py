@@ -14,7 +14,7 @@ from jax._src.pallas.triton.lowering import tt_dialect
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import LOWEST
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
-from pallas_kernels.stream.ptx.giving_up import LOST, REGISTERS, give_up, look_again
+from pallas_kernels.stream.ptx.giving_up import LOST, REGISTERS, give_up, leave_line, look_again
 
 __all__ = ["combine_spans"]
 
@@ -51,7 +51,7 @@ def _combine_text(count: int, lanes: int, step: int, most: int, feed: Feed) -> s
     lines += [*feed_lines(feed, ring, weights), "mov.b32 %left, 0;"]
     for pair in names["a"] + names["b"] + names["c"]:
         lines.append(f"mov.b64 {{%y, %x}}, {pair}; xor.b32 %x, %x, {tag}; or.b32 %left, %left, %x;")
-    lines += ["setp.eq.u32 %p, %left, 0; @%p bra done;", *look_again("again", ring, feed, most)]
+    lines += ["setp.eq.u32 %p, %left, 0;", leave_line(feed, "done"), *look_again("again", ring, feed, most)]
     # The element is no number where the first span's sum of weights is none.
     lines += ["missing:", *give_up(sums, ring, feed), f"mov.b64 %a0, {{{LOST}, {LOST}}}; done:"]
     # Threads come out of it one by one; what follows is done by whole warps, or takes far longer.

@@ -11,7 +11,7 @@ from jax._src import core, state
 from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx import async_copy, lowered
 
 __all__ = ["MAP_IN_CONTROL", "Feed", "feed_lines", "feed_ring", "start_barriers"]
 
@@ -22,30 +22,36 @@ _start_barriers_p = core.Primitive("ffjax_start_barriers")
 
 
 @_start_barriers_p.def_effectful_abstract_eval
-def _(address, *, count):
+def _(address, *, count, bulk):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
 
 
 @lowering.register_lowering(_start_barriers_p)
-def _(ctx, address, *, count):
+def _(ctx, address, *, count, bulk):
     [address] = lowered.values(ctx, [address])
-    starts = [f"@%p mbarrier.init.shared::cta.b64 [$1+{8 * i}], 1; " for i in range(count)]
+    arrivals = 1 if bulk else async_copy.ARRIVALS
+    init = "@%p mbarrier.init.shared::cta.b64"
+    starts = [f"{init} [$1+{8 * i}], {arrivals}; " for i in range(count)]
+    # Bulk copies are made by others, whom a barrier of the program does not tell.
+    fences = "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; "
     text = (
         "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0; "
         + "".join(starts)
-        + "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; mov.u32 $0, 0; }"
+        + fences * bulk
+        + "mov.u32 $0, 0; }"
     )
     return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,r", [address])[0]
 
 
-def start_barriers(address: Array, count: int) -> None:
-    """Makes barriers in shared memory, 8 bytes each, that a copy's arrival completes.
+def start_barriers(address: Array, count: int, bulk: bool) -> None:
+    """Makes barriers in shared memory, 8 bytes each, that a tile's arrival completes.
 
     Args:
         address: int32 scalar, a multiple of 8.
         count: how many.
+        bulk: whether bulk copies bring the tiles: see `async_copy`.
     """
-    _start_barriers_p.bind(jnp.full((1,), address), count=count)
+    _start_barriers_p.bind(jnp.full((1,), address), count=count, bulk=bulk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Feed:
         l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
             waits.
         l2_bytes: of a copy, so many at a time, a multiple of 16.
+        bulk: whether bulk copies bring the tiles, asked for by one thread, or asynchronous ones of
+            16 bytes, by all threads of its warp: see `async_copy`.
         matrix_rows: of a layer of the matrix whose tiles come as boxes; 0 where none does. The last
             of a tile's 8 words then says where its box begins: see `route`.
     """
@@ -90,6 +98,7 @@ class Feed:
     has_scales: bool
     l2_tiles: int
     l2_bytes: int
+    bulk: bool
     matrix_rows: int
 
     @property
@@ -177,7 +186,7 @@ def feed_lines(
 ) -> list[str]:
     """Asks for the next tile where a slot is free and few are on their way.
 
-    One thread does, or its whole warp: what is loaded is loaded before it is known whether it is
+    One thread does, or its whole warp, as always without bulk copies: what is loaded is loaded before it is known whether it is
     wanted, and nothing but the end is jumped to.
 
     Args:
@@ -190,6 +199,8 @@ def feed_lines(
             No thread of a warp leaves another then.
     """
     f = feed
+    if not f.bulk:
+        return _async_lines(f, ring, pointer, used, ahead)
     shared = together and f.copies > 2
     others = (
         (f"shr.u32 %b, %t, 5; setp.ne.u32 %p, %b, {f.thread // 32};")
@@ -259,6 +270,86 @@ def feed_lines(
     return lines
 
 
+def _async_lines(
+    f: Feed, ring: str, pointer: str, used: str | None, ahead: str | None
+) -> list[str]:
+    """The same by copies of 16 bytes a thread; the whole feeding warp comes here together.
+
+    What is next is put down before anything is copied: little else need be kept meanwhile, and where
+    this stands other words fill the registers.
+    """
+    tell = "" if used is None else f"mov.b32 %u, {used};"
+    lines = [
+        "{ .reg .pred %p, %go, %lead; .reg .b32 %n, %e, %l, %s, %h, %u, %t, %b, %r, %row, %layer;",
+        ".reg .b64 %from, %far; mov.u32 %t, %tid.x; shr.u32 %b, %t, 5;",
+        f"setp.ne.u32 %p, %b, {f.thread // 32}; @%p bra fed; setp.eq.u32 %lead, %t, {f.thread};",
+        f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [{ring}+{f.control}];",
+        f"ld.shared.v2.b32 {{%h, %u}}, [{ring}+{f.control + 16}]; {tell}",
+        f"add.u32 %u, %u, {ahead or f.slots}; min.u32 %u, %u, {f.total};",
+    ]
+    if f.l2_tiles and used is None:
+        lines += ["setp.lt.u32 %p, %n, %u; @%p bra room;", *_l2_lines(f, ring, pointer), "room:"]
+    lines += [
+        "setp.lt.u32 %go, %n, %u;",
+        # Has the tile come that was asked for some before?
+        f"sub.s32 %b, %s, {f.in_flight}; setp.lt.s32 %p, %b, 0; selp.u32 %r, 1, 0, %p;",
+        f"@%p add.s32 %b, %b, {f.slots}; xor.b32 %r, %r, %h; mad.lo.u32 %b, %b, 8, {ring};",
+        f"mbarrier.test_wait.parity.shared::cta.b64 %p, [%b+{f.barriers}], %r;",
+        "and.pred %go, %go, %p; vote.sync.all.pred %go, %go, 0xffffffff; @!%go bra kept;",
+        f"mad.lo.u32 %row, %e, {f.row_bytes}, {ring}; mov.b32 %layer, %l;",
+        f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
+        f"mad.lo.u32 %t, %s, {f.slot_bytes}, {ring};",
+        "add.u32 %n, %n, 1; add.u32 %e, %e, 1; add.u32 %s, %s, 1;",
+        f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
+        f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p; @%p mov.u32 %e, 1; @%p add.u32 %l, %l, 1;",
+        f"setp.eq.u32 %p, %s, {f.slots}; @%p mov.u32 %s, 0; @%p xor.b32 %h, %h, 1;",
+        f"@%lead st.shared.v4.b32 [{ring}+{f.control}], {{%n, %e, %l, %s}};",
+        f"@%lead st.shared.b32 [{ring}+{f.control + 16}], %h;",
+        # Size, number and pitch of the copies stand at other places of the scales' words.
+        *_async_part(f.route, pointer, ("%size", "%count", "%apart", "%first"), ""),
+        *(
+            _async_part(f.route + 32, pointer, ("%size", "%count", "%first", "%apart"), "%first")
+            if f.has_scales
+            else []
+        ),
+        f"{async_copy.arrive_line('%b', '')} kept:",
+    ]
+    if used is not None:
+        lines.append(f"@%lead st.shared.b32 [{ring}+{f.control + 20}], {used};")
+    # What one thread has put down all of its warp read next time.
+    return [*lines, f"{lowered.REJOIN} fed: }}"]
+
+
+def _async_part(row: int, pointer: str, last: tuple[str, ...], first: str) -> list[str]:
+    """Copies a tile's weights, or scales, to its slot at %t.
+
+    Args:
+        row: where its words of the route lie, bytes behind %row.
+        pointer: the first array's address.
+        last: names of the second four of them.
+        first: which of these says where in the slot they go; "" if at its beginning.
+    """
+    return [
+        "{ .reg .b32 %low, %high, %stride, %step, %size, %count, %apart, %first;",
+        ".reg .b64 %from, %by, %policy; createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
+        f"ld.shared.v4.b32 {{%low, %high, %stride, %step}}, [%row+{row}];",
+        f"ld.shared.v4.b32 {{{', '.join(last)}}}, [%row+{row + 16}]; mov.b64 %from, {{%low, %high}};",
+        "mul.wide.u32 %by, %layer, %stride; add.u64 %from, %from, %by; shl.b64 %from, %from, 4;",
+        f"add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %step, 16;",
+        f"add.u32 %first, %t, {first or 0};",
+        *async_copy.copy_lines(
+            source="%from",
+            place="%first",
+            size="%size",
+            policy="%policy",
+            count="%count",
+            step="%by",
+            apart="%apart",
+        ),
+        "}",
+    ]
+
+
 def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
     """Asks for what comes next beyond a full ring into the L2 cache, if there is little such.
 
@@ -280,14 +371,23 @@ def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
         "and.b32 %o, %o, 65535; shl.b32 %w, %w, 4; mul.wide.u32 %far, %w, %i;",
         "add.u64 %from, %from, %far; cvt.u64.u32 %far, %o; add.u64 %from, %from, %far;",
         f"sub.u32 %v, %t, %o; min.u32 %v, %v, {f.l2_bytes}; setp.lt.u32 %p, %i, %u;",
-        f"@%p cp.async.bulk.prefetch.L2.global [%from], %v; add.u32 %o, %o, {f.l2_bytes};",
+        *_l2_ask_lines(f),
+        f"add.u32 %o, %o, {f.l2_bytes};",
         "setp.ge.u32 %p, %o, %t; @%p mov.b32 %o, 0; @%p add.u32 %i, %i, 1;",
         "setp.ge.u32 %done, %i, %u; shl.b32 %i, %i, 16; or.b32 %o, %o, %i; @%done mov.b32 %o, 0;",
         "@%done add.u32 %x, %x, 1; @%done add.u32 %y, %y, 1;",
         f"setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %z, {f.layers - 1}, %p; @%p mov.u32 %y, 1; @%p add.u32 %z, %z, 1;",
-        f"st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %o}}; bra fed; }}",
+        f"{'' if f.bulk else '@%lead '}st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %o}};",
+        f"{'' if f.bulk else f'{lowered.REJOIN} '}bra fed; }}",
     ]
+
+
+def _l2_ask_lines(f: Feed) -> list[str]:
+    """If %p, asks for %v bytes from %from into the L2 cache."""
+    if f.bulk:
+        return ["@%p cp.async.bulk.prefetch.L2.global [%from], %v;"]
+    return async_copy.prefetch_lines("%from", "%v", f.l2_bytes, "%p")
 
 
 _feed_p = core.Primitive("ffjax_feed")
@@ -303,8 +403,9 @@ def _(ctx, ref, *args, feed, store):
     args = lowered.values(ctx, args)
     pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), [1])
     # By one thread, instructions for few copies are fewer than for a whole warp.
-    together = store and not feed.matrix_rows
-    options = {"used": "$3", "ahead": "$4", "together": together} if store else {}
+    together = (store and not feed.matrix_rows) or not feed.bulk
+    options: dict[str, Any] = {"used": "$3", "ahead": "$4"} if store else {}
+    options["together"] = together
     lines = feed_lines(feed, "$2", "$1", **options)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
     result = lowered.like((1,), lowered.i32())
@@ -317,7 +418,7 @@ def feed_ring(
 ) -> None:
     """Asks for the next tile if a slot is free and few tiles are on their way.
 
-    Bulk copies (compute capability 9.0) bring it to shared memory while the program goes on.
+    It comes to shared memory while the program goes on.
 
     Args:
         ref: the first of the arrays that `begin_words` was given.

@@ -24,7 +24,7 @@ from jax._src.pallas.triton import lowering
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed
 
-__all__ = ["LOST", "REGISTERS", "give_up", "look_again", "record_of", "said_by", "say_where"]
+__all__ = ["LOST", "REGISTERS", "give_up", "leave_line", "look_again", "record_of", "said_by", "say_where"]
 
 # Bits of the tiles that a program has used, and of its number.
 _TILE_BITS, _PROGRAM_BITS = 20, 12
@@ -40,6 +40,15 @@ LOST = "0xFFFFFFFF"
 _RECORD, _PROGRAM, _USED = 48, 56, 20
 
 
+def leave_line(feed: Feed, to: str) -> str:
+    """Leaves a look where %p says that the thread has what it looked for.
+
+    Where all threads of a warp feed the ring together, they leave together.
+    """
+    agree = "" if feed.bulk else "vote.sync.all.pred %p, %p, 0xffffffff; "
+    return f"{agree}@%p bra {to};"
+
+
 def look_again(label: str, ring: str, feed: Feed, most: int) -> list[str]:
     """Behind a look in vain: looks again.
 
@@ -53,11 +62,13 @@ def look_again(label: str, ring: str, feed: Feed, most: int) -> list[str]:
         most: how often to look, a power of two.
     """
     assert most & (most - 1) == 0, "Looks are counted by powers of two."
+    # A warp whose threads feed the ring together looks as long as any of them does.
+    agree = "" if feed.bulk else "vote.sync.any.pred %p, %p, 0xffffffff; "
     return [
         f"add.u32 %n, %n, 1; and.b32 %often, %n, {min(most, _OFTEN) - 1};",
         f"setp.ne.u32 %p, %often, 0; @%p bra {label};",
         f"ld.shared.b64 %record, [{ring}+{feed.control + _RECORD}];",
-        "ld.relaxed.gpu.global.b64 %said, [%record]; setp.ne.b64 %p, %said, 0; @%p bra missing;",
+        f"ld.relaxed.gpu.global.b64 %said, [%record]; setp.ne.b64 %p, %said, 0; {agree}@%p bra missing;",
         f"setp.lt.u32 %p, %n, {most}; @%p bra {label};",
     ]
 
@@ -66,11 +77,15 @@ def give_up(missing: str, ring: str, feed: Feed) -> list[str]:
     """Behind `look_again`: says what is missing.
 
     Args:
-        missing: register with the address of a word that has not come.
+        missing: register with the address of a word that has not come. Where nothing is missing,
+            the text's %left is 0, and it goes on at `done`.
         ring: the ring's address.
         feed: where everything lies.
     """
+    # Threads that miss nothing have looked on with others of their warp.
+    alone = [] if feed.bulk else ["setp.eq.u32 %p, %left, 0; @%p bra done;"]
     return [
+        *alone,
         f"sub.s64 %said, {missing}, %record; shr.s64 %said, %said, 2;",
         f"cvt.u32.u64 %often, %said; ld.shared.b32 %used, [{ring}+{feed.control + _USED}];",
         f"sub.u32 %used, {(1 << _TILE_BITS) - 1}, %used; shl.b32 %used, %used, {_PROGRAM_BITS};",

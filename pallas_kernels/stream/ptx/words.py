@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
-from pallas_kernels.stream.ptx.giving_up import LOST, REGISTERS, give_up, look_again
+from pallas_kernels.stream.ptx.giving_up import LOST, REGISTERS, give_up, leave_line, look_again
 
 __all__ = ["collect_each", "collect_words", "load_pieces", "store_pair", "store_word"]
 
@@ -77,8 +77,12 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
         # To look for all of many would take others' bandwidth: first only for the last one.
         last = pieces - 1
         lines.append("early:")
-        lines.append(f"and.b32 %w, %left, {1 << last}; setp.eq.u32 %p, %w, 0; @%p bra again;")
-        lines += [*load(last, ""), *feeding, *check(last), "@%p bra again;"]
+        lines.append(f"and.b32 %w, %left, {1 << last}; setp.eq.u32 %p, %w, 0;")
+        lines.append(leave_line(feed, "again"))
+        if not feed.bulk:
+            lines.append("setp.ne.u32 %p, %w, 0;")
+        lines += load(last, "" if feed.bulk else "@%p ")
+        lines += [*feeding, *check(last), leave_line(feed, "again")]
         lines += [*look_again("early", ring_of, feed, most), "bra missing;"]
     lines.append("again:")
     for q in range(pieces):
@@ -87,7 +91,8 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
     lines += feeding
     for q in range(pieces):
         lines += check(q)
-    lines += ["setp.eq.u32 %p, %left, 0; @%p bra done;", *look_again("again", ring_of, feed, most)]
+    lines += ["setp.eq.u32 %p, %left, 0;", leave_line(feed, "done")]
+    lines += look_again("again", ring_of, feed, most)
     lines += ["missing:", *give_up(address, ring_of, feed), f"mov.b32 $0, {LOST}; done: }}"]
     addresses = lowered.addresses(ref, offset, shape)
     constraints = ",".join(["=&r"] * count + ["l", "r", "r", "l", "r"])
@@ -169,7 +174,8 @@ def _collect_each_text(count: int, pairs: bool, together: int, most: int, feed: 
     lines += [f"xor.b32 %x, {word}, {tag}; or.b32 %left, %left, %x;" for word in tags]
     if not pairs:
         lines.append("and.b32 %left, %left, 255;")
-    lines += ["setp.eq.u32 %p, %left, 0; @%p bra done;", *look_again("again", ring, feed, most)]
+    lines += ["setp.eq.u32 %p, %left, 0;", leave_line(feed, "done")]
+    lines += look_again("again", ring, feed, most)
     lines.append("missing:")
     for i, word in enumerate(tags):  # the last one that is missing
         lines.append(f"xor.b32 %x, {word}, {tag};" + ("" if pairs else " and.b32 %x, %x, 255;"))

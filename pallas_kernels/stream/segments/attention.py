@@ -60,7 +60,7 @@ def _rows(env: StreamEnv) -> int:
 def _put_heads(env: StreamEnv, part: Part, heads: Heads) -> None:
     """Queries, as two bfloat16 each, and what is new, to shared memory."""
     at = SharedLayout.of(env.plan)
-    row, element = iota(heads.queries.shape, 0), iota(heads.queries.shape, 1)
+    row, element = env.iota(heads.queries.shape, 0), env.iota(heads.queries.shape, 1)
     everywhere, is_first = row >= 0, (row == 0) & part.has_new
     high = heads.queries.astype(jnp.bfloat16)
     low = (heads.queries - high.astype(jnp.float32)).astype(jnp.bfloat16)
@@ -87,7 +87,7 @@ def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) ->
     attend_span(env, layer, share, j)
     at = SharedLayout.of(env.plan)
     shape = (_rows(env), env.dims.head_dim)
-    row, element = iota(shape, 0), iota(shape, 1)
+    row, element = env.iota(shape, 0), env.iota(shape, 1)
     each = []
     for warp in range(env.plan.attention.warps):
         number = warp * LOT + row
@@ -109,9 +109,9 @@ def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) ->
 def _load_tile(env: StreamEnv, layer: Array, part: Part, i: Array) -> tuple[Array, Array]:
     """Keys and values of the i-th tile of the part's span, `[block, H]`; 0 beyond it."""
     shape = (env.plan.attention.block, env.dims.head_dim)
-    position = part.start + i * shape[0] + iota(shape, 0)
+    position = part.start + i * shape[0] + env.iota(shape, 0)
     live = position < part.stop
-    where = (layer, part.sequence, part.head, position, iota(shape, 1))
+    where = (layer, part.sequence, part.head, position, env.iota(shape, 1))
     keys = plgpu.load(env["k"].at[where], mask=live, other=0.0)
     values = plgpu.load(env["v"].at[where], mask=live, other=0.0)
     return keys, values
@@ -133,7 +133,7 @@ def _interpreted(env: StreamEnv, layer: Array, part: Part, heads: Heads) -> _Mad
         top, total, out = state
         keys, values = _load_tile(env, layer, part, i)
         scores = capped(env.dot_split(q, keys, transpose_b=True))  # [8, block]
-        seen = part.start + i * block + iota(scores.shape, 1) < part.stop
+        seen = part.start + i * block + env.iota(scores.shape, 1) < part.stop
         scores = jnp.where(seen, scores, LOWEST)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.where(seen, jnp.exp2(scores - new_top[:, None]), 0.0)
@@ -199,7 +199,7 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
     def part_step(j, carry):
         part = part_of(env, layer, share, j)
         made = _attend(env, layer, share, j, part)
-        row, element = iota(made.out.shape, 0), iota(made.out.shape, 1)
+        row, element = env.iota(made.out.shape, 0), env.iota(made.out.shape, 1)
         inside = part.first_query + row
         query, mask = part.head * d.q_per_kv + inside, inside < d.q_per_kv
 
@@ -312,7 +312,7 @@ def _combine_interpreted(
 ) -> None:
     """The same as plain arrays."""
     shape, size = (env.plan.attention.max_splits, width), env.dims.head_dim
-    number, element = iota(shape, 0), first + iota(shape, 1)
+    number, element = env.iota(shape, 0), first + env.iota(shape, 1)
     there = number < spans
     wanted = [
         (_pair_at(env, sequence, query, number, item), there)
@@ -324,5 +324,5 @@ def _combine_interpreted(
     top = jnp.where(there, top, LOWEST)
     weight = jnp.where(there, jnp.exp2(top - jnp.max(top, axis=0)[None, :]), 0.0)
     out = jnp.sum(jnp.where(there, out * weight, 0.0), axis=0) / jnp.sum(weight * total, axis=0)
-    element = first + iota(out.shape, 0)
+    element = first + env.iota(out.shape, 0)
     _publish_heads(env, tag, sequence, query, element, out, element >= 0)

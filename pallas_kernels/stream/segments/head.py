@@ -8,7 +8,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
-from pallas_kernels.program import iota
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, Sums
@@ -57,7 +56,7 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
     d, plan, bp = env.dims, env.plan, env.plan.padded_batch
     top, winner = _best(state.best_logit.reshape(-1, bp), state.best_token.reshape(-1, bp))
     start, tag = env.mail.layout.best, env.tag(place.layer)
-    b = iota((bp,), 0)
+    b = env.iota((bp,), 0)
     at = start + 4 * (env.program * d.batch + b)
     env.mail.publish_pair(at, top, tag, b < d.batch)
     env.mail.publish_pair(at + 2, winner, tag, b < d.batch)
@@ -65,7 +64,7 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
     @pl.when(env.program == plan.programs - 1)
     def _():
         shape = (next_power_of_2(plan.programs), bp)
-        program, b = iota(shape, 0), iota(shape, 1)
+        program, b = env.iota(shape, 0), env.iota(shape, 1)
         there = (program < plan.programs) & (b < d.batch)
         at = start + 4 * (program * d.batch + b)
         bits, token = env.mail.collect_pairs([(at, there), (at + 2, there)], tag)
@@ -78,7 +77,7 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
         _, winner = _best(logit, jnp.where(there, token, NO_TOKEN))
         # Every logit -inf leaves no winner; jnp.argmax then says 0.
         winner = jnp.where(winner == NO_TOKEN, 0, winner)
-        column = iota((bp,), 0)
+        column = env.iota((bp,), 0)
         real = column < d.batch
         plgpu.store(env["token"].at[column], winner, mask=real)
         plgpu.store(env["lengths"].at[column], env.batch_lengths(column) + 1, mask=real)

@@ -15,7 +15,6 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
-from pallas_kernels.program import iota
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.segments.qkv import softmax_scale
 
@@ -54,9 +53,9 @@ def collect_heads(
     """
     d, mail, tag = env.dims, env.mail, env.tag(layer)
     shape = (rows, d.head_dim)
-    element = iota(shape, 1)
+    element = env.iota(shape, 1)
     start = mail.layout.qkv + sequence * d.qkv_dim
-    query = kv_head * d.q_per_kv + jnp.minimum(first_query + iota(shape, 0), d.q_per_kv - 1)
+    query = kv_head * d.q_per_kv + jnp.minimum(first_query + env.iota(shape, 0), d.q_per_kv - 1)
     everywhere = element >= 0
 
     def words(head, element, mask):
@@ -111,8 +110,8 @@ def collect_heads(
     new = normed("k_norm", k, k_other, kv, d.num_kv_heads, d.num_heads, everywhere & has_new)
     stored = new.astype(jnp.bfloat16)
     # Every row is the same: the first is stored. A full cache has no slot.
-    row = jnp.sum(jnp.where(iota(shape, 0) == 0, new, 0.0), axis=0).astype(jnp.bfloat16)
-    column = iota(row.shape, 0)
+    row = jnp.sum(jnp.where(env.iota(shape, 0) == 0, new, 0.0), axis=0).astype(jnp.bfloat16)
+    column = env.iota(row.shape, 0)
     where = (layer, sequence, kv_head, jnp.minimum(position, d.capacity - 1), column)
     plgpu.store(env["k"].at[where], row, mask=(column >= 0) & has_new & (position < d.capacity))
     return Heads(queries * softmax_scale(env), stored.astype(jnp.float32), v)
@@ -121,7 +120,7 @@ def collect_heads(
 def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> tuple[Array, Array]:
     """Cosine and sine of the rotation of each element, float32."""
     size = env.dims.head_dim
-    column = iota((size,), 0)
+    column = env.iota((size,), 0)
     pair = lax.rem(column, jnp.int32(size // 2))
     frequency = plgpu.load(env["inv_freq"].at[pair])
     if env.features.local_rope:
@@ -137,7 +136,7 @@ def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> 
 def _mean_square(env: StreamEnv, start: Any, heads: int, tag: Array, mask: Array) -> Array:
     """Of a projection to all heads at once; float32 scalar."""
     size = heads * env.dims.head_dim
-    element = iota((next_power_of_2(size),), 0)
+    element = env.iota((next_power_of_2(size),), 0)
     # The mask is true everywhere or nowhere.
     there = (element < size) & (jnp.max(mask.astype(jnp.int32)) > 0)
     x = env.mail.collect(start + element, tag, there)

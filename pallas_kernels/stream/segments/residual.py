@@ -14,7 +14,6 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
-from pallas_kernels.program import iota
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import word_in_mail
 from pallas_kernels.stream.operand import collect_inputs, mean_squares
@@ -128,7 +127,7 @@ def close_block(env: StreamEnv, place: Place, state: State) -> State:
     def add_partial_sums():
         own = _elements(env)
         shape = (*own.first.shape, next_power_of_2(splits))
-        split, b = iota(shape, 1), own.sequence[:, None]
+        split, b = env.iota(shape, 1), own.sequence[:, None]
 
         def wanted(element: Array) -> tuple[Array, Array]:
             element = element[:, None]
