@@ -13,6 +13,7 @@ import sys
 import tempfile
 
 import pytest
+from as_if import take_device_for
 
 # Each takes some gigabytes.
 _MOST_PROCESSES = 2
@@ -20,7 +21,12 @@ _MOST_PROCESSES = 2
 _OLDEST = (8, 0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--as-if", metavar="GPU", help="take the device for another one: see as_if.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    take_device_for(config.getoption("--as-if"))
     # Tests run as users do: in float32, whatever the shell says. With x64 on, a constant that
     # should have a dtype of its own would go unnoticed.
     os.environ["JAX_ENABLE_X64"] = "0"

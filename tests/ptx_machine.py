@@ -136,6 +136,8 @@ class Machine:
         self.known_maps: set[tuple[int, int]] = set()
         self._barriers: dict[int, _Barrier] = {}
         self.flying: list[Copy] = []
+        # Of each byte of shared memory, copies that are on their way to it.
+        self._awaited = np.zeros(shared_bytes, np.int16)
         # Copies of 16 bytes that each thread has asked for and that have not come, by their numbers;
         # and arrivals that wait for some of them.
         self._asked: dict[int, set[int]] = collections.defaultdict(set)
@@ -175,8 +177,8 @@ class Machine:
             raise PtxError(f"{size} bytes at {lacking} are not all in the {name} memory.")
         if (wrong := at % alignment != 0).any():
             raise PtxError(f"The address {hex(int(at[wrong][0]))} is no multiple of {alignment}.")
-        for copy in self.flying if name == "shared" else ():
-            met = (at < copy.to + copy.size) & (at + size > copy.to)
+        if name == "shared" and self.flying:
+            met = self._awaited[(at - base)[:, None] + np.arange(size)].any(axis=1)
             if met.any():
                 there = hex(int(at[met][0]))
                 raise PtxError(f"{there} is accessed while a copy is on its way there.")
@@ -230,16 +232,24 @@ class Machine:
         copy = Copy(to, source, size, barrier, self.clock)
         at = self.barrier(barrier)
         number = self.races.copy(thread // WARP, to - self.shared_base + np.arange(size))
-        self.copies.append(copy)
-        self.flying.append(copy)
+        self._start(copy)
 
         def land() -> None:
-            self.flying.remove(copy)
+            self._land(copy)
             self.view(to, size, np.uint8)[:] = self.view(source, size, np.uint8)
             at.news[self.races.copier] = max(at.news[self.races.copier], number)
             at.complete(size)
 
         self.later(self._delay(), land)
+
+    def _start(self, copy: Copy) -> None:
+        self.copies.append(copy)
+        self.flying.append(copy)
+        self._awaited[copy.to - self.shared_base :][: copy.size] += 1
+
+    def _land(self, copy: Copy) -> None:
+        self.flying.remove(copy)
+        self._awaited[copy.to - self.shared_base :][: copy.size] -= 1
 
     def copy_small(self, thread: int, to: int, source: int) -> None:
         """Starts a thread's own copy of 16 bytes, which the thread can tell a barrier of."""
@@ -248,12 +258,11 @@ class Machine:
         copy = Copy(to, source, 16, 0, self.clock)
         place = to - self.shared_base + np.arange(16)
         number = self.races.copy(thread // WARP, place, fenced=False)
-        self.copies.append(copy)
-        self.flying.append(copy)
+        self._start(copy)
         self._asked[thread].add(number)
 
         def land() -> None:
-            self.flying.remove(copy)
+            self._land(copy)
             self.view(to, 16, np.uint8)[:] = self.view(source, 16, np.uint8)
             self._asked[thread].remove(number)
             for missing, arrive in [*self._arriving[thread]]:

@@ -225,13 +225,18 @@ class Ring:
             has_scales=self.scales > 0,
             l2_tiles=self.l2_tiles,
             l2_bytes=self.l2_bytes,
-            bulk=self.bulk,
+            sharing=0 if self.bulk else self.threads,
             matrix_rows=4 * self.box[1] if self.box else 0,
         )
 
     @property
     def bytes(self) -> int:
-        return self.feed.control + 64
+        return self.feed.control + 64 * self.feeders
+
+    @property
+    def feeders(self) -> int:
+        """Warps that ask for tiles, each with words of its own."""
+        return 1 if self.bulk else self.threads // 32
 
     @property
     def order(self) -> list[tuple[int, int]]:
@@ -256,9 +261,9 @@ def setup_texts(feed: ptx.Feed, threads: int) -> list[Inline]:
 
     def body() -> None:
         rows, zero = jnp.zeros((threads,), jnp.int32), jnp.int32(0)
-        ptx.clear_shared(zero, feed.control + 64, threads)
+        ptx.clear_shared(zero, feed.control + 64 * max(1, feed.sharing // 32), threads)
         ptx.write_row(rows, [rows] * 8, rows == 0)
-        ptx.start_barriers(zero, feed.slots, feed.bulk)
+        ptx.start_barriers(zero, feed.slots, feed.sharing)
 
     return inlines(body)
 
@@ -375,21 +380,41 @@ class Fed:
         return self.base + index % self.ring.slots * self.ring.slot_bytes
 
     @property
+    def all_asked(self) -> list[int]:
+        """Tiles that each warp has asked for."""
+        control = self.base + self.feed.control
+        blocks = range(self.ring.feeders)
+        return [int(self.machine.view(control + 64 * w, 1, np.uint32)[0]) for w in blocks]
+
+    @property
     def asked(self) -> int:
-        """Tiles that have been asked for."""
-        return int(self.machine.view(self.base + self.feed.control, 1, np.uint32)[0])
+        """Tiles that have been asked for, by all warps that have to."""
+        return min(self.all_asked)
+
+    def _small_on_their_way(self) -> set[int]:
+        """The same as `on_their_way` of 16 bytes a thread: warps have a share of each tile."""
+        wanted: dict[tuple[int, int], int] = {}
+        for w, asked in enumerate(self.all_asked):
+            for i in range(asked):
+                for at, to, size in self.places(i):
+                    mine = [by for by in range(0, size, 16) if by // 512 % self.ring.feeders == w]
+                    wanted |= {(i, self.slot(i) + to + by): at + by for by in mine}
+        made = [(x.to, x.source) for x in self.machine.copies]
+        assert sorted(made) == sorted((to, at) for (_, to), at in wanted.items())
+        # Places come round: in flight is what is asked for last.
+        last = {(to, at): i for (i, to), at in sorted(wanted.items())}
+        flying = {last[x.to, x.source] for x in self.machine.flying}
+        return flying | set(range(self.asked, max(self.all_asked)))
 
     def on_their_way(self) -> set[int]:
         """Tiles of which some copy has not come. All copies are those of the tiles in order."""
-        assert self.asked <= self.feed.total
+        assert max(self.all_asked) <= self.feed.total
+        if not self.ring.bulk:
+            return self._small_on_their_way()
         flying, number = set(), 0
         copies = self.machine.copies
         for i in range(self.asked):
-            wanted = [
-                (self.slot(i) + to + by, at + by, step)
-                for at, to, size in self.places(i)
-                for by, step in self._steps(size, 16)
-            ]
+            wanted = [(self.slot(i) + to, at, size) for at, to, size in self.places(i)]
             made = copies[number : number + len(wanted)]
             # Threads that share the scales' copies begin with the last.
             assert sorted((x.to, x.source, x.size) for x in made) == sorted(wanted)
@@ -401,7 +426,7 @@ class Fed:
 
     def ask(self, used: int | None = None, beyond: int | None = None) -> None:
         """As `feed_ring` does: the next tile is asked for just where it may be."""
-        f, number, before = self.feed, self.asked, self.on_their_way()
+        f, numbers, before = self.feed, self.all_asked, self.on_their_way()
         if used is not None:
             self.used = used
         beyond = f.slots if beyond is None else beyond
@@ -410,15 +435,16 @@ class Fed:
             text = text.edited(self.edit)
         text.run(self.machine, self.pointer, self.base, used or 0, beyond)
         after = self.on_their_way()
-        waits_for = number - f.in_flight
-        if number >= min(self.used + beyond, f.total):
-            assert self.asked == number
-            if used is None:
-                self._look_ahead(number)
-        elif waits_for not in before:
-            assert self.asked == number + 1
-        elif waits_for in after:
-            assert self.asked == number
+        for number, asked in zip(numbers, self.all_asked, strict=True):
+            waits_for = number - f.in_flight
+            if number >= min(self.used + beyond, f.total):
+                assert asked == number
+            elif waits_for not in before:
+                assert asked == number + 1
+            elif waits_for in after:
+                assert asked == number
+        if used is None and numbers[-1] >= min(self.used + beyond, f.total):
+            self._look_ahead(numbers[-1])
         steps = [(at + by, step) for at, size in self._pieces for by, step in self._steps(size, 128)]
         assert sorted(self.machine.prefetched) == sorted(steps)
 
@@ -479,7 +505,8 @@ def check_feed(
             fed.ask()
         fed.wait(index, wait_edit)
         # Where words are waited for next, no more than the next tile.
-        fed.ask(index + 1, 1 if index % 5 == 4 else None)
+        for _ in range(1 if ring.bulk else 2):
+            fed.ask(index + 1, 1 if index % 5 == 4 else None)
         assert fed.asked > index + 1 or fed.asked == fed.feed.total
     assert fed.asked == fed.feed.total
     fed.ask()
@@ -1217,13 +1244,13 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
         [
             ("setp.lt.u32 %go, %n, %u;", "setp.le.u32 %go, %n, %u;"),
             ("and.pred %go, %go, %p;", ""),
-            ("vote.sync.all.pred %go, %go, 0xffffffff;", "mov.pred %go, %lead;"),
+            ("vote.sync.all.pred %go, %go, 0xffffffff;", "and.pred %go, %go, %lead;"),
+            ("mad.lo.u32 %own, %t, 64,", "mad.lo.u32 %own, %t, 0,"),
             ("xor.b32 %r, %r, %h;", ""),
             ("@%p mov.u32 %e, 1;", ""),
             ("mov.b32 %layer, %l;", "mov.b32 %layer, %e;"),
             ("@%p xor.b32 %h, %h, 1;", ""),
-            ("shr.u32 %b, %t, 5;", "shr.u32 %b, %t, 6;"),
-            ("sub.s32 %rest, %size, %lane;", "mov.b32 %rest, %size;"),
+            ("sub.s32 %rest, %size, %own;", "mov.b32 %rest, %size;"),
             ("add.u32 %row, %row, %apart;", "add.u32 %row, %row, %size;"),
             ("add.u64 %begin, %begin, %by;", ""),
             ("sub.u32 %parts, %parts, 1;", "sub.u32 %parts, %parts, 2;"),
@@ -1235,9 +1262,9 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
         lambda edit: check_feed(LONG, 0, edit),
         [
             ("add.u32 %to, %to, 4096;", ""),
-            ("add.u64 %at, %at, 4096;", "add.u64 %at, %at, 512;"),
+            ("add.u64 %at, %at, 4096;", "add.u64 %at, %at, 1024;"),
             ("@%is bra some;", ""),
-            ("setp.gt.s32 %is, %rest, 512;", "setp.ge.s32 %is, %rest, 0;"),
+            ("setp.gt.s32 %is, %rest, 1024;", "setp.ge.s32 %is, %rest, 0;"),
         ],
     ),
     "feed ahead by 16 bytes a thread": (

@@ -10,7 +10,7 @@ import pytest
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream.plan import LOT
-from pallas_kernels.stream.ptx import async_copy, lowered
+from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import attend_lines
 from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
 
@@ -97,7 +97,7 @@ class Bench:
             "sums": 8 * s.warps * LOT,
             "rows": 4 * WORDS * (1 + len(parts)),
             "barriers": 16 * ((s.stages + 1) // 2),
-            "control": 4 * WORDS,
+            "control": 4 * WORDS * (1 if s.bulk else s.threads // 32),
         }
         starts, end = {}, 0
         for name, size in sizes.items():
@@ -117,7 +117,7 @@ class Bench:
             paired=s.paired,
             softcap=s.softcap,
             thread=s.threads - 32,
-            bulk=s.bulk,
+            sharing=0 if s.bulk else s.threads,
         )
         self.machine = Machine(s.threads, end, self.cache[0].size * 4, delay=delay)
         self.ring = self.machine.shared_base
@@ -127,8 +127,10 @@ class Bench:
             self.machine.view(at, x.size, np.uint16)[:] = halves(x).ravel()
         for i in range(s.stages):
             at = self.ring + self.feed.barriers + 8 * i
-            self.machine.start_barrier(at, 1 if s.bulk else async_copy.ARRIVALS)
-        self.at("control", WORDS, np.uint32)[:] = [s.stages, *[0] * (WORDS - 1)]
+            self.machine.start_barrier(at, 1 if s.bulk else s.threads)
+        feeders = 1 if s.bulk else s.threads // 32
+        words = [s.stages, *[0] * (WORDS - 1)] * feeders
+        self.at("control", WORDS * feeders, np.uint32)[:] = words
         rows = self.machine.view(self.ring + self.rows, WORDS * (1 + len(parts)), np.uint32)
         rows[:] = 0
         rows[0] = len(parts)
@@ -273,7 +275,8 @@ SMALL_COPY_EDITS = {
         "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%b]; add.u64 %e, %d, $3;",
     ),
     "a tile is asked for while it is used": (f"used: {lowered.MEET}", "used:"),
-    "one thread copies alone": ("@%p bra asked;", "@!%lead bra asked;"),
+    "one thread of a warp copies alone": ("@%p bra asked;", "@!%lead bra asked;"),
+    "warps share their control words": ("mad.lo.u32 %own, %t, 32,", "mad.lo.u32 %own, %t, 0,"),
 }
 
 

@@ -13,7 +13,7 @@ from jax import Array, lax
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import feeding_thread
-from pallas_kernels.stream.layout import SharedLayout
+from pallas_kernels.stream.layout import FEED_WORDS, SharedLayout
 from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.ring import most_looks
 from pallas_kernels.stream.spans import Share, row_of, share_of
@@ -37,13 +37,13 @@ def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
         softcap=d.features.attn_softcap,
         tiles=at.tiles,
         barriers=at.tile_barriers,
-        control=at.control + 64,
+        control=at.control + 4 * FEED_WORDS * plan.feeders,
         queries=at.queries,
         new=at.new,
         out=at.products,
         sums=at.sums,
         thread=feeding_thread(plan),
-        bulk=plan.bulk,
+        sharing=plan.sharing,
     )
 
 

@@ -9,6 +9,7 @@ from pallas_kernels.stream.plan import COLUMNS, LOT, MAX_ROWS, Segment, StreamPl
 
 __all__ = [
     "ALIGNMENT",
+    "FEED_WORDS",
     "ROW_WORDS",
     "SPARE_BYTES",
     "SharedLayout",
@@ -20,6 +21,8 @@ __all__ = [
 ALIGNMENT = 128
 # Words of a row of the tables that lie there.
 ROW_WORDS = 8
+# Control words of a feed of weights.
+FEED_WORDS = 16
 # A thread puts aside a float32 of each row of a tile.
 SPARE_BYTES = 4 * MAX_ROWS
 
@@ -57,7 +60,8 @@ class SharedLayout:
         spans: see `spans`.
         slot_barriers: 8 bytes a slot.
         tile_barriers: 8 bytes a tile of keys and values.
-        control: of the feeds, 16 words for weights, 8 for keys and values.
+        control: of the feeds, 16 words for weights, 8 for keys and values; as many for each warp
+            where all of them feed.
         query_pitch: from a query to the next: two neighbours lie in different banks.
         out_pitch: from a row that attention has made to the next.
         tile_bytes: of the keys and values of a tile.
@@ -109,7 +113,7 @@ class SharedLayout:
             "spans": 4 * ROW_WORDS * kinds * spans_rows(plan),
             "slot_barriers": 8 * plan.slots,
             "tile_barriers": 8 * cut.tiles,
-            "control": 4 * (16 + 8),
+            "control": plan.feeders * 4 * (FEED_WORDS + ROW_WORDS),
         }
         starts, end = {}, 0
         for name, size in sizes.items():

@@ -309,6 +309,19 @@ class StreamPlan:
         """Threads of a program."""
         return 32 * self.num_warps
 
+    @property
+    def feeders(self) -> int:
+        """Warps that ask for tiles: one, by bulk copies, or those that multiply.
+
+        All of these wait for words, and so feed the ring for as long.
+        """
+        return 1 if self.bulk else self.product_warps
+
+    @property
+    def sharing(self) -> int:
+        """Threads that copy 16 bytes of a tile each; 0 where there are bulk copies."""
+        return 0 if self.bulk else 32 * self.feeders
+
     def line(self, part: SegmentPlan) -> int:
         """Reads of a row that a warp makes side by side."""
         return line_of(self.chunked, part.bits)

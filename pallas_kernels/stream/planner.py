@@ -295,9 +295,14 @@ def fitting(dims: Dims, gpu: Gpu) -> Tuning:
     Returns:
         The tuning; the defaults where no choice fits.
     """
-    found = DEFAULT
+    found = None
+    # Of 128 threads the compiler for compute capability 8 saves registers, so that three programs
+    # might share a multiprocessor, and spills what it has saved. Here only one ever does.
+    num_warps = None if gpu.bulk_copies else 8
     for tile_bytes, cache_tile_bytes in _SHRINKING:
-        tuning = Tuning(tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes)
+        tuning = Tuning(
+            tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes, num_warps=num_warps
+        )
         if _why_not_there(gpu, dims) or why_not(dims, gpu.cores, tuning):
             continue
         plan = make_stream_plan(dims, gpu, tuning)
@@ -305,8 +310,8 @@ def fitting(dims: Dims, gpu: Gpu) -> Tuning:
             continue
         if plan.slots > 2:
             return tuning
-        found = tuning if found == DEFAULT else found
-    return found
+        found = found or tuning
+    return found or DEFAULT
 
 
 @functools.lru_cache

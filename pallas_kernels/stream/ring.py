@@ -25,7 +25,7 @@ from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import feeding_thread
-from pallas_kernels.stream.layout import ALIGNMENT, ROW_WORDS, SharedLayout
+from pallas_kernels.stream.layout import ALIGNMENT, FEED_WORDS, ROW_WORDS, SharedLayout
 from pallas_kernels.stream.mail import MAP_WORDS, Meanwhile
 from pallas_kernels.stream.plan import (
     COLUMNS,
@@ -150,11 +150,12 @@ def start_ring(env: StreamEnv) -> Turn:
         # What is multiplied by zeros must be numbers.
         ptx.clear_shared(env.shared, at.tiles, plan.threads)
     make_spans(env, env.shared + at.spans)
-    ptx.start_barriers(env.shared + at.slot_barriers, plan.slots, plan.bulk)
-    ptx.start_barriers(env.shared + at.tile_barriers, plan.attention.tiles, plan.bulk)
+    ptx.start_barriers(env.shared + at.slot_barriers, plan.slots, plan.sharing)
+    ptx.start_barriers(env.shared + at.tile_barriers, plan.attention.tiles, plan.sharing)
     nothing = jnp.zeros((1,), jnp.int32)
     free = nothing + plan.attention.tiles
-    for row, first in enumerate((nothing, nothing, free)):
+    firsts = [nothing] * (FEED_WORDS // ROW_WORDS * plan.feeders) + [free] * plan.feeders
+    for row, first in enumerate(firsts):
         place = jnp.full((1,), env.shared + at.control + 4 * ROW_WORDS * row)
         ptx.write_row(place, [first, *[nothing] * (ROW_WORDS - 1)], nothing == 0)
     # Behind what cleared them.
@@ -202,7 +203,7 @@ def _feed_of(plan: StreamPlan) -> ptx.Feed:
         has_scales=plan.quantized,
         l2_tiles=plan.tuning.l2_tiles,
         l2_bytes=plan.tuning.l2_bytes,
-        bulk=plan.bulk,
+        sharing=plan.sharing,
         matrix_rows=0 if plan.box is None else plan.segments[Segment.DOWN].out,
     )
 
@@ -219,7 +220,10 @@ def feed_ring(env: StreamEnv, used: Array | None = None, ahead: Array | None = N
         ahead: int32 scalar, tiles beyond those that may have been asked for; None: as many as there
             are slots.
     """
-    if env.mail.meanwhile is not None:
+    if env.mail.meanwhile is None:
+        return
+    # Of warps that feed on their own, one that has waited for nothing lags behind: it asks twice.
+    for _ in range(1 if used is None or env.plan.bulk else 2):
         ptx.feed_ring(*env.mail.meanwhile, used, ahead)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from as_if import take_device_for
 from flax import nnx
 from jax import Array, lax
 from numerics import TOLERANCES, relative_error, worst_error
@@ -31,6 +32,8 @@ __all__ = ["Ran", "Refused", "StepFunction", "check_case", "kernel_step"]
 
 # A model, a cache, and tokens `[B]`.
 StepFunction = Callable[[Any, KVCache, Array], DecodeOutput]
+
+take_device_for()
 
 # The reference runs a few times: what makes it fast would take longer than it saves.
 _QUICK = {"xla_backend_optimization_level": 0}

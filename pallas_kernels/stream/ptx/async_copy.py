@@ -1,35 +1,34 @@
 """Copies of 16 bytes a thread (`cp.async`), which compute capability 8.0 and newer have.
 
 Where bulk copies are (9.0 and newer), one thread asks for a whole tile by one instruction. Here the
-threads of the feeding warp share a tile, 512 bytes at a time. Each tells the tile's barrier when its
-own copies will have come, so that a barrier counts a warp's arrivals instead of bytes.
+threads that multiply share each tile: a warp asks for its own share of it when it finds that it may,
+whatever the other warps do, and keeps its own words of how far it has come. Each thread tells the
+tile's barrier when its own copies will have come, so that a barrier counts these threads instead of
+bytes.
 """
 
 from __future__ import annotations
 
-__all__ = ["ARRIVALS", "arrive_line", "copy_lines", "prefetch_lines"]
+__all__ = ["WARP", "arrive_line", "copy_lines", "prefetch_lines"]
 
-ARRIVALS = 32
-"""Arrivals that a barrier waits for: one of each thread of a warp."""
-
-# Bytes that a warp copies by one instruction, and instructions between two looks whether any are
-# left.
-_SIZE, _UNROLLED = 16 * ARRIVALS, 8
+WARP = 32
+# Bytes of a copy; and copies of a thread between two looks whether any are left.
+_BYTES, _UNROLLED = 16, 4
 # Bytes that a thread asks for into the L2 cache at once.
 _LINE = 128
 
 
-def arrive_line(barrier: str, guard: str) -> str:
+def arrive_line(barrier: str) -> str:
     """Tells a barrier when all that the thread has asked for so far has come.
 
     Args:
-        barrier: its address.
-        guard: as "@%p ", or nothing.
+        barrier: register with its address.
     """
-    return f"{guard}cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{barrier}];"
+    return f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{barrier}];"
 
 
 def copy_lines(
+    threads: int,
     *,
     source: str,
     place: str,
@@ -39,9 +38,10 @@ def copy_lines(
     step: str = "0",
     apart: str = "0",
 ) -> list[str]:
-    """Copies `count` parts of `size` bytes each; all threads of one warp come here.
+    """Copies a thread's share of `count` parts of `size` bytes each; whole warps come here.
 
     Args:
+        threads: that share the parts: the program's first ones.
         source: register with the address of the first part, a multiple of 16.
         place: register with its address in shared memory, likewise.
         size: register with the bytes of a part, a multiple of 16.
@@ -51,25 +51,24 @@ def copy_lines(
         apart: register with the bytes between their places.
     """
     lines = [
-        "{ .reg .pred %is; .reg .b32 %lane, %parts, %rest, %row, %to; .reg .b64 %begin, %at;",
-        "mov.u32 %lane, %laneid; shl.b32 %lane, %lane, 4; cvt.u64.u32 %begin, %lane;",
-        f"add.u64 %begin, %begin, {source}; add.u32 %row, {place}, %lane; mov.b32 %parts, {count};",
+        "{ .reg .pred %is; .reg .b32 %own, %parts, %rest, %row, %to; .reg .b64 %begin, %at;",
+        f"mov.u32 %own, %tid.x; mul.lo.u32 %own, %own, {_BYTES}; cvt.u64.u32 %begin, %own;",
+        f"add.u64 %begin, %begin, {source}; add.u32 %row, {place}, %own; mov.b32 %parts, {count};",
         "part: setp.eq.u32 %is, %parts, 0; @%is bra copied;",
-        f"mov.b64 %at, %begin; mov.b32 %to, %row; sub.s32 %rest, {size}, %lane;",
+        f"mov.b64 %at, %begin; mov.b32 %to, %row; sub.s32 %rest, {size}, %own;",
         "some:",
     ]
+    by, whole = _BYTES * threads, _BYTES * threads * _UNROLLED
     for i in range(_UNROLLED):
-        by = _SIZE * i
         lines.append(
-            f"setp.gt.s32 %is, %rest, {by}; @%is cp.async.cg.shared.global.L2::cache_hint "
-            f"[%to+{by}], [%at+{by}], 16, {policy};"
+            f"setp.gt.s32 %is, %rest, {by * i}; @%is cp.async.cg.shared.global.L2::cache_hint "
+            f"[%to+{by * i}], [%at+{by * i}], {_BYTES}, {policy};"
         )
-    whole = _SIZE * _UNROLLED
     return [
         *lines,
         f"add.u32 %to, %to, {whole}; add.u64 %at, %at, {whole}; sub.s32 %rest, %rest, {whole};",
-        # The loop ends for all threads at the same time: when the first one has no more.
-        "add.s32 %lane, %lane, %rest; setp.gt.s32 %is, %lane, 0; sub.s32 %lane, %lane, %rest;",
+        # The loop ends for all threads at the same time: when the program's first one has no more.
+        "add.s32 %own, %own, %rest; setp.gt.s32 %is, %own, 0; sub.s32 %own, %own, %rest;",
         "@%is bra some;",
         f"add.u64 %begin, %begin, {step}; add.u32 %row, %row, {apart};",
         "sub.u32 %parts, %parts, 1; bra part; copied: }",
@@ -90,7 +89,7 @@ def prefetch_lines(source: str, size: str, most: int, asks: str) -> list[str]:
         f"mov.u32 %lane, %laneid; mul.lo.u32 %lane, %lane, {_LINE}; cvt.u64.u32 %at, %lane;",
         f"add.u64 %at, %at, {source}; sub.s32 %rest, {size}, %lane;",
     ]
-    for by in range(0, most, _LINE * ARRIVALS):
+    for by in range(0, most, _LINE * WARP):
         lines.append(
             f"setp.gt.and.s32 %is, %rest, {by}, {asks}; @%is prefetch.global.L2 [%at+{by}];"
         )

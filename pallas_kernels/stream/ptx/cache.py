@@ -16,6 +16,9 @@ from pallas_kernels.stream.ptx.address import UNIT
 
 __all__ = ["CacheFeed", "cache_feed_lines", "feed_cache", "pointers"]
 
+# Bytes of a warp's control words.
+_CONTROL = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheFeed:
@@ -46,7 +49,7 @@ class CacheFeed:
         out: likewise what each warp makes of its positions: 8 rows.
         sums: likewise the maximum and the sum of the weights of each of those rows.
         thread: the thread that asks.
-        bulk: as of `Feed`.
+        sharing: as of `Feed`: each warp has 8 control words of its own, but for the last two.
     """
 
     head_dim: int
@@ -67,7 +70,12 @@ class CacheFeed:
     out: int
     sums: int
     thread: int
-    bulk: bool
+    sharing: int
+
+    @property
+    def bulk(self) -> bool:
+        """Whether bulk copies bring the tiles."""
+        return self.sharing == 0
 
     @property
     def row_bytes(self) -> int:
@@ -89,7 +97,9 @@ def cache_feed_lines(
         layer: the last one that may be asked for.
         freed: tiles that have been used since last time.
     """
-    lead, rejoin = ("", "") if f.bulk else ("@%lead ", f"{lowered.REJOIN} ")
+    own, lead, rejoin = ring, "", ""
+    if not f.bulk:
+        own, lead, rejoin = "%own", "@%lead ", f"{lowered.REJOIN} "
     return [
         "{ .reg .pred %p, %q; .reg .b32 %t, %n, %j, %i, %l, %s, %m, %o, %c, %k, %x, %y, %b, %v;",
         # Like weights, keys and values are read once a step: they are the first to leave the L2
@@ -100,12 +110,14 @@ def cache_feed_lines(
             [f"setp.ne.u32 %p, %t, {f.thread}; @%p bra asked;"]
             if f.bulk
             else [
-                f".reg .pred %lead; setp.eq.u32 %lead, %t, {f.thread}; shr.u32 %t, %t, 5;",
-                f"setp.ne.u32 %p, %t, {f.thread // 32}; @%p bra asked;",
+                ".reg .pred %lead; .reg .b32 %own; and.b32 %own, %t, 31;",
+                f"setp.eq.u32 %lead, %own, 0; setp.ge.u32 %p, %t, {f.sharing}; @%p bra asked;",
+                "shr.u32 %t, %t, 5;",
+                f"mad.lo.u32 %own, %t, {_CONTROL}, {ring};",
             ]
         ),
-        f"ld.shared.v4.b32 {{%n, %j, %i, %l}}, [{ring}+{f.control}];",
-        f"ld.shared.b32 %s, [{ring}+{f.control + 16}]; ld.shared.b32 %m, [{parts}];",
+        f"ld.shared.v4.b32 {{%n, %j, %i, %l}}, [{own}+{f.control}];",
+        f"ld.shared.b32 %s, [{own}+{f.control + 16}]; ld.shared.b32 %m, [{parts}];",
         f"add.u32 %n, %n, {freed};",
         # Of layers between, the program has no part.
         f"setp.lt.u32 %p, %l, {layer}; selp.u32 %j, 0, %j, %p; selp.u32 %i, 0, %i, %p;",
@@ -125,8 +137,8 @@ def cache_feed_lines(
         "@%p add.u32 %l, %l, 1;",
         f"add.u32 %s, %s, 1; setp.eq.u32 %p, %s, {f.stages}; selp.u32 %s, 0, %s, %p;",
         "sub.u32 %n, %n, 1; bra more;",
-        f"stored: {lead}st.shared.v4.b32 [{ring}+{f.control}], {{%n, %j, %i, %l}};",
-        f"{lead}st.shared.b32 [{ring}+{f.control + 16}], %s; {rejoin}asked: }}",
+        f"stored: {lead}st.shared.v4.b32 [{own}+{f.control}], {{%n, %j, %i, %l}};",
+        f"{lead}st.shared.b32 [{own}+{f.control + 16}], %s; {rejoin}asked: }}",
     ]
 
 
@@ -137,8 +149,10 @@ def _copy_lines(f: CacheFeed, ring: str, keys: str, values: str) -> list[str]:
         copies = [place]
         for array, behind in ((keys, 0), (values, f.tile_bytes // 2)):
             copies.append(f"add.u64 %e, %d, {array}; add.u32 %v, %v, {behind};")
-            copies += async_copy.copy_lines(source="%e", place="%v", size="%y", policy="%policy")
-        return [*copies, async_copy.arrive_line("%b", "")]
+            copies += async_copy.copy_lines(
+                f.sharing, source="%e", place="%v", size="%y", policy="%policy"
+            )
+        return [*copies, async_copy.arrive_line("%b")]
     copy = (
         "@%q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%v], [%e], %y, [%b], %policy;"

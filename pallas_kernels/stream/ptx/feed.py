@@ -22,36 +22,35 @@ _start_barriers_p = core.Primitive("ffjax_start_barriers")
 
 
 @_start_barriers_p.def_effectful_abstract_eval
-def _(address, *, count, bulk):
+def _(address, *, count, sharing):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
 
 
 @lowering.register_lowering(_start_barriers_p)
-def _(ctx, address, *, count, bulk):
+def _(ctx, address, *, count, sharing):
     [address] = lowered.values(ctx, [address])
-    arrivals = 1 if bulk else async_copy.ARRIVALS
-    init = "@%p mbarrier.init.shared::cta.b64"
+    init, arrivals = "@%p mbarrier.init.shared::cta.b64", sharing or 1
     starts = [f"{init} [$1+{8 * i}], {arrivals}; " for i in range(count)]
     # Bulk copies are made by others, whom a barrier of the program does not tell.
     fences = "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; "
     text = (
         "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0; "
         + "".join(starts)
-        + fences * bulk
+        + fences * (sharing == 0)
         + "mov.u32 $0, 0; }"
     )
     return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,r", [address])[0]
 
 
-def start_barriers(address: Array, count: int, bulk: bool) -> None:
+def start_barriers(address: Array, count: int, sharing: int) -> None:
     """Makes barriers in shared memory, 8 bytes each, that a tile's arrival completes.
 
     Args:
         address: int32 scalar, a multiple of 8.
         count: how many.
-        bulk: whether bulk copies bring the tiles: see `async_copy`.
+        sharing: as of `Feed`.
     """
-    _start_barriers_p.bind(jnp.full((1,), address), count=count, bulk=bulk)
+    _start_barriers_p.bind(jnp.full((1,), address), count=count, sharing=sharing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +77,9 @@ class Feed:
         l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
             waits.
         l2_bytes: of a copy, so many at a time, a multiple of 16.
-        bulk: whether bulk copies bring the tiles, asked for by one thread, or asynchronous ones of
-            16 bytes, by all threads of its warp: see `async_copy`.
+        sharing: threads that copy 16 bytes of a tile each, again and again: the program's first
+            warps, each of which has control words of its own, 16 behind those of the warp before.
+            0: one thread asks for bulk copies. See `async_copy`.
         matrix_rows: of a layer of the matrix whose tiles come as boxes; 0 where none does. The last
             of a tile's 8 words then says where its box begins: see `route`.
     """
@@ -98,8 +98,13 @@ class Feed:
     has_scales: bool
     l2_tiles: int
     l2_bytes: int
-    bulk: bool
+    sharing: int
     matrix_rows: int
+
+    @property
+    def bulk(self) -> bool:
+        """Whether bulk copies bring the tiles."""
+        return self.sharing == 0
 
     @property
     def row_bytes(self) -> int:
@@ -233,7 +238,7 @@ def feed_lines(
         lines.append(f"mov.b32 %u, {used};")
     lines.append(f"add.u32 %u, %u, {ahead or f.slots}; min.u32 %u, %u, {f.total};")
     if f.l2_tiles and used is None:
-        lines += ["setp.lt.u32 %p, %n, %u; @%p bra room;", *_l2_lines(f, ring, pointer), "room:"]
+        lines += ["setp.lt.u32 %p, %n, %u; @%p bra room;", *_l2_lines(f, ring, ring, pointer), "room:"]
     lines += [
         "setp.lt.u32 %go, %n, %u;",
         # Has the tile come that was asked for some before?
@@ -273,22 +278,25 @@ def feed_lines(
 def _async_lines(
     f: Feed, ring: str, pointer: str, used: str | None, ahead: str | None
 ) -> list[str]:
-    """The same by copies of 16 bytes a thread; the whole feeding warp comes here together.
+    """The same by copies of 16 bytes a thread: each warp asks for its own share.
 
     What is next is put down before anything is copied: little else need be kept meanwhile, and where
     this stands other words fill the registers.
     """
     tell = "" if used is None else f"mov.b32 %u, {used};"
+    last = f.sharing // async_copy.WARP - 1
     lines = [
         "{ .reg .pred %p, %go, %lead; .reg .b32 %n, %e, %l, %s, %h, %u, %t, %b, %r, %row, %layer;",
-        ".reg .b64 %from, %far; mov.u32 %t, %tid.x; shr.u32 %b, %t, 5;",
-        f"setp.ne.u32 %p, %b, {f.thread // 32}; @%p bra fed; setp.eq.u32 %lead, %t, {f.thread};",
-        f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [{ring}+{f.control}];",
-        f"ld.shared.v2.b32 {{%h, %u}}, [{ring}+{f.control + 16}]; {tell}",
+        ".reg .b32 %own; .reg .b64 %from, %far; mov.u32 %t, %laneid; setp.eq.u32 %lead, %t, 0;",
+        f"mov.u32 %t, %tid.x; shr.u32 %t, %t, 5; setp.gt.u32 %p, %t, {last}; @%p bra fed;",
+        f"mad.lo.u32 %own, %t, 64, {ring};",
+        f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [%own+{f.control}];",
+        f"ld.shared.v2.b32 {{%h, %u}}, [%own+{f.control + 16}]; {tell}",
         f"add.u32 %u, %u, {ahead or f.slots}; min.u32 %u, %u, {f.total};",
     ]
     if f.l2_tiles and used is None:
-        lines += ["setp.lt.u32 %p, %n, %u; @%p bra room;", *_l2_lines(f, ring, pointer), "room:"]
+        lines.append(f"setp.lt.u32 %p, %n, %u; setp.ne.or.u32 %p, %t, {last}, %p; @%p bra room;")
+        lines += [*_l2_lines(f, ring, "%own", pointer), "room:"]
     lines += [
         "setp.lt.u32 %go, %n, %u;",
         # Has the tile come that was asked for some before?
@@ -303,27 +311,30 @@ def _async_lines(
         f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p; @%p mov.u32 %e, 1; @%p add.u32 %l, %l, 1;",
         f"setp.eq.u32 %p, %s, {f.slots}; @%p mov.u32 %s, 0; @%p xor.b32 %h, %h, 1;",
-        f"@%lead st.shared.v4.b32 [{ring}+{f.control}], {{%n, %e, %l, %s}};",
-        f"@%lead st.shared.b32 [{ring}+{f.control + 16}], %h;",
+        f"@%lead st.shared.v4.b32 [%own+{f.control}], {{%n, %e, %l, %s}};",
+        f"@%lead st.shared.b32 [%own+{f.control + 16}], %h;",
         # Size, number and pitch of the copies stand at other places of the scales' words.
-        *_async_part(f.route, pointer, ("%size", "%count", "%apart", "%first"), ""),
+        *_async_part(f, f.route, pointer, ("%size", "%count", "%apart", "%first"), ""),
         *(
-            _async_part(f.route + 32, pointer, ("%size", "%count", "%first", "%apart"), "%first")
+            _async_part(f, f.route + 32, pointer, ("%size", "%count", "%first", "%apart"), "%first")
             if f.has_scales
             else []
         ),
-        f"{async_copy.arrive_line('%b', '')} kept:",
+        f"{async_copy.arrive_line('%b')} kept:",
     ]
     if used is not None:
-        lines.append(f"@%lead st.shared.b32 [{ring}+{f.control + 20}], {used};")
+        lines.append(f"@%lead st.shared.b32 [%own+{f.control + 20}], {used};")
     # What one thread has put down all of its warp read next time.
     return [*lines, f"{lowered.REJOIN} fed: }}"]
 
 
-def _async_part(row: int, pointer: str, last: tuple[str, ...], first: str) -> list[str]:
-    """Copies a tile's weights, or scales, to its slot at %t.
+def _async_part(
+    f: Feed, row: int, pointer: str, last: tuple[str, ...], first: str
+) -> list[str]:
+    """Copies a thread's share of a tile's weights, or scales, to its slot at %t.
 
     Args:
+        f: the feed.
         row: where its words of the route lie, bytes behind %row.
         pointer: the first array's address.
         last: names of the second four of them.
@@ -338,6 +349,7 @@ def _async_part(row: int, pointer: str, last: tuple[str, ...], first: str) -> li
         f"add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %step, 16;",
         f"add.u32 %first, %t, {first or 0};",
         *async_copy.copy_lines(
+            f.sharing,
             source="%from",
             place="%first",
             size="%size",
@@ -350,14 +362,20 @@ def _async_part(row: int, pointer: str, last: tuple[str, ...], first: str) -> li
     ]
 
 
-def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
+def _l2_lines(f: Feed, ring: str, own: str, pointer: str) -> list[str]:
     """Asks for what comes next beyond a full ring into the L2 cache, if there is little such.
 
     Some bytes of one copy: words that the program looks for next queue behind them.
+
+    Args:
+        f: the feed.
+        ring: the ring's address.
+        own: the same, and bytes to the asking warp's control words.
+        pointer: the first array's address.
     """
     return [
         "{ .reg .pred %done; .reg .b32 %i, %o, %u, %t, %v, %w, %x, %y, %z;",
-        f"ld.shared.v4.b32 {{%x, %y, %z, %o}}, [{ring}+{f.control + 32}];",
+        f"ld.shared.v4.b32 {{%x, %y, %z, %o}}, [{own}+{f.control + 32}];",
         # Tiles that have been asked for in earnest meanwhile are past.
         "setp.lt.u32 %p, %x, %n; @%p mov.b32 %x, %n; @%p mov.b32 %y, %e; @%p mov.b32 %z, %l;",
         f"@%p mov.b32 %o, 0; add.u32 %u, %n, {f.l2_tiles}; min.u32 %u, %u, {f.total};",
@@ -378,7 +396,7 @@ def _l2_lines(f: Feed, ring: str, pointer: str) -> list[str]:
         "@%done add.u32 %x, %x, 1; @%done add.u32 %y, %y, 1;",
         f"setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
         f"setp.lt.and.u32 %p, %z, {f.layers - 1}, %p; @%p mov.u32 %y, 1; @%p add.u32 %z, %z, 1;",
-        f"{'' if f.bulk else '@%lead '}st.shared.v4.b32 [{ring}+{f.control + 32}], {{%x, %y, %z, %o}};",
+        f"{'' if f.bulk else '@%lead '}st.shared.v4.b32 [{own}+{f.control + 32}], {{%x, %y, %z, %o}};",
         f"{'' if f.bulk else f'{lowered.REJOIN} '}bra fed; }}",
     ]
 
