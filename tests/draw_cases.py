@@ -46,13 +46,19 @@ def check(draws: str, batch: int, vocab: int, gpu: Gpu, *, seeds: int) -> None:
         top_k = jnp.asarray(rng.choice(rest[0], batch), jnp.int32)
         nucleus = np.stack([rng.choice(each, batch) for each in rest[1:]], axis=1)
         filters = top_k, jnp.asarray(nucleus, jnp.float32)
+        parameters = temperature, *filters
         with own_settings():
             keys = step_keys(sequence_keys(words_of(seed, batch)), 3)
             likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             words = jax.random.key_data(keys)
             got, board = kernel(logits, likeliest, words, board, temperature, *filters)
             want = reference(logits, keys, temperature, *filters)
-        assert got.tolist() == want.tolist(), (seed, temperature, filters)
+        assert got.tolist() == want.tolist(), [
+            (seed, b, [int(x[b]), float(logits[b, x[b]])], *(y[b].tolist() for y in parameters))
+            for b in range(batch)
+            for x in (got, want)
+            if got[b] != want[b]
+        ]
 
 
 def _reference(logits, keys, temperature, *filters):

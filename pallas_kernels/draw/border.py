@@ -12,15 +12,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.program import iota
-
-__all__ = ["FURTHEST", "PLACES", "Border", "first_places"]
+__all__ = ["PLACES", "Border", "first_places"]
 
 # Places of a look; a power of two.
 PLACES = 8
 # Gumbel noise of float32 lies between -4.5 and 16.7: what lies further behind than this many
 # temperatures never overtakes the likeliest.
-FURTHEST = 32.0
+_FURTHEST = 32.0
 # The first places lie between so many temperatures behind the likeliest, each of them so many times
 # as far as the one before; the last place is beneath all tokens.
 _NEAREST, _GROWTH = 0.4, 35.0 ** (1 / (PLACES - 2))
@@ -29,14 +27,14 @@ _NEAREST, _GROWTH = 0.4, 35.0 ** (1 / (PLACES - 2))
 _MOST_LOOKS = 12
 
 
-def first_places(most: Array, scale: Array) -> Array:
-    """Where to look first, float32 `[places]`.
+def first_places(i: Array, most: Array, scale: Array) -> Array:
+    """Where to look first, float32.
 
     Args:
+        i: int32, which places, 0 to `PLACES` - 1.
         most: float32, the largest logit.
         scale: float32, the temperature.
     """
-    i = iota((PLACES,), 0)
     behind = _NEAREST * jnp.exp2(i.astype(jnp.float32) * math.log2(_GROWTH))
     return jnp.where(i == PLACES - 1, -jnp.inf, most - scale * behind)
 
@@ -70,21 +68,21 @@ class Border(NamedTuple):
             most: the largest logit, finite.
             scale: the temperature.
         """
-        beyond = most - FURTHEST * scale
+        beyond = most - _FURTHEST * scale
         nothing = jnp.zeros_like(most)
         return cls(most, beyond, most, beyond, nothing, nothing + jnp.inf, jnp.int32(0))
 
-    def places(self, candidate: Array, top_p: Array) -> Array:
-        """Where to look next, float32 `[places]`: at a candidate, and between what is known.
+    def places(self, i: Array, candidate: Array, top_p: Array) -> Array:
+        """Where to look next, float32: at a candidate, and between what is known.
 
         Half of the places lie about the k-th token where the mass of what `top_k` keeps matters.
 
         Args:
+            i: int32, which places, 0 to `PLACES` - 1.
             candidate: float32, a token's logit.
             top_p: float32.
         """
-        i = iota((PLACES,), 0)
-        both = (top_p < 1) & (self.least < self.most) & (self.looks > 0)
+        both = (top_p < 1) & (self.least < self.most)
         here = PLACES - PLACES // 2 * both.astype(jnp.int32)
         among = i < here
         low, high = jnp.where(among, self.outside, self.many), jnp.where(among, self.inside, self.few)

@@ -53,16 +53,14 @@ class Exchange:
         board: the array of `board_shape`.
         row: this program's, int32.
         part: of the row, int32.
-        fields: how many arrays a meeting tells.
-        size: of each array, a power of two.
+        words: how many a program tells at a meeting, a power of two, at most 32.
     """
 
     plan: DrawPlan
     board: Any
     row: Array
     part: Array
-    fields: int
-    size: int
+    words: int
 
     def meetings_before(self) -> Array:
         """How many the row has had in all launches before: int32."""
@@ -74,58 +72,61 @@ class Exchange:
         row, place = jnp.full((1,), self.row), jnp.zeros((1,), jnp.int32)
         plgpu.store(self.board.at[row, place], jnp.full((1,), meetings), mask=first)
 
-    def _place(self, meeting: Array, field: int, part: Array, i: Array) -> tuple[Array, Array]:
+    def _place(self, meeting: Array, part: Array, i: Array) -> tuple[Array, Array]:
         """Indices of words into the board."""
-        at = (meeting % _BUFFERS * self.plan.parts + part) * (self.fields * self.size)
-        at = _LINE + at + field * self.size + i
+        at = (meeting % _BUFFERS * self.plan.parts + part) * self.words
+        at = jnp.broadcast_to(_LINE + at + i, i.shape)
         return jnp.full_like(at, self.row), at
 
     def _tag(self, meeting: Array) -> Array:
         return lax.div(meeting, jnp.int32(_BUFFERS)) % 2 + 1
 
-    def tell(self, meeting: Array, told: tuple[Array, ...]) -> None:
+    def tell(self, meeting: Array, told: Array) -> None:
         """Writes what this program has to say.
 
         Args:
             meeting: int32, how many came before; of the row, in all launches.
-            told: int32 `[size]` each, from 0 to 2^30 - 1.
+            told: int32 `[words]`, from 0 to 2^30 - 1.
         """
         if self.plan.parts == 1:
             return
-        i = iota((self.size,), 0)
-        for field, values in enumerate(told):
-            words = lax.shift_left(values, jnp.full_like(values, _TAG_BITS)) | self._tag(meeting)
-            plgpu.store(self.board.at[self._place(meeting, field, self.part, i)], words)
+        words = lax.shift_left(told, jnp.full_like(told, _TAG_BITS)) | self._tag(meeting)
+        place = self._place(meeting, self.part, iota((self.words,), 0))
+        plgpu.store(self.board.at[place], words)
         plgpu.debug_barrier()  # nothing is put off until behind the reading
 
-    def told(self, meeting: Array, own: tuple[Array, ...]) -> tuple[Array, ...]:
-        """What all programs of the row have told, int32 `[parts, size]` each.
+    def told(self, meeting: Array, own: Array) -> Array:
+        """What the programs of the row have told, int32 `[parts or more, words]`.
+
+        Where a program has more threads than there are words, the words repeat from the row that is
+        number `parts`. For else several threads would read the same word, some before it was
+        written and some behind that, and would not agree on whether it was there.
 
         Args:
             meeting: as in `tell`.
             own: what this program told.
         """
-        if self.plan.parts == 1:
-            return tuple(values[None] for values in own)
-        shape = self.plan.parts, self.size
-        part, i = iota(shape, 0), iota(shape, 1)
+        parts = self.plan.parts
+        if parts == 1:
+            return own[None]
+        shape = max(parts, 32 * self.plan.num_warps // self.words), self.words
+        place = self._place(meeting, iota(shape, 0) % parts, iota(shape, 1))
         tag = self._tag(meeting)
 
-        def read() -> tuple[Array, ...]:
-            places = (self._place(meeting, field, part, i) for field in range(self.fields))
-            return tuple(plgpu.load(self.board.at[place], volatile=True) for place in places)
+        def read() -> Array:
+            return plgpu.load(self.board.at[place], volatile=True)
 
-        def incomplete(state: tuple[tuple[Array, ...], Array]) -> Array:
+        def incomplete(state: tuple[Array, Array]) -> Array:
             words, polls = state
-            wrong = jnp.zeros_like(words[0])
-            for each in words:
-                wrong |= (each & (2**_TAG_BITS - 1)) ^ tag
-            return (jnp.max(wrong) > 0) & (polls >= 0)
+            wrong = (words & (2**_TAG_BITS - 1)) != tag
+            return (jnp.max(wrong.astype(jnp.int32)) > 0) & (polls >= 0)
 
-        def poll(state: tuple[tuple[Array, ...], Array]) -> tuple[tuple[Array, ...], Array]:
+        def poll(state: tuple[Array, Array]) -> tuple[Array, Array]:
             return read(), trap_if_over(state[1] + 1, MAX_POLLS)
 
         words, _ = lax.while_loop(incomplete, poll, (read(), jnp.int32(0)))
-        return tuple(
-            lax.shift_right_logical(each, jnp.full_like(each, _TAG_BITS)) for each in words
-        )
+        return lax.shift_right_logical(words, jnp.full_like(words, _TAG_BITS))
+
+    def sums(self, told: Array) -> Array:
+        """What all programs' words of `told` sum up to, int32 `[words]`."""
+        return jnp.sum(jnp.where(iota(told.shape, 0) < self.plan.parts, told, 0), axis=0)

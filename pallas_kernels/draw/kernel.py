@@ -19,6 +19,7 @@ integers (`pallas_kernels.draw.mass`), so that a row draws the same token howeve
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -39,9 +40,10 @@ __all__ = ["KERNEL_NAME", "draw_tokens", "no_board"]
 # The kernel's name in compiled programs and in profiles.
 KERNEL_NAME = "ffjax_draw"
 
-# What a meeting tells, an array of `PLACES` each: how many tokens lie above each place, what they
-# sum up to in two halves, and the program's best token.
-_FIELDS = 4
+# What a meeting tells, `PLACES` words each: how many tokens lie above each place, both halves of
+# what they sum up to, and the program's best token.
+_COUNTS, _HIGHS, _LOWS, _BESTS = range(4)
+_WORDS = 4 * PLACES
 _LEAST_TEMPERATURE = 1e-30
 # Meetings after which what is ahead is taken. Each narrows the border to a few hundredths of what
 # it was, or to an eighth at worst, and a float32 has no more steps than that.
@@ -50,38 +52,28 @@ _NOBODY = 2**31 - 1
 
 
 class _Best(NamedTuple):
-    """The token that is ahead: its logit with noise, its id, the lowest of equals, its logit."""
+    """The token that is ahead: its logit with noise, and its id, the lowest of equals."""
 
     noisy: Array
     token: Array
-    logit: Array
 
     @classmethod
-    def of(cls, noisy: Array, token: Array, logit: Array) -> _Best:
+    def of(cls, noisy: Array, token: Array) -> _Best:
         """Of some tokens, arrays of the same shape."""
         top = jnp.max(noisy)
-        winner = jnp.min(jnp.where(noisy == top, token, _NOBODY))
-        return cls(top, winner, jnp.max(jnp.where(token == winner, logit, -jnp.inf)))
+        return cls(top, jnp.min(jnp.where(noisy == top, token, _NOBODY)))
 
-    def words(self) -> Array:
-        """As a meeting tells it, int32 `[PLACES]`."""
-        i = iota((PLACES,), 0)
-        out = jnp.where(i == 0, self.token, 0)
-        for at, value in (1, self.noisy), (3, self.logit):
-            upper, lower = _split(value)
-            out = jnp.where(i == at, upper, jnp.where(i == at + 1, lower, out))
-        return out
+    def words(self, i: Array) -> Array:
+        """As a meeting tells it: the i-th word, int32."""
+        upper, lower = _split(self.noisy)
+        return jnp.where(i == 0, self.token, jnp.where(i == 1, upper, jnp.where(i == 2, lower, 0)))
 
     @classmethod
     def told(cls, words: Array) -> _Best:
-        """The best of all programs, by what they have told, int32 `[parts, PLACES]`."""
-        i = iota(words.shape, 1)
-
-        def column(at: int) -> Array:
-            return jnp.sum(jnp.where(i == at, words, 0), axis=1)
-
-        token = column(0)
-        return cls.of(_joined(column(1), column(2)), token, _joined(column(3), column(4)))
+        """The best of all programs, by what they have told, int32 `[parts or more, _WORDS]`."""
+        i = iota(words.shape, 1) - _BESTS * PLACES
+        token, upper, lower = (jnp.sum(jnp.where(i == at, words, 0), axis=1) for at in range(3))
+        return cls.of(_joined(upper, lower), token)
 
 
 def _split(value: Array) -> tuple[Array, Array]:
@@ -112,20 +104,18 @@ class _Row(NamedTuple):
     top_k: Array
     top_p: Array
 
-    def above(self, places: Array, bits: int) -> tuple[Array, Array, Array]:
-        """How many tokens lie above places `[PLACES]`, and both halves of what they sum up to."""
-        nothing = jnp.zeros_like(places, jnp.int32)
+    def above(self, places: Array, bits: int) -> Array:
+        """What lies above places: counts, and both halves of masses, int32 `[_WORDS]`.
 
-        def counts() -> Array:
-            return jnp.sum((self.logits > places[:, None]).astype(jnp.int32), axis=1)
-
-        def sums() -> tuple[Array, ...]:
-            there = self.logits > places[:, None]
-            parts = halves(self.mass, bits)
-            return tuple(jnp.sum(jnp.where(there, part, 0), axis=1) for part in parts)
-
-        count = lax.cond(self.top_k < _NOBODY, counts, lambda: nothing)
-        return count, *lax.cond(self.top_p < 1, sums, lambda: (nothing, nothing))
+        Args:
+            places: float32 `[_WORDS]`, those of each word.
+            bits: of a half.
+        """
+        field = lax.div(iota((_WORDS, 1), 0), jnp.int32(PLACES))
+        high, low = halves(self.mass, bits)
+        each = jnp.where(field == _COUNTS, 1, jnp.where(field == _HIGHS, high, low))
+        there = (self.logits > places[:, None]) & (field < _BESTS)
+        return jnp.sum(jnp.where(there, each, 0), axis=1)
 
 
 class _State(NamedTuple):
@@ -134,58 +124,74 @@ class _State(NamedTuple):
     Attributes:
         meetings: int32, how many the row has had.
         border: what is known of it.
-        best: the token that is ahead.
+        token: int32, the one that is ahead.
+        logit: float32, its logit.
         settled: whether it is the choice.
     """
 
     meetings: Array
     border: Border
-    best: _Best
+    token: Array
+    logit: Array
     settled: Array
 
 
 def _choose(
-    exchange: Exchange, row: _Row, border: Border, places: Array, noise: Any, before: Array
+    exchange: Exchange,
+    row: _Row,
+    start: _State,
+    places: Any,
+    noise: Any,
+    logit_of: Any,
 ) -> tuple[Array, Array]:
     """The token that is drawn, and how many meetings the row has had by then.
 
     Args:
         exchange: this program's end of it.
         row: the row.
-        border: before the first look.
-        places: of the first look.
+        start: before the first look.
+        places: where that looks, by the places' numbers.
         noise: makes the logits with noise, float32 `[1, W]`, -inf where `min_p` leaves out.
-        before: int32, the row's meetings before this launch.
+        logit_of: any token's.
     """
     bits = mass_bits(exchange.plan.vocab_size)
+    number = iota((_WORDS,), 0)
+    i = number % PLACES
 
-    def narrowed(border: Border, places: Array, told: tuple[Array, ...]) -> Border:
-        count, high, low = (jnp.sum(each, axis=0) for each in told[:3])
+    def narrowed(border: Border, places: Array, told: Array) -> Border:
+        sums = exchange.sums(told).reshape(4, PLACES)
+        field = iota(sums.shape, 0)
+        count, high, low = (jnp.sum(jnp.where(field == at, sums, 0), axis=0) for at in range(3))
         return border.narrowed(places, count, whole(high, low, bits), row.top_k, row.top_p)
 
     # The noise is made while others tell what they have.
-    own = *row.above(places, bits), jnp.zeros_like(places, jnp.int32)
-    exchange.tell(before, own)
+    own = row.above(places(i), bits)
+    exchange.tell(start.meetings, own)
     noisy = noise()
-    border = narrowed(border, places, exchange.told(before, own))
+    told = exchange.told(start.meetings, own)
+    border = narrowed(start.border, places(iota((PLACES,), 0)), told)
 
     def meet(state: _State) -> _State:
-        places = state.border.places(state.best.logit, row.top_p)
+        def places(i: Array) -> Array:
+            return state.border.places(i, state.logit, row.top_p)
+
         there = row.logits > state.border.outside
-        best = _Best.of(jnp.where(there, noisy, -jnp.inf), row.token, row.logits)
-        own = *row.above(places, bits), best.words()
+        best = _Best.of(jnp.where(there, noisy, -jnp.inf), row.token)
+        own = row.above(places(i), bits)
+        own = jnp.where(number < _BESTS * PLACES, own, best.words(i))
         exchange.tell(state.meetings, own)
         told = exchange.told(state.meetings, own)
-        border, best = narrowed(state.border, places, told), _Best.told(told[3])
-        return _State(state.meetings + 1, border, best, best.logit >= border.inside)
+        token = _Best.told(told).token
+        logit = logit_of(token)
+        border = narrowed(state.border, places(iota((PLACES,), 0)), told)
+        return _State(state.meetings + 1, border, token, logit, logit >= border.inside)
 
     def unsettled(state: _State) -> Array:
-        return ~state.settled & (state.meetings - before < _MOST_MEETINGS)
+        return ~state.settled & (state.meetings - start.meetings < _MOST_MEETINGS)
 
-    nobody = _Best(border.inside, jnp.int32(0), border.inside)
-    start = _State(before + 1, border, nobody, jnp.bool_(False))
-    out = lax.while_loop(unsettled, meet, start)
-    return out.best.token, out.meetings
+    start_ = start._replace(meetings=start.meetings + 1, border=border)
+    out = lax.while_loop(unsettled, meet, start_)
+    return out.token, out.meetings
 
 
 def _draw(refs: dict[str, Any], plan: DrawPlan) -> None:
@@ -197,11 +203,15 @@ def _draw(refs: dict[str, Any], plan: DrawPlan) -> None:
     logits = plgpu.load(refs["logits"].at[where], mask=real, other=-jnp.inf)
     temperature = plgpu.load(refs["temperature"].at[b])
     likeliest = plgpu.load(refs["likeliest"].at[b])
-    most = plgpu.load(refs["logits"].at[b, likeliest])
+
+    def logit_of(token: Array) -> Array:
+        return plgpu.load(refs["logits"].at[b, token])
+
+    most = logit_of(likeliest)
     top_k = plgpu.load(refs["top_k"].at[b])
     top_p, min_p = (plgpu.load(refs["nucleus"].at[b, jnp.int32(i)]) for i in range(2))
     key = tuple(plgpu.load(refs["keys"].at[b, jnp.int32(i)]) for i in range(2))
-    exchange = Exchange(plan, refs["board"], b, part, _FIELDS, PLACES)
+    exchange = Exchange(plan, refs["board"], b, part, _WORDS)
     before = exchange.meetings_before()
     scale = jnp.maximum(temperature, _LEAST_TEMPERATURE)
 
@@ -212,9 +222,10 @@ def _draw(refs: dict[str, Any], plan: DrawPlan) -> None:
     def drawn() -> tuple[Array, Array]:
         mass = masses(logits, most, scale, token, mass_bits(plan.vocab_size))
         k = jnp.where(top_k < plan.vocab_size, top_k, _NOBODY)
-        border, places = Border.unknown(most, scale), first_places(most, scale)
         row = _Row(logits, token, mass, k, top_p)
-        return _choose(exchange, row, border, places, noise, before)
+        start = _State(before, Border.unknown(most, scale), likeliest, most, jnp.bool_(False))
+        places = functools.partial(first_places, most=most, scale=scale)
+        return _choose(exchange, row, start, places, noise, logit_of)
 
     # The likeliest is the choice without noise, and where it is NaN, as in jnp.argmax, or infinite.
     drawn_at_all = (temperature > 0) & (jnp.abs(most) < jnp.inf)
@@ -226,7 +237,7 @@ def _draw(refs: dict[str, Any], plan: DrawPlan) -> None:
 
 def no_board(plan: DrawPlan) -> Array:
     """What the first of some launches is given as `board`."""
-    shape = board_shape(plan, _FIELDS * PLACES)
+    shape = board_shape(plan, _WORDS)
     return jnp.zeros(shape.shape, shape.dtype)
 
 

@@ -11,7 +11,7 @@ __all__ = ["DrawPlan", "make_draw_plan"]
 
 _LEAST_WIDTH = 256
 # Logits that a thread holds beside as many with noise: best, and most without spilling.
-_PER_THREAD, _MOST_PER_THREAD = 8, 16
+_PER_THREAD, _MOST_PER_THREAD = 16, 16
 _LEAST_WARPS, _MOST_WARPS = 8, 32
 # Masses of so many tokens are still told apart finely: `pallas_kernels.draw.mass`.
 _MOST_TOKENS = 1 << 19
