@@ -103,7 +103,8 @@ def _drawn(
     stages: Stages,
 ) -> tuple[Array, Array | None]:
     """Draws a token of each sequence, int32 `[B]`, by the kernel or, to the same effect, by XLA."""
-    plan = _draw_plan(*logits.shape, stages)
+    batch, vocab = logits.shape
+    plan = _draw_plan(batch, vocab, stages)
     if plan is not None:
         return draw_tokens(
             plan,

@@ -21,7 +21,7 @@ PLACES = 8
 _FURTHEST = 32.0
 # The first places lie between so many temperatures behind the likeliest, each of them so many times
 # as far as the one before; the last place is beneath all tokens.
-_NEAREST, _GROWTH = 0.4, 35.0 ** (1 / (PLACES - 2))
+_NEAREST, _GROWTH = 0.6, 20.0 ** (1 / (PLACES - 2))
 # Looks after which the tokens between which the k-th likeliest lies are taken as equal to it: they
 # lie within a millionth of a temperature.
 _MOST_LOOKS = 12
@@ -85,7 +85,8 @@ class Border(NamedTuple):
         both = (top_p < 1) & (self.least < self.most)
         here = PLACES - PLACES // 2 * both.astype(jnp.int32)
         among = i < here
-        low, high = jnp.where(among, self.outside, self.many), jnp.where(among, self.inside, self.few)
+        low = jnp.where(among, self.outside, self.many)
+        high = jnp.where(among, self.inside, self.few)
         # The first place is the candidate's.
         step = jnp.where(among, i, i - here + 1)
         steps = jnp.where(among, here, here + 1)

@@ -210,13 +210,13 @@ def _draw(refs: dict[str, Any], plan: DrawPlan) -> None:
     most = logit_of(likeliest)
     top_k = plgpu.load(refs["top_k"].at[b])
     top_p, min_p = (plgpu.load(refs["nucleus"].at[b, jnp.int32(i)]) for i in range(2))
-    key = tuple(plgpu.load(refs["keys"].at[b, jnp.int32(i)]) for i in range(2))
+    first, second = (plgpu.load(refs["keys"].at[b, jnp.int32(i)]) for i in range(2))
     exchange = Exchange(plan, refs["board"], b, part, _WORDS)
     before = exchange.meetings_before()
     scale = jnp.maximum(temperature, _LEAST_TEMPERATURE)
 
     def noise() -> Array:
-        noisy = logits + temperature * gumbel(key, token.astype(jnp.uint32))
+        noisy = logits + temperature * gumbel((first, second), token.astype(jnp.uint32))
         return jnp.where(logits >= most + scale * jnp.log(min_p), noisy, -jnp.inf)
 
     def drawn() -> tuple[Array, Array]:
@@ -231,8 +231,8 @@ def _draw(refs: dict[str, Any], plan: DrawPlan) -> None:
     drawn_at_all = (temperature > 0) & (jnp.abs(most) < jnp.inf)
     chosen, meetings = lax.cond(drawn_at_all, drawn, lambda: (likeliest, before))
     exchange.leave(meetings)
-    first = jnp.full((1,), part == 0)
-    plgpu.store(refs["token"].at[jnp.full((1,), b)], jnp.full((1,), chosen), mask=first)
+    tells = jnp.full((1,), part == 0)
+    plgpu.store(refs["token"].at[jnp.full((1,), b)], jnp.full((1,), chosen), mask=tells)
 
 
 def no_board(plan: DrawPlan) -> Array:
