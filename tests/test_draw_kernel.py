@@ -13,6 +13,8 @@ from ffjax.model import Transformer
 from ffjax.sampling.draw import sequence_keys, words_of
 from ffjax.sampling.params import SamplingParams
 from pallas_kernels.draw import make_draw_plan
+from pallas_kernels.draw.exchange import Exchange
+from pallas_kernels.draw.mass import halves, mass_bits, masses, whole
 from pallas_kernels.draw.threefry import gumbel, random_bits
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.targets import target
@@ -35,6 +37,44 @@ def test_its_noise_is_jaxs():
 @pytest.mark.parametrize("draws", DRAWS)
 def test_it_takes_the_tokens_that_sampling_of_filtered_logits_takes(draws, batch):
     check(draws, batch, 700, INTERPRETER, seeds=4)
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 6.0])
+@pytest.mark.parametrize("vocab", [700, 128256, 262144])
+def test_masses_sum_up_to_probabilities_however_the_vocabulary_is_cut(vocab, spread):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=vocab).astype(np.float32) * spread
+    bits = mass_bits(vocab)
+    most = logits.max()
+    mass = masses(logits, most, jnp.float32(0.8), jnp.arange(vocab, dtype=jnp.int32), bits)
+    want = np.exp((logits.astype(np.float64) - most) / 0.8)
+    for part in (np.arange(vocab), np.argsort(-logits)[:50], rng.permutation(vocab)[: vocab // 2]):
+        sums = [int(half.astype(np.int64).sum()) for half in np.asarray(halves(mass[part], bits))]
+        assert max(sums) < 2**31
+        cut = np.array_split(part, 7)
+        again = sum(np.asarray(halves(mass[one], bits)).astype(np.int64).sum(axis=1) for one in cut)
+        assert again.tolist() == sums
+        got = float(whole(*(jnp.int32(each) for each in sums), bits))
+        assert got == pytest.approx(want[part].sum(), rel=4e-6, abs=1e-5)
+
+
+def test_masses_of_equal_logits_do_not_overflow():
+    vocab = 262144
+    bits = mass_bits(vocab)
+    ids = jnp.arange(vocab, dtype=jnp.int32)
+    mass = masses(jnp.zeros(vocab), jnp.float32(0), jnp.float32(1), ids, bits)
+    assert all(np.asarray(half).astype(np.int64).sum() < 2**31 for half in halves(mass, bits))
+    assert float(whole(*(half.sum() for half in halves(mass, bits)), bits)) == pytest.approx(vocab)
+
+
+def test_a_word_of_another_meeting_is_not_taken_for_one_of_this():
+    plan = make_draw_plan(1, 128256, target("h200").gpu)
+    assert plan is not None
+    exchange = Exchange(plan, None, jnp.int32(0), jnp.int32(0), 32)
+    tags = [int(exchange.tag(jnp.int32(meeting))) for meeting in range(12)]
+    assert all(0 < tag < 4 for tag in tags)  # zeros are nobody's
+    # A buffer holds words of this meeting or of the one before the last.
+    assert all(before != tag for before, tag in zip(tags, tags[2:], strict=False))
 
 
 @pytest.mark.parametrize("name", ["h200", "a100", "l4", "rtx5090"])

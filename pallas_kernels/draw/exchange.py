@@ -78,7 +78,8 @@ class Exchange:
         at = jnp.broadcast_to(_LINE + at + i, i.shape)
         return jnp.full_like(at, self.row), at
 
-    def _tag(self, meeting: Array) -> Array:
+    def tag(self, meeting: Array) -> Array:
+        """What marks the words of a meeting, int32: 1 or 2."""
         return lax.div(meeting, jnp.int32(_BUFFERS)) % 2 + 1
 
     def tell(self, meeting: Array, told: Array) -> None:
@@ -90,7 +91,7 @@ class Exchange:
         """
         if self.plan.parts == 1:
             return
-        words = lax.shift_left(told, jnp.full_like(told, _TAG_BITS)) | self._tag(meeting)
+        words = lax.shift_left(told, jnp.full_like(told, _TAG_BITS)) | self.tag(meeting)
         place = self._place(meeting, self.part, iota((self.words,), 0))
         plgpu.store(self.board.at[place], words)
         plgpu.debug_barrier()  # nothing is put off until behind the reading
@@ -111,7 +112,7 @@ class Exchange:
             return own[None]
         shape = max(parts, 32 * self.plan.num_warps // self.words), self.words
         place = self._place(meeting, iota(shape, 0) % parts, iota(shape, 1))
-        tag = self._tag(meeting)
+        tag = self.tag(meeting)
 
         def read() -> Array:
             return plgpu.load(self.board.at[place], volatile=True)
