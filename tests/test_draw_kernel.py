@@ -1,5 +1,7 @@
 """The kernel that draws, interpreted, takes the tokens that `sample` takes of filtered logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,14 +50,20 @@ def test_masses_sum_up_to_probabilities_however_the_vocabulary_is_cut(vocab, spr
     most = logits.max()
     mass = masses(logits, most, jnp.float32(0.8), jnp.arange(vocab, dtype=jnp.int32), bits)
     want = np.exp((logits.astype(np.float64) - most) / 0.8)
+    sums = functools.partial(_sums, mass, bits)
     for part in (np.arange(vocab), np.argsort(-logits)[:50], rng.permutation(vocab)[: vocab // 2]):
-        sums = [int(half.astype(np.int64).sum()) for half in np.asarray(halves(mass[part], bits))]
-        assert max(sums) < 2**31
-        cut = np.array_split(part, 7)
-        again = sum(np.asarray(halves(mass[one], bits)).astype(np.int64).sum(axis=1) for one in cut)
-        assert again.tolist() == sums
-        got = float(whole(*(jnp.int32(each) for each in sums), bits))
+        high, low = sums(part)
+        assert max(high, low) < 2**31
+        cut = [sums(one) for one in np.array_split(part, 7)]
+        assert (sum(each[0] for each in cut), sum(each[1] for each in cut)) == (high, low)
+        got = float(whole(jnp.int32(high), jnp.int32(low), bits))
         assert got == pytest.approx(want[part].sum(), rel=4e-6, abs=1e-5)
+
+
+def _sums(mass, bits: int, part: np.ndarray) -> tuple[int, int]:
+    """Of both halves of some tokens' masses."""
+    high, low = (np.asarray(half).astype(np.int64).sum() for half in halves(mass[part], bits))
+    return int(high), int(low)
 
 
 def test_masses_of_equal_logits_do_not_overflow():
@@ -63,8 +71,9 @@ def test_masses_of_equal_logits_do_not_overflow():
     bits = mass_bits(vocab)
     ids = jnp.arange(vocab, dtype=jnp.int32)
     mass = masses(jnp.zeros(vocab), jnp.float32(0), jnp.float32(1), ids, bits)
-    assert all(np.asarray(half).astype(np.int64).sum() < 2**31 for half in halves(mass, bits))
-    assert float(whole(*(half.sum() for half in halves(mass, bits)), bits)) == pytest.approx(vocab)
+    high, low = _sums(mass, bits, np.arange(vocab))
+    assert max(high, low) < 2**31
+    assert float(whole(jnp.int32(high), jnp.int32(low), bits)) == pytest.approx(vocab)
 
 
 def test_a_word_of_another_meeting_is_not_taken_for_one_of_this():

@@ -14,7 +14,9 @@ had been left out from the start, for the noise is the same. If it lies above th
 it is drawn, if beneath it is out, and if neither is known yet the next meeting looks at it, too.
 
 Nothing is sorted: tokens are told apart by their logits, as XLA's filters do. All that is summed is
-integers (`pallas_kernels.draw.mass`), so that a row draws the same token however it is cut.
+integers (`pallas_kernels.draw.mass`), which add up to the same in any order: a row draws the same
+token however it is cut, and so whatever batch it stands in. XLA sums floating-point numbers: a
+token at the border of `top_p`, to a few millionths of what is kept, may fall on its other side.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ KERNEL_NAME = "ffjax_draw"
 _COUNTS, _HIGHS, _LOWS, _BESTS = range(4)
 _WORDS = 4 * PLACES
 _LEAST_TEMPERATURE = 1e-30
-# Meetings after which what is ahead is taken. Each narrows the border to a few hundredths of what
-# it was, or to an eighth at worst, and a float32 has no more steps than that.
+# Meetings after which what is ahead is taken, whatever it is. Each narrows the border to a quarter
+# of what it was at worst, so that less than half as many leave a float32 no room.
 _MOST_MEETINGS = 32
 _NOBODY = 2**31 - 1
 
