@@ -42,14 +42,13 @@ from ffjax.prefill.choice import Prefill, prefill_of
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
-from ffjax.sampling.choose import NOT_FINITE, Choice, choose
+from ffjax.sampling.choose import NOT_FINITE, Choice, choose, empty_board
 from ffjax.sampling.draw import sequence_keys, step_keys
 from ffjax.sampling.history import History, said
 from ffjax.sampling.logprobs import LogProbs
 from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, drawing_gpu, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
-from pallas_kernels.draw import no_arrivals
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["BLOCK", "NOT_FINITE", "Loop", "Made", "Step", "decode_block", "slots_for"]
@@ -159,18 +158,18 @@ def decode_block(
         keys = jax.vmap(lambda at: step_keys(own, at))(indices)
 
     def step(carry, each):
-        cache, token, history, arrivals = carry
+        cache, token, history, board = carry
         index, keys = each
         if history is not None:
             # A token that is none is dropped.
             fed = token if running is None else jnp.where(running, token, EVERY_TOKEN)
             history = said(history, fed)
         out = decode_step(model, cache, token, implementation=implementation)
-        choice = choose(out.logits, out.token, rows, keys, history, index, stages, arrivals)
-        return (out.cache, choice.token, history, choice.arrivals), Made.of(choice)
+        choice = choose(out.logits, out.token, rows, keys, history, index, stages, board)
+        return (out.cache, choice.token, history, choice.board), Made.of(choice)
 
-    arrivals = no_arrivals() if stages.draws and stages.gpu is not None else None
-    start = cache, token, history, arrivals
+    board = empty_board(token.shape[0], model.config.vocab_size, stages)
+    start = cache, token, history, board
     (cache, token, history, _), made = lax.scan(step, start, (indices, keys), length=BLOCK)
     return cache, token, index + BLOCK, history, made
 

@@ -1,5 +1,7 @@
 """The kernel that draws, interpreted, takes the tokens that `sample` takes of filtered logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,8 @@ from ffjax.model import Transformer
 from ffjax.sampling.draw import sequence_keys, words_of
 from ffjax.sampling.params import SamplingParams
 from pallas_kernels.draw import make_draw_plan
+from pallas_kernels.draw.exchange import Exchange
+from pallas_kernels.draw.mass import halves, mass_bits, masses, whole
 from pallas_kernels.draw.threefry import gumbel, random_bits
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.targets import target
@@ -37,6 +41,51 @@ def test_it_takes_the_tokens_that_sampling_of_filtered_logits_takes(draws, batch
     check(draws, batch, 700, INTERPRETER, seeds=4)
 
 
+@pytest.mark.parametrize("spread", [0.3, 1.0, 6.0])
+@pytest.mark.parametrize("vocab", [700, 128256, 262144])
+def test_masses_sum_up_to_probabilities_however_the_vocabulary_is_cut(vocab, spread):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=vocab).astype(np.float32) * spread
+    bits = mass_bits(vocab)
+    most = logits.max()
+    mass = masses(logits, most, jnp.float32(0.8), jnp.arange(vocab, dtype=jnp.int32), bits)
+    want = np.exp((logits.astype(np.float64) - most) / 0.8)
+    sums = functools.partial(_sums, mass, bits)
+    for part in (np.arange(vocab), np.argsort(-logits)[:50], rng.permutation(vocab)[: vocab // 2]):
+        high, low = sums(part)
+        assert max(high, low) < 2**31
+        cut = [sums(one) for one in np.array_split(part, 7)]
+        assert (sum(each[0] for each in cut), sum(each[1] for each in cut)) == (high, low)
+        got = float(whole(jnp.int32(high), jnp.int32(low), bits))
+        assert got == pytest.approx(want[part].sum(), rel=4e-6, abs=1e-5)
+
+
+def _sums(mass, bits: int, part: np.ndarray) -> tuple[int, int]:
+    """Of both halves of some tokens' masses."""
+    high, low = (np.asarray(half).astype(np.int64).sum() for half in halves(mass[part], bits))
+    return int(high), int(low)
+
+
+def test_masses_of_equal_logits_do_not_overflow():
+    vocab = 262144
+    bits = mass_bits(vocab)
+    ids = jnp.arange(vocab, dtype=jnp.int32)
+    mass = masses(jnp.zeros(vocab), jnp.float32(0), jnp.float32(1), ids, bits)
+    high, low = _sums(mass, bits, np.arange(vocab))
+    assert max(high, low) < 2**31
+    assert float(whole(jnp.int32(high), jnp.int32(low), bits)) == pytest.approx(vocab)
+
+
+def test_a_word_of_another_meeting_is_not_taken_for_one_of_this():
+    plan = make_draw_plan(1, 128256, target("h200").gpu)
+    assert plan is not None
+    exchange = Exchange(plan, None, jnp.int32(0), jnp.int32(0), 32)
+    tags = [int(exchange.tag(jnp.int32(meeting))) for meeting in range(12)]
+    assert all(0 < tag < 4 for tag in tags)  # zeros are nobody's
+    # A buffer holds words of this meeting or of the one before the last.
+    assert all(before != tag for before, tag in zip(tags, tags[2:], strict=False))
+
+
 @pytest.mark.parametrize("name", ["h200", "a100", "l4", "rtx5090"])
 def test_its_programs_are_all_on_the_device_at_once(name):
     gpu = target(name).gpu
@@ -45,7 +94,7 @@ def test_its_programs_are_all_on_the_device_at_once(name):
             plan = make_draw_plan(batch, vocab, gpu)
             if plan is not None:
                 assert plan.programs <= gpu.cores
-                assert plan.programs * plan.width >= vocab > (plan.programs - 1) * plan.width
+                assert plan.parts * plan.width >= vocab
     assert make_draw_plan(8, 128256, target("h200").gpu) is not None
 
 

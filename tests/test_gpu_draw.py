@@ -1,4 +1,4 @@
-"""The kernel that draws, on a GPU: the tokens that XLA draws, whoever runs beside."""
+"""Drawing on a GPU: the tokens that XLA draws, whoever runs beside; and log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from draw_cases import DRAWS, check
 from live_cases import KINDS, Request, prompt, serve
+from logprob_cases import check_likeliest
 
 from ffjax.benchmark.inputs import random_model
 from ffjax.config import ModelConfig
@@ -45,6 +46,11 @@ def test_a_large_vocabulary_and_many_launches():
     gpu = Gpu.of(jax.devices()[0])
     assert gpu is not None
     check("all", 8, 262144, gpu, seeds=200)
+
+
+@pytest.mark.parametrize(("vocab", "best"), [(128256, 5), (128256, 20), (49152, 5)])
+def test_the_likeliest_tokens_are_those_of_a_stable_sort(vocab, best):
+    check_likeliest(vocab, best)
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from ffjax.sampling.filters import filtered
 from ffjax.sampling.history import History
 from ffjax.sampling.logprobs import LogProbs, log_probs
 from ffjax.sampling.rows import Rows, Stages
-from pallas_kernels.draw import draw_tokens, make_draw_plan, no_arrivals
+from pallas_kernels.draw import DrawPlan, draw_tokens, make_draw_plan, no_board
 from pallas_kernels.gpu import INTERPRETER
 
-__all__ = ["NOT_FINITE", "Before", "Choice", "choose", "marked"]
+__all__ = ["NOT_FINITE", "Before", "Choice", "choose", "empty_board", "marked"]
 
 NOT_FINITE = -1
 """What stands for a token whose logit is NaN or infinite; it stops its sequence."""
@@ -44,13 +44,13 @@ class Choice(NamedTuple):
         token: int32 `[B]`; what is fed next, whatever its logit is.
         told: int32 `[B]`, the same, NOT_FINITE where the logit is.
         logprobs: None where nobody asked.
-        arrivals: what the kernel that draws is given next time; None where none draws.
+        board: what the kernel that draws is given next time; None where none draws.
     """
 
     token: Array
     told: Array
     logprobs: LogProbs | None
-    arrivals: Array | None
+    board: Array | None
 
 
 def marked(logits: Array, token: Array) -> Array:
@@ -78,32 +78,48 @@ def _edited(
     return logits
 
 
+def _draw_plan(batch: int, vocab: int, stages: Stages) -> DrawPlan | None:
+    """How the kernel draws; None where XLA does.
+
+    Without filters there is noise and a maximum, which XLA makes one fusion of.
+    """
+    if stages.gpu is None or not (stages.draws and stages.filters):
+        return None
+    return make_draw_plan(batch, vocab, stages.gpu)
+
+
+def empty_board(batch: int, vocab: int, stages: Stages) -> Array | None:
+    """What the first of some choices is given as `board`; None where no kernel draws."""
+    plan = _draw_plan(batch, vocab, stages)
+    return None if plan is None else no_board(plan)
+
+
 def _drawn(
     logits: Array,
     likeliest: Array,
     rows: Rows,
     keys: Array,
-    arrivals: Array | None,
+    board: Array | None,
     stages: Stages,
 ) -> tuple[Array, Array | None]:
     """Draws a token of each sequence, int32 `[B]`, by the kernel or, to the same effect, by XLA."""
-    filters = (rows.top_k, rows.nucleus) if stages.filters else ()
     batch, vocab = logits.shape
-    plan = None if stages.gpu is None else make_draw_plan(batch, vocab, stages.gpu)
+    plan = _draw_plan(batch, vocab, stages)
     if plan is not None:
         return draw_tokens(
             plan,
             logits,
             likeliest,
             jax.random.key_data(keys),
-            no_arrivals() if arrivals is None else arrivals,
+            no_board(plan) if board is None else board,
             rows.temperature,
-            *filters,
+            rows.top_k,
+            rows.nucleus,
             interpret=stages.gpu == INTERPRETER,
         )
     if stages.filters:
-        logits = filtered(logits, rows.temperature, *filters)
-    return sample(logits, keys, rows.temperature), arrivals
+        logits = filtered(logits, rows.temperature, rows.top_k, rows.nucleus)
+    return sample(logits, keys, rows.temperature), board
 
 
 def choose(
@@ -114,7 +130,7 @@ def choose(
     history: History | None,
     index: Array,
     stages: Stages,
-    arrivals: Array | None = None,
+    board: Array | None = None,
 ) -> Choice:
     """Chooses a token of each sequence.
 
@@ -126,7 +142,7 @@ def choose(
         history: what came before; None where no stage asks.
         index: int32 `[B]`, how many tokens each answer holds.
         stages: which stages there are.
-        arrivals: of the choice before, in this program; None: there was none.
+        board: of the choice before, in this program; None: there was none.
     """
     edited = _edited(logits, rows, history, index, stages)
     if greedy is not None and not stages.changes_logits:
@@ -136,6 +152,6 @@ def choose(
     token = likeliest
     if stages.draws:
         assert keys is not None
-        token, arrivals = _drawn(edited, likeliest, rows, keys, arrivals, stages)
+        token, board = _drawn(edited, likeliest, rows, keys, board, stages)
     told = None if stages.logprobs is None else log_probs(logits, token, stages.logprobs)
-    return Choice(token, marked(edited, token), told, arrivals)
+    return Choice(token, marked(edited, token), told, board)

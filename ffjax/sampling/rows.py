@@ -31,8 +31,8 @@ EVERY_TOKEN = np.int32(2**31 - 1)
 """What stands for a `top_k` that is off, and for a token id that is none."""
 
 DRAW_BY_KERNEL = False
-"""Whether `pallas_kernels.draw` draws on a GPU. Its last text has run interpreted alone: XLA draws
-until `tests/test_gpu_draw.py` has passed on a GPU."""
+"""Whether `pallas_kernels.draw` draws on a GPU where tokens are filtered. XLA does until all of
+`tests/test_gpu_draw.py` has passed there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,88 +1,47 @@
-"""How the programs of a launch tell each other what each has found in its part of a row.
+"""How the programs of a row tell each other what each has found in its part of it.
 
-What is told before a meeting is known to all behind it. Each program tells what it has in a place
-of its own, and all add it up alike: in the same order, whoever comes first. (Atomic sums would be
-the other way; Pallas adds arrays of integers as if they were floating-point numbers.)
+All meet some times. At a meeting each program writes what it has into a place of its own, and reads
+all places of its row until each holds what belongs to this meeting; then all add it up alike. Words
+carry a tag that says which meeting they belong to, as those of the streamed kernel do, so that
+nothing is counted, locked or fenced: a word is there or it is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.draw.plan import DrawPlan
 from pallas_kernels.program import iota
 from pallas_kernels.sync import MAX_POLLS, trap_if_over
 
-__all__ = ["Best", "Exchange", "arrivals_shape", "exchange_shapes"]
+__all__ = ["Exchange", "board_shape"]
 
-# What a meeting tells is read before the next one, and so may be overwritten behind that.
+# What a meeting tells is read before the next one ends, and so may be overwritten behind that.
 _BUFFERS = 2
+# A word's low bits are its meeting's tag: not zero, which is nobody's, and another for the next
+# meeting that has the same buffer.
+_TAG_BITS = 2
+# Programs of a row poll lines of their own row: 32 words of 4 bytes.
+_LINE = 32
 
 
-def arrivals_shape() -> jax.ShapeDtypeStruct:
-    """The one number that launches hand on: how often a program has arrived at a meeting.
+def board_shape(plan: DrawPlan, words: int) -> jax.ShapeDtypeStruct:
+    """What launches hand on, int32 `[B, words]`; zeros to begin with.
 
-    Zero to begin with, and a multiple of the programs between launches.
-    """
-    return jax.ShapeDtypeStruct((1,), jnp.int32)
-
-
-def exchange_shapes(plan: DrawPlan, sums: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the exchange needs in memory, whatever it holds when a launch starts.
+    The first line of a row holds how many meetings it has had, and the rest what was told.
 
     Args:
         plan: the launch.
-        sums: most sums of a row in one meeting.
+        words: that a program tells at a meeting.
     """
-    place = plan.programs, plan.padded_batch
-    return {
-        "noisy": jax.ShapeDtypeStruct((_BUFFERS, 1, *place), jnp.float32),
-        "behind": jax.ShapeDtypeStruct((_BUFFERS, 1, *place), jnp.float32),
-        "tokens": jax.ShapeDtypeStruct((_BUFFERS, 1, *place), jnp.int32),
-        "parts": jax.ShapeDtypeStruct((_BUFFERS, sums, *place), jnp.int32),
-    }
-
-
-class Best(NamedTuple):
-    """The token that is ahead in each row, `[B]`.
-
-    Attributes:
-        noisy: float32, its logit with noise.
-        token: int32, its id, the lowest of equals.
-        behind: float32, how far its logit lies behind the row's largest.
-    """
-
-    noisy: Array
-    token: Array
-    behind: Array
-
-
-def _first_of(noisy: Array, token: Array, behind: Array, axis: int) -> Best:
-    """The best along an axis."""
-    top = jnp.max(noisy, axis=axis)
-    nobody = jnp.iinfo(jnp.int32).max
-    winner = jnp.min(jnp.where(noisy == jnp.expand_dims(top, axis), token, nobody), axis=axis)
-    own = token == jnp.expand_dims(winner, axis)
-    return Best(top, winner, jnp.min(jnp.where(own, behind, jnp.inf), axis=axis))
-
-
-def _fenced() -> Array:
-    """int32 zero, made behind a fence: what hangs on it reads nothing from before the fence."""
-    [zero] = plgpu.elementwise_inline_asm(
-        "fence.acq_rel.gpu; mov.u32 $0, $1;",
-        args=[jnp.zeros((1,), jnp.int32)],  # inline assembly takes arrays only
-        constraints="=r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
-    )
-    return jnp.sum(zero)
+    told = _BUFFERS * plan.parts * words if plan.parts > 1 else 0
+    return jax.ShapeDtypeStruct((plan.batch, _LINE + told), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,97 +50,84 @@ class Exchange:
 
     Attributes:
         plan: the launch.
-        refs: the arrays of `exchange_shapes`, and `arrivals`, by name.
-        program: this program's number, int32.
+        board: the array of `board_shape`.
+        row: this program's, int32.
+        part: of the row, int32.
+        words: how many a program tells at a meeting, a power of two, at most 32.
     """
 
     plan: DrawPlan
-    refs: dict[str, Any]
-    program: Array
+    board: Any
+    row: Array
+    part: Array
+    words: int
 
-    @property
-    def _alone(self) -> bool:
-        return self.plan.programs == 1
+    def meetings_before(self) -> Array:
+        """How many the row has had in all launches before: int32."""
+        return plgpu.load(self.board.at[self.row, jnp.int32(0)])
 
-    def _meet(self) -> Array:
-        """Waits for all programs; int32 zero, on which reads of what they told must hang.
+    def leave(self, meetings: Array) -> None:
+        """Says how many the row has had; all have read the former number before they met."""
+        first = jnp.full((1,), self.part == 0)
+        row, place = jnp.full((1,), self.row), jnp.zeros((1,), jnp.int32)
+        plgpu.store(self.board.at[row, place], jnp.full((1,), meetings), mask=first)
 
-        Nobody can be a meeting ahead, so that how many have arrived before says which one it is.
-        """
-        arrivals, p = self.refs["arrivals"], jnp.int32(self.plan.programs)
-        plgpu.debug_barrier()  # all threads have told
-        before = plgpu.atomic_add(arrivals, (0,), jnp.int32(1))
-        wanted = (lax.div(before, p) + 1) * p
+    def _place(self, meeting: Array, part: Array, i: Array) -> tuple[Array, Array]:
+        """Indices of words into the board."""
+        at = (meeting % _BUFFERS * self.plan.parts + part) * self.words
+        at = jnp.broadcast_to(_LINE + at + i, i.shape)
+        return jnp.full_like(at, self.row), at
 
-        def poll(state):
-            _, polls = state
-            # Looked at without an atomic, which all would have to queue for.
-            return plgpu.load(arrivals.at[0], volatile=True), trap_if_over(polls + 1, MAX_POLLS)
+    def tag(self, meeting: Array) -> Array:
+        """What marks the words of a meeting, int32: 1 or 2."""
+        return lax.div(meeting, jnp.int32(_BUFFERS)) % 2 + 1
 
-        state = before, jnp.int32(0)
-        lax.while_loop(lambda s: (s[0] < wanted) & (s[1] >= 0), poll, state)
-        zero = _fenced()
-        plgpu.debug_barrier()
-        return zero
-
-    def _tell(self, name: str, meeting: Array, i: int, value: Array) -> None:
-        """Stores this program's value of each row, `[B]`."""
-        b = iota((self.plan.padded_batch,), 0)
-        buffer, program = (jnp.broadcast_to(x, b.shape) for x in (meeting % _BUFFERS, self.program))
-        plgpu.store(self.refs[name].at[buffer, jnp.full_like(b, i), program, b], value)
-
-    def _told(self, name: str, meeting: Array, i: int, zero: Array) -> tuple[Array, Array]:
-        """All programs' values, `[P, B]` rounded up, and which of them are: the others repeat."""
-        p = self.plan.programs
-        shape = next_power_of_2(p), self.plan.padded_batch
-        row, column = iota(shape, 0), iota(shape, 1)
-        buffer = jnp.broadcast_to(meeting % _BUFFERS + zero, shape)
-        where = buffer, jnp.full_like(row, i), jnp.minimum(row, p - 1), column
-        return plgpu.load(self.refs[name].at[where], volatile=True), row < p
-
-    def _sums(self, meeting: Array, count: int, zero: Array) -> tuple[Array, ...]:
-        told = (self._told("parts", meeting, i, zero) for i in range(count))
-        return tuple(jnp.sum(jnp.where(real, part, 0), axis=0) for part, real in told)
-
-    def total(self, meeting: Array, parts: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Sums over all programs.
+    def tell(self, meeting: Array, told: Array) -> None:
+        """Writes what this program has to say.
 
         Args:
-            meeting: int32, how many meetings came before.
-            parts: this program's, each int32 `[B]`.
+            meeting: int32, how many came before; of the row, in all launches.
+            told: int32 `[words]`, from 0 to 2^30 - 1.
         """
-        if self._alone:
-            return parts
-        for i, part in enumerate(parts):
-            self._tell("parts", meeting, i, part)
-        return self._sums(meeting, len(parts), self._meet())
+        if self.plan.parts == 1:
+            return
+        words = lax.shift_left(told, jnp.full_like(told, _TAG_BITS)) | self.tag(meeting)
+        place = self._place(meeting, self.part, iota((self.words,), 0))
+        plgpu.store(self.board.at[place], words)
+        plgpu.debug_barrier()  # nothing is put off until behind the reading
 
-    def best(
-        self,
-        meeting: Array,
-        noisy: Array,
-        token: Array,
-        behind: Array,
-        parts: tuple[Array, ...] = (),
-    ) -> tuple[Best, tuple[Array, ...]]:
-        """The best of all programs, and sums over them.
+    def told(self, meeting: Array, own: Array) -> Array:
+        """What the programs of the row have told, int32 `[parts or more, words]`.
+
+        Where a program has more threads than there are words, the words repeat from the row that is
+        number `parts`. For else several threads would read the same word, some before it was
+        written and some behind that, and would not agree on whether it was there.
 
         Args:
-            meeting: int32, how many meetings came before.
-            noisy: float32 `[B, W]`, this program's tokens.
-            token: int32 `[1, W]`.
-            behind: float32 `[B, W]`.
-            parts: what is to be summed beside, each int32 `[B]`.
+            meeting: as in `tell`.
+            own: what this program told.
         """
-        own = _first_of(noisy, token, behind, 1)
-        if self._alone:
-            return own, parts
-        names = "noisy", "tokens", "behind"
-        for name, value in zip(names, own, strict=True):
-            self._tell(name, meeting, 0, value)
-        for i, part in enumerate(parts):
-            self._tell("parts", meeting, i, part)
-        zero = self._meet()
-        # A value that repeats another is of the same token.
-        told = [self._told(name, meeting, 0, zero)[0] for name in names]
-        return _first_of(told[0], told[1], told[2], 0), self._sums(meeting, len(parts), zero)
+        parts = self.plan.parts
+        if parts == 1:
+            return own[None]
+        shape = max(parts, 32 * self.plan.num_warps // self.words), self.words
+        place = self._place(meeting, iota(shape, 0) % parts, iota(shape, 1))
+        tag = self.tag(meeting)
+
+        def read() -> Array:
+            return plgpu.load(self.board.at[place], volatile=True)
+
+        def incomplete(state: tuple[Array, Array]) -> Array:
+            words, polls = state
+            wrong = (words & (2**_TAG_BITS - 1)) != tag
+            return (jnp.max(wrong.astype(jnp.int32)) > 0) & (polls >= 0)
+
+        def poll(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            return read(), trap_if_over(state[1] + 1, MAX_POLLS)
+
+        words, _ = lax.while_loop(incomplete, poll, (read(), jnp.int32(0)))
+        return lax.shift_right_logical(words, jnp.full_like(words, _TAG_BITS))
+
+    def sums(self, told: Array) -> Array:
+        """What all programs' words of `told` sum up to, int32 `[words]`."""
+        return jnp.sum(jnp.where(iota(told.shape, 0) < self.plan.parts, told, 0), axis=0)
