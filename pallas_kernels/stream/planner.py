@@ -41,7 +41,9 @@ MOST_BETWEEN = 256
 # Shared memory that the compiler takes for itself, at most.
 COMPILER_BYTES = 6 * 1024
 # Bytes of tiles of weights, and of keys and values, that are tried in turn: see `fitting`.
-_SHRINKING = [(1 << a, 1 << b) for a, b in ((15, 15), (15, 14), (14, 14), (14, 13), (13, 13))]
+_SHRINKING = [
+    (1 << a, 1 << b) for a, b in ((15, 15), (15, 14), (15, 13), (14, 14), (14, 13), (13, 13))
+]
 
 
 class _Geometry:
@@ -288,21 +290,18 @@ def fitting(dims: Dims, gpu: Gpu) -> Tuning:
 
     On a device with little shared memory fewer bytes need be on their way: those of all its
     multiprocessors have to last for the time that memory takes to answer, about a microsecond, and
-    memory that is slow, or shared by many of them, brings less in it. Tiles of weights
-    shrink first, then those of keys and values, until three tiles of weights fit; else the choice
-    that holds two of the largest ones.
+    memory that is slow, or shared by many of them, brings less in it. Tiles of keys and values
+    shrink first, since each tile of weights is a meeting of a program's warps, until three tiles of
+    weights fit; else the largest are taken of which two do.
 
     Returns:
         The tuning; the defaults where no choice fits.
     """
     found = None
-    # Of 128 threads the compiler for compute capability 8 saves registers, so that three programs
-    # might share a multiprocessor, and spills what it has saved. Here only one ever does.
-    num_warps = None if gpu.bulk_copies else 8
+    # Without bulk copies a warp that multiplies has to ask for tiles, and does so less often.
+    others = {} if gpu.bulk_copies else {"in_flight": 3, "l2_tiles": 0}
     for tile_bytes, cache_tile_bytes in _SHRINKING:
-        tuning = Tuning(
-            tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes, num_warps=num_warps
-        )
+        tuning = Tuning(tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes, **others)
         if _why_not_there(gpu, dims) or why_not(dims, gpu.cores, tuning):
             continue
         plan = make_stream_plan(dims, gpu, tuning)

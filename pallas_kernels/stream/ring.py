@@ -220,10 +220,7 @@ def feed_ring(env: StreamEnv, used: Array | None = None, ahead: Array | None = N
         ahead: int32 scalar, tiles beyond those that may have been asked for; None: as many as there
             are slots.
     """
-    if env.mail.meanwhile is None:
-        return
-    # Of warps that feed on their own, one that has waited for nothing lags behind: it asks twice.
-    for _ in range(1 if used is None or env.plan.bulk else 2):
+    if env.mail.meanwhile is not None:
         ptx.feed_ring(*env.mail.meanwhile, used, ahead)
 
 

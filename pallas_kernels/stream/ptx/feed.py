@@ -29,6 +29,8 @@ def _(address, *, count, sharing):
 @lowering.register_lowering(_start_barriers_p)
 def _(ctx, address, *, count, sharing):
     [address] = lowered.values(ctx, [address])
+    if sharing:
+        lowered.one_program_a_multiprocessor()
     init, arrivals = "@%p mbarrier.init.shared::cta.b64", sharing or 1
     starts = [f"{init} [$1+{8 * i}], {arrivals}; " for i in range(count)]
     # Bulk copies are made by others, whom a barrier of the program does not tell.
@@ -298,7 +300,7 @@ def _async_lines(
         lines.append(f"setp.lt.u32 %p, %n, %u; setp.ne.or.u32 %p, %t, {last}, %p; @%p bra room;")
         lines += [*_l2_lines(f, ring, "%own", pointer), "room:"]
     lines += [
-        "setp.lt.u32 %go, %n, %u;",
+        "more: setp.lt.u32 %go, %n, %u;",
         # Has the tile come that was asked for some before?
         f"sub.s32 %b, %s, {f.in_flight}; setp.lt.s32 %p, %b, 0; selp.u32 %r, 1, 0, %p;",
         f"@%p add.s32 %b, %b, {f.slots}; xor.b32 %r, %r, %h; mad.lo.u32 %b, %b, 8, {ring};",
@@ -320,7 +322,10 @@ def _async_lines(
             if f.has_scales
             else []
         ),
-        f"{async_copy.arrive_line('%b')} kept:",
+        async_copy.arrive_line("%b"),
+        # A warp that has waited for less than others lags behind.
+        *(["setp.lt.u32 %p, %n, %u; @%p bra more;"] if used is not None else []),
+        "kept:",
     ]
     if used is not None:
         lines.append(f"@%lead st.shared.b32 [%own+{f.control + 20}], {used};")

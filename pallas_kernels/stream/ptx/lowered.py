@@ -9,7 +9,18 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.pallas.triton import lowering, primitives
 from jax._src.pallas.triton.lowering import tt_dialect
 
-__all__ = ["MEET", "ORDERED", "REJOIN", "addresses", "assembly", "i32", "i64", "like", "values"]
+__all__ = [
+    "MEET",
+    "ORDERED",
+    "REJOIN",
+    "addresses",
+    "assembly",
+    "i32",
+    "i64",
+    "like",
+    "one_program_a_multiprocessor",
+    "values",
+]
 
 # Nothing with this effect is dropped, merged or moved across another that has it.
 ORDERED = primitives.barrier_effect
@@ -46,6 +57,18 @@ def addresses(ptr: Any, offsets: Any, shape: Sequence[int]) -> Any:
     """64-bit addresses of an array's elements."""
     pointers = lowering._add(lowering._bcast_to(ptr, list(shape)), offsets)
     return tt_dialect.ptr_to_int(like(shape, i64()), pointers)
+
+
+def one_program_a_multiprocessor() -> None:
+    """Says that no second program need find room beside one: `.minnctapersm 1` in PTX.
+
+    Of 128 threads ptxas for compute capability 8 else saves registers for two more, and spills what
+    it has saved; the ring leaves no shared memory for them. To be called while lowering.
+    """
+    op = ir.InsertionPoint.current.block.owner
+    while op.name != "tt.func":
+        op = op.parent
+    op.attributes["nvvm.minctasm"] = ir.IntegerAttr.get(i32(), 1)
 
 
 def assembly(
