@@ -31,9 +31,8 @@ class KVCache:
         lengths: int32 `[B]`, live positions of each sequence. What lies beyond
             is never read, whatever it holds. They are 0 or more; in a jitted step, where
             nobody can look, a smaller one counts as 0.
-        counters: int32, what the fused kernels need to know from step to step: the
-            phased one's counters, the streamed one's mail. All zero to begin with; they
-            belong to this batch, and the reference passes them through.
+        counters: int32, what the fused kernel needs to know from step to step: its mail. All
+            zero to begin with; they belong to this batch, and the reference passes them through.
     """
 
     k: Array

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import warnings
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -23,8 +24,7 @@ from ffjax.settings import own_settings
 from ffjax.transforms import launch_whole
 from pallas_kernels.dims import DecodeWeights, Dims
 from pallas_kernels.gpu import INTERPRETER, Gpu
-from pallas_kernels.launch import StepState, launch_step
-from pallas_kernels.plan import make_plan
+from pallas_kernels.launch import StepState
 from pallas_kernels.stream.faults import Fault, fault_of
 from pallas_kernels.stream.launch import layout_of, stream_step
 from pallas_kernels.stream.plan import StreamPlan
@@ -41,29 +41,19 @@ __all__ = [
     "default_device",
     "device_of",
     "fused_step",
-    "quantized_weights",
     "resolve_implementation",
     "resolve_implementation_config",
     "step_fault",
-    "unsupported_field",
     "why_not_fused",
     "why_not_fused_config",
 ]
 
-Kernel = Literal["pallas", "pallas_stream"]
+Kernel = Literal["pallas"]
 Implementation = Literal[Kernel, "xla"]
+# What an implementation was called before 0.3, when there were two kernels.
+_FORMER_NAMES: dict[str, Implementation] = {"pallas_stream": "pallas"}
 
 _log = logging.getLogger("ffjax")
-
-# Fields that the fused kernel takes as they come: names, and what reaches it as numbers or
-# frequencies. Two act in local layers alone, and those need a window. Of every other field
-# that has a default, it knows the default.
-_ANY_VALUE = frozenset(
-    {
-        *("name", "family", "norm_eps", "tied_embeddings", "max_context"),
-        *("rope_theta", "rope_scaling", "rope_theta_local", "window_pattern"),
-    }
-)
 
 
 class DecodeOutput(NamedTuple):
@@ -77,7 +67,7 @@ class DecodeOutput(NamedTuple):
         cache: the cache, one position longer.
         logits: float32 `[B, V]`.
         token: int32 `[B]`, the greedy choice, the lowest id of equal logits. Where a logit is NaN
-            it is that one's, or -1 where a kernel gave up.
+            it is that one's, or -1 where the kernel gave up.
     """
 
     cache: KVCache
@@ -96,7 +86,7 @@ class DecodeOutput(NamedTuple):
 
         Raises:
             TypeError: the step is traced, as within jit.
-            NotFiniteError: the logits of a sequence are NaN or infinite. Where a kernel gave up
+            NotFiniteError: the logits of a sequence are NaN or infinite. Where the kernel gave up
                 waiting for a hand-over, the message says in which layer, and for what. The next
                 step needs a fresh cache then.
         """
@@ -116,12 +106,12 @@ class DecodeOutput(NamedTuple):
 
 
 def decode_weights(model: Transformer) -> DecodeWeights:
-    """The model's own arrays, as the fused kernels take them: no copy.
+    """The model's own arrays, as the fused kernel takes them: no copy.
 
     Of quantized matrices these are the integers, and the scales beside them.
 
     Raises:
-        NotImplementedError: they are int4 in groups that no kernel reads.
+        NotImplementedError: they are int4 in groups that the kernel does not read.
     """
     config, layers = model.config, model.layers
     if (reason := unknown_groups(config)) is not None:
@@ -161,42 +151,6 @@ def decode_weights(model: Transformer) -> DecodeWeights:
     )
 
 
-def quantized_weights(config: ModelConfig, kernel: Kernel) -> str | None:
-    """Why a fused kernel cannot read the weights of a model that is quantized; else None.
-
-    Args:
-        config: the model's.
-        kernel: "pallas", which reads none such, or "pallas_stream", which reads int8, and int4
-            in groups of 128.
-    """
-    if not config.weights.quantized:
-        return None
-    if kernel == "pallas":
-        return (
-            f"The phased kernel reads bfloat16 weights; those of {config.name} are quantized "
-            f"({config.weights}). Use implementation='pallas_stream' or 'xla', or "
-            "ffjax.dequantize(model)."
-        )
-    return unknown_groups(config)
-
-
-def unsupported_field(config: ModelConfig) -> str | None:
-    """A sentence that names the first field whose value the phased kernel does not know.
-
-    The streamed kernel knows them all.
-    """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.default is dataclasses.MISSING or field.name in _ANY_VALUE:
-            continue
-        if value != field.default:
-            return (
-                f"The fused kernel does not support {field.name}={value!r} yet. "
-                "Use implementation='xla', or 'pallas_stream'."
-            )
-    return None
-
-
 def default_device() -> Any:
     """The device a jitted function runs on when its arguments do not say."""
     default = jax.config.jax_default_device
@@ -217,24 +171,19 @@ def device_of(model: Transformer) -> Any:
     return default_device()
 
 
-def why_not_fused(
-    model: Transformer, batch: int, capacity: int, kernel: Kernel = "pallas"
-) -> str | None:
-    """Why a fused kernel cannot run this step on the model's device; None if it can.
+def why_not_fused(model: Transformer, batch: int, capacity: int) -> str | None:
+    """Why the fused kernel cannot run this step on the model's device; None if it can.
 
     Args:
         model: the model.
         batch: B.
         capacity: S, slots of the cache.
-        kernel: "pallas", the phased kernel, or "pallas_stream", the streamed one.
     """
     with jax.default_device(device_of(model)):
-        return why_not_fused_config(model.config, model.dtype, batch, capacity, kernel)
+        return why_not_fused_config(model.config, model.dtype, batch, capacity)
 
 
-def why_not_fused_config(
-    config: ModelConfig, dtype: Any, batch: int, capacity: int, kernel: Kernel = "pallas"
-) -> str | None:
+def why_not_fused_config(config: ModelConfig, dtype: Any, batch: int, capacity: int) -> str | None:
     """What `why_not_fused` says of a model that need not exist: nothing is allocated.
 
     It would run on the default device.
@@ -244,11 +193,10 @@ def why_not_fused_config(
         dtype: of its weights and cache.
         batch: B.
         capacity: S, slots of the cache.
-        kernel: "pallas", the phased kernel, or "pallas_stream", the streamed one.
     """
     device = default_device()
     found = f"{device.device_kind} ({device.platform})"
-    return _why_not(config, dtype, batch, capacity, kernel, Gpu.of(device), found)
+    return _why_not(config, dtype, batch, capacity, Gpu.of(device), found)
 
 
 def _why_not(
@@ -256,38 +204,28 @@ def _why_not(
     dtype: Any,
     batch: int,
     capacity: int,
-    kernel: Kernel,
     gpu: Gpu | None,
     found: str = "",
 ) -> str | None:
-    if (reason := quantized_weights(config, kernel)) is not None:
-        return reason
-    if kernel == "pallas" and (reason := unsupported_field(config)) is not None:
+    if (reason := unknown_groups(config)) is not None:
         return reason
     dims = step_dims(config, batch, capacity)
     reason = why_not(dims, dtype, gpu, found)
-    if reason is None and kernel == "pallas_stream":
+    if reason is None:
         assert gpu is not None
-        reason = why_not_on(gpu, dims)
+        reason = why_not_on(gpu, dims, tuning_for(gpu.name, dims))
     return reason
 
 
 def choose_kernel(
     config: ModelConfig, dtype: Any, batch: int, capacity: int
 ) -> tuple[Kernel | None, str | None]:
-    """The best fused kernel that can run here; or None, and why the best one cannot.
+    """The fused kernel, if it can run here; or None, and why it cannot.
 
     Args: see `resolve_implementation_config`.
     """
-    # The streamed kernel is the faster one; the phased one runs on older GPUs as well.
-    kernels: tuple[Kernel, ...] = ("pallas_stream", "pallas")
-    reasons = []
-    for kernel in kernels:
-        reason = why_not_fused_config(config, dtype, batch, capacity, kernel)
-        if reason is None:
-            return kernel, None
-        reasons.append(reason)
-    return None, reasons[0]
+    reason = why_not_fused_config(config, dtype, batch, capacity)
+    return ("pallas", None) if reason is None else (None, reason)
 
 
 @functools.lru_cache
@@ -337,6 +275,14 @@ def resolve_implementation_config(
             says why and what to do.
     """
     names = get_args(Implementation)
+    if implementation in _FORMER_NAMES:
+        former, implementation = implementation, _FORMER_NAMES[implementation]
+        warnings.warn(
+            f"implementation={former!r} is called {implementation!r} now, and is unknown from the "
+            f"next version on: take implementation={implementation!r}.",
+            FutureWarning,
+            stacklevel=2,
+        )
     if implementation is not None and implementation not in names:
         raise ValueError(
             f"implementation is one of {', '.join(map(repr, names))} or None, "
@@ -345,7 +291,7 @@ def resolve_implementation_config(
     if implementation == "xla":
         return "xla"
     if implementation is not None:
-        reason = why_not_fused_config(config, dtype, batch, capacity, implementation)
+        reason = why_not_fused_config(config, dtype, batch, capacity)
         if reason is not None:
             raise NotImplementedError(reason)
         return implementation
@@ -381,7 +327,7 @@ def _stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> StreamPl
 
 
 def step_fault(model: Transformer, cache: KVCache) -> Fault | None:
-    """What a streamed step that gave up waiting left in the cache; None if none did.
+    """What a fused step that gave up waiting left in the cache; None if none did.
 
     Args:
         model: the model.
@@ -400,18 +346,16 @@ def fused_step(
     cache: KVCache,
     tokens: Array,
     *,
-    kernel: Kernel = "pallas",
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> DecodeOutput:
-    """A decode step by a fused kernel, whatever the selector would say.
+    """A decode step by the fused kernel, whatever the selector would say.
 
     Args:
         model: the model.
         cache: the cache.
         tokens: int `[B]`.
-        kernel: "pallas", the phased kernel, or "pallas_stream", the streamed one.
-        tuning: tunables of the streamed kernel. None: what its table says.
+        tuning: the kernel's tunables. None: what its table says, or what fits the device.
         interpret: run the kernel's body on a CPU, with one program, in Pallas's
             interpret mode: slow, for tests of its numerics.
 
@@ -424,17 +368,14 @@ def fused_step(
     """
     tokens = _checked(model, cache, tokens)
     gpu = INTERPRETER if interpret else Gpu.of(device_of(model))
-    reason = _why_not(model.config, model.dtype, cache.batch, cache.capacity, kernel, gpu)
+    reason = _why_not(model.config, model.dtype, cache.batch, cache.capacity, gpu)
     if reason is not None or gpu is None:
         raise NotImplementedError(reason)
     dims = step_dims(model.config, cache.batch, cache.capacity)
     state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
     step = decode_weights(model), state, tokens.astype(jnp.int32)
-    if kernel == "pallas_stream":
-        plan = _stream_plan(dims, gpu, tuning)
-        launch = functools.partial(stream_step, plan, interpret=interpret)
-    else:
-        launch = functools.partial(launch_step, make_plan(dims, gpu), interpret=interpret)
+    plan = _stream_plan(dims, gpu, tuning)
+    launch = functools.partial(stream_step, plan, interpret=interpret)
     logits, token, state = launch_whole(launch, *step)
     return DecodeOutput(KVCache(*state), logits, token)
 
@@ -474,9 +415,9 @@ def decode_step(
     updates it in place, and the step is one kernel launch. Token ids outside the
     vocabulary are clamped into it (`generate` refuses them with a sentence). A
     sequence whose cache is full gets NaN logits; one whose length is negative counts as empty.
-    NaN in weights or activations gives NaN logits, and so does the streamed kernel where its
-    programs wait for each other in vain: `DecodeOutput.check` says which. (The phased kernel ends
-    the process then, as does a copy of weights that never comes.)
+    NaN in weights or activations gives NaN logits, and so does the kernel where its programs wait
+    for each other in vain: `DecodeOutput.check` says which. (A copy of weights that never comes
+    ends the process.)
 
     Under `jax.vmap` the instances of a fused step run one after another, each as a launch of
     its own that copies the instance's cache in and out; a batch is the fast way. Of a fused
@@ -492,8 +433,8 @@ def decode_step(
         model: the model.
         cache: the cache; each sequence's token goes to position `lengths[b]`.
         tokens: int `[B]`.
-        implementation: "pallas_stream", the streamed kernel; "pallas", the phased one; "xla",
-            the reference; None: the first of these that can run, said once by logging.
+        implementation: "pallas", the fused kernel; "xla", the reference; None: the first of these
+            that can run, said once by logging.
 
     Returns:
         Cache, logits and greedy token.
@@ -510,4 +451,4 @@ def decode_step(
     chosen = resolve_implementation(model, cache, implementation)
     if chosen == "xla":
         return reference_step(model, cache, tokens)
-    return fused_step(model, cache, tokens, kernel=chosen)
+    return fused_step(model, cache, tokens)

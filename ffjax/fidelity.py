@@ -39,14 +39,12 @@ from ffjax.config import ModelConfig
 from ffjax.decode import (
     DecodeOutput,
     Implementation,
-    Kernel,
     choose_kernel,
     fused_step,
-    quantized_weights,
     reference_step,
     resolve_implementation_config,
-    unsupported_field,
 )
+from ffjax.dims import unknown_groups
 from ffjax.model import Transformer
 from ffjax.quantization import dequantize
 from ffjax.seeds import MAX_SEED, key_of
@@ -371,7 +369,7 @@ class Candidate:
 
     Attributes:
         step: its decode step.
-        implementation: "pallas" or "pallas_stream", that kernel; "xla", the baseline once more.
+        implementation: "pallas", the fused kernel; "xla", the baseline once more.
         why_interpreted: None, or why the kernel's body is interpreted, a sentence.
     """
 
@@ -400,7 +398,7 @@ def choose_candidate(
             name, and the model is too large to be interpreted.
     """
     asked = config, jnp.bfloat16, batch, capacity
-    unreadable = quantized_weights(config, "pallas_stream")
+    unreadable = unknown_groups(config)
     if implementation is None and unreadable is not None:
         raise NotImplementedError(unreadable)
     kernel, reason = choose_kernel(*asked)
@@ -411,14 +409,11 @@ def choose_candidate(
                 f"weights of {config.name}: that takes too long for more than "
                 f"{_MOST_INTERPRETED_WEIGHTS}."
             )
-        # Interpreted, the phased one is the faster.
-        body: Kernel = "pallas" if unsupported_field(config) is None else "pallas_stream"
-        step = functools.partial(fused_step, kernel=body, interpret=True)
-        return Candidate(step, body, reason)
+        return Candidate(functools.partial(fused_step, interpret=True), "pallas", reason)
     name = resolve_implementation_config(*asked, implementation or kernel)
     if name == "xla":
         return Candidate(reference_step, name)
-    return Candidate(functools.partial(fused_step, kernel=name), name)
+    return Candidate(fused_step, name)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:

@@ -380,7 +380,7 @@ class Loop:
 
     def fault(self) -> str | None:
         """What a step that gave up waiting has said, a sentence; None if none did."""
-        if self.implementation != "pallas_stream":
+        if self.implementation != "pallas":
             return None
         fault = step_fault(self._model, self._cache)
         return None if fault is None else str(fault)

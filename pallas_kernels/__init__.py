@@ -1,7 +1,6 @@
 """The fused decode step: one GPU kernel from the embedding to the logits.
 
-There are two. The phased one: `plan` decides who computes what, `phases` holds the step's
-parts, `sync` what keeps them apart, `launch` runs them. The streamed one, in `stream`: one
-loop over all weights, activations handed over in tagged words. `docs/kernel.md` compares
-them; `ffjax.decode_step` is the way in.
+It lies in `stream`: one loop over all weights, activations handed over in tagged words.
+`docs/kernel.md` explains it; `ffjax.decode_step` is the way in. `prefill` and `draw` hold the
+kernels of prompts and of sampling, `compile` compiles a step for a GPU that need not be here.
 """

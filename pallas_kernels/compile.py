@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import Any, Literal, get_args
+from typing import Any
 
 from pallas_kernels import compile_worker
 from pallas_kernels.dims import Dims
@@ -49,9 +49,6 @@ _PLUGINS = {
 }
 # Thunks that only hold others; whatever else is in the list runs on the GPU.
 _CONTAINERS = {"kSequential", "kConditional", "kWhile", "kCommandBuffer"}
-
-
-Kernel = Literal["phased", "streamed"]
 
 
 class CompileError(RuntimeError):
@@ -122,7 +119,6 @@ def compile_for(
     gpu: str,
     dims: Dims,
     *,
-    kernel: Kernel = "streamed",
     num_warps: int | None = None,
     num_stages: int | None = None,
     tuned: bool = False,
@@ -132,11 +128,9 @@ def compile_for(
     Args:
         gpu: name of a target, from `targets.target_names()`.
         dims: the sizes.
-        kernel: which of the two kernels.
         num_warps: overrides the plan's.
         num_stages: overrides the plan's.
-        tuned: with the streamed kernel's tuning of the table, as on the device itself; else with
-            the defaults.
+        tuned: with the tuning of the table, as on the device itself; else with the defaults.
 
     Raises:
         ValueError: no target has that name, or the fused kernel cannot run these sizes.
@@ -144,7 +138,7 @@ def compile_for(
     """
     wanted = target(gpu)
     reason = why_not(dims, "bfloat16", wanted.gpu)
-    if reason is None and kernel == "streamed":
+    if reason is None:
         reason = why_not_on(wanted.gpu, dims)
     if reason is not None:
         raise ValueError(reason)
@@ -153,7 +147,6 @@ def compile_for(
     options = {"num_warps": num_warps, "num_stages": num_stages}
     request = {
         "gpu": gpu,
-        "kernel": kernel,
         "dims": dataclasses.asdict(dims),
         "tuned": tuned,
         "options": {key: value for key, value in options.items() if value is not None},
@@ -274,13 +267,8 @@ def dims_of(asked: argparse.Namespace) -> Dims:
         ValueError: there is no such preset, its matrices cannot have that format, or the kernel
             computes no such model.
     """
-    # The kernels know no model; only this command looks up sizes by a model's name.
+    # The kernel knows no model; only this command looks up sizes by a model's name.
     config = _formats().chosen_config(asked)
-    if asked.kernel == "phased":
-        decode = importlib.import_module("ffjax.decode")
-        reason = decode.quantized_weights(config, "pallas") or decode.unsupported_field(config)
-        if reason is not None:
-            raise ValueError(reason)
     return importlib.import_module("ffjax.dims").step_dims(config, asked.batch, asked.capacity)
 
 
@@ -299,9 +287,6 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(target_names())}")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
     parser.add_argument("--capacity", type=int, default=16_384, help="cache slots (default 16384)")
-    parser.add_argument(
-        "--kernel", choices=get_args(Kernel), default="streamed", help="default: %(default)s"
-    )
     _formats().add_format_arguments(parser)
     parser.add_argument("--num-warps", type=int, help="overrides the plan's")
     parser.add_argument("--num-stages", type=int, help="overrides the plan's")
@@ -319,14 +304,13 @@ def main(arguments: list[str] | None = None) -> int:
         report = compile_for(
             asked.gpu,
             dims_of(asked),
-            kernel=asked.kernel,
             num_warps=asked.num_warps,
             num_stages=asked.num_stages,
         )
     except (ValueError, CompileError) as error:
         print(error, file=sys.stderr)
         return 1
-    names = ("config", "weights", "head", "kernel", "batch", "capacity")
+    names = ("config", "weights", "head", "batch", "capacity")
     asked_for = {name: getattr(asked, name) for name in names}
     fields = asked_for | dataclasses.asdict(report)
     if asked.json:

@@ -2,9 +2,8 @@
 
     python -m pallas_kernels.compile_table > table.md
 
-Each row is compiled by the kernel that a step would use there, with its tuning: the streamed one
-where it can run, else the phased one. What neither can run has its sentence below the table. It
-takes some minutes.
+Each row is compiled as a step there would be, with its tuning. What cannot run there has its
+sentence below the table. It takes some minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from pallas_kernels import compile as compiler
-from pallas_kernels.compile import CompileError, CompileReport, Kernel
+from pallas_kernels.compile import CompileError, CompileReport
 from pallas_kernels.targets import target, target_names
 
 __all__ = ["STEPS", "Row", "Step", "compile_row", "main", "markdown"]
@@ -38,9 +37,8 @@ STEPS = [
         [("llama3.2-1b", "bfloat16"), ("llama3.1-8b", "bfloat16"), ("llama3.1-8b", "int4")], (1, 8)
     )
 ]
-_KERNELS: tuple[Kernel, ...] = ("streamed", "phased")
 _HEAD = (
-    *("GPU", "model", "weights", "sequences", "kernel", "launches", "registers", "spilled bytes"),
+    *("GPU", "model", "weights", "sequences", "launches", "registers", "spilled bytes"),
     *("shared memory, bytes", "of"),
 )
 
@@ -51,20 +49,18 @@ class Row(NamedTuple):
     Attributes:
         gpu: name of the target.
         step: the step.
-        kernel: that was compiled, or None.
         report: what it became, or None.
-        refusals: why a kernel was not, sentence by sentence.
+        refusal: why it was not compiled, a sentence; or None.
     """
 
     gpu: str
     step: Step
-    kernel: Kernel | None
     report: CompileReport | None
-    refusals: list[str]
+    refusal: str | None
 
 
 def compile_row(gpu: str, step: Step, capacity: int = 16_384) -> Row:
-    """Compiles a step by the first kernel that can run it there.
+    """Compiles a step as it would run there.
 
     Args:
         gpu: name of the target.
@@ -76,33 +72,24 @@ def compile_row(gpu: str, step: Step, capacity: int = 16_384) -> Row:
     """
     if (reason := compiler.why_no_compiler()) is not None:
         raise CompileError(reason)
-    refusals: list[str] = []
-    for kernel in _KERNELS:
-        options = {"config": step.config, "weights": step.weights, "batch": step.batch}
-        options |= {"kernel": kernel, "capacity": capacity}
-        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        try:
-            dims = compiler.dims_of(compiler.command_line().parse_args(words))
-            report = compiler.compile_for(gpu, dims, kernel=kernel, tuned=True)
-        except (ValueError, CompileError) as error:
-            refusals.append(" ".join(str(error).split()))
-            continue
-        return Row(gpu, step, kernel, report, refusals)
-    return Row(gpu, step, None, None, refusals)
+    options = {**step._asdict(), "capacity": capacity}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    try:
+        dims = compiler.dims_of(compiler.command_line().parse_args(words))
+        return Row(gpu, step, compiler.compile_for(gpu, dims, tuned=True), None)
+    except (ValueError, CompileError) as error:
+        return Row(gpu, step, None, " ".join(str(error).split()))
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The table, and below it why a kernel was not taken, each sentence once."""
+    """The table, and below it why a step is XLA's there, each sentence once."""
     rows = list(rows)
     notes: dict[str, int] = {}
-    lines = [_line(_HEAD), _line([*["---"] * 5, *["---:"] * 5])]
+    lines = [_line(_HEAD), _line([*["---"] * 4, *["---:"] * 5])]
     for row in rows:
-        for reason in row.refusals:
-            notes.setdefault(reason, len(notes) + 1)
-        marks = ", ".join(str(notes[reason]) for reason in row.refusals)
-        kernel = row.kernel or "none: XLA"
         cells = [target(row.gpu).gpu.name.removeprefix("NVIDIA "), *map(str, row.step)]
-        cells.append(f"{kernel} ({marks})" if marks else kernel)
+        if row.refusal is not None:
+            cells.append(f"XLA ({notes.setdefault(row.refusal, len(notes) + 1)})")
         if (report := row.report) is not None:
             limit = target(row.gpu).gpu.shared_memory
             figures = report.kernels, report.registers, report.spill_bytes

@@ -20,8 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.dims import Dims, Features, WeightBits
-from pallas_kernels.launch import StepState, launch_step
-from pallas_kernels.plan import Plan, make_plan
+from pallas_kernels.launch import StepState
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.mail import mail_words
 from pallas_kernels.stream.plan import StreamPlan
@@ -35,7 +34,7 @@ __all__ = ["MODULE", "compile_step", "main"]
 MODULE = "jit_decode_step"
 
 
-def compile_step(plan: Plan | StreamPlan, config: str) -> Any:
+def compile_step(plan: StreamPlan, config: str) -> Any:
     """Compiles the step as `ffjax.decode_step` under jit is, the cache donated.
 
     Args:
@@ -58,8 +57,7 @@ def compile_step(plan: Plan | StreamPlan, config: str) -> Any:
     weights = jax.tree.map(lambda x: spec(*x.shape, dtype=x.dtype), d.abstract_weights())
 
     def decode_step(weights, state, tokens):
-        launch: Any = stream_step if isinstance(plan, StreamPlan) else launch_step
-        logits, token, state = launch(plan, weights, state, tokens)
+        logits, token, state = stream_step(plan, weights, state, tokens)
         # The state first: a donated buffer becomes the first output of its shape.
         return state, logits, token
 
@@ -78,14 +76,11 @@ def main(directory: str) -> None:
     features["local_layers"] = tuple(features["local_layers"])  # JSON has lists alone
     bits = WeightBits(**sizes.pop("weight_bits"))
     dims = Dims(**sizes, features=Features(**features), weight_bits=bits)
-    if request["kernel"] == "streamed":
-        stages = {key: options.pop(key) for key in ("num_stages",) if key in options}
-        tuning = tuning_for(gpu.gpu.name, dims) if request["tuned"] else None
-        tuning = tuning or fitting(dims, gpu.gpu)
-        plan = make_stream_plan(dims, gpu.gpu, dataclasses.replace(tuning, **options))
-        plan = dataclasses.replace(plan, **stages)
-    else:
-        plan = make_plan(dims, gpu.gpu, **options)
+    stages = {key: options.pop(key) for key in ("num_stages",) if key in options}
+    tuning = tuning_for(gpu.gpu.name, dims) if request["tuned"] else None
+    tuning = tuning or fitting(dims, gpu.gpu)
+    plan = make_stream_plan(dims, gpu.gpu, dataclasses.replace(tuning, **options))
+    plan = dataclasses.replace(plan, **stages)
     compiled = compile_step(plan, gpu.config)
     result = {
         "programs": plan.programs,

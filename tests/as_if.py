@@ -1,8 +1,8 @@
-"""A GPU that is taken for another one: its multiprocessors, with another's copies and shared memory.
+"""A GPU that is taken for another: its multiprocessors, with the other's copies and shared memory.
 
-`python -m tests.as_if a100 MODULE ARGUMENTS` runs a module so, `pytest --as-if a100` the tests: what
-the streamed kernel does on devices of compute capability 8 is so seen on a newer one. What is
-compiled is compiled for the device that there is.
+`python -m tests.as_if a100 MODULE ARGUMENTS` runs a module so, `pytest --as-if a100` the tests. So
+one sees on a newer GPU what the kernel does on devices of compute capability 8. What is compiled is
+compiled for the device that there is.
 """
 
 from __future__ import annotations

@@ -104,6 +104,6 @@ def dims_of(config: ModelConfig, batch: int, capacity: int) -> Dims:
 
 
 def kernel_inputs(model: Transformer, cache: KVCache):
-    """Weights and state as `launch_step` and `run_kernel` take them."""
+    """Weights and state as `stream_step` takes them."""
     state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
     return decode_weights(model), state

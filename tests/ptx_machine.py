@@ -138,8 +138,8 @@ class Machine:
         self.flying: list[Copy] = []
         # Of each byte of shared memory, copies that are on their way to it.
         self._awaited = np.zeros(shared_bytes, np.int16)
-        # Copies of 16 bytes that each thread has asked for and that have not come, by their numbers;
-        # and arrivals that wait for some of them.
+        # Copies of 16 bytes that each thread has asked for and that have not come, by their
+        # numbers; and arrivals that wait for some of them.
         self._asked: dict[int, set[int]] = collections.defaultdict(set)
         self._arriving: dict[int, list[tuple[set[int], Callable[[], None]]]] = (
             collections.defaultdict(list)

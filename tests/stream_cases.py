@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from decode_cases import QUICK_COMPILE, dims_of, kernel_inputs, small_config
 from numerics import assert_close
-from test_kernel import bits, newest, untouched
+from step_cases import bits, newest, untouched
 
 from ffjax.cache import KVCache
 from ffjax.config import preset

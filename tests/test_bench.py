@@ -196,12 +196,12 @@ def test_the_kernel_is_timed_where_it_can_run_and_checked_against_the_reference(
     sweep = Sweep(config=CONFIG, batches=(1,), positions=(4,), steps=1)
     said: list[str] = []
     [point] = suite.run(sweep, said.append).points
-    assert said[-1] == "batch 1, position 4: compiling, checking and timing 'pallas_stream'"
-    assert (point.implementation, point.reason) == ("pallas_stream", None)
+    assert said[-1] == "batch 1, position 4: compiling, checking and timing 'pallas'"
+    assert (point.implementation, point.reason) == ("pallas", None)
     assert point.check.against == "xla"
     assert point.check.difference is not None
     assert point.check.difference.relative_error == 0
-    assert set(named) == {"pallas_stream", "xla"}
+    assert set(named) == {"pallas", "xla"}
 
 
 def test_a_step_that_is_wrong_ends_with_code_1(monkeypatch):

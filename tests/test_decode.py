@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import re
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,7 @@ from flax import nnx
 
 from ffjax import decode
 from ffjax.cache import KVCache
-from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig
 from ffjax.decode import (
-    Kernel,
     decode_step,
     decode_weights,
     fused_step,
@@ -72,26 +69,32 @@ def test_a_named_kernel_that_cannot_run_raises_the_reason(model, cache, tokens):
 
 
 def test_a_device_that_can_takes_the_kernel(model, cache, tokens, caplog, monkeypatch):
-    took = {"pallas": object(), "pallas_stream": object()}
+    took = object()
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
-    monkeypatch.setattr(decode, "fused_step", lambda *arguments, kernel: took[kernel])
+    monkeypatch.setattr(decode, "fused_step", lambda *arguments: took)
     decode._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="ffjax"):
-        assert decode_step(model, cache, tokens) is took["pallas_stream"]
-    assert "uses 'pallas_stream'" in caplog.text
-    for name in get_args(Kernel):
-        assert decode_step(model, cache, tokens, implementation=name) is took[name]
-    assert decode_step(model, cache, tokens, implementation="xla") not in took.values()
+        assert decode_step(model, cache, tokens) is took
+    assert "uses 'pallas'" in caplog.text
+    assert decode_step(model, cache, tokens, implementation="pallas") is took
+    assert decode_step(model, cache, tokens, implementation="xla") is not took
 
 
-def test_a_model_the_streamed_kernel_cannot_hold_is_refused(cache, monkeypatch):
+def test_the_kernels_former_name_is_taken_with_a_warning(model, cache, tokens, monkeypatch):
+    took, former = object(), "pallas_stream"
+    monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
+    monkeypatch.setattr(decode, "fused_step", lambda *arguments: took)
+    with pytest.warns(FutureWarning, match=f"implementation='{former}' is called 'pallas' now"):
+        assert decode_step(model, cache, tokens, implementation=former) is took  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_the_kernel_cannot_hold_is_refused(monkeypatch):
     wide = small_config(num_layers=1, model_dim=16_384)
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(wide, rngs=nnx.Rngs(0))))
     shapes = nnx.merge(graph, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), state))
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
     assert why_not_fused(shapes, 1, 8) is None
-    assert why_not_fused(shapes, 1, 8, "pallas_stream") is None
-    reason = why_not_fused(shapes, 2, 8, "pallas_stream")
+    reason = why_not_fused(shapes, 2, 8)
     assert reason is not None
     assert "this model has 16384" in reason
 
@@ -101,18 +104,15 @@ def test_a_model_that_does_not_exist_can_be_asked_about(monkeypatch):
     vast = small_config(num_layers=10_000, model_dim=16_384, vocab_size=10**6)
     asked = vast, "bfloat16", 2, 10**6
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
-    assert why_not_fused_config(*asked) is None
-    assert resolve_implementation_config(*asked) == "pallas"
+    assert resolve_implementation_config(*asked) == "xla"
     one = vast, "bfloat16", 1, 10**6
-    assert resolve_implementation_config(*one) == "pallas_stream"
-    other = dataclasses.replace(vast, qkv_bias=True), *asked[1:]
-    assert resolve_implementation_config(*other) == "xla"
-    assert resolve_implementation_config(other[0], *one[1:]) == "pallas_stream"
-    reason = why_not_fused_config(*asked, "pallas_stream")
+    assert why_not_fused_config(*one) is None
+    assert resolve_implementation_config(*one) == "pallas"
+    reason = why_not_fused_config(*asked)
     assert reason is not None
     assert "this model has 16384" in reason
     with pytest.raises(NotImplementedError, match=re.escape(reason)):
-        resolve_implementation_config(*asked, "pallas_stream")
+        resolve_implementation_config(*asked, "pallas")
     assert "these are float32" in (why_not_fused_config(vast, jnp.float32, 1, 8) or "")
     assert "there are 9" in (why_not_fused_config(vast, jnp.bfloat16, 9, 8) or "")
     assert resolve_implementation_config(vast, jnp.float32, 1, 8) == "xla"
@@ -125,70 +125,8 @@ def test_a_limit_of_the_kernel_is_raised_on_any_device(tokens):
         fused_step(wide, filled_cache(wide.config, [0, 0], 8), tokens, interpret=True)
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"qk_norm": "head"}, "qk_norm='head'"),
-        ({"qkv_bias": True}, "qkv_bias=True"),
-        ({"post_norm": True, "pre_norm": False, "qk_norm": "full"}, "pre_norm=False"),
-        ({"post_norm": True}, "post_norm=True"),
-        ({"norm_offset": 1.0}, "norm_offset=1.0"),
-        ({"activation": "gelu_tanh"}, "activation='gelu_tanh'"),
-        ({"embed_scale": 12.0}, "embed_scale=12.0"),
-        ({"residual_scale": 0.22}, "residual_scale=0.22"),
-        ({"attn_scale": 0.5}, "attn_scale=0.5"),
-        ({"logit_scale": 0.125}, "logit_scale=0.125"),
-        ({"attn_softcap": 50.0}, "attn_softcap=50.0"),
-        ({"logit_softcap": 30.0}, "logit_softcap=30.0"),
-        ({"window": 7, "window_pattern": (True, False), "rope_theta_local": 9.0}, "window=7"),
-    ],
-)
-def test_a_family_the_kernel_does_not_know_is_refused_by_name(fields, named, monkeypatch):
-    config = small_config(**fields)
-    sentence = (
-        f"The fused kernel does not support {named} yet. "
-        "Use implementation='xla', or 'pallas_stream'."
-    )
-    assert decode.unsupported_field(config) == sentence
-    # Before anything else is asked: there may be no GPU, and the sizes may not fit.
-    monkeypatch.setattr(decode, "why_not", lambda *arguments: "another reason")
-    odd = dataclasses.replace(config, head_dim=48)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(odd, rngs=nnx.Rngs(0))))
-    zeros = nnx.merge(graph, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state))
-    assert why_not_fused(zeros, 1, 8) == sentence
-    cache = KVCache.create(odd, 1, 8)
-    for run in (fused_step, functools.partial(decode_step, implementation="pallas")):
-        with pytest.raises(NotImplementedError, match=f"^{re.escape(sentence)}$"):
-            run(zeros, cache, jnp.zeros((1,), jnp.int32))
-
-
-def test_every_field_is_known_to_the_kernel_or_refused():
-    """A field that is added later is refused until the kernel's table says otherwise."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert names >= decode._ANY_VALUE
-    llama = small_config(
-        name="x",
-        family="y",
-        norm_eps=1.0,
-        tied_embeddings=True,
-        max_context=1,
-        rope_theta=2.0,
-        rope_scaling=LinearRopeScaling(factor=2.0),
-        window_pattern=(False, False),
-    )
-    assert decode.unsupported_field(llama) is None
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_of_the_llama_family_and_no_other_may_run_fused(name):
-    reason = decode.unsupported_field(PRESETS[name])
-    assert (reason is None) == (PRESETS[name].family == "llama")
-
-
 def test_an_unknown_name_is_refused(model, cache, tokens):
-    with pytest.raises(
-        ValueError, match="one of 'pallas', 'pallas_stream', 'xla' or None, got 'cuda'"
-    ):
+    with pytest.raises(ValueError, match="one of 'pallas', 'xla' or None, got 'cuda'"):
         decode_step(model, cache, tokens, implementation="cuda")  # pyright: ignore[reportArgumentType]
 
 
@@ -260,8 +198,7 @@ OTHER_CACHES = {
 }
 STEPS = {
     "reference": functools.partial(decode_step, implementation="xla"),
-    "phased": functools.partial(fused_step, kernel="pallas", interpret=True),
-    "streamed": functools.partial(fused_step, kernel="pallas_stream", interpret=True),
+    "fused": functools.partial(fused_step, interpret=True),
 }
 
 

@@ -70,7 +70,7 @@ def test_a_sound_model_has_a_report_and_exit_code_0(capsys):
     assert report["devices"][0]["platform"] == jax.devices()[0].platform
     assert report["model"]["name"] == "python-bytes-3m"
     assert [choice["batch"] for choice in report["choices"]] == [1, 8]
-    assert set(report["choices"][0]["why_not"]) == {"pallas", "pallas_stream"}
+    assert set(report["choices"][0]["why_not"]) == {"pallas"}
     assert report["weights"] == []
     assert report["activations"]["first_bad"] is None
     tensors = [one["tensor"] for one in report["activations"]["largest"]]
@@ -237,7 +237,7 @@ def test_sizes_of_a_preset_are_enough(capsys, monkeypatch):
     code, report = doctor(capsys, "--config", "llama3.1-8b", "--weights", "int4")
     assert code == 0
     assert report["weights"] is report["activations"] is None
-    assert "phased kernel reads bfloat16" in report["choices"][0]["why_not"]["pallas"]
+    assert "runs on NVIDIA GPUs" in report["choices"][0]["why_not"]["pallas"]
 
 
 def test_folders_and_secrets_are_not_shown():
@@ -393,7 +393,7 @@ def test_the_self_test_is_in_the_report(capsys, monkeypatch):
     assert "interpreted" in report["tried"]
 
 
-GOOD = selftest.Trial("it", "pallas_stream", False, 8, 4, 0, True, True, 0.02, 32, 1.0)
+GOOD = selftest.Trial("it", "pallas", False, 8, 4, 0, True, True, 0.02, 32, 1.0)
 
 
 @pytest.mark.parametrize(

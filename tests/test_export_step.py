@@ -21,8 +21,7 @@ import ffjax
 from ffjax.dims import step_dims
 from ffjax.transforms import launch_whole
 from pallas_kernels.compile import why_no_compiler
-from pallas_kernels.launch import StepState, launch_step
-from pallas_kernels.plan import make_plan
+from pallas_kernels.launch import StepState
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.targets import target
@@ -92,14 +91,11 @@ def test_a_program_that_knows_jax_alone_runs_the_step(tmp_path):
 CAPACITY = 256
 
 
-def exported_for_h200(name, disabled_checks):
+def exported_for_h200(disabled_checks):
     """A fused step of the shipped model's shapes, and shapes of its arguments."""
     gpu, config = target("h200").gpu, ffjax.preset("python-bytes-3m")
     dims = step_dims(config, 1, CAPACITY)
-    if name == "pallas_stream":
-        launch = functools.partial(stream_step, make_stream_plan(dims, gpu))
-    else:
-        launch = functools.partial(launch_step, make_plan(dims, gpu))
+    launch = functools.partial(stream_step, make_stream_plan(dims, gpu))
     weights, tree = jax.tree.flatten(dims.abstract_weights())
     cache = jax.eval_shape(lambda: ffjax.KVCache.create(config, 1, CAPACITY))
     state = cache.k, cache.v, cache.lengths, cache.counters
@@ -118,11 +114,10 @@ def exported_for_h200(name, disabled_checks):
         return export.export(jax.jit(step), **how)(*arguments), arguments
 
 
-@pytest.mark.parametrize("name", ["pallas_stream", "pallas"])
-def test_a_fused_step_is_exported_for_a_gpu_when_it_is_asked_for_by_name(name):
+def test_a_fused_step_is_exported_for_a_gpu_when_it_is_asked_for_by_name():
     with pytest.raises(ValueError, match=r"no compatibility guarantees[^@]*@__gpu\$xla.gpu.triton"):
-        exported_for_h200(name, [])
-    exported, _ = exported_for_h200(name, [TRITON])
+        exported_for_h200([])
+    exported, _ = exported_for_h200([TRITON])
     again = export.deserialize(exported.serialize())
     assert again.platforms == ("cuda",)
     assert again.mlir_module().count("custom_call @__gpu$xla.gpu.triton") == 1
@@ -136,7 +131,7 @@ import jax, numpy as np
 from jax import export
 from jax.experimental import topologies
 import test_export_step as cases
-exported, arguments = cases.exported_for_h200("pallas_stream", [cases.TRITON])
+exported, arguments = cases.exported_for_h200([cases.TRITON])
 exported = export.deserialize(exported.serialize())
 gpu = cases.target("h200")
 topology = topologies.get_topology_desc("", "cuda", target_config=gpu.config, topology="1x1x1")

@@ -22,7 +22,7 @@ from ffjax import fidelity
 from ffjax.cache import KVCache
 from ffjax.cli import main
 from ffjax.config import PRESETS, ModelConfig, preset
-from ffjax.decode import DecodeOutput, Kernel, fused_step, reference_step
+from ffjax.decode import DecodeOutput, Implementation, Kernel, fused_step, reference_step
 from ffjax.fidelity import (
     Candidate,
     Comparison,
@@ -451,11 +451,11 @@ def test_without_a_gpu_a_small_model_is_interpreted_and_a_large_one_refused(with
         fidelity.choose_candidate(CONFIG, 2, 8, "pallas")
 
 
-def test_a_family_that_the_phased_kernel_does_not_know_gets_the_streamed_one(without_gpu):
+def test_every_family_is_interpreted(without_gpu):
     chosen = fidelity.choose_candidate(dataclasses.replace(CONFIG, qk_norm="head"), 2, 8)
-    assert chosen.implementation == "pallas_stream"
+    assert chosen.implementation == "pallas"
     assert isinstance(chosen.step, functools.partial)
-    assert chosen.step.keywords == {"kernel": "pallas_stream", "interpret": True}
+    assert chosen.step.keywords == {"interpret": True}
 
 
 def test_a_named_candidate_is_that_one(model, monkeypatch):
@@ -466,12 +466,11 @@ def test_a_named_candidate_is_that_one(model, monkeypatch):
     with pytest.raises(ValueError, match="'cuda'"):
         fidelity.choose_candidate(CONFIG, 2, 8, "cuda")  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr("ffjax.decode.why_not_fused_config", lambda *_: None)
-    kernels: dict[Kernel | None, Kernel] = {None: "pallas_stream", "pallas": "pallas"}
-    for name, kernel in kernels.items():
+    names: list[Implementation | None] = [None, "pallas"]
+    for name in names:
         chosen = fidelity.choose_candidate(CONFIG, 2, 8, name)
-        assert (chosen.implementation, chosen.why_interpreted) == (kernel, None)
-        assert isinstance(chosen.step, functools.partial)
-        assert (chosen.step.func, chosen.step.keywords) == (fused_step, {"kernel": kernel})
+        assert (chosen.implementation, chosen.why_interpreted) == ("pallas", None)
+        assert chosen.step is fused_step
 
 
 # The command
@@ -666,7 +665,7 @@ def test_the_kernel_passes_with_random_weights_of_a_billion(batch, tokens, kerne
 @pytest.mark.parametrize(("batch", "count", "tokens"), [(1, 16, 200), (8, 32, 500)])
 def test_the_kernel_passes_with_the_shipped_model_quantized(batch, count, tokens, kind):
     model = quantize(checkpoints.load(checkpoints.SHIPPED_MODEL), kind)
-    check_on_gpu(model, fidelity.held_out_prompts(count, tokens), batch, "pallas_stream")
+    check_on_gpu(model, fidelity.held_out_prompts(count, tokens), batch, "pallas")
 
 
 @pytest.mark.gpu
@@ -678,7 +677,7 @@ def test_the_kernel_passes_with_a_billion_random_integers(batch, tokens, kind):
     model = fidelity.random_model(config)
     try:
         prompts = fidelity.random_prompts(config, 16, tokens)
-        check_on_gpu(model, prompts, batch, "pallas_stream")
+        check_on_gpu(model, prompts, batch, "pallas")
     finally:
         for array in jax.tree.leaves(nnx.state(model)):
             array.delete()
@@ -688,4 +687,4 @@ def test_the_kernel_passes_with_a_billion_random_integers(batch, tokens, kind):
 def test_the_command_runs_the_kernel_where_there_is_a_gpu(capsys):
     assert main(["fidelity", "--prompts", "16", "--tokens", "64", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["implementation"], report["interpreted"]) == ("pallas_stream", False)
+    assert (report["implementation"], report["interpreted"]) == ("pallas", False)

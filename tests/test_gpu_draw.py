@@ -87,7 +87,7 @@ def test_a_sequence_gets_the_same_whoever_comes_and_goes_beside_it(model):
     serve(batch, first)
     serve(batch, second[::-1])
     assert [one.answer for one in first] == [one.answer for one in second]
-    assert batch.implementation == "pallas_stream"
+    assert batch.implementation == "pallas"
     assert batch.prefill_implementation == "pallas"
 
 

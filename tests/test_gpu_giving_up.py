@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, int, ModelConfig, list[int]]] = {
 def step_of(config: ModelConfig, graph):
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(params, cache, tokens):
-        return fused_step(nnx.merge(graph, params), cache, tokens, kernel="pallas_stream")
+        return fused_step(nnx.merge(graph, params), cache, tokens)
 
     return step
 
@@ -113,10 +113,10 @@ def test_a_generation_ends_with_what_is_missing(way):
     model, prompts = random_model(config), [[1, 2, 3], [4, 5]]
     with skipping("ffw", 3), pytest.raises(NotFiniteError, match="layer 2: hidden activations"):
         if way == "generate":
-            generate(model, prompts, 8, implementation="pallas_stream")
+            generate(model, prompts, 8, implementation="pallas")
         else:
-            list(stream(model, prompts, 8, implementation="pallas_stream"))
+            list(stream(model, prompts, 8, implementation="pallas"))
     forget_programs()
     jax.clear_caches()
-    out = generate(model, prompts, 8, implementation="pallas_stream")
+    out = generate(model, prompts, 8, implementation="pallas")
     assert [len(tokens) for tokens in out.tokens] == [8, 8]

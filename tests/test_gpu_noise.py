@@ -13,7 +13,7 @@ from decode_cases import filled_cache, random_model, random_tokens, small_config
 from flax import nnx
 from noise import KINDS, dawdling
 from quantize_cases import FOR_KERNELS, kernel_config
-from test_kernel import CASES
+from step_cases import CASES
 
 from ffjax.config import ModelConfig
 from ffjax.decode import fused_step
@@ -55,9 +55,7 @@ def test_a_step_whose_warps_dawdle_has_the_same_bits(name, kind):
 
     def step():
         return jax.jit(
-            lambda params, cache: (
-                fused_step(nnx.merge(graph, params), cache, tokens, kernel="pallas_stream").logits
-            )
+            lambda params, cache: fused_step(nnx.merge(graph, params), cache, tokens).logits
         )
 
     want = np.asarray(step()(params, cache)).tobytes()

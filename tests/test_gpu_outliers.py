@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
 @pytest.mark.parametrize("batch", [1, 2, 8])
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 def test_a_large_channel_takes_nothing_from_the_others(weights, batch):
-    step = functools.partial(fused_step, kernel="pallas_stream")
+    step = functools.partial(fused_step)
     prompts = fidelity.random_prompts(CONFIG, 16, 12)
     # Even and odd: of two activations in a word, either may be the large one.
     for channel in (6, 7):

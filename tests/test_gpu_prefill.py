@@ -89,7 +89,7 @@ def test_generate_and_stream_take_it_unasked():
     model = model_of("llama", "bfloat16")
     prompts = [row.tolist() for row in prompts_of(model.config, (40, 3))]
     whole = generate(model, prompts, 20)
-    assert (whole.prefill, whole.implementation) == ("pallas", "pallas_stream")
+    assert (whole.prefill, whole.implementation) == ("pallas", "pallas")
     assert generate(model, prompts, 20, implementation="xla").prefill == "xla"
     steps = stream(model, prompts, 20)
     assert [list(row) for row in zip(*steps, strict=True)] == whole.tokens

@@ -35,7 +35,7 @@ def step_of(kernel: Kernel):
     graph, _ = split()
 
     def step(params, cache, tokens):
-        return fused_step(nnx.merge(graph, params), cache, tokens, kernel=kernel)
+        return fused_step(nnx.merge(graph, params), cache, tokens)
 
     return step
 

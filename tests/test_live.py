@@ -201,7 +201,7 @@ def test_sizes_that_no_batch_has_are_refused(model):
     with pytest.raises(ValueError, match="rows and chunks of 1 and more, got 0"):
         LiveBatch(model, 0, 64)
     with pytest.raises(ValueError, match="1 to 8 sequences; got 9"):
-        LiveBatch(model, 9, 64, implementation="pallas_stream")
+        LiveBatch(model, 9, 64, implementation="pallas")
 
 
 assert BLOCK == 8, "the numbers above are made for it"

@@ -144,8 +144,7 @@ def test_the_device_stops_when_no_sequence_has_numbers():
 
 STEPS = {
     "reference": functools.partial(decode_step, implementation="xla"),
-    "phased": functools.partial(fused_step, kernel="pallas", interpret=True),
-    "streamed": functools.partial(fused_step, kernel="pallas_stream", interpret=True),
+    "fused": functools.partial(fused_step, interpret=True),
 }
 
 

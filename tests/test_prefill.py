@@ -173,7 +173,7 @@ def test_a_gpu_gets_the_packed_one_unless_the_reference_is_asked_for(monkeypatch
     monkeypatch.setattr(choice.Gpu, "of", lambda device: Gpu.named("made up", "9.0", 132))
     device = default_device()
     assert resolve_prefill("bfloat16", device, None, None) == "pallas"
-    assert resolve_prefill("bfloat16", device, "pallas_stream", None) == "pallas"
+    assert resolve_prefill("bfloat16", device, "pallas", None) == "pallas"
     assert resolve_prefill("bfloat16", device, "xla", None) == "xla"
     assert resolve_prefill("bfloat16", device, "xla", "pallas") == "pallas"
 

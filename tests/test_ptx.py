@@ -450,7 +450,9 @@ class Fed:
                 assert asked == number
         if used is None and numbers[-1] >= limit:
             self._look_ahead(numbers[-1])
-        steps = [(at + by, step) for at, size in self._pieces for by, step in self._steps(size, 128)]
+        steps = [
+            (at + by, step) for at, size in self._pieces for by, step in self._steps(size, 128)
+        ]
         assert sorted(self.machine.prefetched) == sorted(steps)
 
     def _look_ahead(self, number: int) -> None:

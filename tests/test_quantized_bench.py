@@ -169,7 +169,7 @@ def test_what_quantized_weights_take_is_asked_of_the_device(formats, gigabytes, 
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1_000_000_000})
     monkeypatch.setattr(suite, "default_device", lambda: device)
     config = dataclasses.replace(PRESETS["llama3.1-8b"], weights=formats)
-    sweep = Sweep(config=config, batches=(1,), positions=(9,), implementation="pallas_stream")
+    sweep = Sweep(config=config, batches=(1,), positions=(9,), implementation="pallas")
     with pytest.raises(ValueError, match=f"caches take {gigabytes} GB at the largest point; this"):
         suite.run(sweep)
 

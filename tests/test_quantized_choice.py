@@ -43,10 +43,6 @@ UNREADABLE = (
     "groups of 32: qkv; int4 in groups of 128: attn_out; int8: down). Quantize the model with "
     "group_size=128, or use implementation='xla'."
 )
-PHASED = (
-    "The phased kernel reads bfloat16 weights; those of custom are quantized (int8: qkv, attn_out, "
-    "gate_up, down). Use implementation='pallas_stream' or 'xla', or ffjax.dequantize(model)."
-)
 
 
 def exactly(sentence: str) -> str:
@@ -55,7 +51,7 @@ def exactly(sentence: str) -> str:
 
 @pytest.fixture
 def on_a_gpu(monkeypatch) -> None:
-    """One that has room for all that the streamed kernel knows."""
+    """One that has room for all that the kernel knows."""
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
     monkeypatch.setattr(decode, "why_not_on", lambda *_: None)
 
@@ -128,46 +124,27 @@ def test_a_step_of_eight_billion_weights_reads_half_of_them_or_a_quarter():
 
 
 @every_format
-def test_the_streamed_kernel_is_chosen_and_the_phased_one_refuses(formats, on_a_gpu):
-    config = kernel_config(formats)
-    asked = config, jnp.bfloat16, 2, 8
-    assert why_not_fused_config(*asked, "pallas_stream") is None
-    reason = why_not_fused_config(*asked, "pallas")
-    assert reason is not None
-    assert f"quantized ({formats})" in reason
-    assert choose_kernel(*asked) == ("pallas_stream", None)
-    assert resolve_implementation_config(*asked) == "pallas_stream"
-    assert resolve_implementation_config(*asked, "pallas_stream") == "pallas_stream"
-    with pytest.raises(NotImplementedError, match=exactly(reason)):
-        resolve_implementation_config(*asked, "pallas")
-
-
-def test_the_phased_kernel_names_the_format_and_the_other_kernel(on_a_gpu):
-    model = random_model(kernel_config(FOR_KERNELS["int8"]))
-    cache, tokens = KVCache.create(model.config, 2, 8), jnp.zeros((2,), jnp.int32)
-    assert why_not_fused(model, 2, 8) == PHASED
-    with pytest.raises(NotImplementedError, match=exactly(PHASED)):
-        decode_step(model, cache, tokens, implementation="pallas")
-    for interpret in (False, True):
-        with pytest.raises(NotImplementedError, match=exactly(PHASED)):
-            fused_step(model, cache, tokens, interpret=interpret)
-    with pytest.raises(NotImplementedError, match=exactly(PHASED)):
-        fidelity.choose_candidate(model.config, 2, 8, "pallas")
+def test_the_kernel_is_chosen(formats, on_a_gpu):
+    asked = kernel_config(formats), jnp.bfloat16, 2, 8
+    assert why_not_fused_config(*asked) is None
+    assert choose_kernel(*asked) == ("pallas", None)
+    for name in (None, "pallas"):
+        assert resolve_implementation_config(*asked, name) == "pallas"
 
 
 def test_groups_that_no_kernel_reads_are_refused_by_name(on_a_gpu, caplog):
     model = random_model(OTHER_GROUPS)
     cache, tokens = KVCache.create(model.config, 2, 8), jnp.zeros((2,), jnp.int32)
-    assert why_not_fused(model, 2, 8, "pallas_stream") == UNREADABLE
+    assert why_not_fused(model, 2, 8) == UNREADABLE
     with pytest.raises(NotImplementedError, match=exactly(UNREADABLE)):
-        decode_step(model, cache, tokens, implementation="pallas_stream")
+        decode_step(model, cache, tokens, implementation="pallas")
     for interpret in (False, True):
         with pytest.raises(NotImplementedError, match=exactly(UNREADABLE)):
-            fused_step(model, cache, tokens, kernel="pallas_stream", interpret=interpret)
+            fused_step(model, cache, tokens, interpret=interpret)
     # Whoever asks for the arrays alone.
     with pytest.raises(NotImplementedError, match=exactly(UNREADABLE)):
         decode_weights(model)
-    for name in (None, "pallas_stream"):
+    for name in (None, "pallas"):
         with pytest.raises(NotImplementedError, match=exactly(UNREADABLE)):
             fidelity.choose_candidate(model.config, 2, 8, name)
     # Unasked, the reference runs it and says why.
@@ -177,24 +154,24 @@ def test_groups_that_no_kernel_reads_are_refused_by_name(on_a_gpu, caplog):
     assert f"uses 'xla': {UNREADABLE}" in caplog.text
 
 
-def test_what_the_streamed_kernel_has_no_room_for_is_its_own_sentence(on_a_gpu, monkeypatch):
+def test_what_the_kernel_has_no_room_for_is_its_own_sentence(on_a_gpu, monkeypatch):
     monkeypatch.setattr(decode, "why_not_on", lambda *_: "There is no room.")
     asked = kernel_config(FOR_KERNELS["int4"]), jnp.bfloat16, 2, 8
     assert choose_kernel(*asked) == (None, "There is no room.")
     assert resolve_implementation_config(*asked) == "xla"
     with pytest.raises(NotImplementedError, match=exactly("There is no room.")):
-        resolve_implementation_config(*asked, "pallas_stream")
+        resolve_implementation_config(*asked, "pallas")
 
 
 # The gate
 
 
-def test_without_a_gpu_the_gate_interprets_the_streamed_kernel(monkeypatch):
+def test_without_a_gpu_the_gate_interprets_the_kernel(monkeypatch):
     monkeypatch.setattr("ffjax.decode.why_not_fused_config", lambda *_: "There is no GPU.")
     chosen = fidelity.choose_candidate(kernel_config(FOR_KERNELS["mixed"]), 2, 8)
-    assert (chosen.implementation, chosen.why_interpreted) == ("pallas_stream", "There is no GPU.")
+    assert (chosen.implementation, chosen.why_interpreted) == ("pallas", "There is no GPU.")
     step: Any = chosen.step
-    assert step.keywords == {"kernel": "pallas_stream", "interpret": True}
+    assert step.keywords == {"interpret": True}
 
 
 def test_the_gates_reference_is_the_dequantized_model_in_float32():

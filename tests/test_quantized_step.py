@@ -24,8 +24,8 @@ from decode_cases import (
 from flax import nnx
 from numerics import assert_close, relative_error
 from quantize_cases import FOR_KERNELS, kernel_config
+from step_cases import bits, in_float32, newest, reference
 from stream_cases import check, streamed
-from test_kernel import bits, in_float32, newest, reference
 
 import checkpoints
 from ffjax.cache import KVCache
@@ -48,7 +48,7 @@ CASES = [("mixed otherwise", 1), ("mixed", 3)]
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
 def _interpreted(graph, params, cache, tokens):
     model = nnx.merge(graph, params)
-    return fused_step(model, cache, tokens, kernel="pallas_stream", interpret=True)
+    return fused_step(model, cache, tokens, interpret=True)
 
 
 def started(model, batch: int) -> tuple[KVCache, jax.Array]:

@@ -249,19 +249,17 @@ def plan_of(case: Case):
 
 
 def test_the_cases_are_of_every_kind():
-    streamed = {name: case for name, case in CASES.items() if case.kernel == "pallas_stream"}
-    plans = {name: plan_of(case) for name, case in streamed.items()}
+    plans = {name: plan_of(case) for name, case in CASES.items()}
     split = {name for name, plan in plans.items() if plan.segments[Segment.DOWN].splits > 1}
-    assert split == {name for name in streamed if name.startswith("split")}
+    assert split == {name for name in CASES if name.startswith("split")}
     boxed = {name for name, plan in plans.items() if plan.box is not None}
-    assert boxed == {name for name in streamed if "boxes" in name}
+    assert boxed == {name for name in CASES if "boxes" in name}
     # Somewhere the ring comes round.
     assert any(plan.total_tiles > plan.slots for plan in plans.values())
     for name, case in CASES.items():
         assert (max(case.lengths) >= 512) == ("several spans" in name)
         assert max(case.lengths) + 3 <= case.capacity
     assert {len(case.lengths) for case in CASES.values()} == {1, 3}
-    assert {case.kernel for case in CASES.values()} == {"pallas", "pallas_stream"}
     bits = {plan.dims.weight_bits.qkv for plan in plans.values()}
     assert bits == {16, 8, 4}
 
@@ -295,10 +293,7 @@ def test_what_was_said_and_run_is_kept_where_asked(fake, tmp_path):
     assert [call["apart"] for call in calls(fake)] == [False]
 
 
-STREAMED = [name for name, case in CASES.items() if case.kernel == "pallas_stream"]
-
-
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("name", CASES)
 def test_nothing_is_read_beyond_a_slot_that_is_put_apart(name):
     case = CASES[name]
     dims = dims_of(case.config, len(case.lengths), case.capacity)
@@ -313,7 +308,7 @@ def test_nothing_is_read_beyond_a_slot_that_is_put_apart(name):
     assert at.sums - at.spare == 32 * (usual.sums - usual.spare)
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("name", CASES)
 def test_a_kernel_put_apart_is_lowered(name):
     with put_apart():
         lower(CASES[name])

@@ -16,8 +16,8 @@ from decode_cases import (
     small_config,
 )
 from numerics import assert_close
+from step_cases import CASES, bits, newest, reference
 from stream_cases import check, stream, streamed
-from test_kernel import CASES, bits, newest, reference
 
 from ffjax.cache import KVCache
 from pallas_kernels.gpu import INTERPRETER

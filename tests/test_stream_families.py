@@ -14,8 +14,8 @@ from decode_cases import (
     small_config,
 )
 from numerics import TOLERANCES, assert_close, worst_error
+from step_cases import newest, reference
 from stream_cases import FAMILIES, WINDOW, check, stream, streamed
-from test_kernel import newest, reference
 
 from pallas_kernels.dims import Features
 from pallas_kernels.gpu import INTERPRETER

@@ -43,13 +43,20 @@ from pallas_kernels.stream.plan import (
     StreamPlan,
     is_paired,
 )
-from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan, why_not, why_not_on
+from pallas_kernels.stream.planner import (
+    COMPILER_BYTES,
+    fitting,
+    make_stream_plan,
+    why_not,
+    why_not_on,
+)
 from pallas_kernels.stream.product import pieces_of_tile
 from pallas_kernels.stream.ring import tensor_map_of
 from pallas_kernels.stream.route import make_route, route_shape
 from pallas_kernels.stream.spans import part_of, share_of
 from pallas_kernels.stream.tiles import first_place, next_place, next_segment
 from pallas_kernels.stream.tuning import Tuning
+from pallas_kernels.targets import target
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -351,16 +358,18 @@ def test_the_stream_passes_every_tile_in_order(name):
 def test_a_ring_that_does_not_fit_is_refused():
     """99 KiB of shared memory hold two tiles of 8 KiB beside the rest, not two of 32."""
     small, dims = Gpu.named("RTX PRO 6000", "12.0", 188), preset_dims("llama3.2-1b", 1)
-    reason = why_not_on(small, dims)
+    reason = why_not_on(small, dims, Tuning())
     assert reason is not None
     assert "two tiles of 32768 bytes do not fit" in reason
-    assert "Take a tuning with smaller tiles" in reason
-    plan = make_stream_plan(dims, small)
+    assert "Take a tuning with smaller tiles, or implementation='xla'." in reason
+    plan = make_stream_plan(dims, small, Tuning())
     nothing: Any = jax.ShapeDtypeStruct((), jnp.int32)  # it is refused before it is looked at
     state = StepState(nothing, nothing, nothing, nothing)
     with pytest.raises(ValueError, match=re.escape(reason)):
         run_stream(lambda env: None, plan, dims.abstract_weights(), state, nothing)
-    assert why_not_on(small, dims, Tuning(tile_bytes=8192)) is None
+    # Unasked, smaller ones are taken.
+    for tuning in (Tuning(tile_bytes=8192), None):
+        assert why_not_on(small, dims, tuning) is None
     assert why_not_on(H200, dims) is None
 
 
@@ -531,7 +540,7 @@ UNEVEN = {
         {"ffw_dim": 8188},
         BFLOAT16,
         "of whole 8 elements, of 16 bits each; this model's down has rows of 8188. "
-        "Take the phased kernel.",
+        "Use implementation='xla'.",
     ),
     "int8": (
         {"model_dim": 2056},
@@ -587,18 +596,45 @@ def test_scales_that_bulk_copies_cannot_begin_at_are_refused():
         make_stream_plan(dims, H200)
 
 
-def test_quantized_weights_are_never_sent_to_the_phased_kernel():
-    """It reads none."""
+def test_where_it_cannot_run_xla_is_named():
     dims = preset_dims("llama3.1-8b", 8, INT8)
-    old, many = Gpu.named("A100", "8.0", 108), machine(321)
-    small = Gpu.named("RTX PRO 6000", "12.0", 188)
-    for gpu, sizes in ((old, dims), (many, dims), (small, dims), (machine(1), dims)):
-        reason = why_not_on(gpu, sizes)
+    small, many = Gpu.named("RTX PRO 6000", "12.0", 188), machine(321)
+    for gpu, tuning in ((many, None), (small, Tuning()), (machine(1), None)):
+        reason = why_not_on(gpu, dims, tuning)
         assert reason is not None
-        assert reason.endswith("se implementation='xla'."), reason
-        plain = why_not_on(gpu, dataclasses.replace(sizes, weight_bits=BFLOAT16))
-        assert plain is not None
-        assert plain.endswith("the phased kernel."), plain
+        assert reason.endswith("implementation='xla'."), reason
+
+
+A100, L4, RTX_4090 = (target(name).gpu for name in ("a100", "l4", "rtx4090"))
+
+
+@pytest.mark.parametrize("bits", [BFLOAT16, INT8, INT4], ids=["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits_an_a100(name, bits):
+    for batch in (1, 8):
+        dims = preset_dims(name, batch, bits)
+        if why_not(dims, A100.cores) is None:
+            assert why_not_on(A100, dims) is None
+
+
+@pytest.mark.parametrize("gpu", [A100, L4, RTX_4090], ids=lambda gpu: gpu.name)
+def test_tiles_shrink_until_some_fit(gpu):
+    dims = preset_dims("llama3.2-1b", 1)
+    tuning, plan = fitting(dims, gpu), make_stream_plan(dims, gpu)
+    assert plan.tuning == tuning
+    assert plan.why_no_room is None
+    assert SharedLayout.of(plan).size + COMPILER_BYTES <= gpu.shared_memory
+    assert not plan.bulk
+    assert plan.sharing == 32 * plan.product_warps
+    # Where there is room for more, tiles are as they are elsewhere.
+    assert tuning.tile_bytes == (32_768 if gpu == A100 else 16_384)
+    assert fitting(dims, H200) == Tuning()
+
+
+def test_without_bulk_copies_no_tile_is_a_box():
+    dims = preset_dims("llama3.1-8b", 8, INT4)
+    assert make_stream_plan(dims, H200).box is not None
+    assert make_stream_plan(dims, A100).box is None
 
 
 def test_a_cache_made_for_a_smaller_batch_is_refused():

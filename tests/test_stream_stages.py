@@ -13,8 +13,8 @@ from decode_cases import (
     random_tokens,
     small_config,
 )
+from step_cases import reference
 from stream_cases import FAMILIES, check, machine, run_stages, streamed
-from test_kernel import reference
 
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan

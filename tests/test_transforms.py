@@ -34,7 +34,7 @@ def step_of(kernel):
     graph, _ = split()
 
     def step(params, cache, tokens):
-        return fused_step(nnx.merge(graph, params), cache, tokens, kernel=kernel, interpret=True)
+        return fused_step(nnx.merge(graph, params), cache, tokens, interpret=True)
 
     return step
 
@@ -199,7 +199,7 @@ with jax.set_mesh(mesh):
 def test_sharded_inputs_run_or_are_refused(axes, says, monkeypatch, request):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    program = _SHARDED.format(tests=str(request.path.parent), axes=axes, kernel="pallas_stream")
+    program = _SHARDED.format(tests=str(request.path.parent), axes=axes)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
@@ -214,24 +214,20 @@ from ffjax.config import preset
 from ffjax.dims import step_dims
 from ffjax.transforms import launch_whole
 from pallas_kernels import compile_worker as worker
-from pallas_kernels.plan import make_plan
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.targets import target
 
 gpu, dims = target("h200"), step_dims(preset("python-bytes-3m"), 2, 512)
-for name in ("stream_step", "launch_step"):
-    def launch(plan, *step, bare=getattr(worker, name)):
-        return launch_whole(functools.partial(bare, plan), *step)
-    setattr(worker, name, launch)
-for plan in (make_stream_plan(dims, gpu.gpu), make_plan(dims, gpu.gpu)):
-    compiled = worker.compile_step(plan, gpu.config)
-    [entry] = re.findall(r"^ENTRY [^\\n]*\\{\\n(.*?)^\\}", compiled.as_text(), re.M | re.S)
-    kinds = re.findall(r"^\\s+(?:ROOT )?\\S+ = (?:\\(.*?\\)|\\S+) ([\\w-]+)\\(", entry, re.M)
-    idle = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-    assert [kind for kind in kinds if kind not in idle] == ["custom-call"], kinds
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= dims.cache_bytes([512, 512])
-    assert memory.temp_size_in_bytes < 2**20
+bare = worker.stream_step
+worker.stream_step = lambda plan, *step: launch_whole(functools.partial(bare, plan), *step)
+compiled = worker.compile_step(make_stream_plan(dims, gpu.gpu), gpu.config)
+[entry] = re.findall(r"^ENTRY [^\\n]*\\{\\n(.*?)^\\}", compiled.as_text(), re.M | re.S)
+kinds = re.findall(r"^\\s+(?:ROOT )?\\S+ = (?:\\(.*?\\)|\\S+) ([\\w-]+)\\(", entry, re.M)
+idle = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+assert [kind for kind in kinds if kind not in idle] == ["custom-call"], kinds
+memory = compiled.memory_analysis()
+assert memory.alias_size_in_bytes >= dims.cache_bytes([512, 512])
+assert memory.temp_size_in_bytes < 2**20
 print("one kernel")
 """
 

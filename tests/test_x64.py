@@ -24,7 +24,7 @@ def test_a_fused_step_is_the_same_to_the_bit(kernel):
     inputs = filled_cache(config, [5, 0], 20), random_tokens(config, 2)
 
     def bare(params, cache, tokens):
-        return fused_step(nnx.merge(graph, params), cache, tokens, kernel=kernel, interpret=True)
+        return fused_step(nnx.merge(graph, params), cache, tokens, interpret=True)
 
     step = jax.jit(bare, compiler_options=QUICK_COMPILE)
     mapped = jax.jit(jax.vmap(bare, (None, None, 0)), compiler_options=QUICK_COMPILE)

@@ -65,7 +65,7 @@ def choose(
     if named == "xla":
         return "xla", None
     if named is not None:
-        reason = why_not_fused_config(config, jnp.bfloat16, batch, capacity, named)
+        reason = why_not_fused_config(config, jnp.bfloat16, batch, capacity)
         if reason is not None:
             raise NotImplementedError(reason)
         return named, None

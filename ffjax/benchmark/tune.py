@@ -1,4 +1,4 @@
-"""Looks for the streamed kernel's best tuning on this device.
+"""Looks for the fused kernel's best tuning on this device.
 
 First the sizes of tiles and programs are timed in turn, each with as many slots as fit; then,
 for the fastest, fewer slots, other numbers of tiles in flight, or some asked for ahead. Every
@@ -106,12 +106,12 @@ def refinements(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
 
 
 def tuned(model: Transformer, tuning: Tuning) -> Contender:
-    """The streamed kernel with this tuning, as something that can be timed."""
+    """The fused kernel with this tuning, as something that can be timed."""
     graph, params = nnx.split(model)
 
     def step(params: Any, cache: KVCache, tokens: Array) -> DecodeOutput:
         model = nnx.merge(graph, params)
-        return fused_step(model, cache, tokens, kernel="pallas_stream", tuning=tuning)
+        return fused_step(model, cache, tokens, tuning=tuning)
 
     return Contender(step, params, lambda cache: cache)
 

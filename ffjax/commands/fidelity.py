@@ -185,7 +185,6 @@ def _estimates(comparison: Comparison) -> list[tuple[str, Estimate]]:
 def _table(facts: dict[str, Any], result: Fidelity) -> str:
     kernel = {
         "pallas": "fused kernel",
-        "pallas_stream": "streamed kernel",
         "xla": "bfloat16 again",
     }[facts["implementation"]]
     if facts["interpreted"]:

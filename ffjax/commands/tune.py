@@ -1,4 +1,4 @@
-"""Looks for the streamed kernel's fastest tuning on this device, and prints it as a table's row.
+"""Looks for the fused kernel's fastest tuning on this device, and prints it as a table's row.
 
 Random weights of the configuration's shapes are made on the device. Every candidate's step is
 compared with the reference before it is timed. The row belongs into
@@ -17,7 +17,7 @@ from ffjax.failures import without_advice
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "find the streamed kernel's fastest tuning on this device"
+HELP = "find the fused kernel's fastest tuning on this device"
 
 _NONE_SOUND = 1
 
@@ -75,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
         positions=(args.position,),
         steps=args.steps,
         repetitions=args.repetitions,
-        implementation="pallas_stream",
+        implementation="pallas",
     )
     device = default_device()
     gpu = Gpu.of(device)
     capacity = capacity_for(args.position, args.steps)
-    reason = why_not_fused_config(config, jnp.bfloat16, args.batch, capacity, "pallas_stream")
+    reason = why_not_fused_config(config, jnp.bfloat16, args.batch, capacity)
     if reason is not None or gpu is None:
         raise NotImplementedError(without_advice(reason or "There is no GPU here."))
     model = random_model(config)

@@ -31,7 +31,7 @@ def choices(config: ModelConfig, dtype: Any) -> list[dict[str, Any]]:
             {
                 "batch": batch,
                 "chosen": kernel or "xla",
-                "why_not": {name: why_not_fused_config(*asked, name) for name in get_args(Kernel)},
+                "why_not": {name: why_not_fused_config(*asked) for name in get_args(Kernel)},
             }
         )
     return found

@@ -121,18 +121,16 @@ def trials(model: Transformer) -> list[Trial]:
 
 
 def interpreted_trial() -> Trial:
-    """Tries the streamed kernel's body on a small random model, interpreted on a CPU."""
+    """Tries the kernel's body on a small random model, interpreted on a CPU."""
     model = random_model(_SMALL)
     graph, params = nnx.split(model)
 
     def step(params: Any, cache: KVCache, tokens: Array) -> DecodeOutput:
         whole = nnx.merge(graph, params)
-        return fused_step(whole, cache, tokens, kernel="pallas_stream", interpret=True)
+        return fused_step(whole, cache, tokens, interpret=True)
 
     contender = Contender(step, params, lambda cache: cache)
-    return _trial(
-        model, "pallas_stream", contender, _SMALL_BATCH, _SMALL_POSITION, _SMALL_STEPS, True
-    )
+    return _trial(model, "pallas", contender, _SMALL_BATCH, _SMALL_POSITION, _SMALL_STEPS, True)
 
 
 def _trial(

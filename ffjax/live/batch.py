@@ -444,7 +444,7 @@ class LiveBatch:
 
     def fault(self) -> str | None:
         """What a step that gave up waiting has said, a sentence; None if none did."""
-        if self.implementation != "pallas_stream":
+        if self.implementation != "pallas":
             return None
         fault = step_fault(self._model, self._state.cache)
         return None if fault is None else str(fault)

@@ -73,5 +73,12 @@ def attend_span(env: StreamEnv, layer: Array, share: Share, j: Array) -> None:
     """
     feed = _feed_of(env.plan)
     ptx.attend_span(
-        env["k"], env["v"], env.shared, share.rows, row_of(share, j), layer, feed, most_looks(env.plan)
+        env["k"],
+        env["v"],
+        env.shared,
+        share.rows,
+        row_of(share, j),
+        layer,
+        feed,
+        most_looks(env.plan),
     )

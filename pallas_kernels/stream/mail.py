@@ -64,7 +64,7 @@ from pallas_kernels.stream.planner import splits_of
 from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
 from pallas_kernels.stream.twins import TWIN_TAG_BITS, Format, joined, parted, twin_tag
 from pallas_kernels.support import MAX_BATCH
-from pallas_kernels.sync import MAX_POLLS, num_counters
+from pallas_kernels.sync import MAX_POLLS
 
 __all__ = ["MAP_WORDS", "Layout", "Mail", "Meanwhile", "mail_words"]
 
@@ -79,8 +79,7 @@ MAP_WORDS = ptx.MAP_BYTES // 4
 class Layout:
     """Where each buffer of the mail begins in the cache's `counters`, in words.
 
-    The phased kernel's counters come first; it wants them to be zero between its steps. Of buffers
-    that a program awaits behind the same tile, the one it awaits first lies first: see
+    Of buffers that a program awaits behind the same tile, the one it awaits first lies first: see
     `ptx.giving_up`.
 
     Attributes:
@@ -143,7 +142,7 @@ class Layout:
             "best": 2 * programs * b * 2,
             "maps": MAP_WORDS * programs,
         }
-        starts, end = {}, _LINE * ceil_div(num_counters(b, d.num_kv_heads), _LINE)
+        starts, end = {}, 0
         for name, size in sizes.items():
             starts[name] = end
             end += _LINE * ceil_div(size, _LINE)
@@ -165,7 +164,7 @@ def mail_words(dims: Dims) -> int:
     A batch that no kernel takes has no mail.
     """
     if dims.batch > MAX_BATCH:
-        return num_counters(dims.batch, dims.num_kv_heads)
+        return 1
     max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
     # The smallest tiles of the largest weights split most.
     largest = dataclasses.replace(dims, weight_bits=WeightBits())

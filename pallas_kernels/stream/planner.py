@@ -38,6 +38,8 @@ __all__ = ["COMPILER_BYTES", "fitting", "make_stream_plan", "splits_of", "why_no
 DEFAULT = Tuning()
 # Hand-overs after which the tags of queries, keys and values come round: they have 8 bits.
 MOST_BETWEEN = 256
+# What to do where a step cannot be streamed.
+_INSTEAD = "Use implementation='xla'."
 # Shared memory that the compiler takes for itself, at most.
 COMPILER_BYTES = 6 * 1024
 # Bytes of tiles of weights, and of keys and values, that are tried in turn: see `fitting`.
@@ -142,18 +144,18 @@ def splits_of(dims: Dims, tuning: Tuning = DEFAULT) -> int:
 
 def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
     """Why these sizes cannot be streamed, as a sentence; None if they can."""
-    geometry, instead = _Geometry(dims, tuning), _instead(dims)
+    geometry = _Geometry(dims, tuning)
     held = geometry.product_warps * line_of(geometry.batch == 1, 16) * PIECE * geometry.most
     if geometry.widest > held:
         return (
             f"The streamed kernel holds at most {held} activations of "
             f"each of {dims.batch} sequences in place; this model has "
-            f"{max(dims.model_dim, dims.attn_dim)}. {instead}"
+            f"{max(dims.model_dim, dims.attn_dim)}. {_INSTEAD}"
         )
     if geometry.splits > programs:
         return (
             f"The streamed kernel splits {dims.ffw_dim} hidden activations among "
-            f"{geometry.splits} programs; this GPU has {programs}. {instead}"
+            f"{geometry.splits} programs; this GPU has {programs}. {_INSTEAD}"
         )
     for name, inner in _inputs(dims).items():
         bits = getattr(dims.weight_bits, name)
@@ -161,13 +163,13 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
         if inner % whole:
             return (
                 f"The streamed kernel copies rows of weights of whole {whole} elements, of {bits} "
-                f"bits each; this model's {name} has rows of {inner}. {instead}"
+                f"bits each; this model's {name} has rows of {inner}. {_INSTEAD}"
             )
     if (gap := _longest_gap(dims.features.local_layers)) >= MOST_BETWEEN:
         return (
             "A streamed step tells apart the queries and keys of layers that are less than "
             f"{MOST_BETWEEN} apart; from one layer of a kind, local or global, to the next one, "
-            f"this model has up to {gap}. {instead}"
+            f"this model has up to {gap}. {_INSTEAD}"
         )
     segments = _segments(dims, programs, geometry)
     for name, (segment, part) in zip(_inputs(dims), segments.items(), strict=True):
@@ -176,7 +178,7 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
             return (
                 f"The streamed kernel copies scales by whole {READ} bytes; those of {rows} rows "
                 f"of this model's {name}, which it copies at once, are "
-                f"{rows * part.scale_bytes}. {instead}"
+                f"{rows * part.scale_bytes}. {_INSTEAD}"
             )
     return None
 
@@ -194,11 +196,6 @@ def _longest_gap(local_layers: tuple[bool, ...]) -> int:
     return max(gaps)
 
 
-def _instead(dims: Dims) -> str:
-    """What to do where a step cannot be streamed: the phased kernel reads bfloat16 alone."""
-    return "Use implementation='xla'." if dims.weight_bits.quantized else "Take the phased kernel."
-
-
 def _inputs(dims: Dims) -> dict[str, int]:
     """Inputs of each matrix, in the order of `Segment`."""
     d = dims.model_dim
@@ -214,17 +211,17 @@ def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning | None = None) -> str | None
         tuning: as in `make_stream_plan`.
     """
     tuning = tuning or fitting(dims, gpu)
-    if (reason := _why_not_there(gpu, dims) or why_not(dims, gpu.cores, tuning)) is not None:
+    if (reason := _why_not_there(gpu) or why_not(dims, gpu.cores, tuning)) is not None:
         return reason
     # Interpreted, no shared memory is taken.
     return None if gpu == INTERPRETER else make_stream_plan(dims, gpu, tuning).why_no_room
 
 
-def _why_not_there(gpu: Gpu, dims: Dims) -> str | None:
+def _why_not_there(gpu: Gpu) -> str | None:
     if gpu.cores > MAX_PROGRAMS:
         return (
             f"The programs of a streamed step hand over what is theirs in at most {MAX_PROGRAMS} "
-            f"places; this GPU has {gpu.cores} multiprocessors, a program each. {_instead(dims)}"
+            f"places; this GPU has {gpu.cores} multiprocessors, a program each. {_INSTEAD}"
         )
     return None
 
@@ -295,22 +292,22 @@ def fitting(dims: Dims, gpu: Gpu) -> Tuning:
     weights fit; else the largest are taken of which two do.
 
     Returns:
-        The tuning; the defaults where no choice fits.
+        The tuning; the smallest tiles where no choice fits.
     """
-    found = None
+    found, planned = None, DEFAULT
     # Without bulk copies a warp that multiplies has to ask for tiles, and does so less often.
     others = {} if gpu.bulk_copies else {"in_flight": 3, "l2_tiles": 0}
     for tile_bytes, cache_tile_bytes in _SHRINKING:
         tuning = Tuning(tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes, **others)
-        if _why_not_there(gpu, dims) or why_not(dims, gpu.cores, tuning):
+        if _why_not_there(gpu) or why_not(dims, gpu.cores, tuning):
             continue
-        plan = make_stream_plan(dims, gpu, tuning)
+        plan, planned = make_stream_plan(dims, gpu, tuning), tuning
         if plan.why_no_room is not None:
             continue
         if plan.slots > 2:
             return tuning
         found = found or tuning
-    return found or DEFAULT
+    return found or planned
 
 
 @functools.lru_cache
@@ -327,7 +324,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
     """
     tuning = tuning or fitting(dims, gpu)
     d, programs = dims, gpu.cores
-    if (reason := _why_not_there(gpu, dims) or why_not(dims, programs, tuning)) is not None:
+    if (reason := _why_not_there(gpu) or why_not(dims, programs, tuning)) is not None:
         raise ValueError(reason)
     g = _Geometry(dims, tuning)
     segments = _segments(dims, programs, g)

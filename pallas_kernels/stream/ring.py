@@ -1,8 +1,9 @@
 """The ring: shared memory through which the weights pass, tile after tile.
 
 Copies that the memory system makes by itself fill its slots: bulk copies where the device has them
-(compute capability 9.0), else asynchronous ones of 16 bytes a thread (`ptx.async_copy`). A slot is asked for anew as soon as its tile has been used, whatever segment or layer
-the next one belongs to, so that tiles are on their way while the program waits for others.
+(compute capability 9.0), else asynchronous ones of 16 bytes a thread (`ptx.async_copy`). A slot is
+asked for anew as soon as its tile has been used, whatever segment or layer the next one belongs
+to, so that tiles are on their way while the program waits for others.
 
 The compiler has no name for this. It is made to take shared memory for a loop that never runs;
 the ring lies at the end of that memory, and what the compiler uses it for elsewhere lies at its
@@ -60,7 +61,6 @@ __all__ = [
     "wait_for_tile",
     "with_ring",
 ]
-
 
 
 class Turn(NamedTuple):

@@ -9,7 +9,6 @@ from quantize_cases import FOR_KERNELS, kernel_config
 from stream_cases import FAMILIES
 
 from ffjax.config import ModelConfig
-from ffjax.decode import Kernel
 
 __all__ = ["CASES", "Case"]
 
@@ -22,13 +21,11 @@ class Case:
         config: the model's, with random weights.
         lengths: live positions of each sequence before the first step.
         capacity: S.
-        kernel: whose steps.
     """
 
     config: ModelConfig
     lengths: tuple[int, ...]
     capacity: int = 150
-    kernel: Kernel = "pallas_stream"
 
 
 # Around the edges of a tile of keys; one sequence that is empty.
@@ -40,11 +37,8 @@ _HEADS = {"num_heads": 4, "num_kv_heads": 2}
 _SPLIT = {"num_layers": 1, "ffw_dim": 8_448}
 
 
-def _each(name: str, config: ModelConfig, kernel: Kernel = "pallas_stream") -> dict[str, Case]:
-    return {
-        f"{name}, 1": Case(config, _ONE, kernel=kernel),
-        f"{name}, 3": Case(config, _THREE, kernel=kernel),
-    }
+def _each(name: str, config: ModelConfig) -> dict[str, Case]:
+    return {f"{name}, 1": Case(config, _ONE), f"{name}, 3": Case(config, _THREE)}
 
 
 def _split_int8(ffw_dim: int) -> ModelConfig:
@@ -66,7 +60,5 @@ CASES: dict[str, Case] = {
     "split down projection, int8, 3": Case(_split_int8(8_448), _THREE),
     # Of whole parts alone: tiles come as boxes, which a tensor map describes.
     "split down projection, boxes, 3": Case(_split_int8(8_704), _THREE),
-    **_each("phased", small_config(), kernel="pallas"),
-    "phased, several spans": Case(small_config(**_HEADS), _LONG, 1024, "pallas"),
 }
 """By name; the number is that of the sequences."""

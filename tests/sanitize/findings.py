@@ -50,14 +50,6 @@ EXPLAINED: tuple[Explanation, ...] = (
         "piece, and the rest of it lies in the array's allocation, which XLA makes in multiples of "
         "256 bytes. No row is multiplied by it.",
     ),
-    Explanation(
-        "initcheck",
-        r"phased, 3",
-        r"Uninitialized __global__ memory read of size 16 bytes|Error buffer overflow|"
-        r"errors were skipped",
-        "The phased kernel rounds 3 sequences up to 4. Nobody writes the operands of the fourth; "
-        "its products are a column of their own, and nobody reads that.",
-    ),
 )
 """Findings that are known. A reason says why the access is right, not that it is frequent."""
 

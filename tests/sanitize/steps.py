@@ -45,7 +45,7 @@ def take_steps(
     params, cache, tokens = jax.device_put(here, jax.devices()[0])
 
     def step(params, cache, tokens) -> DecodeOutput:
-        return fused_step(nnx.merge(graph, params), cache, tokens, kernel=case.kernel)
+        return fused_step(nnx.merge(graph, params), cache, tokens)
 
     with contextlib.ExitStack() as changes:
         if apart:

@@ -82,9 +82,7 @@ class Ran(NamedTuple):
 
 def kernel_step(case: Case, interpret: bool = False) -> StepFunction:
     """The streamed kernel's step."""
-    return functools.partial(
-        fused_step, kernel="pallas_stream", tuning=case.tuned, interpret=interpret
-    )
+    return functools.partial(fused_step, tuning=case.tuned, interpret=interpret)
 
 
 def _stepping(step: StepFunction, graph: Any, options: dict[str, Any]) -> Callable[..., Any]:

@@ -1,10 +1,10 @@
 """Copies of 16 bytes a thread (`cp.async`), which compute capability 8.0 and newer have.
 
-Where bulk copies are (9.0 and newer), one thread asks for a whole tile by one instruction. Here the
-threads that multiply share each tile: a warp asks for its own share of it when it finds that it may,
-whatever the other warps do, and keeps its own words of how far it has come. Each thread tells the
-tile's barrier when its own copies will have come, so that a barrier counts these threads instead of
-bytes.
+Where bulk copies are (9.0 and newer), one thread asks for a whole tile by one instruction. Here
+the threads that multiply share each tile: a warp asks for its own share of it when it finds that it
+may, whatever the other warps do, and keeps its own words of how far it has come. Each thread tells
+the tile's barrier when its own copies will have come, so that a barrier counts these threads
+instead of bytes.
 """
 
 from __future__ import annotations

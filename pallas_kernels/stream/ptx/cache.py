@@ -143,7 +143,7 @@ def cache_feed_lines(
 
 
 def _copy_lines(f: CacheFeed, ring: str, keys: str, values: str) -> list[str]:
-    """Copies %y bytes of keys, and as many of values, %d bytes from the arrays' first, to tile %s."""
+    """Copies %y bytes of keys, and as many of values, from %d bytes on, to tile %s."""
     place = f"mad.lo.u32 %v, %s, {f.tile_bytes}, {ring}; add.u32 %v, %v, {f.tiles};"
     if not f.bulk:
         copies = [place]

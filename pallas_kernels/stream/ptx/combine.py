@@ -51,7 +51,11 @@ def _combine_text(count: int, lanes: int, step: int, most: int, feed: Feed) -> s
     lines += [*feed_lines(feed, ring, weights), "mov.b32 %left, 0;"]
     for pair in names["a"] + names["b"] + names["c"]:
         lines.append(f"mov.b64 {{%y, %x}}, {pair}; xor.b32 %x, %x, {tag}; or.b32 %left, %left, %x;")
-    lines += ["setp.eq.u32 %p, %left, 0;", leave_line(feed, "done"), *look_again("again", ring, feed, most)]
+    lines += [
+        "setp.eq.u32 %p, %left, 0;",
+        leave_line(feed, "done"),
+        *look_again("again", ring, feed, most),
+    ]
     # The element is no number where the first span's sum of weights is none.
     lines += ["missing:", *give_up(sums, ring, feed), f"mov.b64 %a0, {{{LOST}, {LOST}}}; done:"]
     # Threads come out of it one by one; what follows is done by whole warps, or takes far longer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +10,10 @@ from jax._src import core, state
 from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 
-from pallas_kernels.stream.ptx import async_copy, lowered
+from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.ahead import ahead_lines
+from pallas_kernels.stream.ptx.async_feed import async_feed_lines
+from pallas_kernels.stream.ptx.feed_state import Feed
 
 __all__ = ["MAP_IN_CONTROL", "Feed", "feed_lines", "feed_ring", "start_barriers"]
 
@@ -53,65 +55,6 @@ def start_barriers(address: Array, count: int, sharing: int) -> None:
         sharing: as of `Feed`.
     """
     _start_barriers_p.bind(jnp.full((1,), address), count=count, sharing=sharing)
-
-
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """What asking for the next tile needs to know besides the ring's address.
-
-    Attributes:
-        slots: of the ring.
-        slot_bytes: bytes of a slot.
-        route: where the route lies, bytes behind the ring's address.
-        barriers: likewise the slots' barriers, 8 bytes each.
-        control: likewise the feed's own 16 words: tiles asked for, row of the route, layer,
-            slot and phase of the next, tiles used, and the address of a tensor map; from the 9th
-            on, tiles asked for into the L2 cache, row and layer of the next, and what of it has
-            been: 65536 for each copy, and bytes of the copy after those.
-        layer_tiles: tiles of a layer.
-        layers: how many.
-        total: tiles of the step.
-        in_flight: tiles that are asked for and have not come, at most.
-        thread: the thread that asks.
-        copies: of a tile's weights, at most.
-        has_scales: whether tiles may have scales, in one or two copies. Rows of the route are then
-            16 words, the second 8 of scales, and 8 otherwise.
-        l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
-            waits.
-        l2_bytes: of a copy, so many at a time, a multiple of 16.
-        sharing: threads that copy 16 bytes of a tile each, again and again: the program's first
-            warps, each of which has control words of its own, 16 behind those of the warp before.
-            0: one thread asks for bulk copies. See `async_copy`.
-        matrix_rows: of a layer of the matrix whose tiles come as boxes; 0 where none does. The last
-            of a tile's 8 words then says where its box begins: see `route`.
-    """
-
-    slots: int
-    slot_bytes: int
-    route: int
-    barriers: int
-    control: int
-    layer_tiles: int
-    layers: int
-    total: int
-    in_flight: int
-    thread: int
-    copies: int
-    has_scales: bool
-    l2_tiles: int
-    l2_bytes: int
-    sharing: int
-    matrix_rows: int
-
-    @property
-    def bulk(self) -> bool:
-        """Whether bulk copies bring the tiles."""
-        return self.sharing == 0
-
-    @property
-    def row_bytes(self) -> int:
-        """Of the route."""
-        return 64 if self.has_scales else 32
 
 
 def _scale_lines(pointer: str, shared: bool) -> list[str]:
@@ -193,8 +136,9 @@ def feed_lines(
 ) -> list[str]:
     """Asks for the next tile where a slot is free and few are on their way.
 
-    One thread does, or its whole warp, as always without bulk copies: what is loaded is loaded before it is known whether it is
-    wanted, and nothing but the end is jumped to.
+    One thread does, or its whole warp: what is loaded is loaded before it is known whether it is
+    wanted, and nothing but the end is jumped to. Without bulk copies all warps that share the
+    copies come here, each whole.
 
     Args:
         feed: where everything lies.
@@ -207,7 +151,7 @@ def feed_lines(
     """
     f = feed
     if not f.bulk:
-        return _async_lines(f, ring, pointer, used, ahead)
+        return async_feed_lines(f, ring, pointer, used, ahead)
     shared = together and f.copies > 2
     others = (
         (f"shr.u32 %b, %t, 5; setp.ne.u32 %p, %b, {f.thread // 32};")
@@ -240,7 +184,11 @@ def feed_lines(
         lines.append(f"mov.b32 %u, {used};")
     lines.append(f"add.u32 %u, %u, {ahead or f.slots}; min.u32 %u, %u, {f.total};")
     if f.l2_tiles and used is None:
-        lines += ["setp.lt.u32 %p, %n, %u; @%p bra room;", *_l2_lines(f, ring, ring, pointer), "room:"]
+        lines += [
+            "setp.lt.u32 %p, %n, %u; @%p bra room;",
+            *ahead_lines(f, ring, ring, pointer),
+            "room:",
+        ]
     lines += [
         "setp.lt.u32 %go, %n, %u;",
         # Has the tile come that was asked for some before?
@@ -275,142 +223,6 @@ def feed_lines(
     else:
         lines.append(f"@%lead st.shared.v2.b32 [{ring}+{f.control + 16}], {{%h, {used}}}; fed: }}")
     return lines
-
-
-def _async_lines(
-    f: Feed, ring: str, pointer: str, used: str | None, ahead: str | None
-) -> list[str]:
-    """The same by copies of 16 bytes a thread: each warp asks for its own share.
-
-    What is next is put down before anything is copied: little else need be kept meanwhile, and where
-    this stands other words fill the registers.
-    """
-    tell = "" if used is None else f"mov.b32 %u, {used};"
-    last = f.sharing // async_copy.WARP - 1
-    lines = [
-        "{ .reg .pred %p, %go, %lead; .reg .b32 %n, %e, %l, %s, %h, %u, %t, %b, %r, %row, %layer;",
-        ".reg .b32 %own; .reg .b64 %from, %far; mov.u32 %t, %laneid; setp.eq.u32 %lead, %t, 0;",
-        f"mov.u32 %t, %tid.x; shr.u32 %t, %t, 5; setp.gt.u32 %p, %t, {last}; @%p bra fed;",
-        f"mad.lo.u32 %own, %t, 64, {ring};",
-        f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [%own+{f.control}];",
-        f"ld.shared.v2.b32 {{%h, %u}}, [%own+{f.control + 16}]; {tell}",
-        f"add.u32 %u, %u, {ahead or f.slots}; min.u32 %u, %u, {f.total};",
-    ]
-    if f.l2_tiles and used is None:
-        lines.append(f"setp.lt.u32 %p, %n, %u; setp.ne.or.u32 %p, %t, {last}, %p; @%p bra room;")
-        lines += [*_l2_lines(f, ring, "%own", pointer), "room:"]
-    lines += [
-        "more: setp.lt.u32 %go, %n, %u;",
-        # Has the tile come that was asked for some before?
-        f"sub.s32 %b, %s, {f.in_flight}; setp.lt.s32 %p, %b, 0; selp.u32 %r, 1, 0, %p;",
-        f"@%p add.s32 %b, %b, {f.slots}; xor.b32 %r, %r, %h; mad.lo.u32 %b, %b, 8, {ring};",
-        f"mbarrier.test_wait.parity.shared::cta.b64 %p, [%b+{f.barriers}], %r;",
-        "and.pred %go, %go, %p; vote.sync.all.pred %go, %go, 0xffffffff; @!%go bra kept;",
-        f"mad.lo.u32 %row, %e, {f.row_bytes}, {ring}; mov.b32 %layer, %l;",
-        f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
-        f"mad.lo.u32 %t, %s, {f.slot_bytes}, {ring};",
-        "add.u32 %n, %n, 1; add.u32 %e, %e, 1; add.u32 %s, %s, 1;",
-        f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
-        f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p; @%p mov.u32 %e, 1; @%p add.u32 %l, %l, 1;",
-        f"setp.eq.u32 %p, %s, {f.slots}; @%p mov.u32 %s, 0; @%p xor.b32 %h, %h, 1;",
-        f"@%lead st.shared.v4.b32 [%own+{f.control}], {{%n, %e, %l, %s}};",
-        f"@%lead st.shared.b32 [%own+{f.control + 16}], %h;",
-        # Size, number and pitch of the copies stand at other places of the scales' words.
-        *_async_part(f, f.route, pointer, ("%size", "%count", "%apart", "%first"), ""),
-        *(
-            _async_part(f, f.route + 32, pointer, ("%size", "%count", "%first", "%apart"), "%first")
-            if f.has_scales
-            else []
-        ),
-        async_copy.arrive_line("%b"),
-        # A warp that has waited for less than others lags behind.
-        *(["setp.lt.u32 %p, %n, %u; @%p bra more;"] if used is not None else []),
-        "kept:",
-    ]
-    if used is not None:
-        lines.append(f"@%lead st.shared.b32 [%own+{f.control + 20}], {used};")
-    # What one thread has put down all of its warp read next time.
-    return [*lines, f"{lowered.REJOIN} fed: }}"]
-
-
-def _async_part(
-    f: Feed, row: int, pointer: str, last: tuple[str, ...], first: str
-) -> list[str]:
-    """Copies a thread's share of a tile's weights, or scales, to its slot at %t.
-
-    Args:
-        f: the feed.
-        row: where its words of the route lie, bytes behind %row.
-        pointer: the first array's address.
-        last: names of the second four of them.
-        first: which of these says where in the slot they go; "" if at its beginning.
-    """
-    return [
-        "{ .reg .b32 %low, %high, %stride, %step, %size, %count, %apart, %first;",
-        ".reg .b64 %from, %by, %policy; createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
-        f"ld.shared.v4.b32 {{%low, %high, %stride, %step}}, [%row+{row}];",
-        f"ld.shared.v4.b32 {{{', '.join(last)}}}, [%row+{row + 16}]; mov.b64 %from, {{%low, %high}};",
-        "mul.wide.u32 %by, %layer, %stride; add.u64 %from, %from, %by; shl.b64 %from, %from, 4;",
-        f"add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %step, 16;",
-        f"add.u32 %first, %t, {first or 0};",
-        *async_copy.copy_lines(
-            f.sharing,
-            source="%from",
-            place="%first",
-            size="%size",
-            policy="%policy",
-            count="%count",
-            step="%by",
-            apart="%apart",
-        ),
-        "}",
-    ]
-
-
-def _l2_lines(f: Feed, ring: str, own: str, pointer: str) -> list[str]:
-    """Asks for what comes next beyond a full ring into the L2 cache, if there is little such.
-
-    Some bytes of one copy: words that the program looks for next queue behind them.
-
-    Args:
-        f: the feed.
-        ring: the ring's address.
-        own: the same, and bytes to the asking warp's control words.
-        pointer: the first array's address.
-    """
-    return [
-        "{ .reg .pred %done; .reg .b32 %i, %o, %u, %t, %v, %w, %x, %y, %z;",
-        f"ld.shared.v4.b32 {{%x, %y, %z, %o}}, [{own}+{f.control + 32}];",
-        # Tiles that have been asked for in earnest meanwhile are past.
-        "setp.lt.u32 %p, %x, %n; @%p mov.b32 %x, %n; @%p mov.b32 %y, %e; @%p mov.b32 %z, %l;",
-        f"@%p mov.b32 %o, 0; add.u32 %u, %n, {f.l2_tiles}; min.u32 %u, %u, {f.total};",
-        "setp.ge.u32 %p, %x, %u; @%p bra fed;",
-        f"mad.lo.u32 %b, %y, {f.row_bytes}, {ring};",
-        f"ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%b+{f.route}];",
-        "mov.b64 %from, {%t, %u}; mul.wide.u32 %far, %z, %v; add.u64 %from, %from, %far;",
-        f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer};",
-        # %i copies are past, and %o bytes of the next, of %t bytes each
-        f"ld.shared.v2.b32 {{%t, %u}}, [%b+{f.route + 16}]; shr.u32 %i, %o, 16;",
-        "and.b32 %o, %o, 65535; shl.b32 %w, %w, 4; mul.wide.u32 %far, %w, %i;",
-        "add.u64 %from, %from, %far; cvt.u64.u32 %far, %o; add.u64 %from, %from, %far;",
-        f"sub.u32 %v, %t, %o; min.u32 %v, %v, {f.l2_bytes}; setp.lt.u32 %p, %i, %u;",
-        *_l2_ask_lines(f),
-        f"add.u32 %o, %o, {f.l2_bytes};",
-        "setp.ge.u32 %p, %o, %t; @%p mov.b32 %o, 0; @%p add.u32 %i, %i, 1;",
-        "setp.ge.u32 %done, %i, %u; shl.b32 %i, %i, 16; or.b32 %o, %o, %i; @%done mov.b32 %o, 0;",
-        "@%done add.u32 %x, %x, 1; @%done add.u32 %y, %y, 1;",
-        f"setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
-        f"setp.lt.and.u32 %p, %z, {f.layers - 1}, %p; @%p mov.u32 %y, 1; @%p add.u32 %z, %z, 1;",
-        f"{'' if f.bulk else '@%lead '}st.shared.v4.b32 [{own}+{f.control + 32}], {{%x, %y, %z, %o}};",
-        f"{'' if f.bulk else f'{lowered.REJOIN} '}bra fed; }}",
-    ]
-
-
-def _l2_ask_lines(f: Feed) -> list[str]:
-    """If %p, asks for %v bytes from %from into the L2 cache."""
-    if f.bulk:
-        return ["@%p cp.async.bulk.prefetch.L2.global [%from], %v;"]
-    return async_copy.prefetch_lines("%from", "%v", f.l2_bytes, "%p")
 
 
 _feed_p = core.Primitive("ffjax_feed")

@@ -24,7 +24,16 @@ from jax._src.pallas.triton import lowering
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed
 
-__all__ = ["LOST", "REGISTERS", "give_up", "leave_line", "look_again", "record_of", "said_by", "say_where"]
+__all__ = [
+    "LOST",
+    "REGISTERS",
+    "give_up",
+    "leave_line",
+    "look_again",
+    "record_of",
+    "said_by",
+    "say_where",
+]
 
 # Bits of the tiles that a program has used, and of its number.
 _TILE_BITS, _PROGRAM_BITS = 20, 12
@@ -68,7 +77,8 @@ def look_again(label: str, ring: str, feed: Feed, most: int) -> list[str]:
         f"add.u32 %n, %n, 1; and.b32 %often, %n, {min(most, _OFTEN) - 1};",
         f"setp.ne.u32 %p, %often, 0; @%p bra {label};",
         f"ld.shared.b64 %record, [{ring}+{feed.control + _RECORD}];",
-        f"ld.relaxed.gpu.global.b64 %said, [%record]; setp.ne.b64 %p, %said, 0; {agree}@%p bra missing;",
+        "ld.relaxed.gpu.global.b64 %said, [%record]; setp.ne.b64 %p, %said, 0;",
+        f"{agree}@%p bra missing;",
         f"setp.lt.u32 %p, %n, {most}; @%p bra {label};",
     ]
 

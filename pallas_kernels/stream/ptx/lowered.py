@@ -65,7 +65,7 @@ def one_program_a_multiprocessor() -> None:
     Of 128 threads ptxas for compute capability 8 else saves registers for two more, and spills what
     it has saved; the ring leaves no shared memory for them. To be called while lowering.
     """
-    op = ir.InsertionPoint.current.block.owner
+    op: Any = ir.InsertionPoint.current.block.owner
     while op.name != "tt.func":
         op = op.parent
     op.attributes["nvvm.minctasm"] = ir.IntegerAttr.get(i32(), 1)
