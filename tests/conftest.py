@@ -16,6 +16,15 @@ import pytest
 
 # Each takes some gigabytes.
 _MOST_PROCESSES = 2
+# XLA for CPUs makes an MLIR context for each fusion, which takes half and more of the time that
+# our programs take to compile, and these run once or twice. Its older emitters make the same
+# fusions without. It is LLVM IR of the same HLO: no optimisation is left out, and no tolerance
+# is wider for it. Processes that tests start have it from the environment; `.ci/run` tries the
+# examples without. Versions of XLA that do not know it, and GPUs, pass over an extra option.
+_COMPILE_SOONER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+# Objects more than there were at which Python looks for cycles. Tracing makes and keeps many: at
+# Python's 700, a tenth of its time goes to looking.
+_BETWEEN_COLLECTIONS = 20_000
 # The oldest NVIDIA GPUs the fused kernel supports.
 _OLDEST = (8, 0)
 
@@ -33,6 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ffjax-tests-")
     # Some tests start a process that needs the same GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # XLA takes the last of several values, and whoever gives some is to have theirs.
+    if "xla_backend_extra_options" not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {_COMPILE_SOONER}".strip()
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays; nothing is found by looking through it again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_BETWEEN_COLLECTIONS)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
