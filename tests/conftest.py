@@ -17,6 +17,19 @@ from as_if import take_device_for
 
 # Each takes some gigabytes.
 _MOST_PROCESSES = 2
+# XLA for CPUs makes an MLIR context for each fusion, which takes most of the time that our
+# programs take to compile. Its older emitters make LLVM's code of the same HLO without. An
+# option that a version of XLA does not know, or a GPU's, is passed over.
+_OLDER_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+# Nearly all programs of tests run once or twice, so LLVM's optimisations take longer than they
+# save. What is compared, to the bit too, is compared among programs of the same level. Processes
+# that tests start have XLA's own, as users do: commands, examples, and what compiles for a GPU,
+# whose code would be another. `XLA_FLAGS=--xla_backend_optimization_level=3 pytest` has it here.
+_QUICK_LLVM = "--xla_backend_optimization_level=0"
+_FLAGS_OF_CHILDREN = pytest.StashKey[str]()
+# Objects more than there were at which Python looks for cycles. Tracing makes and keeps many: at
+# Python's 700, a tenth of its time goes to looking.
+_BETWEEN_COLLECTIONS = 20_000
 # The oldest NVIDIA GPUs the fused kernel supports.
 _OLDEST = (8, 0)
 
@@ -39,6 +52,35 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ffjax-tests-")
     # Some tests start a process that needs the same GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ["XLA_FLAGS"] = config.stash[_FLAGS_OF_CHILDREN] = _with_flag(_OLDER_EMITTERS)
+    if _runs_tests(config) and not _has_driver():
+        os.environ["XLA_FLAGS"] = _with_flag(_QUICK_LLVM)
+
+
+def _with_flag(flag: str) -> str:
+    """XLA's flags with one more, unless the shell has a value of it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return flags if flag.split("=")[0] in flags else f"{flags} {flag}".strip()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if not _runs_tests(session.config) or session.config.option.collectonly:
+        return
+    if os.environ["XLA_FLAGS"] != session.config.stash[_FLAGS_OF_CHILDREN]:
+        import jax  # here, so that collecting tests starts no backend
+
+        jax.jit(lambda: 0)()  # XLA reads its flags once, when it is first used
+        os.environ["XLA_FLAGS"] = session.config.stash[_FLAGS_OF_CHILDREN]
+    # What was imported stays; nothing is found by looking through it again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_BETWEEN_COLLECTIONS)
+
+
+def _runs_tests(config: pytest.Config) -> bool:
+    """Whether this process runs tests, rather than having others run them."""
+    return hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -66,10 +108,13 @@ def _workers(config: pytest.Config) -> int:
     if asked := os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return int(asked)
     markers = config.option.markexpr
-    has_driver = pathlib.Path("/proc/driver/nvidia").exists()
-    if ("gpu" in markers or has_driver) and "not gpu" not in markers:
+    if ("gpu" in markers or _has_driver()) and "not gpu" not in markers:
         return 0
     return min(_MOST_PROCESSES, os.cpu_count() or 1)
+
+
+def _has_driver() -> bool:
+    return pathlib.Path("/proc/driver/nvidia").exists()
 
 
 @functools.cache

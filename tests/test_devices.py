@@ -67,7 +67,7 @@ print("planned")
 
 
 def test_a_plan_is_made_for_the_device_of_the_weights(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2", prepend=" ")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=False

@@ -197,7 +197,7 @@ with jax.set_mesh(mesh):
     ("axes", "says"), [("Explicit", "A fused decode step runs on one device"), ("Auto", "the same")]
 )
 def test_sharded_inputs_run_or_are_refused(axes, says, monkeypatch, request):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2", prepend=" ")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     program = _SHARDED.format(tests=str(request.path.parent), axes=axes)
     done = subprocess.run(
