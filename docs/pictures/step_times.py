@@ -15,7 +15,11 @@ FOLDER = Path(__file__).resolve().parent
 TABLE = FOLDER.parent / "benchmarks.md"
 PICTURE = FOLDER / "step-times.svg"
 
-NAMES = {"llama3.2-1b": "Llama 3.2 1B", "llama3.2-3b": "Llama 3.2 3B", "llama3.1-8b": "Llama 3.1 8B"}
+NAMES = {
+    "llama3.2-1b": "Llama 3.2 1B",
+    "llama3.2-3b": "Llama 3.2 3B",
+    "llama3.1-8b": "Llama 3.1 8B",
+}
 WIDTH, LEFT, FULL, TOP, GROUP, BAR = 760, 130, 500, 66, 72, 22
 
 _ROW = re.compile(
