@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 OUTSIDE = {
     "readme.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "model-card.md": "checkpoints/MODEL_CARD.md",
 }

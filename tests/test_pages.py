@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -193,6 +194,17 @@ def test_a_client_of_the_page_is_served(here):
             server.terminate()
             server.stderr.read()
             assert server.wait(60) == 0
+
+
+def test_the_picture_of_readme_is_of_the_table_of_benchmarks():
+    script = runpy.run_path(str(ROOT / "docs/pictures/step_times.py"))
+    rows = script["rows_of"](script["TABLE"].read_text(encoding="utf-8"))
+    assert {row.config for row in rows} == set(script["NAMES"])
+    drawn = script["PICTURE"].read_text(encoding="utf-8")
+    assert drawn == script["picture_of"](rows), "run docs/pictures/step_times.py"
+    # So is what stands there for who does not see it.
+    [said] = re.findall(r"!\[(.*)\]\(docs/pictures", (ROOT / "README.md").read_text("utf-8"))
+    assert all(f"{row.ffjax:.0f} and {row.xla:.0f}" in said for row in rows)
 
 
 # The reference

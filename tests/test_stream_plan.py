@@ -368,7 +368,7 @@ def test_a_ring_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=re.escape(reason)):
         run_stream(lambda env: None, plan, dims.abstract_weights(), state, nothing)
     # Unasked, smaller ones are taken.
-    for tuning in (Tuning(tile_bytes=8192), None):
+    for tuning in (Tuning(tile_bytes=8192, cache_tile_bytes=16_384), None):
         assert why_not_on(small, dims, tuning) is None
     assert why_not_on(H200, dims) is None
 
