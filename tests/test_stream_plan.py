@@ -509,13 +509,6 @@ def test_programs_take_turns_with_the_copies_of_hidden_activations(copies):
     assert read == [at.ffw, (at.ffw, at.ffw_copy)[copies - 1]] * 2
 
 
-@pytest.mark.parametrize("capability", ["8.0", "8.9"])
-def test_gpus_without_bulk_copies_are_refused(capability):
-    gpu = Gpu.named("older", capability, 108)
-    with pytest.raises(ValueError, match=f"capability 9.0 and newer; this GPU has {capability}"):
-        make_stream_plan(preset_dims("llama3.2-1b", 1), gpu)
-
-
 def test_a_model_too_wide_for_its_batch_is_refused():
     dims = dataclasses.replace(preset_dims("llama3.1-8b", 8), model_dim=8208)
     assert why_not(dataclasses.replace(dims, batch=1), 132) is None
