@@ -20,7 +20,7 @@ from pallas_kernels.dims import WeightBits
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream import tuning as tuning_module
 from pallas_kernels.stream.plan import Segment
-from pallas_kernels.stream.planner import make_stream_plan
+from pallas_kernels.stream.planner import fitting, make_stream_plan
 from pallas_kernels.stream.tuning import Tuning, row_key, tuning_for
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -45,7 +45,8 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     rings = set()
     for p, t in zip(planned, finer, strict=True):
         ahead = min(p.in_flight, p.slots), t.l2_tiles, t.l2_bytes, p.next_tiles
-        rings.add((p.slots, *ahead, t.operand_tiles, t.hidden_copies, p.attention.tiles))
+        others = t.operand_tiles, t.hidden_copies, p.attention.tiles, p.attention.block
+        rings.add((p.slots, *ahead, *others))
     assert len(rings) == len(planned)
     slots = [t.slots for t in finer if t.slots is not None]
     assert slots == list(range(plans[0].slots - 1, 1, -1))
@@ -58,11 +59,23 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     assert [t.operand_tiles for t in finer if t.operand_tiles] == [1, 2]
     assert [t.hidden_copies for t in finer if t.hidden_copies != 1] == [2]
     assert [t.cache_tiles for t in finer if t.cache_tiles != Tuning().cache_tiles] == [3]
+    usual = Tuning().cache_tile_bytes
+    smaller = [t.cache_tile_bytes for t in finer if t.cache_tile_bytes != usual]
+    assert smaller == [8192, 16_384]
+
+
+def test_candidates_begin_with_what_fits():
+    dims, small = dims_of(preset("llama3.2-1b"), 1, 1024), Gpu.named("L4", "8.9", 58)
+    tried = candidates(dims, small)
+    assert tried[0] == fitting(dims, small) != Tuning()
+    assert len(tried) > 1
+    for tuning in tried:
+        assert make_stream_plan(dims, small, tuning).why_no_room is None
 
 
 def test_a_gpu_that_streams_nothing_has_no_candidates():
     dims = dims_of(preset("llama3.2-1b"), 1, 1024)
-    assert candidates(dims, Gpu.named("A100", "8.0", 108)) == []
+    assert candidates(dims, Gpu.named("many", "9.0", 321)) == []
 
 
 def test_a_line_says_how_a_plan_keeps_its_tiles():

@@ -28,7 +28,7 @@ from ffjax.model import Transformer
 from pallas_kernels.dims import Dims
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream.plan import StreamPlan
-from pallas_kernels.stream.planner import make_stream_plan
+from pallas_kernels.stream.planner import fitting, make_stream_plan
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = ["Trial", "candidates", "refinements", "tune", "tuned"]
@@ -75,16 +75,19 @@ def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
         rows = tuple((part.rows, part.splits) for part in plan.segments.values())
         flying = min(plan.in_flight, plan.slots)
         ring = plan.slots, flying, plan.next_tiles, tuning.l2_tiles, tuning.l2_bytes
-        others = tuning.operand_tiles, tuning.hidden_copies, plan.attention.tiles
+        cut = plan.attention
+        others = tuning.operand_tiles, tuning.hidden_copies, cut.tiles, cut.block
         plans.setdefault((rows, plan.num_warps, *ring, *others), tuning)
     return list(plans.values())
 
 
 def candidates(dims: Dims, gpu: Gpu) -> list[Tuning]:
     """Sizes of tiles and programs to try, the default first."""
-    default = Tuning()
+    default = fitting(dims, gpu)
     sizes = itertools.product((32_768, 16_384, 65_536, 8192), (None, 4, 8))
-    options = (Tuning(tile_bytes=size, num_warps=warps) for size, warps in sizes)
+    options = (
+        dataclasses.replace(default, tile_bytes=size, num_warps=warps) for size, warps in sizes
+    )
     return _distinct(dims, gpu, [default, *options])
 
 
@@ -102,6 +105,7 @@ def refinements(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
     options += [dataclasses.replace(tuning, operand_tiles=tiles) for tiles in (0, 1, 2)]
     options += [dataclasses.replace(tuning, hidden_copies=copies) for copies in (1, 2)]
     options += [dataclasses.replace(tuning, cache_tiles=tiles) for tiles in (2, 3)]
+    options += [dataclasses.replace(tuning, cache_tile_bytes=8192 << i) for i in range(3)]
     return _distinct(dims, gpu, [tuning, *options])[1:]
 
 

@@ -31,8 +31,8 @@ EVERY_TOKEN = np.int32(2**31 - 1)
 """What stands for a `top_k` that is off, and for a token id that is none."""
 
 DRAW_BY_KERNEL = True
-"""Whether `pallas_kernels.draw` draws on a GPU where tokens are filtered; else XLA does, to the same
-effect, which sorts the vocabulary."""
+"""Whether `pallas_kernels.draw` draws on a GPU where tokens are filtered; else XLA does, to the
+same effect, which sorts the vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
