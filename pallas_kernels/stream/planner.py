@@ -62,7 +62,7 @@ class _Geometry:
         # Those beyond feed the ring meanwhile.
         self.num_warps = max(self.product_warps, tuning.num_warps or self.product_warps)
         self.bits = dims.weight_bits
-        self.rows = self.rows_of(self.bits.attn_out)
+        self.rows = self.rows_of(self.bits.attn_out, paired=False)
         self._cut_down()
 
     def unit(self, bits: int) -> int:
@@ -78,11 +78,17 @@ class _Geometry:
         """Of a row of the model's width, by a thread."""
         return ceil_div(self.widest, self.unit(bits))
 
-    def rows_of(self, bits: int) -> int:
-        """Rows of a tile of the model's width."""
+    def rows_of(self, bits: int, *, paired: bool) -> int:
+        """Rows of a tile of the model's width.
+
+        Args:
+            bits: of a weight.
+            paired: whether half of its rows lie elsewhere: see `is_paired`.
+        """
         rows = self._rows(bits, self.reads(bits))
-        # Scales are copied by 16 bytes: those of half a tile's rows are whole ones.
-        while rows // 2 * scale_bytes(bits, self.dims.model_dim) % READ and rows < MAX_ROWS:
+        # Scales are copied by 16 bytes: those of neighbouring rows are whole ones.
+        size = scale_bytes(bits, self.dims.model_dim)
+        while rows // (2 if paired else 1) * size % READ and rows < MAX_ROWS:
             rows *= 2
         return rows
 
@@ -230,12 +236,13 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
     """How each mat-vec is cut and dealt out."""
     bits = d.weight_bits
 
-    def segment(out: int, inner: int, bits: int, *, paired: bool = False) -> SegmentPlan:
-        rows = g.rows_of(bits)
-        if paired:
+    def segment(out: int, inner: int, bits: int, *, kind: Segment) -> SegmentPlan:
+        paired = is_paired(kind)
+        rows = g.rows_of(bits, paired=paired)
+        if kind == Segment.GATE_UP:
             rows = g.most_rows(bits, g.reads(bits), rows)
         # A group of gate and up holds half its rows of each.
-        groups = ceil_div(out, rows // 2 if paired else rows)
+        groups = ceil_div(out, rows // 2 if kind == Segment.GATE_UP else rows)
         return SegmentPlan(
             out=out,
             inner=inner,
@@ -273,11 +280,11 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
         tiles=tiles,
     )
     return {
-        Segment.QKV: segment(d.qkv_dim, d.model_dim, bits.qkv),
-        Segment.ATTN_OUT: segment(d.model_dim, d.attn_dim, bits.attn_out),
-        Segment.GATE_UP: segment(d.ffw_dim, d.model_dim, bits.gate_up, paired=True),
+        Segment.QKV: segment(d.qkv_dim, d.model_dim, bits.qkv, kind=Segment.QKV),
+        Segment.ATTN_OUT: segment(d.model_dim, d.attn_dim, bits.attn_out, kind=Segment.ATTN_OUT),
+        Segment.GATE_UP: segment(d.ffw_dim, d.model_dim, bits.gate_up, kind=Segment.GATE_UP),
         Segment.DOWN: down,
-        Segment.HEAD: segment(d.vocab_size, d.model_dim, bits.head),
+        Segment.HEAD: segment(d.vocab_size, d.model_dim, bits.head, kind=Segment.HEAD),
     }
 
 
