@@ -152,6 +152,21 @@ def route_of(plan: StreamPlan) -> np.ndarray:
     return np.asarray(pl.pallas_call(kernel, grid=grid, out_shape=shape, interpret=True)())
 
 
+def row_of(
+    plan: StreamPlan, route: np.ndarray, segment: Segment, program: int, tile: int
+) -> list[int]:
+    """What the route says of a tile; of the head as if every tile had a row of its own."""
+    order = sorted(plan.segments)
+    first = 1 + sum(plan.segments[s].tiles for s in order[: order.index(segment)])
+    if segment != Segment.HEAD:
+        return route[program, first + tile].tolist()
+    last = plan.segments[segment].tiles - 1
+    words = route[program, first + (tile == last)].tolist()
+    for at in range(0, len(words), 8):  # of weights, and of scales
+        words[at] += (plan.dims.num_layers + tile) * words[at + 2]
+    return words
+
+
 def rows_of(plan: StreamPlan, segment: Segment, program: int, tile: int) -> np.ndarray:
     """The matrix's rows whose products are taken to be those of a tile's rows."""
     d, part = plan.dims, plan.segments[segment]
@@ -175,20 +190,19 @@ def test_every_weight_is_read_once(name):
     plan = PLANS[name]()
     route = route_of(plan)
     assert not route[:, 0, 5].any()
-    first = 1
     for segment, part in plan.segments.items():
         matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
         seen = []  # where copies begin and end in the matrix, in elements
         for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
-            low, which, layer_stride, stride, size, count, pitch, box = route[
-                program, first + tile, :8
-            ].tolist()
+            row = row_of(plan, route, segment, program, tile)[:8]
+            low, which, layer_stride, stride, size, count, pitch, box = row
             if not count:
                 continue
             copies = np.arange(count)
             start = (low + copies * stride) * part.grain
             length = 8 * size // part.bits
-            units = matrix_rows * part.inner // part.grain if segment != Segment.HEAD else 0
+            apart = part.teams * part.rows if segment == Segment.HEAD else matrix_rows
+            units = apart * part.inner // part.grain
             assert (which, layer_stride) == (segment, units)
             # Bulk copies are of 16 bytes, and lie in the slot.
             assert size % 16 == pitch % 16 == 0
@@ -213,14 +227,13 @@ def test_every_weight_is_read_once(name):
             tensor = tensor_map_of(plan, plan.box)
             assert BOX_UNIT * plan.box.units * tensor.pieces == part.inner * part.bits // 8
             assert ring._feed_of(plan).matrix_rows == matrix_rows
-        first += part.tiles
         starts, ends = np.sort(np.array(seen), axis=0).T
         assert starts[0] == 0
         assert (starts[1:] == ends[:-1]).all(), segment
         assert ends[-1] == matrix_rows * part.inner
         assert part.splits * part.width >= part.inner > (part.splits - 1) * part.width
         assert part.width <= plan.span(segment)
-    assert first == route.shape[1]
+    assert route.shape[1] == 1 + plan.layer_tiles + 2
 
 
 QUANTIZED = [name for name, plan in PLANS.items() if plan().quantized]
@@ -229,17 +242,18 @@ QUANTIZED = [name for name, plan in PLANS.items() if plan().quantized]
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_scales_of_every_row_come_with_it(name):
     plan = PLANS[name]()
-    route, first = route_of(plan), 1
+    route = route_of(plan)
     for segment, part in plan.segments.items():
         matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
         seen, bytes_of_row = [], part.scale_bytes
         for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
-            row = route[program, first + tile].tolist()
+            row = row_of(plan, route, segment, program, tile)
             low, which, layer_stride, stride, size, count, place, pitch = row[8:]
             if part.bits == 16 or not row[5]:
                 assert not count
                 continue
-            units = matrix_rows * bytes_of_row // 16 if segment != Segment.HEAD else 0
+            apart = part.teams * part.rows if segment == Segment.HEAD else matrix_rows
+            units = apart * bytes_of_row // 16
             assert (which, layer_stride) == (segment, units)
             # Bulk copies are of 16 bytes, begin at whole ones, and lie in the slot.
             assert size % 16 == place % 16 == pitch % 16 == 0
@@ -259,7 +273,6 @@ def test_the_scales_of_every_row_come_with_it(name):
             wanted = rows[:, None] * bytes_of_row + np.arange(bytes_of_row)
             np.testing.assert_array_equal(found[there], wanted[there])
             seen += rows[there].tolist()
-        first += part.tiles
         if part.bits != 16:
             # Where inputs are split, each part has the scales of whole rows.
             assert sorted(seen) == np.repeat(np.arange(matrix_rows), part.splits).tolist()

@@ -28,8 +28,8 @@ SPARE_BYTES = 4 * MAX_ROWS
 
 
 def route_rows(plan: StreamPlan) -> int:
-    """Of the route; the first is that of the embedding, empty."""
-    return 1 + plan.layer_tiles + plan.segments[Segment.HEAD].tiles
+    """Of the route; the first is that of the embedding, empty; the last two are the head's."""
+    return 1 + plan.layer_tiles + 2
 
 
 def route_words(plan: StreamPlan) -> int:

@@ -196,6 +196,7 @@ def _feed_of(plan: StreamPlan) -> ptx.Feed:
         control=at.control,
         layer_tiles=plan.layer_tiles,
         layers=plan.dims.num_layers,
+        head_tiles=plan.segments[Segment.HEAD].tiles,
         total=plan.total_tiles,
         in_flight=min(plan.in_flight, plan.slots),
         thread=feeding_thread(plan),

@@ -2,7 +2,9 @@
 
 What a tile's copies need is worked out for all tiles at once when a step begins, a row of a
 table for each, and read back a tile at a time: it would take the loop longer to work it out
-than to multiply the tile. All layers share their rows.
+than to multiply the tile. All layers share their rows. So do the head's tiles, which are many: they
+lie equally far apart, and count as one tile of so many more layers; only the last one, which may be
+shorter, or empty, has a row of its own.
 
 A tile is copied in one piece where its rows are neighbours. In a group of queries, keys and
 values the first half of the rows holds elements of the first half of a head and the second half
@@ -129,7 +131,9 @@ def make_route(env: StreamEnv, table: Array) -> None:
     def of(values: Sequence[Array | int]) -> Array:
         return jnp.broadcast_to(pick(beyond, values), entry.shape)
 
-    number = entry - of(firsts)
+    number, of_head = entry - of(firsts), beyond[-1]
+    head_tiles = parts[Segment.HEAD].tiles
+    number = jnp.where(of_head & (number > 0), head_tiles - 1, number)
     team = of([team_of(env, part) for part in parts])
     run = of([part.run for part in parts])
     turn = lax.div(number, run)
@@ -143,13 +147,17 @@ def make_route(env: StreamEnv, table: Array) -> None:
     # Groups of queries, keys and values go on behind the second halves of a head.
     head = lax.div(jnp.maximum(group, 0), jnp.int32(d.head_dim // qkv.rows))
     row += of([head * (d.head_dim // 2), *([0] * (len(parts) - 1))])
+    # Where a tile of the head would begin, if there were one for each layer before the first.
+    head_part = parts[Segment.HEAD]
+    apart = head_part.teams * head_part.rows
+    begin_row = jnp.where(of_head, team * outputs - d.num_layers * apart, row)
     column = (env.program - team * of([part.splits for part in parts])) * of(
         [p.width for p in parts]
     )
     inner = of([_units(p.inner * p.bits) for p in parts])
-    start = row * inner + lax.div(column * of([p.bits for p in parts]), jnp.int32(8 * READ))
+    start = begin_row * inner + lax.div(column * of([p.bits for p in parts]), jnp.int32(8 * READ))
     weights = weights_of(env)
-    strides = _strides(weights)
+    strides = _strides(weights, _units(apart * head_part.inner * head_part.bits))
     interpret = env.interpret
     begin = ptx.begin_words(weights[0], weights, strides, beyond, start, interpret=interpret)
     # Rows of a copy's kind that there are; all groups of a head are whole.
@@ -177,7 +185,7 @@ def make_route(env: StreamEnv, table: Array) -> None:
     words.append(_box_word(plan, split & (words[5] > 0), row, column))
     assert len(words) == ROW_WORDS
     if plan.quantized:
-        words += _scale_words(env, parts, beyond, row, second, there, words[5])
+        words += _scale_words(env, parts, beyond, begin_row, second, there, words[5])
     if env.interpret:
         for number, word in enumerate(words):
             plgpu.store(env["route"].at[env.program, entry, number], word, mask=entry < rows)
@@ -210,10 +218,10 @@ def _units(bits: int) -> int:
     return bits // (8 * READ)
 
 
-def _strides(arrays: Sequence[Any]) -> list[int]:
-    """Units of a layer of each array; the head, which is the last, has no layers."""
+def _strides(arrays: Sequence[Any], head: int) -> list[int]:
+    """Units of a layer of each array; of the head, which is the last, those between its tiles."""
     sizes = [math.prod(ref.shape[1:]) * jnp.dtype(ref.dtype).itemsize for ref in arrays[:-1]]
-    return [*(_units(8 * size) for size in sizes), 0]
+    return [*(_units(8 * size) for size in sizes), head]
 
 
 def _scale_words(
@@ -231,7 +239,7 @@ def _scale_words(
         env: the program's view.
         parts: the segments.
         beyond: of each row of the table, whether it is one of a later segment.
-        row: the first that a tile has.
+        row: the first that a tile has; of the head see `make_route`.
         second: rows from a pair's first half to the second.
         there: rows of a copy of weights, where these are not split.
         copies: of weights; 0 for an empty tile.
@@ -251,7 +259,9 @@ def _scale_words(
     there = of([p.run_rows if p.run > 1 else there for p in parts])
     arrays, sizes = [array_of(segment) for segment in names], of([p.scale_bytes for p in parts])
     start, base = lax.div(row * sizes, unit), weights_of(env)[0]
-    strides, interpret = _strides(arrays), env.interpret
+    head = parts[Segment.HEAD]
+    apart = _units(8 * head.teams * head.rows * head.scale_bytes)
+    strides, interpret = _strides(arrays, apart), env.interpret
     begin = ptx.begin_words(base, arrays, strides, beyond, start, interpret=interpret)
     # Whole units: one that holds a scale lies in the array.
     size = lax.div(there * sizes + (READ - 1), unit) * READ
@@ -263,10 +273,14 @@ def _scale_words(
 
 def read_route(env: StreamEnv, index: Array) -> tuple[Source, Array]:
     """Where this program's `index`-th tile lies, and its layer, for interpret mode."""
-    plan = env.plan
+    plan, layers = env.plan, env.plan.dims.num_layers
     in_layers = index - 1  # the embedding's comes first
-    layer = jnp.minimum(lax.div(in_layers, jnp.int32(plan.layer_tiles)), plan.dims.num_layers)
-    entry = index - layer * plan.layer_tiles
-    entry += jnp.where(layer == plan.dims.num_layers, jnp.int32(plan.layer_tiles), 0)
+    layer = jnp.minimum(lax.div(in_layers, jnp.int32(plan.layer_tiles)), layers)
+    within = in_layers - layer * plan.layer_tiles
+    of_head, last = layer == layers, plan.segments[Segment.HEAD].tiles - 1
+    in_head = plan.layer_tiles + 1 + (within == last).astype(jnp.int32)
+    entry = jnp.where(of_head, in_head, within + 1)
     words = [env["route"][env.program, entry, number] for number in range(ROW_WORDS)]
-    return Source(ptx.Begin(*words[:3]), *words[3:7]), layer
+    low, high, stride = words[:3]
+    low += jnp.where(of_head, (layers + within) * stride, 0)
+    return Source(ptx.Begin(low, high, stride), *words[3:7]), layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pallas_kernels.stream.ptx import async_copy, lowered
-from pallas_kernels.stream.ptx.feed_state import Feed
+from pallas_kernels.stream.ptx.feed_state import Feed, next_row_lines
 
 __all__ = ["ahead_lines"]
 
@@ -40,9 +40,8 @@ def ahead_lines(f: Feed, ring: str, own: str, pointer: str) -> list[str]:
         f"add.u32 %o, %o, {f.l2_bytes};",
         "setp.ge.u32 %p, %o, %t; @%p mov.b32 %o, 0; @%p add.u32 %i, %i, 1;",
         "setp.ge.u32 %done, %i, %u; shl.b32 %i, %i, 16; or.b32 %o, %o, %i; @%done mov.b32 %o, 0;",
-        "@%done add.u32 %x, %x, 1; @%done add.u32 %y, %y, 1;",
-        f"setp.eq.u32 %p, %y, {f.layer_tiles + 1};",
-        f"setp.lt.and.u32 %p, %z, {f.layers - 1}, %p; @%p mov.u32 %y, 1; @%p add.u32 %z, %z, 1;",
+        "@%done add.u32 %x, %x, 1;",
+        *next_row_lines(f, "%y", "%z", "%done"),
         f"{lead}st.shared.v4.b32 [{own}+{f.control + 32}], {{%x, %y, %z, %o}};",
         f"{rejoin}bra fed; }}",
     ]

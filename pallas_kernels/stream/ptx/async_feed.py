@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pallas_kernels.stream.ptx import async_copy, lowered
 from pallas_kernels.stream.ptx.ahead import ahead_lines
-from pallas_kernels.stream.ptx.feed_state import Feed
+from pallas_kernels.stream.ptx.feed_state import Feed, next_row_lines
 
 __all__ = ["async_feed_lines"]
 
@@ -41,9 +41,8 @@ def async_feed_lines(
         f"mad.lo.u32 %row, %e, {f.row_bytes}, {ring}; mov.b32 %layer, %l;",
         f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
         f"mad.lo.u32 %t, %s, {f.slot_bytes}, {ring};",
-        "add.u32 %n, %n, 1; add.u32 %e, %e, 1; add.u32 %s, %s, 1;",
-        f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
-        f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p; @%p mov.u32 %e, 1; @%p add.u32 %l, %l, 1;",
+        "add.u32 %n, %n, 1; add.u32 %s, %s, 1;",
+        *next_row_lines(f, "%e", "%l", "%go"),
         f"setp.eq.u32 %p, %s, {f.slots}; @%p mov.u32 %s, 0; @%p xor.b32 %h, %h, 1;",
         f"@%lead st.shared.v4.b32 [%own+{f.control}], {{%n, %e, %l, %s}};",
         f"@%lead st.shared.b32 [%own+{f.control + 16}], %h;",

@@ -13,7 +13,7 @@ from jax._src.pallas.triton.lowering import tt_dialect
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.ahead import ahead_lines
 from pallas_kernels.stream.ptx.async_feed import async_feed_lines
-from pallas_kernels.stream.ptx.feed_state import Feed
+from pallas_kernels.stream.ptx.feed_state import Feed, next_row_lines
 
 __all__ = ["MAP_IN_CONTROL", "Feed", "feed_lines", "feed_ring", "start_barriers"]
 
@@ -210,11 +210,8 @@ def feed_lines(
         *(_box_lines(f) if f.matrix_rows else []),
         *_copy_lines(f.copies, shared),
         *(_scale_lines(pointer, shared) if f.has_scales else []),
-        "@%go add.u32 %n, %n, 1; @%go add.u32 %e, %e, 1;",
-        f"setp.eq.u32 %p, %e, {f.layer_tiles + 1};",
-        f"setp.lt.and.u32 %p, %l, {f.layers - 1}, %p;",
-        "@%p mov.u32 %e, 1; @%p add.u32 %l, %l, 1; @%go add.u32 %s, %s, 1;",
-        # The head's matrix has no layers: its row's stride is 0.
+        "@%go add.u32 %n, %n, 1; @%go add.u32 %s, %s, 1;",
+        *next_row_lines(f, "%e", "%l", "%go"),
         f"setp.eq.u32 %p, %s, {f.slots}; @%p mov.u32 %s, 0; @%p xor.b32 %h, %h, 1;",
         f"@%lead st.shared.v4.b32 [{ring}+{f.control}], {{%n, %e, %l, %s}};",
     ]

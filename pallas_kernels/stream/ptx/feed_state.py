@@ -1,10 +1,10 @@
-"""What asking for a ring's next tile needs to know."""
+"""What asking for a ring's next tile needs to know, and which tile is the next one."""
 
 from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "next_row_lines"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Feed:
             been: 65536 for each copy, and bytes of the copy after those.
         layer_tiles: tiles of a layer.
         layers: how many.
+        head_tiles: tiles of the head. All but the last one share a row of the route, behind those
+            of a layer, as if they were a tile of so many more layers; then comes the last one's.
         total: tiles of the step.
         in_flight: tiles that are asked for and have not come, at most.
         thread: the thread that asks.
@@ -45,6 +47,7 @@ class Feed:
     control: int
     layer_tiles: int
     layers: int
+    head_tiles: int
     total: int
     in_flight: int
     thread: int
@@ -64,3 +67,22 @@ class Feed:
     def row_bytes(self) -> int:
         """Of the route."""
         return 64 if self.has_scales else 32
+
+
+def next_row_lines(f: Feed, row: str, layer: str, go: str) -> list[str]:
+    """Goes on to the next tile's row of the route, and its layer, where a predicate holds.
+
+    Args:
+        f: the feed.
+        row: register with the row of this tile.
+        layer: register with its layer.
+        go: the predicate.
+    """
+    tiles, layers, last = f.layer_tiles, f.layers, f.layers + f.head_tiles - 1
+    return [
+        "{ .reg .pred %ends, %is; .reg .b32 %to;",
+        f"@{go} add.u32 {row}, {row}, 1; setp.gt.and.u32 %ends, {row}, {tiles}, {go};",
+        f"@%ends add.u32 {layer}, {layer}, 1; setp.lt.u32 %is, {layer}, {layers};",
+        f"selp.b32 %to, 1, {tiles + 1}, %is; setp.ge.u32 %is, {layer}, {last};",
+        f"selp.b32 %to, {tiles + 2}, %to, %is; @%ends mov.b32 {row}, %to; }}",
+    ]
