@@ -39,8 +39,18 @@ class Gpu:
 
     @property
     def bulk_copies(self) -> bool:
-        """Whether one thread can ask for a whole tile (`cp.async.bulk`)."""
-        return float(self.capability) >= 9
+        """Whether one thread asks for a whole tile (`cp.async.bulk`, capability 9.0 and newer).
+
+        Not where shared memory is small: there the scales of fewer rows have to be copied by
+        themselves than bulk copies can, and memory brings a multiprocessor so little that asking
+        for it takes no time.
+        """
+        return float(self.capability) >= 9 and self.shared_memory >= 128 * 1024
+
+    @property
+    def copied_bytes(self) -> int:
+        """What copies to shared memory are of, and begin at: multiples of so many bytes."""
+        return 16 if self.bulk_copies else 8
 
     @classmethod
     def of(cls, device: Any) -> Gpu | None:

@@ -251,19 +251,19 @@ class Machine:
         self.flying.remove(copy)
         self._awaited[copy.to - self.shared_base :][: copy.size] -= 1
 
-    def copy_small(self, thread: int, to: int, source: int) -> None:
-        """Starts a thread's own copy of 16 bytes, which the thread can tell a barrier of."""
+    def copy_small(self, thread: int, to: int, source: int, size: int) -> None:
+        """Starts a thread's own copy of 4, 8 or 16 bytes, which it can tell a barrier of."""
         for name, address in (("shared", to), ("global", source)):
-            self.places(name, np.array([address]), 16, 16)
-        copy = Copy(to, source, 16, 0, self.clock)
-        place = to - self.shared_base + np.arange(16)
+            self.places(name, np.array([address]), size, size)
+        copy = Copy(to, source, size, 0, self.clock)
+        place = to - self.shared_base + np.arange(size)
         number = self.races.copy(thread // WARP, place, fenced=False)
         self._start(copy)
         self._asked[thread].add(number)
 
         def land() -> None:
             self._land(copy)
-            self.view(to, 16, np.uint8)[:] = self.view(source, 16, np.uint8)
+            self.view(to, size, np.uint8)[:] = self.view(source, size, np.uint8)
             self._asked[thread].remove(number)
             for missing, arrive in [*self._arriving[thread]]:
                 missing.discard(number)

@@ -87,23 +87,25 @@ def _(t: Threads) -> None:
 
 
 def _copy_small(t: Threads) -> None:
-    """Copies of 16 bytes, or what tells a barrier of a thread's own."""
+    """Copies of a few bytes, or what tells a barrier of a thread's own."""
     if t.has("mbarrier"):
         if not (t.has("arrive") and t.has("noinc")):
             raise PtxError("The machine counts arrivals behind copies among the barrier's own.")
         for thread, at in zip(t.threads, t.address(0, "shared"), strict=True):
             t.machine.arrive_behind_copies(int(thread), int(at))
         return
-    if not (t.has("cg") and t.has("L2::cache_hint") and len(t.operands) == 4):
-        raise PtxError("The machine copies 16 bytes through the L2 cache, with a policy.")
-    if (t.get(t.operands[2], "u32") != 16).any():
-        raise PtxError("What passes through the L2 cache alone is 16 bytes.")
+    if t.has("cg") == t.has("ca") or not t.has("L2::cache_hint") or len(t.operands) != 4:
+        raise PtxError("The machine copies through the L2 cache, or both caches, with a policy.")
+    sizes = t.get(t.operands[2], "u32")
+    if not np.isin(sizes, [16] if t.has("cg") else [4, 8, 16]).all():
+        raise PtxError("What passes through the L2 cache alone is 16 bytes; else 4, 8 or 16.")
     t.get(t.operands[3], "b64")
-    for each in zip(t.threads, t.address(0, "shared"), t.address(1, "global"), strict=True):
+    columns = t.address(0, "shared"), t.address(1, "global"), sizes
+    for each in zip(t.threads, *columns, strict=True):
         t.machine.copy_small(*(int(x) for x in each))
 
 
-@instruction("cp", also="async bulk shared::cluster shared::cta shared global prefetch L2 cg "
+@instruction("cp", also="async bulk shared::cluster shared::cta shared global prefetch L2 cg ca "
               "mbarrier arrive noinc "
               "mbarrier::complete_tx::bytes L2::cache_hint tensor tile 3d")  # fmt: skip
 def _(t: Threads) -> None:

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 H200 = Gpu.named("H200", "9.0", 132)
+RTX = Gpu.named("RTX 4090", "8.9", 128)
 BFLOAT16, INT8, INT4 = (
     WeightBits(**dict.fromkeys(("qkv", "attn_out", "gate_up", "down", "head"), bits))
     for bits in (16, 8, 4)
@@ -96,6 +97,7 @@ PLANS = {
     "8B, int4, 2 sequences": lambda: make_stream_plan(preset_dims("llama3.1-8b", 2, INT4), H200),
     "1B, int4, 8 sequences": lambda: make_stream_plan(preset_dims("llama3.2-1b", 8, INT4), H200),
     "8B, int8, 8 sequences": lambda: make_stream_plan(preset_dims("llama3.1-8b", 8, INT8), H200),
+    "8B, int8, on an RTX 4090": lambda: make_stream_plan(preset_dims("llama3.1-8b", 1, INT8), RTX),
     "8B, int8 in tiles of 8 KiB": lambda: make_stream_plan(
         preset_dims("llama3.1-8b", 1, INT8), H200, Tuning(tile_bytes=8192)
     ),

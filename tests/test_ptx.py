@@ -183,6 +183,12 @@ class Ring:
     scales: int = 0  # copies of a tile's scales at most, 32 bytes each; every other tile has some
     box: tuple[int, int] | None = None  # pieces of 16 bytes and rows of tiles that come as boxes
     bulk: bool = True  # whether by bulk copies, or by 16 bytes a thread
+    scale_unit: int = 16  # bytes of which copies of scales have some, and begin at
+
+    @property
+    def scale_size(self) -> int:
+        """Bytes of a copy of scales."""
+        return 2 * self.scale_unit if self.scale_unit == 16 else 3 * self.scale_unit
 
     @property
     def row_words(self) -> int:
@@ -227,6 +233,7 @@ class Ring:
             l2_tiles=self.l2_tiles,
             l2_bytes=self.l2_bytes,
             sharing=0 if self.bulk else self.threads,
+            scale_unit=self.scale_unit,
             matrix_rows=4 * self.box[1] if self.box else 0,
         )
 
@@ -322,10 +329,10 @@ class Fed:
                 self.rows[number, 8:] = [
                     *self._begin(rng, 40 if in_layers else 10),
                     int(rng.integers(2, 9)),
-                    32,
+                    ring.scale_size,
                     some,
                     384,  # behind the weights
-                    48,
+                    16 + ring.scale_size,
                 ]
             if copies == BOX:
                 self.rows[number, :8] = self._box(rng)
@@ -374,9 +381,10 @@ class Fed:
         for half in range(0, self.ring.row_words, 8):
             low, high, stride, apart, size, copies, *last = self.rows[row, half:][:8].tolist()
             begin = (high << 32 | low) - (1 << 64 if high >> 31 else 0)
-            at = self.pointer + 16 * (begin + layer * stride)
+            unit = self.ring.scale_unit if half else 16
+            at = self.pointer + unit * (begin + layer * stride)
             first, pitch = last if half else (0, last[0])
-            places += [(at + 16 * apart * i, first + pitch * i, size) for i in range(copies)]
+            places += [(at + unit * apart * i, first + pitch * i, size) for i in range(copies)]
         return places
 
     def slot(self, index: int) -> int:
@@ -400,7 +408,11 @@ class Fed:
         for w, asked in enumerate(self.all_asked):
             for i in range(asked):
                 for at, to, size in self.places(i):
-                    mine = [by for by in range(0, size, 16) if by // 512 % self.ring.feeders == w]
+                    unit = self.ring.scale_unit if to >= 384 and self.ring.scales else 16
+                    warp = 32 * unit
+                    mine = [
+                        by for by in range(0, size, unit) if by // warp % self.ring.feeders == w
+                    ]
                     wanted |= {(i, self.slot(i) + to + by): at + by for by in mine}
         made = [(x.to, x.source) for x in self.machine.copies]
         assert sorted(made) == sorted((to, at) for (_, to), at in wanted.items())
@@ -549,6 +561,7 @@ RINGS |= {
     if ring.box is None
 }
 RINGS["long rows, 16 bytes a thread"] = LONG
+RINGS["scales by 8 bytes"] = dataclasses.replace(SCALED_MANY, bulk=False, scale_unit=8)
 # By whole warps: their threads look for words together, however long any of them does.
 BY_WARPS = dataclasses.replace(TWO, bulk=False)
 BOTH = pytest.mark.parametrize("ring", [TWO, BY_WARPS], ids=["bulk", "16 bytes a thread"])

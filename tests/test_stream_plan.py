@@ -253,17 +253,18 @@ def test_the_scales_of_every_row_come_with_it(name):
                 assert not count
                 continue
             apart = part.teams * part.rows if segment == Segment.HEAD else matrix_rows
-            units = apart * bytes_of_row // 16
+            unit = plan.scale_unit
+            units = apart * bytes_of_row // unit
             assert (which, layer_stride) == (segment, units)
-            # Bulk copies are of 16 bytes, begin at whole ones, and lie in the slot.
-            assert size % 16 == place % 16 == pitch % 16 == 0
+            # Copies are of whole units, begin at such, and lie in the slot.
+            assert size % unit == place % unit == pitch % unit == 0
             assert place >= part.rows * part.row_bytes
             assert place + (count - 1) * pitch + size <= plan.slot_bytes
             # Which byte of the scales lies in each of the slot.
             held = np.full(plan.slot_bytes, -1)
             for copy in range(count):
-                start = 16 * (low + copy * stride)
-                assert start + size <= 16 * -(-matrix_rows * bytes_of_row // 16)
+                start = unit * (low + copy * stride)
+                assert start + size <= unit * -(-matrix_rows * bytes_of_row // unit)
                 held[place + copy * pitch :][:size] = start + np.arange(size)
             # They lie where those of the tile's rows are looked for.
             rows = rows_of(plan, segment, program, tile)

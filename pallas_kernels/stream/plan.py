@@ -227,6 +227,7 @@ class StreamPlan:
         attention: how attention is cut.
         owned: groups of the residual that one program owns at most.
         bulk: whether bulk copies bring tiles, or asynchronous ones of 16 bytes a thread.
+        scale_unit: bytes of whose multiples copies of scales are, and begin at.
         tuning: what was chosen freely.
     """
 
@@ -248,6 +249,7 @@ class StreamPlan:
     attention: AttentionPlan
     owned: int
     bulk: bool
+    scale_unit: int
     tuning: Tuning
 
     def __hash__(self) -> int:

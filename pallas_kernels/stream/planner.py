@@ -51,8 +51,15 @@ _SHRINKING = [
 class _Geometry:
     """Of tiles, whatever the device."""
 
-    def __init__(self, dims: Dims, tuning: Tuning):
-        self.dims, self.tuning = dims, tuning
+    def __init__(self, dims: Dims, tuning: Tuning, unit: int = READ):
+        """Cuts.
+
+        Args:
+            dims: the sizes.
+            tuning: what may be chosen freely.
+            unit: `Gpu.copied_bytes`, by which scales are copied.
+        """
+        self.dims, self.tuning, self.scale_unit = dims, tuning, unit
         self.batch = 1 if dims.batch == 1 else COLUMNS
         self.widest = max(dims.model_dim, dims.attn_dim)
         self.most = MAX_PIECES if self.batch == 1 else 2 * MAX_PIECES
@@ -86,9 +93,9 @@ class _Geometry:
             paired: whether half of its rows lie elsewhere: see `is_paired`.
         """
         rows = self._rows(bits, self.reads(bits))
-        # Scales are copied by 16 bytes: those of neighbouring rows are whole ones.
+        # Scales are copied by whole units: those of neighbouring rows are such.
         size = scale_bytes(bits, self.dims.model_dim)
-        while rows // (2 if paired else 1) * size % READ and rows < MAX_ROWS:
+        while rows // (2 if paired else 1) * size % self.scale_unit and rows < MAX_ROWS:
             rows *= 2
         return rows
 
@@ -112,7 +119,7 @@ class _Geometry:
         if self.splits > 1:
             self.down_rows = self.most_rows(bits, self.down_reads, self.down_rows)
         # Where a tile's scales come without those of its run.
-        while self.splits > 1 and self.down_rows * scale_bytes(bits, size) % READ:
+        while self.splits > 1 and self.down_rows * scale_bytes(bits, size) % self.scale_unit:
             if self.down_rows >= self.rows:
                 break
             self.down_rows *= 2
@@ -148,9 +155,16 @@ def splits_of(dims: Dims, tuning: Tuning = DEFAULT) -> int:
     return _Geometry(dims, tuning).splits
 
 
-def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
-    """Why these sizes cannot be streamed, as a sentence; None if they can."""
-    geometry = _Geometry(dims, tuning)
+def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT, unit: int = READ) -> str | None:
+    """Why these sizes cannot be streamed, as a sentence; None if they can.
+
+    Args:
+        dims: the sizes.
+        programs: P.
+        tuning: what may be chosen freely.
+        unit: `Gpu.copied_bytes` of the device.
+    """
+    geometry = _Geometry(dims, tuning, unit)
     held = geometry.product_warps * line_of(geometry.batch == 1, 16) * PIECE * geometry.most
     if geometry.widest > held:
         return (
@@ -180,9 +194,9 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT) -> str | None:
     segments = _segments(dims, programs, geometry)
     for name, (segment, part) in zip(_inputs(dims), segments.items(), strict=True):
         rows = part.run_rows // 2 if is_paired(segment) else part.run_rows
-        if rows * part.scale_bytes % READ:
+        if rows * part.scale_bytes % unit:
             return (
-                f"The streamed kernel copies scales by whole {READ} bytes; those of {rows} rows "
+                f"The streamed kernel copies scales by whole {unit} bytes; those of {rows} rows "
                 f"of this model's {name}, which it copies at once, are "
                 f"{rows * part.scale_bytes}. {_INSTEAD}"
             )
@@ -217,10 +231,17 @@ def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning | None = None) -> str | None
         tuning: as in `make_stream_plan`.
     """
     tuning = tuning or fitting(dims, gpu)
-    if (reason := _why_not_there(gpu) or why_not(dims, gpu.cores, tuning)) is not None:
+    if (
+        reason := _why_not_there(gpu) or why_not(dims, gpu.cores, tuning, gpu.copied_bytes)
+    ) is not None:
         return reason
     # Interpreted, no shared memory is taken.
     return None if gpu == INTERPRETER else make_stream_plan(dims, gpu, tuning).why_no_room
+
+
+def _why_not_planned(dims: Dims, gpu: Gpu, tuning: Tuning) -> str | None:
+    """Why there is no plan, whatever room there is; None if there is one."""
+    return _why_not_there(gpu) or why_not(dims, gpu.cores, tuning, gpu.copied_bytes)
 
 
 def _why_not_there(gpu: Gpu) -> str | None:
@@ -306,7 +327,7 @@ def fitting(dims: Dims, gpu: Gpu) -> Tuning:
     others = {} if gpu.bulk_copies else {"in_flight": 3, "l2_tiles": 0}
     for tile_bytes, cache_tile_bytes in _SHRINKING:
         tuning = Tuning(tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes, **others)
-        if _why_not_there(gpu) or why_not(dims, gpu.cores, tuning):
+        if _why_not_planned(dims, gpu, tuning) is not None:
             continue
         plan, planned = make_stream_plan(dims, gpu, tuning), tuning
         if plan.why_no_room is not None:
@@ -331,9 +352,11 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
     """
     tuning = tuning or fitting(dims, gpu)
     d, programs = dims, gpu.cores
-    if (reason := _why_not_there(gpu) or why_not(dims, programs, tuning)) is not None:
+    if (
+        reason := _why_not_there(gpu) or why_not(dims, programs, tuning, gpu.copied_bytes)
+    ) is not None:
         raise ValueError(reason)
-    g = _Geometry(dims, tuning)
+    g = _Geometry(dims, tuning, gpu.copied_bytes)
     segments = _segments(dims, programs, g)
     owned = next_power_of_2(ceil_div(ceil_div(d.model_dim, g.rows), programs))
     # What is rotated, and what is added to the residual, is made use of at once.
@@ -362,6 +385,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
         attention=_attention(d, gpu, g.num_warps, tuning),
         owned=owned,
         bulk=gpu.bulk_copies,
+        scale_unit=gpu.copied_bytes,
         tuning=tuning,
     )
     if plan.box is not None:  # boxes come to such addresses alone

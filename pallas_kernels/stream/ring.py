@@ -205,6 +205,7 @@ def _feed_of(plan: StreamPlan) -> ptx.Feed:
         l2_tiles=plan.tuning.l2_tiles,
         l2_bytes=plan.tuning.l2_bytes,
         sharing=plan.sharing,
+        scale_unit=plan.scale_unit,
         matrix_rows=0 if plan.box is None else plan.segments[Segment.DOWN].out,
     )
 

@@ -159,7 +159,9 @@ def make_route(env: StreamEnv, table: Array) -> None:
     weights = weights_of(env)
     strides = _strides(weights, _units(apart * head_part.inner * head_part.bits))
     interpret = env.interpret
-    begin = ptx.begin_words(weights[0], weights, strides, beyond, start, interpret=interpret)
+    begin = ptx.begin_words(
+        weights[0], weights, strides, beyond, start, unit=READ, interpret=interpret
+    )
     # Rows of a copy's kind that there are; all groups of a head are whole.
     out = of([d.qkv_dim, *(p.out for p in parts[1:])])
     there = jnp.clip(out - row, 0, outputs)
@@ -218,10 +220,10 @@ def _units(bits: int) -> int:
     return bits // (8 * READ)
 
 
-def _strides(arrays: Sequence[Any], head: int) -> list[int]:
+def _strides(arrays: Sequence[Any], head: int, unit: int = READ) -> list[int]:
     """Units of a layer of each array; of the head, which is the last, those between its tiles."""
     sizes = [math.prod(ref.shape[1:]) * jnp.dtype(ref.dtype).itemsize for ref in arrays[:-1]]
-    return [*(_units(8 * size) for size in sizes), head]
+    return [*(size // unit for size in sizes), head]
 
 
 def _scale_words(
@@ -244,7 +246,8 @@ def _scale_words(
         there: rows of a copy of weights, where these are not split.
         copies: of weights; 0 for an empty tile.
     """
-    names, unit = sorted(env.plan.segments), jnp.int32(READ)
+    names, whole = sorted(env.plan.segments), env.plan.scale_unit
+    unit = jnp.int32(whole)
 
     def of(values: Sequence[Array | int]) -> Array:
         return jnp.broadcast_to(pick(beyond, values), row.shape)
@@ -260,11 +263,11 @@ def _scale_words(
     arrays, sizes = [array_of(segment) for segment in names], of([p.scale_bytes for p in parts])
     start, base = lax.div(row * sizes, unit), weights_of(env)[0]
     head = parts[Segment.HEAD]
-    apart = _units(8 * head.teams * head.rows * head.scale_bytes)
-    strides, interpret = _strides(arrays, apart), env.interpret
-    begin = ptx.begin_words(base, arrays, strides, beyond, start, interpret=interpret)
+    apart = head.teams * head.rows * head.scale_bytes // whole
+    strides, interpret = _strides(arrays, apart, whole), env.interpret
+    begin = ptx.begin_words(base, arrays, strides, beyond, start, unit=whole, interpret=interpret)
     # Whole units: one that holds a scale lies in the array.
-    size = lax.div(there * sizes + (READ - 1), unit) * READ
+    size = lax.div(there * sizes + (whole - 1), unit) * whole
     most = of([(1 + is_paired(s)) * (p.bits != 16) for s, p in zip(names, parts, strict=True)])
     place = of([p.rows * p.row_bytes for p in parts])
     stride = lax.div(second * sizes, unit)

@@ -25,8 +25,8 @@ class Begin(NamedTuple):
     """Where a tile of the first layer begins: int32.
 
     An address: `low` and `high` are the halves of its distance from a base, and `stride` is a
-    layer's length, all in units of 16 bytes. Interpreted, arrays have no addresses: `low` is
-    the distance in the array, and `high` the array's number.
+    layer's length, all in units: 16 bytes, or `StreamPlan.scale_unit` of scales. Interpreted,
+    arrays have no addresses: `low` is the distance in the array, and `high` the array's number.
     """
 
     low: Array
@@ -39,12 +39,12 @@ _begin_words_p.multiple_results = True
 
 
 @_begin_words_p.def_effectful_abstract_eval
-def _(*args, strides):
+def _(*args, strides, unit):
     return [core.ShapedArray(args[-1].shape, jnp.int32)] * 3, set()
 
 
 @lowering.register_lowering(_begin_words_p)
-def _(ctx, base, *args, strides):
+def _(ctx, base, *args, strides, unit):
     *beyond, start = lowered.values(ctx, args[len(strides) :])
     shape = list(ctx.avals_out[0].shape)
     wide = lowered.like(shape, lowered.i64())
@@ -62,7 +62,7 @@ def _(ctx, base, *args, strides):
         chosen = arith.select(condition, distance, chosen)
         stride = arith.select(condition, constant(size, lowered.i32()), stride)
     # Arrays begin at multiples of a unit.
-    chosen = arith.shrsi(chosen, constant(UNIT.bit_length() - 1, lowered.i64()))
+    chosen = arith.shrsi(chosen, constant(unit.bit_length() - 1, lowered.i64()))
     chosen = arith.addi(chosen, arith.extsi(wide, start))
     low = arith.trunci(lowered.like(shape, lowered.i32()), chosen)
     high = arith.trunci(
@@ -78,6 +78,7 @@ def begin_words(
     beyond: Sequence[Array],
     start: Array,
     *,
+    unit: int,
     interpret: bool,
 ) -> list[Array]:
     """The three fields of the `Begin` of some tiles, int32 `[T]` each.
@@ -89,6 +90,7 @@ def begin_words(
         beyond: bool `[T]`, one for each array but the first: the last array whose condition
             holds is the tile's, or the first.
         start: int32 `[T]`, where in a layer's matrix the tiles begin, in units.
+        unit: bytes, a power of two, at a multiple of which every array begins.
         interpret: whether the kernel is interpreted.
     """
     if interpret:
@@ -97,4 +99,4 @@ def begin_words(
             which = jnp.where(condition, number, which)
             stride = jnp.where(condition, strides[number], stride)
         return [start, which, stride]
-    return _begin_words_p.bind(base, *refs, *beyond, start, strides=tuple(strides))
+    return _begin_words_p.bind(base, *refs, *beyond, start, strides=tuple(strides), unit=unit)

@@ -1,4 +1,4 @@
-"""Copies of 16 bytes a thread (`cp.async`), which compute capability 8.0 and newer have.
+"""Copies of 16 bytes a thread (`cp.async`), or of 8, which compute capability 8.0 and newer have.
 
 Where bulk copies are (9.0 and newer), one thread asks for a whole tile by one instruction. Here
 the threads that multiply share each tile: a warp asks for its own share of it when it finds that it
@@ -12,8 +12,10 @@ from __future__ import annotations
 __all__ = ["WARP", "arrive_line", "copy_lines", "prefetch_lines"]
 
 WARP = 32
-# Bytes of a copy; and copies of a thread between two looks whether any are left.
-_BYTES, _UNROLLED = 16, 4
+# Copies of a thread between two looks whether any are left.
+_UNROLLED = 4
+# How a copy of so many bytes is made: what passes through the L1 cache may be smaller.
+_KINDS = {16: "cg", 8: "ca"}
 # Bytes that a thread asks for into the L2 cache at once.
 _LINE = 128
 
@@ -29,6 +31,7 @@ def arrive_line(barrier: str) -> str:
 
 def copy_lines(
     threads: int,
+    unit: int = 16,
     *,
     source: str,
     place: str,
@@ -42,9 +45,10 @@ def copy_lines(
 
     Args:
         threads: that share the parts: the program's first ones.
-        source: register with the address of the first part, a multiple of 16.
+        unit: bytes of a copy, 16 or 8.
+        source: register with the address of the first part, a multiple of `unit`.
         place: register with its address in shared memory, likewise.
-        size: register with the bytes of a part, a multiple of 16.
+        size: register with the bytes of a part, a multiple of `unit`.
         policy: register with the policy of the L2 cache.
         count: register with the number of parts.
         step: register with the bytes from a part to the next one, 64 bits.
@@ -52,17 +56,17 @@ def copy_lines(
     """
     lines = [
         "{ .reg .pred %is; .reg .b32 %own, %parts, %rest, %row, %to; .reg .b64 %begin, %at;",
-        f"mov.u32 %own, %tid.x; mul.lo.u32 %own, %own, {_BYTES}; cvt.u64.u32 %begin, %own;",
+        f"mov.u32 %own, %tid.x; mul.lo.u32 %own, %own, {unit}; cvt.u64.u32 %begin, %own;",
         f"add.u64 %begin, %begin, {source}; add.u32 %row, {place}, %own; mov.b32 %parts, {count};",
         "part: setp.eq.u32 %is, %parts, 0; @%is bra copied;",
         f"mov.b64 %at, %begin; mov.b32 %to, %row; sub.s32 %rest, {size}, %own;",
         "some:",
     ]
-    by, whole = _BYTES * threads, _BYTES * threads * _UNROLLED
+    by, whole = unit * threads, unit * threads * _UNROLLED
     for i in range(_UNROLLED):
         lines.append(
-            f"setp.gt.s32 %is, %rest, {by * i}; @%is cp.async.cg.shared.global.L2::cache_hint "
-            f"[%to+{by * i}], [%at+{by * i}], {_BYTES}, {policy};"
+            f"setp.gt.s32 %is, %rest, {by * i}; @%is cp.async.{_KINDS[unit]}.shared.global."
+            f"L2::cache_hint [%to+{by * i}], [%at+{by * i}], {unit}, {policy};"
         )
     return [
         *lines,

@@ -72,19 +72,23 @@ def _part(f: Feed, row: int, pointer: str, last: tuple[str, ...], first: str) ->
         row: where its words of the route lie, bytes behind %row.
         pointer: the first array's address.
         last: names of the second four of them.
-        first: which of these says where in the slot they go; "" if at its beginning.
+        first: which of these says where in the slot they go, of scales; "" of weights, which go to
+            its beginning.
     """
+    unit = f.scale_unit if first else 16
     return [
         "{ .reg .b32 %low, %high, %stride, %step, %size, %count, %apart, %first;",
         ".reg .b64 %from, %by, %policy; createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
         f"ld.shared.v4.b32 {{%low, %high, %stride, %step}}, [%row+{row}];",
         f"ld.shared.v4.b32 {{{', '.join(last)}}}, [%row+{row + 16}];",
         "mov.b64 %from, {%low, %high};",
-        "mul.wide.u32 %by, %layer, %stride; add.u64 %from, %from, %by; shl.b64 %from, %from, 4;",
-        f"add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %step, 16;",
+        "mul.wide.u32 %by, %layer, %stride; add.u64 %from, %from, %by;",
+        f"shl.b64 %from, %from, {unit.bit_length() - 1}; add.u64 %from, %from, {pointer};",
+        f"mul.wide.u32 %by, %step, {unit};",
         f"add.u32 %first, %t, {first or 0};",
         *async_copy.copy_lines(
             f.sharing,
+            unit,
             source="%from",
             place="%first",
             size="%size",

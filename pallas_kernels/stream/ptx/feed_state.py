@@ -36,6 +36,8 @@ class Feed:
         sharing: threads that copy 16 bytes of a tile each, again and again: the program's first
             warps, each of which has control words of its own, 16 behind those of the warp before.
             0: one thread asks for bulk copies. See `async_copy`.
+        scale_unit: bytes of whose multiples copies of scales are, and begin at; where one thread
+            asks for bulk copies, 16.
         matrix_rows: of a layer of the matrix whose tiles come as boxes; 0 where none does. The last
             of a tile's 8 words then says where its box begins: see `route`.
     """
@@ -56,6 +58,7 @@ class Feed:
     l2_tiles: int
     l2_bytes: int
     sharing: int
+    scale_unit: int
     matrix_rows: int
 
     @property
