@@ -231,9 +231,7 @@ def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning | None = None) -> str | None
         tuning: as in `make_stream_plan`.
     """
     tuning = tuning or fitting(dims, gpu)
-    if (
-        reason := _why_not_there(gpu) or why_not(dims, gpu.cores, tuning, gpu.copied_bytes)
-    ) is not None:
+    if (reason := _why_not_planned(dims, gpu, tuning)) is not None:
         return reason
     # Interpreted, no shared memory is taken.
     return None if gpu == INTERPRETER else make_stream_plan(dims, gpu, tuning).why_no_room
@@ -352,9 +350,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
     """
     tuning = tuning or fitting(dims, gpu)
     d, programs = dims, gpu.cores
-    if (
-        reason := _why_not_there(gpu) or why_not(dims, programs, tuning, gpu.copied_bytes)
-    ) is not None:
+    if (reason := _why_not_planned(dims, gpu, tuning)) is not None:
         raise ValueError(reason)
     g = _Geometry(dims, tuning, gpu.copied_bytes)
     segments = _segments(dims, programs, g)
