@@ -469,7 +469,7 @@ BAD = {
     "name": (
         (
             ValueError,
-            "implementation is one of 'pallas', 'pallas', 'xla' or None, got 'cuda'",
+            "implementation is one of 'pallas', 'xla' or None, got 'cuda'",
         ),
         [SHORT, 4, {"implementation": "cuda"}],
     ),

@@ -136,6 +136,7 @@ class Tile:
             threads=32 * self.warps,
             product_warps=self.product_warps,
             chunked=self.chunked,
+            bulk=True,
             line=lambda part: line_of(self.chunked, part.bits),
             columns=lambda part: self.columns,
         )

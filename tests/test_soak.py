@@ -77,7 +77,7 @@ def test_a_process_that_fails_is_told(monkeypatch):
     ("arguments", "message"),
     [
         (["--config", "gpt-5"], "No preset is called 'gpt-5'"),
-        (["--implementation", "pallas", "--weights", "int8"], "reads bfloat16 weights"),
+        (["--implementation", "pallas", "--weights", "int8"], "runs on NVIDIA GPUs"),
     ],
 )
 def test_what_cannot_run_is_refused(capsys, arguments, message):

@@ -51,15 +51,17 @@ _SHRINKING = [
 class _Geometry:
     """Of tiles, whatever the device."""
 
-    def __init__(self, dims: Dims, tuning: Tuning, unit: int = READ):
+    def __init__(self, dims: Dims, tuning: Tuning, unit: int = READ, *, whole: bool = False):
         """Cuts.
 
         Args:
             dims: the sizes.
             tuning: what may be chosen freely.
             unit: `Gpu.copied_bytes`, by which scales are copied.
+            whole: whether rows are never split: interpreted, a program is alone, and threads hold
+                whatever they are given.
         """
-        self.dims, self.tuning, self.scale_unit = dims, tuning, unit
+        self.dims, self.tuning, self.scale_unit, self.whole = dims, tuning, unit, whole
         self.batch = 1 if dims.batch == 1 else COLUMNS
         self.widest = max(dims.model_dim, dims.attn_dim)
         self.most = MAX_PIECES if self.batch == 1 else 2 * MAX_PIECES
@@ -108,6 +110,8 @@ class _Geometry:
             # Integers leave room for twice as many: their rows are shorter.
             held = (MAX_PIECES // 2 if bits == 16 else MAX_PIECES) // pieces
             room = max(1, min(held, self.tuning.tile_bytes // (2 * unit * bits // 8)))
+        if self.whole:
+            room = max(room, ceil_div(size, unit))
         self.splits = ceil_div(size, room * unit)
         # The mail has the inputs that a warp reads at once in the order of its loads; and of int4
         # weights there are whole groups.
@@ -155,7 +159,14 @@ def splits_of(dims: Dims, tuning: Tuning = DEFAULT) -> int:
     return _Geometry(dims, tuning).splits
 
 
-def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT, unit: int = READ) -> str | None:
+def why_not(
+    dims: Dims,
+    programs: int,
+    tuning: Tuning = DEFAULT,
+    unit: int = READ,
+    *,
+    whole: bool = False,
+) -> str | None:
     """Why these sizes cannot be streamed, as a sentence; None if they can.
 
     Args:
@@ -163,8 +174,9 @@ def why_not(dims: Dims, programs: int, tuning: Tuning = DEFAULT, unit: int = REA
         programs: P.
         tuning: what may be chosen freely.
         unit: `Gpu.copied_bytes` of the device.
+        whole: whether the step is interpreted, where no rows are split.
     """
-    geometry = _Geometry(dims, tuning, unit)
+    geometry = _Geometry(dims, tuning, unit, whole=whole)
     held = geometry.product_warps * line_of(geometry.batch == 1, 16) * PIECE * geometry.most
     if geometry.widest > held:
         return (
@@ -239,7 +251,8 @@ def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning | None = None) -> str | None
 
 def _why_not_planned(dims: Dims, gpu: Gpu, tuning: Tuning) -> str | None:
     """Why there is no plan, whatever room there is; None if there is one."""
-    return _why_not_there(gpu) or why_not(dims, gpu.cores, tuning, gpu.copied_bytes)
+    whole = gpu == INTERPRETER
+    return _why_not_there(gpu) or why_not(dims, gpu.cores, tuning, gpu.copied_bytes, whole=whole)
 
 
 def _why_not_there(gpu: Gpu) -> str | None:
@@ -352,7 +365,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
     d, programs = dims, gpu.cores
     if (reason := _why_not_planned(dims, gpu, tuning)) is not None:
         raise ValueError(reason)
-    g = _Geometry(dims, tuning, gpu.copied_bytes)
+    g = _Geometry(dims, tuning, gpu.copied_bytes, whole=gpu == INTERPRETER)
     segments = _segments(dims, programs, g)
     owned = next_power_of_2(ceil_div(ceil_div(d.model_dim, g.rows), programs))
     # What is rotated, and what is added to the residual, is made use of at once.
