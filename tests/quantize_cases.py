@@ -39,7 +39,7 @@ FORMATS = {
     "mixed": MIXED,
 }
 
-# What the streamed kernel reads: each matrix in every format of some model, and two of them
+# What the fused kernel reads: each matrix in every format of some model, and two of them
 # as they are.
 FOR_KERNELS = {
     "int8": WeightFormats.of_layers(INT8),

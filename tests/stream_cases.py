@@ -1,4 +1,4 @@
-"""What the tests of the streamed kernel share: plans, steps of one program and of several."""
+"""What the tests of the fused kernel share: plans, steps of one program and of several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streamed kernel on a GPU, over and over, with warps that dawdle: always the same bits.
+"""The fused kernel on a GPU, over and over, with warps that dawdle: always the same bits.
 
 What programs, and warps of a program, owe to chance alone goes right for a long time on a quiet
 machine. Small models show it first: most of their warps have nothing to wait for, and run ahead.

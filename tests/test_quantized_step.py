@@ -1,4 +1,4 @@
-"""The streamed kernel's own body on quantized weights, interpreted, against the reference.
+"""The fused kernel's own body on quantized weights, interpreted, against the reference.
 
 The reference rounds activations, and int4's weights, to bfloat16; the kernel multiplies integers
 by the digits of activations and rounds neither. Between them lies what the reference rounds.

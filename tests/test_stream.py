@@ -1,4 +1,4 @@
-"""The streamed kernel's own body, interpreted by one program, against the model."""
+"""The fused kernel's own body, interpreted by one program, against the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streamed kernel of every family of models, interpreted."""
+"""The fused kernel of every family of models, interpreted."""
 
 from __future__ import annotations
 

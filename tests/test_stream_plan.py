@@ -1,4 +1,4 @@
-"""The streamed kernel's plan, and its mail."""
+"""The fused kernel's plan, and its mail."""
 
 from __future__ import annotations
 
@@ -568,7 +568,7 @@ UNEVEN = {
 def test_rows_that_bulk_copies_cannot_begin_at_are_refused(name):
     sizes, bits, said = UNEVEN[name]
     dims = dataclasses.replace(preset_dims("llama3.2-1b", 1, bits), **sizes)
-    said = f"The streamed kernel copies rows of weights {said}"
+    said = f"The fused kernel copies rows of weights {said}"
     assert why_not(dims, H200.cores) == said
     with pytest.raises(ValueError, match=re.escape(said)):
         make_stream_plan(dims, H200)
@@ -595,7 +595,7 @@ def test_scales_that_bulk_copies_cannot_begin_at_are_refused():
         preset_dims("llama3.1-8b", 1, WeightBits(down=8)), model_dim=8192, num_heads=64
     )
     said = (
-        "The streamed kernel copies scales by whole 16 bytes; those of 2 rows of this model's "
+        "The fused kernel copies scales by whole 16 bytes; those of 2 rows of this model's "
         "down, which it copies at once, are 8. Use implementation='xla'."
     )
     assert why_not(dims, H200.cores) == said

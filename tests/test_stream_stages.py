@@ -1,4 +1,4 @@
-"""The streamed kernel of several programs, interpreted stage by stage."""
+"""The fused kernel of several programs, interpreted stage by stage."""
 
 from __future__ import annotations
 

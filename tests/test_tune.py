@@ -1,4 +1,4 @@
-"""Tuning: what is tried, what counts, and the table that the streamed kernel reads."""
+"""Tuning: what is tried, what counts, and the table that the fused kernel reads."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 All meet some times. At a meeting each program writes what it has into a place of its own, and reads
 all places of its row until each holds what belongs to this meeting; then all add it up alike. Words
-carry a tag that says which meeting they belong to, as those of the streamed kernel do, so that
+carry a tag that says which meeting they belong to, as those of the fused kernel do, so that
 nothing is counted, locked or fenced: a word is there or it is not.
 """
 

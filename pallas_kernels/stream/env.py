@@ -1,4 +1,4 @@
-"""What every part of the streamed kernel is given."""
+"""What every part of the fused kernel is given."""
 
 from __future__ import annotations
 

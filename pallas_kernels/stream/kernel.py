@@ -1,4 +1,4 @@
-"""The streamed kernel's body: one loop over this program's tiles of the whole step."""
+"""The fused kernel's body: one loop over this program's tiles of the whole step."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def stream_step(
     *,
     interpret: bool = False,
 ) -> tuple[Array, Array, StepState]:
-    """One streamed decode step: one kernel launch.
+    """One fused decode step: one kernel launch.
 
     Args:
         plan: the step's plan, from `make_stream_plan`.

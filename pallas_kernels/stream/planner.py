@@ -180,13 +180,13 @@ def why_not(
     held = geometry.product_warps * line_of(geometry.batch == 1, 16) * PIECE * geometry.most
     if geometry.widest > held:
         return (
-            f"The streamed kernel holds at most {held} activations of "
+            f"The fused kernel holds at most {held} activations of "
             f"each of {dims.batch} sequences in place; this model has "
             f"{max(dims.model_dim, dims.attn_dim)}. {_INSTEAD}"
         )
     if geometry.splits > programs:
         return (
-            f"The streamed kernel splits {dims.ffw_dim} hidden activations among "
+            f"The fused kernel splits {dims.ffw_dim} hidden activations among "
             f"{geometry.splits} programs; this GPU has {programs}. {_INSTEAD}"
         )
     for name, inner in _inputs(dims).items():
@@ -194,7 +194,7 @@ def why_not(
         whole = GROUP if bits == 4 else 8 * READ // bits
         if inner % whole:
             return (
-                f"The streamed kernel copies rows of weights of whole {whole} elements, of {bits} "
+                f"The fused kernel copies rows of weights of whole {whole} elements, of {bits} "
                 f"bits each; this model's {name} has rows of {inner}. {_INSTEAD}"
             )
     if (gap := _longest_gap(dims.features.local_layers)) >= MOST_BETWEEN:
@@ -208,7 +208,7 @@ def why_not(
         rows = part.run_rows // 2 if is_paired(segment) else part.run_rows
         if rows * part.scale_bytes % unit:
             return (
-                f"The streamed kernel copies scales by whole {unit} bytes; those of {rows} rows "
+                f"The fused kernel copies scales by whole {unit} bytes; those of {rows} rows "
                 f"of this model's {name}, which it copies at once, are "
                 f"{rows * part.scale_bytes}. {_INSTEAD}"
             )

@@ -81,7 +81,7 @@ class Ran(NamedTuple):
 
 
 def kernel_step(case: Case, interpret: bool = False) -> StepFunction:
-    """The streamed kernel's step."""
+    """The fused kernel's step."""
     return functools.partial(fused_step, tuning=case.tuned, interpret=interpret)
 
 
