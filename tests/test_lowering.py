@@ -28,6 +28,7 @@ from stream_cases import H200
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
+from pallas_kernels.gpu import Gpu
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.planner import make_stream_plan
@@ -59,17 +60,21 @@ BY_WARPS = (
 )
 
 
-def lower_step(config: ModelConfig, batch: int, tuning: Tuning = ALL) -> None:
+def lower_step(
+    config: ModelConfig, batch: int, tuning: Tuning | None = ALL, gpu: Gpu = H200
+) -> None:
     """Lowers a whole step for a GPU that need not be there."""
     d = dims_of(config, batch, 16_384)
-    plan = make_stream_plan(d, H200, tuning)
+    plan = make_stream_plan(d, gpu, tuning)
     cache = jax.eval_shape(lambda: KVCache.create(config, batch, d.capacity))
     state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
     step = functools.partial(stream_step, plan)
     lower_for_gpu(step, d.abstract_weights(), state, cache.lengths)  # of tokens' shape
 
 
-def texts(config: ModelConfig, batch: int, tuning: Tuning = ALL) -> list[str]:
+def texts(
+    config: ModelConfig, batch: int, tuning: Tuning | None = ALL, gpu: Gpu = H200
+) -> list[str]:
     """The inline PTX of a whole step, as Triton is given it."""
     found: list[str] = []
     emit = lowered.tt_dialect.elementwise_inline_asm
@@ -79,7 +84,7 @@ def texts(config: ModelConfig, batch: int, tuning: Tuning = ALL) -> list[str]:
         return emit(results, text, **rest)
 
     with mock.patch.object(lowered.tt_dialect, "elementwise_inline_asm", recorded):
-        lower_step(config, batch, tuning)
+        lower_step(config, batch, tuning, gpu)
     return found
 
 
@@ -91,9 +96,15 @@ def test_with_an_operand_so_many_tiles_are_asked_for_as_the_tuning_says(tiles):
     assert any("min.u32 %v, %v, 8192;" in text for text in found)
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_warps_are_whole_behind_every_jump_and_before_every_barrier(name):
-    found = texts(*STEPS[name])
+A100 = Gpu.named("A100", "8.0", 108)
+ON_GPUS = [*((name, H200) for name in STEPS), ("one sequence", A100), ("integers of several", A100)]
+
+
+@pytest.mark.parametrize(("name", "gpu"), ON_GPUS, ids=lambda x: getattr(x, "name", x))
+def test_warps_are_whole_behind_every_jump_and_before_every_barrier(name, gpu):
+    found = texts(*STEPS[name], ALL if gpu == H200 else None, gpu)
+    assert any("cp.async.bulk" in text for text in found) == (gpu == H200)
+    assert any("cp.async.mbarrier.arrive" in text for text in found) == (gpu == A100)
     jumps = [text for text in found if re.search(r"\bbra\b", text)]
     assert len(jumps) > 5
     for text in jumps:

@@ -235,7 +235,7 @@ def _(ctx, ref, *args, feed, store):
     args = lowered.values(ctx, args)
     pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), [1])
     # By one thread, instructions for few copies are fewer than for a whole warp.
-    together = (store and not feed.matrix_rows) or not feed.bulk
+    together = store and not feed.matrix_rows and feed.bulk
     options: dict[str, Any] = {"used": "$3", "ahead": "$4"} if store else {}
     options["together"] = together
     lines = feed_lines(feed, "$2", "$1", **options)
