@@ -33,6 +33,7 @@ from pallas_kernels.stream.tuning import Tuning, tuning_for
 from pallas_kernels.support import why_not
 
 __all__ = [
+    "FORMER_NAMES",
     "DecodeOutput",
     "Implementation",
     "Kernel",
@@ -50,8 +51,8 @@ __all__ = [
 
 Kernel = Literal["pallas"]
 Implementation = Literal[Kernel, "xla"]
-# What an implementation was called before 0.3, when there were two kernels.
-_FORMER_NAMES: dict[str, Implementation] = {"pallas_stream": "pallas"}
+# What an implementation was called while there were two kernels.
+FORMER_NAMES: dict[str, Implementation] = {"pallas_stream": "pallas"}
 
 _log = logging.getLogger("ffjax")
 
@@ -275,8 +276,8 @@ def resolve_implementation_config(
             says why and what to do.
     """
     names = get_args(Implementation)
-    if implementation in _FORMER_NAMES:
-        former, implementation = implementation, _FORMER_NAMES[implementation]
+    if implementation in FORMER_NAMES:
+        former, implementation = implementation, FORMER_NAMES[implementation]
         warnings.warn(
             f"implementation={former!r} is called {implementation!r} now, and is unknown from the "
             f"next version on: take implementation={implementation!r}.",

@@ -143,6 +143,14 @@ def test_bad_input_is_a_sentence_on_stderr_and_code_2(path, capsys, more, senten
     assert "Traceback" not in err
 
 
+def test_a_former_name_of_the_kernel_is_taken_with_a_sentence(capsys):
+    arguments = ["bench", "--config", "llama3.2-1b", "--batch", "9"]
+    assert main([*arguments, "--implementation", "pallas_stream"]) == 2
+    said, reason = capsys.readouterr().err.splitlines()
+    assert said.startswith("--implementation pallas_stream is called pallas now;")
+    assert "takes 1 to 8 sequences" in reason
+
+
 def test_a_model_of_another_vocabulary_is_refused(capsys, tmp_path):
     config = dataclasses.replace(CONFIG, name="words", vocab_size=100)
     checkpoints.save(Transformer(config, rngs=nnx.Rngs(0)), tmp_path / "words")

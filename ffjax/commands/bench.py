@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 from ffjax.commands.formats import add_format_arguments, chosen_config
+from ffjax.commands.implementations import implementation
 from ffjax.commands.options import spans, whole, wholes
 from ffjax.decode import Implementation
 
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--implementation",
+        type=implementation,
         choices=get_args(Implementation),
         help="what to time; default: the fused kernel where it can run, else the reference",
     )

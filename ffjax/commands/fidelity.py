@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ffjax.commands.folders import add_ignore_field, check_nothing_ignored, load_model
 from ffjax.commands.formats import PLAIN, add_format_arguments, chosen_config
+from ffjax.commands.implementations import implementation
 from ffjax.commands.options import seed, whole
 from ffjax.config import PRESETS
 from ffjax.decode import Implementation
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--implementation",
+        type=implementation,
         choices=get_args(Implementation),
         help="to be judged; default: the fused kernel, its body interpreted for a small model "
         "where it cannot be launched",

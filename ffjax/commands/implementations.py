@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import get_args
 
-from ffjax.decode import Implementation
+from ffjax.decode import FORMER_NAMES, Implementation
 from ffjax.prefill.choice import Prefill
 
-__all__ = ["add_implementations"]
+__all__ = ["add_implementations", "implementation"]
+
+
+def implementation(text: str) -> str:
+    """An implementation's name of today, for argparse; of a former one it says so on stderr."""
+    if (name := FORMER_NAMES.get(text)) is None:
+        return text
+    print(
+        f"--implementation {text} is called {name} now; the next version does not know {text}.",
+        file=sys.stderr,
+    )
+    return name
 
 
 def add_implementations(parser: argparse.ArgumentParser) -> None:
     """Adds --implementation and --prefill."""
     parser.add_argument(
         "--implementation",
+        type=implementation,
         choices=get_args(Implementation),
         help="of the decode steps; default: the fused kernel where it can run",
     )
