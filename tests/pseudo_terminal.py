@@ -105,13 +105,16 @@ def terminal(
     """Runs a command at a pseudo terminal, and ends it with the block."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    # Processes that share the tests are told the size of the terminal that shows their results.
+    sizes = "COLUMNS", "LINES"
+    inherited = {name: value for name, value in os.environ.items() if name not in sizes}
     process = subprocess.Popen(
         [sys.executable, "-S", __file__, *map(str, command)],
         stdin=side,
         stdout=side,
         stderr=side,
         cwd=cwd,
-        env={**os.environ, "TERM": "xterm-256color", **(env or {})},
+        env={**inherited, "TERM": "xterm-256color", **(env or {})},
         start_new_session=True,
     )
     os.close(side)

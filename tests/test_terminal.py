@@ -230,7 +230,7 @@ def test_a_narrow_window(at):
 
 def test_tab_completes_commands_settings_and_files(at, home):
     (home / "kept.json").write_text('[{"role": "user", "content": "seed"}]')
-    with at() as shell:
+    with at(columns=300) as shell:
         ready(shell)
         shell.line("/lo\tke\t")
         shell.expect("Loaded 1 message of .*kept.json. The last one has no answer: /retry")
