@@ -191,10 +191,10 @@ def why_not(
         )
     for name, inner in _inputs(dims).items():
         bits = getattr(dims.weight_bits, name)
-        whole = GROUP if bits == 4 else 8 * READ // bits
-        if inner % whole:
+        grain = GROUP if bits == 4 else 8 * READ // bits
+        if inner % grain:
             return (
-                f"The fused kernel copies rows of weights of whole {whole} elements, of {bits} "
+                f"The fused kernel copies rows of weights of whole {grain} elements, of {bits} "
                 f"bits each; this model's {name} has rows of {inner}. {_INSTEAD}"
             )
     if (gap := _longest_gap(dims.features.local_layers)) >= MOST_BETWEEN:
