@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ from ffjax.benchmark.machine import Machine
 from ffjax.benchmark.serving_clients import Answer, Job
 from ffjax.benchmark.tables import origin_data, origin_text, table
 from ffjax.benchmark.timing import DecodeLoop, take_turns
-from ffjax.commands.implementations import implementation as named_implementation
+from ffjax.commands.implementations import add_implementation
 from ffjax.commands.options import whole
 from ffjax.config import preset
 from ffjax.decode import Implementation, default_device
@@ -379,9 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--prompt", metavar="N", type=whole(1), nargs=2, default=Load.prompt, help="tokens, from to"
     )
     parser.add_argument("--max-logprobs", metavar="K", type=whole(0, 20), default=20)
-    parser.add_argument(
-        "--implementation", type=named_implementation, choices=get_args(Implementation)
-    )
+    add_implementation(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     load = Load(

@@ -27,12 +27,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 from ffjax.commands.formats import add_format_arguments, chosen_config
-from ffjax.commands.implementations import implementation
+from ffjax.commands.implementations import add_implementation
 from ffjax.commands.options import spans, whole, wholes
-from ffjax.decode import Implementation
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -83,11 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=7,
         help="timed loops or requests, 7 or more; default: %(default)s",
     )
-    parser.add_argument(
-        "--implementation",
-        type=implementation,
-        choices=get_args(Implementation),
-        help="what to time; default: the fused kernel where it can run, else the reference",
+    add_implementation(
+        parser,
+        "what to time; default: the fused kernel where it can run, else the reference",
     )
     parser.add_argument(
         "--compare",

@@ -18,14 +18,13 @@ import json
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from ffjax.commands.folders import add_ignore_field, check_nothing_ignored, load_model
 from ffjax.commands.formats import PLAIN, add_format_arguments, chosen_config
-from ffjax.commands.implementations import implementation
+from ffjax.commands.implementations import add_implementation
 from ffjax.commands.options import seed, whole
 from ffjax.config import PRESETS
-from ffjax.decode import Implementation
 from ffjax.failures import without_advice
 
 if TYPE_CHECKING:
@@ -74,11 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="prompts side by side; default: %(default)s",
     )
-    parser.add_argument(
-        "--implementation",
-        type=implementation,
-        choices=get_args(Implementation),
-        help="to be judged; default: the fused kernel, its body interpreted for a small model "
+    add_implementation(
+        parser,
+        "to be judged; default: the fused kernel, its body interpreted for a small model "
         "where it cannot be launched",
     )
     add_ignore_field(parser)

@@ -9,10 +9,10 @@ from typing import get_args
 from ffjax.decode import FORMER_NAMES, Implementation
 from ffjax.prefill.choice import Prefill
 
-__all__ = ["add_implementations", "implementation"]
+__all__ = ["add_implementation", "add_implementations"]
 
 
-def implementation(text: str) -> str:
+def _implementation(text: str) -> str:
     """An implementation's name of today, for argparse; of a former one it says so on stderr."""
     if (name := FORMER_NAMES.get(text)) is None:
         return text
@@ -23,14 +23,16 @@ def implementation(text: str) -> str:
     return name
 
 
+def add_implementation(parser: argparse.ArgumentParser, help: str | None = None) -> None:
+    """Adds --implementation, with a command's own words about it."""
+    parser.add_argument(
+        "--implementation", type=_implementation, choices=get_args(Implementation), help=help
+    )
+
+
 def add_implementations(parser: argparse.ArgumentParser) -> None:
     """Adds --implementation and --prefill."""
-    parser.add_argument(
-        "--implementation",
-        type=implementation,
-        choices=get_args(Implementation),
-        help="of the decode steps; default: the fused kernel where it can run",
-    )
+    add_implementation(parser, "of the decode steps; default: the fused kernel where it can run")
     parser.add_argument(
         "--prefill",
         choices=get_args(Prefill),
