@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.stream.cache import feed_cache
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.operand import collect_operand
+from pallas_kernels.stream.operand import collect_operand, no_operand
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import multiply, outputs_of, sum_up
 from pallas_kernels.stream.ring import feed_more, feed_ring, next_turn, start_ring, with_ring
@@ -151,7 +151,7 @@ def stream_kernel(env: StreamEnv) -> None:
             left = leave_segment(env, place, state)
             following = next_segment(env, place)
             operand = lax.cond(
-                index < total - 1, lambda: collect_operand(env, following), lambda: left.operand
+                index < total - 1, lambda: collect_operand(env, following), lambda: no_operand(env)
             )
             # Nobody waits for long now: time for the next layer's keys and values, and for weights.
             lax.cond(
