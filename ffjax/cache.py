@@ -33,17 +33,26 @@ class KVCache:
             nobody can look, a smaller one counts as 0.
         counters: int32, what the fused kernel needs to know from step to step: its mail. All
             zero to begin with; they belong to this batch, and the reference passes them through.
+        wide_counters: the same for steps of several tokens a sequence; None where the cache was not
+            made for any.
     """
 
     k: Array
     v: Array
     lengths: Array
     counters: Array
+    wide_counters: Array | None = None
 
     @classmethod
     @own_settings()
     def create(
-        cls, config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.bfloat16
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: Any = jnp.bfloat16,
+        *,
+        tokens: int = 1,
     ) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` positions each.
 
@@ -52,19 +61,24 @@ class KVCache:
             batch: B; a fused step takes up to 8.
             capacity: S, positions for a prompt and what follows it.
             dtype: of keys and values: the model's.
+            tokens: T: fused steps with this cache take one token of each sequence, or T.
 
         Returns:
             The cache, on the default device; it takes `4 * L * B * K * S * H` bytes in bfloat16.
 
         Raises:
-            ValueError: batch or capacity is not positive.
+            ValueError: batch, capacity or tokens is not positive.
         """
         if batch < 1 or capacity < 1:
             raise ValueError(
                 f"A cache needs a positive batch and capacity, got {batch} and {capacity}."
             )
+        if tokens < 1:
+            raise ValueError(f"A step takes 1 token of a sequence or more, got tokens={tokens}.")
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
-        return _zeros(shape, jnp.dtype(dtype), mail_words(step_dims(config, batch, capacity)))
+        words = mail_words(step_dims(config, batch, capacity))
+        wide = mail_words(step_dims(config, batch, capacity, tokens)) if tokens > 1 else None
+        return _zeros(shape, jnp.dtype(dtype), words, wide)
 
     @property
     def batch(self) -> int:
@@ -77,14 +91,15 @@ class KVCache:
         return self.k.shape[3]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: Any, words: int) -> KVCache:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _zeros(shape: tuple[int, ...], dtype: Any, words: int, wide: int | None) -> KVCache:
     """One program, where each array would be two of its own: that counts when a process starts."""
     return KVCache(
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),
         lengths=jnp.zeros(shape[1:2], jnp.int32),
         counters=jnp.zeros((words,), jnp.int32),
+        wide_counters=None if wide is None else jnp.zeros((wide,), jnp.int32),
     )
 
 
@@ -96,7 +111,7 @@ def _dtype(array: Any) -> Any:
     return getattr(array, "dtype", None) or type(array).__name__
 
 
-def check_cache(cache: KVCache, config: ModelConfig, dtype: Any) -> None:
+def check_cache(cache: KVCache, config: ModelConfig, dtype: Any, tokens: int = 1) -> None:
     """Refuses a cache that was not made for this model.
 
     Shapes and dtypes are always known. Lengths are looked at where they are no tracers; on a
@@ -106,6 +121,7 @@ def check_cache(cache: KVCache, config: ModelConfig, dtype: Any) -> None:
         cache: the cache.
         config: the model's.
         dtype: of the model's weights.
+        tokens: T, of each sequence, of a step that needs the cache's counters.
 
     Raises:
         ValueError: a shape is another model's, or a length is negative.
@@ -126,10 +142,19 @@ def check_cache(cache: KVCache, config: ModelConfig, dtype: Any) -> None:
         if (found := _dtype(stored)) != dtype:
             raise TypeError(f"Cache and weights share a dtype, got {found} and {dtype}. {_MAKE}")
     batch, words = keys[1], mail_words(step_dims(c, keys[1], keys[3]))
-    for name, array, shape in (
-        ("lengths", cache.lengths, (batch,)),
-        ("counters", cache.counters, (words,)),
-    ):
+    arrays = [("lengths", cache.lengths, (batch,)), ("counters", cache.counters, (words,))]
+    if tokens > 1:
+        wide = mail_words(step_dims(c, batch, keys[3], tokens))
+        found = None if cache.wide_counters is None else np.shape(cache.wide_counters)
+        if found != (wide,):
+            made = "for steps of one token" if found is None else "for another number of tokens"
+            raise ValueError(
+                f"A fused step of {tokens} tokens of each of {batch} sequences needs a cache made "
+                f"for it; this one is made {made}. Make it with KVCache.create("
+                f"model.config, batch, capacity, model.dtype, tokens={tokens})."
+            )
+        arrays.append(("wide_counters", cache.wide_counters, (wide,)))
+    for name, array, shape in arrays:
         if np.shape(array) != shape:
             raise ValueError(
                 f"The cache of {c.name} for {batch} sequences has {name} of shape {list(shape)}; "

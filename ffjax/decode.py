@@ -66,9 +66,9 @@ class DecodeOutput(NamedTuple):
 
     Attributes:
         cache: the cache, one position longer.
-        logits: float32 `[B, V]`.
-        token: int32 `[B]`, the greedy choice, the lowest id of equal logits. Where a logit is NaN
-            it is that one's, or -1 where the kernel gave up.
+        logits: float32 `[B, V]`; of a step of several tokens `[B, T, V]`.
+        token: int32 `[B]`, or `[B, T]`: the greedy choice behind each token, the lowest id of equal
+            logits. Where a logit is NaN it is that one's, or -1 where the kernel gave up.
     """
 
     cache: KVCache
@@ -96,13 +96,14 @@ class DecodeOutput(NamedTuple):
                 "A step's numbers can be looked at when it has run; got one that is traced. Call "
                 "check outside of jit, with what the jitted step returns."
             )
-        token = np.asarray(self.token)
-        rows, index = jnp.arange(len(token)), jnp.maximum(self.token, 0)
-        chosen = np.asarray(self.logits[rows, index])
-        wrong = (token < 0) | ~np.isfinite(chosen)
-        wrong &= np.asarray(self.cache.lengths) <= self.cache.capacity
+        token, tokens = np.asarray(self.token), 1 if self.token.ndim == 1 else self.token.shape[1]
+        index = jnp.maximum(self.token, 0)[..., None]
+        chosen = np.asarray(jnp.take_along_axis(self.logits, index, axis=-1)[..., 0])
+        wrong = ((token < 0) | ~np.isfinite(chosen)).reshape(len(token), -1).any(axis=1)
+        # The cache has grown by one position at least.
+        wrong &= np.asarray(self.cache.lengths) + (tokens - 1) <= self.cache.capacity
         if wrong.any():
-            fault = step_fault(model, self.cache)
+            fault = step_fault(model, self.cache, tokens)
             raise NotFiniteError(int(wrong.argmax()), None, None if fault is None else str(fault))
 
 
@@ -172,19 +173,22 @@ def device_of(model: Transformer) -> Any:
     return default_device()
 
 
-def why_not_fused(model: Transformer, batch: int, capacity: int) -> str | None:
+def why_not_fused(model: Transformer, batch: int, capacity: int, tokens: int = 1) -> str | None:
     """Why the fused kernel cannot run this step on the model's device; None if it can.
 
     Args:
         model: the model.
         batch: B.
         capacity: S, slots of the cache.
+        tokens: T, of each sequence.
     """
     with jax.default_device(device_of(model)):
-        return why_not_fused_config(model.config, model.dtype, batch, capacity)
+        return why_not_fused_config(model.config, model.dtype, batch, capacity, tokens)
 
 
-def why_not_fused_config(config: ModelConfig, dtype: Any, batch: int, capacity: int) -> str | None:
+def why_not_fused_config(
+    config: ModelConfig, dtype: Any, batch: int, capacity: int, tokens: int = 1
+) -> str | None:
     """What `why_not_fused` says of a model that need not exist: nothing is allocated.
 
     It would run on the default device.
@@ -194,10 +198,11 @@ def why_not_fused_config(config: ModelConfig, dtype: Any, batch: int, capacity: 
         dtype: of its weights and cache.
         batch: B.
         capacity: S, slots of the cache.
+        tokens: T, of each sequence.
     """
     device = default_device()
     found = f"{device.device_kind} ({device.platform})"
-    return _why_not(config, dtype, batch, capacity, Gpu.of(device), found)
+    return _why_not(config, dtype, batch, capacity, tokens, Gpu.of(device), found)
 
 
 def _why_not(
@@ -205,12 +210,13 @@ def _why_not(
     dtype: Any,
     batch: int,
     capacity: int,
+    tokens: int,
     gpu: Gpu | None,
     found: str = "",
 ) -> str | None:
     if (reason := unknown_groups(config)) is not None:
         return reason
-    dims = step_dims(config, batch, capacity)
+    dims = step_dims(config, batch, capacity, tokens)
     reason = why_not(dims, dtype, gpu, found)
     if reason is None:
         assert gpu is not None
@@ -219,13 +225,13 @@ def _why_not(
 
 
 def choose_kernel(
-    config: ModelConfig, dtype: Any, batch: int, capacity: int
+    config: ModelConfig, dtype: Any, batch: int, capacity: int, tokens: int = 1
 ) -> tuple[Kernel | None, str | None]:
     """The fused kernel, if it can run here; or None, and why it cannot.
 
     Args: see `resolve_implementation_config`.
     """
-    reason = why_not_fused_config(config, dtype, batch, capacity)
+    reason = why_not_fused_config(config, dtype, batch, capacity, tokens)
     return ("pallas", None) if reason is None else (None, reason)
 
 
@@ -235,7 +241,10 @@ def _say_once(message: str) -> None:
 
 
 def resolve_implementation(
-    model: Transformer, cache: KVCache, implementation: Implementation | None = None
+    model: Transformer,
+    cache: KVCache,
+    implementation: Implementation | None = None,
+    tokens: int = 1,
 ) -> Implementation:
     """Which implementation a decode step will use.
 
@@ -243,6 +252,7 @@ def resolve_implementation(
         model: the model.
         cache: the cache.
         implementation: a name, or None for the best that can run.
+        tokens: T, of each sequence.
 
     Raises:
         ValueError: the name is unknown.
@@ -251,7 +261,9 @@ def resolve_implementation(
     """
     size = cache.batch, cache.capacity
     with jax.default_device(device_of(model)):
-        return resolve_implementation_config(model.config, model.dtype, *size, implementation)
+        return resolve_implementation_config(
+            model.config, model.dtype, *size, implementation, tokens
+        )
 
 
 def resolve_implementation_config(
@@ -260,6 +272,7 @@ def resolve_implementation_config(
     batch: int,
     capacity: int,
     implementation: Implementation | None = None,
+    tokens: int = 1,
 ) -> Implementation:
     """What `resolve_implementation` says of a model and a cache that need not exist.
 
@@ -269,6 +282,7 @@ def resolve_implementation_config(
         batch: B.
         capacity: S, slots of the cache.
         implementation: a name, or None for the best that can run.
+        tokens: T, of each sequence.
 
     Raises:
         ValueError: the name is unknown.
@@ -292,11 +306,11 @@ def resolve_implementation_config(
     if implementation == "xla":
         return "xla"
     if implementation is not None:
-        reason = why_not_fused_config(config, dtype, batch, capacity)
+        reason = why_not_fused_config(config, dtype, batch, capacity, tokens)
         if reason is not None:
             raise NotImplementedError(reason)
         return implementation
-    kernel, reason = choose_kernel(config, dtype, batch, capacity)
+    kernel, reason = choose_kernel(config, dtype, batch, capacity, tokens)
     if kernel is not None:
         _say_once(f"decode_step uses {kernel!r}: the fused kernel can run here.")
         return kernel
@@ -305,47 +319,72 @@ def resolve_implementation_config(
 
 
 def _checked(model: Transformer, cache: KVCache, tokens: Any) -> Array:
-    """The tokens int `[B]` of a step whose inputs fit together."""
+    """The tokens int `[B]` or `[B, T]` of a step whose inputs fit together."""
     check_cache(cache, model.config, model.dtype)
     tokens = jnp.asarray(tokens)
-    if tokens.ndim > 1 and jnp.issubdtype(tokens.dtype, jnp.floating):
+    if jnp.issubdtype(tokens.dtype, jnp.floating):
         raise TypeError(
             f"A decode step takes token ids, not embeddings, got {tokens.dtype} of shape "
             f"{list(tokens.shape)}. Feed embeddings by model.last_hidden_state(embeddings, cache): "
             "steps go on from the cache that it returns."
         )
-    if tokens.shape != (cache.batch,):
+    if tokens.shape[:1] != (cache.batch,) or tokens.ndim > 2 or not tokens.size:
         raise ValueError(
-            f"A decode step takes one token a sequence, shape [{cache.batch}], got {tokens.shape}."
+            f"A decode step takes one token a sequence, shape [{cache.batch}], or several, "
+            f"[{cache.batch}, T]; got {list(tokens.shape)}."
         )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"Tokens are integers, got {tokens.dtype}.")
     return tokens
 
 
+def _tokens_each(tokens: Array) -> int:
+    """T of a step's tokens `[B]` or `[B, T]`."""
+    return 1 if tokens.ndim == 1 else tokens.shape[1]
+
+
+def _checked_live(live: Any, tokens: Array) -> Array | None:
+    """How many of each sequence's tokens count, int32 `[B]`; None if all do."""
+    if live is None:
+        return None
+    live = jnp.asarray(live)
+    if live.shape != tokens.shape[:1]:
+        raise ValueError(
+            f"live says of each sequence how many of its tokens count, shape [{tokens.shape[0]}]; "
+            f"got {list(live.shape)}."
+        )
+    if not jnp.issubdtype(live.dtype, jnp.integer):
+        raise TypeError(f"live counts tokens: integers, got {live.dtype}.")
+    return jnp.clip(live, 0, _tokens_each(tokens)).astype(jnp.int32)
+
+
 def _stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> StreamPlan:
     return make_stream_plan(dims, gpu, tuning or tuning_for(gpu.name, dims))
 
 
-def step_fault(model: Transformer, cache: KVCache) -> Fault | None:
+def step_fault(model: Transformer, cache: KVCache, tokens: int = 1) -> Fault | None:
     """What a fused step that gave up waiting left in the cache; None if none did.
 
     Args:
         model: the model.
         cache: the cache, as a step with the plan of this model and its device left it.
+        tokens: T, that the step took of each sequence.
     """
     gpu = Gpu.of(device_of(model))
     if gpu is None:
         return None
-    plan = _stream_plan(step_dims(model.config, cache.batch, cache.capacity), gpu)
-    layout = layout_of(plan)
-    return fault_of(plan, np.asarray(cache.counters[layout.fault : layout.fault + 2]), layout)
+    plan = _stream_plan(step_dims(model.config, cache.batch, cache.capacity, tokens), gpu)
+    layout, counters = layout_of(plan), cache.counters if tokens == 1 else cache.wide_counters
+    if counters is None:
+        return None
+    return fault_of(plan, np.asarray(counters[layout.fault : layout.fault + 2]), layout)
 
 
 def fused_step(
     model: Transformer,
     cache: KVCache,
     tokens: Array,
+    live: Array | None = None,
     *,
     tuning: Tuning | None = None,
     interpret: bool = False,
@@ -355,50 +394,64 @@ def fused_step(
     Args:
         model: the model.
         cache: the cache.
-        tokens: int `[B]`.
+        tokens: int `[B]`, or `[B, T]` with a cache made for as many.
+        live: how many tokens of each sequence count: see `decode_step`.
         tuning: the kernel's tunables. None: what its table says, or what fits the device.
         interpret: run the kernel's body on a CPU, with one program, in Pallas's
             interpret mode: slow, for tests of its numerics.
 
     Raises:
-        ValueError: the cache is another model's, a length is negative, or the tokens are not
-            `[B]`.
+        ValueError: the cache is another model's or not for steps of so many tokens, a length is
+            negative, or the tokens are not `[B]` or `[B, T]`.
         TypeError: the tokens are no integers, or the cache has other dtypes.
         NotImplementedError: the kernel cannot run here, or a transformation asks for what a
             kernel has not: a derivative.
     """
     tokens = _checked(model, cache, tokens)
+    live, each = _checked_live(live, tokens), _tokens_each(tokens)
     gpu = INTERPRETER if interpret else Gpu.of(device_of(model))
-    reason = _why_not(model.config, model.dtype, cache.batch, cache.capacity, gpu)
+    reason = _why_not(model.config, model.dtype, cache.batch, cache.capacity, each, gpu)
     if reason is not None or gpu is None:
         raise NotImplementedError(reason)
-    dims = step_dims(model.config, cache.batch, cache.capacity)
-    state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
-    step = decode_weights(model), state, tokens.astype(jnp.int32)
+    check_cache(cache, model.config, model.dtype, each)
+    dims = step_dims(model.config, cache.batch, cache.capacity, each)
+    name = "counters" if each == 1 else "wide_counters"
+    state = StepState(cache.k, cache.v, cache.lengths, getattr(cache, name))
+    step = decode_weights(model), state, tokens.astype(jnp.int32).reshape(-1)
     plan = _stream_plan(dims, gpu, tuning)
     launch = functools.partial(stream_step, plan, interpret=interpret)
     logits, token, state = launch_whole(launch, *step)
-    return DecodeOutput(KVCache(*state), logits, token)
+    lengths = state.lengths if live is None else jnp.maximum(cache.lengths, 0) + live
+    made = {"k": state.k, "v": state.v, "lengths": lengths, name: state.counters}
+    logits, token = logits.reshape(*tokens.shape, -1), token.reshape(tokens.shape)
+    return DecodeOutput(dataclasses.replace(cache, **made), logits, token)
 
 
-def reference_step(model: Transformer, cache: KVCache, tokens: Array) -> DecodeOutput:
+def reference_step(
+    model: Transformer, cache: KVCache, tokens: Array, live: Array | None = None
+) -> DecodeOutput:
     """A decode step by the reference model.
 
     Args:
         model: the model.
         cache: the cache.
-        tokens: int `[B]`.
+        tokens: int `[B]` or `[B, T]`.
+        live: how many tokens of each sequence count: see `decode_step`.
 
     Raises:
         ValueError: the cache is another model's, a length is negative, or the tokens are not
-            `[B]`.
+            `[B]` or `[B, T]`.
         TypeError: the tokens are no integers, or the cache has other dtypes.
     """
     tokens = _checked(model, cache, tokens)
+    live = _checked_live(live, tokens)
     tokens = jnp.clip(tokens, 0, model.config.vocab_size - 1)
     cache = dataclasses.replace(cache, lengths=jnp.maximum(cache.lengths, 0))
-    logits, cache = model(tokens[:, None], cache)
-    logits = logits[:, 0]
+    before = cache.lengths
+    logits, cache = model(tokens.reshape(len(tokens), -1), cache)
+    logits = logits.reshape(*tokens.shape, -1)
+    if live is not None:
+        cache = dataclasses.replace(cache, lengths=before + live)
     return DecodeOutput(cache, logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
@@ -407,10 +460,18 @@ def decode_step(
     model: Transformer,
     cache: KVCache,
     tokens: Array,
+    live: Array | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> DecodeOutput:
-    """Feeds one token to each sequence; returns logits and greedy choice of the next.
+    """Feeds one token to each sequence, or T; returns logits and greedy choice of the next.
+
+    Of several tokens each sees those before it, as if they had been fed one by one, and has logits
+    of its own. The step reads the weights once for all of them. With `live`, so many of each
+    sequence's count, from the first on: its length grows by as many, and what the others left in
+    the cache is overwritten by the next step. A sequence's length can be set back as well, by
+    `dataclasses.replace(cache, lengths=...)`: nothing is copied. A fused step takes up to 8 tokens,
+    of all sequences together, and a cache that was made for T (`KVCache.create(..., tokens=T)`).
 
     Call it under `jax.jit` or `nnx.jit`, with the cache donated: the fused kernel then
     updates it in place, and the step is one kernel launch. Token ids outside the
@@ -432,8 +493,9 @@ def decode_step(
 
     Args:
         model: the model.
-        cache: the cache; each sequence's token goes to position `lengths[b]`.
-        tokens: int `[B]`.
+        cache: the cache; each sequence's first token goes to position `lengths[b]`.
+        tokens: int `[B]`, or `[B, T]`.
+        live: int `[B]`, 0 to T; None: all count.
         implementation: "pallas", the fused kernel; "xla", the reference; None: the first of these
             that can run, said once by logging.
 
@@ -441,15 +503,16 @@ def decode_step(
         Cache, logits and greedy token.
 
     Raises:
-        ValueError: the implementation's name is unknown, the tokens are not `[B]`, the cache
-            is another model's, or, where it is no tracer, a length is negative.
+        ValueError: the implementation's name is unknown, the tokens are not `[B]` or `[B, T]`, the
+            cache is another model's or not for fused steps of T tokens, or, where it is no tracer,
+            a length is negative.
         TypeError: the tokens are no integers (embeddings go into `Transformer.last_hidden_state`),
             or the cache has other dtypes.
         NotImplementedError: the named implementation cannot run here; a fused step is asked
             for a derivative.
     """
     tokens = _checked(model, cache, tokens)
-    chosen = resolve_implementation(model, cache, implementation)
+    chosen = resolve_implementation(model, cache, implementation, _tokens_each(tokens))
     if chosen == "xla":
-        return reference_step(model, cache, tokens)
-    return fused_step(model, cache, tokens)
+        return reference_step(model, cache, tokens, live)
+    return fused_step(model, cache, tokens, live)

@@ -68,16 +68,18 @@ def unknown_groups(config: ModelConfig) -> str | None:
     )
 
 
-def step_dims(config: ModelConfig, batch: int, capacity: int) -> Dims:
+def step_dims(config: ModelConfig, batch: int, capacity: int, tokens: int = 1) -> Dims:
     """The sizes of a decode step.
 
     Args:
         config: the model's.
         batch: B.
         capacity: S, slots of the cache.
+        tokens: T, of each sequence.
     """
     c = config
     return Dims(
+        tokens=tokens,
         batch=batch,
         vocab_size=c.vocab_size,
         num_layers=c.num_layers,

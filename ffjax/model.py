@@ -17,6 +17,7 @@ integers are read where they lie, and what a product needs of them exists while 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -438,7 +439,7 @@ class Transformer(nnx.Module):
         fits = positions < cache.capacity
         x = jnp.where(fits[..., None], x, jnp.nan)
         x = x[:, 0] if last_only else x
-        return x, KVCache(k=k, v=v, lengths=lengths, counters=cache.counters), notes
+        return x, dataclasses.replace(cache, k=k, v=v, lengths=lengths), notes
 
     def attention_over(self, cache: KVCache, positions: Array) -> Attend:
         """The reference's attention: all scores of a layer at once.

@@ -269,7 +269,8 @@ def dims_of(asked: argparse.Namespace) -> Dims:
     """
     # The kernel knows no model; only this command looks up sizes by a model's name.
     config = _formats().chosen_config(asked)
-    return importlib.import_module("ffjax.dims").step_dims(config, asked.batch, asked.capacity)
+    sizes = asked.batch, asked.capacity, asked.tokens
+    return importlib.import_module("ffjax.dims").step_dims(config, *sizes)
 
 
 def _formats() -> Any:
@@ -286,6 +287,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="a preset of ffjax, as llama3.2-1b")
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(target_names())}")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
+    parser.add_argument("--tokens", type=int, default=1, help="of each sequence (default 1)")
     parser.add_argument("--capacity", type=int, default=16_384, help="cache slots (default 16384)")
     _formats().add_format_arguments(parser)
     parser.add_argument("--num-warps", type=int, help="overrides the plan's")
@@ -297,7 +299,7 @@ def command_line() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     asked = command_line().parse_args(arguments)
-    for name in ("batch", "capacity"):
+    for name in ("batch", "tokens", "capacity"):
         if getattr(asked, name) < 1:
             command_line().error(f"--{name} is a positive number, got {getattr(asked, name)}.")
     try:
@@ -310,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, CompileError) as error:
         print(error, file=sys.stderr)
         return 1
-    names = ("config", "weights", "head", "batch", "capacity")
+    names = ("config", "weights", "head", "batch", "tokens", "capacity")
     asked_for = {name: getattr(asked, name) for name in names}
     fields = asked_for | dataclasses.asdict(report)
     if asked.json:

@@ -63,7 +63,7 @@ def compile_step(plan: StreamPlan, config: str) -> Any:
 
     with jax.set_mesh(mesh):
         step = jax.jit(decode_step, donate_argnames="state")
-        return step.trace(weights, state, spec(d.batch)).lower().compile()
+        return step.trace(weights, state, spec(d.columns)).lower().compile()
 
 
 def main(directory: str) -> None:

@@ -155,6 +155,7 @@ class Dims:
 
     Attributes:
         batch: B, the sequences of a step.
+        tokens: T, of each sequence that a step takes.
         vocab_size: V.
         num_layers: L.
         model_dim: D.
@@ -180,11 +181,22 @@ class Dims:
     norm_eps: float
     features: Features = Features()
     weight_bits: WeightBits = WeightBits()
+    tokens: int = 1
+
+    @property
+    def columns(self) -> int:
+        """B * T, the tokens of a step: token t of sequence b has column b * T + t."""
+        return self.batch * self.tokens
 
     @property
     def q_per_kv(self) -> int:
         """G, the query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def queries(self) -> int:
+        """T * G, the queries of a step that one key/value head of a sequence answers."""
+        return self.tokens * self.q_per_kv
 
     @property
     def attn_dim(self) -> int:
@@ -203,10 +215,10 @@ class Dims:
 
     @property
     def step_weight_bytes(self) -> int:
-        """Bytes of weights a step reads: each once, one embedding row a sequence."""
+        """Bytes of weights a step reads: each once, one embedding row a token."""
         weights = self.abstract_weights()._replace(embed=None, inv_freq=None, inv_freq_local=None)
         read = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights))
-        return read + 2 * self.batch * self.model_dim
+        return read + 2 * self.columns * self.model_dim
 
     def cache_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes of bfloat16 keys and values a step reads for sequences of these lengths.

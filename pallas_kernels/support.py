@@ -42,6 +42,12 @@ def why_not(dims: Dims, dtype: Any, gpu: Gpu | None, found: str = "") -> str | N
             f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are {d.batch}. "
             "Split the batch, or use implementation='xla'."
         )
+    if d.columns > MAX_BATCH:
+        return (
+            f"The fused kernel takes at most {MAX_BATCH} tokens a step, of all sequences together; "
+            f"there are {d.batch} sequences of {d.tokens}. Feed fewer at a time, or use "
+            "implementation='xla'."
+        )
     if d.head_dim not in _HEAD_DIMS:
         return (
             f"The fused kernel's heads have {', '.join(map(str, _HEAD_DIMS))} elements; "

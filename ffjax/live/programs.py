@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -70,11 +71,11 @@ def _feed_padded(
         jnp.zeros((mail_words(step_dims(model.config, 1, cache.capacity)),), jnp.int32),
     )
     hidden, own = model.last_hidden_state(chunk.tokens, own, num_tokens=chunk.count, last_only=True)
-    cache = KVCache(
-        lax.dynamic_update_slice_in_dim(cache.k, own.k, row, axis=1),
-        lax.dynamic_update_slice_in_dim(cache.v, own.v, row, axis=1),
-        lax.dynamic_update_slice_in_dim(cache.lengths, own.lengths, row, axis=0),
-        cache.counters,
+    cache = dataclasses.replace(
+        cache,
+        k=lax.dynamic_update_slice_in_dim(cache.k, own.k, row, axis=1),
+        v=lax.dynamic_update_slice_in_dim(cache.v, own.v, row, axis=1),
+        lengths=lax.dynamic_update_slice_in_dim(cache.lengths, own.lengths, row, axis=0),
     )
     return state._replace(cache=cache, last=state.last.at[row].set(hidden[0]))
 
@@ -134,7 +135,7 @@ def _decode(
     )
     lengths = jnp.where(running, cache.lengths, before)
     state = state._replace(
-        cache=KVCache(cache.k, cache.v, lengths, cache.counters),
+        cache=dataclasses.replace(cache, lengths=lengths),
         token=jnp.where(running, token, state.token),
         length=jnp.where(running, length, state.length),
         history=state.history if history is None else history,

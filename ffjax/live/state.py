@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +85,7 @@ def entered(state: LiveState, new: Newcomer) -> LiveState:
     lengths = cache.lengths.at[new.row].set(new.kept)
     history = state.history
     return state._replace(
-        cache=KVCache(cache.k, cache.v, lengths, cache.counters),
+        cache=dataclasses.replace(cache, lengths=lengths),
         rows=jax.tree.map(lambda all_, one: all_.at[new.row].set(one), state.rows, new.rows),
         history=History(
             history.prompt.at[new.row].set(new.prompt), history.counts.at[new.row].set(0)

@@ -10,6 +10,7 @@ kernel (`pallas_kernels.prefill.attention`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -99,7 +100,7 @@ def feed(
     x, (k, v), _ = model.run_layers(x, positions[None], attend, caches, product=product)
     ended = ends < len(tokens)
     last = jnp.where(ended[:, None], x[0, jnp.where(ended, ends, 0)], last)
-    return KVCache(k, v, cache.lengths + counts, cache.counters), last
+    return dataclasses.replace(cache, k=k, v=v, lengths=cache.lengths + counts), last
 
 
 def _feed_and_choose(

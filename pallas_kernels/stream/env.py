@@ -102,9 +102,22 @@ class StreamEnv(Program):
         """Tag of the head's input, int32: it counts steps, since it is written once in each."""
         return self.step + 1
 
-    def batch_lengths(self, column: Array) -> Array:
-        """Lengths of the sequences in `column`, int32; padding repeats the last one."""
-        out = jnp.broadcast_to(self.lengths[-1], column.shape)
+    def length_of(self, sequence: Array) -> Array:
+        """Lengths of sequences, as the step finds them: int32; padding repeats the last one."""
+        out = jnp.broadcast_to(self.lengths[-1], sequence.shape)
         for b, length in enumerate(self.lengths[:-1]):
-            out = jnp.where(column == b, length, out)
+            out = jnp.where(sequence == b, length, out)
         return out
+
+    def sequence_and_token(self, column: Array) -> tuple[Array, Array | int]:
+        """Which sequence's token a column is, and which of its tokens of this step: int32."""
+        if (tokens := self.dims.tokens) == 1:
+            return column, 0
+        sequence = lax.div(column, jnp.int32(tokens))
+        return sequence, column - sequence * tokens
+
+    def positions(self, column: Array) -> Array:
+        """The new position of each column's token, int32."""
+        sequence, token = self.sequence_and_token(column)
+        length = self.length_of(sequence)
+        return length if isinstance(token, int) else length + token

@@ -128,7 +128,7 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
     return jnp.where(of_use == (thread & 3), start + where, spare)
 
 
-def word_in_mail(plan: StreamPlan, part: SegmentPlan, sequence: Any, element: Any) -> Any:
+def word_in_mail(plan: StreamPlan, part: SegmentPlan, column: Any, element: Any) -> Any:
     """Which word of its buffer of the mail an input of the segment is in: int32, or int.
 
     Whatever passes from the L2 cache to a multiprocessor does so by whole sectors of 32 bytes, and
@@ -139,15 +139,15 @@ def word_in_mail(plan: StreamPlan, part: SegmentPlan, sequence: Any, element: An
     Args:
         plan: the step's.
         part: that of the segment that reads it.
-        sequence: b; 0 where there is one.
-        element: an input; or, with sequence 0, the distance from a thread's first one to the first
+        column: of the step's tokens; 0 where there is one.
+        element: an input; or, with column 0, the distance from a thread's first one to the first
             one of another of its pieces, whose words then are as far apart.
     """
     held = part.held
     line, within = _divided(element, next_input(plan, part))  # what a warp reads at once
     thread, word = _divided(within, held)
     if not plan.chunked:
-        thread = thread + sequence * QUAD
+        thread = thread + column * QUAD
     twins = 2 if plan.twins else 1
     load, inside = _divided(_divided(word, twins)[0], LOAD)
     return line * (32 * held // twins) + load * (32 * LOAD) + thread * LOAD + inside

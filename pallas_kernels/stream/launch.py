@@ -46,13 +46,13 @@ def run_stream(
         plan: the step's plan.
         weights: the weights.
         state: what is updated in place.
-        tokens: int32 `[B]`.
+        tokens: int32 `[B * T]`, those of a sequence one after the other.
         updated: more arrays that the body knows by name and may update in place, logits
             and token among them. Those not given start as the allocator left them.
         interpret: run on a CPU, programs one after another.
 
     Returns:
-        The state, logits float32 `[B, V]`, token int32 `[B]` and `updated`, by name.
+        The state, logits float32 `[B * T, V]`, token int32 `[B * T]` and `updated`, by name.
 
     Raises:
         ValueError: the programs cannot all be on the device at once, their tiles do not fit in
@@ -69,14 +69,14 @@ def run_stream(
         raise ValueError(plan.why_no_room)
     if state.counters.shape[0] != (words := mail_words(d)):
         raise ValueError(
-            f"A step of {d.batch} sequences of this model hands over activations in {words} "
+            f"A step of {d.columns} tokens of this model hands over activations in {words} "
             f"words; the cache has {state.counters.shape[0]}. Make it with KVCache.create for "
             "this model and batch."
         )
     given = state._asdict() | (updated or {})
     made = {
-        "logits": jax.ShapeDtypeStruct((d.batch, d.vocab_size), jnp.float32),
-        "token": jax.ShapeDtypeStruct((d.batch,), jnp.int32),
+        "logits": jax.ShapeDtypeStruct((d.columns, d.vocab_size), jnp.float32),
+        "token": jax.ShapeDtypeStruct((d.columns,), jnp.int32),
     }
     if interpret:  # else in shared memory
         made["route"] = jax.ShapeDtypeStruct(route_shape(plan), jnp.int32)
@@ -129,11 +129,11 @@ def stream_step(
         plan: the step's plan, from `make_stream_plan`.
         weights: the weights, as the model stores them.
         state: the cache; donate it to the surrounding jit, or XLA copies it.
-        tokens: int32 `[B]`.
+        tokens: int32 `[B * T]`.
         interpret: run on a CPU with one program.
 
     Returns:
-        Logits float32 `[B, V]`, the greedy token int32 `[B]`, and the new state.
+        Logits float32 `[B * T, V]`, the greedy token int32 `[B * T]`, and the new state.
     """
     results = run_stream(stream_kernel, plan, weights, state, tokens, interpret=interpret)
     return results["logits"], results["token"], StepState(*(results[n] for n in StepState._fields))

@@ -54,8 +54,8 @@ class SharedLayout:
         spare: where threads put what is of no use, `SPARE_BYTES` a warp.
         sums: of those rows, the maximum and the sum of the weights.
         squares: of several sequences' residuals, each warp's sums of the squares of what it holds.
-        queries: the bfloat16 of `LOT` queries, then what they leave of float32.
-        new: the new position's key, and its value.
+        queries: the bfloat16 of `LOT` queries, then what they leave of float32; and so on.
+        new: the new positions' keys, and their values.
         route: see `route`.
         spans: see `spans`.
         slot_barriers: 8 bytes a slot.
@@ -107,8 +107,8 @@ class SharedLayout:
             "spare": SPARE_BYTES * plan.num_warps if plan.chunked else 0,
             "sums": cut.warps * LOT * 8,
             "squares": 0 if plan.chunked else 4 * COLUMNS * plan.num_warps,
-            "queries": 2 * LOT * pitches["query_pitch"],
-            "new": 2 * row,
+            "queries": 2 * LOT * cut.abreast * pitches["query_pitch"],
+            "new": 2 * row * plan.dims.tokens,
             "route": 4 * route_words(plan) * route_rows(plan),
             "spans": 4 * ROW_WORDS * kinds * spans_rows(plan),
             "slot_barriers": 8 * plan.slots,

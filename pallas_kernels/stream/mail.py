@@ -85,19 +85,19 @@ class Layout:
     Attributes:
         steps: the number of finished steps.
         fault: the record of a wait that ran out, 2 words, 0 where none did: see `ptx.giving_up`.
-        x_in: residual that enters a layer, B * D elements. These, and all others that every
+        x_in: residual that enters a layer, B * T * D elements. These, and all others that every
             program reads, in the order of `lanes.word_in_mail`.
-        x_head: residual that enters the head, B * D elements.
-        x_mid: residual between attention and feed-forward, B * D elements.
-        qkv: queries, keys and values of the new position, `[B, N + 2K, H]`.
-        attn: attention's output, B * N * H elements.
-        ffw: hidden activations, B * F elements.
+        x_head: residual that enters the head, B * T * D elements.
+        x_mid: residual between attention and feed-forward, B * T * D elements.
+        qkv: queries, keys and values of the new positions, `[B * T, N + 2K, H]`.
+        attn: attention's output, B * T * N * H elements.
+        ffw: hidden activations, B * T * F elements.
         ffw_copy: their copy, where the tuning has two: every other program reads it.
-        attn_block, ffw_block: outputs of the two blocks, B * D elements, where they are normed.
-        partial: pairs `[B, D, splits]`, partial sums of the down projection.
-        parts: pairs `[B * N, max_splits, H + 2]`: of one span of attention the weighted
+        attn_block, ffw_block: outputs of the two blocks, B * T * D elements, where they are normed.
+        partial: pairs `[B * T, D, splits]`, partial sums of the down projection.
+        parts: pairs `[B * T * N, max_splits, H + 2]`: of one span of attention the weighted
             values, the sum of the weights and their maximum.
-        best: pairs `[P, B, 2]`: each program's best logit and its token.
+        best: pairs `[P, B * T, 2]`: each program's best logit and its token.
         maps: `[P, MAP_WORDS]`: each program's tensor map, where a matrix comes by boxes. It is no
             mail, but must lie in global memory.
         words: length of the whole array.
@@ -123,7 +123,7 @@ class Layout:
     @classmethod
     def of(cls, dims: Dims, splits: int, max_splits: int, programs: int) -> Layout:
         """The layout for a step of these sizes."""
-        d, b = dims, dims.batch
+        d, b = dims, dims.columns
         residual, hidden = _words_for(b, d.model_dim), _words_for(b, d.ffw_dim)
         sizes = {
             "steps": 1,
@@ -149,13 +149,13 @@ class Layout:
         return cls(**starts, words=end)
 
 
-def _words_for(batch: int, inputs: int) -> int:
-    """Words for so many inputs of each sequence: whole lines, of several always 8 sequences.
+def _words_for(columns: int, inputs: int) -> int:
+    """Words for so many inputs of each column: whole lines, of several always 8 columns.
 
     A line is what a warp reads at once, most of int4: so many words are enough for all weights.
     """
-    line = line_of(batch == 1, 4) * (8 * READ // 4)
-    return line * ceil_div(inputs, line) * (1 if batch == 1 else COLUMNS)
+    line = line_of(columns == 1, 4) * (8 * READ // 4)
+    return line * ceil_div(inputs, line) * (1 if columns == 1 else COLUMNS)
 
 
 def mail_words(dims: Dims) -> int:
@@ -163,7 +163,7 @@ def mail_words(dims: Dims) -> int:
 
     A batch that no kernel takes has no mail.
     """
-    if dims.batch > MAX_BATCH:
+    if dims.columns > MAX_BATCH:
         return 1
     max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
     # The smallest tiles of the largest weights split most.

@@ -208,13 +208,13 @@ def collect_inputs(
     """
     plan = env.plan
     first = first_input(plan, part)
-    left, sequence = width - first, 0
+    left, own = width - first, 0
     if not plan.chunked:
         column = column_of(plan)
-        left = jnp.where(column < plan.dims.batch, left, 0)
-        sequence = jnp.minimum(column, plan.dims.batch - 1)
+        left = jnp.where(column < plan.dims.columns, left, 0)
+        own = jnp.minimum(column, plan.dims.columns - 1)
     there = pieces_there(plan, part, left)
-    offset = start + word_in_mail(plan, part, sequence, before + first)
+    offset = start + word_in_mail(plan, part, own, before + first)
     places = [word_in_mail(plan, part, 0, place) for place in _places(plan, part)]
     twins = form if plan.twins else None
     collect = functools.partial(env.mail.collect_pieces, offset, places, tag, twins=twins)

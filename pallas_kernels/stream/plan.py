@@ -191,8 +191,9 @@ class AttentionPlan:
         block: positions of a tile of keys and values.
         min_span: positions of a span at least.
         max_splits: spans at most.
-        lots: parts, of at most `LOT`, of the query heads that share a key/value head.
-        warps: of a program that attend, `block / warps` positions of a tile each.
+        lots: parts, of at most `abreast * LOT`, of the queries that share a key/value head.
+        abreast: of such a part's queries, how many times `LOT` different warps have.
+        warps: of a program that attend; those with the same queries share a tile's positions.
         tiles: that shared memory holds.
     """
 
@@ -200,6 +201,7 @@ class AttentionPlan:
     min_span: int
     max_splits: int
     lots: int
+    abreast: int
     warps: int
     tiles: int
 
@@ -221,7 +223,7 @@ class StreamPlan:
         room: bytes that there are for the slots.
         tail_bytes: bytes that reading a whole span goes beyond a slot's last row.
         flush: tiles whose products are summed up and made use of together, at most.
-        padded_batch: Bp, 1, or 8 for several sequences.
+        padded_columns: 1, or 8 for several tokens, of all sequences together.
         rows: rows of a tile, and of a group of the residual.
         segments: the mat-vecs, by `Segment`.
         attention: how attention is cut.
@@ -243,7 +245,7 @@ class StreamPlan:
     room: int
     tail_bytes: int
     flush: int
-    padded_batch: int
+    padded_columns: int
     rows: int
     segments: dict[Segment, SegmentPlan]
     attention: AttentionPlan
@@ -269,12 +271,12 @@ class StreamPlan:
     @property
     def chunked(self) -> bool:
         """Whether the columns of a product are chunks of one sequence."""
-        return self.padded_batch == 1
+        return self.padded_columns == 1
 
     @property
     def paired(self) -> bool:
         """Whether attention has two rows a query, one of even positions and one of odd."""
-        return self.dims.q_per_kv <= LOT // 2
+        return self.dims.queries <= LOT // 2
 
     @property
     def box(self) -> Box | None:

@@ -62,12 +62,12 @@ class _Geometry:
                 whatever they are given.
         """
         self.dims, self.tuning, self.scale_unit, self.whole = dims, tuning, unit, whole
-        self.batch = 1 if dims.batch == 1 else COLUMNS
+        self.columns = 1 if dims.columns == 1 else COLUMNS
         self.widest = max(dims.model_dim, dims.attn_dim)
-        self.most = MAX_PIECES if self.batch == 1 else 2 * MAX_PIECES
+        self.most = MAX_PIECES if self.columns == 1 else 2 * MAX_PIECES
         # Of several sequences each thread has 8 times as much to collect.
         few = ceil_div(self.widest, 4 * QUAD * PIECE) <= MAX_PIECES // 2
-        self.product_warps = 4 if self.batch == 1 or few else 8
+        self.product_warps = 4 if self.columns == 1 or few else 8
         # Those beyond feed the ring meanwhile.
         self.num_warps = max(self.product_warps, tuning.num_warps or self.product_warps)
         self.bits = dims.weight_bits
@@ -76,12 +76,12 @@ class _Geometry:
 
     def unit(self, bits: int) -> int:
         """Inputs of one read of every thread."""
-        return self.product_warps * line_of(self.batch == 1, bits) * (8 * READ // bits)
+        return self.product_warps * line_of(self.columns == 1, bits) * (8 * READ // bits)
 
     def held(self, bits: int) -> int:
         """Inputs of a read whose activations a thread waits for."""
         grain = 8 * READ // bits
-        return grain // 2 if self.batch == 1 and bits != 16 else grain
+        return grain // 2 if self.columns == 1 and bits != 16 else grain
 
     def reads(self, bits: int) -> int:
         """Of a row of the model's width, by a thread."""
@@ -106,7 +106,7 @@ class _Geometry:
         bits, size = self.bits.down, self.dims.ffw_dim
         unit, pieces = self.unit(bits), self.held(bits) // PIECE
         room = max(self.reads(bits), ceil_div(4, pieces))
-        if self.batch == 1:
+        if self.columns == 1:
             # Integers leave room for twice as many: their rows are shorter.
             held = (MAX_PIECES // 2 if bits == 16 else MAX_PIECES) // pieces
             room = max(1, min(held, self.tuning.tile_bytes // (2 * unit * bits // 8)))
@@ -136,13 +136,13 @@ class _Geometry:
             reads: of a row, by a thread.
             rows: that a tile has elsewhere.
         """
-        if self.batch == 1 or bits == 16:
+        if self.columns == 1 or bits == 16:
             return rows
         return self._grown(rows, MAX_INTEGER_ROWS, bits, reads)
 
     def _rows(self, bits: int, reads: int) -> int:
         """Rows of a tile: whole pairs, of RoPE, and of gate and up, of one head."""
-        limit = COLUMNS if self.batch > 1 and bits == 16 else MAX_ROWS
+        limit = COLUMNS if self.columns > 1 and bits == 16 else MAX_ROWS
         of_a_head = self.dims.head_dim & -self.dims.head_dim  # the largest power of two in it
         return self._grown(2, min(limit, of_a_head), bits, reads)
 
@@ -177,11 +177,11 @@ def why_not(
         whole: whether the step is interpreted, where no rows are split.
     """
     geometry = _Geometry(dims, tuning, unit, whole=whole)
-    held = geometry.product_warps * line_of(geometry.batch == 1, 16) * PIECE * geometry.most
+    held = geometry.product_warps * line_of(geometry.columns == 1, 16) * PIECE * geometry.most
     if geometry.widest > held:
         return (
             f"The fused kernel holds at most {held} activations of "
-            f"each of {dims.batch} sequences in place; this model has "
+            f"each of a step's {dims.columns} tokens in place; this model has "
             f"{max(dims.model_dim, dims.attn_dim)}. {_INSTEAD}"
         )
     if geometry.splits > programs:
@@ -388,7 +388,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
             p.reads * g.unit(p.bits) * p.bits // 8 - p.row_bytes for p in segments.values()
         ),
         flush=flush,
-        padded_batch=g.batch,
+        padded_columns=g.columns,
         rows=g.rows,
         segments=segments,
         attention=_attention(d, gpu, g.num_warps, tuning),
@@ -408,14 +408,18 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
 
 def _attention(d: Dims, gpu: Gpu, num_warps: int, tuning: Tuning) -> AttentionPlan:
     block = min(128, tuning.cache_tile_bytes // (4 * d.head_dim))
-    lots = ceil_div(d.q_per_kv, LOT)
+    warps = min(num_warps, block // 8)
+    lots, abreast = ceil_div(d.queries, LOT), 1
+    if d.tokens > 1:  # keys and values are read once for all queries, as far as warps go
+        abreast = min(next_power_of_2(lots), warps)
     splits = max(1, min(MAX_SPLITS, gpu.cores // d.num_kv_heads))
     splits = 1 << (splits.bit_length() - 1)
     return AttentionPlan(
         block=block,
         min_span=MIN_SPAN,
         max_splits=splits,
-        lots=lots,
-        warps=min(num_warps, block // 8),
+        lots=ceil_div(lots, abreast),
+        abreast=abreast,
+        warps=warps,
         tiles=tuning.cache_tiles,
     )

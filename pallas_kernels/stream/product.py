@@ -58,7 +58,7 @@ class Outputs(NamedTuple):
 
     number: Array  # of the group among those that are flushed
     pair: Array  # of the group
-    sequence: Array
+    column: Array  # of the step's tokens
 
 
 class Sums(NamedTuple):
@@ -77,15 +77,15 @@ def outputs_of(env: StreamEnv, segment: Segment, every: int = 1, *, anew: bool =
         every: of a group's pairs; the first one included.
         anew: whether the compiler is to compute what follows from them each time: see `ptx.anew`.
     """
-    plan, bp = env.plan, env.plan.padded_batch
+    plan, columns = env.plan, env.plan.padded_columns
     rows = plan.rows if segment == Segment.EMBED else env.segment(segment).run_rows
     pairs = rows // 2 // every
-    index = env.iota((plan.flushed(segment) * pairs * bp,), 0)
+    index = env.iota((plan.flushed(segment) * pairs * columns,), 0)
     if anew and not env.interpret:
         index = ptx.anew(index)
-    pair = lax.div(index, jnp.int32(bp))
+    pair = lax.div(index, jnp.int32(columns))
     number = lax.div(pair, jnp.int32(pairs))
-    return Outputs(number, (pair - number * pairs) * every, index & (bp - 1))
+    return Outputs(number, (pair - number * pairs) * every, index & (columns - 1))
 
 
 def rows_of(
@@ -108,7 +108,7 @@ def products_shape(plan: StreamPlan) -> tuple[int, int, int, int]:
     """Of the products put aside in interpret mode, float32: programs, tiles, rows, sequences."""
     down = plan.segments[Segment.DOWN]
     rows = max(part.rows for part in plan.segments.values())
-    return plan.programs, plan.flush * down.run, rows, plan.padded_batch
+    return plan.programs, plan.flush * down.run, rows, plan.padded_columns
 
 
 def _of_segment(env: StreamEnv, segment: Array, kind: list[Segment], of: str) -> Array:
@@ -227,12 +227,12 @@ def sum_up(env: StreamEnv, segment: Segment, outputs: Outputs) -> Sums:
             inside = lax.div(row, jnp.int32(part.rows))
             tile, row = tile * part.run + inside, row - inside * part.rows
         if env.interpret:
-            return plgpu.load(env["products"].at[env.program, tile, row, outputs.sequence])
+            return plgpu.load(env["products"].at[env.program, tile, row, outputs.column])
         at = products_address(env) + tile * plan.products_bytes(segment)
         if plan.chunked:
             at += 4 * row
             return ptx.sum_shared(at, plan.columns(part) * plan.product_warps, 4 * part.rows)
-        at += 4 * (row * COLUMNS + outputs.sequence)
+        at += 4 * (row * COLUMNS + outputs.column)
         return ptx.sum_shared(at, plan.product_warps, 4 * COLUMNS * part.rows)
 
     first, second = rows_of(env, segment, outputs.pair, part.run_rows)

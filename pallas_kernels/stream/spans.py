@@ -1,9 +1,10 @@
 """How a layer's attention is dealt out: spans of cached positions, and the table of them.
 
-A part of the work is one sequence, one key/value head with up to 8 of the query heads that
-share it, and one span of positions. The number of a head's spans depends on the sequence's
-length alone. Parts are dealt out in turn, to the last program first: program P - 1 - p has parts
-p, p + P and so on. For the last programs have the fewest tiles of weights.
+A part of the work is one sequence, one key/value head with up to 8 of the queries that share it
+(of several tokens a step, as many times 8 as there are warps for), and one span of positions.
+The number of a head's spans depends on the sequence's length alone. Parts are dealt out in turn,
+to the last program first: program P - 1 - p has parts p, p + P and so on. For the last programs
+have the fewest tiles of weights.
 
 What parts a program has is the same in every layer, or every local one and every other: it
 is worked out once a step, as rows of a table in shared memory.
@@ -32,16 +33,16 @@ class Part(NamedTuple):
 
     sequence: Array  # b
     head: Array  # of K
-    first_query: Array  # of the G query heads that share it
+    first_query: Array  # of the T * G that share it: token t's g-th one is number t * G + g
     number: Array  # which of the head's spans
     spans: Array  # how many it has
-    position: Array  # the new one
+    position: Array  # the first new one
     start: Array  # first cached position of the span
     stop: Array  # one past its last cached position
 
     @property
     def has_new(self) -> Array:
-        """Whether the new position is this part's."""
+        """Whether the new positions are this part's."""
         return self.number == self.spans - 1
 
 
@@ -54,10 +55,10 @@ class Share(NamedTuple):
 
 
 class _Extent(NamedTuple):
-    """What one sequence's query sees of the cache in a layer: scalars, int32."""
+    """What one sequence's first query sees of the cache in a layer: scalars, int32."""
 
     first: Array  # first position seen
-    live: Array  # how many, the new one not counted
+    live: Array  # how many, new ones not counted
 
 
 def _ceil_div(a: Array, b: Array | int) -> Array:
@@ -74,7 +75,10 @@ def _extents(env: StreamEnv, local: Array | bool) -> list[_Extent]:
 
 
 def _span(env: StreamEnv, live: Array) -> Array:
-    """Positions of a span, where `live` positions and the new one are seen."""
+    """Positions of a span, where `live` positions and a new one are seen.
+
+    Further new ones lie beyond the last span's end.
+    """
     cut = env.plan.attention
     equal = _ceil_div(_ceil_div(live + 1, cut.max_splits), cut.block) * cut.block
     return jnp.maximum(equal, cut.min_span)
@@ -128,7 +132,7 @@ def _part(env: StreamEnv, extents: list[_Extent], number: Array) -> Part:
     return Part(
         sequence=sequence,
         head=lax.div(head, jnp.int32(lots)),
-        first_query=lax.rem(head, jnp.int32(lots)) * LOT,
+        first_query=lax.rem(head, jnp.int32(lots)) * (LOT * env.plan.attention.abreast),
         number=index,
         spans=_spans(env, live),
         position=first + live,
@@ -143,6 +147,22 @@ def _part(env: StreamEnv, extents: list[_Extent], number: Array) -> Part:
 def _kinds(env: StreamEnv) -> list[bool]:
     """Whether layers of each kind that the model has are local."""
     return sorted(set(env.features.local_layers)) or [False]
+
+
+def _query_word(env: StreamEnv, part: Part, local: bool) -> Array:
+    """A part's first query; of several tokens and a window, above it where the window begins.
+
+    Token t's window begins t positions behind the first one's; but where the first one's reaches
+    beyond the sequence's beginning, by as many fewer.
+    """
+    d, window = env.dims, env.features.window
+    if d.tokens == 1 or window is None:
+        return part.first_query
+    beyond = jnp.minimum(window - 1 - part.position, d.tokens)
+    spare = jnp.maximum(beyond, 0) if local else jnp.full_like(part.position, d.tokens)
+    # Further on no position is before a window.
+    spare = jnp.where(part.number == 0, spare, d.tokens)
+    return part.first_query | lax.shift_left(spare, 16)
 
 
 def make_spans(env: StreamEnv, table: Array) -> None:
@@ -160,7 +180,7 @@ def make_spans(env: StreamEnv, table: Array) -> None:
         total, most = _deal(env, extents)
         part = _part(env, extents, _turn(env) + (row - 1) * plan.programs)
         live = jnp.maximum(part.stop - part.start, 0)
-        new = part.has_new.astype(jnp.int32)
+        new = part.has_new.astype(jnp.int32) * d.tokens
         slot = part.sequence * d.num_kv_heads + part.head
         words = [
             (slot * d.capacity + part.start) * (d.head_dim // unit),
@@ -168,7 +188,7 @@ def make_spans(env: StreamEnv, table: Array) -> None:
             _ceil_div(live + new, plan.attention.block),
             new,
             slot,
-            part.first_query,
+            _query_word(env, part, local),
             part.number | lax.shift_left(part.spans, 16),
             part.position,
         ]
@@ -205,12 +225,12 @@ def part_of(env: StreamEnv, layer: Array, share: Share, j: Array) -> Part:
     if env.interpret:
         extents = _extents(env, env.is_local(layer))
         return _part(env, extents, _turn(env) + j * env.plan.programs)
-    _, live, _, _, slot, first_query, numbers, position = ptx.read_row(row_of(share, j))
+    _, live, _, _, slot, query, numbers, position = ptx.read_row(row_of(share, j))
     sequence = lax.div(slot, jnp.int32(env.dims.num_kv_heads))
     return Part(
         sequence=sequence,
         head=slot - sequence * env.dims.num_kv_heads,
-        first_query=first_query,
+        first_query=query if env.dims.tokens == 1 else query & 0xFFFF,
         number=numbers & 0xFFFF,
         spans=lax.shift_right_logical(numbers, 16),
         position=position,

@@ -68,9 +68,9 @@ def stages_of(plan: StreamPlan) -> list[Stage]:
 
 def state_shapes(plan: StreamPlan) -> dict[str, jax.ShapeDtypeStruct]:
     """What programs carry from stage to stage: a row of each array a program."""
-    bp, half = plan.padded_batch, plan.rows // 2
-    owned = (plan.programs, plan.flushed(Segment.EMBED) * half * bp)
-    best = (plan.programs, plan.flushed(Segment.HEAD) * half * bp)
+    columns, half = plan.padded_columns, plan.rows // 2
+    owned = (plan.programs, plan.flushed(Segment.EMBED) * half * columns)
+    best = (plan.programs, plan.flushed(Segment.HEAD) * half * columns)
     names = ("residual_first", "residual_second", "block_first", "block_second")
     return {
         **{name: jax.ShapeDtypeStruct(owned, jnp.float32) for name in names},

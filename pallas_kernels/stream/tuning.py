@@ -105,7 +105,7 @@ def row_key(device: str, dims: Dims) -> dict[str, Any]:
     bits = list(dataclasses.astuple(dims.weight_bits))
     return {
         "device": device,
-        "batch": next_power_of_2(dims.batch),
+        "batch": next_power_of_2(dims.columns),
         **sizes,
         "weight_bits": bits,
     }

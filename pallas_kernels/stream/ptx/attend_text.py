@@ -27,7 +27,7 @@ class _Attend:
 
     def __init__(self, f: CacheFeed):
         self.f = f
-        self.keys = f.block // f.warps  # of a tile, for each warp
+        self.keys = f.block * f.abreast // f.warps  # of a tile, for each warp
         self.octets = self.keys // 8  # blocks of 8 keys: columns of a block of scores
         self.pieces = f.head_dim // 32  # of 8 elements of a row, 4 threads having one each
         self.chunks = f.head_dim // 8  # of a value: columns of a block of sums
@@ -57,6 +57,7 @@ class _Attend:
         return [f"%s{t}_{n}" for t in range(self.octets) for n in range(self.columns)]
 
     def registers(self) -> list[str]:
+        f = self.f
         queries = [x for j in range(self.pieces if self.resident else 2) for x in self._query(j)]
         words = [f"%{x}{n}" for x in "abkm" for n in range(4)]
         octets = [f"%{name}{t}" for t in range(self.octets) for name in ("ph", "pl")]
@@ -65,6 +66,7 @@ class _Attend:
             ".reg .pred %p, %odd, %one, %two, %late;",
             ".reg .b32 %thread, %g, %c, %first, %i, %count, %left, %new, %stage, %phase, %looks;",
             ".reg .b32 %qa, %qb, %at, %x, %y, %z, %mine, %half, %ka, %kb, %va, %vb;",
+            *([".reg .b32 %lot, %from;"] if f.tokens > 1 else []),
             f".reg .b32 {', '.join(words + queries + octets)};",
             ".reg .f32 %top, %total, %f, %h, %u, %w, %shrink;",
             f".reg .f32 {', '.join(floats + self._all_sums())};",
@@ -75,12 +77,14 @@ class _Attend:
         lines = [
             "mov.u32 %thread, %tid.x; shr.u32 %g, %thread, 2; and.b32 %g, %g, 7;",
             "and.b32 %c, %thread, 3; shr.u32 %first, %thread, 5;",
+            *self._lot(),
             "and.b32 %x, %g, 1; setp.ne.u32 %odd, %x, 0; setp.ge.u32 %late, %g, 4;",
             "and.b32 %x, %c, 1; setp.ne.u32 %one, %x, 0; setp.ge.u32 %two, %c, 2;",
             f"mul.lo.u32 %first, %first, {self.keys}; mad.lo.u32 %mine, %c, 2, %first;",
             f"ld.shared.v4.b32 {{%x, %left, %count, %new}}, [{row}]; add.u32 %left, %left, %new;",
             f"ld.shared.v2.b32 {{%stage, %phase}}, [{ring}+{f.control + 24}];",
             f"mad.lo.u32 %qa, %g, {f.query_pitch}, {ring}; mad.lo.u32 %qa, %c, 16, %qa;",
+            *([f"mad.lo.u32 %qa, %lot, {2 * LOT * f.query_pitch}, %qa;"] if f.abreast > 1 else []),
             f"add.u32 %qa, %qa, {f.queries}; add.u32 %qb, %qa, 64;",
         ]
         if f.paired:
@@ -110,9 +114,45 @@ class _Attend:
             lines.append("add.u32 %va, %va, %y; sub.u32 %vb, %vb, %y;")
         if self.resident:
             lines += [line for j in range(self.pieces) for line in self._load_query(j)]
+        lines += self._seen(row)
         lines += [f"mov.f32 {name}, 0f00000000;" for name in self._all_sums()]
         lines += [f"mov.f32 %top, {LOWEST}; mov.f32 %total, 0f00000000; mov.u32 %i, 0;"]
         return lines
+
+    def _lot(self) -> list[str]:
+        """Which 8 of the part's queries a warp has, `lot`; and which of its positions, `first`."""
+        f = self.f
+        if f.abreast == 1:
+            return []
+        bits = f.abreast.bit_length() - 1
+        return [f"and.b32 %lot, %first, {f.abreast - 1}; shr.u32 %first, %first, {bits};"]
+
+    def _seen(self, row: str) -> list[str]:
+        """Of several tokens: what each thread's query does not see, since it is a later one's.
+
+        Query n is of token t = n / G. It sees T - 1 - t new positions less than are there, which
+        its thread reckons by as many positions more before its own, in `mine`. Of its window,
+        `from` is the first of the part's positions from the thread's first one on.
+        """
+        f = self.f
+        if f.tokens == 1:
+            return []
+        lines = [f"ld.shared.b32 %y, [{row}+20]; and.b32 %x, %g, {3 if f.paired else 7};"]
+        if f.abreast > 1:
+            lines.append(f"mad.lo.u32 %x, %lot, {LOT}, %x;")
+        lines += [
+            "and.b32 %z, %y, 0xffff; add.u32 %x, %x, %z;",
+            f"div.u32 %x, %x, {f.q_per_kv}; min.u32 %x, %x, {f.tokens - 1};",
+        ]
+        if f.windowed:
+            lines.append("shr.u32 %y, %y, 16; sub.s32 %from, %x, %y; max.s32 %from, %from, 0;")
+            lines.append("sub.s32 %from, %from, %mine;")
+        # A part without new positions shows all it has.
+        return [
+            *lines,
+            f"sub.s32 %x, {f.tokens - 1}, %x; setp.ne.u32 %p, %new, 0;",
+            "@%p add.u32 %mine, %mine, %x;",
+        ]
 
     def wait(self, ring: str, most: int) -> list[str]:
         f = self.f
@@ -128,6 +168,8 @@ class _Attend:
         Behind them values are zeros: what lies there else might be no number.
         """
         f = self.f
+        if f.tokens > 1:
+            return self._add_several(ring)
         lines = [
             f"setp.gt.s32 %p, %left, {f.block}; setp.eq.or.u32 %p, %new, 0, %p; @%p bra old;",
             f"mul.lo.u32 %z, %left, {f.row_bytes}; mad.lo.u32 %z, %thread, 16, %z;",
@@ -139,7 +181,39 @@ class _Attend:
             here = "{%a0, %a1, %a2, %a3}"
             lines.append(f"ld.shared.v4.b32 {here}, [%x+{f.new + number * f.row_bytes}];")
             lines.append(f"st.shared.v4.b32 [%y+{number * f.tile_bytes // 2}], {here};")
-        lines += [
+        return lines + self._clear()
+
+    def _add_several(self, ring: str) -> list[str]:
+        """The same of several: the last two tiles may have some each."""
+        f = self.f
+        pieces, total = f.row_bytes // 16, f.tokens * f.row_bytes // 16
+        lines = [
+            f"sub.s32 %k0, %left, {f.tokens}; setp.ge.s32 %p, %k0, {f.block};",
+            "setp.eq.or.u32 %p, %new, 0, %p; @%p bra old;",
+            f"mul.lo.u32 %z, %left, {f.row_bytes}; mad.lo.u32 %z, %thread, 16, %z;",
+        ]
+        here, threads = "{%a0, %a1, %a2, %a3}", 32 * f.warps
+        for start in range(0, total, threads):
+            lines += [
+                # Piece %x of all new keys belongs to position %y of the tile.
+                f"add.u32 %x, %thread, {start}; shr.u32 %y, %x, {pieces.bit_length() - 1};",
+                f"add.s32 %y, %y, %k0; setp.lt.u32 %p, %y, {f.block};",
+                f"setp.lt.and.u32 %p, %x, {total}, %p;",
+                f"setp.lt.and.u32 %p, %thread, {threads}, %p;",
+                f"mul.lo.u32 %y, %y, {f.row_bytes}; and.b32 %k1, %x, {pieces - 1};",
+                "mad.lo.u32 %y, %k1, 16, %y; add.u32 %y, %y, %at;",
+                f"mad.lo.u32 %x, %x, 16, {ring};",
+            ]
+            for number in range(2):
+                at = f.new + number * f.tokens * f.row_bytes
+                lines.append(f"@%p ld.shared.v4.b32 {here}, [%x+{at}];")
+                lines.append(f"@%p st.shared.v4.b32 [%y+{number * f.tile_bytes // 2}], {here};")
+        return lines + self._clear()
+
+    def _clear(self) -> list[str]:
+        """Zeros for values from byte `z` of the tile on, by all threads; then they meet."""
+        f = self.f
+        return [
             f"put: setp.ge.u32 %p, %z, {f.tile_bytes // 2};",
             f"setp.ge.or.u32 %p, %thread, {32 * f.warps}, %p; @%p bra clear;",
             "add.u32 %y, %z, %at; mov.b32 %x, 0;",
@@ -148,7 +222,6 @@ class _Attend:
             # The place will be copied to, by other means where copies are bulk copies.
             f"clear: {'fence.proxy.async.shared::cta; ' if f.bulk else ''}{lowered.MEET} old:",
         ]
-        return lines
 
     def scores(self) -> list[str]:
         """Products of 8 queries and the warp's keys, `s{t}_{n}`: of keys 8t + 2c + n.
@@ -200,7 +273,10 @@ class _Attend:
                 s = f"%s{t}_{n}"
                 if self.f.softcap is not None:
                     lines += self._cap(s)
-                lines.append(f"setp.gt.s32 %p, %y, {8 * t + n}; selp.f32 {s}, {s}, {LOWEST}, %p;")
+                seen = f"setp.gt.s32 %p, %y, {8 * t + n};"
+                if self.f.windowed:
+                    seen += f" setp.le.and.s32 %p, %from, {8 * t + n}, %p;"
+                lines.append(f"{seen} selp.f32 {s}, {s}, {LOWEST}, %p;")
         every = self._all_scores()
         lines.append(f"mov.f32 %f, {every[0]};")
         lines += [f"max.f32 %f, %f, {s};" for s in every[1:]]
@@ -371,7 +447,9 @@ def attend_lines(
         *cache_feed_lines(f, ring, keys, values, parts, layer, 1),
         f"add.u32 %stage, %stage, 1; setp.eq.u32 %p, %stage, {f.stages};",
         "@%p mov.u32 %stage, 0; @%p xor.b32 %phase, %phase, 1;",
-        f"sub.s32 %left, %left, {f.block}; add.u32 %i, %i, 1; bra tile; end:",
+        f"sub.s32 %left, %left, {f.block}; add.u32 %i, %i, 1;",
+        *([f"sub.s32 %from, %from, {f.block};"] if f.windowed else []),
+        "bra tile; end:",
         *text.end(ring),
         "}",
     ]

@@ -26,26 +26,31 @@ class CacheFeed:
 
     A tile holds the keys of `block` positions, and behind them the values. Its *part* is a row of
     8 words in shared memory: where the part begins in a layer, in units of 16 bytes; how many
-    cached positions it has; its tiles; whether it has the new position besides. Before the
+    cached positions it has; its tiles; how many new positions it has besides; a word of no interest
+    here; its first query, and in the upper half how much longer the first window lasts. Before the
     first part's row stands one whose first word is the number of parts.
 
     Attributes:
         head_dim: H.
         block: positions of a tile.
-        warps: that attend, `block / warps` positions each.
+        warps: that attend; those with the same queries have `block / warps` positions each.
         stages: tiles that shared memory holds.
         layer_units: from a layer of the cache to the next, in units of 16 bytes.
         tile_bytes: of the keys and values of a tile.
         query_pitch: from a query to the next, bytes.
         out_pitch: from a row of `out` to the next, bytes.
+        abreast: how many times 8 queries a part has, each for other warps.
+        tokens: T, new positions of the part that has them.
+        q_per_kv: G, queries of each.
+        windowed: whether each of several tokens has a window of its own.
         paired: whether queries are 4 at most, and their 4 rows are there twice.
         softcap: c, which makes scores c * tanh(score / c), or None. Queries come scaled for it.
         tiles: where the tiles lie, bytes behind the ring's address.
         barriers: likewise their barriers, 8 bytes each.
         control: likewise 8 words: free tiles, the next one's part, number in the part, layer and
             stage; from the 7th on, stage and phase of the next one to be used.
-        queries: likewise 16 rows: what is left of 8 queries' bfloat16, behind them.
-        new: likewise the new position's key, and its value.
+        queries: likewise 16 rows for 8 queries: what is left of their bfloat16, behind them.
+        new: likewise the new positions' keys, and their values.
         out: likewise what each warp makes of its positions: 8 rows.
         sums: likewise the maximum and the sum of the weights of each of those rows.
         thread: the thread that asks.
@@ -60,6 +65,10 @@ class CacheFeed:
     tile_bytes: int
     query_pitch: int
     out_pitch: int
+    abreast: int
+    tokens: int
+    q_per_kv: int
+    windowed: bool
     paired: bool
     softcap: float | None
     tiles: int

@@ -5,7 +5,7 @@ Work is dealt out in parts, see `spans`. Softmax is taken online over the tiles 
 Where a head has several spans, each hands over its weighted values, their sum and its maximum,
 and the programs combine them in order, each some of the elements of some heads.
 
-The new position, which comes with the queries, is added by the head's last span. All parts are
+New positions, which come with the queries, are added by the head's last span. All parts are
 done before any is combined, so that no two programs ever wait for each other.
 """
 
@@ -53,44 +53,84 @@ class _Made(NamedTuple):
 
 
 def _rows(env: StreamEnv) -> int:
-    """Query heads of a part, padded."""
-    return next_power_of_2(min(env.dims.q_per_kv, LOT))
+    """Queries of a part, padded."""
+    return next_power_of_2(min(env.dims.queries, LOT * env.plan.attention.abreast))
 
 
-def _put_heads(env: StreamEnv, part: Part, heads: Heads) -> None:
-    """Queries, as two bfloat16 each, and what is new, to shared memory."""
+class _Rows(NamedTuple):
+    """Whose a part's queries are: int32, and bool."""
+
+    column: Array  # of the step's tokens
+    query: Array  # of N heads
+    there: Array  # the others are padding
+
+
+def _rows_of(env: StreamEnv, part: Part, row: Array) -> _Rows:
+    d, number = env.dims, part.first_query + row
+    if d.tokens == 1:
+        return _Rows(part.sequence, part.head * d.q_per_kv + number, number < d.q_per_kv)
+    token = lax.div(number, jnp.int32(d.q_per_kv))
+    query = part.head * d.q_per_kv + number - token * d.q_per_kv
+    return _Rows(part.sequence * d.tokens + token, query, number < d.queries)
+
+
+def _put_heads(env: StreamEnv, heads: Heads, has_new: Array, lot: Array | int = 0) -> None:
+    """Queries, as two bfloat16 each, and what is new, to shared memory.
+
+    Args:
+        env: the program's view.
+        heads: up to `LOT` queries.
+        has_new: bool scalar, whether keys and values are there.
+        lot: which of the part's queries they are.
+    """
     at = SharedLayout.of(env.plan)
     row, element = env.iota(heads.queries.shape, 0), env.iota(heads.queries.shape, 1)
-    everywhere, is_first = row >= 0, (row == 0) & part.has_new
+    everywhere, is_new = row >= 0, (row < env.dims.tokens) & has_new
     high = heads.queries.astype(jnp.bfloat16)
     low = (heads.queries - high.astype(jnp.float32)).astype(jnp.bfloat16)
     place = env.shared + at.queries + row * at.query_pitch + 2 * element
+    if not isinstance(lot, int):
+        place += lot * (2 * LOT * at.query_pitch)
     # Paired, each query has two rows.
     for again in range(0, LOT, heads.queries.shape[0]):
         ptx.write_halves(place + again * at.query_pitch, high, everywhere)
         ptx.write_halves(place + (LOT + again) * at.query_pitch, low, everywhere)
+    size = 2 * env.dims.head_dim
     place = env.shared + at.new + 2 * element
-    ptx.write_halves(place, heads.key.astype(jnp.bfloat16), is_first)
-    ptx.write_halves(place + 2 * env.dims.head_dim, heads.value.astype(jnp.bfloat16), is_first)
+    if env.dims.tokens > 1:
+        place += row * size
+    ptx.write_halves(place, heads.key.astype(jnp.bfloat16), is_new)
+    values = place + env.dims.tokens * size
+    ptx.write_halves(values, heads.value.astype(jnp.bfloat16), is_new)
 
 
 def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) -> _Made:
     """Softmax attention over the part's span, by all warps, and what they make together."""
-    rows = LOT // 2 if env.plan.paired else LOT
-    heads = collect_heads(
-        env, layer, part.sequence, part.head, part.first_query, part.position, part.has_new, rows
-    )
+    rows, abreast = LOT // 2 if env.plan.paired else LOT, env.plan.attention.abreast
+    whose = env, layer, part.sequence, part.head
     if env.interpret:
-        return _interpreted(env, layer, part, heads)
-    _put_heads(env, part, heads)
+        start = part.first_query, part.position, part.has_new
+        return _interpreted(env, layer, part, collect_heads(*whose, *start, rows * abreast))
+
+    def put(lot: Array | int) -> None:
+        has_new = part.has_new if isinstance(lot, int) else part.has_new & (lot == 0)
+        first = part.first_query + lot * LOT
+        heads = collect_heads(*whose, first, part.position, has_new, rows)
+        _put_heads(env, heads, has_new, lot)
+
+    if abreast == 1:
+        put(0)
+    else:
+        lax.fori_loop(jnp.int32(0), jnp.int32(abreast), lambda lot, x: put(lot) or x, jnp.int32(0))
     plgpu.debug_barrier()
     attend_span(env, layer, share, j)
     at = SharedLayout.of(env.plan)
     shape = (_rows(env), env.dims.head_dim)
     row, element = env.iota(shape, 0), env.iota(shape, 1)
     each = []
-    for warp in range(env.plan.attention.warps):
-        number = warp * LOT + row
+    # Neighbouring warps have different queries, and so on in turn.
+    for turn in range(env.plan.attention.warps // abreast):
+        number = turn * abreast * LOT + row
         sums = env.shared + at.sums + 8 * number
         place = env.shared + at.products + number * at.out_pitch + 4 * element
         each.append(_Made(*(ptx.sum_shared(x, 1, 0) for x in (sums, sums + 4, place))))
@@ -125,15 +165,32 @@ def _interpreted(env: StreamEnv, layer: Array, part: Part, heads: Heads) -> _Mad
     def capped(scores):
         return scores if cap is None else (cap * math.log2(math.e)) * jnp.tanh(scores)
 
-    top = jnp.where(part.has_new, capped(jnp.sum(q * key, axis=1)), LOWEST)
-    nothing = jnp.zeros(top.shape, jnp.float32)
-    total = jnp.where(part.has_new, jnp.ones_like(nothing), nothing)
+    lower = jnp.int32(0)
+    if env.dims.tokens == 1:
+        top = jnp.where(part.has_new, capped(jnp.sum(q * key, axis=1)), LOWEST)
+        nothing = jnp.zeros(top.shape, jnp.float32)
+        total = jnp.where(part.has_new, jnp.ones_like(nothing), nothing)
+    else:
+        rows = q.shape[0]
+        number, new = env.iota((rows, rows), 0), env.iota((rows, rows), 1)
+        token = lax.div(part.first_query + number, jnp.int32(env.dims.q_per_kv))
+        seen = part.has_new & (new < env.dims.tokens) & (new <= token)
+        if (window := env.features.window) is not None:
+            before = jnp.where(env.is_local(layer), jnp.int32(window), env.dims.capacity + rows)
+            seen &= new > token - before
+            lower = (part.position + token[:, :1]) - (before - 1)
+        scores = jnp.where(seen, capped(env.dot_split(q, key, transpose_b=True)), LOWEST)
+        top = jnp.max(scores, axis=1)
+        weights = jnp.where(seen, jnp.exp2(scores - top[:, None]), 0.0)
+        total = jnp.sum(weights, axis=1)
+        value = env.dot_split(weights, value)
 
     def step(i, state):
         top, total, out = state
         keys, values = _load_tile(env, layer, part, i)
         scores = capped(env.dot_split(q, keys, transpose_b=True))  # [8, block]
-        seen = part.start + i * block + env.iota(scores.shape, 1) < part.stop
+        position = part.start + i * block + env.iota(scores.shape, 1)
+        seen = (position < part.stop) & (position >= lower)
         scores = jnp.where(seen, scores, LOWEST)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.where(seen, jnp.exp2(scores - new_top[:, None]), 0.0)
@@ -151,7 +208,7 @@ def _interpreted(env: StreamEnv, layer: Array, part: Part, heads: Heads) -> _Mad
 def _publish_heads(
     env: StreamEnv,
     tag: Array,
-    sequence: Array,
+    column: Array,
     query: Array,
     element: Array,
     out: Array,
@@ -159,7 +216,7 @@ def _publish_heads(
 ) -> None:
     """Hands finished heads to the output projection; neighbouring elements lie side by side."""
     element += query * env.dims.head_dim
-    word = word_in_mail(env.plan, env.segment(Segment.ATTN_OUT), sequence, element)
+    word = word_in_mail(env.plan, env.segment(Segment.ATTN_OUT), column, element)
     word += env.mail.layout.attn
     if not env.plan.twins:
         env.mail.publish(word, out, tag, mask)
@@ -169,46 +226,45 @@ def _publish_heads(
 
 
 def _pair_at(
-    env: StreamEnv, sequence: Array, query: Array, number: Array, item: Array | int
+    env: StreamEnv, column: Array, query: Array, number: Array, item: Array | int
 ) -> Array:
     """Offset of a pair of `parts`; items 0 to H - 1 are values, then come sum and maximum."""
     d = env.dims
-    row = (sequence * d.num_heads + query) * env.plan.attention.max_splits + number
+    row = (column * d.num_heads + query) * env.plan.attention.max_splits + number
     return env.mail.layout.parts + 2 * (row * (d.head_dim + 2) + item)
 
 
 def _hand_over_part(
-    env: StreamEnv, tag: Array, part: Part, query: Array, element: Array, made: _Made, mask: Array
+    env: StreamEnv, tag: Array, part: Part, rows: _Rows, element: Array, made: _Made
 ) -> None:
     """Hands a span's numbers to who combines the head."""
     d = env.dims
 
     def hand_over(values: Array, item: Array | int, mask: Array) -> None:
-        at = _pair_at(env, part.sequence, query, part.number, item)
+        at = _pair_at(env, rows.column, rows.query, part.number, item)
         env.mail.publish_pair(at, values, tag, mask)
 
-    hand_over(made.out, element, mask)
-    hand_over(made.total, d.head_dim, mask & (element == 0))
-    hand_over(made.top, d.head_dim + 1, mask & (element == 0))
+    hand_over(made.out, element, rows.there)
+    hand_over(made.total, d.head_dim, rows.there & (element == 0))
+    hand_over(made.top, d.head_dim + 1, rows.there & (element == 0))
 
 
 def attend_parts(env: StreamEnv, layer: Array) -> None:
     """This program's parts of the layer's attention; heads of one span are then finished."""
-    d, tag, share = env.dims, env.tag(layer), layer_share(env, layer)
+    tag, share = env.tag(layer), layer_share(env, layer)
 
     def part_step(j, carry):
         part = part_of(env, layer, share, j)
         made = _attend(env, layer, share, j, part)
         row, element = env.iota(made.out.shape, 0), env.iota(made.out.shape, 1)
-        inside = part.first_query + row
-        query, mask = part.head * d.q_per_kv + inside, inside < d.q_per_kv
+        rows = _rows_of(env, part, row)
 
         def finish():
             out = made.out / made.total
-            _publish_heads(env, tag, part.sequence, query, element, out, mask)
+            _publish_heads(env, tag, rows.column, rows.query, element, out, rows.there)
 
         def hand_over():
-            _hand_over_part(env, tag, part, query, element, made, mask)
+            _hand_over_part(env, tag, part, rows, element, made)
 
         lax.cond(part.spans == 1, finish, hand_over)
         return carry
@@ -226,7 +282,7 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
 def combine_parts(env: StreamEnv, layer: Array) -> None:
     """Finishes this program's elements of heads of several spans."""
     d, tag, share = env.dims, env.tag(layer), layer_share(env, layer)
-    heads, splits = d.batch * d.num_heads, env.plan.attention.max_splits
+    heads, splits = d.columns * d.num_heads, env.plan.attention.max_splits
     width = next_power_of_2(ceil_div(heads * d.head_dim, env.plan.programs))
     width = min(max(width, MIN_COMBINED), d.head_dim)
     width = min(width, env.plan.threads, MOST_SPANS * env.plan.threads // splits)
@@ -237,13 +293,13 @@ def combine_parts(env: StreamEnv, layer: Array) -> None:
         number = env.program + j * env.plan.programs
         head = lax.div(number, jnp.int32(pieces))
         first = (number - head * pieces) * width
-        sequence = lax.div(head, jnp.int32(d.num_heads))
-        query = head - sequence * d.num_heads
-        spans = spans_of(env, layer, sequence)
+        column = lax.div(head, jnp.int32(d.num_heads))
+        query = head - column * d.num_heads
+        spans = spans_of(env, layer, env.sequence_and_token(column)[0])
 
         @pl.when(spans > 1)
         def _():
-            combine(env, tag, sequence, query, first, spans, width)
+            combine(env, tag, column, query, first, spans, width)
 
         return carry
 
@@ -273,7 +329,7 @@ def combining_threads(
 def _combine(
     env: StreamEnv,
     tag: Array,
-    sequence: Array,
+    column: Array,
     query: Array,
     first: Array,
     spans: Array,
@@ -289,8 +345,8 @@ def _combine(
     lanes, number, within = combining_threads(threads, width, splits, most)
     element = first + (within & (width - 1))
     out = env.mail.combine(
-        _pair_at(env, sequence, query, number, element),
-        _pair_at(env, sequence, query, number, size),
+        _pair_at(env, column, query, number, element),
+        _pair_at(env, column, query, number, size),
         lax.div(spans - number + (lanes - 1), jnp.int32(lanes)),
         tag,
         count=splits // lanes,
@@ -298,13 +354,13 @@ def _combine(
         step=lanes * 2 * (size + 2),
     )
     mask = (number == 0) & (within < width)
-    _publish_heads(env, tag, sequence, query, element, out, mask)
+    _publish_heads(env, tag, column, query, element, out, mask)
 
 
 def _combine_interpreted(
     env: StreamEnv,
     tag: Array,
-    sequence: Array,
+    column: Array,
     query: Array,
     first: Array,
     spans: Array,
@@ -315,7 +371,7 @@ def _combine_interpreted(
     number, element = env.iota(shape, 0), first + env.iota(shape, 1)
     there = number < spans
     wanted = [
-        (_pair_at(env, sequence, query, number, item), there)
+        (_pair_at(env, column, query, number, item), there)
         for item in (number * 0 + (size + 1), number * 0 + size, element)
     ]
     top, total, out = (
@@ -325,4 +381,4 @@ def _combine_interpreted(
     weight = jnp.where(there, jnp.exp2(top - jnp.max(top, axis=0)[None, :]), 0.0)
     out = jnp.sum(jnp.where(there, out * weight, 0.0), axis=0) / jnp.sum(weight * total, axis=0)
     element = first + env.iota(out.shape, 0)
-    _publish_heads(env, tag, sequence, query, element, out, element >= 0)
+    _publish_heads(env, tag, column, query, element, out, element >= 0)

@@ -16,15 +16,16 @@ __all__ = ["finish_gate_up"]
 
 
 def finish_gate_up(env: StreamEnv, flush: Flush) -> None:
-    """hidden[b] = silu(W_gate @ h) * (W_up @ h) with h = rmsnorm(x[b]); or with GELU."""
+    """hidden[c] = silu(W_gate @ h) * (W_up @ h) with h = rmsnorm(x[c]); or with GELU."""
     twins = env.plan.twins
     outputs = outputs_of(env, Segment.GATE_UP, every=2 if twins else 1)
     hidden = _hidden(env, outputs)
-    half, b = env.segment(Segment.GATE_UP).rows // 2, outputs.sequence
+    half, column = env.segment(Segment.GATE_UP).rows // 2, outputs.column
     element = flush.group(outputs.number) * half + outputs.pair
-    real = flush.real(outputs.number) & (element < env.dims.ffw_dim) & (b < env.dims.batch)
+    real = flush.real(outputs.number) & (element < env.dims.ffw_dim)
+    real &= column < env.dims.columns
     at, tag = env.mail.layout, env.tag(flush.layer)
-    word = word_in_mail(env.plan, env.segment(Segment.DOWN), b, element)
+    word = word_in_mail(env.plan, env.segment(Segment.DOWN), column, element)
     neighbour = _hidden(env, outputs._replace(pair=outputs.pair + 1)) if twins else None
     for start in (at.ffw, at.ffw_copy)[: env.plan.tuning.hidden_copies]:
         if neighbour is None:

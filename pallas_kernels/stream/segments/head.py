@@ -18,8 +18,8 @@ __all__ = ["finish_head", "leave_head"]
 
 
 def finish_head(env: StreamEnv, flush: Flush, outputs: Outputs, sums: Sums, state: State) -> State:
-    """logits[b] = W_head @ rmsnorm(x[b]). A sequence whose cache was full gets NaN logits."""
-    d, features, b = env.dims, env.features, outputs.sequence
+    """logits[c] = W_head @ rmsnorm(x[c]); NaN for a token that the cache has no slot for."""
+    d, features, column = env.dims, env.features, outputs.column
     best_logit, best_token = state.best_logit, state.best_token
     rows = env.segment(Segment.HEAD).rows
     first = flush.group(outputs.number) * rows + outputs.pair
@@ -29,9 +29,9 @@ def finish_head(env: StreamEnv, flush: Flush, outputs: Outputs, sums: Sums, stat
             logits = logits * features.logit_scale
         if (cap := features.logit_softcap) is not None:
             logits = cap * jnp.tanh(logits / cap)
-        logits = jnp.where(env.batch_lengths(b) < d.capacity, logits, jnp.nan)
+        logits = jnp.where(env.positions(column) < d.capacity, logits, jnp.nan)
         there = real & (token < d.vocab_size)
-        plgpu.store(env["logits"].at[b, token], logits, mask=there & (b < d.batch))
+        plgpu.store(env["logits"].at[column, token], logits, mask=there & (column < d.columns))
         # As in jnp.argmax, a NaN wins. A program's tokens rise, so ">" keeps the lowest.
         logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)
         better = there & (logits > best_logit)
@@ -48,25 +48,27 @@ def _best(logit: Array, token: Array) -> tuple[Array, Array]:
 
 
 def leave_head(env: StreamEnv, place: Place, state: State) -> State:
-    """token[b] = argmax; lengths[b] += 1; the step is counted.
+    """token[c] = argmax; lengths[b] += T; the step is counted.
 
     Every program tells the last one its best. When that one has heard all, nobody reads
     lengths or the number of the step any more, and it may write them.
     """
-    d, plan, bp = env.dims, env.plan, env.plan.padded_batch
-    top, winner = _best(state.best_logit.reshape(-1, bp), state.best_token.reshape(-1, bp))
+    d, plan, columns = env.dims, env.plan, env.plan.padded_columns
+    top, winner = _best(
+        state.best_logit.reshape(-1, columns), state.best_token.reshape(-1, columns)
+    )
     start, tag = env.mail.layout.best, env.tag(place.layer)
-    b = env.iota((bp,), 0)
-    at = start + 4 * (env.program * d.batch + b)
-    env.mail.publish_pair(at, top, tag, b < d.batch)
-    env.mail.publish_pair(at + 2, winner, tag, b < d.batch)
+    column = env.iota((columns,), 0)
+    at = start + 4 * (env.program * d.columns + column)
+    env.mail.publish_pair(at, top, tag, column < d.columns)
+    env.mail.publish_pair(at + 2, winner, tag, column < d.columns)
 
     @pl.when(env.program == plan.programs - 1)
     def _():
-        shape = (next_power_of_2(plan.programs), bp)
-        program, b = env.iota(shape, 0), env.iota(shape, 1)
-        there = (program < plan.programs) & (b < d.batch)
-        at = start + 4 * (program * d.batch + b)
+        shape = (next_power_of_2(plan.programs), columns)
+        program, column = env.iota(shape, 0), env.iota(shape, 1)
+        there = (program < plan.programs) & (column < d.columns)
+        at = start + 4 * (program * d.columns + column)
         bits, token = env.mail.collect_pairs([(at, there), (at + 2, there)], tag)
         if not env.interpret:
             plgpu.debug_barrier()  # each thread has heard its own alone
@@ -77,10 +79,11 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
         _, winner = _best(logit, jnp.where(there, token, NO_TOKEN))
         # Every logit -inf leaves no winner; jnp.argmax then says 0.
         winner = jnp.where(winner == NO_TOKEN, 0, winner)
-        column = env.iota((bp,), 0)
-        real = column < d.batch
-        plgpu.store(env["token"].at[column], winner, mask=real)
-        plgpu.store(env["lengths"].at[column], env.batch_lengths(column) + 1, mask=real)
+        column = env.iota((columns,), 0)
+        plgpu.store(env["token"].at[column], winner, mask=column < d.columns)
+        # Here a number is a sequence's.
+        there = column < d.batch
+        plgpu.store(env["lengths"].at[column], env.length_of(column) + d.tokens, mask=there)
         env.mail.words[env.mail.layout.steps] = env.step + 1
 
     return state

@@ -1,9 +1,9 @@
-"""A part's queries, and the new position's key and value, as attention multiplies them.
+"""A part's queries, and the new positions' keys and values, as attention multiplies them.
 
 They come from the mail, ready for use unless the model norms queries and keys: then they come
 as they were projected. A norm needs a whole head, or all heads, which no program of the
-projection has; so whoever attends norms and rotates them, and whoever adds the new position
-stores its key in the cache.
+projection has; so whoever attends norms and rotates them, and whoever adds the new positions
+stores their keys in the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ __all__ = ["Heads", "collect_heads"]
 
 
 class Heads(NamedTuple):
-    """What a part of attention starts from, float32 `[rows, H]`; key and value in every row."""
+    """What a part of attention starts from, float32 `[rows, H]`.
+
+    Key and value of row n are those of the n-th new position; rows beyond repeat the last one.
+    """
 
     queries: Array
     key: Array
@@ -39,35 +42,48 @@ def collect_heads(
     has_new: Array,
     rows: int,
 ) -> Heads:
-    """Waits for a part's queries, and for the new key and value where it adds them.
+    """Waits for a part's queries, and for the new keys and values where it adds them.
 
     Args:
         env: the program's view.
         layer: int32 scalar.
         sequence: int32 scalar, b.
         kv_head: int32 scalar, which of the K heads.
-        first_query: int32 scalar, the first row's of its G queries; rows beyond repeat the last.
-        position: int32 scalar, the new position.
-        has_new: bool scalar, whether this part adds it.
+        first_query: int32 scalar, the first row's of its T * G queries, token by token; rows beyond
+            repeat the last.
+        position: int32 scalar, the first new position.
+        has_new: bool scalar, whether this part adds them.
         rows: rows of queries.
     """
     d, mail, tag = env.dims, env.mail, env.tag(layer)
     shape = (rows, d.head_dim)
     element = env.iota(shape, 1)
-    start = mail.layout.qkv + sequence * d.qkv_dim
-    query = kv_head * d.q_per_kv + jnp.minimum(first_query + env.iota(shape, 0), d.q_per_kv - 1)
+    start = mail.layout.qkv + sequence * (d.tokens * d.qkv_dim)
+    token: Array | int = 0
+    new: Array | int = 0
+    if d.tokens == 1:
+        query = kv_head * d.q_per_kv + jnp.minimum(first_query + env.iota(shape, 0), d.q_per_kv - 1)
+    else:
+        row = env.iota(shape, 0)
+        number = jnp.minimum(first_query + row, d.queries - 1)
+        token, new = lax.div(number, jnp.int32(d.q_per_kv)), jnp.minimum(row, d.tokens - 1)
+        query = kv_head * d.q_per_kv + number - token * d.q_per_kv
+
+    def start_of(token: Array | int) -> Array:
+        """Where the mail has a token's queries, keys and values."""
+        return start if d.tokens == 1 else start + token * d.qkv_dim
+
     everywhere = element >= 0
 
-    def words(head, element, mask):
-        return start + head * d.head_dim + element, mask
+    def words(head, element, mask, token=new):
+        return start_of(token) + head * d.head_dim + element, mask
 
-    # Key and value are the same in every row.
     new_there = everywhere & has_new
     key, value = d.num_heads + kv_head, d.num_heads + d.num_kv_heads + kv_head
     if env.features.qk_norm is None:
         queries, k, v = mail.collect_all(
             [
-                words(query, element, everywhere),
+                words(query, element, everywhere, token),
                 words(key, element, new_there),
                 words(value, element, new_there),
             ],
@@ -77,12 +93,17 @@ def collect_heads(
     half = d.head_dim // 2
     is_first = element < half
     partner = jnp.where(is_first, element + half, element - half)
-    cos, sin = _rotation(env, layer, position, element)
-    sin = jnp.where(is_first, -sin, sin)
+
+    def rotation(token: Array | int) -> tuple[Array, Array]:
+        cos, sin = _rotation(env, layer, position + token, element)
+        return cos, jnp.where(is_first, -sin, sin)
+
+    of_queries = rotation(token)
+    of_keys = of_queries if d.tokens == 1 else rotation(new)
     q, q_other, k, k_other, v = mail.collect_all(
         [
-            words(query, element, everywhere),
-            words(query, partner, everywhere),
+            words(query, element, everywhere, token),
+            words(query, partner, everywhere, token),
             words(key, element, new_there),
             words(key, partner, new_there),
             words(value, element, new_there),
@@ -91,34 +112,63 @@ def collect_heads(
     )
 
     def normed(
-        name: str, x: Array, other: Array, within: Array, heads: int, first_head: int, mask: Array
+        name: str,
+        x: Array,
+        other: Array,
+        within: Array,
+        heads: int,
+        first_head: int,
+        mask: Array,
+        token: Array | int,
+        rotation: tuple[Array, Array],
     ):
         """Heads normed and rotated: `[rows, H]`."""
         if env.features.qk_norm == "head":
             squares = jnp.sum(x * x, axis=1)[:, None] / d.head_dim
             at, at_other = element, partner
         else:
-            squares = _mean_square(env, start + first_head * d.head_dim, heads, tag, mask)
+            squares = _mean_square(env, start_of(0) + first_head * d.head_dim, heads, tag, mask)
+            for t in range(1, d.tokens):
+                at = start_of(t) + first_head * d.head_dim
+                squares = jnp.where(token == t, _mean_square(env, at, heads, tag, mask), squares)
             at, at_other = (within * d.head_dim + e for e in (element, partner))
         scale = lax.rsqrt(squares + d.norm_eps)
         x = x * scale * env.norm_weight(name, layer, at)
         other = other * scale * env.norm_weight(name, layer, at_other)
+        cos, sin = rotation
         return x * cos + other * sin
 
-    queries = normed("q_norm", q, q_other, query, d.num_heads, 0, everywhere)
+    queries = normed("q_norm", q, q_other, query, d.num_heads, 0, everywhere, token, of_queries)
     kv = jnp.broadcast_to(kv_head, shape)
-    new = normed("k_norm", k, k_other, kv, d.num_kv_heads, d.num_heads, everywhere & has_new)
-    stored = new.astype(jnp.bfloat16)
-    # Every row is the same: the first is stored. A full cache has no slot.
-    row = jnp.sum(jnp.where(env.iota(shape, 0) == 0, new, 0.0), axis=0).astype(jnp.bfloat16)
-    column = env.iota(row.shape, 0)
-    where = (layer, sequence, kv_head, jnp.minimum(position, d.capacity - 1), column)
-    plgpu.store(env["k"].at[where], row, mask=(column >= 0) & has_new & (position < d.capacity))
+    keys = normed(
+        "k_norm", k, k_other, kv, d.num_kv_heads, d.num_heads, everywhere & has_new, new, of_keys
+    )
+    stored = keys.astype(jnp.bfloat16)
+    _store_keys(env, layer, sequence, kv_head, position, has_new, keys)
     return Heads(queries * softmax_scale(env), stored.astype(jnp.float32), v)
 
 
+def _store_keys(
+    env: StreamEnv,
+    layer: Array,
+    sequence: Array,
+    kv_head: Array,
+    position: Array,
+    has_new: Array,
+    keys: Array,
+) -> None:
+    """Stores the new positions' keys, as `Heads` has them. A full cache has no slot."""
+    d = env.dims
+    for token in range(d.tokens):
+        mine = env.iota(keys.shape, 0) == token
+        row = jnp.sum(jnp.where(mine, keys, 0.0), axis=0).astype(jnp.bfloat16)
+        column, at = env.iota(row.shape, 0), position + token
+        where = (layer, sequence, kv_head, jnp.minimum(at, d.capacity - 1), column)
+        plgpu.store(env["k"].at[where], row, mask=(column >= 0) & has_new & (at < d.capacity))
+
+
 def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> tuple[Array, Array]:
-    """Cosine and sine of the rotation of each element, float32."""
+    """Cosine and sine of each element's rotation, float32; position is a scalar or `[rows, H]`."""
     size = env.dims.head_dim
     column = env.iota((size,), 0)
     pair = lax.rem(column, jnp.int32(size // 2))
@@ -126,6 +176,9 @@ def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> 
     if env.features.local_rope:
         local = plgpu.load(env["inv_freq_local"].at[pair])
         frequency = jnp.where(env.is_local(layer), local, frequency)
+    if position.ndim:
+        angle = position.astype(jnp.float32) * frequency[None, :]
+        return jnp.cos(angle), jnp.sin(angle)
     angle = position.astype(jnp.float32) * frequency
     return (
         jnp.broadcast_to(jnp.cos(angle)[None, :], element.shape),

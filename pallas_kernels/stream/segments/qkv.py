@@ -46,7 +46,7 @@ def make_rotations(env: StreamEnv) -> Rotations:
     outputs = outputs_of(env, Segment.QKV)
     group = env.program + outputs.number * plan.programs
     head, pair = _head_and_pair(env, group * (env.segment(Segment.QKV).rows // 2) + outputs.pair)
-    position = env.batch_lengths(outputs.sequence).astype(jnp.float32)
+    position = env.positions(outputs.column).astype(jnp.float32)
     rotates = head < d.num_heads + d.num_kv_heads
 
     def both(name: str) -> tuple[Array, Array]:
@@ -77,20 +77,22 @@ def softmax_scale(env: StreamEnv) -> float:
 def finish_qkv(
     env: StreamEnv, rotations: Rotations, flush: Flush, outputs: Outputs, sums: Sums
 ) -> None:
-    """(q, k, v)[b] = W_qkv @ h, and a bias; q and k rotated; k and v go to the cache.
+    """(q, k, v)[c] = W_qkv @ h, and a bias; q and k rotated; k and v go to the cache.
 
     Attention reads all three from the mail: the cache's new position is for later steps.
     Queries and keys that are normed first can only be rotated where the norm is known: that
     is attention's work, see `heads`.
     """
     d, features = env.dims, env.features
-    b = outputs.sequence
-    length = env.batch_lengths(b)
+    column = outputs.column
+    place = env.positions(column)
+    sequence, _ = env.sequence_and_token(column)
     group = flush.group(outputs.number)
     head, pair = _head_and_pair(env, group * (env.segment(Segment.QKV).rows // 2) + outputs.pair)
     first, second = sums
     is_query, is_value = head < d.num_heads, head >= d.num_heads + d.num_kv_heads
-    real = flush.real(outputs.number) & (b < d.batch) & (head < d.num_heads + 2 * d.num_kv_heads)
+    real = flush.real(outputs.number) & (column < d.columns)
+    real &= head < d.num_heads + 2 * d.num_kv_heads
     row = head * d.head_dim + pair
     if features.qkv_bias:
         bias = env["qkv_bias"]
@@ -106,15 +108,15 @@ def finish_qkv(
         first, second = first * cos - second * sin, second * cos + first * sin
     scale = 1.0 if features.qk_norm is not None else softmax_scale(env)
     # What a full cache has no slot for is dropped.
-    new = real & (length < d.capacity)
+    new = real & (place < d.capacity)
     kv_head = lax.rem(jnp.maximum(head - d.num_heads, 0), jnp.int32(d.num_kv_heads))
     tag = env.tag(flush.layer)
 
     def keep(name: str, element: Array, stored: Array, mask: Array) -> None:
         # An interpreted store writes what was there where the mask is false: far off, so that
         # it does not meet what the same store writes.
-        position = jnp.where(mask, length, d.capacity) if env.interpret else length
-        where = (flush.layer, b, kv_head, position, element)
+        position = jnp.where(mask, place, d.capacity) if env.interpret else place
+        where = (flush.layer, sequence, kv_head, position, element)
         plgpu.store(env[name].at[where], stored, mask=mask)
 
     for offset, value in ((0, first), (d.head_dim // 2, second)):
@@ -127,5 +129,5 @@ def finish_qkv(
         else:
             rounded = jnp.where(is_value, rounded, value)
         word = jnp.where(is_query, value * scale, rounded)
-        at = env.mail.layout.qkv + b * d.qkv_dim + row + offset
+        at = env.mail.layout.qkv + column * d.qkv_dim + row + offset
         env.mail.publish(at, word, tag, real)

@@ -31,14 +31,14 @@ class _Elements(NamedTuple):
 
     first: Array
     second: Array
-    sequence: Array
+    column: Array
 
 
 def _elements(env: StreamEnv) -> _Elements:
     outputs = outputs_of(env, Segment.EMBED)
     group = env.program + outputs.number * env.plan.programs
     first, second = rows_of(env, Segment.EMBED, outputs.pair, env.plan.rows, group)
-    return _Elements(first, second, outputs.sequence)
+    return _Elements(first, second, outputs.column)
 
 
 def _publish(
@@ -53,27 +53,27 @@ def _publish(
 
     def word_of(element: Array) -> Array:
         parts = [env.segment(segment) for _, segment in readers]
-        word = word_in_mail(env.plan, parts[0], own.sequence, element)
+        word = word_in_mail(env.plan, parts[0], own.column, element)
         if len({part.held for part in parts}) > 1:
             for (condition, _), part in zip(readers[1:], parts[1:], strict=True):
-                other = word_in_mail(env.plan, part, own.sequence, element)
+                other = word_in_mail(env.plan, part, own.column, element)
                 word = jnp.where(condition, other, word)
         return start + word
 
     if env.plan.twins:
-        real = (own.first < d.model_dim) & (own.sequence < d.batch)
+        real = (own.first < d.model_dim) & (own.column < d.columns)
         env.mail.publish_twins(word_of(own.first), *residual, RESIDUAL, tag, real)
         return
     for element, values in zip(own[:2], residual, strict=True):
-        real = (element < d.model_dim) & (own.sequence < d.batch)
+        real = (element < d.model_dim) & (own.column < d.columns)
         env.mail.publish(word_of(element), values, tag, real)
 
 
 def leave_embed(env: StreamEnv, state: State) -> State:
-    """x[b] = embed[tokens[b]]. Ids outside the vocabulary are clamped."""
+    """x[c] = embed[tokens[c]]. Ids outside the vocabulary are clamped."""
     d, own = env.dims, _elements(env)
-    b = jnp.minimum(own.sequence, d.batch - 1)
-    token = jnp.clip(plgpu.load(env["tokens"].at[b]), 0, d.vocab_size - 1)
+    column = jnp.minimum(own.column, d.columns - 1)
+    token = jnp.clip(plgpu.load(env["tokens"].at[column]), 0, d.vocab_size - 1)
 
     def of(element: Array) -> Array:
         row = env["embed"].at[token, jnp.minimum(element, d.model_dim - 1)]
@@ -93,17 +93,17 @@ def finish_projection(
     if part.splits == 1:
         return state._replace(block=sums)
     elements = rows_of(env, segment, outputs.pair, part.rows, flush.group(outputs.number))
-    b, real = outputs.sequence, flush.real(outputs.number)
+    column, real = outputs.column, flush.real(outputs.number)
     for element, values in zip(elements, sums, strict=True):
-        pair = (b * d.model_dim + element) * part.splits + flush.split
-        there = real & (element < d.model_dim) & (b < d.batch)
+        pair = (column * d.model_dim + element) * part.splits + flush.split
+        there = real & (element < d.model_dim) & (column < d.columns)
         at = env.mail.layout.partial + 2 * pair
         env.mail.publish_pair(at, values, env.tag(flush.layer), there)
     return state
 
 
 def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
-    """Waits for all of a block's output; its mean square of each sequence, float32 `[Bp]`."""
+    """Waits for all of a block's output; its mean square of each column, float32 `[8]` or `[1]`."""
     plan, d = env.plan, env.dims
     # A program that owns nothing needs nothing.
     owns = env.program < env.segment(Segment.ATTN_OUT).groups
@@ -127,12 +127,12 @@ def close_block(env: StreamEnv, place: Place, state: State) -> State:
     def add_partial_sums():
         own = _elements(env)
         shape = (*own.first.shape, next_power_of_2(splits))
-        split, b = env.iota(shape, 1), own.sequence[:, None]
+        split, column = env.iota(shape, 1), own.column[:, None]
 
         def wanted(element: Array) -> tuple[Array, Array]:
             element = element[:, None]
-            real = (element < env.dims.model_dim) & (b < env.dims.batch) & (split < splits)
-            pair = (b * env.dims.model_dim + element) * splits + split
+            real = (element < env.dims.model_dim) & (column < env.dims.columns) & (split < splits)
+            pair = (column * env.dims.model_dim + element) * splits + split
             return layout.partial + 2 * pair, real
 
         both = env.mail.collect_pairs([wanted(own.first), wanted(own.second)], tag)

@@ -1,0 +1,157 @@
+"""Fused steps of several tokens a sequence, interpreted, against the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import QUICK_COMPILE, filled_cache, random_model, small_config
+from flax import nnx
+from numerics import assert_close
+from quantize_cases import FOR_KERNELS, kernel_config
+from step_cases import bits
+from stream_cases import FAMILIES
+
+from ffjax.cache import KVCache
+from ffjax.config import ModelConfig
+from ffjax.decode import DecodeOutput, fused_step, reference_step
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+# Around the window of 40 and a tile's end at 64, and where new positions are in two tiles.
+LENGTHS = {2: [0, 39, 63, 100], 3: [38, 126], 4: [61, 40], 8: [57]}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5), compiler_options=QUICK_COMPILE)
+def _step(graph, params, cache, tokens, live, fused: bool) -> DecodeOutput:
+    model = nnx.merge(graph, params)
+    if fused:
+        return fused_step(model, cache, tokens, live, interpret=True)
+    return reference_step(model, cache, tokens, live)
+
+
+def step(model, cache, tokens, live=None, *, fused: bool) -> DecodeOutput:
+    return _step(*nnx.split(model), cache, tokens, live, fused)
+
+
+def start(config: ModelConfig, lengths: list[int], tokens: int, capacity: int = 140):
+    """A cache in the middle of its life, NaN where nobody may read; and tokens `[B, T]`."""
+    cache = filled_cache(config, lengths, capacity)
+    made = KVCache.create(config, len(lengths), capacity, tokens=tokens)
+    cache = dataclasses.replace(cache, wide_counters=made.wide_counters)
+    shape = len(lengths), tokens
+    return cache, jax.random.randint(jax.random.key(5), shape, 0, config.vocab_size)
+
+
+def stored(cache: KVCache, lengths: list[int], tokens: int) -> np.ndarray:
+    """Keys and values of the new positions, as far as there are slots."""
+    at = np.array(lengths)[:, None] + np.arange(tokens)
+    b = np.arange(len(lengths))[:, None]
+    both = np.stack([np.asarray(x.astype(jnp.float32)) for x in (cache.k, cache.v)])
+    return both.transpose(2, 4, 0, 1, 3, 5)[b, np.minimum(at, cache.capacity - 1)]
+
+
+def check(got: DecodeOutput, want: DecodeOutput, lengths: list[int], tokens: int) -> None:
+    assert_close(got.logits, want.logits, "fused_vs_model")
+    assert got.token.tolist() == np.argmax(got.logits, axis=-1).tolist()
+    new = [stored(out.cache, lengths, tokens) for out in (got, want)]
+    assert_close(*new, "fused_vs_model")
+    assert got.cache.lengths.tolist() == want.cache.lengths.tolist()
+
+
+# Each family with all columns in use, and with another number of tokens.
+_OTHERS = itertools.cycle([2, 3, 4])
+BOTH = [(name, tokens) for name in FAMILIES for tokens in (8, next(_OTHERS))]
+
+
+@pytest.mark.parametrize(("name", "tokens"), BOTH)
+def test_several_tokens_match_the_model(name, tokens):
+    config, lengths = small_config(**FAMILIES[name]), LENGTHS[tokens]
+    model = random_model(config)
+    cache, some = start(config, lengths, tokens)
+    got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
+    check(got, want, lengths, tokens)
+    # Another step reads what this one has stored, of each sequence's first ones alone.
+    live = jnp.arange(len(lengths)) % tokens
+    after = [n + k for n, k in zip(lengths, live.tolist(), strict=True)]
+    got, want = (step(model, cache, some, live, fused=fused) for fused in (True, False))
+    assert got.cache.lengths.tolist() == after
+    other = (some + 7) % config.vocab_size
+    again = [step(model, out.cache, other, fused=out is got) for out in (got, want)]
+    check(*again, after, tokens)
+
+
+def test_several_tokens_are_what_they_are_one_by_one():
+    """Also for a cache that steps of one token go on with, and in turn."""
+    config = small_config(num_kv_heads=2)
+    model, lengths = random_model(config), [62, 5]
+    cache, some = start(config, lengths, 4)
+    out = step(model, cache, some, fused=True)
+    single, logits = cache, []
+    for t in range(4):
+        one = step(model, single, some[:, t], fused=True)
+        single = one.cache
+        logits.append(one.logits)
+    assert_close(out.logits, jnp.stack(logits, axis=1), "fused_vs_model")
+    for fused_cache in (out.cache, single):
+        behind = step(model, fused_cache, some[:, 0], fused=True)
+        want = step(model, fused_cache, some[:, 0], fused=False)
+        assert_close(behind.logits, want.logits, "fused_vs_model")
+        twice = step(model, behind.cache, some, fused=True)
+        want = step(model, behind.cache, some, fused=False)
+        assert_close(twice.logits, want.logits, "fused_vs_model")
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (12, 2), (16, 1)])
+@pytest.mark.parametrize("tokens", [2, 8])
+def test_however_many_queries_share_a_head(heads, tokens):
+    config = small_config(num_heads=heads[0], num_kv_heads=heads[1], head_dim=32, num_layers=1)
+    model, lengths = random_model(config), [63]
+    cache, some = start(config, lengths, tokens)
+    got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
+    check(got, want, lengths, tokens)
+
+
+@pytest.mark.parametrize("name", FOR_KERNELS)
+def test_several_tokens_of_quantized_weights_match_the_model(name):
+    model = random_model(kernel_config(FOR_KERNELS[name]))
+    cache, some = start(model.config, [63], 8)
+    got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
+    check(got, want, [63], 8)
+
+
+def test_tokens_that_a_full_cache_has_no_slot_for_get_nan():
+    config = small_config()
+    model, lengths = random_model(config), [61, 20]
+    cache, some = start(config, lengths, 4, capacity=64)
+    got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
+    assert np.isnan(got.logits[0, 3]).all()
+    there = ~np.isnan(np.asarray(want.logits))
+    assert there.any(axis=-1).tolist() == [[True, True, True, False], [True] * 4]
+    assert_close(got.logits[there], want.logits[there], "fused_vs_model")
+    assert got.cache.lengths.tolist() == [65, 24]
+    live = step(model, cache, some, jnp.array([3, 4]), fused=True)
+    assert live.cache.lengths.tolist() == [64, 24]
+    assert bits(live.logits) == bits(got.logits)
+
+
+def test_a_step_refuses_what_is_not_its_own():
+    config = small_config()
+    model = random_model(config)
+    cache, some = start(config, [5], 4)
+    with pytest.raises(ValueError, match="made for another number of tokens"):
+        fused_step(model, cache, some[:, :2], interpret=True)
+    plain = KVCache.create(config, 1, 64)
+    with pytest.raises(ValueError, match=r"tokens=4\)"):
+        fused_step(model, plain, some, interpret=True)
+    with pytest.raises(NotImplementedError, match="1 sequences of 9"):
+        fused_step(model, plain, jnp.zeros((1, 9), jnp.int32), interpret=True)
+    with pytest.raises(ValueError, match=r"shape \[1\]; got \[2\]"):
+        fused_step(model, cache, some, jnp.array([1, 2]), interpret=True)
+    with pytest.raises(TypeError, match="integers"):
+        fused_step(model, cache, some, jnp.array([1.0]), interpret=True)
