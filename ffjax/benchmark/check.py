@@ -31,9 +31,9 @@ class Observed(NamedTuple):
 
     Attributes:
         cache: the cache it leaves, grown by the steps.
-        fed: int32 `[steps, B]`, the tokens each step was fed.
-        chosen: int32 `[steps, B]`, the tokens each step chose.
-        logits: float32 `[steps, B, V]`.
+        fed: int32 `[steps, B]`, of several tokens `[steps, B, T]`, the tokens each step was fed.
+        chosen: int32, likewise: the tokens each step chose.
+        logits: float32 `[steps, B, V]` or `[steps, B, T, V]`.
         repeats: whether a second run gave the same bits.
     """
 
@@ -71,10 +71,10 @@ class Check:
 
     Attributes:
         steps: steps looked at.
-        tokens: greedy choices looked at: steps times B.
+        tokens: greedy choices looked at: steps times B times T.
         finite: whether every logit was finite.
         repeats: whether a second run gave the same bits, and every timed run the same tokens.
-        against: what it was compared with: "xla" or "baseline".
+        against: what it was compared with: "xla", "baseline" or "one by one".
         difference: how far they lie apart.
     """
 
@@ -99,7 +99,7 @@ def observe(contender: Contender, cache: KVCache, first: Array, steps: int) -> O
     Args:
         contender: who takes them.
         cache: with the same length in every row and room for the steps. It is used up.
-        first: int32 `[B]`, the tokens the first step is fed.
+        first: int32 `[B]` or `[B, T]`, the tokens the first step is fed.
         steps: how many.
     """
     position = int(cache.lengths[0])

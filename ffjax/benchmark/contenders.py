@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from ffjax.benchmark.baseline import LayerCaches, baseline_step, split_cache, split_weights
 from ffjax.benchmark.timing import Step
@@ -24,9 +24,17 @@ from ffjax.decode import (
 )
 from ffjax.model import Transformer
 
-__all__ = ["Contender", "ContenderName", "baseline", "choose", "contender", "implementation"]
+__all__ = [
+    "Contender",
+    "ContenderName",
+    "baseline",
+    "choose",
+    "contender",
+    "implementation",
+    "one_by_one",
+]
 
-ContenderName = Literal[Implementation, "baseline"]
+ContenderName = Literal[Implementation, "baseline", "one by one"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +54,11 @@ class Contender:
 
 
 def choose(
-    config: ModelConfig, batch: int, capacity: int, named: Implementation | None
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    named: Implementation | None,
+    tokens: int = 1,
 ) -> tuple[Implementation, str | None]:
     """Which implementation of the bfloat16 step to time.
 
@@ -55,6 +67,7 @@ def choose(
         batch: B.
         capacity: S.
         named: what was asked for, or None for the best that can run here.
+        tokens: T, of each sequence.
 
     Returns:
         Its name; and, where that is the reference unasked, why, a sentence.
@@ -65,17 +78,36 @@ def choose(
     if named == "xla":
         return "xla", None
     if named is not None:
-        reason = why_not_fused_config(config, jnp.bfloat16, batch, capacity)
+        reason = why_not_fused_config(config, jnp.bfloat16, batch, capacity, tokens)
         if reason is not None:
             raise NotImplementedError(reason)
         return named, None
-    kernel, reason = choose_kernel(config, jnp.bfloat16, batch, capacity)
+    kernel, reason = choose_kernel(config, jnp.bfloat16, batch, capacity, tokens)
     return ("xla", reason) if kernel is None else (kernel, None)
 
 
 def contender(model: Transformer, name: ContenderName) -> Contender:
     """The contender of that name."""
-    return baseline(model) if name == "baseline" else implementation(model, name)
+    if name == "baseline":
+        return baseline(model)
+    return one_by_one(model) if name == "one by one" else implementation(model, name)
+
+
+def one_by_one(model: Transformer) -> Contender:
+    """The reference, for tokens `[B, T]` by T steps of one token."""
+    graph, params = nnx.split(model)
+
+    def step(params: Any, cache: KVCache, tokens: Array) -> DecodeOutput:
+        model = nnx.merge(graph, params)
+
+        def single(cache: KVCache, token: Array) -> tuple[KVCache, tuple[Array, Array]]:
+            out = decode_step(model, cache, token, implementation="xla")
+            return out.cache, (out.logits, out.token)
+
+        cache, (logits, token) = lax.scan(single, cache, tokens.T)
+        return DecodeOutput(cache, jnp.moveaxis(logits, 0, 1), token.T)
+
+    return Contender(step, params, lambda cache: cache)
 
 
 def implementation(model: Transformer, name: Implementation) -> Contender:

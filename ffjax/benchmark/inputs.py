@@ -26,13 +26,13 @@ __all__ = ["capacity_for", "first_tokens", "random_model", "random_prompts", "st
 _CAPACITY_STEP = 256
 
 
-def capacity_for(position: int, steps: int) -> int:
-    """S, just above what `steps` steps from `position` on need.
+def capacity_for(position: int, steps: int, tokens: int = 1) -> int:
+    """S, just above what `steps` steps of T tokens from `position` on need.
 
     The baseline attends over the whole capacity, so that a generous one would slow it down. Its
     local layers have a smaller one, made by the same rule.
     """
-    return ceil_div(position + steps, _CAPACITY_STEP) * _CAPACITY_STEP
+    return ceil_div(position + steps * tokens, _CAPACITY_STEP) * _CAPACITY_STEP
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
@@ -64,7 +64,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def started_cache(
-    config: ModelConfig, batch: int, position: int, capacity: int, seed: int = 0
+    config: ModelConfig, batch: int, position: int, capacity: int, seed: int = 0, tokens: int = 1
 ) -> KVCache:
     """A bfloat16 cache whose sequences all have `position` live positions, made on the device.
 
@@ -77,15 +77,16 @@ def started_cache(
         position: live positions of every sequence, 0 to S.
         capacity: S.
         seed: of the keys and values.
+        tokens: T, of each sequence, that steps take.
     """
-    return _started_cache(config, batch, position, capacity, jax.random.key(seed))
+    return _started_cache(config, batch, position, capacity, tokens, jax.random.key(seed))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _started_cache(
-    config: ModelConfig, batch: int, position: int, capacity: int, key: Array
+    config: ModelConfig, batch: int, position: int, capacity: int, tokens: int, key: Array
 ) -> KVCache:
-    empty = KVCache.create(config, batch, capacity)
+    empty = KVCache.create(config, batch, capacity, tokens=tokens)
     live = jnp.arange(capacity)[:, None] < position  # [S, 1]
     k, v = (
         jnp.where(live, jax.random.normal(part, empty.k.shape, empty.k.dtype), jnp.nan)
@@ -94,9 +95,10 @@ def _started_cache(
     return dataclasses.replace(empty, k=k, v=v, lengths=jnp.full((batch,), position, jnp.int32))
 
 
-def first_tokens(config: ModelConfig, batch: int, seed: int = 0) -> Array:
-    """Random token ids to begin with, int32 `[B]`; the sequences of a batch differ."""
-    return jax.random.randint(jax.random.key(seed), (batch,), 0, config.vocab_size, jnp.int32)
+def first_tokens(config: ModelConfig, batch: int, seed: int = 0, tokens: int = 1) -> Array:
+    """Random token ids to begin with, int32 `[B]`, or `[B, T]`; those of a batch differ."""
+    shape = (batch,) if tokens == 1 else (batch, tokens)
+    return jax.random.randint(jax.random.key(seed), shape, 0, config.vocab_size, jnp.int32)
 
 
 def random_prompts(config: ModelConfig, lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:

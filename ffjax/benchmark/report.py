@@ -41,6 +41,7 @@ def _point_data(report: Report, point: Point) -> dict[str, Any]:
     return {
         "batch": point.batch,
         "position": point.position,
+        "tokens": point.tokens,
         "capacity": point.capacity,
         "implementation": point.implementation,
         "reason": point.reason,
@@ -82,6 +83,11 @@ def as_text(report: Report) -> str:
 
 
 def _how_checked(against: str) -> str:
+    if against == "one by one":
+        return (
+            "Logits of several tokens a step are compared with the reference's, which is fed "
+            "the same tokens one by one."
+        )
     other = {"xla": "reference"}.get(against, against)
     return (
         f"Logits are compared with the {other}'s, same tokens and cache: L2 and largest difference "
@@ -95,6 +101,7 @@ def _row(report: Report, point: Point) -> dict[str, str]:
     row = {
         "batch": str(point.batch),
         "position": str(point.position),
+        **({"tokens": str(point.tokens)} if report.sweep.tokens != (1,) else {}),
         "timed": point.implementation,
         "µs/step": f"{1e6 * timing.step_seconds:.1f}",
         "spread": f"{100 * timing.spread:.1f}%",

@@ -1,4 +1,4 @@
-"""A benchmark: a sweep over batches and positions, each point timed and checked."""
+"""A benchmark: a sweep over batches, positions and tokens a step, each point timed and checked."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ _Contenders = Callable[[ContenderName], Contender]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What to measure: every batch at every position.
+    """What to measure: every batch at every position with every number of tokens.
 
     Attributes:
         config: the model's sizes.
         batches: values of B.
         positions: live positions of every sequence before the first step.
-        steps: steps of a timed loop; the last one is at `position + steps - 1`.
+        steps: steps of a timed loop; each goes on where the one before it has ended.
         repetitions: timed loops, `MIN_REPETITIONS` or more.
         implementation: what to time. None: the fused kernel where it can run, else the
             reference.
         baseline: whether to time the XLA baseline in turn with it.
+        tokens: values of T, that a step takes of each sequence.
 
     Raises:
         ValueError: a number is out of its range; the model has too few positions; the fused
@@ -60,17 +61,25 @@ class Sweep:
     repetitions: int = MIN_REPETITIONS
     implementation: Implementation | None = None
     baseline: bool = False
+    tokens: tuple[int, ...] = (1,)
 
     def __post_init__(self):
         limit = self.config.max_context
         check_asked(self.config, self.batches, self.steps, self.repetitions, self.implementation)
         if not self.positions or min(self.positions) < 0:
             raise ValueError(f"A position is 0 or more, got {listed(self.positions)}.")
-        if max(self.positions) + self.steps > limit:
+        if not self.tokens or min(self.tokens) < 1:
+            raise ValueError(f"A step takes 1 token or more, got {listed(self.tokens)}.")
+        if self.baseline and max(self.tokens) > 1:
             raise ValueError(
-                f"{self.steps} steps from position {max(self.positions)} on need "
-                f"{max(self.positions) + self.steps} positions; {self.config.name} was made for "
-                f"{limit}."
+                "The baseline takes one token of each sequence a step, got "
+                f"{listed(self.tokens)}. Time it with one token."
+            )
+        end = max(self.positions) + self.steps * max(self.tokens)
+        if end > limit:
+            raise ValueError(
+                f"{self.steps} steps from position {max(self.positions)} on need {end} positions; "
+                f"{self.config.name} was made for {limit}."
             )
 
 
@@ -94,7 +103,7 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """One batch at one position, measured.
+    """One batch at one position with one number of tokens, measured.
 
     Attributes:
         batch: B.
@@ -102,6 +111,7 @@ class Point:
         capacity: S.
         implementation: what was timed.
         reason: why it was not the fused kernel, where nobody had named it; else None.
+        tokens: T, that a step takes of each sequence.
         traffic: what a step reads.
         timing: how long it took.
         baseline: how long the XLA baseline took, or None.
@@ -113,6 +123,7 @@ class Point:
     capacity: int
     implementation: Implementation
     reason: str | None
+    tokens: int
     traffic: Traffic
     timing: Timing
     baseline: Timing | None
@@ -121,7 +132,7 @@ class Point:
     @property
     def tokens_per_second(self) -> float:
         """Of all sequences together."""
-        return self.batch / self.timing.step_seconds
+        return self.batch * self.tokens / self.timing.step_seconds
 
     @property
     def bytes_per_second(self) -> float:
@@ -144,7 +155,7 @@ class Report:
         sweep: what was asked for.
         machine: what it ran on.
         bandwidth: the device's read bandwidth, measured in the same run.
-        points: in the order of batches, then positions.
+        points: in the order of batches, then positions, then tokens.
     """
 
     sweep: Sweep
@@ -161,7 +172,9 @@ class Report:
         return point.traffic.total / self.bandwidth.bytes_per_second
 
 
-def traffic(model: Transformer, batch: int, position: int, capacity: int, steps: int) -> Traffic:
+def traffic(
+    model: Transformer, batch: int, position: int, capacity: int, steps: int, tokens: int = 1
+) -> Traffic:
     """What a step of a loop reads.
 
     Args:
@@ -169,10 +182,11 @@ def traffic(model: Transformer, batch: int, position: int, capacity: int, steps:
         batch: B.
         position: live positions before the first step.
         capacity: S.
-        steps: steps of the loop, each one position further.
+        steps: steps of the loop, each T positions further.
+        tokens: T.
     """
-    dims = step_dims(model.config, batch, capacity)
-    read = [dims.cache_bytes([position + i] * batch) for i in range(steps)]
+    dims = step_dims(model.config, batch, capacity, tokens)
+    read = [dims.cache_bytes([position + i * tokens] * batch) for i in range(steps)]
     return Traffic(dims.step_weight_bytes, statistics.fmean(read))
 
 
@@ -190,20 +204,21 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
     device = default_device()
     # The baseline has copies of all; the reference is checked against it.
     copies = 2 if sweep.baseline or sweep.implementation == "xla" else 1
-    slots = max(b * capacity_for(p, sweep.steps) for b, p in _grid(sweep))
+    slots = max(b * capacity_for(p, sweep.steps, t) for b, p, t in _grid(sweep))
     advice = "a smaller batch or position" + (", or leave --compare out" * sweep.baseline)
     check_memory(device, sweep.config, slots, copies, copies, advice)
     # Asked before the weights are made: a kernel that cannot run costs nobody gigabytes.
-    chosen = {(b, p): _choose(sweep, b, p) for b, p in _grid(sweep)}
+    chosen = {point: _choose(sweep, *point) for point in _grid(sweep)}
     model = random_model(sweep.config)
     say("measuring the read bandwidth")
     bandwidth = read_bandwidth(default_bytes(device), sweep.repetitions)
     # Each is made when first asked for: the baseline copies the weights.
     contenders = functools.cache(functools.partial(contender, model))
     points = []
-    for (batch, position), (name, reason) in chosen.items():
-        say(f"batch {batch}, position {position}: compiling, checking and timing {name!r}")
-        points.append(_measure(sweep, model, contenders, batch, position, name, reason))
+    for (batch, position, tokens), (name, reason) in chosen.items():
+        where = f"batch {batch}, position {position}" + f", {tokens} tokens" * (tokens > 1)
+        say(f"{where}: compiling, checking and timing {name!r}")
+        points.append(_measure(sweep, model, contenders, batch, position, tokens, name, reason))
     return Report(
         sweep=sweep,
         machine=Machine.of(device),
@@ -212,14 +227,16 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
     )
 
 
-def _grid(sweep: Sweep) -> list[tuple[int, int]]:
-    """Pairs of batch and position, each once."""
-    return list(dict.fromkeys(itertools.product(sweep.batches, sweep.positions)))
+def _grid(sweep: Sweep) -> list[tuple[int, int, int]]:
+    """Batch, position and tokens, each once."""
+    return list(dict.fromkeys(itertools.product(sweep.batches, sweep.positions, sweep.tokens)))
 
 
-def _choose(sweep: Sweep, batch: int, position: int) -> tuple[Implementation, str | None]:
-    capacity = capacity_for(position, sweep.steps)
-    return choose(sweep.config, batch, capacity, sweep.implementation)
+def _choose(
+    sweep: Sweep, batch: int, position: int, tokens: int
+) -> tuple[Implementation, str | None]:
+    capacity = capacity_for(position, sweep.steps, tokens)
+    return choose(sweep.config, batch, capacity, sweep.implementation, tokens)
 
 
 def _measure(
@@ -228,13 +245,14 @@ def _measure(
     contenders: _Contenders,
     batch: int,
     position: int,
+    tokens: int,
     name: Implementation,
     reason: str | None,
 ) -> Point:
     config, steps = sweep.config, sweep.steps
-    capacity = capacity_for(position, steps)
-    first = first_tokens(config, batch)
-    cache = started_cache(config, batch, position, capacity)
+    capacity = capacity_for(position, steps, tokens)
+    first = first_tokens(config, batch, tokens=tokens)
+    cache = started_cache(config, batch, position, capacity, tokens=tokens)
     check, chosen, cache = _check(sweep, contenders, name, cache, first)
     contending = [(contenders(name), cache)]
     if sweep.baseline:
@@ -252,7 +270,8 @@ def _measure(
         capacity=capacity,
         implementation=name,
         reason=reason,
-        traffic=traffic(model, batch, position, capacity, steps),
+        tokens=tokens,
+        traffic=traffic(model, batch, position, capacity, steps, tokens),
         timing=timing,
         baseline=others[0] if others else None,
         check=dataclasses.replace(check, repeats=check.repeats and same),
@@ -265,7 +284,8 @@ def _check(
     """Checks the contender of that name against another.
 
     Returns:
-        What was found; the tokens it chose, int32 `[steps, B]`; and the cache, as it was.
+        What was found; the tokens it chose, int32 `[steps, B]` or `[steps, B, T]`; and the cache,
+        as it was.
     """
     steps = min(sweep.steps, _MAX_CHECKED_STEPS)
     position = int(cache.lengths[0])
@@ -274,15 +294,17 @@ def _check(
     cache = rewind(seen.cache, position)
     # It is computed in another way.
     other: ContenderName = "baseline" if name == "xla" else "xla"
+    if first.ndim > 1:
+        other = "one by one"
     judge = contenders(other)
     logits, own = follow(judge, judge.adopt(cache), seen.fed)
     difference = compare(seen.logits, logits)
-    if other == "xla":  # its steps were taken in the same arrays
+    if other != "baseline":  # its steps were taken in the same arrays
         cache = rewind(own, position)
     del own
     check = Check(
         steps=steps,
-        tokens=steps * first.shape[0],
+        tokens=steps * first.size,
         finite=bool(jnp.isfinite(seen.logits).all()),
         repeats=seen.repeats,
         against=other,

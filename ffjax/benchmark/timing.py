@@ -36,8 +36,8 @@ class StepOutput(Protocol):
 
     Attributes:
         cache: a dataclass and pytree with `lengths`, int32 `[B]`.
-        logits: float32 `[B, V]`.
-        token: int32 `[B]`, the greedy choice.
+        logits: float32 `[B, V]` or `[B, T, V]`.
+        token: int32 `[B]` or `[B, T]`, the greedy choice.
     """
 
     @property
@@ -49,7 +49,7 @@ class StepOutput(Protocol):
 
 
 class Step(Protocol):
-    """A decode step that jit can trace: weights, cache and tokens int32 `[B]` to its output."""
+    """A decode step that jit can trace: of weights, cache and tokens int32 `[B]` or `[B, T]`."""
 
     def __call__(self, weights: Any, cache: Any, tokens: Array, /) -> StepOutput: ...  # noqa: D102
 
@@ -136,7 +136,7 @@ class DecodeLoop:
             weights: what it takes as weights.
             cache: what it takes as cache. It is used up: runs pass it on in place.
             position: live positions of every sequence when a run starts.
-            first: int32 `[B]`, the tokens the first step is fed.
+            first: int32 `[B]` or `[B, T]`, the tokens the first step is fed.
             steps: steps of a run.
         """
 

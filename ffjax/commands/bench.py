@@ -6,7 +6,8 @@ exit code is 1 where numbers were wrong.
 By itself: every batch is timed at every position, in loops on the device that feed each step the
 token of the one before it, and the logits are checked. With --compare xla, a baseline in plain
 JAX, one array per layer, is timed in turn with it. Wrong is a logit that is not finite, or other
-bits when a step is repeated.
+bits when a step is repeated. With --tokens, a step takes so many tokens of each sequence; they are
+compared with the reference, which is fed them one by one.
 
 With --prompt: the time from a request to its first token on the host, for prompts of each length,
 beside the time that their multiplications take at the device's rate of dense products and the
@@ -60,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"live positions before the first step, one number or several; default: {_POSITION}",
     )
     parser.add_argument(
+        "--tokens",
+        metavar="T,..",
+        type=wholes(1),
+        help="tokens of each sequence that a step takes, one number or several; default: 1",
+    )
+    parser.add_argument(
         "--prompt",
         metavar="N,..",
         type=spans(1),
@@ -101,6 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table on stdout, what is being done on stderr; or JSON."""
+    if args.tokens is not None and (args.loop or args.prompt is not None):
+        raise ValueError("--tokens times decode steps; leave it out, or --loop and --prompt.")
     if args.loop:
         for name in ("prompt", "compare", "plot"):
             if getattr(args, name) is not None:
@@ -138,8 +147,11 @@ def _run_steps(args: argparse.Namespace) -> list[str]:
         positions=args.position or (_POSITION,),
         steps=args.steps or _STEPS,
         baseline=args.compare == "xla",
+        tokens=args.tokens or (1,),
     )
     if args.plot is not None:
+        if max(sweep.tokens) > 1:
+            raise ValueError("--plot draws steps of one token; leave it out, or --tokens.")
         plot.check_plot(args.plot)
     results = suite.run(sweep, say=_sayer(args))
     _print(args, results, report)
@@ -152,7 +164,9 @@ def _run_steps(args: argparse.Namespace) -> list[str]:
                 "gave other bits when repeated" if point.check.finite else "had logits not finite"
             )
             name = point.implementation
-            wrong.append(f"batch {point.batch}, position {point.position}: {name!r} {what}.")
+            several = f", {point.tokens} tokens" * (point.tokens > 1)
+            where = f"batch {point.batch}, position {point.position}{several}"
+            wrong.append(f"{where}: {name!r} {what}.")
     return wrong
 
 
