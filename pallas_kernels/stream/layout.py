@@ -55,7 +55,8 @@ class SharedLayout:
         sums: of those rows, the maximum and the sum of the weights.
         squares: of several sequences' residuals, each warp's sums of the squares of what it holds.
         queries: the bfloat16 of `LOT` queries, then what they leave of float32; and so on.
-        new: the new positions' keys, and their values.
+        new: the new positions' keys, and their values. Of several tokens, queries and these lie
+            where `products` do: they are not wanted any more when something is put there.
         route: see `route`.
         spans: see `spans`.
         slot_barriers: 8 bytes a slot.
@@ -100,15 +101,21 @@ class SharedLayout:
         others = (plan.products_bytes(s) for s in plan.segments if s != Segment.DOWN)
         products = plan.flush * max(*others, of_down)
         kinds = len(set(plan.dims.features.local_layers)) or 1
+        queries = 2 * LOT * cut.abreast * pitches["query_pitch"]
+        new = 2 * row * plan.dims.tokens
+        attends = cut.warps * LOT * pitches["out_pitch"]
+        several = plan.dims.tokens > 1
+        if several:
+            attends = max(attends, queries + new)
         sizes = {
             "slots": plan.slots * plan.slot_bytes + plan.tail_bytes,
             "tiles": cut.tiles * pitches["tile_bytes"],
-            "products": max(products, cut.warps * LOT * pitches["out_pitch"]),
+            "products": max(products, attends),
             "spare": SPARE_BYTES * plan.num_warps if plan.chunked else 0,
             "sums": cut.warps * LOT * 8,
             "squares": 0 if plan.chunked else 4 * COLUMNS * plan.num_warps,
-            "queries": 2 * LOT * cut.abreast * pitches["query_pitch"],
-            "new": 2 * row * plan.dims.tokens,
+            "queries": 0 if several else queries,
+            "new": 0 if several else new,
             "route": 4 * route_words(plan) * route_rows(plan),
             "spans": 4 * ROW_WORDS * kinds * spans_rows(plan),
             "slot_barriers": 8 * plan.slots,
@@ -119,4 +126,7 @@ class SharedLayout:
         for name, size in sizes.items():
             starts[name] = end
             end += 16 * ceil_div(size, 16)
+        if several:
+            starts["queries"] = starts["products"]
+            starts["new"] = starts["queries"] + queries
         return cls(**starts, **pitches, size=end + ALIGNMENT)

@@ -1,7 +1,8 @@
 """How a layer's attention is dealt out: spans of cached positions, and the table of them.
 
 A part of the work is one sequence, one key/value head with up to 8 of the queries that share it
-(of several tokens a step, as many times 8 as there are warps for), and one span of positions.
+(of several tokens a step, as many times 8 as there are warps for, unless there are programs for
+them), and one span of positions.
 The number of a head's spans depends on the sequence's length alone. Parts are dealt out in turn,
 to the last program first: program P - 1 - p has parts p, p + P and so on. For the last programs
 have the fewest tiles of weights.
@@ -34,6 +35,7 @@ class Part(NamedTuple):
     sequence: Array  # b
     head: Array  # of K
     first_query: Array  # of the T * G that share it: token t's g-th one is number t * G + g
+    lots: Array | int  # how many times 8 of them it has
     number: Array  # which of the head's spans
     spans: Array  # how many it has
     position: Array  # the first new one
@@ -102,10 +104,28 @@ def _turn(env: StreamEnv) -> Array:
     return env.plan.programs - 1 - env.program
 
 
+def _lots(env: StreamEnv, extents: list[_Extent]) -> tuple[Array | int, Array | int]:
+    """Parts of a span of a key/value head; and how many times 8 queries each has.
+
+    Of long sequences all programs have something to do, and keys and values are best read once. Of
+    short ones most would have nothing while some work for all.
+    """
+    cut = env.plan.attention
+    if cut.abreast == 1:
+        return cut.lots, 1
+    spans = [_spans(env, extent.live) for extent in extents]
+    parts = sum(spans[1:], spans[0]) * (env.dims.num_kv_heads * cut.lots)
+    divided, pieces = jnp.int32(1), 2
+    while pieces <= cut.abreast:
+        divided = jnp.where(parts * pieces <= env.plan.programs, jnp.int32(pieces), divided)
+        pieces *= 2
+    return divided * cut.lots, lax.div(jnp.int32(cut.abreast), divided)
+
+
 def _deal(env: StreamEnv, extents: list[_Extent]) -> tuple[Array, Array]:
     """Parts of a layer, and the most spans of a head."""
     spans = [_spans(env, extent.live) for extent in extents]
-    heads = env.dims.num_kv_heads * env.plan.attention.lots
+    heads = env.dims.num_kv_heads * _lots(env, extents)[0]
     most = spans[0]
     for one in spans[1:]:
         most = jnp.maximum(most, one)
@@ -114,7 +134,7 @@ def _deal(env: StreamEnv, extents: list[_Extent]) -> tuple[Array, Array]:
 
 def _part(env: StreamEnv, extents: list[_Extent], number: Array) -> Part:
     """The `number`-th part of the layer: sequences in order, then spans, then heads."""
-    lots = env.plan.attention.lots
+    lots, each = _lots(env, extents)
     heads = env.dims.num_kv_heads * lots
     offset = before = sequence = first = live = number * 0
     for b, extent in enumerate(extents):
@@ -132,7 +152,8 @@ def _part(env: StreamEnv, extents: list[_Extent], number: Array) -> Part:
     return Part(
         sequence=sequence,
         head=lax.div(head, jnp.int32(lots)),
-        first_query=lax.rem(head, jnp.int32(lots)) * (LOT * env.plan.attention.abreast),
+        first_query=lax.rem(head, jnp.int32(lots)) * (LOT * each),
+        lots=each,
         number=index,
         spans=_spans(env, live),
         position=first + live,
@@ -150,19 +171,22 @@ def _kinds(env: StreamEnv) -> list[bool]:
 
 
 def _query_word(env: StreamEnv, part: Part, local: bool) -> Array:
-    """A part's first query; of several tokens and a window, above it where the window begins.
+    """A part's first query; of several tokens, above it its lots, and where windows begin.
 
     Token t's window begins t positions behind the first one's; but where the first one's reaches
     beyond the sequence's beginning, by as many fewer.
     """
     d, window = env.dims, env.features.window
-    if d.tokens == 1 or window is None:
+    if d.tokens == 1:
         return part.first_query
+    query = part.first_query | lax.shift_left(jnp.int32(0) + part.lots, 8)
+    if window is None:
+        return query
     beyond = jnp.minimum(window - 1 - part.position, d.tokens)
     spare = jnp.maximum(beyond, 0) if local else jnp.full_like(part.position, d.tokens)
     # Further on no position is before a window.
     spare = jnp.where(part.number == 0, spare, d.tokens)
-    return part.first_query | lax.shift_left(spare, 16)
+    return query | lax.shift_left(spare, 16)
 
 
 def make_spans(env: StreamEnv, table: Array) -> None:
@@ -230,7 +254,8 @@ def part_of(env: StreamEnv, layer: Array, share: Share, j: Array) -> Part:
     return Part(
         sequence=sequence,
         head=slot - sequence * env.dims.num_kv_heads,
-        first_query=query if env.dims.tokens == 1 else query & 0xFFFF,
+        first_query=query if env.dims.tokens == 1 else query & 0xFF,
+        lots=1 if env.dims.tokens == 1 else lax.shift_right_logical(query, 8) & 0xFF,
         number=numbers & 0xFFFF,
         spans=lax.shift_right_logical(numbers, 16),
         position=position,

@@ -66,7 +66,7 @@ class _Attend:
             ".reg .pred %p, %odd, %one, %two, %late;",
             ".reg .b32 %thread, %g, %c, %first, %i, %count, %left, %new, %stage, %phase, %looks;",
             ".reg .b32 %qa, %qb, %at, %x, %y, %z, %mine, %half, %ka, %kb, %va, %vb;",
-            *([".reg .b32 %lot, %from;"] if f.tokens > 1 else []),
+            *([".reg .b32 %lot, %lots, %from;"] if f.tokens > 1 else []),
             f".reg .b32 {', '.join(words + queries + octets)};",
             ".reg .f32 %top, %total, %f, %h, %u, %w, %shrink;",
             f".reg .f32 {', '.join(floats + self._all_sums())};",
@@ -124,8 +124,9 @@ class _Attend:
         f = self.f
         if f.abreast == 1:
             return []
-        bits = f.abreast.bit_length() - 1
-        return [f"and.b32 %lot, %first, {f.abreast - 1}; shr.u32 %first, %first, {bits};"]
+        each = f.warps // f.abreast
+        bits = each.bit_length() - 1
+        return [f"shr.u32 %lot, %first, {bits}; and.b32 %first, %first, {each - 1};"]
 
     def _seen(self, row: str) -> list[str]:
         """Of several tokens: what each thread's query does not see, since it is a later one's.
@@ -140,8 +141,9 @@ class _Attend:
         lines = [f"ld.shared.b32 %y, [{row}+20]; and.b32 %x, %g, {3 if f.paired else 7};"]
         if f.abreast > 1:
             lines.append(f"mad.lo.u32 %x, %lot, {LOT}, %x;")
+            lines.append("shr.u32 %lots, %y, 8; and.b32 %lots, %lots, 0xff;")
         lines += [
-            "and.b32 %z, %y, 0xffff; add.u32 %x, %x, %z;",
+            "and.b32 %z, %y, 0xff; add.u32 %x, %x, %z;",
             f"div.u32 %x, %x, {f.q_per_kv}; min.u32 %x, %x, {f.tokens - 1};",
         ]
         if f.windowed:
@@ -440,6 +442,7 @@ def attend_lines(
         *text.add_new(ring),
         # A warp may have no position here.
         f"setp.ge.s32 %p, %first, %left; setp.ge.or.u32 %p, %first, {f.block}, %p; @%p bra used;",
+        *(["setp.ge.u32 %p, %lot, %lots; @%p bra used;"] if f.abreast > 1 else []),
         *text.scores(),
         *text.softmax(),
         *text.values(),

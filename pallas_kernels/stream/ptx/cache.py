@@ -27,7 +27,8 @@ class CacheFeed:
     A tile holds the keys of `block` positions, and behind them the values. Its *part* is a row of
     8 words in shared memory: where the part begins in a layer, in units of 16 bytes; how many
     cached positions it has; its tiles; how many new positions it has besides; a word of no interest
-    here; its first query, and in the upper half how much longer the first window lasts. Before the
+    here; its first query, and in the upper half how much longer the first window lasts; the rest
+    is of no interest. Before the
     first part's row stands one whose first word is the number of parts.
 
     Attributes:

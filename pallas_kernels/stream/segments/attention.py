@@ -53,8 +53,8 @@ class _Made(NamedTuple):
 
 
 def _rows(env: StreamEnv) -> int:
-    """Queries of a part, padded."""
-    return next_power_of_2(min(env.dims.queries, LOT * env.plan.attention.abreast))
+    """Queries that a warp attends for, padded."""
+    return next_power_of_2(min(env.dims.queries, LOT))
 
 
 class _Rows(NamedTuple):
@@ -71,7 +71,8 @@ def _rows_of(env: StreamEnv, part: Part, row: Array) -> _Rows:
         return _Rows(part.sequence, part.head * d.q_per_kv + number, number < d.q_per_kv)
     token = lax.div(number, jnp.int32(d.q_per_kv))
     query = part.head * d.q_per_kv + number - token * d.q_per_kv
-    return _Rows(part.sequence * d.tokens + token, query, number < d.queries)
+    there = (number < d.queries) & (row < part.lots * LOT)
+    return _Rows(part.sequence * d.tokens + token, query, there)
 
 
 def _put_heads(env: StreamEnv, heads: Heads, has_new: Array, lot: Array | int = 0) -> None:
@@ -79,20 +80,23 @@ def _put_heads(env: StreamEnv, heads: Heads, has_new: Array, lot: Array | int = 
 
     Args:
         env: the program's view.
-        heads: up to `LOT` queries.
+        heads: queries, up to `LOT`, or several times as many.
         has_new: bool scalar, whether keys and values are there.
-        lot: which of the part's queries they are.
+        lot: which of the part's queries the first `LOT` are.
     """
     at = SharedLayout.of(env.plan)
+    rows = heads.queries.shape[0]
     row, element = env.iota(heads.queries.shape, 0), env.iota(heads.queries.shape, 1)
     everywhere, is_new = row >= 0, (row < env.dims.tokens) & has_new
     high = heads.queries.astype(jnp.bfloat16)
     low = (heads.queries - high.astype(jnp.float32)).astype(jnp.bfloat16)
     place = env.shared + at.queries + row * at.query_pitch + 2 * element
+    if rows > LOT:  # what the bfloat16 leave lies behind them, lot by lot
+        place += (row & ~(LOT - 1)) * at.query_pitch
     if not isinstance(lot, int):
         place += lot * (2 * LOT * at.query_pitch)
     # Paired, each query has two rows.
-    for again in range(0, LOT, heads.queries.shape[0]):
+    for again in range(0, LOT, min(rows, LOT)):
         ptx.write_halves(place + again * at.query_pitch, high, everywhere)
         ptx.write_halves(place + (LOT + again) * at.query_pitch, low, everywhere)
     size = 2 * env.dims.head_dim
@@ -104,37 +108,48 @@ def _put_heads(env: StreamEnv, heads: Heads, has_new: Array, lot: Array | int = 
     ptx.write_halves(values, heads.value.astype(jnp.bfloat16), is_new)
 
 
-def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) -> _Made:
-    """Softmax attention over the part's span, by all warps, and what they make together."""
+def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) -> None:
+    """Softmax attention over the part's span, by all warps: see `_made_together`."""
     rows, abreast = LOT // 2 if env.plan.paired else LOT, env.plan.attention.abreast
     whose = env, layer, part.sequence, part.head
-    if env.interpret:
-        start = part.first_query, part.position, part.has_new
-        return _interpreted(env, layer, part, collect_heads(*whose, *start, rows * abreast))
+    start = part.first_query, part.position, part.has_new
 
-    def put(lot: Array | int) -> None:
-        has_new = part.has_new if isinstance(lot, int) else part.has_new & (lot == 0)
-        first = part.first_query + lot * LOT
-        heads = collect_heads(*whose, first, part.position, has_new, rows)
-        _put_heads(env, heads, has_new, lot)
+    def put_all(rows: int) -> None:
+        _put_heads(env, collect_heads(*whose, *start, rows, part.lots), part.has_new)
 
     if abreast == 1:
-        put(0)
-    else:
-        lax.fori_loop(jnp.int32(0), jnp.int32(abreast), lambda lot, x: put(lot) or x, jnp.int32(0))
+        put_all(rows)
+    elif env.features.qk_norm is None:
+        lax.cond(part.lots == 1, lambda: put_all(rows), lambda: put_all(rows * abreast))
+    else:  # what is normed takes many registers
+
+        def put(lot: Array, nothing: Array) -> Array:
+            has_new = part.has_new & (lot == 0)
+            first = part.first_query + lot * LOT
+            heads = collect_heads(*whose, first, part.position, has_new, rows)
+            _put_heads(env, heads, has_new, lot)
+            return nothing
+
+        lax.fori_loop(jnp.int32(0), jnp.int32(0) + part.lots, put, jnp.int32(0))
     plgpu.debug_barrier()
     attend_span(env, layer, share, j)
-    at = SharedLayout.of(env.plan)
+
+
+def _made_together(env: StreamEnv, lot: Array | int = 0) -> _Made:
+    """What the warps have made that attended for the part's `lot`-th queries, put together."""
+    at, cut = SharedLayout.of(env.plan), env.plan.attention
     shape = (_rows(env), env.dims.head_dim)
     row, element = env.iota(shape, 0), env.iota(shape, 1)
+    first = row if isinstance(lot, int) else lot * (cut.warps // cut.abreast * LOT) + row
     each = []
-    # Neighbouring warps have different queries, and so on in turn.
-    for turn in range(env.plan.attention.warps // abreast):
-        number = turn * abreast * LOT + row
+    warps = cut.warps // cut.abreast
+    for warp in range(warps):
+        number = warp * LOT + first
         sums = env.shared + at.sums + 8 * number
         place = env.shared + at.products + number * at.out_pitch + 4 * element
         each.append(_Made(*(ptx.sum_shared(x, 1, 0) for x in (sums, sums + 4, place))))
-    plgpu.debug_barrier()  # products will be put there, and the next part's queries
+    if cut.abreast == 1:
+        plgpu.debug_barrier()  # products will be put there, and the next part's queries
     top = each[0].top
     for made in each[1:]:
         top = jnp.maximum(top, made.top)
@@ -157,8 +172,11 @@ def _load_tile(env: StreamEnv, layer: Array, part: Part, i: Array) -> tuple[Arra
     return keys, values
 
 
-def _interpreted(env: StreamEnv, layer: Array, part: Part, heads: Heads) -> _Made:
-    """The same as plain arrays."""
+def _interpreted(env: StreamEnv, layer: Array, part: Part) -> _Made:
+    """The same as plain arrays, of all the part's queries at once."""
+    rows = (LOT // 2 if env.plan.paired else LOT) * env.plan.attention.abreast
+    start = part.first_query, part.position, part.has_new
+    heads = collect_heads(env, layer, part.sequence, part.head, *start, rows, part.lots)
     block, cap = env.plan.attention.block, env.features.attn_softcap
     q, key, value = heads
 
@@ -171,12 +189,12 @@ def _interpreted(env: StreamEnv, layer: Array, part: Part, heads: Heads) -> _Mad
         nothing = jnp.zeros(top.shape, jnp.float32)
         total = jnp.where(part.has_new, jnp.ones_like(nothing), nothing)
     else:
-        rows = q.shape[0]
-        number, new = env.iota((rows, rows), 0), env.iota((rows, rows), 1)
+        size = q.shape[0], key.shape[0]
+        number, new = env.iota(size, 0), env.iota(size, 1)
         token = lax.div(part.first_query + number, jnp.int32(env.dims.q_per_kv))
         seen = part.has_new & (new < env.dims.tokens) & (new <= token)
         if (window := env.features.window) is not None:
-            before = jnp.where(env.is_local(layer), jnp.int32(window), env.dims.capacity + rows)
+            before = jnp.where(env.is_local(layer), jnp.int32(window), env.dims.capacity + LOT)
             seen &= new > token - before
             lower = (part.position + token[:, :1]) - (before - 1)
         scores = jnp.where(seen, capped(env.dot_split(q, key, transpose_b=True)), LOWEST)
@@ -200,8 +218,9 @@ def _interpreted(env: StreamEnv, layer: Array, part: Part, heads: Heads) -> _Mad
 
     tiles = lax.div(part.stop - part.start + (block - 1), jnp.int32(block))
     top, total, out = lax.fori_loop(jnp.int32(0), tiles, step, (top, total, value))
-    out = out[: _rows(env)]
-    top, total = (jnp.broadcast_to(x[: _rows(env), None], out.shape) for x in (top, total))
+    rows = next_power_of_2(min(env.dims.queries, rows))
+    out = out[:rows]
+    top, total = (jnp.broadcast_to(x[:rows, None], out.shape) for x in (top, total))
     return _Made(top, total, out)
 
 
@@ -251,13 +270,29 @@ def _hand_over_part(
 
 def attend_parts(env: StreamEnv, layer: Array) -> None:
     """This program's parts of the layer's attention; heads of one span are then finished."""
-    tag, share = env.tag(layer), layer_share(env, layer)
+    tag, share, abreast = env.tag(layer), layer_share(env, layer), env.plan.attention.abreast
 
     def part_step(j, carry):
         part = part_of(env, layer, share, j)
-        made = _attend(env, layer, share, j, part)
+        if env.interpret:
+            hand_over_made(part, _interpreted(env, layer, part))
+            return carry
+        _attend(env, layer, share, j, part)
+        if abreast == 1:
+            hand_over_made(part, _made_together(env))
+            return carry
+
+        def of_lot(lot: Array, nothing: Array) -> Array:
+            hand_over_made(part, _made_together(env, lot), lot)
+            return nothing
+
+        lax.fori_loop(jnp.int32(0), jnp.int32(0) + part.lots, of_lot, jnp.int32(0))
+        plgpu.debug_barrier()  # products will be put there, and the next part's queries
+        return carry
+
+    def hand_over_made(part: Part, made: _Made, lot: Array | int = 0) -> None:
         row, element = env.iota(made.out.shape, 0), env.iota(made.out.shape, 1)
-        rows = _rows_of(env, part, row)
+        rows = _rows_of(env, part, row if isinstance(lot, int) else lot * LOT + row)
 
         def finish():
             out = made.out / made.total
@@ -267,7 +302,6 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
             _hand_over_part(env, tag, part, rows, element, made)
 
         lax.cond(part.spans == 1, finish, hand_over)
-        return carry
 
     lax.fori_loop(jnp.int32(0), share.parts, part_step, jnp.int32(0))
 

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.segments.qkv import softmax_scale
 
 __all__ = ["Heads", "collect_heads"]
@@ -24,7 +25,7 @@ __all__ = ["Heads", "collect_heads"]
 class Heads(NamedTuple):
     """What a part of attention starts from, float32 `[rows, H]`.
 
-    Key and value of row n are those of the n-th new position; rows beyond repeat the last one.
+    Key and value of row n < T are those of the n-th new position; of one token every row's.
     """
 
     queries: Array
@@ -41,6 +42,7 @@ def collect_heads(
     position: Array,
     has_new: Array,
     rows: int,
+    lots: Array | int = 1,
 ) -> Heads:
     """Waits for a part's queries, and for the new keys and values where it adds them.
 
@@ -54,6 +56,7 @@ def collect_heads(
         position: int32 scalar, the first new position.
         has_new: bool scalar, whether this part adds them.
         rows: rows of queries.
+        lots: how many times 8 of them are waited for, where there are more.
     """
     d, mail, tag = env.dims, env.mail, env.tag(layer)
     shape = (rows, d.head_dim)
@@ -66,7 +69,8 @@ def collect_heads(
     else:
         row = env.iota(shape, 0)
         number = jnp.minimum(first_query + row, d.queries - 1)
-        token, new = lax.div(number, jnp.int32(d.q_per_kv)), jnp.minimum(row, d.tokens - 1)
+        token = lax.div(number, jnp.int32(d.q_per_kv))
+        new = jnp.minimum(row, d.tokens - 1)
         query = kv_head * d.q_per_kv + number - token * d.q_per_kv
 
     def start_of(token: Array | int) -> Array:
@@ -74,16 +78,17 @@ def collect_heads(
         return start if d.tokens == 1 else start + token * d.qkv_dim
 
     everywhere = element >= 0
+    asked = everywhere if rows <= LOT else env.iota(shape, 0) < lots * LOT
 
     def words(head, element, mask, token=new):
         return start_of(token) + head * d.head_dim + element, mask
 
-    new_there = everywhere & has_new
+    new_there = (everywhere if d.tokens == 1 else env.iota(shape, 0) < d.tokens) & has_new
     key, value = d.num_heads + kv_head, d.num_heads + d.num_kv_heads + kv_head
     if env.features.qk_norm is None:
         queries, k, v = mail.collect_all(
             [
-                words(query, element, everywhere, token),
+                words(query, element, asked, token),
                 words(key, element, new_there),
                 words(value, element, new_there),
             ],
