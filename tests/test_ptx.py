@@ -947,7 +947,7 @@ def check_combine(
 ) -> None:
     """Elements of spans that other programs hand over meanwhile, more or fewer of them."""
     size, tag = 32, 0x7654_3210
-    lanes, *split = combining_threads(ring.threads, width, splits)
+    lanes, *split = combining_threads(jnp.arange(ring.threads), width, splits)
     number, within = (np.asarray(x, np.int64) for x in split)
     element = 16 + (within & (width - 1))
     rng, row = np.random.default_rng(splits), 2 * (size + 2)
@@ -1010,7 +1010,7 @@ def test_warps_combine_spans_in_any_order():
     ("width", "splits"), [(8, 16), (16, 16), (16, 32), (128, 8), (32, 2), (8, 1)]
 )
 def test_threads_of_a_warp_combine_an_element(threads, width, splits):
-    lanes, *split = combining_threads(threads, width, splits)
+    lanes, *split = combining_threads(jnp.arange(threads), width, splits)
     number, within = (np.asarray(x) for x in split)
     for element in range(width):
         mine = np.flatnonzero(within == element)

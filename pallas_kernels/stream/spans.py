@@ -13,6 +13,7 @@ is worked out once a step, as rows of a table in shared memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -67,9 +68,9 @@ def _ceil_div(a: Array, b: Array | int) -> Array:
     return lax.div(a + (b - 1), jnp.asarray(b, jnp.int32))
 
 
-def _extents(env: StreamEnv, local: Array | bool) -> list[_Extent]:
-    """Of each sequence. A full cache's new position is not stored."""
-    live = [jnp.minimum(length, env.dims.capacity) for length in env.lengths]
+def _extents(env: StreamEnv, local: Array | bool, lengths: Sequence[Array]) -> list[_Extent]:
+    """Of sequences of these lengths. A full cache's new position is not stored."""
+    live = [jnp.minimum(length, env.dims.capacity) for length in lengths]
     if (window := env.features.window) is None:
         return [_Extent(n * 0, n) for n in live]
     first = [jnp.where(local, jnp.maximum(n - (window - 1), 0), 0) for n in live]
@@ -93,8 +94,14 @@ def _spans(env: StreamEnv, live: Array) -> Array:
 
 def spans_of(env: StreamEnv, layer: Array, sequence: Array) -> Array:
     """Spans of a head of a sequence, int32."""
+    local = env.is_local(layer)
+    if not env.plan.bulk:
+        # From layer to layer the compiler would keep the spans of all sequences, beside their
+        # lengths: 8 registers of a thread where there are too few. See `StreamEnv.iota`.
+        [extent] = _extents(env, local, [env.batch_lengths(sequence)])
+        return _spans(env, extent.live)
     spans = sequence * 0
-    for b, extent in enumerate(_extents(env, env.is_local(layer))):
+    for b, extent in enumerate(_extents(env, local, env.lengths)):
         spans = jnp.where(sequence == b, _spans(env, extent.live), spans)
     return spans
 
@@ -200,7 +207,7 @@ def make_spans(env: StreamEnv, table: Array) -> None:
     row = iota((next_power_of_2(spans_rows(plan)),), 0)
     unit = ptx.UNIT // 2  # elements
     for kind, local in enumerate(_kinds(env)):
-        extents = _extents(env, local)
+        extents = _extents(env, local, env.lengths)
         total, most = _deal(env, extents)
         part = _part(env, extents, _turn(env) + (row - 1) * plan.programs)
         live = jnp.maximum(part.stop - part.start, 0)
@@ -234,7 +241,7 @@ def share_of(env: StreamEnv, layer: Array, table: Array | None) -> Share:
         table: where the table begins in shared memory; None where there is none.
     """
     if table is None:
-        total, most = _deal(env, _extents(env, env.is_local(layer)))
+        total, most = _deal(env, _extents(env, env.is_local(layer), env.lengths))
         return Share(env.share(total, _turn(env)), most > 1, layer * 0)
     rows = table
     if len(_kinds(env)) > 1:
@@ -247,7 +254,7 @@ def share_of(env: StreamEnv, layer: Array, table: Array | None) -> Share:
 def part_of(env: StreamEnv, layer: Array, share: Share, j: Array) -> Part:
     """The j-th of this program's parts of a layer."""
     if env.interpret:
-        extents = _extents(env, env.is_local(layer))
+        extents = _extents(env, env.is_local(layer), env.lengths)
         return _part(env, extents, _turn(env) + j * env.plan.programs)
     _, live, _, _, slot, query, numbers, position = ptx.read_row(row_of(share, j))
     sequence = lax.div(slot, jnp.int32(env.dims.num_kv_heads))

@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import ceil_div, next_power_of_2
-from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.cache import attend_span, layer_share
 from pallas_kernels.stream.env import StreamEnv
@@ -343,19 +342,24 @@ def combine_parts(env: StreamEnv, layer: Array) -> None:
 
 
 def combining_threads(
-    threads: int, width: int, splits: int, most: int = 32
+    thread: Array, width: int, splits: int, most: int = 32
 ) -> tuple[int, Array, Array]:
     """Which of a program's threads combine which spans of which of `width` elements.
 
     At most `most` threads have the same one.
 
+    Args:
+        thread: int32 `[T]`, each thread's number.
+        width: elements, a power of two.
+        splits: the most spans of a head, a power of two.
+        most: as above.
+
     Returns:
         How many threads have an element, neighbours apart by `32 / lanes`; of each thread the first
         span, the others being `lanes` apart; and its element, which may lie beyond `width`.
     """
-    lanes = min(most, splits, threads // width)
-    thread, elements = iota((threads,), 0), jnp.int32(32 // lanes)
-    lane = thread & 31
+    lanes = min(most, splits, thread.shape[0] // width)
+    elements, lane = jnp.int32(32 // lanes), thread & 31
     number = lax.div(lane, elements)
     return lanes, number, lax.div(thread, jnp.int32(32)) * elements + (lane - number * elements)
 
@@ -374,9 +378,10 @@ def _combine(
     An element's threads belong to one warp, so that nothing goes through shared memory. Threads
     beyond the elements have some of them again.
     """
-    splits, size, threads = env.plan.attention.max_splits, env.dims.head_dim, env.plan.threads
+    splits, size = env.plan.attention.max_splits, env.dims.head_dim
     most = 16 if env.plan.twins else 32  # a warp has both of two neighbours
-    lanes, number, within = combining_threads(threads, width, splits, most)
+    thread = env.iota((env.plan.threads,), 0)
+    lanes, number, within = combining_threads(thread, width, splits, most)
     element = first + (within & (width - 1))
     out = env.mail.combine(
         _pair_at(env, column, query, number, element),
