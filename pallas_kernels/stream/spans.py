@@ -98,7 +98,7 @@ def spans_of(env: StreamEnv, layer: Array, sequence: Array) -> Array:
     if not env.plan.bulk:
         # From layer to layer the compiler would keep the spans of all sequences, beside their
         # lengths: 8 registers of a thread where there are too few. See `StreamEnv.iota`.
-        [extent] = _extents(env, local, [env.batch_lengths(sequence)])
+        [extent] = _extents(env, local, [env.length_of(sequence)])
         return _spans(env, extent.live)
     spans = sequence * 0
     for b, extent in enumerate(_extents(env, local, env.lengths)):
