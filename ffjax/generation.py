@@ -192,8 +192,9 @@ def generate(
         implementation: of the decode steps, by name, or None for the best that can run; see
             `ffjax.decode_step`.
         prefill: implementation of the prefill: "pallas", the packed one with a flash attention;
-            "xla", the reference model; None: the first where it can run, but the second where
-            `implementation` is "xla".
+            "steps", fused decode steps of several tokens, for up to 4 prompts; "xla", the reference
+            model. None: "steps" for prompts so short that it is faster, else "pallas", where they
+            can run; but "xla" where `implementation` is "xla".
 
     Returns:
         The tokens, why each sequence ended, and the times it took.

@@ -32,13 +32,14 @@ from ffjax.decode import (
     Implementation,
     Kernel,
     decode_step,
-    resolve_implementation,
+    resolve_implementation_config,
     step_fault,
 )
 from ffjax.in_flight import note
 from ffjax.model import Transformer
 from ffjax.parts import Parts
-from ffjax.prefill.choice import Prefill, prefill_of
+from ffjax.prefill.choice import Prefill, prefill_of, resolve_prefill_of
+from ffjax.prefill.stepwise import step_tokens
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
@@ -205,9 +206,11 @@ class _Start(NamedTuple):
     history: History | None
 
 
-def _start(config: ModelConfig, batch: int, capacity: int, dtype: Any, remembers: bool) -> _Start:
+def _start(
+    config: ModelConfig, batch: int, capacity: int, dtype: Any, remembers: bool, tokens: int
+) -> _Start:
     return _Start(
-        cache=KVCache.create(config, batch, capacity, dtype),
+        cache=KVCache.create(config, batch, capacity, dtype, tokens=tokens),
         token=jnp.zeros((batch,), jnp.int32),
         length=jnp.ones((batch,), jnp.int32),
         last=jnp.zeros((batch, config.model_dim), jnp.float32),
@@ -219,7 +222,7 @@ def _start(config: ModelConfig, batch: int, capacity: int, dtype: Any, remembers
 def _started(device: Any) -> Any:
     """Makes what a generation begins with, in one launch."""
     options = compiler_options(device)
-    return jax.jit(_start, static_argnums=(0, 1, 2, 3, 4), compiler_options=options)
+    return jax.jit(_start, static_argnums=(0, 1, 2, 3, 4, 5), compiler_options=options)
 
 
 class Loop:
@@ -283,13 +286,18 @@ class Loop:
         size = request.batch, capacity
         gpu = drawing_gpu(self._device, implementation)
         self._stages = stages = Stages.of(request.params, request.processors, gpu)
-        start = _started(self._device)(model.config, *size, model.dtype, stages.remembers)
+        sizes = model.config, model.dtype, *size
+        self.implementation: Implementation = resolve_implementation_config(*sizes, implementation)
+        name = resolve_prefill_of(
+            self._parts, request, capacity, self.implementation, implementation, prefill
+        )
+        tokens = step_tokens(request.batch) if name == "steps" else 1
+        make = _started(self._device)
+        start = make(model.config, *size, model.dtype, stages.remembers, tokens)
         self._cache, self._token, self._index, last, self._history = start
         rows = rows_of(request.params, request.stop_tokens, request.seeds, stages)
         # On the device, where every block takes them: arrays of numpy would be sent with each.
         self._rows = jax.device_put(rows)
-        chosen = resolve_implementation(model, self._cache, implementation)
-        self.implementation: Implementation = chosen
         self.steps = 0
         self._prefill = prefill_of(
             self._parts,
@@ -298,8 +306,7 @@ class Loop:
             self._rows,
             stages,
             last,
-            implementation,
-            prefill,
+            name,
         )
 
     def _block_args(self) -> tuple[Any, ...]:

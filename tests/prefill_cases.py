@@ -22,6 +22,7 @@ from ffjax.model import Transformer
 from ffjax.parts import Parts
 from ffjax.prefill.packed import PackedPrefill
 from ffjax.prefill.padded import PaddedPrefill
+from ffjax.prefill.stepwise import StepwisePrefill, step_tokens
 from ffjax.sampling.draw import words_of
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, rows_of
@@ -75,7 +76,7 @@ class Fed:
 
 
 def fed(
-    kind: type[PackedPrefill] | type[PaddedPrefill],
+    kind: type[PackedPrefill] | type[PaddedPrefill] | type[StepwisePrefill],
     model: Transformer,
     prompts: tuple[np.ndarray, ...],
     capacity: int,
@@ -89,7 +90,8 @@ def fed(
     rows = rows_of(params, [()] * batch, seeds, stages)
     ended = jnp.full((batch, model.config.model_dim), fill, jnp.float32)
     prefill = kind(Parts.of(model), prompts, capacity, rows, stages, ended)
-    cache = KVCache.create(model.config, len(prompts), capacity, model.dtype)
+    tokens = step_tokens(batch) if kind is StepwisePrefill else 1
+    cache = KVCache.create(model.config, batch, capacity, model.dtype, tokens=tokens)
     full = (jnp.full_like(kept, fill) for kept in (cache.k, cache.v))
     cache = dataclasses.replace(cache, **dict(zip(("k", "v"), full, strict=True)))
     prefill.compile(cache, None)

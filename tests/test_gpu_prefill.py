@@ -85,6 +85,28 @@ def test_a_long_prompt_needs_no_more_memory_than_a_full_chunk():
     assert used[0] == used[1] < 200e6
 
 
+@pytest.mark.parametrize("lengths", [(1,), (16,), (23,), (3, 8), (4, 1, 7)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "int4"])
+def test_short_prompts_by_decode_steps(name, lengths):
+    model = model_of(name, "bfloat16")
+    prompts = prompts_of(model.config, lengths)
+    got = fed(StepwisePrefill, model, prompts, 64, fill=np.nan)
+    want = fed(PaddedPrefill, model, prompts, 64)
+    assert got.cache.lengths.tolist() == list(lengths)
+    for kept in ("k", "v"):
+        assert_close(got.live(kept), want.live(kept), "packed_vs_padded_bfloat16")
+
+
+def test_generate_and_stream_feed_short_prompts_by_decode_steps():
+    model = model_of("llama", "bfloat16")
+    prompts = [row.tolist() for row in prompts_of(model.config, (7, 3))]
+    whole = generate(model, prompts, 20)
+    assert (whole.prefill, whole.implementation) == ("steps", "pallas")
+    steps = stream(model, prompts, 20)
+    assert [list(row) for row in zip(*steps, strict=True)] == whole.tokens
+    assert steps.output.prefill == "steps"
+
+
 def test_generate_and_stream_take_it_unasked():
     model = model_of("llama", "bfloat16")
     prompts = [row.tolist() for row in prompts_of(model.config, (40, 3))]

@@ -36,6 +36,7 @@ def add_implementations(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill",
         choices=get_args(Prefill),
-        help="implementation of the prefill: pallas, the fast one, or xla, the reference model; "
-        "default: the fast one where it can run, but xla with --implementation xla",
+        help="implementation of the prefill: pallas, the fast one; steps, fused decode steps of "
+        "several tokens, for a few short prompts; or xla, the reference model; default: the "
+        "fastest that can run, but xla with --implementation xla",
     )

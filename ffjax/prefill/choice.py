@@ -7,22 +7,23 @@ from typing import Any, get_args
 import jax.numpy as jnp
 from jax import Array
 
-from ffjax.decode import Implementation
+from ffjax.decode import Implementation, why_not_fused_config
 from ffjax.parts import Parts
 from ffjax.prefill.packed import PackedPrefill
 from ffjax.prefill.padded import PaddedPrefill
 from ffjax.prefill.request import Prefill, RequestPrefill
+from ffjax.prefill.stepwise import StepwisePrefill, step_tokens, steps_for
 from ffjax.requests import Request
 from ffjax.sampling.rows import Rows, Stages
 from pallas_kernels.gpu import Gpu
 
-__all__ = ["Prefill", "prefill_of", "resolve_prefill"]
+__all__ = ["Prefill", "prefill_of", "resolve_prefill", "resolve_prefill_of"]
 
 
 def resolve_prefill(
     dtype: Any, device: Any, implementation: Implementation | None, prefill: Prefill | None
 ) -> Prefill:
-    """Which prefill will run.
+    """Which prefill will run of sequences that come and go.
 
     Args:
         dtype: of the model's weights.
@@ -32,13 +33,14 @@ def resolve_prefill(
         prefill: a name, or None for the best that can run.
 
     Raises:
-        ValueError: there is no prefill of that name.
+        ValueError: there is no prefill of that name, or it takes whole requests alone.
         NotImplementedError: the named prefill cannot run here.
     """
-    names = get_args(Prefill)
-    if prefill is not None and prefill not in names:
+    _check_name(prefill)
+    if prefill == "steps":
         raise ValueError(
-            f"prefill is one of {', '.join(map(repr, names))} or None, got {prefill!r}."
+            "prefill='steps' feeds the prompts of one request; where sequences come and go, take "
+            "'pallas', 'xla' or None."
         )
     if prefill == "xla" or (prefill is None and implementation == "xla"):
         return "xla"
@@ -48,6 +50,51 @@ def resolve_prefill(
     if prefill is None:
         return "xla"
     raise NotImplementedError(f"{reason} Use prefill='xla'.")
+
+
+def _check_name(prefill: Prefill | None) -> None:
+    names = get_args(Prefill)
+    if prefill is not None and prefill not in names:
+        raise ValueError(
+            f"prefill is one of {', '.join(map(repr, names))} or None, got {prefill!r}."
+        )
+
+
+def resolve_prefill_of(
+    parts: Parts,
+    request: Request,
+    capacity: int,
+    implementation: Implementation,
+    asked: Implementation | None,
+    prefill: Prefill | None,
+) -> Prefill:
+    """Which prefill a request will have.
+
+    Args:
+        parts: the model.
+        request: whose prompts.
+        capacity: S.
+        implementation: of the decode steps.
+        asked: what was asked for as that; see `resolve_prefill`.
+        prefill: a name, or None for the fastest that can run.
+
+    Raises:
+        ValueError: there is no prefill of that name.
+        NotImplementedError: the named prefill cannot run here.
+    """
+    _check_name(prefill)
+    longest = max(len(prompt) for prompt in request.prompts)
+    steps = prefill is None and implementation == "pallas"
+    if steps and steps_for(parts.config, request.batch, longest) is None:
+        steps = False
+    if steps or prefill == "steps":
+        tokens, config = step_tokens(request.batch), parts.config
+        reason = why_not_fused_config(config, parts.dtype, request.batch, capacity, tokens)
+        if reason is None:
+            return "steps"
+        if prefill == "steps":
+            raise NotImplementedError(reason)
+    return resolve_prefill(parts.dtype, parts.device, asked, prefill)
 
 
 def _why_not(dtype: Any, device: Any) -> str | None:
@@ -66,8 +113,7 @@ def prefill_of(
     rows: Rows,
     stages: Stages,
     last: Array,
-    implementation: Implementation | None,
-    prefill: Prefill | None,
+    name: Prefill,
 ) -> RequestPrefill:
     """The prefill of a request, not yet compiled.
 
@@ -79,13 +125,11 @@ def prefill_of(
         stages: likewise.
         last: float32 `[B, D]`, room for what the last layer returns at the end of each prompt;
             overwritten.
-        implementation: see `resolve_prefill`.
-        prefill: likewise.
-
-    Raises:
-        ValueError: see `resolve_prefill`.
-        NotImplementedError: likewise.
+        name: which, as `resolve_prefill_of` says.
     """
-    name = resolve_prefill(parts.dtype, parts.device, implementation, prefill)
-    kind = PackedPrefill if name == "pallas" else PaddedPrefill
-    return kind(parts, request.prompts, capacity, rows, stages, last)
+    kinds: dict[Prefill, type[PackedPrefill | PaddedPrefill | StepwisePrefill]] = {
+        "pallas": PackedPrefill,
+        "steps": StepwisePrefill,
+        "xla": PaddedPrefill,
+    }
+    return kinds[name](parts, request.prompts, capacity, rows, stages, last)

@@ -14,9 +14,10 @@ from ffjax.sampling.rows import Rows, Stages
 
 __all__ = ["Prefill", "RequestPrefill"]
 
-Prefill = Literal["pallas", "xla"]
+Prefill = Literal["pallas", "steps", "xla"]
 """Implementations: "pallas", packed tokens and a flash attention in Pallas, `ffjax.prefill.packed`;
-"xla", the reference model, `ffjax.prefill.padded`."""
+"steps", fused decode steps of several tokens, `ffjax.prefill.stepwise`; "xla", the reference model,
+`ffjax.prefill.padded`."""
 
 
 class RequestPrefill(abc.ABC):

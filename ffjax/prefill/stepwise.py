@@ -1,0 +1,144 @@
+"""Short prompts by fused decode steps of several tokens.
+
+A prefill of a few tokens waits for its launches, some 90 us a layer on an H200, and unpacks
+quantized weights first. A decode step of 8 tokens is one launch and reads the weights as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from ffjax.cache import KVCache
+from ffjax.config import ModelConfig
+from ffjax.decode import decode_step
+from ffjax.dims import step_dims
+from ffjax.parts import Parts
+from ffjax.prefill.first import first_token
+from ffjax.prefill.request import RequestPrefill
+from ffjax.programs import Programs
+from ffjax.reproducible import compiler_options
+from ffjax.sampling.choose import Choice
+from ffjax.sampling.history import History, fed
+from ffjax.sampling.rows import Rows, Stages
+from pallas_kernels.dims import ceil_div
+from pallas_kernels.support import MAX_BATCH
+
+__all__ = ["StepwisePrefill", "step_tokens", "steps_for"]
+
+# Steps that take less time than the packed prefill, at most: measured on an H200 (docs/prefill.md).
+_QUANTIZED_STEPS, _STEPS, _STEPS_OF_LARGE_LAYERS = 3, 2, 1
+_LARGE_LAYER_BYTES = 300_000_000
+
+
+def step_tokens(batch: int) -> int:
+    """T of the steps for so many sequences: all that a fused step takes, 1 where it has no more."""
+    return max(1, MAX_BATCH // batch)
+
+
+def steps_for(config: ModelConfig, batch: int, longest: int) -> int | None:
+    """Steps that feed prompts of up to `longest` tokens; None where another prefill is faster.
+
+    Args:
+        config: the model's.
+        batch: B.
+        longest: tokens of the longest prompt.
+    """
+    if (tokens := step_tokens(batch)) == 1:
+        return None
+    dims, steps = step_dims(config, batch, 1, tokens), ceil_div(longest, tokens)
+    most = _STEPS
+    if dims.weight_bits.quantized:
+        most = _QUANTIZED_STEPS
+    elif dims.step_weight_bytes > _LARGE_LAYER_BYTES * dims.num_layers:
+        most = _STEPS_OF_LARGE_LAYERS
+    return steps if steps <= most else None
+
+
+def _feed_and_choose(
+    graphdef: Any,
+    state: Any,
+    cache: KVCache,
+    tokens: Array,
+    counts: Array,
+    rows: Rows,
+    history: History | None,
+    *,
+    stages: Stages,
+) -> tuple[KVCache, History | None, Choice]:
+    """Feeds `tokens [steps, B, T]`, of which `counts [steps, B]` count; the token that follows."""
+    model = nnx.merge(graphdef, state)
+
+    def step(carry: tuple[KVCache, Array], given: tuple[Array, Array]) -> Any:
+        cache, last = carry
+        some, count = given
+        out = decode_step(model, cache, some, count, implementation="pallas")
+        newest = jnp.maximum(count - 1, 0)[:, None, None]
+        logits = jnp.take_along_axis(out.logits, newest, axis=1)[:, 0]
+        return (out.cache, jnp.where(count[:, None] > 0, logits, last)), None
+
+    nothing = jnp.zeros((tokens.shape[1], model.config.vocab_size), jnp.float32)
+    (cache, logits), _ = lax.scan(step, (cache, nothing), (tokens, counts))
+    if history is not None:
+        _, batch, size = tokens.shape
+        there = jnp.arange(size) < counts[..., None]
+        owners = jnp.where(there, jnp.arange(batch)[:, None], batch)
+        history = fed(history, owners.reshape(-1), tokens.reshape(-1))
+    return cache, history, first_token(logits, rows, history, stages)
+
+
+@functools.cache
+def _programs(device: Any) -> Programs:
+    jitted = jax.jit(
+        _feed_and_choose,
+        static_argnames=("graphdef", "stages"),
+        donate_argnames=("cache", "history"),
+        compiler_options=compiler_options(device),
+    )
+    return Programs(jitted)
+
+
+class StepwisePrefill(RequestPrefill):
+    """The prefill of a request of short prompts. Its cache is made for such steps."""
+
+    name = "steps"
+
+    def __init__(
+        self,
+        parts: Parts,
+        prompts: tuple[np.ndarray, ...],
+        capacity: int,
+        rows: Rows,
+        stages: Stages,
+        last: Array,
+    ):
+        """Takes what `ffjax.prefill.packed.PackedPrefill` does."""
+        super().__init__(parts, rows, stages)
+        size = step_tokens(len(prompts))
+        steps = ceil_div(max(len(prompt) for prompt in prompts), size)
+        self._tokens = np.zeros((steps, len(prompts), size), np.int32)
+        self._counts = np.zeros((steps, len(prompts)), np.int32)
+        for row, prompt in enumerate(prompts):
+            for step in range(steps):
+                some = prompt[step * size : (step + 1) * size]
+                self._tokens[step, row, : len(some)] = some
+                self._counts[step, row] = len(some)
+
+    def _args(self, cache: KVCache, history: History | None) -> tuple[Any, ...]:
+        return self._parts.state, cache, self._tokens, self._counts, self._rows, history
+
+    def compile(self, cache: KVCache, history: History | None) -> None:
+        """Compiles what `run` needs, ahead of it."""
+        self._compile(_programs(self._parts.device), 0, *self._args(cache, history))
+
+    def run(
+        self, cache: KVCache, history: History | None
+    ) -> tuple[KVCache, History | None, Choice]:
+        """Feeds the prompts; returns both with them, and the first new tokens."""
+        return self._compiled[0](*self._args(cache, history))

@@ -1,0 +1,131 @@
+"""Short prompts by decode steps of several tokens, with the reference's step in the kernel's place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import assert_close
+from prefill_cases import fed, model_of, prompts_of
+
+from ffjax.cache import KVCache
+from ffjax.config import preset
+from ffjax.decode import default_device, reference_step
+from ffjax.formats import INT8, WeightFormats, int4
+from ffjax.generation import generate
+from ffjax.live import LiveBatch
+from ffjax.parts import Parts
+from ffjax.prefill import choice, stepwise
+from ffjax.prefill.choice import resolve_prefill, resolve_prefill_of
+from ffjax.prefill.padded import PaddedPrefill
+from ffjax.prefill.stepwise import StepwisePrefill, step_tokens, steps_for
+from ffjax.quantization import quantized_config
+from ffjax.sampling.draw import words_of
+from ffjax.sampling.history import History
+from ffjax.sampling.params import SamplingParams
+from ffjax.sampling.rows import Stages, rows_of
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Programs know nothing of what is patched: none is kept."""
+
+    def step(model, cache, tokens, live, *, implementation):
+        assert implementation == "pallas"
+        return reference_step(model, cache, tokens, live)
+
+    monkeypatch.setattr(stepwise, "decode_step", step)
+    stepwise._programs.cache_clear()
+    yield
+    stepwise._programs.cache_clear()
+
+
+@pytest.mark.parametrize("lengths", [(1,), (8,), (17,), (5, 4), (1, 9), (2, 1, 5), (3, 1, 2, 2)])
+@pytest.mark.usefixtures("reference")
+def test_it_leaves_what_the_references_prefill_leaves(lengths):
+    model = model_of("llama", "float32")
+    prompts = prompts_of(model.config, lengths)
+    got = fed(StepwisePrefill, model, prompts, 32, temperature=1.0, seed=3)
+    want = fed(PaddedPrefill, model, prompts, 32, temperature=1.0, seed=3)
+    assert got.token == want.token
+    assert got.cache.lengths.tolist() == list(lengths)
+    for kept in ("k", "v"):
+        assert_close(got.live(kept), want.live(kept), "packed_vs_padded_float32")
+
+
+@pytest.mark.usefixtures("reference")
+def test_what_was_said_is_remembered():
+    model = model_of("llama", "float32")
+    config, prompts = model.config, prompts_of(model.config, (9, 3))
+    params = [SamplingParams(frequency_penalty=1.5)] * 2
+    stages = Stages.of(params)
+    rows = rows_of(params, [()] * 2, words_of(0, 2), stages)
+    ended = []
+    for kind in (StepwisePrefill, PaddedPrefill):
+        last = np.zeros((2, config.model_dim), np.float32)
+        prefill = kind(Parts.of(model), prompts, 32, rows, stages, jnp.asarray(last))
+        cache = KVCache.create(config, 2, 32, model.dtype)
+        history = History.empty(2, config.vocab_size)
+        prefill.compile(cache, history)
+        _, history, _ = prefill.run(cache, history)
+        ended.append([np.asarray(x).tolist() for x in jax.tree.leaves(history)])
+    assert ended[0] == ended[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "formats", "batch", "longest", "steps"),
+    [
+        ("llama3.2-1b", None, 1, 16, 2),
+        ("llama3.2-1b", None, 1, 17, None),
+        ("llama3.2-1b", None, 2, 8, 2),
+        ("llama3.2-1b", None, 4, 5, None),
+        ("llama3.2-1b", None, 5, 1, None),  # one token a step is no gain
+        ("llama3.1-8b", None, 1, 8, 1),
+        ("llama3.1-8b", None, 1, 9, None),
+        ("llama3.1-8b", INT8, 1, 24, 3),
+        ("llama3.1-8b", int4(), 1, 25, None),
+    ],
+)
+def test_steps_feed_as_much_as_they_are_faster_for(name, formats, batch, longest, steps):
+    config = preset(name)
+    if formats is not None:
+        config = quantized_config(config, WeightFormats.of_layers(formats))
+    assert steps_for(config, batch, longest) == steps
+    assert step_tokens(batch) * batch <= 8
+
+
+def resolved(monkeypatch, prompts, prefill=None, asked=None, reason=None):
+    monkeypatch.setattr(choice, "why_not_fused_config", lambda *_: reason)
+    monkeypatch.setattr(choice, "_why_not", lambda *_: None)
+    parts = Parts.of(model_of("llama", "bfloat16"))
+    request: Any = SimpleNamespace(prompts=prompts, batch=len(prompts))
+    return resolve_prefill_of(parts, request, 64, asked or "pallas", asked, prefill)
+
+
+def test_short_prompts_are_fed_by_steps_where_the_kernel_runs(monkeypatch):
+    short, long = [[1] * 5], [[1] * 40]
+    assert resolved(monkeypatch, short) == "steps"
+    assert resolved(monkeypatch, long) == "pallas"
+    assert resolved(monkeypatch, short, prefill="pallas") == "pallas"
+    assert resolved(monkeypatch, short, asked="xla") == "xla"
+    assert resolved(monkeypatch, long, prefill="steps") == "steps"
+    assert resolved(monkeypatch, short, reason="There is no room.") == "pallas"
+    with pytest.raises(NotImplementedError, match="no room"):
+        resolved(monkeypatch, short, prefill="steps", reason="There is no room.")
+
+
+def test_who_cannot_have_it_is_told():
+    model = model_of("llama", "bfloat16")
+    with pytest.raises(ValueError, match="where sequences come and go"):
+        resolve_prefill(model.dtype, default_device(), None, "steps")
+    with pytest.raises(ValueError, match="where sequences come and go"):
+        LiveBatch(model, 2, 64, prefill="steps")
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match="runs on NVIDIA GPUs"):
+            generate(model, [1, 2], 2, prefill="steps")
