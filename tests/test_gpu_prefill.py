@@ -11,6 +11,8 @@ from ffjax.benchmark.inputs import random_model
 from ffjax.config import preset
 from ffjax.generation import generate
 from ffjax.prefill.packed import PackedPrefill
+from ffjax.prefill.padded import PaddedPrefill
+from ffjax.prefill.stepwise import StepwisePrefill
 from ffjax.streaming import stream
 from pallas_kernels.prefill import attention
 

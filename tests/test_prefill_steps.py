@@ -1,4 +1,4 @@
-"""Short prompts by decode steps of several tokens, with the reference's step in the kernel's place."""
+"""Short prompts by steps of several tokens, with the reference's step in the kernel's place."""
 
 from __future__ import annotations
 
