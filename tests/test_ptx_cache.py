@@ -34,12 +34,18 @@ def halves(x: np.ndarray) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """A span of cached positions of one head; and whether the new position is its own."""
+    """A span of cached positions of one head; and whether the new positions are its own.
+
+    Of several tokens: its first query; and how many tokens later than the second one a window
+    begins to lose positions.
+    """
 
     head: int
     start: int
     live: int
     new: bool
+    first_query: int = 0
+    spare: int = 0
 
 
 class Setting(NamedTuple):
@@ -53,10 +59,19 @@ class Setting(NamedTuple):
     threads: int = 128
     paired: bool = False
     bulk: bool = True
+    tokens: int = 1
+    group: int = LOT
+    abreast: int = 1
+    windowed: bool = False
 
-    @property
-    def queries(self) -> int:
-        return LOT // 2 if self.paired else LOT
+    def queries(self, part: Part) -> int:
+        """Those of a part; of one token all that there is room for."""
+        if self.tokens == 1:
+            return LOT // 2 if self.paired else LOT
+        return min(self.tokens * self.group - part.first_query, LOT * self.abreast)
+
+    def tiles(self, part: Part) -> int:
+        return -(-(part.live + part.new * self.tokens) // self.block)
 
 
 SETTINGS = {
@@ -88,12 +103,16 @@ class Bench:
         self.heads = 1 + max(p.head for p in parts)
         shape = (2, LAYERS, self.heads, CAPACITY, s.head_dim)
         self.cache = as_bfloat16(rng.normal(size=shape))
+        nobodys = np.ones((self.heads, CAPACITY), bool)
+        for p in parts:
+            nobodys[p.head, p.start : p.start + p.live] = False
+        self.cache[:, :, nobodys] = np.nan
         row, tile = 2 * s.head_dim, 4 * s.block * s.head_dim
         sizes = {
             "tiles": s.stages * tile,
             "out": s.warps * LOT * (2 * row + 16),
-            "queries": 2 * LOT * (row + 64),
-            "new": 2 * row,
+            "queries": 2 * LOT * s.abreast * (row + 64),
+            "new": 2 * row * s.tokens,
             "sums": 8 * s.warps * LOT,
             "rows": 4 * WORDS * (1 + len(parts)),
             "barriers": 16 * ((s.stages + 1) // 2),
@@ -114,6 +133,10 @@ class Bench:
             tile_bytes=tile,
             query_pitch=row + 64,
             out_pitch=2 * row + 16,
+            abreast=s.abreast,
+            tokens=s.tokens,
+            q_per_kv=s.group,
+            windowed=s.windowed,
             paired=s.paired,
             softcap=s.softcap,
             thread=s.threads - 32,
@@ -135,9 +158,9 @@ class Bench:
         rows[:] = 0
         rows[0] = len(parts)
         for i, p in enumerate(parts):
-            tiles = -(-(p.live + p.new) // s.block)
             unit = (p.head * CAPACITY + p.start) * row // 16
-            rows[WORDS * (i + 1) :][:4] = [unit, p.live, tiles, p.new]
+            words = [unit, p.live, s.tiles(p), p.new * s.tokens, 0, p.first_query | p.spare << 16]
+            rows[WORDS * (i + 1) :][:6] = words
 
     def at(self, name: str, count: int, dtype: type) -> np.ndarray:
         return self.machine.view(self.ring + getattr(self.feed, name), count, dtype)
@@ -153,10 +176,15 @@ class Bench:
         """What the warps make of the j-th part together: maximum, sum, weighted values."""
         f, s = self.feed, self.setting
         high = as_bfloat16(q)
+        rows = LOT * s.abreast
         for i, x in enumerate((high, as_bfloat16(q - high))):
-            for row in range(LOT):
-                at = self.ring + f.queries + (i * LOT + row) * f.query_pitch
-                self.machine.view(at, s.head_dim, np.uint16)[:] = halves(x[row % s.queries])
+            for number in range(rows):
+                at = 2 * LOT * (number // LOT) + LOT * i + number % LOT
+                place = self.machine.view(
+                    self.ring + f.queries + at * f.query_pitch, s.head_dim, np.uint16
+                )
+                number %= LOT // 2 if s.paired else rows
+                place[:] = halves(x[number]) if number < len(x) else 0xFFFF
         self.at("new", new.size, np.uint16)[:] = halves(new).ravel()
         row = self.ring + self.rows + 4 * WORDS * (1 + j)
         lines = attend_lines(f, "$1", "$2", "$3", "$4", "$5", "$6", MOST_LOOKS)
@@ -166,23 +194,30 @@ class Bench:
             text = text.replace(*edit)
         operands = [self.ring, self.keys, self.values, self.ring + self.rows, row, layer]
         self.machine.run(text, "=&r,r,l,l,r,r,r", operands)
-        sums = self.at("sums", 2 * s.warps * LOT, np.float32).reshape(s.warps, LOT, 2)
-        top, total = sums[:, : s.queries].T
+        sums = self.at("sums", 2 * s.warps * LOT, np.float32).reshape(-1, rows, 2)
+        top, total = sums[:, : len(q)].T
         out = self.at("out", s.warps * LOT * f.out_pitch // 4, np.float32)
-        out = out.reshape(s.warps, LOT, -1)[:, : s.queries, : s.head_dim].astype(np.float64)
+        out = out.reshape(len(sums), rows, -1)[:, : len(q), : s.head_dim].astype(np.float64)
         best = top.max(axis=1)
         weight = np.exp2(top - best[:, None]).T
         return best, (weight * total.T).sum(axis=0), (weight[..., None] * out).sum(axis=0)
 
     def wanted(self, layer: int, part: Part, q: np.ndarray, new: np.ndarray):
+        s = self.setting
         keys, values = self.cache[:, layer, part.head, part.start : part.start + part.live].astype(
             np.float64
         )
         if part.new:
-            keys, values = (np.vstack(x) for x in ((keys, new[:1]), (values, new[1:])))
+            keys, values = (np.vstack(x) for x in ((keys, new[0]), (values, new[1])))
         scores = q.astype(np.float64) @ keys.T
-        if (cap := self.setting.softcap) is not None:
+        if (cap := s.softcap) is not None:
             scores = cap * math.log2(math.e) * np.tanh(scores)
+        position = np.arange(len(keys))
+        token = ((part.first_query + np.arange(len(q))) // s.group)[:, None]
+        seen = position <= part.live + token if s.tokens > 1 else position >= 0
+        if s.windowed:
+            seen &= position >= token - part.spare
+        scores = np.where(seen, scores, -np.inf)
         weights = np.exp2(scores - scores.max(axis=1)[:, None])
         return scores.max(axis=1), weights.sum(axis=1), weights @ values
 
@@ -194,13 +229,16 @@ def run(setting: Setting, parts: list[Part], edit=None, delay: int = 40) -> floa
         bench.ask(layer)
         for j, part in enumerate(parts):
             scale = 1.5 / math.sqrt(setting.head_dim)
-            q = (rng.normal(size=(setting.queries, setting.head_dim)) * scale).astype(np.float32)
-            new = as_bfloat16(rng.normal(size=(2, setting.head_dim)))
+            q = rng.normal(size=(setting.queries(part), setting.head_dim)) * scale
+            q = q.astype(np.float32)
+            new = as_bfloat16(rng.normal(size=(2, setting.tokens, setting.head_dim)))
+            if not part.new:
+                new[:] = np.nan
             got = bench.attend(layer, j, q, new, edit)
             for x, y in zip(got, bench.wanted(layer, part, q, new), strict=True):
                 worst = max(worst, float(np.abs(x - y).max()) if np.isfinite(x).all() else np.inf)
-    tiles = sum(-(-(p.live + p.new) // setting.block) for p in parts)
     if setting.bulk:
+        tiles = sum(setting.tiles(part) for part in parts)
         assert len(bench.machine.copies) <= 2 * LAYERS * tiles
     else:  # no position is copied twice
         cached = sum(part.live for part in parts)
