@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ptx_machine import Machine, PtxError
 
+from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import attend_lines
@@ -17,7 +18,7 @@ from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
 LAYERS, CAPACITY = 2, 320
 MOST_LOOKS = 1 << 22
 WORDS = 8
-# 16 bits of queries and of weights are left.
+# Queries are of 16 bits, and 16 bits of weights are left.
 WORST = 5e-4
 
 
@@ -97,7 +98,7 @@ SETTINGS = {
 class Bench:
     """A program's memory with a cache, and the rows of its parts, the same in every layer."""
 
-    def __init__(self, setting: Setting, parts: list[Part], delay: int = 40):
+    def __init__(self, setting: Setting, parts: list[Part], delay: int = 40, order=None):
         s = self.setting = setting
         self.parts, rng = parts, np.random.default_rng(s.head_dim)
         self.heads = 1 + max(p.head for p in parts)
@@ -142,7 +143,7 @@ class Bench:
             thread=s.threads - 32,
             sharing=0 if s.bulk else s.threads,
         )
-        self.machine = Machine(s.threads, end, self.cache[0].size * 4, delay=delay)
+        self.machine = Machine(s.threads, end, self.cache[0].size * 4, delay=delay, order=order)
         self.ring = self.machine.shared_base
         self.keys = self.machine.memory_base
         self.values = self.keys + 2 * self.cache[0].size
@@ -222,15 +223,22 @@ class Bench:
         return scores.max(axis=1), weights.sum(axis=1), weights @ values
 
 
-def run(setting: Setting, parts: list[Part], edit=None, delay: int = 40) -> float:
-    """Attends all parts of all layers; the largest error."""
-    bench, rng, worst = Bench(setting, parts, delay), np.random.default_rng(5), 0.0
-    for layer in range(LAYERS):
+def run(
+    setting: Setting,
+    parts: list[Part],
+    edit=None,
+    delay: int = 40,
+    layers: int = LAYERS,
+    order=None,
+) -> float:
+    """Attends all parts of some layers; the largest error."""
+    bench, rng, worst = Bench(setting, parts, delay, order), np.random.default_rng(5), 0.0
+    for layer in range(layers):
         bench.ask(layer)
         for j, part in enumerate(parts):
             scale = 1.5 / math.sqrt(setting.head_dim)
             q = rng.normal(size=(setting.queries(part), setting.head_dim)) * scale
-            q = q.astype(np.float32)
+            q = as_bfloat16(q) + as_bfloat16(q - as_bfloat16(q))
             new = as_bfloat16(rng.normal(size=(2, setting.tokens, setting.head_dim)))
             if not part.new:
                 new[:] = np.nan
@@ -239,10 +247,10 @@ def run(setting: Setting, parts: list[Part], edit=None, delay: int = 40) -> floa
                 worst = max(worst, float(np.abs(x - y).max()) if np.isfinite(x).all() else np.inf)
     if setting.bulk:
         tiles = sum(setting.tiles(part) for part in parts)
-        assert len(bench.machine.copies) <= 2 * LAYERS * tiles
+        assert len(bench.machine.copies) <= 2 * layers * tiles
     else:  # no position is copied twice
         cached = sum(part.live for part in parts)
-        assert len(bench.machine.copies) == LAYERS * cached * 2 * setting.head_dim // 8
+        assert len(bench.machine.copies) == layers * cached * 2 * setting.head_dim // 8
     return worst
 
 
@@ -268,6 +276,88 @@ def test_attention_over_a_span(name, parts):
 def test_tiles_that_come_at_once_and_late(delay):
     parts = PARTS["three, of which one ends inside"]
     assert run(SETTINGS["heads of 64"], parts, delay=delay) < WORST
+
+
+# Steps of several tokens
+
+
+def several(head_dim: int, block: int, warps: int, tokens: int, group: int, **fields) -> Setting:
+    """As plans have it: queries side by side as far as there are warps; 4 at most paired."""
+    queries = tokens * group
+    abreast = min(next_power_of_2(-(-queries // LOT)), warps)
+    fields = {"threads": 32 * max(warps, 4), **fields}
+    return Setting(
+        head_dim,
+        block,
+        warps,
+        paired=queries <= LOT // 2,
+        tokens=tokens,
+        group=group,
+        abreast=abreast,
+        **fields,
+    )
+
+
+SEVERAL = {
+    "2 tokens of 1 query of 64": several(64, 64, 4, 2, 1),
+    "2 tokens of 2 queries of 256": several(256, 32, 4, 2, 2, softcap=50.0, windowed=True),
+    "4 tokens of 1 query of 32, 8 warps": several(32, 64, 8, 4, 1, windowed=True),
+    "3 tokens of 1 query of 128, 16 bytes a thread": several(128, 16, 2, 3, 1, bulk=False),
+    "2 tokens of 4 queries of 128": several(128, 64, 4, 2, 4, stages=3),
+    "8 tokens of 1 query of 32": several(32, 32, 4, 8, 1, stages=4, threads=256, windowed=True),
+    "3 tokens of 5 queries of 64": several(64, 64, 4, 3, 5, windowed=True),
+    "4 tokens of 4 queries of 128, 8 warps": several(128, 64, 8, 4, 4, softcap=50.0),
+    "2 tokens of 7 queries of 64, 16 bytes a thread": several(
+        64, 32, 4, 2, 7, bulk=False, windowed=True
+    ),
+    "8 tokens of 4 queries of 64": several(64, 64, 4, 8, 4),
+    "4 tokens of 7 queries of 256": several(256, 32, 4, 4, 7, softcap=50.0, windowed=True),
+    "8 tokens of 3 queries of 32, 8 warps": several(32, 64, 8, 8, 3, windowed=True),
+    "8 tokens of 8 queries of 128, 8 warps": several(128, 64, 8, 8, 8, windowed=True),
+    "3 tokens of 16 queries of 64, 8 warps": several(64, 64, 8, 3, 16),
+    "8 tokens of 16 queries of 64, 8 warps": several(64, 64, 8, 8, 16, windowed=True),
+    "3 tokens of 16 queries of 32": several(32, 32, 4, 3, 16, windowed=True),
+    "2 tokens of 12 queries of 256, 1 warp": several(256, 8, 1, 2, 12, bulk=False, windowed=True),
+}
+
+
+def parts_of(s: Setting) -> list[Part]:
+    """All that a part of several tokens can be, in turn, so that each finds what others left."""
+    lots = range(0, s.tokens * s.group, LOT * s.abreast)
+    beyond = s.tokens  # where no window loses anything
+    full = -(-64 // s.block) * s.block
+    # Nothing but new positions; and new ones at every place in the last tile, or the last two.
+    live = [0, *range(s.block - s.tokens, s.block + 1), 2 * s.block - 1]
+    parts = [Part(i % 2, 3 * i, n, True, lots[i % len(lots)], beyond) for i, n in enumerate(live)]
+    # A head's spans: the first one has no new positions.
+    for first in lots:
+        parts.append(Part(0, 5, full, False, first, 0))
+        parts.append(Part(0, 5 + full, s.block // 2 + 1, True, first, beyond))
+    if s.windowed:
+        for window in (1, 2, s.tokens, s.tokens + 2, s.block):
+            for spare in (0, 1, s.tokens - 1):
+                if spare <= window - 1:
+                    first = lots[(window + spare) % len(lots)]
+                    parts.append(Part(1, window, window - 1 - spare, True, first, spare))
+    return parts
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_attention_of_several_tokens_over_a_span(name):
+    s = SEVERAL[name]
+    assert run(s, parts_of(s), layers=1) < WORST
+
+
+@pytest.mark.parametrize("delay", [0, 3000])
+def test_tiles_of_several_tokens_that_come_at_once_and_late(delay):
+    s = SEVERAL["3 tokens of 5 queries of 64"]
+    assert run(s, parts_of(s), delay=delay) < WORST
+
+
+def test_warps_attend_to_several_tokens_in_any_order():
+    s = SEVERAL["3 tokens of 16 queries of 32"]
+    order = np.random.default_rng(4)
+    assert run(s, parts_of(s), layers=1, order=order) < WORST
 
 
 EDITS = {
@@ -318,6 +408,35 @@ SMALL_COPY_EDITS = {
 }
 
 
+SEVERAL_EDITS = {
+    "positions of later tokens are seen": ("@%p add.u32 %mine, %mine, %x;", ""),
+    "cached positions are taken for later tokens'": ("setp.ne.u32 %p, %new, 0;", ""),
+    "queries of a part are all of the first token": ("div.u32 %x, %x, 16;", "mov.b32 %x, 0;"),
+    "all warps have the first queries": ("and.b32 %lot, %first, 3;", "mov.b32 %lot, 0;"),
+    "a later part's queries are the first ones": ("add.u32 %x, %x, %z;", ""),
+    "no window begins later": ("setp.le.and.s32 %p, %from, 0, %p;", ""),
+    "every window moves from the first token on": (
+        "sub.s32 %from, %x, %y;",
+        "mov.b32 %from, %x;",
+    ),
+    "windows move with the tiles": ("sub.s32 %from, %from, 32;", ""),
+    "the last tile but one has no new position": (
+        "setp.ge.s32 %p, %k0, 32;",
+        "setp.gt.s32 %p, %left, 32;",
+    ),
+    "the last tile has only what begins there": (
+        "setp.ge.s32 %p, %k0, 32;",
+        "setp.ge.u32 %p, %k0, 32;",
+    ),
+    "new positions go beyond a tile": ("setp.lt.u32 %p, %y, 32;", "setp.lt.s32 %p, %y, 32;"),
+    "there are more pieces than new ones": ("setp.lt.and.u32 %p, %x, 12, %p;", ""),
+    "new values take the keys' place": (
+        "@%p st.shared.v4.b32 [%y+2048]",
+        "@%p st.shared.v4.b32 [%y+0]",
+    ),
+}
+
+
 FAULTS = [
     (setting, name, edit)
     for setting, own in (
@@ -335,6 +454,16 @@ def test_a_fault_is_found(setting, name, edit):
     parts = [part for some in PARTS.values() for part in some]
     try:
         worst = run(SETTINGS[setting], parts, edit, delay=3000)
+    except PtxError:
+        return
+    assert worst > WORST, name
+
+
+@pytest.mark.parametrize("name", SEVERAL_EDITS)
+def test_a_fault_of_several_tokens_is_found(name):
+    s = SEVERAL["3 tokens of 16 queries of 32"]
+    try:
+        worst = run(s, parts_of(s), SEVERAL_EDITS[name], layers=1)
     except PtxError:
         return
     assert worst > WORST, name

@@ -529,7 +529,8 @@ def test_a_model_too_wide_for_its_batch_is_refused():
     assert why_not(dataclasses.replace(dims, model_dim=8192), 132) is None
     reason = why_not(dims, 132)
     assert reason is not None
-    assert "at most 8192 activations of each of 8 sequences in place; this model has 8208" in reason
+    said = "at most 8192 activations of each of a step's 8 tokens in place; this model has 8208"
+    assert said in reason
     with pytest.raises(ValueError, match="at most 8192 activations"):
         make_stream_plan(dims, H200)
 
