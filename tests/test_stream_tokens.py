@@ -15,11 +15,15 @@ from flax import nnx
 from numerics import assert_close
 from quantize_cases import FOR_KERNELS, kernel_config
 from step_cases import bits
-from stream_cases import FAMILIES
+from stream_cases import FAMILIES, env_of, machine
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import DecodeOutput, fused_step, reference_step
+from ffjax.dims import step_dims
+from pallas_kernels.stream import spans
+from pallas_kernels.stream.plan import LOT
+from pallas_kernels.stream.planner import make_stream_plan
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -155,3 +159,69 @@ def test_a_step_refuses_what_is_not_its_own():
         fused_step(model, cache, some, jnp.array([1, 2]), interpret=True)
     with pytest.raises(TypeError, match="integers"):
         fused_step(model, cache, some, jnp.array([1.0]), interpret=True)
+
+
+# What programs are told of their parts: no interpreted step reads it
+
+
+def told(monkeypatch, plan, lengths: list[int]) -> np.ndarray:
+    """The rows of all programs' tables, for each of these lengths: [lengths, P, kinds, rows, 8]."""
+    written = []
+    monkeypatch.setattr(spans.ptx, "write_row", lambda at, words, there: written.append(words))
+    monkeypatch.setattr(spans.plgpu, "debug_barrier", lambda: None)
+
+    def rows(length, program):
+        written.clear()
+        env = dataclasses.replace(env_of(plan, 0), lengths=(length,), program=program)
+        spans.make_spans(env, jnp.int32(0))
+        return jnp.stack([jnp.stack(words, axis=1) for words in written])
+
+    of_all = jax.vmap(jax.vmap(rows, (None, 0)), (0, None))
+    programs = jnp.arange(plan.programs)
+    run = jax.jit(of_all, compiler_options=QUICK_COMPILE)
+    return np.asarray(run(jnp.array(lengths, jnp.int32), programs))
+
+
+def seen_of(row: np.ndarray, plan) -> np.ndarray:
+    """How often each query of the part's head sees each position, as `CacheFeed` has it."""
+    d, cut = plan.dims, plan.attention
+    unit, live, tiles, new, slot, query, _, position = row.tolist()
+    first, spare = query & 0xFFFF, query >> 16
+    assert tiles == -(-(live + new) // cut.block)
+    start = unit * 8 // d.head_dim - slot * d.capacity
+    made = np.zeros((d.queries, d.capacity + d.tokens), int)
+    if new:
+        assert (new, start + live) == (d.tokens, position)
+    else:
+        assert live % cut.block == 0
+    for n in range(first, min(first + LOT * cut.abreast, d.queries)):
+        token = n // d.q_per_kv
+        begin = max(token - spare, 0) if d.features.window is not None else 0
+        made[n, start + begin : start + (live + token + 1 if new else live)] += 1
+    return made
+
+
+@pytest.mark.parametrize(
+    ("window", "tokens", "heads"), [(1, 2, 3), (3, 8, 1), (40, 8, 16), (300, 3, 2), (None, 4, 4)]
+)
+def test_every_query_sees_its_window_once(window, tokens, heads, monkeypatch):
+    fields = {} if window is None else {"window": window, "window_pattern": (True, False)}
+    config = small_config(num_heads=heads, **fields)
+    plan = make_stream_plan(step_dims(config, 1, 700, tokens), machine(7))
+    edge = window or 256
+    lengths = sorted({0, 1, *range(max(edge - 9, 0), edge + 2), 256, 511, 512, 695, 700, 703})
+    tables = told(monkeypatch, plan, lengths)
+    for length, programs in zip(lengths, tables, strict=True):
+        for kind in range(programs.shape[1]):  # local ones behind the others
+            sees = sum(
+                seen_of(row, plan)
+                for table in programs[:, kind]
+                for row in table[1 : 1 + table[0, 0]]
+            )
+            length = min(length, 700)  # a full cache's new positions have no slot
+            last = length + np.arange(plan.dims.queries)[:, None] // plan.dims.q_per_kv
+            position = np.arange(sees.shape[1])
+            wanted = position <= last
+            if kind == 1 and window is not None:
+                wanted &= position > last - window
+            assert np.array_equal(sees, wanted), (length, kind)
