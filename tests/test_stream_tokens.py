@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_cases import QUICK_COMPILE, filled_cache, random_model, small_config
+from decode_cases import QUICK_COMPILE, dims_of, filled_cache, random_model, small_config
 from flax import nnx
 from numerics import assert_close
 from quantize_cases import FOR_KERNELS, kernel_config
@@ -20,7 +20,6 @@ from stream_cases import FAMILIES, env_of, machine
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import DecodeOutput, fused_step, reference_step
-from ffjax.dims import step_dims
 from pallas_kernels.stream import spans
 from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.planner import make_stream_plan
@@ -45,9 +44,7 @@ def step(model, cache, tokens, live=None, *, fused: bool) -> DecodeOutput:
 
 def start(config: ModelConfig, lengths: list[int], tokens: int, capacity: int = 140):
     """A cache in the middle of its life, NaN where nobody may read; and tokens `[B, T]`."""
-    cache = filled_cache(config, lengths, capacity)
-    made = KVCache.create(config, len(lengths), capacity, tokens=tokens)
-    cache = dataclasses.replace(cache, wide_counters=made.wide_counters)
+    cache = filled_cache(config, lengths, capacity, tokens=tokens)
     shape = len(lengths), tokens
     return cache, jax.random.randint(jax.random.key(5), shape, 0, config.vocab_size)
 
@@ -207,7 +204,7 @@ def seen_of(row: np.ndarray, plan) -> np.ndarray:
 def test_every_query_sees_its_window_once(window, tokens, heads, monkeypatch):
     fields = {} if window is None else {"window": window, "window_pattern": (True, False)}
     config = small_config(num_heads=heads, **fields)
-    plan = make_stream_plan(step_dims(config, 1, 700, tokens), machine(7))
+    plan = make_stream_plan(dims_of(config, 1, 700, tokens), machine(7))
     edge = window or 256
     lengths = sorted({0, 1, *range(max(edge - 9, 0), edge + 2), 256, 511, 512, 695, 700, 703})
     tables = told(monkeypatch, plan, lengths)
