@@ -15,7 +15,7 @@ from flax import nnx
 from numerics import assert_close
 from quantize_cases import FOR_KERNELS, kernel_config
 from step_cases import bits
-from stream_cases import FAMILIES, env_of, machine
+from stream_cases import FAMILIES, check_several, env_of, machine
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
@@ -49,22 +49,6 @@ def start(config: ModelConfig, lengths: list[int], tokens: int, capacity: int = 
     return cache, jax.random.randint(jax.random.key(5), shape, 0, config.vocab_size)
 
 
-def stored(cache: KVCache, lengths: list[int], tokens: int) -> np.ndarray:
-    """Keys and values of the new positions, as far as there are slots."""
-    at = np.array(lengths)[:, None] + np.arange(tokens)
-    b = np.arange(len(lengths))[:, None]
-    both = np.stack([np.asarray(x.astype(jnp.float32)) for x in (cache.k, cache.v)])
-    return both.transpose(2, 4, 0, 1, 3, 5)[b, np.minimum(at, cache.capacity - 1)]
-
-
-def check(got: DecodeOutput, want: DecodeOutput, lengths: list[int], tokens: int) -> None:
-    assert_close(got.logits, want.logits, "fused_vs_model")
-    assert got.token.tolist() == np.argmax(got.logits, axis=-1).tolist()
-    new = [stored(out.cache, lengths, tokens) for out in (got, want)]
-    assert_close(*new, "fused_vs_model")
-    assert got.cache.lengths.tolist() == want.cache.lengths.tolist()
-
-
 # Each family with all columns in use, and with another number of tokens.
 _OTHERS = itertools.cycle([2, 3, 4])
 BOTH = [(name, tokens) for name in FAMILIES for tokens in (8, next(_OTHERS))]
@@ -76,7 +60,7 @@ def test_several_tokens_match_the_model(name, tokens):
     model = random_model(config)
     cache, some = start(config, lengths, tokens)
     got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
-    check(got, want, lengths, tokens)
+    check_several(got, want, lengths, tokens)
     # Another step reads what this one has stored, of each sequence's first ones alone.
     live = jnp.arange(len(lengths)) % tokens
     after = [n + k for n, k in zip(lengths, live.tolist(), strict=True)]
@@ -84,7 +68,7 @@ def test_several_tokens_match_the_model(name, tokens):
     assert got.cache.lengths.tolist() == after
     other = (some + 7) % config.vocab_size
     again = [step(model, out.cache, other, fused=out is got) for out in (got, want)]
-    check(*again, after, tokens)
+    check_several(*again, after, tokens)
 
 
 def test_several_tokens_are_what_they_are_one_by_one():
@@ -115,7 +99,7 @@ def test_however_many_queries_share_a_head(heads, tokens):
     model, lengths = random_model(config), [63]
     cache, some = start(config, lengths, tokens)
     got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
-    check(got, want, lengths, tokens)
+    check_several(got, want, lengths, tokens)
 
 
 @pytest.mark.parametrize("name", FOR_KERNELS)
@@ -123,7 +107,7 @@ def test_several_tokens_of_quantized_weights_match_the_model(name):
     model = random_model(kernel_config(FOR_KERNELS[name]))
     cache, some = start(model.config, [63], 8)
     got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
-    check(got, want, [63], 8)
+    check_several(got, want, [63], 8)
 
 
 def test_tokens_that_a_full_cache_has_no_slot_for_get_nan():
