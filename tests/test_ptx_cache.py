@@ -272,10 +272,11 @@ def test_attention_over_a_span(name, parts):
     assert run(SETTINGS[name], PARTS[parts]) < WORST
 
 
+@pytest.mark.parametrize("name", ["heads of 64", "heads of 64, 16 bytes a thread"])
 @pytest.mark.parametrize("delay", [0, 3000])
-def test_tiles_that_come_at_once_and_late(delay):
+def test_tiles_that_come_at_once_and_late(delay, name):
     parts = PARTS["three, of which one ends inside"]
-    assert run(SETTINGS["heads of 64"], parts, delay=delay) < WORST
+    assert run(SETTINGS[name], parts, delay=delay) < WORST
 
 
 # Steps of several tokens
