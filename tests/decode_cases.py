@@ -113,4 +113,5 @@ def dims_of(config: ModelConfig, batch: int, capacity: int, tokens: int = 1) -> 
 def kernel_inputs(model: Transformer, cache: KVCache, tokens: int = 1):
     """Weights and state as `stream_step` takes them."""
     counters = cache.counters if tokens == 1 else cache.wide_counters
+    assert counters is not None
     return decode_weights(model), StepState(cache.k, cache.v, cache.lengths, counters)

@@ -23,6 +23,7 @@ from stream_cases import FAMILIES, H200, check_several, env_of, machine, run_sta
 
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.stream.launch import layout_of
+from pallas_kernels.stream.mail import mail_words
 from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.planner import make_stream_plan, why_not_on
 from pallas_kernels.stream.route import busy_tiles
@@ -284,7 +285,7 @@ def test_so_it_has_where_that_takes_several_tokens():
     cache = filled_cache(config, lengths, capacity, tokens=4)
     plan = make_stream_plan(dims_of(config, 2, capacity, 4), machine(7))
     assert plan.segments[Segment.DOWN].splits > 1
-    layout, words = layout_of(plan), cache.wide_counters.shape[0]
+    layout, words = layout_of(plan), mail_words(plan.dims)
     tokens = random_tokens(config, 8).reshape(2, 4)
     got = run_stages(plan, model, cache, tokens)
     check_several(got, reference(model, cache, tokens), lengths, 4)

@@ -67,8 +67,8 @@ def test_several_tokens_match_the_model(name, tokens):
     got, want = (step(model, cache, some, live, fused=fused) for fused in (True, False))
     assert got.cache.lengths.tolist() == after
     other = (some + 7) % config.vocab_size
-    again = [step(model, out.cache, other, fused=out is got) for out in (got, want)]
-    check_several(*again, after, tokens)
+    got, want = (step(model, out.cache, other, fused=out is got) for out in (got, want))
+    check_several(got, want, after, tokens)
 
 
 def test_several_tokens_are_what_they_are_one_by_one():
@@ -194,11 +194,8 @@ def test_every_query_sees_its_window_once(window, tokens, heads, monkeypatch):
     tables = told(monkeypatch, plan, lengths)
     for length, programs in zip(lengths, tables, strict=True):
         for kind in range(programs.shape[1]):  # local ones behind the others
-            sees = sum(
-                seen_of(row, plan)
-                for table in programs[:, kind]
-                for row in table[1 : 1 + table[0, 0]]
-            )
+            rows = [row for table in programs[:, kind] for row in table[1 : 1 + table[0, 0]]]
+            sees = np.sum([seen_of(row, plan) for row in rows], axis=0)
             length = min(length, 700)  # a full cache's new positions have no slot
             last = length + np.arange(plan.dims.queries)[:, None] // plan.dims.q_per_kv
             position = np.arange(sees.shape[1])
