@@ -1,5 +1,6 @@
 """What the decode tests start from: a random model, a cache in the middle of its life."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -76,21 +77,27 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 def filled_cache(
-    config: ModelConfig, lengths: Sequence[int], capacity: int, dead: float = math.nan
+    config: ModelConfig,
+    lengths: Sequence[int],
+    capacity: int,
+    dead: float = math.nan,
+    tokens: int = 1,
 ) -> KVCache:
     """A cache with random keys and values; slots beyond the live ones hold `dead`."""
-    return _filled_cache(config, jnp.array(lengths, jnp.int32), capacity, dead)
+    return _filled_cache(config, jnp.array(lengths, jnp.int32), capacity, dead, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _filled_cache(config: ModelConfig, lengths: jax.Array, capacity: int, dead: float) -> KVCache:
-    empty = KVCache.create(config, lengths.shape[0], capacity)
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _filled_cache(
+    config: ModelConfig, lengths: jax.Array, capacity: int, dead: float, tokens: int
+) -> KVCache:
+    empty = KVCache.create(config, lengths.shape[0], capacity, tokens=tokens)
     live = jnp.arange(capacity)[:, None] < lengths[:, None, None, None]
     key, value = (
         jnp.where(live, jax.random.normal(k, empty.k.shape, jnp.bfloat16), dead)
         for k in jax.random.split(jax.random.key(3))
     )
-    return KVCache(key, value, lengths, empty.counters)
+    return dataclasses.replace(empty, k=key, v=value, lengths=lengths)
 
 
 def random_tokens(config: ModelConfig, batch: int, seed: int = 1) -> jax.Array:
@@ -98,12 +105,13 @@ def random_tokens(config: ModelConfig, batch: int, seed: int = 1) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (batch,), 0, config.vocab_size)
 
 
-def dims_of(config: ModelConfig, batch: int, capacity: int) -> Dims:
+def dims_of(config: ModelConfig, batch: int, capacity: int, tokens: int = 1) -> Dims:
     """The kernel's sizes for a step of this model."""
-    return step_dims(config, batch, capacity)
+    return step_dims(config, batch, capacity, tokens)
 
 
-def kernel_inputs(model: Transformer, cache: KVCache):
+def kernel_inputs(model: Transformer, cache: KVCache, tokens: int = 1):
     """Weights and state as `stream_step` takes them."""
-    state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
-    return decode_weights(model), state
+    counters = cache.counters if tokens == 1 else cache.wide_counters
+    assert counters is not None
+    return decode_weights(model), StepState(cache.k, cache.v, cache.lengths, counters)

@@ -139,8 +139,9 @@ class Machine:
         # Of each byte of shared memory, copies that are on their way to it.
         self._awaited = np.zeros(shared_bytes, np.int16)
         # Copies of 16 bytes that each thread has asked for and that have not come, by their
-        # numbers; and arrivals that wait for some of them.
+        # numbers; the last one that it has asked for; and arrivals that wait for some of them.
         self._asked: dict[int, set[int]] = collections.defaultdict(set)
+        self._newest: dict[int, int] = collections.defaultdict(int)
         self._arriving: dict[int, list[tuple[set[int], Callable[[], None]]]] = (
             collections.defaultdict(list)
         )
@@ -260,6 +261,7 @@ class Machine:
         number = self.races.copy(thread // WARP, place, fenced=False)
         self._start(copy)
         self._asked[thread].add(number)
+        self._newest[thread] = number
 
         def land() -> None:
             self._land(copy)
@@ -276,7 +278,7 @@ class Machine:
     def arrive_behind_copies(self, thread: int, barrier: int) -> None:
         """Arrives at an mbarrier when all that the thread has asked for so far has come."""
         at, missing = self.barrier(barrier), set(self._asked[thread])
-        newest = max(missing, default=0)
+        newest = self._newest[thread]
 
         def arrive() -> None:
             at.news[self.races.copier] = max(at.news[self.races.copier], newest)

@@ -35,6 +35,7 @@ __all__ = [
     "PLANS",
     "WINDOW",
     "check",
+    "check_several",
     "env_of",
     "machine",
     "preset_dims",
@@ -120,11 +121,22 @@ def stream(plan: StreamPlan):
 
 
 def streamed(model, cache: KVCache, tokens, tuning: Tuning | None = None):
-    dims = dims_of(model.config, cache.batch, cache.capacity)
+    """A step of tokens `[B]`, or `[B, T]`."""
+    each = tokens[0].size
+    dims = dims_of(model.config, cache.batch, cache.capacity, each)
     plan = make_stream_plan(dims, INTERPRETER, tuning or Tuning())
-    weights, state = kernel_inputs(model, cache)
-    logits, token, state = stream(plan)(weights, state, tokens)
-    return logits, token, KVCache(*state)
+    weights, state = kernel_inputs(model, cache, each)
+    logits, token, state = stream(plan)(weights, state, tokens.reshape(-1))
+    return _like(tokens, logits, token, cache, state)
+
+
+def _like(tokens, logits, token, cache: KVCache, state: StepState):
+    """What a step makes, of the tokens' shape."""
+    made = state._asdict()
+    if tokens.ndim == 2:
+        made["wide_counters"] = made.pop("counters")
+    logits, token = logits.reshape(*tokens.shape, -1), token.reshape(tokens.shape)
+    return logits, token, dataclasses.replace(cache, **made)
 
 
 def check(config, got, want, lengths):
@@ -134,6 +146,26 @@ def check(config, got, want, lengths):
     assert bits(untouched(cache)) == bits(untouched(want.cache))
     assert token.tolist() == np.argmax(logits, axis=-1).tolist()
     assert cache.lengths.tolist() == [n + 1 for n in lengths]
+
+
+def check_several(got, want, lengths, tokens: int):
+    """The same of steps of several tokens."""
+    logits, token, cache = got
+    assert_close(logits, want.logits, "fused_vs_model")
+    assert token.tolist() == np.argmax(logits, axis=-1).tolist()
+    (new, others), wanted = (_parted(x, lengths, tokens) for x in (cache, want.cache))
+    assert_close(new, wanted[0], "fused_vs_model")
+    assert bits(others) == bits(wanted[1])
+    assert cache.lengths.tolist() == want.cache.lengths.tolist()
+
+
+def _parted(cache: KVCache, lengths, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of the new positions, as far as there are slots; and of the others."""
+    both = np.stack([np.asarray(x.astype(jnp.float32)) for x in (cache.k, cache.v)])
+    slot = np.arange(cache.capacity) - np.array(lengths)[:, None]  # [B, S]
+    new = ((slot >= 0) & (slot < tokens))[:, None, :, None]
+    rows = both.transpose(2, 4, 0, 1, 3, 5)[new[:, 0, :, 0]]
+    return rows, np.where(new, 0, both)
 
 
 # A window of 40 positions; lengths at its edge, and where the query of a local layer sees
@@ -182,18 +214,19 @@ FAMILIES = {
 
 def run_stages(plan: StreamPlan, model, cache: KVCache, tokens):
     """A step of several programs: one launch a stage, so that nobody has to wait."""
-    weights, state = kernel_inputs(model, cache)
+    weights, state = kernel_inputs(model, cache, plan.dims.tokens)
+    fed, columns = tokens.reshape(-1), plan.dims.columns
     carried = {name: jnp.zeros(x.shape, x.dtype) for name, x in state_shapes(plan).items()}
     for name in ("residual_first", "residual_second"):
         carried[name] = jnp.full_like(carried[name], jnp.nan)
     carried["best_logit"] = jnp.full_like(carried["best_logit"], -jnp.inf)
     carried["best_token"] = jnp.full(carried["best_logit"].shape, 2**31 - 1, jnp.int32)
-    carried["logits"] = jnp.full((cache.batch, model.config.vocab_size), jnp.nan, jnp.float32)
-    carried["token"] = jnp.full((cache.batch,), -1, jnp.int32)
+    carried["logits"] = jnp.full((columns, model.config.vocab_size), jnp.nan, jnp.float32)
+    carried["token"] = jnp.full((columns,), -1, jnp.int32)
     for stage in stages_of(plan):
         body = functools.partial(run_stage, stage)
         run = functools.partial(run_stream, body, plan, interpret=True)
-        out = jax.jit(run, compiler_options=QUICK_COMPILE)(weights, state, tokens, updated=carried)
+        out = jax.jit(run, compiler_options=QUICK_COMPILE)(weights, state, fed, updated=carried)
         state = StepState(*(out[name] for name in StepState._fields))
         carried = {name: out[name] for name in carried}
-    return carried["logits"], carried["token"], KVCache(*state)
+    return _like(tokens, carried["logits"], carried["token"], cache, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +18,16 @@ from search.orders import faults_of
 from search.plans import check_plan, gpu_of
 from search.schedules import wrong_in
 from search.shares import Shares, misowned
-from stream_cases import FAMILIES, H200, env_of, machine, run_stages, streamed
+from step_cases import reference
+from stream_cases import FAMILIES, H200, check_several, env_of, machine, run_stages, streamed
 
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.stream.launch import layout_of
+from pallas_kernels.stream.mail import mail_words
 from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.planner import make_stream_plan, why_not_on
 from pallas_kernels.stream.route import busy_tiles
+from pallas_kernels.stream.segments.attention import _rows_of
 from pallas_kernels.stream.spans import part_of, share_of
 from pallas_kernels.stream.tuning import Tuning
 
@@ -108,6 +112,17 @@ SPLIT = Case(
 )
 
 
+@pytest.mark.parametrize(("tokens", "lengths"), [(4, (600, 3)), (8, (600,)), (3, (299, 511))])
+def test_steps_of_several_tokens_are_right(tokens, lengths):
+    for case in (SPLIT, NARROW):
+        case = dataclasses.replace(case, tokens=tokens, lengths=lengths, capacity=700)
+        plan = plan_of(case, machine(16))
+        assert not misowned(Shares(plan, lengths))
+        model = Model(plan, HEAD_APART)
+        assert faults_of(model, 84, lengths) == []
+        assert wrong_in(model, 84, lengths, 2, fast=3, slow=15, steps=2) is None
+
+
 class Changed(Model):
     """One program leaves out all its waits for a buffer, or its writes of it, in one layer."""
 
@@ -126,6 +141,7 @@ class Changed(Model):
         return step
 
 
+WIDE = dataclasses.replace(SPLIT, tokens=4)
 BUFFERS = ("x_in", "x_head", "x_mid", "qkv", "attn", "ffw", "attn_block", "ffw_block")
 
 
@@ -138,13 +154,17 @@ def first_with(model: Model, buffer: str, writes: bool) -> int:
     )
 
 
-@pytest.mark.parametrize("buffer", [*BUFFERS, "parts", "partial", "best"])
-def test_a_hand_over_that_is_left_out_is_found(buffer):
-    plan = plan_of(SPLIT, machine(16))
+LEFT_OUT = [(SPLIT, buffer) for buffer in (*BUFFERS, "parts", "partial", "best")]
+LEFT_OUT += [(WIDE, buffer) for buffer in ("qkv", "attn", "parts")]
+
+
+@pytest.mark.parametrize(("case", "buffer"), LEFT_OUT, ids=lambda x: getattr(x, "tokens", x))
+def test_a_hand_over_that_is_left_out_is_found(case, buffer):
+    plan = plan_of(case, machine(16))
     program = first_with(Model(plan, HEAD_APART), buffer, True)
     model = Changed(plan, buffer, True, program)
-    assert "never written" in {fault.kind for fault in faults_of(model, 5, SPLIT.lengths)}
-    wrong = wrong_in(model, 5, SPLIT.lengths, 0)
+    assert "never written" in {fault.kind for fault in faults_of(model, 5, case.lengths)}
+    wrong = wrong_in(model, 5, case.lengths, 0)
     assert wrong is not None
     assert "Nobody can go on" in wrong
 
@@ -183,13 +203,16 @@ def test_tiles_are_those_of_the_kernel(name):
         assert shares.busy[segment] == theirs
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("lengths", [(0, 255, 256), (600, 3, 300), (299, 699, 700)])
-def test_parts_of_attention_are_those_of_the_kernel(lengths, local):
-    case = dataclasses.replace(SPLIT, lengths=lengths, heads=40, layers=2)
+def test_parts_of_attention_are_those_of_the_kernel(lengths, local, tokens):
+    case = dataclasses.replace(SPLIT, lengths=lengths, heads=80, layers=2, tokens=tokens)
     plan = plan_of(case, machine(7))
     layer = jnp.int32(0 if local else 1)
-    parts = Shares(plan, lengths).parts(local)
+    shares = Shares(plan, lengths)
+    parts, most = shares.parts(local), LOT * plan.attention.abreast
+    assert plan.attention.lots > 1
     for program in range(7):
         env = dataclasses.replace(
             env_of(plan, program), lengths=tuple(jnp.int32(n) for n in lengths)
@@ -200,14 +223,18 @@ def test_parts_of_attention_are_those_of_the_kernel(lengths, local):
             (int(p.sequence), int(p.head), int(p.first_query), int(p.number), int(p.spans))
             for p in theirs
         ]
-        assert [(p.sequence, p.kv_head, LOT * p.lot, p.span, p.spans) for p in parts[program]] == (
-            found
-        )
+        mine = parts[program]
+        assert [(p.sequence, p.kv_head, most * p.lot, p.span, p.spans) for p in mine] == found
+        for part, one in zip(mine, theirs, strict=True):
+            column, query, there = (np.asarray(x) for x in _rows_of(env, one, jnp.arange(most)))
+            of_them = np.broadcast_arrays(column, query)
+            assert shares.queries(part) == list(zip(*(x[there] for x in of_them), strict=True))
 
 
 def same_tags(got: np.ndarray, want: np.ndarray, poison: Poison) -> None:
     """Fails unless counters differ in what words say alone, and poison takes no tag."""
-    assert np.array_equal(got != 0, want != 0)
+    there = poison.keep != 0  # a pair's value may be 0: the best token, for one
+    assert np.array_equal(got[there] != 0, want[there] != 0)
     assert np.array_equal(got & poison.keep | poison.set, want & poison.keep | poison.set)
     written = want != 0
     assert np.array_equal(want[written], (want & poison.keep | poison.set)[written])
@@ -217,25 +244,27 @@ AGED = {
     "several, windows": (small_config(**FAMILIES["gemma2"]), [300, 2], 400),
     "two, integers": (kernel_config(FOR_KERNELS["mixed"], num_layers=1), [3, 5], 100),
     "one": (small_config(num_layers=1), [3], 100),
+    "two of 3 tokens": (small_config(num_layers=1), [3, 60], 100, 3),
 }
 
 
 @pytest.mark.parametrize("start", [0, 2**31 - 2])
 @pytest.mark.parametrize("name", AGED)
 def test_a_cache_has_the_tags_that_steps_leave(name, start):
-    config, lengths, capacity = AGED[name]
-    model, cache = random_model(config), filled_cache(config, lengths, capacity)
-    plan = make_stream_plan(dims_of(config, len(lengths), capacity), INTERPRETER)
-    layout, words = layout_of(plan), cache.counters.shape[0]
+    config, lengths, capacity, *each = AGED[name]
+    mail = "wide_counters" if each else "counters"
+    model, cache = random_model(config), filled_cache(config, lengths, capacity, math.nan, *each)
+    plan = make_stream_plan(dims_of(config, len(lengths), capacity, *each), INTERPRETER)
+    layout, words = layout_of(plan), getattr(cache, mail).shape[0]
     begun = aged_counters(plan, layout, start, words)
-    cache = dataclasses.replace(cache, counters=jnp.asarray(begun))
-    tokens = random_tokens(config, len(lengths))
+    cache = dataclasses.replace(cache, **{mail: jnp.asarray(begun)})
+    tokens = random_tokens(config, plan.dims.columns).reshape(len(lengths), *each)
     _, _, cache = streamed(model, cache, tokens)
     before = cache.lengths.tolist()
     logits, _, cache = streamed(model, cache, tokens)
     assert np.isfinite(logits).all()
     want = aged_counters(plan, layout, start + 2, words, before)
-    same_tags(np.asarray(cache.counters), want, poison_of(plan, layout, words))
+    same_tags(np.asarray(getattr(cache, mail)), want, poison_of(plan, layout, words))
 
 
 def test_a_cache_has_the_tags_that_a_step_of_several_programs_leaves():
@@ -248,6 +277,20 @@ def test_a_cache_has_the_tags_that_a_step_of_several_programs_leaves():
     _, _, after = run_stages(plan, random_model(config), cache, random_tokens(config, 2))
     want = aged_counters(plan, layout, 1, words, lengths)
     same_tags(np.asarray(after.counters), want, poison_of(plan, layout, words))
+
+
+def test_so_it_has_where_that_takes_several_tokens():
+    config = small_config(num_layers=1, ffw_dim=2320, num_heads=8, num_kv_heads=2)
+    model, lengths, capacity = random_model(config), [638, 3], 650
+    cache = filled_cache(config, lengths, capacity, tokens=4)
+    plan = make_stream_plan(dims_of(config, 2, capacity, 4), machine(7))
+    assert plan.segments[Segment.DOWN].splits > 1
+    layout, words = layout_of(plan), mail_words(plan.dims)
+    tokens = random_tokens(config, 8).reshape(2, 4)
+    got = run_stages(plan, model, cache, tokens)
+    check_several(got, reference(model, cache, tokens), lengths, 4)
+    want = aged_counters(plan, layout, 1, words, lengths)
+    same_tags(np.asarray(got[2].wide_counters), want, poison_of(plan, layout, words))
 
 
 # Drawn plans

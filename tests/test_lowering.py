@@ -38,13 +38,15 @@ from pallas_kernels.stream.tuning import Tuning
 
 # Every text there is, between them: feeds of few and of many copies, early looks, spans that are
 # combined, blocks that are normed behind, digits of one sequence and of several.
-STEPS: dict[str, tuple[ModelConfig, int]] = {
-    "one sequence": (small_config(), 1),
-    "several": (small_config(num_layers=3, post_norm=True, pre_norm=False), 3),
-    "wide": (small_config(model_dim=4096, ffw_dim=14_336, num_heads=32), 1),
-    "queries that are normed": (small_config(qk_norm="full"), 1),
-    "integers": (kernel_config(FOR_KERNELS["mixed"]), 1),
-    "integers of several": (kernel_config(FOR_KERNELS["mixed otherwise"]), 2),
+STEPS: dict[str, tuple[ModelConfig, int, int]] = {
+    "one sequence": (small_config(), 1, 1),
+    "several": (small_config(num_layers=3, post_norm=True, pre_norm=False), 3, 1),
+    "wide": (small_config(model_dim=4096, ffw_dim=14_336, num_heads=32), 1, 1),
+    "queries that are normed": (small_config(qk_norm="full"), 1, 1),
+    "integers": (kernel_config(FOR_KERNELS["mixed"]), 1, 1),
+    "integers of several": (kernel_config(FOR_KERNELS["mixed otherwise"]), 2, 1),
+    "several tokens": (small_config(num_heads=16, qk_norm="full", window=40), 1, 8),
+    "2 tokens of several": (small_config(), 4, 2),
 }
 
 # Of what a tuning may leave out, nothing is left out.
@@ -61,19 +63,29 @@ BY_WARPS = (
 
 
 def lower_step(
-    config: ModelConfig, batch: int, tuning: Tuning | None = ALL, gpu: Gpu = H200
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    tuning: Tuning | None = ALL,
+    gpu: Gpu = H200,
 ) -> None:
     """Lowers a whole step for a GPU that need not be there."""
-    d = dims_of(config, batch, 16_384)
+    d = dims_of(config, batch, 16_384, tokens)
     plan = make_stream_plan(d, gpu, tuning)
-    cache = jax.eval_shape(lambda: KVCache.create(config, batch, d.capacity))
-    state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
+    cache = jax.eval_shape(lambda: KVCache.create(config, batch, d.capacity, tokens=tokens))
+    counters = cache.counters if tokens == 1 else cache.wide_counters
+    state = StepState(cache.k, cache.v, cache.lengths, counters)
     step = functools.partial(stream_step, plan)
-    lower_for_gpu(step, d.abstract_weights(), state, cache.lengths)  # of tokens' shape
+    fed = jax.ShapeDtypeStruct((d.columns,), jnp.int32)
+    lower_for_gpu(step, d.abstract_weights(), state, fed)
 
 
 def texts(
-    config: ModelConfig, batch: int, tuning: Tuning | None = ALL, gpu: Gpu = H200
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    tuning: Tuning | None = ALL,
+    gpu: Gpu = H200,
 ) -> list[str]:
     """The inline PTX of a whole step, as Triton is given it."""
     found: list[str] = []
@@ -84,7 +96,7 @@ def texts(
         return emit(results, text, **rest)
 
     with mock.patch.object(lowered.tt_dialect, "elementwise_inline_asm", recorded):
-        lower_step(config, batch, tuning, gpu)
+        lower_step(config, batch, tokens, tuning, gpu)
     return found
 
 
@@ -98,6 +110,7 @@ def test_with_an_operand_so_many_tiles_are_asked_for_as_the_tuning_says(tiles):
 
 A100 = Gpu.named("A100", "8.0", 108)
 ON_GPUS = [*((name, H200) for name in STEPS), ("one sequence", A100), ("integers of several", A100)]
+ON_GPUS.append(("2 tokens of several", A100))
 
 
 @pytest.mark.parametrize(("name", "gpu"), ON_GPUS, ids=lambda x: getattr(x, "name", x))

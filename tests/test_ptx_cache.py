@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ptx_machine import Machine, PtxError
 
+from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import attend_lines
@@ -17,7 +18,7 @@ from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
 LAYERS, CAPACITY = 2, 320
 MOST_LOOKS = 1 << 22
 WORDS = 8
-# 16 bits of queries and of weights are left.
+# Queries are of 16 bits, and 16 bits of weights are left.
 WORST = 5e-4
 
 
@@ -34,12 +35,18 @@ def halves(x: np.ndarray) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """A span of cached positions of one head; and whether the new position is its own."""
+    """A span of cached positions of one head; and whether the new positions are its own.
+
+    Of several tokens: its first query; and how many tokens later than the second one a window
+    begins to lose positions.
+    """
 
     head: int
     start: int
     live: int
     new: bool
+    first_query: int = 0
+    spare: int = 0
 
 
 class Setting(NamedTuple):
@@ -53,10 +60,19 @@ class Setting(NamedTuple):
     threads: int = 128
     paired: bool = False
     bulk: bool = True
+    tokens: int = 1
+    group: int = LOT
+    abreast: int = 1
+    windowed: bool = False
 
-    @property
-    def queries(self) -> int:
-        return LOT // 2 if self.paired else LOT
+    def queries(self, part: Part) -> int:
+        """Those of a part; of one token all that there is room for."""
+        if self.tokens == 1:
+            return LOT // 2 if self.paired else LOT
+        return min(self.tokens * self.group - part.first_query, LOT * self.abreast)
+
+    def tiles(self, part: Part) -> int:
+        return -(-(part.live + part.new * self.tokens) // self.block)
 
 
 SETTINGS = {
@@ -82,18 +98,22 @@ SETTINGS = {
 class Bench:
     """A program's memory with a cache, and the rows of its parts, the same in every layer."""
 
-    def __init__(self, setting: Setting, parts: list[Part], delay: int = 40):
+    def __init__(self, setting: Setting, parts: list[Part], delay: int = 40, order=None):
         s = self.setting = setting
         self.parts, rng = parts, np.random.default_rng(s.head_dim)
         self.heads = 1 + max(p.head for p in parts)
         shape = (2, LAYERS, self.heads, CAPACITY, s.head_dim)
         self.cache = as_bfloat16(rng.normal(size=shape))
+        nobodys = np.ones((self.heads, CAPACITY), bool)
+        for p in parts:
+            nobodys[p.head, p.start : p.start + p.live] = False
+        self.cache[:, :, nobodys] = np.nan
         row, tile = 2 * s.head_dim, 4 * s.block * s.head_dim
         sizes = {
             "tiles": s.stages * tile,
             "out": s.warps * LOT * (2 * row + 16),
-            "queries": 2 * LOT * (row + 64),
-            "new": 2 * row,
+            "queries": 2 * LOT * s.abreast * (row + 64),
+            "new": 2 * row * s.tokens,
             "sums": 8 * s.warps * LOT,
             "rows": 4 * WORDS * (1 + len(parts)),
             "barriers": 16 * ((s.stages + 1) // 2),
@@ -114,12 +134,16 @@ class Bench:
             tile_bytes=tile,
             query_pitch=row + 64,
             out_pitch=2 * row + 16,
+            abreast=s.abreast,
+            tokens=s.tokens,
+            q_per_kv=s.group,
+            windowed=s.windowed,
             paired=s.paired,
             softcap=s.softcap,
             thread=s.threads - 32,
             sharing=0 if s.bulk else s.threads,
         )
-        self.machine = Machine(s.threads, end, self.cache[0].size * 4, delay=delay)
+        self.machine = Machine(s.threads, end, self.cache[0].size * 4, delay=delay, order=order)
         self.ring = self.machine.shared_base
         self.keys = self.machine.memory_base
         self.values = self.keys + 2 * self.cache[0].size
@@ -135,9 +159,9 @@ class Bench:
         rows[:] = 0
         rows[0] = len(parts)
         for i, p in enumerate(parts):
-            tiles = -(-(p.live + p.new) // s.block)
             unit = (p.head * CAPACITY + p.start) * row // 16
-            rows[WORDS * (i + 1) :][:4] = [unit, p.live, tiles, p.new]
+            words = [unit, p.live, s.tiles(p), p.new * s.tokens, 0, p.first_query | p.spare << 16]
+            rows[WORDS * (i + 1) :][:6] = words
 
     def at(self, name: str, count: int, dtype: type) -> np.ndarray:
         return self.machine.view(self.ring + getattr(self.feed, name), count, dtype)
@@ -153,10 +177,15 @@ class Bench:
         """What the warps make of the j-th part together: maximum, sum, weighted values."""
         f, s = self.feed, self.setting
         high = as_bfloat16(q)
+        rows = LOT * s.abreast
         for i, x in enumerate((high, as_bfloat16(q - high))):
-            for row in range(LOT):
-                at = self.ring + f.queries + (i * LOT + row) * f.query_pitch
-                self.machine.view(at, s.head_dim, np.uint16)[:] = halves(x[row % s.queries])
+            for number in range(rows):
+                at = 2 * LOT * (number // LOT) + LOT * i + number % LOT
+                place = self.machine.view(
+                    self.ring + f.queries + at * f.query_pitch, s.head_dim, np.uint16
+                )
+                number %= LOT // 2 if s.paired else rows
+                place[:] = halves(x[number]) if number < len(x) else 0xFFFF
         self.at("new", new.size, np.uint16)[:] = halves(new).ravel()
         row = self.ring + self.rows + 4 * WORDS * (1 + j)
         lines = attend_lines(f, "$1", "$2", "$3", "$4", "$5", "$6", MOST_LOOKS)
@@ -166,45 +195,62 @@ class Bench:
             text = text.replace(*edit)
         operands = [self.ring, self.keys, self.values, self.ring + self.rows, row, layer]
         self.machine.run(text, "=&r,r,l,l,r,r,r", operands)
-        sums = self.at("sums", 2 * s.warps * LOT, np.float32).reshape(s.warps, LOT, 2)
-        top, total = sums[:, : s.queries].T
+        sums = self.at("sums", 2 * s.warps * LOT, np.float32).reshape(-1, rows, 2)
+        top, total = sums[:, : len(q)].T
         out = self.at("out", s.warps * LOT * f.out_pitch // 4, np.float32)
-        out = out.reshape(s.warps, LOT, -1)[:, : s.queries, : s.head_dim].astype(np.float64)
+        out = out.reshape(len(sums), rows, -1)[:, : len(q), : s.head_dim].astype(np.float64)
         best = top.max(axis=1)
         weight = np.exp2(top - best[:, None]).T
         return best, (weight * total.T).sum(axis=0), (weight[..., None] * out).sum(axis=0)
 
     def wanted(self, layer: int, part: Part, q: np.ndarray, new: np.ndarray):
+        s = self.setting
         keys, values = self.cache[:, layer, part.head, part.start : part.start + part.live].astype(
             np.float64
         )
         if part.new:
-            keys, values = (np.vstack(x) for x in ((keys, new[:1]), (values, new[1:])))
+            keys, values = (np.vstack(x) for x in ((keys, new[0]), (values, new[1])))
         scores = q.astype(np.float64) @ keys.T
-        if (cap := self.setting.softcap) is not None:
+        if (cap := s.softcap) is not None:
             scores = cap * math.log2(math.e) * np.tanh(scores)
+        position = np.arange(len(keys))
+        token = ((part.first_query + np.arange(len(q))) // s.group)[:, None]
+        seen = position <= part.live + token if s.tokens > 1 else position >= 0
+        if s.windowed:
+            seen &= position >= token - part.spare
+        scores = np.where(seen, scores, -np.inf)
         weights = np.exp2(scores - scores.max(axis=1)[:, None])
         return scores.max(axis=1), weights.sum(axis=1), weights @ values
 
 
-def run(setting: Setting, parts: list[Part], edit=None, delay: int = 40) -> float:
-    """Attends all parts of all layers; the largest error."""
-    bench, rng, worst = Bench(setting, parts, delay), np.random.default_rng(5), 0.0
-    for layer in range(LAYERS):
+def run(
+    setting: Setting,
+    parts: list[Part],
+    edit=None,
+    delay: int = 40,
+    layers: int = LAYERS,
+    order=None,
+) -> float:
+    """Attends all parts of some layers; the largest error."""
+    bench, rng, worst = Bench(setting, parts, delay, order), np.random.default_rng(5), 0.0
+    for layer in range(layers):
         bench.ask(layer)
         for j, part in enumerate(parts):
             scale = 1.5 / math.sqrt(setting.head_dim)
-            q = (rng.normal(size=(setting.queries, setting.head_dim)) * scale).astype(np.float32)
-            new = as_bfloat16(rng.normal(size=(2, setting.head_dim)))
+            q = rng.normal(size=(setting.queries(part), setting.head_dim)) * scale
+            q = as_bfloat16(q) + as_bfloat16(q - as_bfloat16(q))
+            new = as_bfloat16(rng.normal(size=(2, setting.tokens, setting.head_dim)))
+            if not part.new:
+                new[:] = np.nan
             got = bench.attend(layer, j, q, new, edit)
             for x, y in zip(got, bench.wanted(layer, part, q, new), strict=True):
                 worst = max(worst, float(np.abs(x - y).max()) if np.isfinite(x).all() else np.inf)
-    tiles = sum(-(-(p.live + p.new) // setting.block) for p in parts)
     if setting.bulk:
-        assert len(bench.machine.copies) <= 2 * LAYERS * tiles
+        tiles = sum(setting.tiles(part) for part in parts)
+        assert len(bench.machine.copies) <= 2 * layers * tiles
     else:  # no position is copied twice
         cached = sum(part.live for part in parts)
-        assert len(bench.machine.copies) == LAYERS * cached * 2 * setting.head_dim // 8
+        assert len(bench.machine.copies) == layers * cached * 2 * setting.head_dim // 8
     return worst
 
 
@@ -226,10 +272,93 @@ def test_attention_over_a_span(name, parts):
     assert run(SETTINGS[name], PARTS[parts]) < WORST
 
 
+@pytest.mark.parametrize("name", ["heads of 64", "heads of 64, 16 bytes a thread"])
 @pytest.mark.parametrize("delay", [0, 3000])
-def test_tiles_that_come_at_once_and_late(delay):
+def test_tiles_that_come_at_once_and_late(delay, name):
     parts = PARTS["three, of which one ends inside"]
-    assert run(SETTINGS["heads of 64"], parts, delay=delay) < WORST
+    assert run(SETTINGS[name], parts, delay=delay) < WORST
+
+
+# Steps of several tokens
+
+
+def several(head_dim: int, block: int, warps: int, tokens: int, group: int, **fields) -> Setting:
+    """As plans have it: queries side by side as far as there are warps; 4 at most paired."""
+    queries = tokens * group
+    abreast = min(next_power_of_2(-(-queries // LOT)), warps)
+    fields = {"threads": 32 * max(warps, 4), **fields}
+    return Setting(
+        head_dim,
+        block,
+        warps,
+        paired=queries <= LOT // 2,
+        tokens=tokens,
+        group=group,
+        abreast=abreast,
+        **fields,
+    )
+
+
+SEVERAL = {
+    "2 tokens of 1 query of 64": several(64, 64, 4, 2, 1),
+    "2 tokens of 2 queries of 256": several(256, 32, 4, 2, 2, softcap=50.0, windowed=True),
+    "4 tokens of 1 query of 32, 8 warps": several(32, 64, 8, 4, 1, windowed=True),
+    "3 tokens of 1 query of 128, 16 bytes a thread": several(128, 16, 2, 3, 1, bulk=False),
+    "2 tokens of 4 queries of 128": several(128, 64, 4, 2, 4, stages=3),
+    "8 tokens of 1 query of 32": several(32, 32, 4, 8, 1, stages=4, threads=256, windowed=True),
+    "3 tokens of 5 queries of 64": several(64, 64, 4, 3, 5, windowed=True),
+    "4 tokens of 4 queries of 128, 8 warps": several(128, 64, 8, 4, 4, softcap=50.0),
+    "2 tokens of 7 queries of 64, 16 bytes a thread": several(
+        64, 32, 4, 2, 7, bulk=False, windowed=True
+    ),
+    "8 tokens of 4 queries of 64": several(64, 64, 4, 8, 4),
+    "4 tokens of 7 queries of 256": several(256, 32, 4, 4, 7, softcap=50.0, windowed=True),
+    "8 tokens of 3 queries of 32, 8 warps": several(32, 64, 8, 8, 3, windowed=True),
+    "8 tokens of 8 queries of 128, 8 warps": several(128, 64, 8, 8, 8, windowed=True),
+    "3 tokens of 16 queries of 64, 8 warps": several(64, 64, 8, 3, 16),
+    "8 tokens of 16 queries of 64, 8 warps": several(64, 64, 8, 8, 16, windowed=True),
+    "3 tokens of 16 queries of 32": several(32, 32, 4, 3, 16, windowed=True),
+    "2 tokens of 12 queries of 256, 1 warp": several(256, 8, 1, 2, 12, bulk=False, windowed=True),
+}
+
+
+def parts_of(s: Setting) -> list[Part]:
+    """All that a part of several tokens can be, in turn, so that each finds what others left."""
+    lots = range(0, s.tokens * s.group, LOT * s.abreast)
+    beyond = s.tokens  # where no window loses anything
+    full = -(-64 // s.block) * s.block
+    # Nothing but new positions; and new ones at every place in the last tile, or the last two.
+    live = [0, *range(s.block - s.tokens, s.block + 1), 2 * s.block - 1]
+    parts = [Part(i % 2, 3 * i, n, True, lots[i % len(lots)], beyond) for i, n in enumerate(live)]
+    # A head's spans: the first one has no new positions.
+    for first in lots:
+        parts.append(Part(0, 5, full, False, first, 0))
+        parts.append(Part(0, 5 + full, s.block // 2 + 1, True, first, beyond))
+    if s.windowed:
+        for window in (1, 2, s.tokens, s.tokens + 2, s.block):
+            for spare in (0, 1, s.tokens - 1):
+                if spare <= window - 1:
+                    first = lots[(window + spare) % len(lots)]
+                    parts.append(Part(1, window, window - 1 - spare, True, first, spare))
+    return parts
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_attention_of_several_tokens_over_a_span(name):
+    s = SEVERAL[name]
+    assert run(s, parts_of(s), layers=1) < WORST
+
+
+@pytest.mark.parametrize("delay", [0, 3000])
+def test_tiles_of_several_tokens_that_come_at_once_and_late(delay):
+    s = SEVERAL["3 tokens of 5 queries of 64"]
+    assert run(s, parts_of(s), delay=delay) < WORST
+
+
+def test_warps_attend_to_several_tokens_in_any_order():
+    s = SEVERAL["3 tokens of 16 queries of 32"]
+    order = np.random.default_rng(4)
+    assert run(s, parts_of(s), layers=1, order=order) < WORST
 
 
 EDITS = {
@@ -280,6 +409,35 @@ SMALL_COPY_EDITS = {
 }
 
 
+SEVERAL_EDITS = {
+    "positions of later tokens are seen": ("@%p add.u32 %mine, %mine, %x;", ""),
+    "cached positions are taken for later tokens'": ("setp.ne.u32 %p, %new, 0;", ""),
+    "queries of a part are all of the first token": ("div.u32 %x, %x, 16;", "mov.b32 %x, 0;"),
+    "all warps have the first queries": ("and.b32 %lot, %first, 3;", "mov.b32 %lot, 0;"),
+    "a later part's queries are the first ones": ("add.u32 %x, %x, %z;", ""),
+    "no window begins later": ("setp.le.and.s32 %p, %from, 0, %p;", ""),
+    "every window moves from the first token on": (
+        "sub.s32 %from, %x, %y;",
+        "mov.b32 %from, %x;",
+    ),
+    "windows move with the tiles": ("sub.s32 %from, %from, 32;", ""),
+    "the last tile but one has no new position": (
+        "setp.ge.s32 %p, %k0, 32;",
+        "setp.gt.s32 %p, %left, 32;",
+    ),
+    "the last tile has only what begins there": (
+        "setp.ge.s32 %p, %k0, 32;",
+        "setp.ge.u32 %p, %k0, 32;",
+    ),
+    "new positions go beyond a tile": ("setp.lt.u32 %p, %y, 32;", "setp.lt.s32 %p, %y, 32;"),
+    "there are more pieces than new ones": ("setp.lt.and.u32 %p, %x, 12, %p;", ""),
+    "new values take the keys' place": (
+        "@%p st.shared.v4.b32 [%y+2048]",
+        "@%p st.shared.v4.b32 [%y+0]",
+    ),
+}
+
+
 FAULTS = [
     (setting, name, edit)
     for setting, own in (
@@ -297,6 +455,16 @@ def test_a_fault_is_found(setting, name, edit):
     parts = [part for some in PARTS.values() for part in some]
     try:
         worst = run(SETTINGS[setting], parts, edit, delay=3000)
+    except PtxError:
+        return
+    assert worst > WORST, name
+
+
+@pytest.mark.parametrize("name", SEVERAL_EDITS)
+def test_a_fault_of_several_tokens_is_found(name):
+    s = SEVERAL["3 tokens of 16 queries of 32"]
+    try:
+        worst = run(s, parts_of(s), SEVERAL_EDITS[name], layers=1)
     except PtxError:
         return
     assert worst > WORST, name

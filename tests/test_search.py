@@ -30,6 +30,8 @@ SMALL = Case(
 )
 
 
+SEVERAL = dataclasses.replace(SMALL, lengths=(5, 20), capacity=39, tokens=3)
+
 # Drawing
 
 
@@ -41,6 +43,8 @@ def test_everything_is_drawn():
     cases = [draw_case(seed) for seed in range(600)]
     assert {case.family for case in cases} == {"llama", *FAMILIES}
     assert {len(case.lengths) for case in cases} == set(range(1, 9))
+    assert {case.tokens for case in cases} == set(range(1, 9))
+    assert max(len(case.lengths) * case.tokens for case in cases) == 8
     assert {case.head_dim for case in cases} == {32, 64, 128, 256}
     assert {1, 16} <= {case.heads // case.kv_heads for case in cases}
     assert {bits for case in cases for bits in case.bits} == {4, 8, 16}
@@ -64,17 +68,20 @@ def test_a_case_is_what_it_prints_as():
 # Comparing
 
 
-def test_a_right_step_is_found_right():
-    assert check_case(SMALL, kernel_step(SMALL, interpret=True), INTERPRETER) is None
+@pytest.mark.parametrize("case", [SMALL, SEVERAL], ids=["one token", "several"])
+def test_a_right_step_is_found_right(case):
+    assert check_case(case, kernel_step(case, interpret=True), INTERPRETER) is None
 
 
-def step_with(change):
+def step_with(change, case=SMALL):
     """The reference's step, which counts as the kernel does, its output changed."""
-    steps = layout_of(make_stream_plan(SMALL.dims, INTERPRETER)).steps
+    steps = layout_of(make_stream_plan(case.dims, INTERPRETER)).steps
+    mail = "counters" if case.tokens == 1 else "wide_counters"
 
-    def step(model, cache, tokens):
-        out = reference_step(model, cache, tokens)
-        return change(of_cache(out, counters=out.cache.counters.at[steps].add(1)))
+    def step(model, cache, *fed):
+        out = reference_step(model, cache, *fed)
+        words = getattr(out.cache, mail).at[steps].add(1)
+        return change(of_cache(out, **{mail: words}))
 
     return step
 
@@ -111,6 +118,34 @@ def test_a_wrong_step_is_found(name):
     assert said in wrong
 
 
+WRONG_OF_SEVERAL = {
+    "logits of the last token": (
+        lambda out: out._replace(logits=out.logits.at[:, 2].multiply(1.3)),
+        "from float32's",
+    ),
+    "all tokens count": (
+        lambda out: of_cache(out, lengths=(out.cache.lengths + 2) // 3 * 3),
+        "Lengths",
+    ),
+    "a position before the first token": (
+        lambda out: of_cache(out, k=out.cache.k.at[0, 1, 0, 19].set(7)),
+        "changed",
+    ),
+    "a word that says nothing": (
+        lambda out: out._replace(logits=out.logits * (2 + out.cache.wide_counters.sum() % 1009)),
+        "Two runs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OF_SEVERAL)
+def test_a_wrong_step_of_several_tokens_is_found(name):
+    change, said = WRONG_OF_SEVERAL[name]
+    wrong = check_case(SEVERAL, step_with(change, SEVERAL), INTERPRETER)
+    assert wrong is not None
+    assert said in wrong
+
+
 def test_what_the_kernel_refuses_is_no_failure():
     with pytest.raises(Refused, match="multiple of 16"):
         check_case(dataclasses.replace(SMALL, model_dim=136), gpu=INTERPRETER)
@@ -121,7 +156,8 @@ def test_what_the_kernel_refuses_is_no_failure():
 
 def test_a_failure_becomes_as_small_as_it_can_be():
     def fails(case: Case) -> bool:
-        return case.layers >= 5 and 8 in case.bits and len(case.lengths) >= 2
+        many = len(case.lengths) >= 2 and case.tokens >= 3
+        return case.layers >= 5 and 8 in case.bits and many
 
     case = Case(
         family="gemma2",
@@ -135,13 +171,15 @@ def test_a_failure_becomes_as_small_as_it_can_be():
         window=40,
         bits=(8, 4, 4, 8, 4),
         lengths=(100, 3, 300, 0, 5),
+        tokens=8,
         capacity=600,
         step=84,
         tuning=(("slots", 2),),
         seed=7,
     )
     small = shrunk(case, fails, time.monotonic() + 600)
-    assert (small.layers, small.lengths, sorted(small.bits)[:2]) == (5, (0, 0), [8, 16])
+    assert (small.layers, small.lengths, small.tokens) == (5, (0, 0), 3)
+    assert sorted(small.bits)[:2] == [8, 16]
     assert (small.family, small.model_dim, small.heads, small.tuning) == ("llama", 128, 1, ())
 
 

@@ -338,7 +338,7 @@ def test_plans_of_quantized_weights_differ_in_what_is_hard():
     downs = {(p.segments[Segment.DOWN].bits, p.segments[Segment.DOWN].splits > 1) for p in plans}
     assert downs == {(8, False), (8, True), (4, False), (4, True)}
     assert any(p.segments[Segment.DOWN].run > 1 for p in plans)
-    assert any(p.padded_batch > 1 for p in plans)
+    assert any(p.padded_columns > 1 for p in plans)
     # Of one piece a row, of more, and where parts are not all whole.
     pieces = {p.box and p.box.pieces for p in plans if p.segments[Segment.DOWN].splits > 1}
     assert pieces == {None, 1, 2}
@@ -452,7 +452,7 @@ def test_tiles_in_flight_fill_the_shared_memory():
 def test_a_single_sequence_is_cut_into_chunks():
     for batch, padded, chunked in ((1, 1, True), (2, 8, False), (8, 8, False)):
         plan = make_stream_plan(preset_dims("llama3.2-1b", batch), H200)
-        assert (plan.padded_batch, plan.chunked) == (padded, chunked)
+        assert (plan.padded_columns, plan.chunked) == (padded, chunked)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +529,8 @@ def test_a_model_too_wide_for_its_batch_is_refused():
     assert why_not(dataclasses.replace(dims, model_dim=8192), 132) is None
     reason = why_not(dims, 132)
     assert reason is not None
-    assert "at most 8192 activations of each of 8 sequences in place; this model has 8208" in reason
+    said = "at most 8192 activations of each of a step's 8 tokens in place; this model has 8208"
+    assert said in reason
     with pytest.raises(ValueError, match="at most 8192 activations"):
         make_stream_plan(dims, H200)
 

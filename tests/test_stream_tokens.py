@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_cases import QUICK_COMPILE, filled_cache, random_model, small_config
+from decode_cases import QUICK_COMPILE, dims_of, filled_cache, random_model, small_config
 from flax import nnx
 from numerics import assert_close
 from quantize_cases import FOR_KERNELS, kernel_config
 from step_cases import bits
-from stream_cases import FAMILIES
+from stream_cases import FAMILIES, check_several, env_of, machine
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import DecodeOutput, fused_step, reference_step
+from pallas_kernels.stream import spans
+from pallas_kernels.stream.plan import LOT
+from pallas_kernels.stream.planner import make_stream_plan
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -41,27 +44,9 @@ def step(model, cache, tokens, live=None, *, fused: bool) -> DecodeOutput:
 
 def start(config: ModelConfig, lengths: list[int], tokens: int, capacity: int = 140):
     """A cache in the middle of its life, NaN where nobody may read; and tokens `[B, T]`."""
-    cache = filled_cache(config, lengths, capacity)
-    made = KVCache.create(config, len(lengths), capacity, tokens=tokens)
-    cache = dataclasses.replace(cache, wide_counters=made.wide_counters)
+    cache = filled_cache(config, lengths, capacity, tokens=tokens)
     shape = len(lengths), tokens
     return cache, jax.random.randint(jax.random.key(5), shape, 0, config.vocab_size)
-
-
-def stored(cache: KVCache, lengths: list[int], tokens: int) -> np.ndarray:
-    """Keys and values of the new positions, as far as there are slots."""
-    at = np.array(lengths)[:, None] + np.arange(tokens)
-    b = np.arange(len(lengths))[:, None]
-    both = np.stack([np.asarray(x.astype(jnp.float32)) for x in (cache.k, cache.v)])
-    return both.transpose(2, 4, 0, 1, 3, 5)[b, np.minimum(at, cache.capacity - 1)]
-
-
-def check(got: DecodeOutput, want: DecodeOutput, lengths: list[int], tokens: int) -> None:
-    assert_close(got.logits, want.logits, "fused_vs_model")
-    assert got.token.tolist() == np.argmax(got.logits, axis=-1).tolist()
-    new = [stored(out.cache, lengths, tokens) for out in (got, want)]
-    assert_close(*new, "fused_vs_model")
-    assert got.cache.lengths.tolist() == want.cache.lengths.tolist()
 
 
 # Each family with all columns in use, and with another number of tokens.
@@ -75,15 +60,15 @@ def test_several_tokens_match_the_model(name, tokens):
     model = random_model(config)
     cache, some = start(config, lengths, tokens)
     got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
-    check(got, want, lengths, tokens)
+    check_several(got, want, lengths, tokens)
     # Another step reads what this one has stored, of each sequence's first ones alone.
     live = jnp.arange(len(lengths)) % tokens
     after = [n + k for n, k in zip(lengths, live.tolist(), strict=True)]
     got, want = (step(model, cache, some, live, fused=fused) for fused in (True, False))
     assert got.cache.lengths.tolist() == after
     other = (some + 7) % config.vocab_size
-    again = [step(model, out.cache, other, fused=out is got) for out in (got, want)]
-    check(*again, after, tokens)
+    got, want = (step(model, out.cache, other, fused=out is got) for out in (got, want))
+    check_several(got, want, after, tokens)
 
 
 def test_several_tokens_are_what_they_are_one_by_one():
@@ -114,7 +99,7 @@ def test_however_many_queries_share_a_head(heads, tokens):
     model, lengths = random_model(config), [63]
     cache, some = start(config, lengths, tokens)
     got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
-    check(got, want, lengths, tokens)
+    check_several(got, want, lengths, tokens)
 
 
 @pytest.mark.parametrize("name", FOR_KERNELS)
@@ -122,7 +107,7 @@ def test_several_tokens_of_quantized_weights_match_the_model(name):
     model = random_model(kernel_config(FOR_KERNELS[name]))
     cache, some = start(model.config, [63], 8)
     got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
-    check(got, want, [63], 8)
+    check_several(got, want, [63], 8)
 
 
 def test_tokens_that_a_full_cache_has_no_slot_for_get_nan():
@@ -155,3 +140,66 @@ def test_a_step_refuses_what_is_not_its_own():
         fused_step(model, cache, some, jnp.array([1, 2]), interpret=True)
     with pytest.raises(TypeError, match="integers"):
         fused_step(model, cache, some, jnp.array([1.0]), interpret=True)
+
+
+# What programs are told of their parts: no interpreted step reads it
+
+
+def told(monkeypatch, plan, lengths: list[int]) -> np.ndarray:
+    """The rows of all programs' tables, for each of these lengths: [lengths, P, kinds, rows, 8]."""
+    written = []
+    monkeypatch.setattr(spans.ptx, "write_row", lambda at, words, there: written.append(words))
+    monkeypatch.setattr(spans.plgpu, "debug_barrier", lambda: None)
+
+    def rows(length, program):
+        written.clear()
+        env = dataclasses.replace(env_of(plan, 0), lengths=(length,), program=program)
+        spans.make_spans(env, jnp.int32(0))
+        return jnp.stack([jnp.stack(words, axis=1) for words in written])
+
+    of_all = jax.vmap(jax.vmap(rows, (None, 0)), (0, None))
+    programs = jnp.arange(plan.programs)
+    run = jax.jit(of_all, compiler_options=QUICK_COMPILE)
+    return np.asarray(run(jnp.array(lengths, jnp.int32), programs))
+
+
+def seen_of(row: np.ndarray, plan) -> np.ndarray:
+    """How often each query of the part's head sees each position, as `CacheFeed` has it."""
+    d, cut = plan.dims, plan.attention
+    unit, live, tiles, new, slot, query, _, position = row.tolist()
+    first, spare = query & 0xFFFF, query >> 16
+    assert tiles == -(-(live + new) // cut.block)
+    start = unit * 8 // d.head_dim - slot * d.capacity
+    made = np.zeros((d.queries, d.capacity + d.tokens), int)
+    if new:
+        assert (new, start + live) == (d.tokens, position)
+    else:
+        assert live % cut.block == 0
+    for n in range(first, min(first + LOT * cut.abreast, d.queries)):
+        token = n // d.q_per_kv
+        begin = max(token - spare, 0) if d.features.window is not None else 0
+        made[n, start + begin : start + (live + token + 1 if new else live)] += 1
+    return made
+
+
+@pytest.mark.parametrize(
+    ("window", "tokens", "heads"), [(1, 2, 3), (3, 8, 1), (40, 8, 16), (300, 3, 2), (None, 4, 4)]
+)
+def test_every_query_sees_its_window_once(window, tokens, heads, monkeypatch):
+    fields = {} if window is None else {"window": window, "window_pattern": (True, False)}
+    config = small_config(num_heads=heads, **fields)
+    plan = make_stream_plan(dims_of(config, 1, 700, tokens), machine(7))
+    edge = window or 256
+    lengths = sorted({0, 1, *range(max(edge - 9, 0), edge + 2), 256, 511, 512, 695, 700, 703})
+    tables = told(monkeypatch, plan, lengths)
+    for length, programs in zip(lengths, tables, strict=True):
+        for kind in range(programs.shape[1]):  # local ones behind the others
+            rows = [row for table in programs[:, kind] for row in table[1 : 1 + table[0, 0]]]
+            sees = np.sum([seen_of(row, plan) for row in rows], axis=0)
+            length = min(length, 700)  # a full cache's new positions have no slot
+            last = length + np.arange(plan.dims.queries)[:, None] // plan.dims.q_per_kv
+            position = np.arange(sees.shape[1])
+            wanted = position <= last
+            if kind == 1 and window is not None:
+                wanted &= position > last - window
+            assert np.array_equal(sees, wanted), (length, kind)

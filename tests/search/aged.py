@@ -47,10 +47,10 @@ class Poison(NamedTuple):
 
 
 def _activations(plan: StreamPlan, start: int, reader: Segment) -> np.ndarray:
-    """Words of a buffer that all activations of all sequences are handed over in."""
+    """Words of a buffer that all activations of all tokens are handed over in."""
     part = plan.segments[reader]
-    b, e = np.mgrid[: plan.dims.batch, : part.inner]
-    return np.unique(start + word_in_mail(plan, part, b, e))
+    column, e = np.mgrid[: plan.dims.columns, : part.inner]
+    return np.unique(start + word_in_mail(plan, part, column, e))
 
 
 def _words(plan: StreamPlan, layout: Layout, protocol: Protocol) -> dict[str, np.ndarray]:
@@ -66,10 +66,10 @@ def _words(plan: StreamPlan, layout: Layout, protocol: Protocol) -> dict[str, np
         for name in TWINS
         if name in used
     }
-    words["qkv"] = layout.qkv + np.arange(d.batch * d.qkv_dim)
-    pairs = d.batch * d.model_dim * down.splits if down.splits > 1 else 0
+    words["qkv"] = layout.qkv + np.arange(d.columns * d.qkv_dim)
+    pairs = d.columns * d.model_dim * down.splits if down.splits > 1 else 0
     words["partial"] = layout.partial + 2 * np.arange(pairs)
-    words["best"] = layout.best + 2 * np.arange(plan.programs * d.batch * 2)
+    words["best"] = layout.best + 2 * np.arange(plan.programs * d.columns * 2)
     return words
 
 
@@ -81,8 +81,10 @@ def _parts(plan: StreamPlan, layout: Layout, lengths: Sequence[int]) -> dict[boo
         for b, length in enumerate(lengths):
             spans = shares.spans(length, local)
             if spans > 1:
-                q, span, item = np.mgrid[: d.num_heads, :spans, : d.head_dim + 2]
-                row = (b * d.num_heads + q) * plan.attention.max_splits + span
+                shape = d.tokens, d.num_heads, spans, d.head_dim + 2
+                token, q, span, item = np.indices(shape)
+                column = b * d.tokens + token
+                row = (column * d.num_heads + q) * plan.attention.max_splits + span
                 pairs.append((row * (d.head_dim + 2) + item).ravel())
         made[local] = layout.parts + 2 * np.concatenate(pairs or [np.zeros(0, int)])
     return made
@@ -118,6 +120,8 @@ def aged_counters(
     protocol: Protocol = HEAD_APART,
 ) -> np.ndarray:
     """The cache's counters after so many steps, what words say being poisoned.
+
+    Of several tokens they are its `wide_counters`.
 
     Args:
         plan: the step's.

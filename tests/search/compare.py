@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,12 +27,12 @@ from pallas_kernels.support import why_not
 
 from .aged import aged_counters, poison_of
 from .draw import STEPS, Case
-from .models import cache_of, model_of, tokens_of
+from .models import cache_of, live_of, model_of, tokens_of
 
 __all__ = ["Ran", "Refused", "StepFunction", "check_case", "kernel_step"]
 
-# A model, a cache, and tokens `[B]`.
-StepFunction = Callable[[Any, KVCache, Array], DecodeOutput]
+# A model, a cache, and tokens `[B]`; or tokens `[B, T]`, and how many of each sequence's count.
+StepFunction = Callable[..., DecodeOutput]
 
 take_device_for()
 
@@ -46,7 +47,10 @@ class Refused(Exception):
 
 
 class Ran(NamedTuple):
-    """What some steps made, on the host."""
+    """What some steps made, on the host.
+
+    Of several tokens, B stands for B, T, and the counters are those of wide steps.
+    """
 
     logits: np.ndarray  # float32 [steps, B, V]
     tokens: np.ndarray  # int32 [steps, B]
@@ -60,24 +64,36 @@ class Ran(NamedTuple):
         """What must be the same in every run."""
         return {name: x.tobytes() for name, x in self._asdict().items() if name != "counters"}
 
-    def new(self, lengths: tuple[int, ...]) -> np.ndarray:
+    def new(self, spans: list[slice]) -> np.ndarray:
         """Keys and values of the new positions that there is room for: float32 `[rows, K * H]`."""
         rows = []
-        for b, length in enumerate(lengths):
+        for b, span in enumerate(spans):
             for x in (self.keys, self.values):
-                some = x[:, b, :, length : length + STEPS].astype(np.float32)  # [L, K, steps, H]
+                some = x[:, b, :, span].astype(np.float32)  # [L, K, positions, H]
                 rows.append(some.transpose(0, 2, 1, 3).reshape(-1, some.shape[1] * some.shape[3]))
         return np.concatenate(rows)
 
-    def old(self, lengths: tuple[int, ...]) -> list[bytes]:
+    def old(self, spans: list[slice]) -> list[bytes]:
         """What no step may touch."""
         left = []
         for x in (self.keys, self.values):
             x = x.copy()
-            for b, length in enumerate(lengths):
-                x[:, b, :, length : length + STEPS] = 0
+            for b, span in enumerate(spans):
+                x[:, b, :, span] = 0
             left.append(x.tobytes())
         return left
+
+
+def _positions(case: Case) -> np.ndarray:
+    """Of the first token of each sequence in each step, and behind the last: `[STEPS + 1, B]`."""
+    grown = np.cumsum(live_of(case), axis=0)
+    return np.array(case.lengths) + np.concatenate([np.zeros_like(grown[:1]), grown])
+
+
+def _spans(case: Case) -> list[slice]:
+    """The positions of each sequence that the steps write, also for tokens that do not count."""
+    end = _positions(case)[-2] + case.tokens
+    return [slice(*some) for some in zip(case.lengths, end.tolist(), strict=True)]
 
 
 def kernel_step(case: Case, interpret: bool = False) -> StepFunction:
@@ -86,21 +102,29 @@ def kernel_step(case: Case, interpret: bool = False) -> StepFunction:
 
 
 def _stepping(step: StepFunction, graph: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """A jitted function that feeds tokens `[steps, B]`, and between steps changes the counters."""
+    """A jitted function that feeds what `_fed` has, and between steps changes the counters."""
 
     @functools.partial(jax.jit, compiler_options=options)
-    def run(params: Any, cache: KVCache, tokens: Array, keep: Array, put: Array):
+    def run(params: Any, cache: KVCache, fed: list[Array], keep: Array, put: Array):
         model = nnx.merge(graph, params)
+        name = "counters" if len(fed) == 1 else "wide_counters"
 
-        def one(cache: KVCache, tokens: Array):
-            counters = cache.counters & keep | put
-            out = step(model, KVCache(cache.k, cache.v, cache.lengths, counters), tokens)
+        def one(cache: KVCache, fed: list[Array]):
+            counters = getattr(cache, name) & keep | put
+            out = step(model, dataclasses.replace(cache, **{name: counters}), *fed)
             return out.cache, (out.logits, out.token)
 
-        cache, (logits, made) = lax.scan(one, cache, tokens)
-        return logits, made, cache.k, cache.v, cache.lengths, cache.counters
+        cache, (logits, made) = lax.scan(one, cache, fed)
+        return logits, made, cache.k, cache.v, cache.lengths, getattr(cache, name)
 
     return run
+
+
+def _fed(case: Case) -> list[Array]:
+    """What each step is given besides model and cache."""
+    if case.tokens == 1:
+        return [tokens_of(case)]
+    return [tokens_of(case), jnp.asarray(live_of(case))]
 
 
 def _left_alone(words: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,29 +167,30 @@ def check_case(case: Case, step: StepFunction | None = None, gpu: Gpu | None = N
     gpu = gpu or Gpu.of(default_device())
     plan = _plan(case, gpu)
     layout, words = layout_of(plan), mail_words(case.dims)
-    before = [max(length - 1, 0) for length in case.lengths]
+    before = [max(length - case.tokens, 0) for length in case.lengths]
     counters = aged_counters(plan, layout, case.step, words, before)
     poison = poison_of(plan, layout, words)
     graph, params = model_of(case)
-    cache, tokens = cache_of(case, counters), tokens_of(case)
-    start = _on_host((np.zeros(0), np.zeros(0), cache.k, cache.v, cache.lengths, cache.counters))
+    cache, fed = cache_of(case, counters), _fed(case)
+    start = _on_host((np.zeros(0), np.zeros(0), cache.k, cache.v, cache.lengths, counters))
     options = {} if gpu != INTERPRETER else _QUICK
     run = _stepping(step or kernel_step(case), graph, options)
-    got = _on_host(run(params, cache, tokens, *_left_alone(words)))
+    got = _on_host(run(params, cache, fed, *_left_alone(words)))
     # Words that say nothing between steps must make no difference.
-    again = _on_host(run(params, cache, tokens, poison.keep, poison.set))
+    again = _on_host(run(params, cache, fed, poison.keep, poison.set))
     if differing := [name for name, x in got.bits.items() if again.bits[name] != x]:
         return f"Two runs from the same start differ in {', '.join(differing)}."
     if (wrong := _bookkeeping(case, start, got, layout.steps)) is not None:
         return wrong
-    return _numbers(case, graph, params, cache, tokens, got)
+    return _numbers(case, graph, params, cache, fed, got)
 
 
 def _bookkeeping(case: Case, start: Ran, got: Ran, steps: int) -> str | None:
     """What of a step is no question of rounding."""
-    if got.lengths.tolist() != [length + STEPS for length in case.lengths]:
+    if got.lengths.tolist() != _positions(case)[-1].tolist():
         return f"Lengths are {got.lengths.tolist()} after {STEPS} steps from {case.lengths}."
-    if got.old(case.lengths) != start.old(case.lengths):
+    spans = _spans(case)
+    if got.old(spans) != start.old(spans):
         return "The steps changed other positions of the cache than the new ones."
     counted = (int(got.counters[steps]) - case.step) % 2**32
     if counted != STEPS:
@@ -176,18 +201,19 @@ def _bookkeeping(case: Case, start: Ran, got: Ran, steps: int) -> str | None:
     return None
 
 
-def _numbers(case: Case, graph: Any, params: Any, cache: KVCache, tokens: Array, got: Ran):
+def _numbers(case: Case, graph: Any, params: Any, cache: KVCache, fed: list[Array], got: Ran):
     """Whether logits, keys and values are near enough to the reference's."""
-    plain = _left_alone(len(cache.counters))
+    plain, spans = _left_alone(len(got.counters)), _spans(case)
     options = _QUICK_ON_GPU if default_device().platform == "gpu" else _QUICK
-    want = _on_host(_stepping(reference_step, graph, options)(params, cache, tokens, *plain))
-    room = np.array(case.lengths) + np.arange(STEPS)[:, None] < case.capacity
+    want = _on_host(_stepping(reference_step, graph, options)(params, cache, fed, *plain))
+    position = _positions(case)[:-1, :, None] + np.arange(case.tokens)
+    room = (position < case.capacity).reshape(got.tokens.shape)
     pairs = {
         "logits": (got.logits[room], want.logits[room]),
-        "new keys and values": (got.new(case.lengths), want.new(case.lengths)),
+        "new keys and values": (got.new(spans), want.new(spans)),
     }
     if not np.isnan(got.logits[~room]).all():
-        return "A sequence that the cache has no room for has logits."
+        return "A token that the cache has no room for has logits."
     far = {
         name: relative_error(*pair)
         for name, pair in pairs.items()
@@ -198,11 +224,10 @@ def _numbers(case: Case, graph: Any, params: Any, cache: KVCache, tokens: Array,
     # Deep models of random weights may magnify roundings: what is further from float32 is at fault.
     model = dequantize(nnx.merge(graph, params), jnp.float32)
     graph, params = nnx.split(model)
-    wide = KVCache(
-        cache.k.astype(jnp.float32), cache.v.astype(jnp.float32), cache.lengths, cache.counters
-    )
-    exact = _on_host(_stepping(reference_step, graph, options)(params, wide, tokens, *plain))
-    truth = {"logits": exact.logits[room], "new keys and values": exact.new(case.lengths)}
+    stored = {name: getattr(cache, name).astype(jnp.float32) for name in ("k", "v")}
+    wide = dataclasses.replace(cache, **stored)
+    exact = _on_host(_stepping(reference_step, graph, options)(params, wide, fed, *plain))
+    truth = {"logits": exact.logits[room], "new keys and values": exact.new(spans)}
     for name, error in far.items():
         ours, theirs = (relative_error(x, truth[name]) for x in pairs[name])
         if not np.isfinite(ours) or ours > 2 * theirs + _EXACT.relative:

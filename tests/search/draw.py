@@ -13,6 +13,7 @@ from ffjax.dims import step_dims
 from ffjax.formats import INT8, WeightFormats, int4
 from pallas_kernels.dims import Dims
 from pallas_kernels.stream.tuning import Tuning
+from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["MATRICES", "STEPS", "Case", "draw_case"]
 
@@ -45,6 +46,7 @@ class Case:
         lengths: of the sequences before the first step.
         capacity: of the cache.
         step: steps that the cache has seen, perhaps of other sequences.
+        tokens: of each sequence that a step takes.
         tuning: what is not the default.
         seed: of the numbers.
     """
@@ -63,6 +65,7 @@ class Case:
     lengths: tuple[int, ...] = (0,)
     capacity: int = 64
     step: int = 0
+    tokens: int = 1
     tuning: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
 
@@ -103,7 +106,7 @@ class Case:
     @property
     def dims(self) -> Dims:
         """The kernel's sizes."""
-        return step_dims(self.config, len(self.lengths), self.capacity)
+        return step_dims(self.config, len(self.lengths), self.capacity, self.tokens)
 
     @property
     def tuned(self) -> Tuning | None:
@@ -150,7 +153,14 @@ def draw_case(seed: int, cores: int = 132) -> Case:
             _ = case.config
         except ValueError:
             continue
-        return case
+        return dataclasses.replace(case, tokens=_tokens(seed, len(case.lengths)))
+
+
+def _tokens(seed: int, batch: int) -> int:
+    """Of each sequence, by a draw of their own: the rest of a seed's case does not hang on it."""
+    draw = random.Random(seed ^ 0x70CE25)
+    most = MAX_BATCH // batch
+    return draw.randint(2, most) if most > 1 and draw.random() < 0.6 else 1
 
 
 def _most_bytes(draw: random.Random) -> float:

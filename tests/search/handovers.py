@@ -168,7 +168,7 @@ class Model:
         plan, d, none = self.plan, self.plan.dims, self._none
         owners = [(p,) for p, owned in enumerate(none.owned) if len(owned)]
         pieces = d.head_dim // none.combined
-        heads = [(b, q) for b in range(d.batch) for q in range(d.num_heads)]
+        heads = [(column, q) for column in range(d.columns) for q in range(d.num_heads)]
         keys: dict[str, Iterable[Key]] = dict.fromkeys(
             ("x_in", "x_head", "x_mid", "attn_block", "ffw_block"), owners
         )
@@ -243,6 +243,10 @@ class Model:
             made.append(own)
         return made
 
+    def lengths_after(self, steps: int, lengths: Sequence[int]) -> list[int]:
+        """Lengths of the sequences some steps later, where all tokens count."""
+        return [length + steps * self.plan.dims.tokens for length in lengths]
+
     def left(self, step: int) -> dict[str, int]:
         """The tags that words have when a step begins, where every step before wrote them."""
         protocol, layers = self.protocol, self.plan.dims.num_layers
@@ -286,7 +290,7 @@ class Model:
             events: list[tuple[bool, ItemSet]] = []
             for part in parts[p]:
                 queries = shares.queries(part)
-                heads = set(queries)
+                heads = {query for _, query in queries}
                 key = d.num_heads + part.kv_head
                 value = key + d.num_kv_heads
                 if d.features.qk_norm == "full":
@@ -296,15 +300,14 @@ class Model:
                     if d.features.qk_norm == "full":
                         heads |= set(range(d.num_heads, d.num_heads + d.num_kv_heads))
                 events.append((False, qkv.some(item for head in heads for item in by_head[head])))
-                b = part.sequence
                 if part.spans == 1:
-                    done = attn.some((b, q, piece) for q in queries for piece in pieces)
+                    done = attn.some((*query, piece) for query in queries for piece in pieces)
                 else:
-                    done = between.some((b, q, part.span) for q in queries)
+                    done = between.some((*query, part.span) for query in queries)
                 events.append((True, done))
-            for b, query, piece, spans in combines[p]:
-                events.append((False, between.some((b, query, span) for span in range(spans))))
-                events.append((True, attn.some([(b, query, piece)])))
+            for *query, piece, spans in combines[p]:
+                events.append((False, between.some((*query, span) for span in range(spans))))
+                events.append((True, attn.some([(*query, piece)])))
             made.append(events)
         return made
 

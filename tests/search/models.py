@@ -17,11 +17,13 @@ from jax import Array
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
+from ffjax.dims import step_dims
 from ffjax.model import Transformer
+from pallas_kernels.stream.mail import mail_words
 
 from .draw import STEPS, Case
 
-__all__ = ["cache_of", "model_of", "tokens_of"]
+__all__ = ["cache_of", "live_of", "model_of", "tokens_of"]
 
 
 def _mixed(shape: tuple[int, ...], seed: Array | int) -> Array:
@@ -83,7 +85,10 @@ def _skeleton(config: ModelConfig) -> Transformer:
 
 
 def cache_of(case: Case, counters: np.ndarray) -> KVCache:
-    """A cache of random keys and values, with these counters; NaN where nobody may read."""
+    """A cache of random keys and values, with these counters; NaN where nobody may read.
+
+    Of several tokens they are those of its wide steps.
+    """
     c, batch = case.config, len(case.lengths)
     shape = (c.num_layers, batch, c.num_kv_heads, case.capacity, c.head_dim)
 
@@ -98,10 +103,20 @@ def cache_of(case: Case, counters: np.ndarray) -> KVCache:
 
     lengths = jnp.array(case.lengths, jnp.int32)
     keys, values = make(np.uint32(case.seed + 7001), lengths)
-    return KVCache(keys, values, lengths, jnp.asarray(counters))
+    if case.tokens == 1:
+        return KVCache(keys, values, lengths, jnp.asarray(counters))
+    unused = jnp.zeros((mail_words(step_dims(c, batch, case.capacity)),), jnp.int32)
+    return KVCache(keys, values, lengths, unused, jnp.asarray(counters))
 
 
 def tokens_of(case: Case) -> Array:
-    """What is fed to kernel and reference alike, int32 `[STEPS, B]`."""
+    """What is fed to kernel and reference alike, int32 `[STEPS, B]` or `[STEPS, B, T]`."""
     draw = np.random.default_rng(case.seed)
-    return jnp.array(draw.integers(0, case.vocab, (STEPS, len(case.lengths))), jnp.int32)
+    shape = (STEPS, len(case.lengths)) + (() if case.tokens == 1 else (case.tokens,))
+    return jnp.array(draw.integers(0, case.vocab, shape), jnp.int32)
+
+
+def live_of(case: Case) -> np.ndarray:
+    """How many tokens of each sequence count in each step, 1 to T: int32 `[STEPS, B]`."""
+    draw = np.random.default_rng(case.seed + 1)
+    return draw.integers(1, case.tokens + 1, (STEPS, len(case.lengths)), np.int32)

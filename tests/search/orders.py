@@ -183,7 +183,7 @@ def faults_of(model: Model, start: int, lengths: Sequence[int], steps: int = 2) 
     incidence = {name: _Incidence(model.size(name)) for name in model.buffers}
     left: dict[str, int] | None = None
     for number in range(start, start + steps):
-        step = model.step(number, [length + number - start for length in lengths])
+        step = model.step(number, model.lengths_after(number - start, lengths))
         faults += clocks.run(step)
         left = left or step.left
         for name, versions in clocks.handovers.items():

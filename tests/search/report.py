@@ -12,7 +12,7 @@ __all__ = ["Report"]
 
 
 class Report:
-    """Counts verdicts, by family and by formats."""
+    """Counts verdicts, by family, by formats and by sizes."""
 
     def __init__(self):
         self.kinds: collections.Counter[str] = collections.Counter()
@@ -28,7 +28,8 @@ class Report:
             words = verdict.why.split()
             self.refusals[" ".join(w for w in words if not any(c.isdigit() for c in w))[:100]] += 1
         sequences = "1 sequence" if len(case.lengths) == 1 else "2 to 8 sequences"
-        for name in (case.family, case.formats, sequences):
+        tokens = "1 token" if case.tokens == 1 else "2 to 8 tokens"
+        for name in (case.family, case.formats, sequences, tokens):
             group = self.groups.setdefault(name, collections.Counter())
             group[verdict.kind] += 1
         if verdict.failed:

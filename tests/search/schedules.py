@@ -92,7 +92,7 @@ def wrong_in(
     draw = random.Random(seed)
     memory: _Memory | None = None
     for number in range(start, start + steps):
-        step = model.step(number, [length + number - start for length in lengths])
+        step = model.step(number, model.lengths_after(number - start, lengths))
         memory = memory or _Memory(model, step.left)
         programs = [_Program(p, events, memory) for p, events in enumerate(step.events)]
         if (wrong := _run(programs, draw, fast, slow)) is not None:

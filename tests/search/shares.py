@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
     @property
     def has_new(self) -> bool:
-        """Whether the new position is this part's."""
+        """Whether the new positions are this part's."""
         return self.span == self.spans - 1
 
 
@@ -103,33 +103,36 @@ class Shares:
             ]
         return [made[plan.programs - 1 - p :: plan.programs] for p in range(plan.programs)]
 
-    def queries(self, part: Part) -> range:
-        """Query heads of a part."""
-        g = self.plan.dims.q_per_kv
-        first = part.kv_head * g
-        return range(first + part.lot * LOT, first + min(g, (part.lot + 1) * LOT))
+    def queries(self, part: Part) -> list[tuple[int, int]]:
+        """A part's queries: column, and query head."""
+        d, most = self.plan.dims, LOT * self.plan.attention.abreast
+        made = []
+        for number in range(part.lot * most, min(d.tokens * d.q_per_kv, (part.lot + 1) * most)):
+            token, query = divmod(number, d.q_per_kv)
+            made.append((part.sequence * d.tokens + token, part.kv_head * d.q_per_kv + query))
+        return made
 
     @functools.cached_property
     def combined(self) -> int:
         """Elements of a head that are combined together."""
         plan, d = self.plan, self.plan.dims
-        width = next_power_of_2(ceil_div(d.batch * d.num_heads * d.head_dim, plan.programs))
+        width = next_power_of_2(ceil_div(d.columns * d.num_heads * d.head_dim, plan.programs))
         width = min(max(width, _MIN_COMBINED), d.head_dim)
         return min(width, plan.threads, _MOST_SPANS * plan.threads // plan.attention.max_splits)
 
     def combines(self, local: bool) -> list[list[tuple[int, int, int, int]]]:
-        """Of each program, what it combines of a layer: sequence, query head, piece, spans."""
+        """Of each program, what it combines of a layer: column, query head, piece, spans."""
         plan, d = self.plan, self.plan.dims
         pieces = d.head_dim // self.combined
         spans = [self.spans(length, local) for length in self.lengths]
-        numbers = range(d.batch * d.num_heads * pieces)
+        numbers = range(d.columns * d.num_heads * pieces)
         made = []
         for p in range(plan.programs):
             some = []
             for number in numbers[p :: plan.programs]:
-                sequence, query = divmod(number // pieces, d.num_heads)
-                if spans[sequence] > 1:
-                    some.append((sequence, query, number % pieces, spans[sequence]))
+                column, query = divmod(number // pieces, d.num_heads)
+                if (count := spans[column // d.tokens]) > 1:
+                    some.append((column, query, number % pieces, count))
             made.append(some)
         return made
 

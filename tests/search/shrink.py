@@ -48,6 +48,9 @@ def _changes(case: Case) -> Iterator[dict]:
         if 1 <= count < batch:
             yield {"lengths": case.lengths[:count]}
             yield {"lengths": case.lengths[-count:]}
+    for tokens in dict.fromkeys((1, 2, case.tokens // 2, case.tokens - 1)):
+        if 1 <= tokens < case.tokens:
+            yield {"tokens": tokens}
     for name, values in _SIMPLE.items():
         for value in values:
             yield {name: value} | ({"window": None} if name == "family" else {})
