@@ -47,6 +47,7 @@ class Part(NamedTuple):
     new: bool
     first_query: int = 0
     spare: int = 0
+    lots: int = 0  # how many times 8 queries; 0: as many as there is room for
 
 
 class Setting(NamedTuple):
@@ -69,7 +70,10 @@ class Setting(NamedTuple):
         """Those of a part; of one token all that there is room for."""
         if self.tokens == 1:
             return LOT // 2 if self.paired else LOT
-        return min(self.tokens * self.group - part.first_query, LOT * self.abreast)
+        return min(self.tokens * self.group - part.first_query, LOT * self.lots(part))
+
+    def lots(self, part: Part) -> int:
+        return part.lots or self.abreast
 
     def tiles(self, part: Part) -> int:
         return -(-(part.live + part.new * self.tokens) // self.block)
@@ -120,9 +124,14 @@ class Bench:
             "control": 4 * WORDS * (1 if s.bulk else s.threads // 32),
         }
         starts, end = {}, 0
+        if s.tokens > 1:  # both lie where attention's results are put, as `SharedLayout` has it
+            both = sizes.pop("queries"), sizes.pop("new")
+            sizes["out"] = max(sizes["out"], sum(both))
         for name, size in sizes.items():
             starts[name] = end
             end += size
+        if s.tokens > 1:
+            starts |= {"queries": starts["out"], "new": starts["out"] + both[0]}
         self.rows = starts.pop("rows")
         self.feed = CacheFeed(
             **starts,
@@ -160,7 +169,10 @@ class Bench:
         rows[0] = len(parts)
         for i, p in enumerate(parts):
             unit = (p.head * CAPACITY + p.start) * row // 16
-            words = [unit, p.live, s.tiles(p), p.new * s.tokens, 0, p.first_query | p.spare << 16]
+            query = p.first_query | p.spare << 16
+            if s.tokens > 1:
+                query |= s.lots(p) << 8
+            words = [unit, p.live, s.tiles(p), p.new * s.tokens, 0, query]
             rows[WORDS * (i + 1) :][:6] = words
 
     def at(self, name: str, count: int, dtype: type) -> np.ndarray:
@@ -195,10 +207,20 @@ class Bench:
             text = text.replace(*edit)
         operands = [self.ring, self.keys, self.values, self.ring + self.rows, row, layer]
         self.machine.run(text, "=&r,r,l,l,r,r,r", operands)
-        sums = self.at("sums", 2 * s.warps * LOT, np.float32).reshape(-1, rows, 2)
+
+        def together(x: np.ndarray) -> np.ndarray:
+            """Rows of warps, those of the same queries side by side: `[warps, queries, ..]`."""
+            return (
+                x.reshape(s.abreast, -1, LOT, *x.shape[1:])
+                .swapaxes(0, 1)
+                .reshape(-1, rows, *x.shape[1:])
+            )
+
+        sums = together(self.at("sums", 2 * s.warps * LOT, np.float32).reshape(-1, 2))
         top, total = sums[:, : len(q)].T
         out = self.at("out", s.warps * LOT * f.out_pitch // 4, np.float32)
-        out = out.reshape(len(sums), rows, -1)[:, : len(q), : s.head_dim].astype(np.float64)
+        out = together(out.reshape(s.warps * LOT, -1))
+        out = out[:, : len(q), : s.head_dim].astype(np.float64)
         best = top.max(axis=1)
         weight = np.exp2(top - best[:, None]).T
         return best, (weight * total.T).sum(axis=0), (weight[..., None] * out).sum(axis=0)
@@ -330,6 +352,10 @@ def parts_of(s: Setting) -> list[Part]:
     # Nothing but new positions; and new ones at every place in the last tile, or the last two.
     live = [0, *range(s.block - s.tokens, s.block + 1), 2 * s.block - 1]
     parts = [Part(i % 2, 3 * i, n, True, lots[i % len(lots)], beyond) for i, n in enumerate(live)]
+    # A head's queries dealt to several parts, where there are programs for them.
+    for each in (1, 2):
+        for first in range(0, s.tokens * s.group, LOT * each) if each < s.abreast else ():
+            parts.append(Part(1, 3, full - 2, True, first, beyond, each))
     # A head's spans: the first one has no new positions.
     for first in lots:
         parts.append(Part(0, 5, full, False, first, 0))
@@ -413,7 +439,11 @@ SEVERAL_EDITS = {
     "positions of later tokens are seen": ("@%p add.u32 %mine, %mine, %x;", ""),
     "cached positions are taken for later tokens'": ("setp.ne.u32 %p, %new, 0;", ""),
     "queries of a part are all of the first token": ("div.u32 %x, %x, 16;", "mov.b32 %x, 0;"),
-    "all warps have the first queries": ("and.b32 %lot, %first, 3;", "mov.b32 %lot, 0;"),
+    "all warps have the first queries": ("shr.u32 %lot, %first, 0;", "mov.b32 %lot, 0;"),
+    "warps take turns with the queries": (
+        "shr.u32 %lot, %first, 0;",
+        "xor.b32 %lot, %first, 1;",
+    ),
     "a later part's queries are the first ones": ("add.u32 %x, %x, %z;", ""),
     "no window begins later": ("setp.le.and.s32 %p, %from, 0, %p;", ""),
     "every window moves from the first token on": (

@@ -28,6 +28,7 @@ class Part(NamedTuple):
     sequence: int
     kv_head: int
     lot: int
+    lots: int  # how many times 8 queries it has
     span: int
     spans: int
 
@@ -90,13 +91,17 @@ class Shares:
 
     def parts(self, local: bool) -> list[list[Part]]:
         """Of each program, its parts of a layer's attention, in order."""
-        plan = self.plan
-        d, lots = plan.dims, plan.attention.lots
+        plan, cut = self.plan, self.plan.attention
+        d, lots, each = plan.dims, cut.lots, cut.abreast
+        # Queries that warps would have side by side are dealt out where there are programs enough.
+        whole = sum(self.spans(n, local) for n in self.lengths) * d.num_kv_heads * lots
+        while each > 1 and whole * (2 * cut.abreast // each) <= plan.programs:
+            lots, each = 2 * lots, each // 2
         made = []
         for b, length in enumerate(self.lengths):
             spans = self.spans(length, local)
             made += [
-                Part(b, kv, lot, span, spans)
+                Part(b, kv, lot, each, span, spans)
                 for span in range(spans)
                 for kv in range(d.num_kv_heads)
                 for lot in range(lots)
@@ -105,7 +110,7 @@ class Shares:
 
     def queries(self, part: Part) -> list[tuple[int, int]]:
         """A part's queries: column, and query head."""
-        d, most = self.plan.dims, LOT * self.plan.attention.abreast
+        d, most = self.plan.dims, LOT * part.lots
         made = []
         for number in range(part.lot * most, min(d.tokens * d.q_per_kv, (part.lot + 1) * most)):
             token, query = divmod(number, d.q_per_kv)
