@@ -61,6 +61,10 @@ def steps_for(config: ModelConfig, batch: int, longest: int) -> int | None:
     return steps if steps <= most else None
 
 
+# Prompts that are asked to be fed so may have many steps.
+_MOST_UNROLLED = 4
+
+
 def _feed_and_choose(
     graphdef: Any,
     state: Any,
@@ -84,7 +88,9 @@ def _feed_and_choose(
         return (out.cache, jnp.where(count[:, None] > 0, logits, last)), None
 
     nothing = jnp.zeros((tokens.shape[1], model.config.vocab_size), jnp.float32)
-    (cache, logits), _ = lax.scan(step, (cache, nothing), (tokens, counts))
+    # Of a few, a loop on the device would only be in the way.
+    few = len(tokens) <= _MOST_UNROLLED
+    (cache, logits), _ = lax.scan(step, (cache, nothing), (tokens, counts), unroll=few)
     if history is not None:
         _, batch, size = tokens.shape
         there = jnp.arange(size) < counts[..., None]
@@ -122,13 +128,15 @@ class StepwisePrefill(RequestPrefill):
         super().__init__(parts, rows, stages)
         size = step_tokens(len(prompts))
         steps = ceil_div(max(len(prompt) for prompt in prompts), size)
-        self._tokens = np.zeros((steps, len(prompts), size), np.int32)
-        self._counts = np.zeros((steps, len(prompts)), np.int32)
+        tokens = np.zeros((steps, len(prompts), size), np.int32)
+        counts = np.zeros((steps, len(prompts)), np.int32)
         for row, prompt in enumerate(prompts):
             for step in range(steps):
                 some = prompt[step * size : (step + 1) * size]
-                self._tokens[step, row, : len(some)] = some
-                self._counts[step, row] = len(some)
+                tokens[step, row, : len(some)] = some
+                counts[step, row] = len(some)
+        # On their way to the device while it still makes the cache.
+        self._tokens, self._counts = jax.device_put((tokens, counts))
 
     def _args(self, cache: KVCache, history: History | None) -> tuple[Any, ...]:
         return self._parts.state, cache, self._tokens, self._counts, self._rows, history
