@@ -208,8 +208,12 @@ class Bench:
         operands = [self.ring, self.keys, self.values, self.ring + self.rows, row, layer]
         self.machine.run(text, "=&r,r,l,l,r,r,r", operands)
 
+        alone = s.tokens > 1 and s.lots(self.parts[j]) == 1
+
         def together(x: np.ndarray) -> np.ndarray:
             """Rows of warps, those of the same queries side by side: `[warps, queries, ..]`."""
+            if alone:
+                return x.reshape(-1, LOT, *x.shape[1:])
             return (
                 x.reshape(s.abreast, -1, LOT, *x.shape[1:])
                 .swapaxes(0, 1)
@@ -445,12 +449,17 @@ SEVERAL_EDITS = {
         "xor.b32 %lot, %first, 1;",
     ),
     "a later part's queries are the first ones": ("add.u32 %x, %x, %z;", ""),
-    "no window begins later": ("setp.le.and.s32 %p, %from, 0, %p;", ""),
+    "no window begins later": ("setp.le.and.s32 %p, %unit_from, 0, %p;", ""),
     "every window moves from the first token on": (
         "sub.s32 %from, %x, %y;",
         "mov.b32 %from, %x;",
     ),
     "windows move with the tiles": ("sub.s32 %from, %from, 32;", ""),
+    "windows move with the keys": ("sub.s32 %unit_from, %unit_from, 8;", ""),
+    "a warp takes its first keys again": ("add.u32 %unit_at, %unit_at, 512;", ""),
+    "a warp leaves keys out": ("selp.b32 %units, 1, 4, %p;", "selp.b32 %units, 1, 3, %p;"),
+    "warps of few queries take all keys": ("selp.b32 %units, 1, 4, %p;", "mov.b32 %units, 4;"),
+    "what was summed up is not scaled": ("@!%p bra same;", "bra same;"),
     "the last tile but one has no new position": (
         "setp.ge.s32 %p, %k0, 32;",
         "setp.gt.s32 %p, %left, 32;",

@@ -27,11 +27,15 @@ class _Attend:
 
     def __init__(self, f: CacheFeed):
         self.f = f
-        self.keys = f.block * f.abreast // f.warps  # of a tile, for each warp
+        self.keys = f.block // f.warps  # of a tile, that a warp takes at a time
         self.octets = self.keys // 8  # blocks of 8 keys: columns of a block of scores
         self.pieces = f.head_dim // 32  # of 8 elements of a row, 4 threads having one each
         self.chunks = f.head_dim // 8  # of a value: columns of a block of sums
         self.columns = 1 if f.paired else 2  # scores of an octet that a thread goes on with
+        # Where the warp's keys of a tile are reckoned from, and how many there are.
+        self.at, self.left, self.from_ = "%at", "%left", "%from"
+        if f.abreast > 1:  # it takes some again and again
+            self.at, self.left, self.from_ = "%unit_at", "%unit_left", "%unit_from"
         # Whether threads of late rows have every other 4 chunks in each other's place.
         self.crossed = f.paired and f.head_dim >= 64
         self.resident = f.head_dim <= 128  # whether there are registers for the queries
@@ -67,6 +71,11 @@ class _Attend:
             ".reg .b32 %thread, %g, %c, %first, %i, %count, %left, %new, %stage, %phase, %looks;",
             ".reg .b32 %qa, %qb, %at, %x, %y, %z, %mine, %half, %ka, %kb, %va, %vb;",
             *([".reg .b32 %lot, %lots, %from;"] if f.tokens > 1 else []),
+            *(
+                [".reg .b32 %unit, %units, %unit_at, %unit_left, %unit_from;"]
+                if f.abreast > 1
+                else []
+            ),
             f".reg .b32 {', '.join(words + queries + octets)};",
             ".reg .f32 %top, %total, %f, %h, %u, %w, %shrink;",
             f".reg .f32 {', '.join(floats + self._all_sums())};",
@@ -77,7 +86,7 @@ class _Attend:
         lines = [
             "mov.u32 %thread, %tid.x; shr.u32 %g, %thread, 2; and.b32 %g, %g, 7;",
             "and.b32 %c, %thread, 3; shr.u32 %first, %thread, 5;",
-            *self._lot(),
+            *self._lot(row),
             "and.b32 %x, %g, 1; setp.ne.u32 %odd, %x, 0; setp.ge.u32 %late, %g, 4;",
             "and.b32 %x, %c, 1; setp.ne.u32 %one, %x, 0; setp.ge.u32 %two, %c, 2;",
             f"mul.lo.u32 %first, %first, {self.keys}; mad.lo.u32 %mine, %c, 2, %first;",
@@ -119,14 +128,44 @@ class _Attend:
         lines += [f"mov.f32 %top, {LOWEST}; mov.f32 %total, 0f00000000; mov.u32 %i, 0;"]
         return lines
 
-    def _lot(self) -> list[str]:
-        """Which 8 of the part's queries a warp has, `lot`; and which of its positions, `first`."""
+    def _lot(self, row: str) -> list[str]:
+        """Which 8 of the part's queries a warp has, `lot`, and which of a tile's keys.
+
+        In units of `keys`: the `first`, and how many `units`. Warps of different queries have all
+        keys each; of a part that has 8 queries alone all warps have the same, and a unit each.
+        """
         f = self.f
         if f.abreast == 1:
             return []
         each = f.warps // f.abreast
-        bits = each.bit_length() - 1
-        return [f"shr.u32 %lot, %first, {bits}; and.b32 %first, %first, {each - 1};"]
+        return [
+            f"ld.shared.b32 %lots, [{row}+20]; shr.u32 %lots, %lots, 8;",
+            "and.b32 %lots, %lots, 0xff;",
+            f"shr.u32 %lot, %first, {each.bit_length() - 1}; and.b32 %x, %first, {each - 1};",
+            f"mul.lo.u32 %x, %x, {f.abreast}; setp.eq.u32 %p, %lots, 1;",
+            "selp.b32 %lot, 0, %lot, %p; selp.b32 %first, %first, %x, %p;",
+            f"selp.b32 %units, 1, {f.abreast}, %p;",
+        ]
+
+    def units(self) -> tuple[list[str], list[str]]:
+        """Begins and ends the loop over a warp's units of a tile, where it may have several."""
+        if self.f.abreast == 1:
+            return [], []
+        windowed = self.f.windowed
+        begin = [
+            "setp.ge.u32 %p, %lot, %lots; @%p bra used;",
+            f"mov.b32 {self.at}, %at; mov.b32 {self.left}, %left; mov.u32 %unit, 0;",
+            *([f"mov.b32 {self.from_}, %from;"] if windowed else []),
+            "unit:",
+        ]
+        end = [
+            "add.u32 %unit, %unit, 1; setp.ge.u32 %p, %unit, %units; @%p bra used;",
+            f"add.u32 {self.at}, {self.at}, {self.keys * self.f.row_bytes};",
+            f"sub.s32 {self.left}, {self.left}, {self.keys};",
+            *([f"sub.s32 {self.from_}, {self.from_}, {self.keys};"] if windowed else []),
+            f"setp.lt.s32 %p, %first, {self.left}; @%p bra unit;",
+        ]
+        return begin, end
 
     def _seen(self, row: str) -> list[str]:
         """Of several tokens: what each thread's query does not see, since it is a later one's.
@@ -141,7 +180,6 @@ class _Attend:
         lines = [f"ld.shared.b32 %y, [{row}+20]; and.b32 %x, %g, {3 if f.paired else 7};"]
         if f.abreast > 1:
             lines.append(f"mad.lo.u32 %x, %lot, {LOT}, %x;")
-            lines.append("shr.u32 %lots, %y, 8; and.b32 %lots, %lots, 0xff;")
         lines += [
             "and.b32 %z, %y, 0xff; add.u32 %x, %x, %z;",
             f"div.u32 %x, %x, {f.q_per_kv}; min.u32 %x, %x, {f.tokens - 1};",
@@ -232,7 +270,7 @@ class _Attend:
         keys. A thread goes on with `s{t}_0`, which is of its own; the other one means nothing.
         """
         lines = [f"mov.f32 %s{t}_{n}, 0f00000000;" for t in range(self.octets) for n in range(4)]
-        lines.append("add.u32 %x, %ka, %at; add.u32 %y, %kb, %at;")
+        lines.append(f"add.u32 %x, %ka, {self.at}; add.u32 %y, %kb, {self.at};")
         for j in range(0, self.pieces, 2):
             lines += self._scores_of(j)
         for t in range(self.octets):
@@ -269,7 +307,7 @@ class _Attend:
 
     def softmax(self) -> list[str]:
         """Weights of the warp's keys, as two bfloat16 each; what was summed up is scaled."""
-        lines = ["sub.s32 %y, %left, %mine;"]  # keys from the thread's first on
+        lines = [f"sub.s32 %y, {self.left}, %mine;"]  # keys from the thread's first on
         for t in range(self.octets):
             for n in range(self.columns):
                 s = f"%s{t}_{n}"
@@ -277,7 +315,7 @@ class _Attend:
                     lines += self._cap(s)
                 seen = f"setp.gt.s32 %p, %y, {8 * t + n};"
                 if self.f.windowed:
-                    seen += f" setp.le.and.s32 %p, %from, {8 * t + n}, %p;"
+                    seen += f" setp.le.and.s32 %p, {self.from_}, {8 * t + n}, %p;"
                 lines.append(f"{seen} selp.f32 {s}, {s}, {LOWEST}, %p;")
         every = self._all_scores()
         lines.append(f"mov.f32 %f, {every[0]};")
@@ -293,7 +331,15 @@ class _Attend:
             lines.append(f"add.f32 %total, %total, {s};")
         for t in range(self.octets):
             lines += self._pack_paired(t) if self.f.paired else self._pack(t)
-        return lines + [f"mul.f32 {name}, {name}, %shrink;" for name in self._all_sums()]
+        shrink = [f"mul.f32 {name}, {name}, %shrink;" for name in self._all_sums()]
+        if self.f.abreast > 1:  # most units of a tile find no larger score
+            shrink = [
+                f"setp.neu.f32 %p, %shrink, {_ONE}; vote.sync.any.pred %p, %p, 0xffffffff;",
+                "@!%p bra same;",
+                *shrink,
+                "same:",
+            ]
+        return lines + shrink
 
     def _pack(self, t: int) -> list[str]:
         """An octet's weights as bfloat16, and what they leave."""
@@ -333,7 +379,7 @@ class _Attend:
         need be put in its place before the end.
         """
         f = self.f
-        lines = ["add.u32 %x, %va, %at; add.u32 %y, %vb, %at;"]
+        lines = [f"add.u32 %x, %va, {self.at}; add.u32 %y, %vb, {self.at};"]
         together = min(2, self.octets)
         for t in range(0, self.octets, together):
             for s in range(self.chunks // 4):
@@ -433,6 +479,7 @@ def attend_lines(
 ) -> list[str]:
     """Attention over a part: see `attend_span`."""
     text = _Attend(f)
+    units, end_units = text.units()
     return [
         "{",
         *text.registers(),
@@ -442,10 +489,11 @@ def attend_lines(
         *text.add_new(ring),
         # A warp may have no position here.
         f"setp.ge.s32 %p, %first, %left; setp.ge.or.u32 %p, %first, {f.block}, %p; @%p bra used;",
-        *(["setp.ge.u32 %p, %lot, %lots; @%p bra used;"] if f.abreast > 1 else []),
+        *units,
         *text.scores(),
         *text.softmax(),
         *text.values(),
+        *end_units,
         f"used: {lowered.MEET}",
         *cache_feed_lines(f, ring, keys, values, parts, layer, 1),
         f"add.u32 %stage, %stage, 1; setp.eq.u32 %p, %stage, {f.stages};",

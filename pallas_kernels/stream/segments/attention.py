@@ -134,21 +134,38 @@ def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) ->
     attend_span(env, layer, share, j)
 
 
-def _made_together(env: StreamEnv, lot: Array | int = 0) -> _Made:
-    """What the warps have made that attended for the part's `lot`-th queries, put together."""
-    at, cut = SharedLayout.of(env.plan), env.plan.attention
+def _made_by(env: StreamEnv, warp: Array | int) -> _Made:
+    """What a warp has made of its positions."""
+    at = SharedLayout.of(env.plan)
     shape = (_rows(env), env.dims.head_dim)
     row, element = env.iota(shape, 0), env.iota(shape, 1)
-    first = row if isinstance(lot, int) else lot * (cut.warps // cut.abreast * LOT) + row
-    each = []
-    warps = cut.warps // cut.abreast
-    for warp in range(warps):
-        number = warp * LOT + first
-        sums = env.shared + at.sums + 8 * number
-        place = env.shared + at.products + number * at.out_pitch + 4 * element
-        each.append(_Made(*(ptx.sum_shared(x, 1, 0) for x in (sums, sums + 4, place))))
-    if cut.abreast == 1:
-        plgpu.debug_barrier()  # products will be put there, and the next part's queries
+    number = warp * LOT + row
+    sums = env.shared + at.sums + 8 * number
+    place = env.shared + at.products + number * at.out_pitch + 4 * element
+    return _Made(*(ptx.sum_shared(x, 1, 0) for x in (sums, sums + 4, place)))
+
+
+def _made_of_lot(env: StreamEnv, part: Part, lot: Array) -> _Made:
+    """What the warps have made together that attended for the part's `lot`-th queries."""
+    cut = env.plan.attention
+    each = cut.warps // cut.abreast
+    count = jnp.where(part.lots == 1, jnp.int32(cut.warps), each)
+
+    def join(turn: Array, so_far: _Made) -> _Made:
+        made = _made_by(env, lot * each + turn)
+        top = jnp.maximum(made.top, so_far.top)
+        old, new = jnp.exp2(so_far.top - top), jnp.exp2(made.top - top)
+        total = so_far.total * old + made.total * new
+        return _Made(top, total, so_far.out * old + made.out * new)
+
+    return lax.fori_loop(jnp.int32(1), count, join, _made_by(env, lot * each))
+
+
+def _made_together(env: StreamEnv) -> _Made:
+    """What all warps have made together of the same queries."""
+    shape = (_rows(env), env.dims.head_dim)
+    each = [_made_by(env, warp) for warp in range(env.plan.attention.warps)]
+    plgpu.debug_barrier()  # products will be put there, and the next part's queries
     top = each[0].top
     for made in each[1:]:
         top = jnp.maximum(top, made.top)
@@ -282,7 +299,7 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
             return carry
 
         def of_lot(lot: Array, nothing: Array) -> Array:
-            hand_over_made(part, _made_together(env, lot), lot)
+            hand_over_made(part, _made_of_lot(env, part, lot), lot)
             return nothing
 
         lax.fori_loop(jnp.int32(0), jnp.int32(0) + part.lots, of_lot, jnp.int32(0))
