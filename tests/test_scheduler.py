@@ -182,7 +182,10 @@ def test_stop_tokens_and_lengths_end_a_text(start):
         scheduler.submit([one.job])
     assert stopped.end() == Ended("stop", whole[3])
     assert stopped.job.tokens == whole[: whole.index(whole[3])]
+    # Its last token was fed: the stop token was chosen behind it.
+    assert stopped.job.held == stopped.job.prompt + stopped.job.tokens
     assert limited.end() == Ended("length", None) and len(limited.job.tokens) == 7
+    assert limited.job.held == limited.job.prompt + limited.job.tokens[:-1]
     assert full.end() == Ended("length", None) and len(full.job.tokens) == 12
 
 

@@ -118,6 +118,8 @@ class Job:
         """What the cache of its row holds for certain, when it leaves."""
         if isinstance(self.end, ApiError):  # what is there may be no numbers
             return []
+        if isinstance(self.end, Ended) and isinstance(self.end.stop_reason, int):
+            return self.prompt + self.tokens  # behind all of which the stop token was chosen
         if self.tokens:  # the last one was chosen, and perhaps never fed
             return self.prompt + self.tokens[:-1]
         return self.prompt[: self.fed]
