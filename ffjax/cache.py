@@ -142,7 +142,10 @@ def check_cache(cache: KVCache, config: ModelConfig, dtype: Any, tokens: int = 1
         if (found := _dtype(stored)) != dtype:
             raise TypeError(f"Cache and weights share a dtype, got {found} and {dtype}. {_MAKE}")
     batch, words = keys[1], mail_words(step_dims(c, keys[1], keys[3]))
-    arrays = [("lengths", cache.lengths, (batch,)), ("counters", cache.counters, (words,))]
+    arrays: list[tuple[str, Any, tuple[int, ...]]] = [
+        ("lengths", cache.lengths, (batch,)),
+        ("counters", cache.counters, (words,)),
+    ]
     if tokens > 1:
         wide = mail_words(step_dims(c, batch, keys[3], tokens))
         found = None if cache.wide_counters is None else np.shape(cache.wide_counters)

@@ -124,14 +124,15 @@ class Bench:
             "control": 4 * WORDS * (1 if s.bulk else s.threads // 32),
         }
         starts, end = {}, 0
+        queries = sizes["queries"]
         if s.tokens > 1:  # both lie where attention's results are put, as `SharedLayout` has it
-            both = sizes.pop("queries"), sizes.pop("new")
-            sizes["out"] = max(sizes["out"], sum(both))
+            both = sizes.pop("queries") + sizes.pop("new")
+            sizes["out"] = max(sizes["out"], both)
         for name, size in sizes.items():
             starts[name] = end
             end += size
         if s.tokens > 1:
-            starts |= {"queries": starts["out"], "new": starts["out"] + both[0]}
+            starts |= {"queries": starts["out"], "new": starts["out"] + queries}
         self.rows = starts.pop("rows")
         self.feed = CacheFeed(
             **starts,
