@@ -15,6 +15,7 @@ from step_cases import bits, newest, untouched
 
 from ffjax.cache import KVCache
 from ffjax.config import preset
+from ffjax.decode import DecodeOutput
 from pallas_kernels.dims import Dims, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState
@@ -148,21 +149,21 @@ def check(config, got, want, lengths):
     assert cache.lengths.tolist() == [n + 1 for n in lengths]
 
 
-def check_several(got, want, lengths, tokens: int):
-    """The same of steps of several tokens."""
-    logits, token, cache = got
-    assert_close(logits, want.logits, "fused_vs_model")
-    assert token.tolist() == np.argmax(logits, axis=-1).tolist()
-    (new, others), wanted = (_parted(x, lengths, tokens) for x in (cache, want.cache))
-    assert_close(new, wanted[0], "fused_vs_model")
-    assert bits(others) == bits(wanted[1])
-    assert cache.lengths.tolist() == want.cache.lengths.tolist()
+def check_several(got: DecodeOutput, want: DecodeOutput, before: KVCache, tokens: int):
+    """The same of steps of several tokens, from a cache on."""
+    assert_close(got.logits, want.logits, "fused_vs_model")
+    assert got.token.tolist() == np.argmax(got.logits, axis=-1).tolist()
+    caches = before, got.cache, want.cache
+    (_, old), (new, others), (wanted, _) = (_parted(x, before.lengths, tokens) for x in caches)
+    assert_close(new, wanted, "fused_vs_model")
+    assert bits(others) == bits(old)
+    assert got.cache.lengths.tolist() == want.cache.lengths.tolist()
 
 
-def _parted(cache: KVCache, lengths, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _parted(cache: KVCache, lengths: jax.Array, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values of the new positions, as far as there are slots; and of the others."""
     both = np.stack([np.asarray(x.astype(jnp.float32)) for x in (cache.k, cache.v)])
-    slot = np.arange(cache.capacity) - np.array(lengths)[:, None]  # [B, S]
+    slot = np.arange(cache.capacity) - np.asarray(lengths)[:, None]  # [B, S]
     new = ((slot >= 0) & (slot < tokens))[:, None, :, None]
     rows = both.transpose(2, 4, 0, 1, 3, 5)[new[:, 0, :, 0]]
     return rows, np.where(new, 0, both)

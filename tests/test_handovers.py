@@ -21,6 +21,7 @@ from search.shares import Shares, misowned
 from step_cases import reference
 from stream_cases import FAMILIES, H200, check_several, env_of, machine, run_stages, streamed
 
+from ffjax.decode import DecodeOutput
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.stream.launch import layout_of
 from pallas_kernels.stream.mail import mail_words
@@ -287,10 +288,11 @@ def test_so_it_has_where_that_takes_several_tokens():
     assert plan.segments[Segment.DOWN].splits > 1
     layout, words = layout_of(plan), mail_words(plan.dims)
     tokens = random_tokens(config, 8).reshape(2, 4)
-    got = run_stages(plan, model, cache, tokens)
-    check_several(got, reference(model, cache, tokens), lengths, 4)
+    logits, token, after = run_stages(plan, model, cache, tokens)
+    got = DecodeOutput(after, logits, token)
+    check_several(got, reference(model, cache, tokens), cache, 4)
     want = aged_counters(plan, layout, 1, words, lengths)
-    same_tags(np.asarray(got[2].wide_counters), want, poison_of(plan, layout, words))
+    same_tags(np.asarray(after.wide_counters), want, poison_of(plan, layout, words))
 
 
 # Drawn plans

@@ -16,6 +16,7 @@ from decode_cases import (
 from step_cases import reference
 from stream_cases import FAMILIES, check, check_several, machine, run_stages, streamed
 
+from ffjax.decode import DecodeOutput
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.tuning import Tuning
@@ -84,12 +85,13 @@ def test_a_group_of_the_residual_has_several_tiles_of_the_down_projection(progra
 def test_programs_hand_over_several_tokens():
     """Their new positions lie beyond a span's end, in two tiles; `test_handovers` has another."""
     fields = FAMILIES["gemma3"] | {"num_layers": 1, "window": 150, "window_pattern": (True,)}
-    config, lengths = small_config(**fields), [253]
+    config = small_config(**fields)
     model = random_model(config)
-    cache = filled_cache(config, lengths, 310, tokens=8)
+    cache = filled_cache(config, [253], 310, tokens=8)
     tokens = random_tokens(config, 8)[None]
     plan = make_stream_plan(dims_of(config, 1, 310, 8), machine(3))
     short = dataclasses.replace(plan.attention, min_span=64, max_splits=4)
     plan = dataclasses.replace(plan, attention=short)
-    got = run_stages(plan, model, cache, tokens)
-    check_several(got, reference(model, cache, tokens), lengths, 8)
+    logits, token, after = run_stages(plan, model, cache, tokens)
+    got = DecodeOutput(after, logits, token)
+    check_several(got, reference(model, cache, tokens), cache, 8)

@@ -60,15 +60,16 @@ def test_several_tokens_match_the_model(name, tokens):
     model = random_model(config)
     cache, some = start(config, lengths, tokens)
     got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
-    check_several(got, want, lengths, tokens)
+    check_several(got, want, cache, tokens)
     # Another step reads what this one has stored, of each sequence's first ones alone.
     live = jnp.arange(len(lengths)) % tokens
     after = [n + k for n, k in zip(lengths, live.tolist(), strict=True)]
     got, want = (step(model, cache, some, live, fused=fused) for fused in (True, False))
     assert got.cache.lengths.tolist() == after
     other = (some + 7) % config.vocab_size
+    before = got.cache
     got, want = (step(model, out.cache, other, fused=out is got) for out in (got, want))
-    check_several(got, want, after, tokens)
+    check_several(got, want, before, tokens)
 
 
 def test_several_tokens_are_what_they_are_one_by_one():
@@ -99,7 +100,7 @@ def test_however_many_queries_share_a_head(heads, tokens):
     model, lengths = random_model(config), [63]
     cache, some = start(config, lengths, tokens)
     got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
-    check_several(got, want, lengths, tokens)
+    check_several(got, want, cache, tokens)
 
 
 @pytest.mark.parametrize("name", FOR_KERNELS)
@@ -107,7 +108,7 @@ def test_several_tokens_of_quantized_weights_match_the_model(name):
     model = random_model(kernel_config(FOR_KERNELS[name]))
     cache, some = start(model.config, [63], 8)
     got, want = (step(model, cache, some, fused=fused) for fused in (True, False))
-    check_several(got, want, [63], 8)
+    check_several(got, want, cache, 8)
 
 
 def test_tokens_that_a_full_cache_has_no_slot_for_get_nan():
