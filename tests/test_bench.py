@@ -106,6 +106,39 @@ def test_a_sweep_measures_every_batch_at_every_position_once(monkeypatch):
     assert measured == [(4, 9), (4, 3), (1, 9), (1, 3)]
 
 
+def test_several_tokens_a_step_are_checked_against_the_reference_one_by_one():
+    options = ["--tokens", "1,3", "--position", "9", "--steps", "3", "--batch", "2", "--json"]
+    code, out, err = _bench(*options)
+    assert (code, err) == (0, "")
+    one, three = json.loads(out)["points"]
+    assert (one["tokens"], three["tokens"]) == (1, 3)
+    assert (one["capacity"], three["capacity"]) == (256, 256)
+    assert three["tokens_per_second"] == pytest.approx(6e6 / three["us_per_step"])
+    slot = 2 * 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim
+    assert three["cache_bytes"] == slot * 2 * (9 + 3)
+    assert three["weight_bytes"] - one["weight_bytes"] == 2 * 4 * CONFIG.model_dim
+    assert three["correctness"]["against"] == "one by one"
+    assert three["correctness"]["tokens"] == 18
+    assert three["correctness"]["difference"]["relative_error"] < 0.05
+    code, out, _ = _bench(*options[:-1])
+    assert code == 0 and "| tokens |" in out and "one by one" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--tokens", "2", "--compare", "xla"], "one token of each sequence a step, got 2."),
+        (["--tokens", "2", "--loop"], "--tokens times decode steps; leave it out"),
+        (["--tokens", "1,2", "--plot", "a.png"], "--plot draws steps of one token"),
+        (["--tokens", "0"], "--tokens: whole numbers from 1 are needed"),
+    ],
+)
+def test_several_tokens_go_with_some_options_alone(arguments, sentence):
+    code, out, err = _bench(*arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
 def test_figures_of_a_point_follow_from_its_repetitions_and_bytes(swept):
     data, _ = swept
     for point in data["points"]:
@@ -624,6 +657,7 @@ def _point(**changes: Any) -> Point:
         "capacity": 256,
         "implementation": "pallas",
         "reason": None,
+        "tokens": 1,
         "traffic": Traffic(8_000_000, 2_000_000.0),
         "timing": Timing(2, (0.01,) * 7, 1.5),
         "baseline": Timing(2, (0.025,) * 7, 2.5),
