@@ -8,8 +8,9 @@ from typing import get_args
 
 from ffjax.decode import FORMER_NAMES, Implementation
 from ffjax.prefill.choice import Prefill
+from ffjax.speculation.choice import SPECULATIONS
 
-__all__ = ["add_implementation", "add_implementations"]
+__all__ = ["add_implementation", "add_implementations", "add_speculation"]
 
 
 def _implementation(text: str) -> str:
@@ -38,4 +39,15 @@ def add_implementations(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Prefill),
         help="implementation of the prefill: pallas, the fast one, or xla, the reference model; "
         "default: the fast one where it can run, but xla with --implementation xla",
+    )
+
+
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    """Adds --speculation."""
+    parser.add_argument(
+        "--speculation",
+        choices=SPECULATIONS,
+        default="none",
+        help="lookup: steps take drafts, found in the prompt and the text itself, and keep those "
+        "that are right; faster where a text repeats, with the same tokens; default: %(default)s",
     )

@@ -71,8 +71,8 @@ class Bounds(NamedTuple):
         ends: int32 `[B]`, the length at which it has all of them: there it stays.
     """
 
-    begins: Array
-    ends: Array
+    begins: Any
+    ends: Any
 
 
 class _Looked(NamedTuple):
