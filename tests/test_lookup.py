@@ -64,7 +64,7 @@ def test_drafts_are_those_of_plain_python(least, most, tokens):
 )
 def test_a_draft_is_how_it_went_on(text, want):
     known = jnp.zeros((1, 32), jnp.int32).at[0, : len(text)].set(jnp.array(text))
-    drafts, counts = Lookup(tokens=5).drafts(known, jnp.array([len(text)]))
+    drafts, counts = Lookup(min_match=3, tokens=5).drafts(known, jnp.array([len(text)]))
     assert drafts[0, : int(counts[0])].tolist() == want
 
 
