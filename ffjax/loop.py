@@ -53,6 +53,7 @@ from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = [
+    "AHEAD",
     "BLOCK",
     "NOT_FINITE",
     "NO_TOKEN",
@@ -68,9 +69,9 @@ BLOCK = 8
 """Decode steps that the device is given at a time."""
 NO_TOKEN = -2
 """What stands where a sequence has no token, and where it takes none."""
-# Blocks ordered beyond the one that the host waits for. With one, the device always has work, as
-# long as the host comes back within the time of a block; more would run in vain after an end.
-_AHEAD = 1
+AHEAD = 1
+"""Blocks ordered beyond the one that the host waits for. With one, the device always has work, as
+long as the host comes back within the time of a block; more would run in vain after an end."""
 # Capacities are rounded up to a multiple of this.
 _CAPACITY_STEP = 256
 
@@ -82,10 +83,12 @@ class Made(NamedTuple):
         tokens: int32 `[BLOCK, B]`, of a prefill `[B]`: NOT_FINITE where logits are not finite. Of
             steps that speculate, `[BLOCK, B, T]`: see `ffjax.speculation.block`.
         logprobs: of each; None where nobody asked.
+        drafted: bool, whether a draft is there to go on with; None without speculation.
     """
 
     tokens: Any
     logprobs: LogProbs | None
+    drafted: Any = None
 
     @classmethod
     def of(cls, choice: Choice) -> Made:
@@ -407,7 +410,7 @@ class Loop:
     ) -> Iterator[Made]:
         def order() -> None:
             nonlocal left
-            while left > 0 and len(ordered) <= _AHEAD:
+            while left > 0 and len(ordered) <= AHEAD:
                 ordered.append(self.decode())
                 left -= 1
 

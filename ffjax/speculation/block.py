@@ -1,8 +1,10 @@
 """A block of steps that speculate, on the device.
 
 A step in which a sequence has a draft takes T tokens of each sequence, any other one token. Which
-of the two it is, is decided on the device. Sequences move on at their own pace; one that has all
-its tokens stays where it is.
+of the two it is, is decided on the device, before each step, which costs time: where nothing
+repeats, the host orders blocks of plain steps, and the device looks for a draft behind each. (One
+program with a choice between both would copy the cache: XLA does, of a loop within a branch.)
+Sequences move on at their own pace; one that has all its tokens stays where it is.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from jax import Array, lax
 
 from ffjax.cache import KVCache
 from ffjax.decode import Implementation, decode_step
-from ffjax.loop import BLOCK, NO_TOKEN, Made
+from ffjax.loop import BLOCK, NO_TOKEN, Made, decode_block
 from ffjax.sampling.choose import Before, Choice, choose, empty_board
 from ffjax.sampling.draw import sequence_keys, step_keys
 from ffjax.sampling.history import History, said
 from ffjax.sampling.rows import EVERY_TOKEN, Processor, Rows, Stages
 from ffjax.speculation.accept import kept_tokens
 
-__all__ = ["Bounds", "Going", "Source", "speculative_block"]
+__all__ = ["Bounds", "Going", "Source", "plain_block", "speculative_block"]
 
 
 class Source(Protocol):
@@ -122,10 +124,78 @@ def _histories(history: History, fed: Array) -> History:
     return _all_said(each, held.reshape(-1, tokens))
 
 
-def _padded(array: Array, tokens: int, value: int = 0) -> Array:
-    """An array `[B, ...]` as `[B, T, ...]`, whose first is this and whose others are `value`."""
+def _padded(array: Array, tokens: int) -> Array:
+    """An array `[B, ...]` as `[B, T, ...]`, whose first is this and whose others are noughts."""
     room = [(0, 0), (0, tokens - 1), *((0, 0),) * (array.ndim - 1)]
-    return jnp.pad(array[:, None], room, constant_values=value)
+    return jnp.pad(array[:, None], room)
+
+
+def _look(
+    source: Source, known: Array, lengths: Array, bounds: Bounds
+) -> tuple[Array, Array, Array]:
+    """Drafts, how many of them count, and whether any does.
+
+    Args:
+        source: where drafts come from.
+        known: the tokens.
+        lengths: int32 `[B]`, of the cache: a token less is fed than is known.
+        bounds: one that has all its tokens has no use for drafts.
+    """
+    drafts, counts = source.drafts(known, lengths + 1)
+    counts = jnp.where(lengths < bounds.ends, counts, 0)
+    return drafts, counts, functools.reduce(operator.or_, (count > 0 for count in counts))
+
+
+def _written(known: Array, going: Going) -> Array:
+    """What is known, with the token that is not fed yet: the prefill's is not written down."""
+    at = jnp.arange(len(known)), going.cache.lengths
+    return known.at[at].set(going.token, mode="drop")
+
+
+def _gone(
+    source: Source,
+    cache: KVCache,
+    known: Array,
+    history: History | None,
+    made: Made,
+    bounds: Bounds,
+) -> tuple[Going, Made]:
+    """What a block returns, from what its steps have left."""
+    *_, drafted = _look(source, known, cache.lengths, bounds)
+    token = known[jnp.arange(len(known)), cache.lengths]
+    return Going(cache, known, token, history), made._replace(drafted=drafted)
+
+
+def plain_block(
+    graphdef: Any,
+    state: Any,
+    going: Going,
+    bounds: Bounds,
+    rows: Rows,
+    *,
+    stages: Stages,
+    implementation: Implementation,
+    source: Source,
+) -> tuple[Going, Made]:
+    """Runs a block of plain steps, and looks for a draft behind them.
+
+    Arguments and results are those of `speculative_block`, but tokens are int32 `[BLOCK, B, 1]`.
+    """
+    start, ahead = going.cache.lengths, jnp.arange(BLOCK)
+    number = start - bounds.begins
+    how: Any = {"stages": stages, "implementation": implementation}
+    cache, _, _, history, made = decode_block(
+        graphdef, state, going.cache, going.token, number, rows, going.history, **how
+    )
+    lengths = jnp.minimum(start + BLOCK, bounds.ends)
+    counted = ahead < (lengths - start)[:, None]
+    at = jnp.where(counted, start[:, None] + 1 + ahead, going.known.shape[1])
+    every = jnp.arange(len(start))[:, None]
+    known = _written(going.known, going).at[every, at].set(made.tokens.T, mode="drop")
+    made = made._replace(tokens=jnp.where(counted.T, made.tokens, NO_TOKEN))
+    made = jax.tree.map(lambda a: a[:, :, None], made)
+    cache = dataclasses.replace(cache, lengths=lengths)
+    return _gone(source, cache, known, history, made, bounds)
 
 
 def speculative_block(
@@ -153,7 +223,7 @@ def speculative_block(
 
     Returns:
         Where the sequences are then, and what was made: tokens int32 `[BLOCK, B, T]`, NO_TOKEN
-        where a step has made less than T.
+        where a step has made less than T; `drafted` tells whether there is a draft to go on with.
     """
     model = nnx.merge(graphdef, state)
     tokens = source.tokens
@@ -198,10 +268,7 @@ def speculative_block(
     def run(carry: Any, _: None) -> tuple[Any, Made]:
         cache, known, history, boards = carry
         before = cache.lengths
-        drafts, counts = source.drafts(known, before + 1)
-        # One that has all its tokens has no use for more.
-        counts = jnp.where(before < bounds.ends, counts, 0)
-        drafted = functools.reduce(operator.or_, (counts[b] > 0 for b in range(batch)))
+        drafts, counts, drafted = _look(source, known, before, bounds)
         fed = jnp.concatenate([known[every, before][:, None], drafts], axis=1)
         looked = lax.cond(drafted, several, one, cache, fed, history, boards)
         made = looked.made
@@ -216,10 +283,7 @@ def speculative_block(
         made = made._replace(tokens=jnp.where(counted, made.tokens, NO_TOKEN))
         return (cache, known, history, looked.boards), made
 
-    # The prefill's token is not written down yet.
-    known = going.known.at[every, start].set(going.token, mode="drop")
-    vocab = model.config.vocab_size
-    boards = tuple(empty_board(batch * t, vocab, stages) for t in (1, tokens))
-    carry = going.cache, known, going.history, boards
+    boards = tuple(empty_board(batch * t, model.config.vocab_size, stages) for t in (1, tokens))
+    carry = going.cache, _written(going.known, going), going.history, boards
     (cache, known, history, _), made = lax.scan(run, carry, None, length=BLOCK)
-    return Going(cache, known, known[every, cache.lengths], history), made
+    return _gone(source, cache, known, history, made, bounds)

@@ -10,28 +10,33 @@ import jax
 import numpy as np
 
 from ffjax.decode import Implementation, step_fault, why_not_fused
-from ffjax.loop import Loop, Made, Reader, Step
+from ffjax.loop import AHEAD, BLOCK, NO_TOKEN, Loop, Made, Reader, Step
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
 from ffjax.settings import program_settings
-from ffjax.speculation.block import Bounds, Going, Source, speculative_block
+from ffjax.speculation.block import Bounds, Going, Source, plain_block, speculative_block
 from ffjax.speculation.lines import Lines
 
 __all__ = ["SpeculativeLoop"]
 
 
 @functools.cache
-def _programs(device: Any) -> Programs:
-    jitted = jax.jit(
-        speculative_block,
-        static_argnames=("graphdef", "stages", "implementation", "source"),
-        donate_argnames=("going",),
-        compiler_options=compiler_options(device),
-    )
-    return Programs(jitted)
+def _programs(device: Any) -> tuple[Programs, Programs]:
+    """Those of blocks that speculate, and of blocks that do not."""
+
+    def kept(function: Any) -> Programs:
+        jitted = jax.jit(
+            function,
+            static_argnames=("graphdef", "stages", "implementation", "source"),
+            donate_argnames=("going",),
+            compiler_options=compiler_options(device),
+        )
+        return Programs(jitted)
+
+    return kept(speculative_block), kept(plain_block)
 
 
 def _known(request: Request, slots: int) -> np.ndarray:
@@ -43,7 +48,10 @@ def _known(request: Request, slots: int) -> np.ndarray:
 
 
 class SpeculativeLoop(Loop):
-    """A `Loop` whose steps take drafts beside the token that is certain."""
+    """A `Loop` whose steps take drafts beside the token that is certain.
+
+    It has two programs: of blocks that speculate, and of plain ones, where nothing repeats.
+    """
 
     def __init__(
         self,
@@ -87,6 +95,7 @@ class SpeculativeLoop(Loop):
                     f"{reason} Or leave speculation out."
                 )
         self._known = jax.device_put(_known(request, slots))
+        self._quiet = False
         # The cache holds the prompt when an answer has its first token.
         begins = np.array([len(prompt) - 1 for prompt in request.prompts], np.int32)
         ends = begins + np.array(request.limits, np.int32)
@@ -98,20 +107,32 @@ class SpeculativeLoop(Loop):
 
     def _compiled_block(self) -> Any:
         how = {"stages": self._stages, "implementation": self.implementation}
-        programs = _programs(self._device)
-        return programs.get(self._parts.graphdef, *self._block_args(), **how, source=self._source)
+        args = self._parts.graphdef, *self._block_args()
+        # A plain block is ordered, if ever, when the first one has told how it went.
+        needed = 1 + (self._request.max_new_tokens - 1 > (1 + AHEAD) * BLOCK)
+        programs = _programs(self._device)[:needed]
+        return [one.get(*args, **how, source=self._source) for one in programs]
 
     def decode(self) -> Made:
-        """Orders a block of steps; returns the new tokens, int32 `[BLOCK, B, T]`."""
+        """Orders a block of steps; returns the new tokens, int32 `[BLOCK, B, T]`, or T = 1."""
         with jax.default_device(self._device), program_settings():
-            going, made = self._block(*self._block_args())
+            going, made = self._block[self._quiet](*self._block_args())
         self._cache, self._known, self._token, self._history = going
         return made.sent()
 
     def rows(self, blocks: int, reader: Reader) -> Iterator[Step]:
-        """Runs up to so many blocks: see `Loop.rows`."""
+        """Runs up to so many blocks: see `Loop.rows`.
+
+        Where no draft of a block was right, and none is there behind it, nothing seems to repeat:
+        the next block that is ordered has plain steps.
+        """
         lines = Lines(self._request.batch, reader)
-        return lines.taken(self._blocks(blocks, lines.would_finish))
+
+        def ends(made: Made) -> bool:
+            self._quiet = not (made.drafted or (made.tokens[..., 1:] != NO_TOKEN).any())
+            return lines.would_finish(made)
+
+        return lines.taken(self._blocks(blocks, ends))
 
     def fault(self) -> str | None:
         """What a step that gave up waiting has said, a sentence; None if none did."""
