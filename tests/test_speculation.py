@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import compilations
-from decode_cases import random_model, small_config
+from decode_cases import random_model
 from flax import nnx
 from generate_cases import TINY
 
@@ -192,8 +192,7 @@ class Replay:
         return (drafts + wrong) % 23, jnp.full(lengths.shape, self.tokens - 1)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize(("batch", "temperature"), [(1, 0.0), (2, 0.8), (4, 0.0)])
 def test_any_number_of_drafts_may_be_right(model, batch, temperature):
     prompts, tokens, count = PROMPTS[batch], 8 // batch, 150
     want = generate(model, prompts, count, temperature=temperature).tokens
@@ -328,7 +327,7 @@ def test_a_lookup_has_settings(model):
 
 def test_fused_steps_speculate(monkeypatch):
     """Interpreted: steps of one token, and of two."""
-    model = random_model(small_config(num_layers=1, vocab_size=23, ffw_dim=48))
+    model = random_model(dataclasses.replace(CONFIG, head_dim=32))
 
     def fused(model, cache, tokens, implementation):
         return fused_step(model, cache, tokens, interpret=True)

@@ -77,7 +77,7 @@ class Lookup:
         period = jnp.maximum(lengths - 1 - end, 1)
         ahead = jnp.arange(self.tokens - 1) % period[:, None]
         drafts = jnp.take_along_axis(known, end[:, None] + 1 + ahead, axis=1, mode="clip")
-        return drafts, jnp.where(found, self.tokens - 1, 0)
+        return drafts, jnp.where(found, jnp.int32(self.tokens - 1), 0)
 
     def _scores(self, known: Array, lengths: Array, bits: int) -> Array:
         """What a match that ends at each position is worth, int32 `[B, S]`; -1: there is none.
