@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ffjax.quantization import dequantize, quantize
     from ffjax.sampling.logprobs import TokenLogprobs
     from ffjax.sampling.params import SamplingParams
+    from ffjax.speculation.lookup import Lookup
     from ffjax.streaming import Stream, stream
     from ffjax.text.completion import Completion
     from ffjax.text.generator import Generator
@@ -36,6 +37,7 @@ __all__ = [
     "HFFolderWarning",
     "KVCache",
     "LinearRopeScaling",
+    "Lookup",
     "ModelConfig",
     "NotFiniteError",
     "RopeScaling",
@@ -77,6 +79,7 @@ _HOME = {
     "ffjax.quantization": ("dequantize", "quantize"),
     "ffjax.sampling.logprobs": ("TokenLogprobs",),
     "ffjax.sampling.params": ("SamplingParams",),
+    "ffjax.speculation.lookup": ("Lookup",),
     "ffjax.streaming": ("Stream", "stream"),
     "ffjax.text.completion": ("Completion",),
     "ffjax.text.generator": ("Generator",),

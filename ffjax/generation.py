@@ -12,13 +12,14 @@ import jax
 
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
-from ffjax.loop import BLOCK, NOT_FINITE, Loop, Step
+from ffjax.loop import BLOCK, NOT_FINITE, Step
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.requests import Request
 from ffjax.sampling.logprobs import TokenLogprobs
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Processor
+from ffjax.speculation.choice import Speculation, loop_for
 from pallas_kernels.dims import ceil_div
 
 __all__ = ["FinishReason", "GenerateOutput", "Replies", "blocks_for", "generate"]
@@ -42,6 +43,8 @@ class GenerateOutput:
         prefill: which one ran the prefill; see `ffjax.generate`.
         steps: decode steps that ran before the last token was here, whole blocks of
             `ffjax.loop.BLOCK`. After an early end the device runs one block more.
+        accepted: of each sequence, how many of the tokens that decode steps made came beside the
+            first of their step, since the drafts before them were right; None without speculation.
         compile_seconds: spent on compiling, next to nothing once a like request has
             been served; the other times do not contain it.
         prefill_seconds: from the start until the first new token of each sequence was here.
@@ -58,6 +61,22 @@ class GenerateOutput:
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float
+    accepted: list[int] | None = None
+
+    @property
+    def _made(self) -> list[int]:
+        """Tokens that decode steps made for each sequence; its first came with the prefill."""
+        pairs = zip(self.tokens, self.finish_reasons, strict=True)
+        return [max(len(row) + (reason == "stop") - 1, 0) for row, reason in pairs]
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a sequence got of a decode step, on average; NaN without such steps.
+
+        Counted over the steps in which it got any. Without speculation it is 1.
+        """
+        made, accepted = sum(self._made), sum(self.accepted or ())
+        return made / (made - accepted) if made > accepted else math.nan
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,10 +86,7 @@ class GenerateOutput:
         """
         if self.decode_seconds <= 0:
             return math.nan
-        pairs = zip(self.tokens, self.finish_reasons, strict=True)
-        made = [len(row) + (reason == "stop") for row, reason in pairs]
-        # The first of each came with the prefill.
-        return sum(max(count - 1, 0) for count in made) / self.decode_seconds
+        return sum(self._made) / self.decode_seconds
 
 
 class Replies:
@@ -83,6 +99,7 @@ class Replies:
         self.finish_reasons: list[FinishReason | None] = [None for _ in request.prompts]
         self.stop_reasons: list[int | str | None] = [None for _ in request.prompts]
         self.logprobs: list[list[TokenLogprobs]] = [[] for _ in request.prompts]
+        self.accepted = [0 for _ in request.prompts]
         self._stops = [frozenset(ids) for ids in request.stop_tokens]
         self._ends = [ids | {NOT_FINITE} for ids in self._stops]
 
@@ -91,12 +108,16 @@ class Replies:
         """Whether no sequence takes another token."""
         return None not in self.finish_reasons
 
-    def would_finish(self, rows: list[list[int]]) -> bool:
-        """Whether no sequence would take another token behind these, `[steps][B]`."""
+    def has_ended(self, row: int) -> bool:
+        """Whether a sequence takes no more tokens."""
+        return self.finish_reasons[row] is not None
+
+    def would_finish(self, columns: Sequence[Sequence[int]]) -> bool:
+        """Whether no sequence would take another token behind these, of each sequence."""
         return all(
             reason is not None
-            or len(self.tokens[b]) + len(rows) >= self._request.limits[b]
-            or not self._ends[b].isdisjoint(row[b] for row in rows)
+            or len(self.tokens[b]) + len(columns[b]) >= self._request.limits[b]
+            or not self._ends[b].isdisjoint(columns[b])
             for b, reason in enumerate(self.finish_reasons)
         )
 
@@ -119,13 +140,15 @@ class Replies:
             NotFiniteError: the logits of a sequence that has not ended chose none; then nothing
                 is taken, of any sequence.
         """
-        row, logprobs = step
+        row, logprobs, drafted = step
         for b, token in enumerate(row):
             if token == NOT_FINITE and self.finish_reasons[b] is None:
                 raise NotFiniteError(b, len(self.tokens[b]), fault())
         taken: list[int | None] = []
         for b, token in enumerate(row):
             mine = self.tokens[b]
+            if self.finish_reasons[b] is None and drafted is not None:
+                self.accepted[b] += drafted[b]
             if self.finish_reasons[b] is None and token in self._stops[b]:
                 self.stop(b, token)
             if self.finish_reasons[b] is not None:
@@ -159,6 +182,7 @@ def generate(
     capacity: int | None = None,
     implementation: Implementation | None = None,
     prefill: Prefill | None = None,
+    speculation: Speculation | None = None,
 ) -> GenerateOutput:
     """Continues each prompt by up to `max_new_tokens` tokens.
 
@@ -195,6 +219,9 @@ def generate(
             "steps", fused decode steps of several tokens, for up to 4 prompts; "xla", the reference
             model. None: "steps" for prompts so short that it is faster, else "pallas", where they
             can run; but "xla" where `implementation` is "xla".
+        speculation: "lookup", or a `ffjax.Lookup`: steps take drafts, found in prompt and answer,
+            beside the token that is certain, and keep those that are right; the tokens are those
+            that come without. For up to 4 prompts. None, or "none": there are no drafts.
 
     Returns:
         The tokens, why each sequence ended, and the times it took.
@@ -203,9 +230,10 @@ def generate(
         ValueError: there is no prompt, a prompt is empty, a token id or a stop token is
             outside the vocabulary, there are more than 64 stop tokens, prompt and new
             tokens need more positions than the model or the capacity has, a kernel is named
-            for more than 8 prompts, or an option is out of range.
+            for more than 8 prompts, there are too many for speculation, or an option is out of
+            range.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: a named implementation cannot run here.
+        NotImplementedError: a named implementation cannot run here, or not with speculation.
         NotFiniteError: the logits of a sequence were NaN or infinite; a FloatingPointError, whose
             `output` is what came before.
     """
@@ -220,7 +248,7 @@ def generate(
         sampling,
         logits_processors,
     )
-    loop = Loop(model, request, implementation, prefill)
+    loop = loop_for(model, request, implementation, prefill, speculation)
     replies = Replies(request)
     prefill_seconds, decode_seconds = 0.0, 0.0
 
@@ -236,12 +264,13 @@ def generate(
             compile_seconds=loop.compile_seconds,
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
+            accepted=replies.accepted if loop.step_tokens > 1 else None,
         )
 
     start = time.perf_counter()
     first = loop.prefill()
     # The device has its first steps before the prefill's token is read.
-    rows = loop.rows(blocks_for(request), replies.would_finish)
+    rows = loop.rows(blocks_for(request), replies)
     first = jax.device_get(first).step()
     prefilled = time.perf_counter()
     prefill_seconds = prefilled - start

@@ -16,10 +16,11 @@ look at one number a sequence is part of the launch that writes the token down.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +53,26 @@ from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
 
-__all__ = ["BLOCK", "NOT_FINITE", "Loop", "Made", "Step", "decode_block", "slots_for"]
+__all__ = [
+    "AHEAD",
+    "BLOCK",
+    "NOT_FINITE",
+    "NO_TOKEN",
+    "Loop",
+    "Made",
+    "Reader",
+    "Step",
+    "decode_block",
+    "slots_for",
+]
 
 BLOCK = 8
 """Decode steps that the device is given at a time."""
-# Blocks ordered beyond the one that the host waits for. With one, the device always has work, as
-# long as the host comes back within the time of a block; more would run in vain after an end.
-_AHEAD = 1
+NO_TOKEN = -2
+"""What stands where a sequence has no token, and where it takes none."""
+AHEAD = 1
+"""Blocks ordered beyond the one that the host waits for. With one, the device always has work, as
+long as the host comes back within the time of a block; more would run in vain after an end."""
 # Capacities are rounded up to a multiple of this.
 _CAPACITY_STEP = 256
 
@@ -67,12 +81,15 @@ class Made(NamedTuple):
     """What a block of steps, or a prefill, has made; on the device, or of numpy.
 
     Attributes:
-        tokens: int32 `[BLOCK, B]`, of a prefill `[B]`: NOT_FINITE where logits are not finite.
+        tokens: int32 `[BLOCK, B]`, of a prefill `[B]`: NOT_FINITE where logits are not finite. Of
+            steps that speculate, `[BLOCK, B, T]`: see `ffjax.speculation.block`.
         logprobs: of each; None where nobody asked.
+        drafted: bool, whether a draft is there to go on with; None without speculation.
     """
 
     tokens: Any
     logprobs: LogProbs | None
+    drafted: Any = None
 
     @classmethod
     def of(cls, choice: Choice) -> Made:
@@ -110,12 +127,26 @@ class Step(NamedTuple):
     """The next token of each sequence, on the host.
 
     Attributes:
-        tokens: B ids, or NOT_FINITE.
+        tokens: B ids, or NOT_FINITE; NO_TOKEN of one that has ended, where steps speculate.
         logprobs: of numpy; None where nobody asked.
+        drafted: whether each came beside the first of its step; None: there was no speculation.
     """
 
     tokens: list[int]
     logprobs: LogProbs | None
+    drafted: list[bool] | None = None
+
+
+class Reader(Protocol):
+    """Who takes the tokens of a loop, and knows what ends a sequence."""
+
+    def would_finish(self, columns: Sequence[Sequence[int]]) -> bool:
+        """Whether no sequence would take another token behind these, of each sequence."""
+        ...
+
+    def has_ended(self, row: int) -> bool:
+        """Whether a sequence takes no more tokens."""
+        ...
 
 
 def decode_block(
@@ -232,9 +263,12 @@ class Loop:
 
     Attributes:
         implementation: which one runs the decode steps.
+        step_tokens: T, tokens that a step may take of each sequence.
         compile_seconds: spent on compiling.
         steps: decode steps whose tokens have come back.
     """
+
+    step_tokens: int = 1
 
     def __init__(
         self,
@@ -288,12 +322,20 @@ class Loop:
         self._stages = stages = Stages.of(request.params, request.processors, gpu)
         sizes = model.config, model.dtype, *size
         self.implementation: Implementation = resolve_implementation_config(*sizes, implementation)
+        wide = step_tokens(request.batch)
         name = resolve_prefill_of(
-            self._parts, request, capacity, self.implementation, implementation, prefill
+            self._parts,
+            request,
+            capacity,
+            self.implementation,
+            implementation,
+            prefill,
+            # A cache has room for one kind of step beside that of one token.
+            steps=self.step_tokens in (1, wide),
         )
-        tokens = step_tokens(request.batch) if name == "steps" else 1
-        make = _started(self._device)
-        start = make(model.config, *size, model.dtype, stages.remembers, tokens)
+        tokens = wide if name == "steps" else self.step_tokens
+        how = model.dtype, stages.remembers, tokens
+        start = _started(self._device)(model.config, *size, *how)
         self._cache, self._token, self._index, last, self._history = start
         rows = rows_of(request.params, request.stop_tokens, request.seeds, stages)
         # On the device, where every block takes them: arrays of numpy would be sent with each.
@@ -350,40 +392,48 @@ class Loop:
         self._cache, self._token, self._index, self._history, made = out
         return made.sent()
 
-    def rows(self, blocks: int, ends: Callable[[list[list[int]]], bool]) -> Iterator[Step]:
+    def rows(self, blocks: int, reader: Reader) -> Iterator[Step]:
         """Runs up to so many blocks, the device ahead of who takes the tokens.
 
         The first block is ordered at once, every other one before the block ahead of it is waited
-        for.
+        for. None is ordered once all sequences have ended with the tokens that are here.
 
         Args:
             blocks: how many, at most.
-            ends: whether all sequences have ended with a block's tokens, `[BLOCK][B]`: then no
-                other is ordered.
+            reader: who takes the tokens.
 
         Returns:
             An iterator over the new tokens of all sequences, step by step.
         """
+
+        def ends(made: Made) -> bool:
+            return reader.would_finish(made.tokens.T.tolist())
+
+        made = self._blocks(blocks, ends)
+        return itertools.chain.from_iterable(one.steps() for one in made)
+
+    def _blocks(self, blocks: int, ends: Callable[[Made], bool]) -> Iterator[Made]:
+        """Orders blocks; returns an iterator over what they have made, on the host."""
         ordered = deque(self.decode() for _ in range(min(blocks, 1)))
         return self._taken(ordered, blocks - len(ordered), ends)
 
     def _taken(
-        self, ordered: deque[Made], left: int, ends: Callable[[list[list[int]]], bool]
-    ) -> Iterator[Step]:
+        self, ordered: deque[Made], left: int, ends: Callable[[Made], bool]
+    ) -> Iterator[Made]:
         def order() -> None:
             nonlocal left
-            while left > 0 and len(ordered) <= _AHEAD:
+            while left > 0 and len(ordered) <= AHEAD:
                 ordered.append(self.decode())
                 left -= 1
 
         while ordered:
             order()
-            made = jax.device_get(ordered.popleft()).steps()
+            made = jax.device_get(ordered.popleft())
             self.steps += BLOCK
-            if ends([step.tokens for step in made]):
+            if ends(made):
                 left = 0
             order()  # before the reader is given these, who may take long
-            yield from made
+            yield made
 
     def fault(self) -> str | None:
         """What a step that gave up waiting has said, a sentence; None if none did."""

@@ -17,6 +17,7 @@ from ffjax.prefill.choice import Prefill
 from ffjax.requests import Request
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Processor
+from ffjax.speculation.choice import Speculation, loop_for
 
 __all__ = ["Stream", "stream"]
 
@@ -86,6 +87,7 @@ class _SoFar:
         self.implementation: Implementation = loop.implementation
         self.prefill: Prefill = loop.prefill_implementation
         self.compile_seconds = loop.compile_seconds
+        self.speculates = loop.step_tokens > 1
         self.steps = 0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
@@ -102,6 +104,7 @@ class _SoFar:
             compile_seconds=self.compile_seconds,
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
+            accepted=list(self.replies.accepted) if self.speculates else None,
         )
 
 
@@ -112,7 +115,7 @@ def _run(loop: Loop, blocks: int, so_far: _SoFar) -> Generator[list[int | None],
     first = loop.prefill()
     # The device has its first steps before the prefill's token is read, and its next ones
     # before the reader is given the last.
-    rows = loop.rows(blocks, replies.would_finish)
+    rows = loop.rows(blocks, replies)
     first = jax.device_get(first).step()
     prefilled = time.perf_counter()
     so_far.prefill_seconds = prefilled - start
@@ -137,6 +140,7 @@ def stream(
     capacity: int | None = None,
     implementation: Implementation | None = None,
     prefill: Prefill | None = None,
+    speculation: Speculation | None = None,
 ) -> Stream:
     """Continues each prompt, token by token: `generate` as an iterator.
 
@@ -155,6 +159,8 @@ def stream(
         capacity: as in `ffjax.generate`.
         implementation: as in `ffjax.generate`.
         prefill: as in `ffjax.generate`.
+        speculation: as in `ffjax.generate`. A sequence that is ahead of another waits for it: the
+            items are those that come without.
 
     Returns:
         An iterator over lists of B entries: a sequence's next token, or None once it has
@@ -177,4 +183,5 @@ def stream(
         sampling,
         logits_processors,
     )
-    return Stream(Loop(model, request, implementation, prefill), request)
+    loop = loop_for(model, request, implementation, prefill, speculation)
+    return Stream(loop, request)

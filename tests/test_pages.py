@@ -96,7 +96,7 @@ def here(place, monkeypatch) -> Path:
     return place
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/speculation.md"])
 def test_the_commands_of_a_page_run(page, here, capfd):
     known = commands()
     for line in lines(page):
@@ -153,7 +153,9 @@ def jax_settings() -> Iterator[None]:
         jax.config.update(name, value)
 
 
-@pytest.mark.parametrize("page", ["docs/index.md", *sorted(set(PAGES) - {"serve", "bench"})])
+@pytest.mark.parametrize(
+    "page", ["docs/index.md", "docs/speculation.md", *sorted(set(PAGES) - {"serve", "bench"})]
+)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, here, jax_settings):
     code = blocks(page, "python")
     assert code

@@ -47,6 +47,8 @@ def test_a_generation_has_the_same_tokens(temperature):
     want = generate(model, [[1, 2], [4]], 20, **options).tokens
     with jax.enable_x64(True):
         assert generate(model, [[1, 2], [4]], 20, **options).tokens == want
+        drafted = generate(model, [[1, 2], [4]], 20, speculation="lookup", **options)
+        assert drafted.tokens == want
         steps = stream(model, [[1, 2], [4]], 20, **options)
         assert list(steps)
         assert steps.output.tokens == want

@@ -35,6 +35,10 @@ def as_json(completion: Completion, finish_reason: str | None) -> dict[str, Any]
         "implementation": completion.implementation,
         "prefill": completion.prefill,
     }
+    if completion.accepted is not None:
+        each = completion.tokens_per_step
+        report["accepted"] = completion.accepted
+        report["tokens_per_step"] = each if math.isfinite(each) else None
     if completion.logprobs is not None:
         report["logprobs"] = [
             {"logprob": _finite(one.logprob), "top": [[id, _finite(p)] for id, p in one.top]}

@@ -18,7 +18,7 @@ from ffjax.commands.chat_options import add_chat_template, say_unread, template_
 from ffjax.commands.completions import as_json, count_of, ended_by
 from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.generate_many import write_many
-from ffjax.commands.implementations import add_implementations
+from ffjax.commands.implementations import add_implementations, add_speculation
 from ffjax.commands.options import whole
 from ffjax.commands.prompts import Prompt, add_prompts, read_prompts
 from ffjax.commands.sampling_options import add_sampling, given_sampling, say_defaults
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_chat_template(parser)
     add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS)
     add_implementations(parser)
+    add_speculation(parser)
     add_ignore_field(parser)
     parser.add_argument(
         "--json",
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         sampling=given_sampling(args, defaults),
         implementation=args.implementation,
         prefill=args.prefill,
+        speculation=args.speculation,
     )
     start_up.ended("model")
     if chats:
@@ -166,9 +168,10 @@ def _write(
         return _WRONG
     if not args.json:
         rate = out.tokens_per_second
+        each = "" if out.accepted is None else f"{out.tokens_per_step:.2f} tokens a step, "
         print(
             f"{model.config.name}: {count_of(len(out.tokens), 'token')}, "
-            f"prefill {out.prefill_seconds:.3f} s, "
+            f"prefill {out.prefill_seconds:.3f} s, {each if math.isfinite(rate) else ''}"
             f"{f'{rate:.1f} tokens/s' if math.isfinite(rate) else 'no decode steps'} "
             f"with {out.implementation!r} on {device} "
             f"(compiling took {out.compile_seconds:.1f} s, not counted)",

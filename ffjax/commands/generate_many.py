@@ -71,6 +71,7 @@ def write_many(
                 asked,
                 implementation=args.implementation,
                 prefill=args.prefill,
+                speculation=args.speculation,
                 ended=bar.update,
                 broken=unfinished.extend,
             ):
@@ -128,10 +129,14 @@ class _Show:
         # Texts of a batch have their times in common.
         batches = {(one.prefill_seconds, one.compile_seconds) for one in self._shown}
         compiled = sum(compiled for _, compiled in batches)
+        made = sum(one.made for one in self._shown)
+        accepted = sum(one.accepted or 0 for one in self._shown)
+        spoken = made > accepted and self._shown[0].accepted is not None
+        each = f"{made / (made - accepted):.2f} tokens a step, " if spoken else ""
         print(
             f"{model.config.name}: {count_of(len(self._shown), 'text')}, "
             f"{count_of(tokens, 'token')} in {seconds - compiled:.1f} s, "
-            f"{tokens / max(seconds - compiled, 1e-9):.1f} tokens/s together, "
+            f"{each}{tokens / max(seconds - compiled, 1e-9):.1f} tokens/s together, "
             f"with {self._shown[0].implementation!r} on {device_of(model).device_kind} "
             f"(compiling took {compiled:.1f} s, not counted)",
             file=sys.stderr,

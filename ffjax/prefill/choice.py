@@ -67,6 +67,8 @@ def resolve_prefill_of(
     implementation: Implementation,
     asked: Implementation | None,
     prefill: Prefill | None,
+    *,
+    steps: bool = True,
 ) -> Prefill:
     """Which prefill a request will have.
 
@@ -77,17 +79,23 @@ def resolve_prefill_of(
         implementation: of the decode steps.
         asked: what was asked for as that; see `resolve_prefill`.
         prefill: a name, or None for the fastest that can run.
+        steps: whether the cache can be made for its steps.
 
     Raises:
-        ValueError: there is no prefill of that name.
+        ValueError: there is no prefill of that name, or a cache for other steps is wanted.
         NotImplementedError: the named prefill cannot run here.
     """
     _check_name(prefill)
+    if prefill == "steps" and not steps:
+        raise ValueError(
+            f"prefill='steps' takes steps of {step_tokens(request.batch)} tokens of each prompt; "
+            "speculation asks for others. Leave prefill out, or the number of its tokens."
+        )
     longest = max(len(prompt) for prompt in request.prompts)
-    steps = prefill is None and implementation == "pallas"
-    if steps and steps_for(parts.config, request.batch, longest) is None:
-        steps = False
-    if steps or prefill == "steps":
+    unasked = prefill is None and implementation == "pallas" and steps
+    if unasked:
+        unasked = steps_for(parts.config, request.batch, longest) is not None
+    if unasked or prefill == "steps":
         tokens, config = step_tokens(request.batch), parts.config
         reason = why_not_fused_config(config, parts.dtype, request.batch, capacity, tokens)
         if reason is None:

@@ -12,6 +12,7 @@ from ffjax.decode import Implementation
 from ffjax.loop import BLOCK
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
+from ffjax.speculation.choice import MAX_SEQUENCES, Speculation, checked_speculation
 from ffjax.streaming import stream
 from ffjax.text.asked import Asked
 from ffjax.text.completion import Completion
@@ -41,6 +42,7 @@ class TextBatch(Iterator[list[str | None]]):
         capacity: int | None = None,
         implementation: Implementation | None = None,
         prefill: Prefill | None = None,
+        speculation: Speculation | None = None,
     ):
         """Compiles what is not compiled yet.
 
@@ -51,6 +53,7 @@ class TextBatch(Iterator[list[str | None]]):
             capacity: positions of the cache; see `ffjax.generate`.
             implementation: of the decode steps; see `ffjax.generate`.
             prefill: of the prefill; see `ffjax.generate`.
+            speculation: see `ffjax.generate`.
 
         Raises:
             ValueError: as `ffjax.generate`.
@@ -69,6 +72,7 @@ class TextBatch(Iterator[list[str | None]]):
             capacity=capacity,
             implementation=implementation,
             prefill=prefill,
+            speculation=speculation,
         )
         self._writers = [Writer(tokenizer, one.prompt, one.params) for one in self._asked]
         self._ended = [False] * len(self._asked)
@@ -146,6 +150,7 @@ class TextBatch(Iterator[list[str | None]]):
             prefill_seconds=out.prefill_seconds,
             # Of this text, and not of the longest beside it.
             decode_seconds=self._seconds.get(row, out.decode_seconds),
+            accepted=None if out.accepted is None else out.accepted[row],
         )
 
 
@@ -156,10 +161,11 @@ def texts(
     *,
     implementation: Implementation | None = None,
     prefill: Prefill | None = None,
+    speculation: Speculation | None = None,
     ended: Callable[[int], object] = lambda count: None,
     broken: Callable[[list[Completion]], object] = lambda so_far: None,
 ) -> Iterator[Completion]:
-    """Writes any number of texts, as many at a time as a kernel takes; yields them in order.
+    """Writes any number of texts, as many at a time as a step takes; yields them in order.
 
     Args:
         model: the model.
@@ -167,6 +173,7 @@ def texts(
         asked: what is to be written.
         implementation: of the decode steps; see `ffjax.generate`.
         prefill: of the prefill; see `ffjax.generate`.
+        speculation: see `ffjax.generate`.
         ended: told how many texts more have ended.
         broken: told what has come of the texts of a batch that is broken off, by Ctrl-C or an
             error.
@@ -180,7 +187,8 @@ def texts(
     if not asked:
         return
     # Evenly, so that there are at most two sizes: each is a program of its own.
-    batches = ceil_div(len(asked), MAX_BATCH)
+    most = MAX_BATCH if checked_speculation(speculation) is None else MAX_SEQUENCES
+    batches = ceil_div(len(asked), most)
     ends = [len(asked) * i // batches for i in range(batches + 1)]
     for start, end in itertools.pairwise(ends):
         batch = TextBatch(
@@ -190,6 +198,7 @@ def texts(
             capacity=_capacity(mine),
             implementation=implementation,
             prefill=prefill,
+            speculation=speculation,
         )
         before = 0
         try:

@@ -36,6 +36,8 @@ class Completion:
         prefill_seconds: until the first new token was here; of prompts that ran side by side, of
             all of them.
         decode_seconds: from there until the last token was here.
+        accepted: how many tokens came beside the first of their decode step, since the drafts
+            before them were right; None without speculation.
     """
 
     text: str
@@ -51,13 +53,26 @@ class Completion:
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float
+    accepted: int | None = None
 
     @property
-    def tokens_per_second(self) -> float:
-        """Tokens that decode steps made for this text, a second; NaN without such steps.
+    def made(self) -> int:
+        """Tokens that decode steps made for this text: all but the first.
 
         A stop token counts, though it is not among `tokens`.
         """
-        made = len(self.tokens) + isinstance(self.stop_reason, int)
-        # The first came with the prefill.
-        return (made - 1) / self.decode_seconds if self.decode_seconds > 0 else math.nan
+        return max(len(self.tokens) + isinstance(self.stop_reason, int) - 1, 0)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that decode steps made for this text, a second; NaN without such steps."""
+        return self.made / self.decode_seconds if self.decode_seconds > 0 else math.nan
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that this text got of a decode step, on average; NaN without such steps.
+
+        Without speculation it is 1.
+        """
+        steps = self.made - (self.accepted or 0)
+        return self.made / steps if steps > 0 else math.nan

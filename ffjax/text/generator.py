@@ -12,6 +12,7 @@ from ffjax.decode import Implementation
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.sampling.params import SamplingParams
+from ffjax.speculation.choice import Speculation, checked_speculation
 from ffjax.text.asked import Asked, completed, prompt_tokens, samples, with_overrides
 from ffjax.text.batches import TextBatch, texts
 from ffjax.text.completion import Completion
@@ -42,6 +43,7 @@ class Generator:
         sampling: SamplingParams | None = None,
         implementation: Implementation | None = None,
         prefill: Prefill | None = None,
+        speculation: Speculation | None = None,
     ):
         """Compiles nothing yet.
 
@@ -51,10 +53,17 @@ class Generator:
             sampling: how tokens are chosen where a call does not say. None: greedily.
             implementation: of the decode steps; see `ffjax.generate`.
             prefill: of the prefill; see `ffjax.generate`.
+            speculation: of `generate` and `stream`; see `ffjax.generate`. Prompts then run up to 4
+                at a time. Conversations do without.
+
+        Raises:
+            ValueError: there is no speculation of that name.
+            TypeError: it is no speculation.
         """
         self.model, self.tokenizer = model, tokenizer
         self.sampling = SamplingParams() if sampling is None else sampling
         self._how: dict[str, Any] = {"implementation": implementation, "prefill": prefill}
+        self._speculation = checked_speculation(speculation)
         self._chat: ChatSession | None = None
 
     @classmethod
@@ -68,6 +77,7 @@ class Generator:
         sampling: SamplingParams | None = None,
         implementation: Implementation | None = None,
         prefill: Prefill | None = None,
+        speculation: Speculation | None = None,
     ) -> Generator:
         """Loads a model with its tokenizer, and how it wants tokens chosen.
 
@@ -80,10 +90,12 @@ class Generator:
                 `generation_config.json` that lies with the model says, else greedily.
             implementation: of the decode steps; see `ffjax.generate`.
             prefill: of the prefill; see `ffjax.generate`.
+            speculation: as in `Generator`.
 
         Raises:
             FileNotFoundError: there is nothing at `path`.
-            ValueError: what is there cannot be loaded; see `ffjax.load`.
+            ValueError: what is there cannot be loaded, see `ffjax.load`; or there is no speculation
+                of that name.
             NotImplementedError: the tokenizer needs the extra `hf`.
         """
         # `checkpoints` imports this package, so it can only be imported once that is done.
@@ -99,7 +111,12 @@ class Generator:
 
             model = quantize(model, weights)
         return cls(
-            model, tokenizer, sampling=sampling, implementation=implementation, prefill=prefill
+            model,
+            tokenizer,
+            sampling=sampling,
+            implementation=implementation,
+            prefill=prefill,
+            speculation=speculation,
         )
 
     @overload
@@ -125,7 +142,7 @@ class Generator:
     ) -> Any:
         """Goes on from texts.
 
-        Several prompts run side by side, as many at a time as a kernel takes. Each draws with the
+        Several prompts run side by side, as many at a time as a step takes. Each draws with the
         noise that it has alone; logits of another batch may differ in their last bits.
 
         Args:
@@ -157,7 +174,8 @@ class Generator:
         each = [one for row in asked for one in samples(row, n)]
         out: list[Completion] = []
         try:
-            out.extend(texts(self.model, self.tokenizer, each, **self._how))
+            how = {**self._how, "speculation": self._speculation}
+            out.extend(texts(self.model, self.tokenizer, each, **how))
         except NotFiniteError as error:
             error.completions = out + (error.completions or [])
             raise
@@ -191,7 +209,8 @@ class Generator:
         Args:
             asked: the prompt, and how; from `asked`, or `completed` by hand.
         """
-        batch = TextBatch(self.model, self.tokenizer, [asked], **self._how)
+        how = {**self._how, "speculation": self._speculation}
+        batch = TextBatch(self.model, self.tokenizer, [asked], **how)
         return TextStream(_pieces(batch), lambda: batch.completions()[0])
 
     def asked(self, prompt: str, sampling: SamplingParams) -> Asked:

@@ -1,0 +1,142 @@
+"""The device's side of a generation that speculates."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ffjax.decode import Implementation, step_fault, why_not_fused
+from ffjax.loop import AHEAD, BLOCK, NO_TOKEN, Loop, Made, Reader, Step
+from ffjax.model import Transformer
+from ffjax.prefill.choice import Prefill
+from ffjax.programs import Programs
+from ffjax.reproducible import compiler_options
+from ffjax.requests import Request
+from ffjax.settings import program_settings
+from ffjax.speculation.block import Bounds, Going, Source, plain_block, speculative_block
+from ffjax.speculation.lines import Lines
+
+__all__ = ["SpeculativeLoop"]
+
+
+@functools.cache
+def _programs(device: Any) -> tuple[Programs, Programs]:
+    """Those of blocks that speculate, and of blocks that do not."""
+
+    def kept(function: Any) -> Programs:
+        jitted = jax.jit(
+            function,
+            static_argnames=("graphdef", "stages", "implementation", "source"),
+            donate_argnames=("going",),
+            compiler_options=compiler_options(device),
+        )
+        return Programs(jitted)
+
+    return kept(speculative_block), kept(plain_block)
+
+
+def _known(request: Request, slots: int) -> np.ndarray:
+    """The prompts, int32 `[B, S]`."""
+    known = np.zeros((request.batch, slots), np.int32)
+    for row, prompt in zip(known, request.prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return known
+
+
+class SpeculativeLoop(Loop):
+    """A `Loop` whose steps take drafts beside the token that is certain.
+
+    It has two programs: of blocks that speculate, and of plain ones, where nothing repeats.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        request: Request,
+        source: Source,
+        implementation: Implementation | None = None,
+        prefill: Prefill | None = None,
+    ):
+        """Compiles what is not compiled yet.
+
+        Args:
+            model: the model.
+            request: what is asked for.
+            source: where drafts come from, its `tokens` chosen.
+            implementation: of the decode steps; see `ffjax.decode_step`.
+            prefill: of the prefill; see `ffjax.generate`.
+
+        Raises:
+            ValueError: as `Loop`.
+            NotImplementedError: as `Loop`; or a fused step of so many tokens cannot run here.
+        """
+        assert source.tokens is not None, "T is chosen for a batch"
+        self._source, self.step_tokens = source, source.tokens
+        super().__init__(model, request, implementation, prefill)
+
+    def _prepare(
+        self,
+        model: Transformer,
+        request: Request,
+        implementation: Implementation | None,
+        prefill: Prefill | None,
+    ) -> None:
+        super()._prepare(model, request, implementation, prefill)
+        batch, slots = self._cache.batch, self._cache.capacity
+        if self.implementation == "pallas":
+            reason = why_not_fused(model, batch, slots, self.step_tokens)
+            if reason is not None:
+                raise NotImplementedError(
+                    f"Speculation runs steps of {self.step_tokens} tokens of each sequence. "
+                    f"{reason} Or leave speculation out."
+                )
+        self._known = jax.device_put(_known(request, slots))
+        self._quiet = False
+        # The cache holds the prompt when an answer has its first token.
+        begins = np.array([len(prompt) - 1 for prompt in request.prompts], np.int32)
+        ends = begins + np.array(request.limits, np.int32)
+        self._bounds = jax.device_put(Bounds(begins, ends))
+
+    def _block_args(self) -> tuple[Any, ...]:
+        going = Going(self._cache, self._known, self._token, self._history)
+        return self._parts.state, going, self._bounds, self._rows
+
+    def _compiled_block(self) -> Any:
+        how = {"stages": self._stages, "implementation": self.implementation}
+        args = self._parts.graphdef, *self._block_args()
+        # A plain block is ordered, if ever, when the first one has told how it went.
+        needed = 1 + (self._request.max_new_tokens - 1 > (1 + AHEAD) * BLOCK)
+        programs = _programs(self._device)[:needed]
+        return [one.get(*args, **how, source=self._source) for one in programs]
+
+    def decode(self) -> Made:
+        """Orders a block of steps; returns the new tokens, int32 `[BLOCK, B, T]`, or T = 1."""
+        with jax.default_device(self._device), program_settings():
+            going, made = self._block[self._quiet](*self._block_args())
+        self._cache, self._known, self._token, self._history = going
+        return made.sent()
+
+    def rows(self, blocks: int, reader: Reader) -> Iterator[Step]:
+        """Runs up to so many blocks: see `Loop.rows`.
+
+        Where no draft of a block was right, and none is there behind it, nothing seems to repeat:
+        the next block that is ordered has plain steps.
+        """
+        lines = Lines(self._request.batch, reader)
+
+        def ends(made: Made) -> bool:
+            self._quiet = not (made.drafted or (made.tokens[..., 1:] != NO_TOKEN).any())
+            return lines.would_finish(made)
+
+        return lines.taken(self._blocks(blocks, ends))
+
+    def fault(self) -> str | None:
+        """What a step that gave up waiting has said, a sentence; None if none did."""
+        if (said := super().fault()) is not None or self.implementation != "pallas":
+            return said
+        fault = step_fault(self._model, self._cache, self.step_tokens)
+        return None if fault is None else str(fault)
