@@ -131,7 +131,7 @@ def test_an_unknown_name_is_refused(model, cache, tokens):
 
 
 def test_inputs_that_do_not_fit_are_refused(model, cache, tokens):
-    with pytest.raises(ValueError, match=r"shape \[2\], got \(3,\)"):
+    with pytest.raises(ValueError, match=r"shape \[2\], or several, \[2, T\]; got \[3\]"):
         decode_step(model, cache, jnp.zeros((3,), jnp.int32))
     with pytest.raises(ValueError, match=r"shape \[2\], got \(2, 1\)"):
         decode_step(model, cache, tokens[:, None])

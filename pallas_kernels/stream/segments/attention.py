@@ -199,7 +199,7 @@ def _interpreted(env: StreamEnv, layer: Array, part: Part) -> _Made:
     def capped(scores):
         return scores if cap is None else (cap * math.log2(math.e)) * jnp.tanh(scores)
 
-    lower = jnp.int32(0)
+    lower = None
     if env.dims.tokens == 1:
         top = jnp.where(part.has_new, capped(jnp.sum(q * key, axis=1)), LOWEST)
         nothing = jnp.zeros(top.shape, jnp.float32)
@@ -224,7 +224,9 @@ def _interpreted(env: StreamEnv, layer: Array, part: Part) -> _Made:
         keys, values = _load_tile(env, layer, part, i)
         scores = capped(env.dot_split(q, keys, transpose_b=True))  # [8, block]
         position = part.start + i * block + env.iota(scores.shape, 1)
-        seen = (position < part.stop) & (position >= lower)
+        seen = position < part.stop
+        if lower is not None:
+            seen &= position >= lower
         scores = jnp.where(seen, scores, LOWEST)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.where(seen, jnp.exp2(scores - new_top[:, None]), 0.0)
