@@ -322,7 +322,7 @@ def _checked(model: Transformer, cache: KVCache, tokens: Any) -> Array:
     """The tokens int `[B]` or `[B, T]` of a step whose inputs fit together."""
     check_cache(cache, model.config, model.dtype)
     tokens = jnp.asarray(tokens)
-    if jnp.issubdtype(tokens.dtype, jnp.floating):
+    if tokens.ndim > 1 and jnp.issubdtype(tokens.dtype, jnp.floating):
         raise TypeError(
             f"A decode step takes token ids, not embeddings, got {tokens.dtype} of shape "
             f"{list(tokens.shape)}. Feed embeddings by model.last_hidden_state(embeddings, cache): "

@@ -133,8 +133,10 @@ def test_an_unknown_name_is_refused(model, cache, tokens):
 def test_inputs_that_do_not_fit_are_refused(model, cache, tokens):
     with pytest.raises(ValueError, match=r"shape \[2\], or several, \[2, T\]; got \[3\]"):
         decode_step(model, cache, jnp.zeros((3,), jnp.int32))
-    with pytest.raises(ValueError, match=r"shape \[2\], got \(2, 1\)"):
-        decode_step(model, cache, tokens[:, None])
+    with pytest.raises(ValueError, match=r"\[2, T\]; got \[2, 1, 1\]"):
+        decode_step(model, cache, tokens[:, None, None])
+    several = decode_step(model, cache, tokens[:, None])
+    assert several.logits.shape == (2, 1, model.config.vocab_size)
     with pytest.raises(TypeError, match="Tokens are integers, got float32"):
         decode_step(model, cache, tokens.astype(jnp.float32))
     wide = KVCache.create(model.config, 2, 8, jnp.float32)
