@@ -18,7 +18,6 @@ from jax import Array, lax
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import decode_step
-from ffjax.dims import step_dims
 from ffjax.parts import Parts
 from ffjax.prefill.first import first_token
 from ffjax.prefill.request import RequestPrefill
@@ -33,8 +32,7 @@ from pallas_kernels.support import MAX_BATCH
 __all__ = ["StepwisePrefill", "step_tokens", "steps_for"]
 
 # Steps that take less time than the packed prefill, at most: measured on an H200 (docs/prefill.md).
-_QUANTIZED_STEPS, _STEPS, _STEPS_OF_LARGE_LAYERS = 3, 2, 1
-_LARGE_LAYER_BYTES = 300_000_000
+_QUANTIZED_STEPS, _STEPS = 3, 1
 
 
 def step_tokens(batch: int) -> int:
@@ -52,12 +50,8 @@ def steps_for(config: ModelConfig, batch: int, longest: int) -> int | None:
     """
     if (tokens := step_tokens(batch)) == 1:
         return None
-    dims, steps = step_dims(config, batch, 1, tokens), ceil_div(longest, tokens)
-    most = _STEPS
-    if dims.weight_bits.quantized:
-        most = _QUANTIZED_STEPS
-    elif dims.step_weight_bytes > _LARGE_LAYER_BYTES * dims.num_layers:
-        most = _STEPS_OF_LARGE_LAYERS
+    steps = ceil_div(longest, tokens)
+    most = _QUANTIZED_STEPS if config.weights.quantized else _STEPS
     return steps if steps <= most else None
 
 
