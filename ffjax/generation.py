@@ -216,9 +216,9 @@ def generate(
         implementation: of the decode steps, by name, or None for the best that can run; see
             `ffjax.decode_step`.
         prefill: implementation of the prefill: "pallas", the packed one with a flash attention;
-            "steps", fused decode steps of several tokens, for up to 4 prompts; "xla", the reference
-            model. None: "steps" for prompts so short that it is faster, else "pallas", where they
-            can run; but "xla" where `implementation` is "xla".
+            "steps", fused decode steps of several tokens, which are faster for a few tokens, above
+            all of quantized weights; "xla", the reference model. None: "pallas" where it can run,
+            but "xla" where `implementation` is "xla".
         speculation: "lookup", or a `ffjax.Lookup`: steps take drafts, found in prompt and answer,
             beside the token that is certain, and keep those that are right; the tokens are those
             that come without. For up to 4 prompts. None, or "none": there are no drafts.

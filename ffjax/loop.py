@@ -327,14 +327,13 @@ class Loop:
             self._parts,
             request,
             capacity,
-            self.implementation,
             implementation,
             prefill,
             # A cache has room for one kind of step beside that of one token.
             steps=self.step_tokens in (1, wide),
         )
-        tokens = wide if name == "steps" else self.step_tokens
-        how = model.dtype, stages.remembers, tokens
+        self._widest = wide if name == "steps" else self.step_tokens
+        how = model.dtype, stages.remembers, self._widest
         start = _started(self._device)(model.config, *size, *how)
         self._cache, self._token, self._index, last, self._history = start
         rows = rows_of(request.params, request.stop_tokens, request.seeds, stages)
@@ -439,5 +438,8 @@ class Loop:
         """What a step that gave up waiting has said, a sentence; None if none did."""
         if self.implementation != "pallas":
             return None
-        fault = step_fault(self._model, self._cache)
-        return None if fault is None else str(fault)
+        # Steps of one token, and those of several, each have a mail of their own.
+        for tokens in sorted({1, self._widest}):
+            if (fault := step_fault(self._model, self._cache, tokens)) is not None:
+                return str(fault)
+        return None

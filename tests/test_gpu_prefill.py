@@ -102,9 +102,9 @@ def test_short_prompts_by_decode_steps(name, lengths):
 def test_generate_and_stream_feed_short_prompts_by_decode_steps():
     model = model_of("llama", "bfloat16")
     prompts = [row.tolist() for row in prompts_of(model.config, (7, 3))]
-    whole = generate(model, prompts, 20)
+    whole = generate(model, prompts, 20, prefill="steps")
     assert (whole.prefill, whole.implementation) == ("steps", "pallas")
-    steps = stream(model, prompts, 20)
+    steps = stream(model, prompts, 20, prefill="steps")
     assert [list(row) for row in zip(*steps, strict=True)] == whole.tokens
     assert steps.output.prefill == "steps"
 

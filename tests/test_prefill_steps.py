@@ -13,17 +13,14 @@ from numerics import assert_close
 from prefill_cases import fed, model_of, prompts_of
 
 from ffjax.cache import KVCache
-from ffjax.config import preset
 from ffjax.decode import default_device, reference_step
-from ffjax.formats import INT8, WeightFormats, int4
 from ffjax.generation import generate
 from ffjax.live import LiveBatch
 from ffjax.parts import Parts
 from ffjax.prefill import choice, stepwise
 from ffjax.prefill.choice import resolve_prefill, resolve_prefill_of
 from ffjax.prefill.padded import PaddedPrefill
-from ffjax.prefill.stepwise import StepwisePrefill, step_tokens, steps_for
-from ffjax.quantization import quantized_config
+from ffjax.prefill.stepwise import StepwisePrefill, step_tokens
 from ffjax.sampling.draw import words_of
 from ffjax.sampling.history import History
 from ffjax.sampling.params import SamplingParams
@@ -78,43 +75,21 @@ def test_what_was_said_is_remembered():
     assert ended[0] == ended[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "formats", "batch", "longest", "steps"),
-    [
-        ("llama3.2-1b", None, 1, 9, None),
-        ("llama3.2-1b", None, 2, 4, 1),
-        ("llama3.2-1b", None, 4, 3, None),
-        ("llama3.2-1b", None, 5, 1, None),  # one token a step is no gain
-        ("llama3.1-8b", None, 1, 8, 1),
-        ("llama3.1-8b", None, 1, 9, None),
-        ("llama3.1-8b", INT8, 1, 24, 3),
-        ("llama3.1-8b", int4(), 1, 25, None),
-    ],
-)
-def test_steps_feed_as_much_as_they_are_faster_for(name, formats, batch, longest, steps):
-    config = preset(name)
-    if formats is not None:
-        config = quantized_config(config, WeightFormats.of_layers(formats))
-    assert steps_for(config, batch, longest) == steps
-    assert step_tokens(batch) * batch <= 8
-
-
 def resolved(monkeypatch, prompts, prefill=None, asked=None, reason=None):
     monkeypatch.setattr(choice, "why_not_fused_config", lambda *_: reason)
     monkeypatch.setattr(choice, "_why_not", lambda *_: None)
     parts = Parts.of(model_of("llama", "bfloat16"))
     request: Any = SimpleNamespace(prompts=prompts, batch=len(prompts))
-    return resolve_prefill_of(parts, request, 64, asked or "pallas", asked, prefill)
+    return resolve_prefill_of(parts, request, 64, asked, prefill)
 
 
-def test_short_prompts_are_fed_by_steps_where_the_kernel_runs(monkeypatch):
+def test_steps_are_taken_where_they_are_asked_for(monkeypatch):
     short, long = [[1] * 5], [[1] * 40]
-    assert resolved(monkeypatch, short) == "steps"
-    assert resolved(monkeypatch, long) == "pallas"
-    assert resolved(monkeypatch, short, prefill="pallas") == "pallas"
+    assert resolved(monkeypatch, short) == "pallas"
     assert resolved(monkeypatch, short, asked="xla") == "xla"
+    assert resolved(monkeypatch, short, prefill="steps") == "steps"
     assert resolved(monkeypatch, long, prefill="steps") == "steps"
-    assert resolved(monkeypatch, short, reason="There is no room.") == "pallas"
+    assert [step_tokens(batch) for batch in (1, 2, 3, 4, 5, 9)] == [8, 4, 2, 2, 1, 1]
     with pytest.raises(NotImplementedError, match="no room"):
         resolved(monkeypatch, short, prefill="steps", reason="There is no room.")
 

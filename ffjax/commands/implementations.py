@@ -38,8 +38,8 @@ def add_implementations(parser: argparse.ArgumentParser) -> None:
         "--prefill",
         choices=get_args(Prefill),
         help="implementation of the prefill: pallas, the fast one; steps, fused decode steps of "
-        "several tokens, for a few short prompts; or xla, the reference model; default: the "
-        "fastest that can run, but xla with --implementation xla",
+        "several tokens, for a few short prompts; or xla, the reference model; default: pallas "
+        "where it can run, but xla with --implementation xla",
     )
 
 

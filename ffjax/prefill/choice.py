@@ -12,7 +12,7 @@ from ffjax.parts import Parts
 from ffjax.prefill.packed import PackedPrefill
 from ffjax.prefill.padded import PaddedPrefill
 from ffjax.prefill.request import Prefill, RequestPrefill
-from ffjax.prefill.stepwise import StepwisePrefill, step_tokens, steps_for
+from ffjax.prefill.stepwise import StepwisePrefill, step_tokens
 from ffjax.requests import Request
 from ffjax.sampling.rows import Rows, Stages
 from pallas_kernels.gpu import Gpu
@@ -64,8 +64,7 @@ def resolve_prefill_of(
     parts: Parts,
     request: Request,
     capacity: int,
-    implementation: Implementation,
-    asked: Implementation | None,
+    implementation: Implementation | None,
     prefill: Prefill | None,
     *,
     steps: bool = True,
@@ -76,9 +75,9 @@ def resolve_prefill_of(
         parts: the model.
         request: whose prompts.
         capacity: S.
-        implementation: of the decode steps.
-        asked: what was asked for as that; see `resolve_prefill`.
-        prefill: a name, or None for the fastest that can run.
+        implementation: what was asked for as that of the steps; see `resolve_prefill`.
+        prefill: a name, or None for the best that can run: "steps" has to be asked for, since it
+            compiles another decode step.
         steps: whether the cache can be made for its steps.
 
     Raises:
@@ -91,18 +90,13 @@ def resolve_prefill_of(
             f"prefill='steps' takes steps of {step_tokens(request.batch)} tokens of each prompt; "
             "speculation asks for others. Leave prefill out, or the number of its tokens."
         )
-    longest = max(len(prompt) for prompt in request.prompts)
-    unasked = prefill is None and implementation == "pallas" and steps
-    if unasked:
-        unasked = steps_for(parts.config, request.batch, longest) is not None
-    if unasked or prefill == "steps":
-        tokens, config = step_tokens(request.batch), parts.config
-        reason = why_not_fused_config(config, parts.dtype, request.batch, capacity, tokens)
-        if reason is None:
-            return "steps"
-        if prefill == "steps":
-            raise NotImplementedError(reason)
-    return resolve_prefill(parts.dtype, parts.device, asked, prefill)
+    if prefill != "steps":
+        return resolve_prefill(parts.dtype, parts.device, implementation, prefill)
+    tokens, config = step_tokens(request.batch), parts.config
+    reason = why_not_fused_config(config, parts.dtype, request.batch, capacity, tokens)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    return "steps"
 
 
 def _why_not(dtype: Any, device: Any) -> str | None:

@@ -16,7 +16,6 @@ from flax import nnx
 from jax import Array, lax
 
 from ffjax.cache import KVCache
-from ffjax.config import ModelConfig
 from ffjax.decode import decode_step
 from ffjax.parts import Parts
 from ffjax.prefill.first import first_token
@@ -29,10 +28,7 @@ from ffjax.sampling.rows import Rows, Stages
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
 
-__all__ = ["StepwisePrefill", "step_tokens", "steps_for"]
-
-# Steps that take less time than the packed prefill, at most: measured on an H200 (docs/prefill.md).
-_QUANTIZED_STEPS, _STEPS = 3, 1
+__all__ = ["StepwisePrefill", "step_tokens"]
 
 
 def step_tokens(batch: int) -> int:
@@ -40,22 +36,7 @@ def step_tokens(batch: int) -> int:
     return max(1, MAX_BATCH // batch)
 
 
-def steps_for(config: ModelConfig, batch: int, longest: int) -> int | None:
-    """Steps that feed prompts of up to `longest` tokens; None where another prefill is faster.
-
-    Args:
-        config: the model's.
-        batch: B.
-        longest: tokens of the longest prompt.
-    """
-    if (tokens := step_tokens(batch)) == 1:
-        return None
-    steps = ceil_div(longest, tokens)
-    most = _QUANTIZED_STEPS if config.weights.quantized else _STEPS
-    return steps if steps <= most else None
-
-
-# Prompts that are asked to be fed so may have many steps.
+# Longer prompts may be asked to be fed so, too.
 _MOST_UNROLLED = 4
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ffjax.decode import Implementation, step_fault, why_not_fused
+from ffjax.decode import Implementation, why_not_fused
 from ffjax.loop import AHEAD, BLOCK, NO_TOKEN, Loop, Made, Reader, Step
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
@@ -133,10 +133,3 @@ class SpeculativeLoop(Loop):
             return lines.would_finish(made)
 
         return lines.taken(self._blocks(blocks, ends))
-
-    def fault(self) -> str | None:
-        """What a step that gave up waiting has said, a sentence; None if none did."""
-        if (said := super().fault()) is not None or self.implementation != "pallas":
-            return said
-        fault = step_fault(self._model, self._cache, self.step_tokens)
-        return None if fault is None else str(fault)
