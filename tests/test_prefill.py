@@ -165,7 +165,7 @@ def test_who_asks_for_a_prefill_gets_it_or_a_sentence():
     assert resolve_prefill("bfloat16", device, None, "xla") == "xla"
     with pytest.raises(NotImplementedError, match=r"needs an NVIDIA GPU.*Use prefill='xla'"):
         resolve_prefill("bfloat16", device, None, "pallas")
-    with pytest.raises(ValueError, match="prefill is one of 'pallas', 'xla' or None, got 'fast'"):
+    with pytest.raises(ValueError, match="prefill is one of 'pallas', 'steps', 'xla' or None"):
         generate(model_of("llama", "float32"), [1], 1, prefill="fast")  # pyright: ignore
 
 
