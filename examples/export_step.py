@@ -60,7 +60,7 @@ def weights_of(model: ffjax.Transformer) -> dict:
 
 def arrays_of(cache: ffjax.KVCache) -> dict:
     """The cache's own arrays, in a dictionary."""
-    return dict(vars(cache))
+    return {name: array for name, array in vars(cache).items() if array is not None}
 
 
 def exported_step(model: ffjax.Transformer, cache: ffjax.KVCache) -> export.Exported:
