@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -23,7 +22,7 @@ from ffjax.prefill.request import RequestPrefill
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.sampling.choose import Choice
-from ffjax.sampling.history import History, fed
+from ffjax.sampling.history import History, fed_side_by_side
 from ffjax.sampling.rows import Rows, Stages
 
 __all__ = ["PaddedPrefill", "chunk_sizes"]
@@ -70,10 +69,7 @@ def _feed_and_choose(
     model = nnx.merge(graphdef, state)
     logits, cache = model(tokens, cache, num_tokens=num_tokens, last_only=True)
     if history is not None:
-        batch, count = tokens.shape
-        counts = jnp.arange(count) < num_tokens[:, None]
-        owners = jnp.where(counts, jnp.arange(batch)[:, None], batch)
-        history = fed(history, owners.reshape(-1), tokens.reshape(-1))
+        history = fed_side_by_side(history, tokens, num_tokens)
     return cache, history, first_token(logits, rows, history, stages)
 
 

@@ -23,21 +23,20 @@ from ffjax.prefill.request import RequestPrefill
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.sampling.choose import Choice
-from ffjax.sampling.history import History, fed
+from ffjax.sampling.history import History, fed_side_by_side
 from ffjax.sampling.rows import Rows, Stages
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["StepwisePrefill", "step_tokens"]
 
+# Steps that are compiled one behind the other. Longer prompts may be asked to be fed so, too.
+_MOST_UNROLLED = 4
+
 
 def step_tokens(batch: int) -> int:
     """T of the steps for so many sequences: all that a fused step takes, 1 where it has no more."""
     return max(1, MAX_BATCH // batch)
-
-
-# Longer prompts may be asked to be fed so, too.
-_MOST_UNROLLED = 4
 
 
 def _feed_and_choose(
@@ -67,10 +66,7 @@ def _feed_and_choose(
     few = len(tokens) <= _MOST_UNROLLED
     (cache, logits), _ = lax.scan(step, (cache, nothing), (tokens, counts), unroll=few)
     if history is not None:
-        _, batch, size = tokens.shape
-        there = jnp.arange(size) < counts[..., None]
-        owners = jnp.where(there, jnp.arange(batch)[:, None], batch)
-        history = fed(history, owners.reshape(-1), tokens.reshape(-1))
+        history = fed_side_by_side(history, tokens, counts)
     return cache, history, first_token(logits, rows, history, stages)
 
 

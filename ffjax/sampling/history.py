@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["History", "fed", "said"]
+__all__ = ["History", "fed", "fed_side_by_side", "said"]
 
 
 class History(NamedTuple):
@@ -37,6 +37,20 @@ def fed(history: History, rows: Array, tokens: Array) -> History:
         tokens: int32 `[P]`.
     """
     return history._replace(prompt=history.prompt.at[rows, tokens].set(True, mode="drop"))
+
+
+def fed_side_by_side(history: History, tokens: Array, counts: Array) -> History:
+    """The same of tokens that lie side by side, padded.
+
+    Args:
+        history: what the prompts held.
+        tokens: int32 `[..., B, T]`.
+        counts: int32 `[..., B]`, how many of each sequence's count, from the first on.
+    """
+    batch, size = tokens.shape[-2:]
+    there = jnp.arange(size) < counts[..., None]
+    owners = jnp.where(there, jnp.arange(batch)[:, None], batch)
+    return fed(history, owners.reshape(-1), tokens.reshape(-1))
 
 
 def said(history: History, tokens: Array) -> History:
