@@ -100,9 +100,10 @@ def _filled_cache(
     return dataclasses.replace(empty, k=key, v=value, lengths=lengths)
 
 
-def random_tokens(config: ModelConfig, batch: int, seed: int = 1) -> jax.Array:
-    """Token ids, int32 `[B]`."""
-    return jax.random.randint(jax.random.key(seed), (batch,), 0, config.vocab_size)
+def random_tokens(config: ModelConfig, batch: int, seed: int = 1, tokens: int = 1) -> jax.Array:
+    """Token ids, int32 `[B]`, or `[B, T]`."""
+    shape = (batch,) if tokens == 1 else (batch, tokens)
+    return jax.random.randint(jax.random.key(seed), shape, 0, config.vocab_size)
 
 
 def dims_of(config: ModelConfig, batch: int, capacity: int, tokens: int = 1) -> Dims:

@@ -14,6 +14,7 @@ from flax import nnx
 from noise import KINDS, dawdling
 from quantize_cases import FOR_KERNELS, kernel_config
 from step_cases import CASES
+from stream_cases import FAMILIES
 
 from ffjax.config import ModelConfig
 from ffjax.decode import fused_step
@@ -43,15 +44,23 @@ SMALL: dict[str, tuple[ModelConfig, int, list[int]]] = {
         [65, 7],
     ),
 }
+# Of several tokens of each sequence, which are the last number.
+SEVERAL: dict[str, tuple[ModelConfig, int, list[int], int]] = {
+    "8 tokens": (small_config(num_heads=4, num_kv_heads=2, num_layers=5), 150, [65], 8),
+    "4 tokens of two": (kernel_config(FOR_KERNELS["int4 and its head"]), 150, [65, 0], 4),
+    "8 tokens, spans": (small_config(num_heads=8, num_kv_heads=2), 2048, [1700], 8),
+    "3 tokens, normed heads": (small_config(**FAMILIES["qwen3"]), 150, [61, 3], 3),
+}
+ALL = {**{name: (*case, 1) for name, case in SMALL.items()}, **SEVERAL}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ALL)
 def test_a_step_whose_warps_dawdle_has_the_same_bits(name, kind):
-    config, capacity, lengths = SMALL[name]
+    config, capacity, lengths, several = ALL[name]
     graph, params = nnx.split(random_model(config))
-    tokens = random_tokens(config, len(lengths))
-    cache = filled_cache(config, lengths, capacity)
+    tokens = random_tokens(config, len(lengths), tokens=several)
+    cache = filled_cache(config, lengths, capacity, tokens=several)
 
     def step():
         return jax.jit(

@@ -6,6 +6,7 @@ import os
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_cases import dims_of
@@ -23,6 +24,7 @@ from pallas_kernels.stream import launch, product
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan
+from pallas_kernels.targets import target
 
 MEMCHECK = """\
 ========= COMPUTE-SANITIZER
@@ -244,8 +246,16 @@ def test_where_there_is_no_sanitizer_a_sentence_says_so(monkeypatch, capsys, tmp
     assert sanitizer.find() == str(tmp_path / "cuda-99" / "compute-sanitizer")
 
 
+def dims(case: Case):
+    return dims_of(case.config, len(case.lengths), case.capacity, case.tokens)
+
+
+def gpu_of(case: Case):
+    return H200 if case.gpu is None else target(case.gpu).gpu
+
+
 def plan_of(case: Case):
-    return make_stream_plan(dims_of(case.config, len(case.lengths), case.capacity), H200)
+    return make_stream_plan(dims(case), gpu_of(case))
 
 
 def test_the_cases_are_of_every_kind():
@@ -258,19 +268,26 @@ def test_the_cases_are_of_every_kind():
     assert any(plan.total_tiles > plan.slots for plan in plans.values())
     for name, case in CASES.items():
         assert (max(case.lengths) >= 512) == ("several spans" in name)
-        assert max(case.lengths) + 3 <= case.capacity
-    assert {len(case.lengths) for case in CASES.values()} == {1, 3}
+        assert max(case.lengths) + 3 * case.tokens <= case.capacity
+    assert {len(case.lengths) for case in CASES.values()} == {1, 2, 3}
+    assert {case.tokens for case in CASES.values()} == {1, 3, 4, 8}
+    assert {(plan.bulk, plan.dims.tokens > 1) for plan in plans.values()} == {
+        (bulk, several) for bulk in (True, False) for several in (True, False)
+    }
+    assert max(plan.attention.abreast for plan in plans.values()) > 1
     bits = {plan.dims.weight_bits.qkv for plan in plans.values()}
     assert bits == {16, 8, 4}
 
 
 def lower(case: Case) -> None:
     plan = plan_of(case)
-    dims = plan.dims
-    cache = jax.eval_shape(lambda: KVCache.create(case.config, dims.batch, dims.capacity))
-    state = StepState(cache.k, cache.v, cache.lengths, cache.counters)
+    sizes = plan.dims.batch, plan.dims.capacity
+    cache = jax.eval_shape(lambda: KVCache.create(case.config, *sizes, tokens=case.tokens))
+    mail = cache.counters if case.tokens == 1 else cache.wide_counters
+    state = StepState(cache.k, cache.v, cache.lengths, mail)
+    tokens = jax.ShapeDtypeStruct((plan.dims.columns,), jnp.int32)
     step = functools.partial(launch.stream_step, plan)
-    lower_for_gpu(step, dims.abstract_weights(), state, cache.lengths)
+    lower_for_gpu(step, plan.dims.abstract_weights(), state, tokens)
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -296,9 +313,8 @@ def test_what_was_said_and_run_is_kept_where_asked(fake, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_read_beyond_a_slot_that_is_put_apart(name):
     case = CASES[name]
-    dims = dims_of(case.config, len(case.lengths), case.capacity)
     with put_apart():
-        plan = plan_apart(dims, H200)
+        plan = plan_apart(dims(case), gpu_of(case))
         at = SharedLayout.of(plan)
     usual = SharedLayout.of(plan_of(case))
     assert plan.slots >= 2

@@ -1,5 +1,6 @@
 """`python -m tests.soak`: the same steps have the same digests, and others are told apart."""
 
+import dataclasses
 import re
 
 import jax
@@ -22,13 +23,27 @@ def walker() -> Walker:
 
 def test_a_walk_has_a_digest_a_block_and_fresh_caches(walker, monkeypatch):
     made, create = [], KVCache.create
-    monkeypatch.setattr(KVCache, "create", lambda *args: made.append(args) or create(*args))
+    monkeypatch.setattr(
+        KVCache, "create", lambda *args, **more: made.append(args) or create(*args, **more)
+    )
     digests = walker.take()
     # 12 positions: blocks of 12 steps, each with a cache of its own.
     assert (walker.block, len(digests)) == (12, 3)
     assert [args[1:3] for args in made] == [(2, 12)] * 3
     assert len(set(digests)) == 3
     assert walker.take() == digests == together.in_threads(walker, 2)[1]
+
+
+def test_steps_of_several_tokens_are_taken_in_turn_with_those_of_one():
+    several = dataclasses.replace(WALK, tokens=12, together=3)
+    walker = Walker(several, random_model(CONFIG))
+    digests = walker.take()
+    # Each turn keeps two tokens, and two that are dropped need a slot.
+    assert (walker.block, len(digests)) == (5, 3)
+    assert NOT_FINITE not in digests
+    assert walker.take() == digests
+    other = dataclasses.replace(several, together=2)
+    assert not set(Walker(other, random_model(CONFIG)).take()) & set(digests)
 
 
 def test_other_weights_and_other_bits_have_other_digests(walker):

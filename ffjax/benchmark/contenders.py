@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -31,6 +31,7 @@ __all__ = [
     "choose",
     "contender",
     "implementation",
+    "keeping_one",
     "one_by_one",
 ]
 
@@ -118,6 +119,19 @@ def implementation(model: Transformer, name: Implementation) -> Contender:
         return decode_step(nnx.merge(graph, params), cache, tokens, implementation=name)
 
     return Contender(step, params, lambda cache: cache)
+
+
+def keeping_one(contender: Contender) -> Contender:
+    """The same, but a step of several tokens keeps the first of them: one position further.
+
+    So steps of any number of tokens go through the same positions, and can be compared.
+    """
+
+    def step(weights: Any, cache: KVCache, tokens: Array) -> DecodeOutput:
+        out = cast(DecodeOutput, contender.step(weights, cache, tokens))
+        return out._replace(cache=dataclasses.replace(out.cache, lengths=cache.lengths + 1))
+
+    return dataclasses.replace(contender, step=step)
 
 
 def baseline(model: Transformer) -> Contender:

@@ -27,12 +27,12 @@ _CAPACITY_STEP = 256
 
 
 def capacity_for(position: int, steps: int, tokens: int = 1) -> int:
-    """S, just above what `steps` steps of T tokens from `position` on need.
+    """S, just above what `steps` steps of T tokens from `position` on need, one position apart.
 
     The baseline attends over the whole capacity, so that a generous one would slow it down. Its
     local layers have a smaller one, made by the same rule.
     """
-    return ceil_div(position + steps * tokens, _CAPACITY_STEP) * _CAPACITY_STEP
+    return ceil_div(position + steps + tokens - 1, _CAPACITY_STEP) * _CAPACITY_STEP
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:

@@ -85,8 +85,9 @@ def as_text(report: Report) -> str:
 def _how_checked(against: str) -> str:
     if against == "one by one":
         return (
-            "Logits of several tokens a step are compared with the reference's, which is fed "
-            "the same tokens one by one."
+            "A step of several tokens keeps the first of them, so that all steps go through the "
+            "same positions; tokens/s are those of steps that keep all. Logits are compared with "
+            "the reference's, which is fed the same tokens one by one."
         )
     other = {"xla": "reference"}.get(against, against)
     return (

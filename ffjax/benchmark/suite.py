@@ -15,7 +15,13 @@ from jax import Array
 from ffjax.benchmark.asked import MIN_REPETITIONS, check_asked, listed
 from ffjax.benchmark.bandwidth import Bandwidth, default_bytes, read_bandwidth
 from ffjax.benchmark.check import Check, compare, follow, observe
-from ffjax.benchmark.contenders import Contender, ContenderName, choose, contender
+from ffjax.benchmark.contenders import (
+    Contender,
+    ContenderName,
+    choose,
+    contender,
+    keeping_one,
+)
 from ffjax.benchmark.inputs import capacity_for, first_tokens, random_model, started_cache
 from ffjax.benchmark.machine import Machine, check_memory
 from ffjax.benchmark.timing import DecodeLoop, Timing, rewind, time_loops
@@ -75,7 +81,7 @@ class Sweep:
                 "The baseline takes one token of each sequence a step, got "
                 f"{listed(self.tokens)}. Time it with one token."
             )
-        end = max(self.positions) + self.steps * max(self.tokens)
+        end = max(self.positions) + self.steps + max(self.tokens) - 1
         if end > limit:
             raise ValueError(
                 f"{self.steps} steps from position {max(self.positions)} on need {end} positions; "
@@ -182,11 +188,11 @@ def traffic(
         batch: B.
         position: live positions before the first step.
         capacity: S.
-        steps: steps of the loop, each T positions further.
+        steps: steps of the loop, each a position further.
         tokens: T.
     """
     dims = step_dims(model.config, batch, capacity, tokens)
-    read = [dims.cache_bytes([position + i * tokens] * batch) for i in range(steps)]
+    read = [dims.cache_bytes([position + i] * batch) for i in range(steps)]
     return Traffic(dims.step_weight_bytes, statistics.fmean(read))
 
 
@@ -214,11 +220,13 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
     bandwidth = read_bandwidth(default_bytes(device), sweep.repetitions)
     # Each is made when first asked for: the baseline copies the weights.
     contenders = functools.cache(functools.partial(contender, model))
+    keeping = functools.cache(lambda name: keeping_one(contenders(name)))
     points = []
     for (batch, position, tokens), (name, reason) in chosen.items():
         where = f"batch {batch}, position {position}" + f", {tokens} tokens" * (tokens > 1)
         say(f"{where}: compiling, checking and timing {name!r}")
-        points.append(_measure(sweep, model, contenders, batch, position, tokens, name, reason))
+        contending = contenders if tokens == 1 else keeping
+        points.append(_measure(sweep, model, contending, batch, position, tokens, name, reason))
     return Report(
         sweep=sweep,
         machine=Machine.of(device),

@@ -56,6 +56,8 @@ APART = "apart"
 _WARP = 32
 # A tile that comes as a box; the map of all of them, and where those come who do not make it.
 _BOX, _MAP, _MADE = "cp.async.bulk.tensor", "tensormap.cp_fenceproxy", "over: "
+# Copies of 16 bytes a thread, as the ring is fed with them where bulk copies are not to be had.
+_SHARED = ".shared.global.L2::cache_hint"
 # Of feeding by a whole warp: what its threads agree on, and the first one's first store behind it.
 _TOGETHER, _STORE = "vote.sync.all.pred %go, %go,", "@%lead st.shared.v4.b32"
 
@@ -96,7 +98,7 @@ def put_apart() -> Iterator[None]:
         if _MAP in text:
             assert text.count(_MADE) == 1, "All threads come there once."
             text = text.replace(_MADE, f"{_MADE}{lowered.MEET} ")
-        if _BOX in text:  # one thread feeds
+        if _BOX in text or _SHARED in text:  # one thread feeds, or each warp by its own words
             changed.append(None)
         elif _TOGETHER in text:
             assert text.count(_STORE) == 1, "The warp that feeds stores the feed's words once."

@@ -21,11 +21,16 @@ class Case:
         config: the model's, with random weights.
         lengths: live positions of each sequence before the first step.
         capacity: S.
+        tokens: T, that a step takes of each sequence.
+        gpu: a target of `pallas_kernels.targets` that the device is taken for: its copies and its
+            shared memory. None: the device as it is.
     """
 
     config: ModelConfig
     lengths: tuple[int, ...]
     capacity: int = 150
+    tokens: int = 1
+    gpu: str | None = None
 
 
 # Around the edges of a tile of keys; one sequence that is empty.
@@ -60,5 +65,23 @@ CASES: dict[str, Case] = {
     "split down projection, int8, 3": Case(_split_int8(8_448), _THREE),
     # Of whole parts alone: tiles come as boxes, which a tensor map describes.
     "split down projection, boxes, 3": Case(_split_int8(8_704), _THREE),
+    # Queries for more warps than one; few parts, which have programs for some of them, and many.
+    "8 tokens, bfloat16, 1": Case(small_config(**_HEADS), (65,), tokens=8),
+    "8 tokens, several spans, 1": Case(small_config(**_HEADS), _LONG, 1024, tokens=8),
+    "3 tokens, int4, 2": Case(kernel_config(FOR_KERNELS["int4 and its head"]), (65, 0), tokens=3),
+    "4 tokens, gemma2, 2": Case(small_config(**FAMILIES["gemma2"]), (65, 2), tokens=4),
+    "8 tokens, qwen3, 1": Case(small_config(**FAMILIES["qwen3"]), (65,), tokens=8),
+    # Copies of 16 bytes a thread, and little shared memory.
+    "as an A100, bfloat16, 1": Case(small_config(), _ONE, gpu="a100"),
+    "as an A100, int8, 3": Case(
+        kernel_config(FOR_KERNELS["int8 and its head"]), _THREE, gpu="a100"
+    ),
+    "as an A100, int4, 3": Case(
+        kernel_config(FOR_KERNELS["int4 and its head"]), _THREE, gpu="a100"
+    ),
+    "as an A100, several spans, 3": Case(small_config(**_HEADS), _LONG_THREE, 1024, gpu="a100"),
+    "as an A100, 4 tokens, bfloat16, 2": Case(
+        small_config(**_HEADS), (65, 3), tokens=4, gpu="a100"
+    ),
 }
-"""By name; the number is that of the sequences."""
+"""By name; the last number is that of the sequences."""

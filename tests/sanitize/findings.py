@@ -44,7 +44,7 @@ class Explanation:
 EXPLAINED: tuple[Explanation, ...] = (
     Explanation(
         "initcheck",
-        r"(int8|int4|mixed|split down projection, (int8|boxes)), \d",
+        r"(\d tokens, )?(int8|int4|mixed|split down projection, (int8|boxes)), \d",
         r"Uninitialized __global__ memory read of size 32 bytes",
         "Bulk copies move whole 16 bytes. The scales of the head's 101 rows end within such a "
         "piece, and the rest of it lies in the array's allocation, which XLA makes in multiples of "

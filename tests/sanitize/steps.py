@@ -12,6 +12,7 @@ import sys
 
 import jax
 import numpy as np
+from as_if import take_device_for
 from decode_cases import filled_cache, random_model, random_tokens
 from flax import nnx
 
@@ -29,7 +30,7 @@ DONE = "steps taken"
 def take_steps(
     case: Case, steps: int = STEPS, planted: str | None = None, apart: bool = False
 ) -> np.ndarray:
-    """Takes steps on the default device; returns the last one's logits, `[B, V]`.
+    """Takes steps on the default device; returns the last one's logits, `[B, V]` or `[B, T, V]`.
 
     Args:
         case: which.
@@ -39,8 +40,8 @@ def take_steps(
     """
     with jax.default_device(jax.devices("cpu")[0]):
         graph, params = nnx.split(random_model(case.config))
-        tokens = random_tokens(case.config, len(case.lengths))
-        cache = filled_cache(case.config, case.lengths, case.capacity)
+        tokens = random_tokens(case.config, len(case.lengths), tokens=case.tokens)
+        cache = filled_cache(case.config, case.lengths, case.capacity, tokens=case.tokens)
         here = jax.tree.map(np.asarray, (params, cache, tokens))
     params, cache, tokens = jax.device_put(here, jax.devices()[0])
 
@@ -68,7 +69,10 @@ def main(name: str, *changes: str) -> None:
         changes: of the kernel: `APART`, and the name of an error to plant.
     """
     planted = [change for change in changes if change != APART]
-    logits = take_steps(CASES[name], planted=next(iter(planted), None), apart=APART in changes)
+    case = CASES[name]
+    if case.gpu is not None:
+        take_device_for(case.gpu)
+    logits = take_steps(case, planted=next(iter(planted), None), apart=APART in changes)
     if not planted and not np.isfinite(logits).all():
         sys.exit(f"The logits of {name!r} are not finite.")
     print(DONE, hashlib.sha256(logits.tobytes()).hexdigest()[:16], flush=True)

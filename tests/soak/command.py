@@ -50,7 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     start, outcomes, implementation = time.monotonic(), [], None
     try:
         for batch in asked.batch:
-            walk = Walk(asked.config, asked.weights, batch, asked.tokens, asked.implementation)
+            walk = Walk(
+                asked.config,
+                asked.weights,
+                batch,
+                asked.tokens,
+                asked.implementation,
+                asked.together,
+            )
             walker = Walker(walk, walk.model())
             implementation = walker.implementation
             until = time.monotonic() + asked.seconds / len(asked.batch)
@@ -171,6 +178,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         default=20_000,
         help="of each sequence, a walk; default: %(default)s",
+    )
+    parser.add_argument(
+        "--together",
+        metavar="T",
+        type=_count,
+        default=1,
+        help="before each step, take one of T tokens of each sequence, and keep the first; "
+        "default: 1: none",
     )
     parser.add_argument(
         "--batch", metavar="B,..", type=_counts, default=(1, 2, 8), help="default: 1,2,8"

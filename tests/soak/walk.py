@@ -20,7 +20,12 @@ import checkpoints
 from ffjax.benchmark.inputs import random_model
 from ffjax.cache import KVCache
 from ffjax.config import preset
-from ffjax.decode import Implementation, decode_step, resolve_implementation_config
+from ffjax.decode import (
+    Implementation,
+    decode_step,
+    resolve_implementation_config,
+    why_not_fused,
+)
 from ffjax.formats import WeightFormats
 from ffjax.model import Transformer
 from ffjax.quantization import Kind, named_format, quantize, quantized_config
@@ -47,6 +52,8 @@ class Walk:
         batch: B.
         tokens: steps: tokens of each sequence, rounded up to whole blocks.
         implementation: of the steps; None: the best that can run.
+        together: T. If it is more than 1, a step of T tokens, of which the first is kept, stands
+            before each step of one token.
     """
 
     config: str | None
@@ -54,6 +61,7 @@ class Walk:
     batch: int
     tokens: int
     implementation: Implementation | None = None
+    together: int = 1
 
     def model(self) -> Transformer:
         """Loads the model, or makes it."""
@@ -81,16 +89,24 @@ class Walker:
             NotImplementedError: the implementation cannot run here.
         """
         config = model.config
-        self.block = min(_BLOCK, walk.tokens, config.max_context)
+        kept = 1 + (walk.together > 1)  # tokens of each sequence, in a turn
+        dropped = walk.together - 1
+        longest = (min(_CAPACITY, config.max_context) - dropped) // kept
+        self.block = min(_BLOCK, walk.tokens, longest)
         self.blocks = -(-walk.tokens // self.block)
-        longest = min(_CAPACITY, config.max_context) // self.block
+        longest //= self.block
         self._config, self._batch, self._dtype = config, walk.batch, model.dtype
-        self._capacity = longest * self.block
+        self._together = walk.together
+        self._capacity = longest * self.block * kept + dropped
         # Lives of caches, in blocks: a long one, then short ones, whose mail is young.
         self._lives = [longest, 1, max(longest // 2, 1)]
         self.implementation = resolve_implementation_config(
             config, model.dtype, walk.batch, self._capacity, walk.implementation
         )
+        if walk.together > 1 and self.implementation != "xla":
+            reason = why_not_fused(model, walk.batch, self._capacity, walk.together)
+            if reason is not None:
+                raise NotImplementedError(reason)
         self._graph, self._state = nnx.split(model)
 
     def take(self, between: Callable[[], None] = lambda: None) -> list[str]:
@@ -105,13 +121,25 @@ class Walker:
         made, left, life, cache, token = [], 0, 0, None, None
         for _ in range(self.blocks):
             if left == 0:
-                cache = KVCache.create(self._config, self._batch, self._capacity, self._dtype)
+                cache = KVCache.create(
+                    self._config,
+                    self._batch,
+                    self._capacity,
+                    self._dtype,
+                    tokens=self._together,
+                )
                 token = jnp.asarray(self._first_tokens(life))
                 left = self._lives[life % len(self._lives)]
                 life += 1
             between()
             cache, token, seen = _take(
-                self._graph, self._state, cache, token, self.block, self.implementation
+                self._graph,
+                self._state,
+                cache,
+                token,
+                self.block,
+                self.implementation,
+                self._together,
             )
             made.append(seen)
             left -= 1
@@ -130,7 +158,9 @@ def _digest(seen: tuple[np.ndarray, np.ndarray, np.ndarray]) -> str:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graph", "steps", "implementation"), donate_argnames="cache"
+    jax.jit,
+    static_argnames=("graph", "steps", "implementation", "together"),
+    donate_argnames="cache",
 )
 def _take(
     graph: Any,
@@ -139,17 +169,30 @@ def _take(
     token: Array,
     steps: int,
     implementation: Implementation,
+    together: int,
 ) -> tuple[KVCache, Array, tuple[Array, Array, Array]]:
     model = nnx.merge(graph, state)
 
-    def step(carry, _):
-        cache, token = carry
-        out = decode_step(model, cache, token, implementation=implementation)
-        bits = lax.bitcast_convert_type(out.logits, jnp.int32)
+    def digest(logits: Array) -> tuple[Array, Array]:
+        """Sums `[B]`, and whether all are finite."""
+        bits = lax.bitcast_convert_type(logits, jnp.int32).reshape(len(logits), -1)
         # Sums wrap, and tell places apart: each bit of each logit is in them.
         place = 2 * jnp.arange(bits.shape[1], dtype=jnp.int32) + 1
-        sums = jnp.sum(bits * place, axis=1, dtype=jnp.int32)
-        return (out.cache, out.token), (out.token, sums, jnp.isfinite(out.logits).all())
+        return jnp.sum(bits * place, axis=1, dtype=jnp.int32), jnp.isfinite(logits).all()
+
+    def step(carry, _):
+        cache, token = carry
+        before = jnp.int32(0), jnp.bool_(True)
+        if together > 1:
+            fed = token[:, None] + jnp.arange(together, dtype=jnp.int32)
+            fed = fed % model.config.vocab_size
+            one = jnp.ones_like(token)
+            out = decode_step(model, cache, fed, one, implementation=implementation)
+            cache, token, before = out.cache, out.token[:, 0], digest(out.logits)
+        out = decode_step(model, cache, token, implementation=implementation)
+        sums, finite = digest(out.logits)
+        seen = out.token, sums + 3 * before[0], finite & before[1]
+        return (out.cache, out.token), seen
 
     (cache, token), seen = lax.scan(step, (cache, token), length=steps)
     return cache, token, seen

@@ -27,15 +27,11 @@ class _Attend:
 
     def __init__(self, f: CacheFeed):
         self.f = f
-        self.keys = f.block // f.warps  # of a tile, that a warp takes at a time
-        self.octets = self.keys // 8  # blocks of 8 keys: columns of a block of scores
+        self.keys = f.block // f.warps  # of a tile, that a warp has where all share a part
+        self.most = self.keys // 8 * f.abreast  # blocks of 8 keys that a warp has at most
         self.pieces = f.head_dim // 32  # of 8 elements of a row, 4 threads having one each
         self.chunks = f.head_dim // 8  # of a value: columns of a block of sums
         self.columns = 1 if f.paired else 2  # scores of an octet that a thread goes on with
-        # Where the warp's keys of a tile are reckoned from, and how many there are.
-        self.at, self.left, self.from_ = "%at", "%left", "%from"
-        if f.abreast > 1:  # it takes some again and again
-            self.at, self.left, self.from_ = "%unit_at", "%unit_left", "%unit_from"
         # Whether threads of late rows have every other 4 chunks in each other's place.
         self.crossed = f.paired and f.head_dim >= 64
         self.resident = f.head_dim <= 128  # whether there are registers for the queries
@@ -57,25 +53,21 @@ class _Attend:
     def _all_sums(self) -> list[str]:
         return [name for chunk in range(self.chunks) for name in self._sum(chunk)]
 
-    def _all_scores(self) -> list[str]:
-        return [f"%s{t}_{n}" for t in range(self.octets) for n in range(self.columns)]
+    def _all_scores(self, octets: int) -> list[str]:
+        return [f"%s{t}_{n}" for t in range(octets) for n in range(self.columns)]
 
     def registers(self) -> list[str]:
         f = self.f
         queries = [x for j in range(self.pieces if self.resident else 2) for x in self._query(j)]
         words = [f"%{x}{n}" for x in "abkm" for n in range(4)]
-        octets = [f"%{name}{t}" for t in range(self.octets) for name in ("ph", "pl")]
-        floats = [f"%s{t}_{n}" for t in range(self.octets) for n in range(4)]
+        octets = [f"%{name}{t}" for t in range(self.most) for name in ("ph", "pl")]
+        floats = [f"%s{t}_{n}" for t in range(self.most) for n in range(4)]
         return [
             ".reg .pred %p, %odd, %one, %two, %late;",
             ".reg .b32 %thread, %g, %c, %first, %i, %count, %left, %new, %stage, %phase, %looks;",
             ".reg .b32 %qa, %qb, %at, %x, %y, %z, %mine, %half, %ka, %kb, %va, %vb;",
             *([".reg .b32 %lot, %lots, %from;"] if f.tokens > 1 else []),
-            *(
-                [".reg .b32 %unit, %units, %unit_at, %unit_left, %unit_from;"]
-                if f.abreast > 1
-                else []
-            ),
+            *([".reg .pred %alone;"] if f.abreast > 1 else []),
             f".reg .b32 {', '.join(words + queries + octets)};",
             ".reg .f32 %top, %total, %f, %h, %u, %w, %shrink;",
             f".reg .f32 {', '.join(floats + self._all_sums())};",
@@ -129,10 +121,10 @@ class _Attend:
         return lines
 
     def _lot(self, row: str) -> list[str]:
-        """Which 8 of the part's queries a warp has, `lot`, and which of a tile's keys.
+        """Which 8 of the part's queries a warp has, `lot`, and its `first` key, in units of `keys`.
 
-        In units of `keys`: the `first`, and how many `units`. Warps of different queries have all
-        keys each; of a part that has 8 queries alone all warps have the same, and a unit each.
+        Warps of different queries have all keys of a tile each. Of a part that has 8 queries
+        `alone` all warps have the same, and share the keys.
         """
         f = self.f
         if f.abreast == 1:
@@ -140,32 +132,28 @@ class _Attend:
         each = f.warps // f.abreast
         return [
             f"ld.shared.b32 %lots, [{row}+20]; shr.u32 %lots, %lots, 8;",
-            "and.b32 %lots, %lots, 0xff;",
+            "and.b32 %lots, %lots, 0xff; setp.eq.u32 %alone, %lots, 1;",
             f"shr.u32 %lot, %first, {each.bit_length() - 1}; and.b32 %x, %first, {each - 1};",
-            f"mul.lo.u32 %x, %x, {f.abreast}; setp.eq.u32 %p, %lots, 1;",
-            "selp.b32 %lot, 0, %lot, %p; selp.b32 %first, %first, %x, %p;",
-            f"selp.b32 %units, 1, {f.abreast}, %p;",
+            f"mul.lo.u32 %x, %x, {f.abreast};",
+            "selp.b32 %lot, 0, %lot, %alone; selp.b32 %first, %first, %x, %alone;",
         ]
 
-    def units(self) -> tuple[list[str], list[str]]:
-        """Begins and ends the loop over a warp's units of a tile, where it may have several."""
+    def over_keys(self) -> list[str]:
+        """Attention over the warp's keys of a tile; label `used` stands behind it."""
+        few = self._over_octets(self.keys // 8)
         if self.f.abreast == 1:
-            return [], []
-        windowed = self.f.windowed
-        begin = [
-            "setp.ge.u32 %p, %lot, %lots; @%p bra used;",
-            f"mov.b32 {self.at}, %at; mov.b32 {self.left}, %left; mov.u32 %unit, 0;",
-            *([f"mov.b32 {self.from_}, %from;"] if windowed else []),
-            "unit:",
+            return few
+        return [
+            "@%alone bra few; setp.ge.u32 %p, %lot, %lots; @%p bra used; {",
+            *self._over_octets(self.most),
+            "} bra used; few: {",
+            *few,
+            "}",
         ]
-        end = [
-            "add.u32 %unit, %unit, 1; setp.ge.u32 %p, %unit, %units; @%p bra used;",
-            f"add.u32 {self.at}, {self.at}, {self.keys * self.f.row_bytes};",
-            f"sub.s32 {self.left}, {self.left}, {self.keys};",
-            *([f"sub.s32 {self.from_}, {self.from_}, {self.keys};"] if windowed else []),
-            f"setp.lt.s32 %p, %first, {self.left}; @%p bra unit;",
-        ]
-        return begin, end
+
+    def _over_octets(self, octets: int) -> list[str]:
+        """The same of so many times 8 keys."""
+        return [*self.scores(octets), *self.softmax(octets), *self.values(octets)]
 
     def _seen(self, row: str) -> list[str]:
         """Of several tokens: what each thread's query does not see, since it is a later one's.
@@ -263,27 +251,27 @@ class _Attend:
             f"clear: {'fence.proxy.async.shared::cta; ' if f.bulk else ''}{lowered.MEET} old:",
         ]
 
-    def scores(self) -> list[str]:
+    def scores(self, octets: int) -> list[str]:
         """Products of 8 queries and the warp's keys, `s{t}_{n}`: of keys 8t + 2c + n.
 
         Paired, row g is of query g % 4: the first 4 are those of even keys, the late ones of odd
         keys. A thread goes on with `s{t}_0`, which is of its own; the other one means nothing.
         """
-        lines = [f"mov.f32 %s{t}_{n}, 0f00000000;" for t in range(self.octets) for n in range(4)]
-        lines.append(f"add.u32 %x, %ka, {self.at}; add.u32 %y, %kb, {self.at};")
+        lines = [f"mov.f32 %s{t}_{n}, 0f00000000;" for t in range(octets) for n in range(4)]
+        lines.append("add.u32 %x, %ka, %at; add.u32 %y, %kb, %at;")
         for j in range(0, self.pieces, 2):
-            lines += self._scores_of(j)
-        for t in range(self.octets):
+            lines += self._scores_of(j, octets)
+        for t in range(octets):
             lines += [f"add.f32 %s{t}_{n}, %s{t}_{n}, %s{t}_{n + 2};" for n in range(2)]
             if self.f.paired:
                 lines.append(f"selp.f32 %s{t}_0, %s{t}_1, %s{t}_0, %late;")
         return lines
 
-    def _scores_of(self, first: int) -> list[str]:
+    def _scores_of(self, first: int, octets: int) -> list[str]:
         """Adds the products of two pieces, or of the only one, of all the warp's keys."""
         pieces = range(first, min(first + 2, self.pieces))
         lines = [] if self.resident else [x for j in pieces for x in self._load_query(j)]
-        for t in range(self.octets):
+        for t in range(octets):
             at = 8 * t * self.f.row_bytes + 64 * first
             words = "km"
             for name, base, _ in zip(words, "xy", pieces, strict=False):
@@ -305,19 +293,19 @@ class _Attend:
                     )
         return lines
 
-    def softmax(self) -> list[str]:
+    def softmax(self, octets: int) -> list[str]:
         """Weights of the warp's keys, as two bfloat16 each; what was summed up is scaled."""
-        lines = [f"sub.s32 %y, {self.left}, %mine;"]  # keys from the thread's first on
-        for t in range(self.octets):
+        lines = ["sub.s32 %y, %left, %mine;"]  # keys from the thread's first on
+        for t in range(octets):
             for n in range(self.columns):
                 s = f"%s{t}_{n}"
                 if self.f.softcap is not None:
                     lines += self._cap(s)
                 seen = f"setp.gt.s32 %p, %y, {8 * t + n};"
                 if self.f.windowed:
-                    seen += f" setp.le.and.s32 %p, {self.from_}, {8 * t + n}, %p;"
+                    seen += f" setp.le.and.s32 %p, %from, {8 * t + n}, %p;"
                 lines.append(f"{seen} selp.f32 {s}, {s}, {LOWEST}, %p;")
-        every = self._all_scores()
+        every = self._all_scores(octets)
         lines.append(f"mov.f32 %f, {every[0]};")
         lines += [f"max.f32 %f, %f, {s};" for s in every[1:]]
         for step in (1, 2):
@@ -329,16 +317,9 @@ class _Attend:
         for s in every:
             lines.append(f"sub.f32 {s}, {s}, %top; ex2.approx.ftz.f32 {s}, {s};")
             lines.append(f"add.f32 %total, %total, {s};")
-        for t in range(self.octets):
+        for t in range(octets):
             lines += self._pack_paired(t) if self.f.paired else self._pack(t)
         shrink = [f"mul.f32 {name}, {name}, %shrink;" for name in self._all_sums()]
-        if self.f.abreast > 1:  # most units of a tile find no larger score
-            shrink = [
-                f"setp.neu.f32 %p, %shrink, {_ONE}; vote.sync.any.pred %p, %p, 0xffffffff;",
-                "@!%p bra same;",
-                *shrink,
-                "same:",
-            ]
         return lines + shrink
 
     def _pack(self, t: int) -> list[str]:
@@ -369,7 +350,7 @@ class _Attend:
             f"mul.f32 {score}, %f, {by};",
         ]
 
-    def values(self) -> list[str]:
+    def values(self, octets: int) -> list[str]:
         """Adds weights times values.
 
         Of 8 keys, matrices of 8 elements each are read by 4, and come transposed: a thread has the
@@ -379,9 +360,9 @@ class _Attend:
         need be put in its place before the end.
         """
         f = self.f
-        lines = [f"add.u32 %x, %va, {self.at}; add.u32 %y, %vb, {self.at};"]
-        together = min(2, self.octets)
-        for t in range(0, self.octets, together):
+        lines = ["add.u32 %x, %va, %at; add.u32 %y, %vb, %at;"]
+        together = min(2, octets)
+        for t in range(0, octets, together):
             for s in range(self.chunks // 4):
                 for name, octet in zip("ab", range(t, t + together), strict=False):
                     base, at = "xy"[s % 2], 8 * octet * f.row_bytes + 128 * (s // 2)
@@ -479,7 +460,6 @@ def attend_lines(
 ) -> list[str]:
     """Attention over a part: see `attend_span`."""
     text = _Attend(f)
-    units, end_units = text.units()
     return [
         "{",
         *text.registers(),
@@ -489,11 +469,7 @@ def attend_lines(
         *text.add_new(ring),
         # A warp may have no position here.
         f"setp.ge.s32 %p, %first, %left; setp.ge.or.u32 %p, %first, {f.block}, %p; @%p bra used;",
-        *units,
-        *text.scores(),
-        *text.softmax(),
-        *text.values(),
-        *end_units,
+        *text.over_keys(),
         f"used: {lowered.MEET}",
         *cache_feed_lines(f, ring, keys, values, parts, layer, 1),
         f"add.u32 %stage, %stage, 1; setp.eq.u32 %p, %stage, {f.stages};",
