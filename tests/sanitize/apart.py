@@ -14,10 +14,10 @@ whatever is still found is no such pair.
   of zero: whichever bytes they are, they are numbers, as `ring.start_ring` sees to, or are left out
   (`product.multiply`). Here a slot is so long that nothing beyond it is read. What is left is a
   tile that has come, by a barrier that each thread has seen complete.
-- When the program feeds its ring, all threads of one warp load the feed's words, and the first
-  stores them anew. Before it does, they vote on what they have loaded (`ptx.feed`), so that nobody
-  loads later; racecheck does not take a vote for a meeting. Where a tile is more than two copies, a
-  barrier of the warp stands between as well. Here it always does.
+- When the program feeds its ring, all threads of one warp, or of each warp, load the feed's words,
+  and the first stores them anew. Before it does, they vote on what they have loaded (`ptx.feed`),
+  so that nobody loads later; racecheck does not take a vote for a meeting. Where a tile is more
+  than two bulk copies, a barrier of the warp stands between as well. Here it always does.
 - A tensor map is made in the first slot (`ring.start_ring`) while other warps already multiply what
   lies there: the step's first tile, the embedding's, which is empty. Nothing is copied for it, its
   operand is zero, and its products are not summed up. Here a barrier of the program stands behind
@@ -57,7 +57,7 @@ _WARP = 32
 # A tile that comes as a box; the map of all of them, and where those come who do not make it.
 _BOX, _MAP, _MADE = "cp.async.bulk.tensor", "tensormap.cp_fenceproxy", "over: "
 # Copies of 16 bytes a thread, as the ring is fed with them where bulk copies are not to be had.
-_SHARED = ".shared.global.L2::cache_hint"
+_SHARED, _VOTE = ".shared.global.L2::cache_hint", "vote.sync.all.pred %go, %go, 0xffffffff;"
 # Of feeding by a whole warp: what its threads agree on, and the first one's first store behind it.
 _TOGETHER, _STORE = "vote.sync.all.pred %go, %go,", "@%lead st.shared.v4.b32"
 
@@ -98,7 +98,10 @@ def put_apart() -> Iterator[None]:
         if _MAP in text:
             assert text.count(_MADE) == 1, "All threads come there once."
             text = text.replace(_MADE, f"{_MADE}{lowered.MEET} ")
-        if _BOX in text or _SHARED in text:  # one thread feeds, or each warp by its own words
+        if _BOX in text:  # one thread feeds
+            changed.append(None)
+        elif _SHARED in text:  # each warp feeds by words of its own
+            text = text.replace(_VOTE, f"{_VOTE} {lowered.REJOIN}")
             changed.append(None)
         elif _TOGETHER in text:
             assert text.count(_STORE) == 1, "The warp that feeds stores the feed's words once."

@@ -50,6 +50,13 @@ EXPLAINED: tuple[Explanation, ...] = (
         "piece, and the rest of it lies in the array's allocation, which XLA makes in multiples of "
         "256 bytes. No row is multiplied by it.",
     ),
+    Explanation(
+        "initcheck",
+        r"as an A100, (int8|int4), \d",
+        r"Uninitialized __global__ memory read of size 8 bytes",
+        "Where threads copy, scales come by 8 bytes each. Those of the head's 101 rows end within "
+        "such a piece, as above.",
+    ),
 )
 """Findings that are known. A reason says why the access is right, not that it is frequent."""
 

@@ -42,7 +42,8 @@ def ahead_lines(f: Feed, ring: str, own: str, pointer: str) -> list[str]:
         "setp.ge.u32 %done, %i, %u; shl.b32 %i, %i, 16; or.b32 %o, %o, %i; @%done mov.b32 %o, 0;",
         "@%done add.u32 %x, %x, 1;",
         *next_row_lines(f, "%y", "%z", "%done"),
-        f"{lead}st.shared.v4.b32 [{own}+{f.control + 32}], {{%x, %y, %z, %o}};",
+        # Where a warp asks, all of it has read these words before one thread stores them anew.
+        f"{rejoin}{lead}st.shared.v4.b32 [{own}+{f.control + 32}], {{%x, %y, %z, %o}};",
         f"{rejoin}bra fed; }}",
     ]
 

@@ -147,7 +147,8 @@ def cache_feed_lines(
         "@%p add.u32 %l, %l, 1;",
         f"add.u32 %s, %s, 1; setp.eq.u32 %p, %s, {f.stages}; selp.u32 %s, 0, %s, %p;",
         "sub.u32 %n, %n, 1; bra more;",
-        f"stored: {lead}st.shared.v4.b32 [{own}+{f.control}], {{%n, %j, %i, %l}};",
+        # Where warps ask, all of one has read these words before a thread stores them anew.
+        f"stored: {rejoin}{lead}st.shared.v4.b32 [{own}+{f.control}], {{%n, %j, %i, %l}};",
         f"{lead}st.shared.b32 [{own}+{f.control + 16}], %s; {rejoin}asked: }}",
     ]
 
