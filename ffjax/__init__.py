@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ffjax.quantization import dequantize, quantize
     from ffjax.sampling.logprobs import TokenLogprobs
     from ffjax.sampling.params import SamplingParams
+    from ffjax.speculation.draft import Draft
     from ffjax.speculation.lookup import Lookup
     from ffjax.streaming import Stream, stream
     from ffjax.text.completion import Completion
@@ -32,6 +33,7 @@ __all__ = [
     "ChatSession",
     "Completion",
     "DecodeOutput",
+    "Draft",
     "GenerateOutput",
     "Generator",
     "HFFolderWarning",
@@ -79,6 +81,7 @@ _HOME = {
     "ffjax.quantization": ("dequantize", "quantize"),
     "ffjax.sampling.logprobs": ("TokenLogprobs",),
     "ffjax.sampling.params": ("SamplingParams",),
+    "ffjax.speculation.draft": ("Draft",),
     "ffjax.speculation.lookup": ("Lookup",),
     "ffjax.streaming": ("Stream", "stream"),
     "ffjax.text.completion": ("Completion",),

@@ -48,7 +48,8 @@ class GenerateOutput:
         compile_seconds: spent on compiling, next to nothing once a like request has
             been served; the other times do not contain it.
         prefill_seconds: from the start until the first new token of each sequence was here.
-        decode_seconds: from there until the last token was here; 0 without decode steps.
+        decode_seconds: from there until the last token was here; 0 without decode steps. The
+            prefill of a draft model is among it.
     """
 
     tokens: list[list[int]]
@@ -221,7 +222,8 @@ def generate(
             but "xla" where `implementation` is "xla".
         speculation: "lookup", or a `ffjax.Lookup`: steps take drafts, found in prompt and answer,
             beside the token that is certain, and keep those that are right; the tokens are those
-            that come without. For up to 4 prompts. None, or "none": there are no drafts.
+            that come without. A `ffjax.Draft`: a draft model writes them. For up to 4 prompts.
+            None, or "none": there are no drafts.
 
     Returns:
         The tokens, why each sequence ended, and the times it took.
@@ -230,8 +232,8 @@ def generate(
         ValueError: there is no prompt, a prompt is empty, a token id or a stop token is
             outside the vocabulary, there are more than 64 stop tokens, prompt and new
             tokens need more positions than the model or the capacity has, a kernel is named
-            for more than 8 prompts, there are too many for speculation, or an option is out of
-            range.
+            for more than 8 prompts, there are too many for speculation, a draft model does not
+            fit, or an option is out of range.
         TypeError: an argument is of the wrong kind.
         NotImplementedError: a named implementation cannot run here, or not with speculation.
         NotFiniteError: the logits of a sequence were NaN or infinite; a FloatingPointError, whose

@@ -41,8 +41,9 @@ def test_drafts_are_those_of_plain_python(least, most, tokens):
         vocab, slots = rng.choice([1, 2, 3, 6, 40]), 48
         lengths = [rng.randint(1, slots) for _ in range(3)]
         known = np.array([[rng.randrange(vocab) for _ in range(slots)] for _ in lengths], np.int32)
-        drafts, counts = (np.asarray(a) for a in find(known, jnp.array(lengths, jnp.int32)))
-        for row, length, mine, count in zip(known, lengths, drafts, counts, strict=True):
+        drafts, counts, _ = find(known, jnp.array(lengths, jnp.int32))
+        pairs = zip(known, lengths, np.asarray(drafts), counts.tolist(), strict=True)
+        for row, length, mine, count in pairs:
             want = draft(row[:length].tolist(), least, most, tokens - 1)
             assert mine[:count].tolist() == want
             found += bool(want)
@@ -64,7 +65,7 @@ def test_drafts_are_those_of_plain_python(least, most, tokens):
 )
 def test_a_draft_is_how_it_went_on(text, want):
     known = jnp.zeros((1, 32), jnp.int32).at[0, : len(text)].set(jnp.array(text))
-    drafts, counts = Lookup(min_match=3, tokens=5).drafts(known, jnp.array([len(text)]))
+    drafts, counts, _ = Lookup(min_match=3, tokens=5).drafts(known, jnp.array([len(text)]))
     assert drafts[0, : int(counts[0])].tolist() == want
 
 

@@ -180,16 +180,18 @@ def test_a_text_may_fill_its_cache(model, prompts):
 class Replay:
     """A source that knows what comes, and is right as often as it is to be."""
 
+    always = False
+
     def __init__(self, truth: np.ndarray, tokens: int):
         self.truth, self.tokens = truth, tokens
         # By how many tokens a text has.
         self.right = np.random.default_rng(1).integers(0, tokens, truth.shape[1])
 
-    def drafts(self, known, lengths):
+    def drafts(self, known, lengths, weights, state, choosing):
         ahead = jnp.arange(self.tokens - 1)
         drafts = jnp.take_along_axis(jnp.asarray(self.truth), lengths[:, None] + ahead, axis=1)
         wrong = ahead >= jnp.asarray(self.right)[lengths][:, None]
-        return (drafts + wrong) % 23, jnp.full(lengths.shape, self.tokens - 1)
+        return (drafts + wrong) % 23, jnp.full(lengths.shape, self.tokens - 1), state
 
 
 @pytest.mark.parametrize(("batch", "temperature"), [(1, 0.0), (2, 0.8), (4, 0.0)])
@@ -224,9 +226,9 @@ def test_any_number_of_drafts_may_be_right(model, batch, temperature):
 class Shy(Lookup):
     """A lookup that has no drafts in the midst of a text."""
 
-    def drafts(self, known, lengths):
-        drafts, counts = super().drafts(known, lengths)
-        return drafts, jnp.where((lengths > 50) & (lengths < 85), 0, counts)
+    def drafts(self, known, lengths, weights=None, state=None, choosing=None):
+        drafts, counts, state = super().drafts(known, lengths, weights, state, choosing)
+        return drafts, jnp.where((lengths > 50) & (lengths < 85), 0, counts), state
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_without_speculation_programs_are_those_of_before(model):
     ("batch", "speculation", "error", "says"),
     [
         (5, "lookup", ValueError, "Speculation takes 1 to 4 sequences.*there are 5 prompts"),
-        (1, "magic", ValueError, r"'lookup' or a ffjax\.Lookup; got 'magic'"),
+        (1, "magic", ValueError, r"'lookup' a ffjax\.Lookup or a ffjax\.Draft; got 'magic'"),
         (1, True, TypeError, "got True"),
         (2, Lookup(tokens=5), ValueError, "5 of each of 2. Ask for up to 4"),
     ],

@@ -3,7 +3,8 @@
 A step in which a sequence has a draft takes T tokens of each sequence, any other one token. Which
 of the two it is, is decided on the device, before each step, which costs time: where nothing
 repeats, the host orders blocks of plain steps, and the device looks for a draft behind each. (One
-program with a choice between both would copy the cache: XLA does, of a loop within a branch.)
+program with a choice between both would copy the cache: XLA does, of a loop within a branch.) With
+a source that always has drafts there is nothing to decide.
 Sequences move on at their own pace; one that has all its tokens stays where it is.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +28,9 @@ from ffjax.sampling.draw import sequence_keys, step_keys
 from ffjax.sampling.history import History, said
 from ffjax.sampling.rows import EVERY_TOKEN, Processor, Rows, Stages
 from ffjax.speculation.accept import kept_tokens
+from ffjax.speculation.source import Choosing, Source
 
-__all__ = ["Bounds", "Going", "Source", "plain_block", "speculative_block"]
-
-
-class Source(Protocol):
-    """What drafts come from; hashable, as programs are compiled for it."""
-
-    @property
-    def tokens(self) -> int | None:
-        """T, tokens that a step takes of each sequence."""
-        ...
-
-    def drafts(self, known: Array, lengths: Array) -> tuple[Array, Array]:
-        """Drafts int32 `[B, T - 1]` and how many count, int32 `[B]`.
-
-        Args:
-            known: int32 `[B, S]`, the tokens of each sequence.
-            lengths: int32 `[B]`, how many those are.
-        """
-        ...
+__all__ = ["Bounds", "Going", "plain_block", "speculative_block"]
 
 
 class Going(NamedTuple):
@@ -57,12 +41,14 @@ class Going(NamedTuple):
         known: int32 `[B, S]`, the tokens of prompt and answer; what lies behind is anybody's.
         token: int32 `[B]`, chosen but not yet fed.
         history: what came before `token`; None where no stage asks.
+        state: of the source of drafts.
     """
 
     cache: KVCache
     known: Array
     token: Array
     history: History | None
+    state: Any = None
 
 
 class Bounds(NamedTuple):
@@ -130,20 +116,47 @@ def _padded(array: Array, tokens: int) -> Array:
     return jnp.pad(array[:, None], room)
 
 
+class _Found(NamedTuple):
+    """What a source has found.
+
+    Attributes:
+        drafts: int32 `[B, T - 1]`.
+        counts: int32 `[B]`, how many of them count.
+        state: of the source.
+    """
+
+    drafts: Array
+    counts: Array
+    state: Any
+
+    @property
+    def any(self) -> Array:
+        """Whether there is a draft."""
+        return functools.reduce(operator.or_, (count > 0 for count in self.counts))
+
+
 def _look(
-    source: Source, known: Array, lengths: Array, bounds: Bounds
-) -> tuple[Array, Array, Array]:
-    """Drafts, how many of them count, and whether any does.
+    source: Source,
+    weights: Any,
+    known: Array,
+    lengths: Array,
+    state: Any,
+    bounds: Bounds,
+    choosing: Choosing | None = None,
+) -> _Found:
+    """Drafts of what comes next.
 
     Args:
         source: where drafts come from.
+        weights: its arrays.
         known: the tokens.
         lengths: int32 `[B]`, of the cache: a token less is fed than is known.
+        state: of the source.
         bounds: one that has all its tokens has no use for drafts.
+        choosing: how tokens are chosen.
     """
-    drafts, counts = source.drafts(known, lengths + 1)
-    counts = jnp.where(lengths < bounds.ends, counts, 0)
-    return drafts, counts, functools.reduce(operator.or_, (count > 0 for count in counts))
+    drafts, counts, state = source.drafts(known, lengths + 1, weights, state, choosing)
+    return _Found(drafts, jnp.where(lengths < bounds.ends, counts, 0), state)
 
 
 def _written(known: Array, going: Going) -> Array:
@@ -152,18 +165,13 @@ def _written(known: Array, going: Going) -> Array:
     return known.at[at].set(going.token, mode="drop")
 
 
-def _gone(
-    source: Source,
-    cache: KVCache,
-    known: Array,
-    history: History | None,
-    made: Made,
-    bounds: Bounds,
-) -> tuple[Going, Made]:
-    """What a block returns, from what its steps have left."""
-    *_, drafted = _look(source, known, cache.lengths, bounds)
-    token = known[jnp.arange(len(known)), cache.lengths]
-    return Going(cache, known, token, history), made._replace(drafted=drafted)
+def _gone(source: Source, weights: Any, going: Going, made: Made, bounds: Bounds) -> Made:
+    """What a block returns of what its steps have made: also whether there is a draft behind it."""
+    if source.always:
+        return made._replace(drafted=jnp.ones((), bool))
+    cache, known, *_, state = going
+    found = _look(source, weights, known, cache.lengths, state, bounds)
+    return made._replace(drafted=found.any)
 
 
 def plain_block(
@@ -172,6 +180,7 @@ def plain_block(
     going: Going,
     bounds: Bounds,
     rows: Rows,
+    weights: Any,
     *,
     stages: Stages,
     implementation: Implementation,
@@ -195,7 +204,9 @@ def plain_block(
     made = made._replace(tokens=jnp.where(counted.T, made.tokens, NO_TOKEN))
     made = jax.tree.map(lambda a: a[:, :, None], made)
     cache = dataclasses.replace(cache, lengths=lengths)
-    return _gone(source, cache, known, history, made, bounds)
+    token = known[jnp.arange(len(known)), lengths]
+    gone = Going(cache, known, token, history, going.state)
+    return gone, _gone(source, weights, gone, made, bounds)
 
 
 def speculative_block(
@@ -204,6 +215,7 @@ def speculative_block(
     going: Going,
     bounds: Bounds,
     rows: Rows,
+    weights: Any,
     *,
     stages: Stages,
     implementation: Implementation,
@@ -217,7 +229,8 @@ def speculative_block(
         going: where the sequences are.
         bounds: where they begin and end.
         rows: how tokens are chosen.
-        stages: likewise.
+        weights: arrays of the source.
+        stages: how tokens are chosen.
         implementation: of the steps.
         source: where drafts come from.
 
@@ -265,12 +278,32 @@ def speculative_block(
         made = jax.tree.map(lambda a: a.reshape(batch, tokens, *a.shape[1:]), Made.of(choice))
         return _Looked(out.cache, made, (boards[0], choice.board))
 
+    def choosing(at: Array, history: History | None) -> Choosing:
+        """How the tokens behind position `at` are chosen, of drafts that are not yet fed."""
+        untold = dataclasses.replace(stages, logprobs=None)
+
+        def following(
+            memory: Any, fed: Array, logits: Array, greedy: Array, number: Array
+        ) -> tuple[Array, Any]:
+            history, board = memory
+            mine = None if keys is None else keys[at + number - start, every]
+            if history is not None:
+                history = said(history, fed)
+            index = at + number - bounds.begins
+            choice = choose(logits, greedy, rows, mine, history, index, untold, board)
+            return choice.token, (history, choice.board)
+
+        board = empty_board(batch, model.config.vocab_size, stages)
+        return Choosing((history, board), following)
+
     def run(carry: Any, _: None) -> tuple[Any, Made]:
-        cache, known, history, boards = carry
+        cache, known, history, boards, held = carry
         before = cache.lengths
-        drafts, counts, drafted = _look(source, known, before, bounds)
+        how = choosing(before, history)
+        drafts, counts, held = found = _look(source, weights, known, before, held, bounds, how)
         fed = jnp.concatenate([known[every, before][:, None], drafts], axis=1)
-        looked = lax.cond(drafted, several, one, cache, fed, history, boards)
+        args = cache, fed, history, boards
+        looked = several(*args) if source.always else lax.cond(found.any, several, one, *args)
         made = looked.made
         # Where a logit is not finite, NOT_FINITE goes on: what follows is for nobody.
         kept = kept_tokens(made.tokens, fed[:, 1:], counts, bounds.ends - before)
@@ -281,9 +314,10 @@ def speculative_block(
             history = _all_said(history, jnp.where(counted, fed, EVERY_TOKEN))
         cache = dataclasses.replace(looked.cache, lengths=before + kept)
         made = made._replace(tokens=jnp.where(counted, made.tokens, NO_TOKEN))
-        return (cache, known, history, looked.boards), made
+        return (cache, known, history, looked.boards, held), made
 
     boards = tuple(empty_board(batch * t, model.config.vocab_size, stages) for t in (1, tokens))
-    carry = going.cache, _written(going.known, going), going.history, boards
-    (cache, known, history, _), made = lax.scan(run, carry, None, length=BLOCK)
-    return _gone(source, cache, known, history, made, bounds)
+    carry = going.cache, _written(going.known, going), going.history, boards, going.state
+    (cache, known, history, _, held), made = lax.scan(run, carry, None, length=BLOCK)
+    gone = Going(cache, known, known[every, cache.lengths], history, held)
+    return gone, _gone(source, weights, gone, made, bounds)

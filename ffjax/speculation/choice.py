@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
+from ffjax.speculation.draft import MOST_BY_ITSELF, Draft, check_draft
 from ffjax.speculation.lookup import Lookup
 from pallas_kernels.support import MAX_BATCH
 
@@ -20,26 +21,31 @@ __all__ = ["MAX_SEQUENCES", "SPECULATIONS", "Speculation", "checked_speculation"
 SPECULATIONS = ("none", "lookup")
 """What speculation is called."""
 
-Speculation = Lookup | Literal["none", "lookup"]
-"""By name, or a `ffjax.Lookup` with settings of its own."""
+Speculation = Lookup | Draft | Literal["none", "lookup"]
+"""By name, a `ffjax.Lookup` with settings of its own, or a `ffjax.Draft`: a draft model."""
 
 MAX_SEQUENCES = MAX_BATCH // 2
 """Most sequences that speculate: a step has room for a draft of each."""
 
 
-def checked_speculation(speculation: Any) -> Lookup | None:
+def checked_speculation(
+    speculation: Any, model: Transformer | None = None
+) -> Lookup | Draft | None:
     """Where drafts come from; None: there are none.
 
     Args:
-        speculation: None, a name or a `Lookup`.
+        speculation: None, a name, a `Lookup` or a `Draft`.
+        model: that a draft model has to fit; None: it is not looked at.
 
     Raises:
-        ValueError: there is no speculation of that name.
+        ValueError: there is no speculation of that name, or the draft model does not fit.
         TypeError: it is something else.
     """
-    if speculation is None or isinstance(speculation, Lookup):
+    if isinstance(speculation, Draft) and model is not None:
+        check_draft(speculation, model)
+    if speculation is None or isinstance(speculation, Lookup | Draft):
         return speculation
-    names = f"None, {', '.join(map(repr, SPECULATIONS))} or a ffjax.Lookup"
+    names = f"None, {', '.join(map(repr, SPECULATIONS))}, a ffjax.Lookup or a ffjax.Draft"
     if not isinstance(speculation, str):
         raise TypeError(f"speculation is {names}; got {speculation!r}.")
     if speculation not in SPECULATIONS:
@@ -47,8 +53,8 @@ def checked_speculation(speculation: Any) -> Lookup | None:
     return Lookup() if speculation == "lookup" else None
 
 
-def _for_batch(lookup: Lookup, batch: int) -> Lookup:
-    """The same with T chosen.
+def _for_batch(asked: Any, batch: int) -> Any:
+    """The same `Lookup` or `Draft` with T chosen.
 
     Raises:
         ValueError: there are too many sequences, or too many tokens of each.
@@ -58,14 +64,15 @@ def _for_batch(lookup: Lookup, batch: int) -> Lookup:
             f"Speculation takes 1 to {MAX_SEQUENCES} sequences, since a step has room for "
             f"{MAX_BATCH} tokens; there are {batch} prompts. Split them, or leave speculation out."
         )
-    if lookup.tokens is None:
-        return dataclasses.replace(lookup, tokens=MAX_BATCH // batch)
-    if batch * lookup.tokens > MAX_BATCH:
+    if asked.tokens is None:
+        most = MOST_BY_ITSELF if isinstance(asked, Draft) else MAX_BATCH
+        return dataclasses.replace(asked, tokens=min(most, MAX_BATCH // batch))
+    if batch * asked.tokens > MAX_BATCH:
         raise ValueError(
             f"A step has room for {MAX_BATCH} tokens, of all sequences together; speculation asks "
-            f"for {lookup.tokens} of each of {batch}. Ask for up to {MAX_BATCH // batch}."
+            f"for {asked.tokens} of each of {batch}. Ask for up to {MAX_BATCH // batch}."
         )
-    return lookup
+    return asked
 
 
 def loop_for(
@@ -84,10 +91,14 @@ def loop_for(
     """
     from ffjax.loop import Loop
 
-    lookup = checked_speculation(speculation)
-    if lookup is None:
+    asked = checked_speculation(speculation)
+    if asked is None:
         return Loop(model, request, implementation, prefill)
+    asked = _for_batch(asked, request.batch)
+    if isinstance(asked, Draft):
+        from ffjax.speculation.draft_loop import DraftLoop
+
+        return DraftLoop(model, request, asked, implementation, prefill)
     from ffjax.speculation.loop import SpeculativeLoop
 
-    source = _for_batch(lookup, request.batch)
-    return SpeculativeLoop(model, request, source, implementation, prefill)
+    return SpeculativeLoop(model, request, asked, implementation, prefill)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -38,6 +39,7 @@ class Lookup:
     min_match: int = 2
     max_match: int = 8
     tokens: int | None = None
+    always: ClassVar[bool] = False
 
     def __post_init__(self):
         for name in ("min_match", "max_match", "tokens"):
@@ -58,15 +60,25 @@ class Lookup:
                 f"tokens={self.tokens}. Give more, or leave speculation out."
             )
 
-    def drafts(self, known: Array, lengths: Array) -> tuple[Array, Array]:
+    def drafts(
+        self,
+        known: Array,
+        lengths: Array,
+        weights: Any = None,
+        state: Any = None,
+        choosing: Any = None,
+    ) -> tuple[Array, Array, Any]:
         """Drafts of what comes next.
 
         Args:
             known: int32 `[B, S]`, the tokens of each sequence: prompt and answer.
             lengths: int32 `[B]`, how many those are, at least 1; what lies beyond is not looked at.
+            weights: none; see `ffjax.speculation.source.Source`.
+            state: none.
+            choosing: of no matter: what was said is there.
 
         Returns:
-            Drafts int32 `[B, T - 1]`, and how many of them count, int32 `[B]`: all or none.
+            Drafts int32 `[B, T - 1]`; how many of them count, int32 `[B]`, all or none; `state`.
         """
         assert self.tokens is not None, "T is chosen for a batch"
         bits = max(known.shape[1] - 1, 1).bit_length()
@@ -77,7 +89,7 @@ class Lookup:
         period = jnp.maximum(lengths - 1 - end, 1)
         ahead = jnp.arange(self.tokens - 1) % period[:, None]
         drafts = jnp.take_along_axis(known, end[:, None] + 1 + ahead, axis=1, mode="clip")
-        return drafts, jnp.where(found, jnp.int32(self.tokens - 1), 0)
+        return drafts, jnp.where(found, jnp.int32(self.tokens - 1), 0), state
 
     def _scores(self, known: Array, lengths: Array, bits: int) -> Array:
         """What a match that ends at each position is worth, int32 `[B, S]`; -1: there is none.

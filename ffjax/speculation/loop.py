@@ -17,8 +17,9 @@ from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
 from ffjax.settings import program_settings
-from ffjax.speculation.block import Bounds, Going, Source, plain_block, speculative_block
+from ffjax.speculation.block import Bounds, Going, plain_block, speculative_block
 from ffjax.speculation.lines import Lines
+from ffjax.speculation.source import Source
 
 __all__ = ["SpeculativeLoop"]
 
@@ -50,7 +51,8 @@ def _known(request: Request, slots: int) -> np.ndarray:
 class SpeculativeLoop(Loop):
     """A `Loop` whose steps take drafts beside the token that is certain.
 
-    It has two programs: of blocks that speculate, and of plain ones, where nothing repeats.
+    It has two programs: of blocks that speculate, and of plain ones, where nothing repeats. Where
+    the source always has drafts it has one.
     """
 
     def __init__(
@@ -76,6 +78,9 @@ class SpeculativeLoop(Loop):
         """
         assert source.tokens is not None, "T is chosen for a batch"
         self._source, self.step_tokens = source, source.tokens
+        # What the source has on the device.
+        self._weights: Any = None
+        self._held: Any = None
         super().__init__(model, request, implementation, prefill)
 
     def _prepare(
@@ -102,14 +107,15 @@ class SpeculativeLoop(Loop):
         self._bounds = jax.device_put(Bounds(begins, ends))
 
     def _block_args(self) -> tuple[Any, ...]:
-        going = Going(self._cache, self._known, self._token, self._history)
-        return self._parts.state, going, self._bounds, self._rows
+        going = Going(self._cache, self._known, self._token, self._history, self._held)
+        return self._parts.state, going, self._bounds, self._rows, self._weights
 
     def _compiled_block(self) -> Any:
         how = {"stages": self._stages, "implementation": self.implementation}
         args = self._parts.graphdef, *self._block_args()
         # A plain block is ordered, if ever, when the first one has told how it went.
-        needed = 1 + (self._request.max_new_tokens - 1 > (1 + AHEAD) * BLOCK)
+        many = self._request.max_new_tokens - 1 > (1 + AHEAD) * BLOCK
+        needed = 1 + (many and not self._source.always)
         programs = _programs(self._device)[:needed]
         return [one.get(*args, **how, source=self._source) for one in programs]
 
@@ -117,7 +123,7 @@ class SpeculativeLoop(Loop):
         """Orders a block of steps; returns the new tokens, int32 `[BLOCK, B, T]`, or T = 1."""
         with jax.default_device(self._device), program_settings():
             going, made = self._block[self._quiet](*self._block_args())
-        self._cache, self._known, self._token, self._history = going
+        self._cache, self._known, self._token, self._history, self._held = going
         return made.sent()
 
     def rows(self, blocks: int, reader: Reader) -> Iterator[Step]:

@@ -57,13 +57,13 @@ class Generator:
                 at a time. Conversations do without.
 
         Raises:
-            ValueError: there is no speculation of that name.
+            ValueError: there is no speculation of that name, or the draft model does not fit.
             TypeError: it is no speculation.
         """
         self.model, self.tokenizer = model, tokenizer
         self.sampling = SamplingParams() if sampling is None else sampling
         self._how: dict[str, Any] = {"implementation": implementation, "prefill": prefill}
-        self._speculation = checked_speculation(speculation)
+        self._speculation = checked_speculation(speculation, model)
         self._chat: ChatSession | None = None
 
     @classmethod
@@ -95,7 +95,7 @@ class Generator:
         Raises:
             FileNotFoundError: there is nothing at `path`.
             ValueError: what is there cannot be loaded, see `ffjax.load`; or there is no speculation
-                of that name.
+                of that name, or the draft model does not fit.
             NotImplementedError: the tokenizer needs the extra `hf`.
         """
         # `checkpoints` imports this package, so it can only be imported once that is done.
