@@ -1,15 +1,15 @@
 """Drafts of a second model, on the device.
 
 The draft model has a cache of its own. Say the text has n tokens, the last of them not yet fed to
-the model. The draft model feeds the last two, at positions n - 2 and n - 1, in one step, which gives
+the model. The draft model feeds the last two, at positions n - 2 and n - 1, in one step, and has
 the first draft. Each draft but the last is fed in turn, at n and behind, and gives the next one. So
 T - 1 drafts take T - 1 steps.
 
 Then k tokens are kept, 1 to T: k - 1 drafts, and the token that follows them. The next first step
-is at n + k - 2. The cache holds what is there before it: the drafts that were fed end at n + T - 3,
-which is far enough if all T - 1 were right. The first wrong draft lies at n + k - 1 or is not there,
-and another token is fed there now. So the length is set back to the same place whatever was right,
-and nothing asks how many were.
+is at n + k - 2, and the cache holds the text before it: the drafts that were fed end at n + T - 3,
+which is far enough if all T - 1 were right. The first wrong draft, if any, lies at n + k - 1, where
+another token is fed now. So the length is set back to the same place whatever was right, and
+nothing asks how many were.
 """
 
 from __future__ import annotations
