@@ -18,10 +18,11 @@ from ffjax.commands.chat_options import add_chat_template, say_unread, template_
 from ffjax.commands.completions import as_json, count_of, ended_by
 from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.generate_many import write_many
-from ffjax.commands.implementations import add_implementations, add_speculation
+from ffjax.commands.implementations import add_implementations
 from ffjax.commands.options import whole
 from ffjax.commands.prompts import Prompt, add_prompts, read_prompts
 from ffjax.commands.sampling_options import add_sampling, given_sampling, say_defaults
+from ffjax.commands.speculation_options import add_speculation, given_speculation
 from ffjax.startup import StartUp
 
 if TYPE_CHECKING:
@@ -97,19 +98,21 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(path, model.config)
     defaults = default_sampling(path)
     say_defaults(args, defaults)
+    speculation = given_speculation(args, model)
     generator = Generator(
         model,
         tokenizer,
         sampling=given_sampling(args, defaults),
         implementation=args.implementation,
         prefill=args.prefill,
-        speculation=args.speculation,
+        speculation=speculation,
     )
     start_up.ended("model")
     if chats:
         say_unread(args.command, tokenizer, args.chat_template, variables)
     if args.prompts is not None or args.samples > 1:
-        return write_many(args, generator, prompts, variables, _MAX_NEW_TOKENS)
+        many = args, generator, prompts, variables, _MAX_NEW_TOKENS
+        return write_many(*many, speculation=speculation)
     return _write(args, generator, prompts[0], variables, start_up)
 
 

@@ -14,6 +14,7 @@ from ffjax.commands.completions import as_json, count_of, ended_by
 from ffjax.commands.prompts import Prompt
 
 if TYPE_CHECKING:
+    from ffjax.speculation.choice import Speculation
     from ffjax.text.completion import Completion
     from ffjax.text.generator import Generator
 
@@ -29,6 +30,8 @@ def write_many(
     prompts: Sequence[Prompt],
     variables: Mapping[str, Any],
     max_new_tokens: int,
+    *,
+    speculation: Speculation | None = None,
 ) -> int:
     """Writes texts of all prompts; prints each as soon as those before it are there.
 
@@ -40,6 +43,7 @@ def write_many(
         prompts: the prompts.
         variables: of the chat template.
         max_new_tokens: as many new tokens, where nobody says how many.
+        speculation: where drafts come from; None: there are none.
 
     Returns:
         The exit code.
@@ -71,7 +75,7 @@ def write_many(
                 asked,
                 implementation=args.implementation,
                 prefill=args.prefill,
-                speculation=args.speculation,
+                speculation=speculation,
                 ended=bar.update,
                 broken=unfinished.extend,
             ):

@@ -8,9 +8,8 @@ from typing import get_args
 
 from ffjax.decode import FORMER_NAMES, Implementation
 from ffjax.prefill.choice import Prefill
-from ffjax.speculation.choice import SPECULATIONS
 
-__all__ = ["add_implementation", "add_implementations", "add_speculation"]
+__all__ = ["add_implementation", "add_implementations"]
 
 
 def _implementation(text: str) -> str:
@@ -40,15 +39,4 @@ def add_implementations(parser: argparse.ArgumentParser) -> None:
         help="implementation of the prefill: pallas, the fast one; steps, fused decode steps of "
         "several tokens, for a few short prompts; or xla, the reference model; default: pallas "
         "where it can run, but xla with --implementation xla",
-    )
-
-
-def add_speculation(parser: argparse.ArgumentParser) -> None:
-    """Adds --speculation."""
-    parser.add_argument(
-        "--speculation",
-        choices=SPECULATIONS,
-        default="none",
-        help="lookup: steps take drafts, found in the prompt and the text itself, and keep those "
-        "that are right; faster where a text repeats, with the same tokens; default: %(default)s",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from ffjax.settings import program_settings
 from ffjax.speculation.draft import Draft, check_draft, check_draft_context
 from ffjax.speculation.drafting import FIRST_TOKENS, ModelSource
 from ffjax.speculation.loop import SpeculativeLoop
+from ffjax.speculation.source import Source
 
 __all__ = ["DraftLoop"]
 
@@ -36,15 +38,14 @@ def _implementation(parts: Parts, request: Request, named: Implementation | None
         NotImplementedError: the named one cannot run here.
     """
     size = parts.config, parts.dtype, request.batch, slots_for(request.capacity)
-    chosen = resolve_implementation_config(*size, named)
-    if chosen == "xla" or (reason := why_not_fused_config(*size, FIRST_TOKENS)) is None:
+    chosen = resolve_implementation_config(*size, None if named == "pallas" else named)
+    reasons = (why_not_fused_config(*size, tokens) for tokens in (1, FIRST_TOKENS))
+    reason = next(filter(None, reasons), None)
+    if reason is None or chosen == "xla" == named:
         return chosen
     if named is None:
         return "xla"
-    raise NotImplementedError(
-        f"The draft model {parts.config.name} runs steps of {FIRST_TOKENS} tokens of each "
-        f"sequence. {reason} Or leave speculation out."
-    )
+    raise NotImplementedError(f"Of the draft model {parts.config.name}: {reason}")
 
 
 class DraftLoop(SpeculativeLoop):
@@ -61,6 +62,8 @@ class DraftLoop(SpeculativeLoop):
         draft: Draft,
         implementation: Implementation | None = None,
         prefill: Prefill | None = None,
+        *,
+        make: Callable[..., Source] = ModelSource,
     ):
         """Compiles what is not compiled yet.
 
@@ -71,6 +74,7 @@ class DraftLoop(SpeculativeLoop):
             implementation: of the decode steps of both models; see `ffjax.decode_step`. None: for
                 each the best that can run.
             prefill: of both prefills; see `ffjax.generate`. "steps" is for the model alone.
+            make: takes the fields of a `ModelSource`; what it returns has its weights and state.
 
         Raises:
             ValueError: the draft model does not fit; or as `Loop`.
@@ -83,7 +87,7 @@ class DraftLoop(SpeculativeLoop):
         with jax.default_device(parts.device):
             chosen = _implementation(parts, request, implementation)
         self._draft, self._draft_prefill = parts, None
-        source = ModelSource(graphdef=parts.graphdef, tokens=draft.tokens, implementation=chosen)
+        source = make(graphdef=parts.graphdef, tokens=draft.tokens, implementation=chosen)
         super().__init__(model, request, source, implementation, prefill)
 
     def _prepare(
