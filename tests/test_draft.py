@@ -63,8 +63,7 @@ def drafts(model) -> dict[str, Transformer]:
 # Tokens are those that come without
 
 
-@pytest.mark.parametrize("run", [generate, streamed])
-@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize(("batch", "run"), [(1, generate), (2, streamed), (4, generate)])
 @pytest.mark.parametrize("name", ["itself", "quantized", "another"])
 def test_greedy_tokens_are_those_without_a_draft(model, drafts, name, batch, run):
     speculation = Draft(drafts[name])
@@ -227,6 +226,21 @@ def test_drafts_are_those_of_the_draft_model_from_scratch(drafts, tokens):
     assert seen == set(range(tokens))
 
 
+def test_a_step_that_gave_up_drafts_some_token(model):
+    """It has chosen none, -1, which is no place in a history."""
+
+    def none(memory, fed, logits, greedy, number):
+        return jnp.full_like(greedy, -1), memory
+
+    parts = Parts.of(model)
+    source = ModelSource(graphdef=parts.graphdef, tokens=4, implementation="xla")
+    cache = KVCache.create(CONFIG, 1, 16, jnp.float32, tokens=FIRST_TOKENS)
+    lengths = jnp.array([5], jnp.int32)
+    known = jnp.ones((1, 16), jnp.int32)
+    drafts, *_ = source.drafts(known, lengths, parts.state, cache, Choosing(None, none))
+    assert drafts.tolist() == [[0, 0, 0]]
+
+
 class Doubted(ModelSource):
     """A draft model whose tokens are changed, from a place on that hangs on the text's length.
 
@@ -279,12 +293,16 @@ def test_the_cache_is_right_behind_any_number_of_right_drafts(model, batch, temp
 
 def test_weights_and_prompts_are_no_part_of_a_program(model, drafts):
     how: dict[str, Any] = {"capacity": 600}
-    generate(model, CIRCLE, NEW, speculation=Draft(drafts["another"]), **how)
+    speculation = Draft(drafts["another"])
+    generate(model, CIRCLE, NEW, speculation=speculation, **how)
     other = float32_model(5, name="another", num_layers=2)
     with compilations() as seen:
         out = generate(model, STRAIGHT, NEW - 1, speculation=Draft(other), **how)
         assert seen == []
     assert out.tokens == generate(model, STRAIGHT, NEW - 1, **how).tokens
+    # There is always a draft: of blocks of plain steps there is no program.
+    request = Request.checked(CONFIG, CIRCLE, NEW, 0.0, 0, None, 600)
+    assert len(DraftLoop(model, request, dataclasses.replace(speculation, tokens=4))._block) == 1
 
 
 def test_fused_steps_draft(monkeypatch):

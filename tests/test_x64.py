@@ -12,6 +12,7 @@ from flax import nnx
 from ffjax.decode import Kernel, fused_step
 from ffjax.generation import generate
 from ffjax.model import Transformer
+from ffjax.speculation.draft import Draft
 from ffjax.streaming import stream
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -47,8 +48,9 @@ def test_a_generation_has_the_same_tokens(temperature):
     want = generate(model, [[1, 2], [4]], 20, **options).tokens
     with jax.enable_x64(True):
         assert generate(model, [[1, 2], [4]], 20, **options).tokens == want
-        drafted = generate(model, [[1, 2], [4]], 20, speculation="lookup", **options)
-        assert drafted.tokens == want
+        for speculation in ("lookup", Draft(model)):
+            drafted = generate(model, [[1, 2], [4]], 20, speculation=speculation, **options)
+            assert drafted.tokens == want
         steps = stream(model, [[1, 2], [4]], 20, **options)
         assert list(steps)
         assert steps.output.tokens == want
