@@ -47,7 +47,7 @@ from ffjax.tokenizer import load_tokenizer
 
 __all__ = ["Asked", "Row", "main", "measure"]
 
-_PROMPT_BYTES = 2000
+_PROMPT_BYTES = 1400
 _RANDOM_PROMPT = 256
 _NONE_RIGHT = "p=0"
 
