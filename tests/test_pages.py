@@ -32,6 +32,7 @@ from test_hf_tokenizer import BEGIN, END, KINDS
 
 import ffjax
 from ffjax.arguments import make_parser
+from ffjax.benchmark import speculation
 from ffjax.cli import commands, main
 from ffjax.compiled import compiled_programs_kept
 
@@ -45,7 +46,9 @@ EXAMPLES_RUN = "".join(
 NAMED = "Llama-3.2-1B-Instruct"
 
 # Of these the options are looked at, and nothing runs: they take a GPU or long, or do not end.
-UNENDING = re.compile(r"^ffjax (bench|tune|fidelity|serve|doctor$|chat --model \S+$|.* -n )")
+UNENDING = re.compile(
+    r"^ffjax (bench|tune|fidelity|serve|doctor$|chat --model \S+$|.* -n |generate --model SmolLM2)"
+)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -105,6 +108,8 @@ def test_the_commands_of_a_page_run(page, here, capfd):
             assert _extras(words[2]) <= _all_extras()
         elif words[0] == "python" and words[1].startswith("examples/"):
             assert Path(words[1]).name in EXAMPLES_RUN, line
+        elif words[:3] == ["python", "-m", speculation.__name__]:
+            speculation.make_parser().parse_args(words[3:])
         elif UNENDING.search(line):
             make_parser(known, "").parse_args(words[1:])
         elif {"|", "<", ">"} & set(words) or words[0] != "ffjax":

@@ -45,7 +45,7 @@ from ffjax.stdlib_text import read_sources
 from ffjax.streaming import Stream
 from ffjax.tokenizer import load_tokenizer
 
-__all__ = ["Asked", "Row", "main", "measure"]
+__all__ = ["Asked", "Row", "as_data", "as_text", "main", "make_parser", "measure"]
 
 _PROMPT_BYTES = 1400
 _RANDOM_PROMPT = 256
@@ -258,7 +258,8 @@ def as_text(asked: Asked, machine: Machine, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", *table(cells)])
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Its command line."""
     parser = argparse.ArgumentParser(
         prog="python -m ffjax.benchmark.speculation",
         description=__doc__,
@@ -368,7 +369,7 @@ def _asked(args: argparse.Namespace) -> Asked:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     try:
         asked = _asked(args)
