@@ -29,11 +29,12 @@ from ffjax.broken import NotFiniteError
 from ffjax.cli import main
 from ffjax.decode import fused_step
 from ffjax.generation import Replies, blocks_for, generate
-from ffjax.loop import BLOCK
+from ffjax.loop import BLOCK, NO_TOKEN, Made
 from ffjax.model import Transformer
 from ffjax.requests import Request
 from ffjax.sampling.params import SamplingParams
 from ffjax.speculation import block
+from ffjax.speculation.lines import Lines
 from ffjax.speculation.lookup import Lookup
 from ffjax.speculation.loop import SpeculativeLoop
 from ffjax.streaming import stream
@@ -210,6 +211,62 @@ def test_where_nothing_repeats_steps_are_plain(model, how, monkeypatch):
     assert 4 in shapes[first:]
     alone = both(model, STRAIGHT, 100, **request)[2]
     assert alone[0] > 0
+
+
+def test_a_sequence_that_has_all_its_tokens_stays_where_it_is(model):
+    """In plain blocks, too, which run since another one has no drafts for a while."""
+    prompts, limits = [CIRCLE[:20], STRAIGHT], [5, 100]
+    params = [SamplingParams(max_tokens=limit) for limit in limits]
+    request = Request.checked(CONFIG, prompts, 100, 0.0, 0, None, 200, params)
+    steps = SpeculativeLoop(model, request, Shy(tokens=4))
+    steps.prefill()
+    ends = [len(prompt) - 1 + limit for prompt, limit in zip(prompts, limits, strict=True)]
+    shapes, lengths = set(), []
+    for _ in range(13):
+        made = jax.device_get(steps.decode())
+        lengths = steps.cache.lengths.tolist()
+        assert all(map(int.__le__, lengths, ends)), (lengths, ends)
+        shapes.add(made.tokens.shape[2])
+        steps._quiet = not (made.drafted or (made.tokens[..., 1:] != NO_TOKEN).any())
+    assert lengths == ends
+    assert shapes == {1, 4}
+
+
+def test_one_that_has_all_its_tokens_has_no_drafts():
+    known, number = jnp.array([CIRCLE[:16]] * 2), jnp.array([15, 15])
+    bounds = block.Bounds(jnp.array([3, 3]), jnp.array([15, 16]))
+    found = block._look(Lookup(tokens=4), None, known, number, None, bounds)
+    assert found.counts.tolist() == [0, 3]
+
+
+class Told:
+    """A reader that notes what it is asked."""
+
+    def __init__(self):
+        self.asked: list[list[list[int]]] = []
+
+    def would_finish(self, columns):
+        self.asked.append([[*column] for column in columns])
+        return len(self.asked) == 2
+
+    def has_ended(self, row):
+        return False
+
+
+def test_tokens_that_wait_for_another_sequence_are_among_those_that_may_end_it():
+    none, reader = NO_TOKEN, Told()
+    lines = Lines(2, reader)
+    blocks = [
+        Made(np.array([[[1, 2, 3], [11, none, none]]]), None),
+        Made(np.array([[[4, none, none], [12, 13, none]]]), None),
+    ]
+    given, ends = [], []
+    for made in blocks:
+        ends.append(lines.would_finish(made))
+        given += [step.tokens for step in lines.taken([made])]
+    assert reader.asked == [[[1, 2, 3], [11]], [[2, 3, 4], [12, 13]]]
+    assert ends == [False, True]
+    assert given == [[1, 11], [2, 12], [3, 13]]
 
 
 def test_a_reader_of_a_stream_may_end_one_text(model):

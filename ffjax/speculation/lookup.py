@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -39,7 +39,6 @@ class Lookup:
     min_match: int = 2
     max_match: int = 8
     tokens: int | None = None
-    always: ClassVar[bool] = False
 
     def __post_init__(self):
         for name in ("min_match", "max_match", "tokens"):
@@ -59,6 +58,11 @@ class Lookup:
                 "A step that speculates takes 2 tokens of a sequence or more; got "
                 f"tokens={self.tokens}. Give more, or leave speculation out."
             )
+
+    @property
+    def always(self) -> bool:
+        """No: where nothing repeats there is no draft."""
+        return False
 
     def drafts(
         self,
