@@ -213,6 +213,26 @@ def test_where_nothing_repeats_steps_are_plain(model, how, monkeypatch):
     assert alone[0] > 0
 
 
+def test_plain_blocks_are_ordered_where_no_draft_was_right_and_none_is_there(model, monkeypatch):
+    none = np.full((BLOCK, 1, 4), NO_TOKEN)
+    none[..., 0] = 1
+    right = none.copy()
+    right[3, 0, 1] = 2
+    made = [(right, False), (none, True), (none, False), (none[..., :1], False), (none, True)]
+    request = Request.checked(CONFIG, STRAIGHT, NEW, 0.0, 0, None, None)
+    steps, quiet = SpeculativeLoop(model, request, Lookup(tokens=4)), []
+
+    def decode():
+        quiet.append(steps._quiet)
+        return Made(made[len(quiet) - 1][0], None, np.bool_(made[len(quiet) - 1][1]))
+
+    monkeypatch.setattr(steps, "decode", decode)
+    # Each block is ordered when the one before it has been looked at.
+    monkeypatch.setattr(loop, "AHEAD", 0)
+    assert len(list(steps.rows(len(made), Replies(request)))) == 5 * BLOCK + 1
+    assert quiet == [False, False, False, True, True]
+
+
 def test_a_sequence_that_has_all_its_tokens_stays_where_it_is(model):
     """In plain blocks, too, which run since another one has no drafts for a while."""
     prompts, limits = [CIRCLE[:20], STRAIGHT], [5, 100]
