@@ -93,6 +93,18 @@ RELEASED: dict[str, dict[str, Any]] = {
         "tied_embeddings": True,
         "max_context": 8192,
     },
+    "smollm2-135m": {
+        "vocab_size": 49_152,
+        "num_layers": 30,
+        "model_dim": 576,
+        "ffw_dim": 1536,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "head_dim": 64,
+        "rope_theta": 100_000.0,
+        "tied_embeddings": True,
+        "max_context": 8192,
+    },
     "mistral-7b-v0.1": {
         "family": "mistral",
         "vocab_size": 32_000,

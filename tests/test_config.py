@@ -41,6 +41,7 @@ SCALING: dict[str, Any] = {
         ("llama3.1-8b", 8_030_261_248),
         ("tinyllama-1.1b", 1_100_048_384),  # TinyLlama/TinyLlama-1.1B-Chat-v1.0
         ("smollm2-1.7b", 1_711_376_384),  # HuggingFaceTB/SmolLM2-1.7B
+        ("smollm2-135m", 134_515_008),  # HuggingFaceTB/SmolLM2-135M
         ("mistral-7b-v0.1", 7_241_732_096),  # mistralai/Mistral-7B-v0.1
         ("qwen2.5-1.5b", 1_543_714_304),  # Qwen/Qwen2.5-1.5B
         # Qwen/Qwen3-0.6B and 1.7B, whose files hold the tied head once more.
