@@ -623,6 +623,8 @@ TOO_LARGE = {
     for name in ("llama3.1-8b", "mistral-7b-v0.1")
     for bits in (16, 8)
 }
+# Its 576 inputs are no whole groups of 128.
+NO_GROUPS = {("smollm2-135m", batch, 4) for batch in (1, 8)}
 
 
 @pytest.mark.parametrize("gpu", target_names())
@@ -633,7 +635,8 @@ def test_every_preset_fits_every_gpu(gpu):
         formats = WeightBits(qkv=bits, attn_out=bits, gate_up=bits, down=bits, head=max(bits, 8))
         if why_not_on(target(gpu).gpu, preset_dims(name, batch, formats)) is not None:
             refused.add((gpu, name, batch, bits))
-    assert refused == {case for case in TOO_LARGE if case[0] == gpu}
+    no_groups = {(gpu, *case) for case in NO_GROUPS}
+    assert refused == {case for case in TOO_LARGE if case[0] == gpu} | no_groups
 
 
 @pytest.mark.parametrize("gpu", [A100, L4, RTX_4090], ids=lambda gpu: gpu.name)
