@@ -56,10 +56,10 @@ class Source(Protocol):
 
         Args:
             known: int32 `[B, S]`, the tokens of each sequence.
-            lengths: int32 `[B]`, how many those are, at least 1; with a state, at least 2, as the
-                prompt's first answer is among them. They never shrink.
-            weights: arrays of the source.
-            state: likewise; of a text of which some more may be known now.
+            lengths: int32 `[B]`, how many those are: the prompt and one token or more. From call
+                to call they grow, by T at most.
+            weights: arrays of the source, which stay as they are.
+            state: arrays of the source, as the call before has returned them.
             choosing: how the model's tokens are chosen; None where no step follows.
         """
         ...
