@@ -374,16 +374,26 @@ def test_texts_are_those_without_a_draft():
 
 def test_the_command_takes_a_draft_model(tmp_path, capsys):
     def run(*how, code=0):
-        asked = ["generate", "--prompt", "def add(", "--max-new-tokens", "17", *how]
+        asked = [
+            "generate",
+            "--model",
+            tiny,
+            "--prompt",
+            "def add(",
+            "--max-new-tokens",
+            "17",
+            *how,
+        ]
         assert main(asked) == code
         out, err = capsys.readouterr()
         return json.loads(out) if "--json" in how else err
 
-    path = str(tmp_path / "int4")
-    checkpoints.save(quantize(checkpoints.load(checkpoints.SHIPPED_MODEL), "int4"), path)
+    tiny, path = str(tmp_path / "tiny"), str(tmp_path / "int8")
+    checkpoints.save(float32_model(vocab_size=257), tiny)
+    checkpoints.save(quantize(checkpoints.load(tiny), "int8"), path)
     plain = run("--json")
     assert "tokens_per_step" not in plain
-    for how in (["--draft", path], ["--draft-weights", "int4", "--speculation-tokens", "3"]):
+    for how in (["--draft", path], ["--draft-weights", "int8", "--speculation-tokens", "3"]):
         report = run("--json", *how)
         assert len(report["tokens"]) == 17
         assert report["tokens_per_step"] == pytest.approx(16 / (16 - report["accepted"]))
