@@ -71,6 +71,7 @@ class _Pieces(Iterator[str]):
             finish_reason=self._finish_reason,
             compile_seconds=0.0,
             tokens_per_second=12.5,
+            accepted=None,
         )
 
 

@@ -378,6 +378,18 @@ def test_clients_that_go_away_leave_caches_that_can_be_trusted(running, model, t
         assert answer.usage.prompt_tokens_details.cached_tokens > 5
 
 
+def test_drafts_that_are_looked_up_change_no_answer(model, tokenizer):
+    said = [{"role": "user", "content": "hello hello hello hello"}]
+    tokens, _ = alone(model, tokenizer, tokenizer.chat(said), max_tokens=40)
+    how = {"capacity": CAPACITY, "chunk": 128, "speculation": "lookup", "ahead": False}
+    with serving(
+        lambda: LiveBatch(model, rows=2, **how), config=model.config, tokenizer=tokenizer
+    ) as running:
+        for _ in range(3):
+            answer = ask(running.client(), said, max_tokens=40)
+            assert answer.choices[0].message.content == tokenizer.decode(tokens)
+
+
 @pytest.mark.skipif(
     "FFJAX_TEST_CHAT_MODEL" not in os.environ,
     reason="FFJAX_TEST_CHAT_MODEL names no folder of a trained chat model",

@@ -67,6 +67,33 @@ def _from_scratch(talker: Generator, messages, params=PARAMS) -> list[int]:
     return out.tokens[0]
 
 
+def test_drafts_that_are_looked_up_change_no_reply(talker):
+    """Over three turns, long and greedy: such a model soon goes round in circles."""
+    params = SamplingParams(max_tokens=50)
+    drafts = Generator(talker.model, talker.tokenizer, speculation="lookup")
+    session, plain = drafts.session(), talker.session()
+    messages, accepted = [], 0
+    for question in ("who are you", "who are you", "hello"):
+        messages.append(_said(USER, question))
+        told = _run(session, messages, params)
+        want = _run(plain, messages, params)
+        assert (told.tokens, told.cached_tokens) == (want.tokens, want.cached_tokens)
+        assert told.tokens == _from_scratch(talker, messages, params)
+        assert want.accepted is None and told.accepted is not None
+        assert told.tokens_per_step >= 1
+        accepted += told.accepted
+        messages.append(_said("assistant", told.text))
+    assert accepted > 0
+
+
+def test_a_conversation_has_no_draft_model(talker):
+    drafts = Generator(talker.model, talker.tokenizer, speculation=ffjax.Draft(talker.model))
+    messages = [_said(USER, "who are you")]
+    assert _run(drafts.session(), messages).accepted is None
+    with pytest.raises(NotImplementedError, match="comes and goes"):
+        ChatSession(talker.model, talker.tokenizer, speculation=ffjax.Draft(talker.model))
+
+
 def _run(session: ChatSession, messages, params=PARAMS, **options):
     stream = session.reply(messages, params, **options)
     text = "".join(stream)

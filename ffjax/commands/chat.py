@@ -18,6 +18,7 @@ from ffjax.commands.chat_options import add_chat_template, say_unread, template_
 from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.implementations import add_implementations
 from ffjax.commands.sampling_options import add_sampling, given_sampling, say_defaults
+from ffjax.commands.speculation_options import add_lookup, given_lookup
 
 if TYPE_CHECKING:
     from ffjax.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="neither read nor keep the lines of earlier chats",
     )
     add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS, in_json=False)
+    add_lookup(parser)
     add_implementations(parser)
     add_ignore_field(parser)
 
@@ -95,7 +97,11 @@ def run(args: argparse.Namespace) -> int:
         most = max(_MAX_NEW_TOKENS, sampling.min_tokens)
         sampling = dataclasses.replace(sampling, max_tokens=most)
     generator = Generator(
-        model, tokenizer, implementation=args.implementation, prefill=args.prefill
+        model,
+        tokenizer,
+        implementation=args.implementation,
+        prefill=args.prefill,
+        speculation=given_lookup(args),
     )
     chat = Chat(
         generator.session,

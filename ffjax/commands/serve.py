@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.implementations import add_implementations
 from ffjax.commands.options import number, whole
+from ffjax.commands.speculation_options import add_lookup, given_lookup
 from ffjax.sampling.params import MAX_LOGPROBS
+from ffjax.speculation.choice import MAX_SEQUENCES, live_source
 from pallas_kernels.support import MAX_BATCH
 
 if TYPE_CHECKING:
@@ -66,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         metavar="B",
         type=whole(1, MAX_BATCH),
-        default=MAX_BATCH,
-        help=f"texts that are written side by side, 1 to {MAX_BATCH}; default: %(default)s",
+        help=f"texts that are written side by side, 1 to {MAX_BATCH}; default: {MAX_BATCH}, with "
+        f"speculation {MAX_SEQUENCES}, which is the most then",
     )
     parser.add_argument(
         "--capacity",
@@ -104,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds that running answers are given at the end; default: %(default)g",
     )
     parser.add_argument("--quiet", action="store_true", help="write no line for each answer")
+    add_lookup(parser)
     add_implementations(parser)
     add_ignore_field(parser)
 
@@ -124,6 +127,14 @@ def run(args: argparse.Namespace) -> int:
     from ffjax.tokenizer import load_tokenizer
 
     key = _key(args)
+    speculation = given_lookup(args)
+    rows = args.batch or (MAX_BATCH if speculation is None else MAX_SEQUENCES)
+    if speculation is not None and rows > MAX_SEQUENCES:
+        raise ValueError(
+            f"--speculation takes --batch 1 to {MAX_SEQUENCES}, since a step has room for "
+            f"{MAX_BATCH} tokens; got --batch {rows}. Give fewer, or leave --speculation out."
+        )
+    live_source(speculation, rows)  # whether it has room for the tokens
     with bound(args.host, args.port) as sock:
         path = checkpoints.SHIPPED_MODEL if args.model is None else args.model
         model = load_model(args, path)
@@ -141,12 +152,13 @@ def run(args: argparse.Namespace) -> int:
         def make() -> Batch:
             return LiveBatch(
                 model,
-                rows=args.batch,
+                rows=rows,
                 capacity=capacity,
                 implementation=args.implementation,
                 prefill=args.prefill,
                 max_logprobs=args.max_logprobs,
                 chunk=_CHUNK,
+                speculation=speculation,
                 say=lambda text: _say(f"{text[0].upper()}{text[1:]}."),
             )
 

@@ -15,12 +15,18 @@ from pallas_kernels.support import MAX_BATCH
 if TYPE_CHECKING:
     from ffjax.model import Transformer
     from ffjax.speculation.choice import Speculation
+    from ffjax.speculation.lookup import Lookup
 
-__all__ = ["add_speculation", "given_speculation"]
+__all__ = ["add_lookup", "add_speculation", "given_lookup", "given_speculation"]
 
 
-def add_speculation(parser: argparse.ArgumentParser) -> None:
-    """Adds --speculation, --speculation-tokens, --draft and --draft-weights."""
+def add_lookup(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Adds --speculation and --speculation-tokens.
+
+    Args:
+        parser: the command's.
+        more: about the second one's default.
+    """
     parser.add_argument(
         "--speculation",
         choices=SPECULATIONS,
@@ -28,6 +34,18 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         help="lookup: steps take drafts, found in the prompt and the text itself, and keep those "
         "that are right; faster where a text repeats, with the same tokens; default: %(default)s",
     )
+    parser.add_argument(
+        "--speculation-tokens",
+        metavar="T",
+        type=whole(2, MAX_BATCH),
+        help="tokens that a step takes of each text, drafts and the one that is certain; default: "
+        f"8 for all texts together{more}",
+    )
+
+
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    """Adds those, --draft and --draft-weights."""
+    add_lookup(parser, ", with a draft model up to 4 of each")
     parser.add_argument(
         "--draft",
         metavar="PATH",
@@ -37,13 +55,6 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         "--draft-weights",
         choices=get_args(Kind),
         help="quantize the draft model; without --draft the model itself drafts, quantized",
-    )
-    parser.add_argument(
-        "--speculation-tokens",
-        metavar="T",
-        type=whole(2, MAX_BATCH),
-        help="tokens that a step takes of each text, drafts and the one that is certain; default: "
-        "8 for all texts together, with a draft model up to 4 of each",
     )
 
 
@@ -59,7 +70,6 @@ def given_speculation(args: argparse.Namespace, model: Transformer) -> Speculati
         FileNotFoundError: there is no draft model.
     """
     from ffjax.speculation.draft import Draft
-    from ffjax.speculation.lookup import Lookup
 
     drafts = args.draft is not None or args.draft_weights is not None
     if drafts and args.speculation != "none":
@@ -69,11 +79,23 @@ def given_speculation(args: argparse.Namespace, model: Transformer) -> Speculati
         )
     if drafts:
         return Draft(_draft_model(args, model), args.speculation_tokens)
+    return given_lookup(args)
+
+
+def given_lookup(args: argparse.Namespace) -> Lookup | None:
+    """What the options of `add_lookup` ask for.
+
+    Raises:
+        ValueError: options contradict each other.
+    """
+    from ffjax.speculation.lookup import Lookup
+
     if args.speculation == "none":
         if args.speculation_tokens is not None:
+            drafts = "--speculation or --draft" if hasattr(args, "draft") else "--speculation"
             raise ValueError(
                 "--speculation-tokens says how many tokens a step of speculation takes, and there "
-                "is none. Give --speculation or --draft, too."
+                f"is none. Give {drafts}, too."
             )
         return None
     return dataclasses.replace(Lookup(), tokens=args.speculation_tokens)

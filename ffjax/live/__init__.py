@@ -1,8 +1,10 @@
 """A batch whose sequences come and go: what chats and the server run on.
 
-`batch` is what its owner sees, `state` what lies on the device, `programs` what runs there.
+`batch` is what its owner sees, `made` what it reads, `state` what lies on the device, `programs`
+what runs there.
 """
 
-from ffjax.live.batch import Block, Chosen, Fed, LiveBatch
+from ffjax.live.batch import LiveBatch
+from ffjax.live.made import Block, Chosen, Fed
 
 __all__ = ["Block", "Chosen", "Fed", "LiveBatch"]

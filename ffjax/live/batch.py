@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +12,17 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
-from ffjax.decode import Implementation, Kernel, resolve_implementation, step_fault
+from ffjax.decode import (
+    Implementation,
+    Kernel,
+    resolve_implementation,
+    step_fault,
+    why_not_fused,
+)
+from ffjax.live.made import Block, Fed, Repeats
 from ffjax.live.programs import PaddedChunk, live_programs
 from ffjax.live.state import Newcomer
-from ffjax.loop import Made, Step, slots_for
+from ffjax.loop import slots_for
 from ffjax.model import Transformer
 from ffjax.parts import Parts
 from ffjax.prefill.choice import Prefill, resolve_prefill
@@ -22,82 +30,19 @@ from ffjax.prefill.packed import blocks_of
 from ffjax.prefill.packing import SMALLEST, chunk_of_row
 from ffjax.requests import check_params, checked_prompt
 from ffjax.sampling.draw import sequence_words
-from ffjax.sampling.logprobs import TokenLogprobs
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, drawing_gpu, row_of
 from ffjax.settings import program_settings
+from ffjax.speculation.choice import Speculation, live_source
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.support import MAX_BATCH
 
-__all__ = ["MAX_EDITS", "Block", "Chosen", "Fed", "LiveBatch"]
+__all__ = ["MAX_EDITS", "LiveBatch"]
 
 MAX_EDITS = 512
 """Most logits of a sequence that `logit_bias` and forbidden tokens may change."""
 # Sizes of chunks are this many times apart: a program each.
 _CHUNK_STEP = 4
-
-
-class Chosen(NamedTuple):
-    """One new token of a sequence.
-
-    Attributes:
-        token: its id; `ffjax.loop.NOT_FINITE` where the logits were NaN or infinite.
-        logprobs: None where the request did not ask.
-    """
-
-    token: int
-    logprobs: TokenLogprobs | None
-
-
-def _chosen(step: Step, at: int, params: SamplingParams) -> Chosen:
-    told = None
-    if step.logprobs is not None and params.logprobs is not None:
-        told = step.logprobs.of(at, params.logprobs)
-    return Chosen(step.tokens[at], told)
-
-
-class Fed(NamedTuple):
-    """A chunk of a prompt that the device has orders to feed.
-
-    Attributes:
-        row: whose.
-        fed: tokens in it.
-        done: whether the prompt ends with it.
-        made: the first new token, on the device; None while there is more to feed.
-        params: of the sequence.
-    """
-
-    row: int
-    fed: int
-    done: bool
-    made: Made | None
-    params: SamplingParams
-
-    def read(self) -> Chosen:
-        """The first new token, of a chunk that ends a prompt; waits for the device."""
-        if self.made is None:
-            raise ValueError("The first new token comes when the whole prompt has been fed.")
-        return _chosen(jax.device_get(self.made).step(), 0, self.params)
-
-
-class Block(NamedTuple):
-    """Steps that the device has orders to run.
-
-    Attributes:
-        rows: which sequences take part.
-        made: what came of them, on the device.
-        params: of those sequences.
-    """
-
-    rows: tuple[int, ...]
-    made: Made
-    params: tuple[SamplingParams, ...]
-
-    def read(self) -> list[dict[int, Chosen]]:
-        """The new tokens, step by step and by row; waits for the device."""
-        steps = jax.device_get(self.made).steps()
-        each = [*zip(self.rows, self.params, strict=True)]
-        return [{row: _chosen(step, row, params) for row, params in each} for step in steps]
 
 
 class _Waiting(NamedTuple):
@@ -142,6 +87,7 @@ class LiveBatch:
         prefill: Prefill | None = None,
         max_logprobs: int | None = None,
         chunk: int = 512,
+        speculation: Speculation | None = None,
         ahead: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ):
@@ -156,14 +102,19 @@ class LiveBatch:
             max_logprobs: most alternatives whose log-probabilities may be asked for, 0 to 20;
                 None: no request may ask for log-probabilities.
             chunk: most tokens that are fed at a time; for so long the sequences that run wait.
+            speculation: "lookup" or a `ffjax.Lookup`, of up to 4 rows: steps take drafts of the
+                next tokens, as in `ffjax.generate`.
             ahead: compile all that any request may need now. False: what a request needs, when it
                 is placed.
             say: is told what is being compiled, in a line.
 
         Raises:
             ValueError: a number is out of its range; the fused kernel is named for more than 8
-                rows; the model has fewer positions than the capacity.
-            NotImplementedError: a named implementation cannot run here.
+                rows; the model has fewer positions than the capacity; there are too many rows for
+                speculation, or no such speculation.
+            TypeError: the speculation is no such thing.
+            NotImplementedError: a named implementation cannot run here, or speculation cannot; a
+                draft model is asked for.
         """
         if rows < 1 or chunk < 1:
             raise ValueError(f"A batch has rows and chunks of 1 and more, got {rows}, {chunk}.")
@@ -177,6 +128,8 @@ class LiveBatch:
                 f"The fused kernel takes 1 to {MAX_BATCH} sequences; got {rows}. "
                 "Ask for fewer, or use implementation='xla'."
             )
+        self._source = live_source(speculation, rows)
+        self._tokens = 1 if self._source is None else self._source.tokens or 1
         self.rows, self.capacity = rows, capacity
         self._model, self._parts = model, Parts.of(model)
         self._device, self._config = self._parts.device, model.config
@@ -199,8 +152,12 @@ class LiveBatch:
         self.implementation: Implementation = resolve_implementation(
             model, self._state.cache, implementation
         )
+        if self._tokens > 1 and self.implementation == "pallas":
+            reason = why_not_fused(model, rows, self._slots, self._tokens)
+            if reason is not None:
+                raise NotImplementedError(f"{reason} Or leave speculation out.")
         self._say = say
-        self._decoders: dict[Stages, Any] = {}
+        self._decoders: dict[tuple[Stages, bool], Any] = {}
         self._feeders: dict[int, Any] = {}
         self._first: Any = None
         self.compile_seconds = 0.0
@@ -213,8 +170,9 @@ class LiveBatch:
         """Empties the batch: no sequence, and a cache that holds nothing."""
         with self._settings():
             self._state = self._programs.start(
-                self._config, self.rows, self._slots, self._parts.dtype, self._all
+                self._config, self.rows, self._slots, self._parts.dtype, self._all, self._tokens
             )
+        self._repeats = None if self._source is None else Repeats()
         self._waiting: dict[int, _Waiting] = {}
         self._order: deque[int] = deque()  # of those that wait, the longest first
         self._running: dict[int, None] = {}
@@ -230,11 +188,18 @@ class LiveBatch:
         """Compiles steps of these kinds and chunks of these sizes, where they are not yet."""
         start = time.perf_counter()
         with self._settings():
-            for stages in kinds:
-                if stages not in self._decoders:
-                    self._say(f"compiling a block of steps{_told(stages)}")
+            speculates = [False] if self._source is None else [True, False]
+            for stages, drafts in itertools.product(kinds, speculates):
+                if (stages, drafts) not in self._decoders:
+                    told = f"{_told(stages)}{', with drafts' if drafts else ''}"
+                    self._say(f"compiling a block of steps{told}")
                     how = {"stages": stages, "implementation": self.implementation}
-                    self._decoders[stages] = self._programs.decode.get(*self._decode_args(), **how)
+                    programs = self._programs.decode
+                    if self._source is not None:
+                        programs = self._programs.speculate
+                        how |= {"source": self._source, "drafts": drafts}
+                    decoder = programs.get(*self._decode_args(), **how)
+                    self._decoders[stages, drafts] = decoder
             packed = self.prefill_implementation == "pallas"
             for size in sizes:
                 if size not in self._feeders:
@@ -317,6 +282,10 @@ class LiveBatch:
         seed = 0 if params.seed is None else params.seed
         own = row_of(params, stops, self._all)._replace(seeds=sequence_words(seed))
         new = Newcomer.of(row, kept, own, tokens, self._config.vocab_size)
+        if self._source is not None:
+            most = self.capacity - len(tokens)
+            limit = most if params.max_tokens is None else min(params.max_tokens, most)
+            new = new.with_text(tokens, self._slots, limit)
         self._state = self._programs.enter(self._state, new)
 
     @property
@@ -395,6 +364,8 @@ class LiveBatch:
         self.prepare(len(prompt) - keep, params)
         with self._settings():
             self._enter(row, prompt, keep, params, params.ends(eos))
+        if self._repeats is not None:
+            self._repeats.seen = True  # what is new may repeat
         self._params[row] = params
         self._waiting[row] = _Waiting(prompt, keep)
         self._order.append(row)
@@ -430,9 +401,10 @@ class LiveBatch:
         rows = tuple(self._running)
         params = tuple(self._params[row] for row in rows)
         stages = self._kind_for(params)
+        drafts = self._repeats is not None and self._repeats.seen
         with self._settings():
-            self._state, made = self._decoders[stages](*self._decode_args()[1:])
-        return Block(rows, made.sent(), params)
+            self._state, made = self._decoders[stages, drafts](*self._decode_args()[1:])
+        return Block(rows, made.sent(), params, self._repeats)
 
     def release(self, row: int) -> None:
         """Frees a row. Its cache keeps what it holds."""
@@ -446,8 +418,10 @@ class LiveBatch:
         """What a step that gave up waiting has said, a sentence; None if none did."""
         if self.implementation != "pallas":
             return None
-        fault = step_fault(self._model, self._state.cache)
-        return None if fault is None else str(fault)
+        for tokens in sorted({1, self._tokens}):
+            if (fault := step_fault(self._model, self._state.cache, tokens)) is not None:
+                return str(fault)
+        return None
 
 
 def _sizes(chunk: int) -> tuple[int, ...]:

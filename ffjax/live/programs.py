@@ -22,6 +22,8 @@ from ffjax.prefill.packing import PackedChunk
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.sampling.rows import Stages
+from ffjax.speculation.block import Going, plain_block, speculative_block
+from ffjax.speculation.source import Source
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream.mail import mail_words
 
@@ -143,6 +145,46 @@ def _decode(
     return state, made
 
 
+def _speculate(
+    graphdef: Any,
+    weights: Any,
+    state: LiveState,
+    running: Array,
+    *,
+    stages: Stages,
+    implementation: Implementation,
+    source: Source,
+    drafts: bool,
+) -> tuple[LiveState, Made]:
+    """Runs a block of steps that speculate, or of plain ones in their place, as `_decode`."""
+    assert state.known is not None and state.bounds is not None, "the batch speculates"
+    before = state.cache.lengths
+    # Where a sequence does not run, it has all its tokens.
+    bounds = state.bounds._replace(ends=jnp.where(running, state.bounds.ends, before))
+    history = state.history if stages.remembers else None
+    block = speculative_block if drafts else plain_block
+    going, made = block(
+        graphdef,
+        weights,
+        Going(state.cache, state.known, state.token, history),
+        bounds,
+        state.rows,
+        None,
+        stages=stages,
+        implementation=implementation,
+        source=source,
+    )
+    length = going.cache.lengths - bounds.begins
+    state = state._replace(
+        cache=going.cache,
+        token=jnp.where(running, going.token, state.token),
+        length=jnp.where(running, length, state.length),
+        history=state.history if going.history is None else going.history,
+        known=jnp.where(running[:, None], going.known, state.known),
+    )
+    return state, made
+
+
 class LivePrograms(NamedTuple):
     """The programs for a device."""
 
@@ -152,6 +194,7 @@ class LivePrograms(NamedTuple):
     feed_padded: Programs
     choose_first: Programs
     decode: Programs
+    speculate: Programs
 
 
 @functools.cache
@@ -169,10 +212,11 @@ def live_programs(device: Any) -> LivePrograms:
         return Programs(jitted)
 
     return LivePrograms(
-        start=jax.jit(empty_state, static_argnums=(0, 1, 2, 3, 4), compiler_options=options),
+        start=jax.jit(empty_state, static_argnums=(0, 1, 2, 3, 4, 5), compiler_options=options),
         enter=jax.jit(entered, donate_argnames=("state",), compiler_options=options),
         feed_packed=kept(_feed_packed, "gpu"),
         feed_padded=kept(_feed_padded),
         choose_first=kept(_choose_first, "stages", "normed"),
         decode=kept(_decode, "stages", "implementation"),
+        speculate=kept(_speculate, "stages", "implementation", "source", "drafts"),
     )

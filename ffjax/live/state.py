@@ -15,6 +15,7 @@ from ffjax.config import ModelConfig
 from ffjax.sampling.history import History
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Rows, Stages, rows_of
+from ffjax.speculation.block import Bounds
 
 __all__ = ["LiveState", "Newcomer", "empty_state", "entered"]
 
@@ -30,6 +31,9 @@ class LiveState(NamedTuple):
         history: what the prompt and the answer hold, `token` not included.
         last: float32 `[B, D]`, what the last layer returned for the last token of each prompt, or
             what the final norm made of it.
+        known: int32 `[B, S]`, the tokens of prompt and answer, `token` not included; None without
+            speculation.
+        bounds: between which lengths of its cache a sequence gets its tokens; None likewise.
     """
 
     cache: KVCache
@@ -38,6 +42,8 @@ class LiveState(NamedTuple):
     rows: Rows
     history: History
     last: Array
+    known: Array | None = None
+    bounds: Bounds | None = None
 
 
 class Newcomer(NamedTuple):
@@ -48,12 +54,16 @@ class Newcomer(NamedTuple):
         kept: int32, how many positions of the row's cache are its own already.
         rows: its parameters, with no axis `[B]`.
         prompt: bool `[V]`, which tokens its prompt holds.
+        known: int32 `[S]`, the tokens of its prompt; None without speculation.
+        bounds: its own, without the axis `[B]`; None likewise.
     """
 
     row: Any
     kept: Any
     rows: Rows
     prompt: Any
+    known: Any = None
+    bounds: Bounds | None = None
 
     @classmethod
     def of(cls, row: int, kept: int, rows: Rows, tokens: np.ndarray, vocab_size: int) -> Newcomer:
@@ -62,20 +72,30 @@ class Newcomer(NamedTuple):
         prompt[tokens] = True
         return cls(np.int32(row), np.int32(kept), rows, prompt)
 
+    def with_text(self, tokens: np.ndarray, slots: int, limit: int) -> Newcomer:
+        """The same for a batch that speculates: with its prompt, and room for so many tokens."""
+        known = np.zeros(slots, np.int32)
+        known[: len(tokens)] = tokens
+        # The cache holds the prompt when the answer has its first token.
+        begins = len(tokens) - 1
+        return self._replace(known=known, bounds=Bounds(np.int32(begins), np.int32(begins + limit)))
+
 
 def empty_state(
-    config: ModelConfig, batch: int, capacity: int, dtype: Any, stages: Stages
+    config: ModelConfig, batch: int, capacity: int, dtype: Any, stages: Stages, tokens: int
 ) -> LiveState:
-    """A batch without a sequence; `stages` are all that there may be."""
+    """A batch without a sequence; `stages` are all that there may be, and T with speculation."""
     nobody = [SamplingParams()] * batch
     rows = rows_of(nobody, [()] * batch, np.zeros((batch, 3), np.uint32), stages)
     return LiveState(
-        cache=KVCache.create(config, batch, capacity, dtype),
+        cache=KVCache.create(config, batch, capacity, dtype, tokens=tokens),
         token=jnp.zeros((batch,), jnp.int32),
         length=jnp.zeros((batch,), jnp.int32),
         rows=jax.tree.map(jnp.asarray, rows),
         history=History.empty(batch, config.vocab_size),
         last=jnp.zeros((batch, config.model_dim), jnp.float32),
+        known=jnp.zeros((batch, capacity), jnp.int32) if tokens > 1 else None,
+        bounds=Bounds(*jnp.zeros((2, batch), jnp.int32)) if tokens > 1 else None,
     )
 
 
@@ -84,9 +104,15 @@ def entered(state: LiveState, new: Newcomer) -> LiveState:
     cache = state.cache
     lengths = cache.lengths.at[new.row].set(new.kept)
     history = state.history
+
+    def with_own(all_: Any, one: Any) -> Any:
+        return jax.tree.map(lambda a, own: a.at[new.row].set(own), all_, one)
+
     return state._replace(
+        known=with_own(state.known, new.known),
+        bounds=with_own(state.bounds, new.bounds),
         cache=dataclasses.replace(cache, lengths=lengths),
-        rows=jax.tree.map(lambda all_, one: all_.at[new.row].set(one), state.rows, new.rows),
+        rows=with_own(state.rows, new.rows),
         history=History(
             history.prompt.at[new.row].set(new.prompt), history.counts.at[new.row].set(0)
         ),

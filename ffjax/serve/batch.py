@@ -56,7 +56,7 @@ class Block(Protocol):
         ...
 
     def read(self) -> Sequence[Mapping[int, Any]]:
-        """Step by step, what each row got; waits for the device."""
+        """Step by step, what each row got, where it got something; waits for the device."""
         ...
 
 

@@ -384,7 +384,7 @@ class Scheduler:
                 continue
             count, before = len(job.tokens), job.last
             try:
-                events = job.take([step[row] for step in steps], self._batch, now)
+                events = job.take([step[row] for step in steps if row in step], self._batch, now)
             except Exception as error:  # of its text
                 self._on_error(error)
                 events = [server_error(f"The answer's text failed: {sentence(error)}")]

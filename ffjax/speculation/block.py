@@ -193,6 +193,7 @@ def plain_block(
     start, ahead = going.cache.lengths, jnp.arange(BLOCK)
     number = start - bounds.begins
     how: Any = {"stages": stages, "implementation": implementation}
+    how |= {"running": start < bounds.ends}
     cache, _, _, history, made = decode_block(
         graphdef, state, going.cache, going.token, number, rows, going.history, **how
     )

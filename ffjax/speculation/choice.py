@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from ffjax.prefill.choice import Prefill
     from ffjax.requests import Request
 
-__all__ = ["MAX_SEQUENCES", "SPECULATIONS", "Speculation", "checked_speculation", "loop_for"]
+__all__ = [
+    "MAX_SEQUENCES",
+    "SPECULATIONS",
+    "Speculation",
+    "checked_speculation",
+    "live_source",
+    "loop_for",
+]
 
 SPECULATIONS = ("none", "lookup")
 """What speculation is called."""
@@ -73,6 +80,35 @@ def _for_batch(asked: Any, batch: int) -> Any:
             f"for {asked.tokens} of each of {batch}. Ask for up to {MAX_BATCH // batch}."
         )
     return asked
+
+
+def live_source(speculation: Speculation | None, rows: int) -> Lookup | None:
+    """Where the drafts of a live batch come from, T chosen; None: there are none.
+
+    Args:
+        speculation: what is asked for.
+        rows: B.
+
+    Raises:
+        ValueError: there are too many rows, or tokens of each, or no such speculation.
+        TypeError: it is something else.
+        NotImplementedError: a draft model is asked for.
+    """
+    asked = checked_speculation(speculation)
+    if asked is None:
+        return None
+    if isinstance(asked, Draft):
+        raise NotImplementedError(
+            "A batch whose sequences come and go has no draft model: it would need a cache that "
+            "comes and goes, too. Ask for speculation='lookup', or use generate or stream."
+        )
+    if rows > MAX_SEQUENCES:
+        raise ValueError(
+            f"Speculation takes 1 to {MAX_SEQUENCES} sequences at a time, since a step has room "
+            f"for {MAX_BATCH} tokens; this batch has {rows}. Ask for fewer, or leave speculation "
+            "out."
+        )
+    return _for_batch(asked, rows)
 
 
 def loop_for(

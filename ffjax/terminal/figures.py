@@ -20,6 +20,8 @@ def figures(answer: Answer, first_seconds: float | None) -> str:
     said = [f"{count} token{'' if count == 1 else 's'}"]
     if math.isfinite(rate) and rate > 0:
         said.append(f"{rate:.1f} tokens/s")
+    if answer.accepted is not None and math.isfinite(answer.tokens_per_step):
+        said.append(f"{answer.tokens_per_step:.2f} tokens a step")
     if first_seconds is not None:
         said.append(f"first after {first_seconds:.2f} s")
     said.append(f"{answer.cached_tokens} of {answer.prompt_tokens} context tokens cached")

@@ -40,6 +40,16 @@ class Answer(Protocol):
         ...
 
     @property
+    def accepted(self) -> int | None:
+        """How many tokens were drafts that were right; None where there were no drafts."""
+        ...
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Of the decode steps; NaN where there were none."""
+        ...
+
+    @property
     def tokens_per_second(self) -> float:
         """Of the decode steps; NaN where there were none."""
         ...

@@ -13,6 +13,7 @@ from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.sampling.params import SamplingParams
 from ffjax.speculation.choice import Speculation, checked_speculation
+from ffjax.speculation.lookup import Lookup
 from ffjax.text.asked import Asked, completed, prompt_tokens, samples, with_overrides
 from ffjax.text.batches import TextBatch, texts
 from ffjax.text.completion import Completion
@@ -53,8 +54,8 @@ class Generator:
             sampling: how tokens are chosen where a call does not say. None: greedily.
             implementation: of the decode steps; see `ffjax.generate`.
             prefill: of the prefill; see `ffjax.generate`.
-            speculation: of `generate` and `stream`; see `ffjax.generate`. Prompts then run up to 4
-                at a time. Conversations do without.
+            speculation: see `ffjax.generate`. Prompts then run up to 4 at a time. Conversations
+                look drafts up, or do without: they have no draft model.
 
         Raises:
             ValueError: there is no speculation of that name, or the draft model does not fit.
@@ -237,6 +238,7 @@ class Generator:
             self.tokenizer,
             sampling=self.sampling,
             capacity=capacity,
+            speculation=self._speculation if isinstance(self._speculation, Lookup) else None,
             **self._how,
         )
 

@@ -12,7 +12,7 @@ from ffjax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from ffjax.decode import Implementation
     from ffjax.generation import FinishReason
-    from ffjax.live.batch import Chosen
+    from ffjax.live.made import Chosen
     from ffjax.prefill.choice import Prefill
 
 __all__ = ["Reply"]
@@ -36,6 +36,7 @@ class Reply:
         implementation: Implementation,
         prefill: Prefill,
         compile_seconds: float,
+        speculates: bool = False,
     ):
         """Starts without a token.
 
@@ -46,6 +47,7 @@ class Reply:
             implementation: of the decode steps.
             prefill: of the prefill.
             compile_seconds: spent on compiling for it.
+            speculates: whether steps may take drafts.
         """
         self.asked = asked
         self.read: list[int] = []
@@ -63,6 +65,7 @@ class Reply:
             "compile_seconds": compile_seconds,
         }
         self._start = self._first = self._last = 0.0
+        self._accepted = 0 if speculates else None
         self._closed = False
 
     def started(self, now: float) -> None:
@@ -85,6 +88,8 @@ class Reply:
             self._first = now
         self._last = now
         self.read.append(chosen.token)
+        if self._accepted is not None:
+            self._accepted += chosen.drafted
         if chosen.token in self._stops:
             self.finish_reason, self._stop_reason = "stop", chosen.token
             return self._finish()
@@ -120,5 +125,6 @@ class Reply:
             seed=params.seed or 0,
             prefill_seconds=self._first - self._start,
             decode_seconds=self._last - self._first,
+            accepted=self._accepted,
             **self._how,
         )

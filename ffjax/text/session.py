@@ -17,6 +17,7 @@ from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.requests import check_params
 from ffjax.sampling.params import MAX_LOGPROBS, SamplingParams
+from ffjax.speculation.choice import Speculation, live_source
 from ffjax.text.asked import Asked, completed, with_overrides
 from ffjax.text.conversation import conversation_tokens
 from ffjax.text.reply import Reply
@@ -53,6 +54,7 @@ class ChatSession:
         capacity: int | None = None,
         implementation: Implementation | None = None,
         prefill: Prefill | None = None,
+        speculation: Speculation | None = None,
     ):
         """Allocates nothing yet.
 
@@ -63,17 +65,25 @@ class ChatSession:
             capacity: positions of the cache to begin with. None: what the first reply needs.
             implementation: of the decode steps; see `ffjax.generate`.
             prefill: of the prefill; see `ffjax.generate`.
+            speculation: None, "lookup" or a `ffjax.Lookup`; see `ffjax.generate`.
 
         Raises:
-            ValueError: the capacity is no whole number from 2.
+            ValueError: the capacity is no whole number from 2, or there is no such speculation.
+            TypeError: the speculation is no such thing.
+            NotImplementedError: it is a draft model.
         """
+        self._speculates = live_source(speculation, 1) is not None
         whole = isinstance(capacity, int) and not isinstance(capacity, bool)
         if capacity is not None and not (whole and capacity >= 2):
             raise ValueError(f"The capacity of a session is a number from 2, got {capacity!r}.")
         self._model, self._tokenizer = model, tokenizer
         self._sampling = SamplingParams() if sampling is None else sampling
         self._least = _LEAST_CAPACITY if capacity is None else capacity
-        self._how: dict[str, Any] = {"implementation": implementation, "prefill": prefill}
+        self._how: dict[str, Any] = {
+            "implementation": implementation,
+            "prefill": prefill,
+            "speculation": speculation,
+        }
         self._batch: LiveBatch | None = None
         self._max_logprobs: int | None = None
         self._held: list[int] = []  # what the cache holds for certain, from its beginning on
@@ -173,6 +183,7 @@ class ChatSession:
             implementation=batch.implementation,
             prefill=batch.prefill_implementation,
             compile_seconds=batch.compile_seconds - before,
+            speculates=self._speculates,
         )
         stream = TextStream(self._pieces(batch, reply), reply.completion)
         self._running = weakref.ref(stream)
