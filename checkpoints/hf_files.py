@@ -30,9 +30,7 @@ __all__ = [
     "check_dtypes",
     "dtype_name",
     "find_tensors",
-    "parts_of",
     "read_header",
-    "read_into",
     "same_numbers",
     "some",
     "truncated",
@@ -81,6 +79,35 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    def parts(self) -> list[slice]:
+        """The numbers of the tensor in parts that can be read side by side."""
+        count = math.prod(self.shape)
+        size = _PART_BYTES // _DTYPES[self.dtype].itemsize
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+        """Reads the tensor into an array, rounding where the array's dtype is another.
+
+        Args:
+            out: contiguous, of the tensor's shape; bfloat16 or float32.
+            part: which of the numbers, one of `parts`; all of them if not said.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        flat = out.reshape(-1)[part]
+        stored = _DTYPES[self.dtype]
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset + (part.start or 0) * stored.itemsize)
+            if stored == out.dtype:
+                _fill(file, flat.view(np.uint8), self)
+                return
+            block = np.empty(min(flat.size, _BLOCK_BYTES // stored.itemsize), stored)
+            for start in range(0, flat.size, block.size):
+                filled = block[: flat.size - start]
+                _fill(file, filled.view(np.uint8), self)
+                flat[start : start + filled.size] = filled
 
 
 def truncated(file: Path, found: int, needed: int) -> CheckpointError:
@@ -279,38 +306,6 @@ def some(names: Iterable[str], most: int = 20, between: str = ", ") -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more
-
-
-def parts_of(tensor: StoredTensor) -> list[slice]:
-    """The numbers of a tensor in parts that can be read side by side."""
-    count = math.prod(tensor.shape)
-    size = _PART_BYTES // _DTYPES[tensor.dtype].itemsize
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def read_into(tensor: StoredTensor, out: np.ndarray, part: slice = _ALL) -> None:
-    """Reads a tensor into an array, rounding where the array's dtype is another.
-
-    Args:
-        tensor: the tensor.
-        out: contiguous, of the tensor's shape; bfloat16 or float32.
-        part: which of the numbers, one of `parts_of`; all of them if not said.
-
-    Raises:
-        CheckpointError: the file ends before the tensor does.
-    """
-    flat = out.reshape(-1)[part]
-    stored = _DTYPES[tensor.dtype]
-    with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.offset + (part.start or 0) * stored.itemsize)
-        if stored == out.dtype:
-            _fill(file, flat.view(np.uint8), tensor)
-            return
-        block = np.empty(min(flat.size, _BLOCK_BYTES // stored.itemsize), stored)
-        for start in range(0, flat.size, block.size):
-            filled = block[: flat.size - start]
-            _fill(file, filled.view(np.uint8), tensor)
-            flat[start : start + filled.size] = filled
 
 
 def _fill(file: BinaryIO, out: np.ndarray, tensor: StoredTensor) -> None:

@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from flax import nnx
-
-from checkpoints.arrays import lay_out, write_array
-from checkpoints.atomic import written_beside
 from checkpoints.hf_adapter import ADAPTER, refuse_adapter
 from checkpoints.hf_config import architecture_of, config_from_hf, read_config
 from checkpoints.hf_fields import CONFIG
 from checkpoints.hf_files import (
     StoredTensor,
     check_dtypes,
-    dtype_name,
     find_tensors,
-    parts_of,
-    read_into,
     same_numbers,
-    some,
 )
-from checkpoints.hf_table import NameRules, Slot, slots_of
+from checkpoints.hf_table import NameRules, slots_of
 from checkpoints.hf_token_ids import check_end_tokens
-from checkpoints.host_arrays import empty
+from checkpoints.incoming import (
+    Conversion,
+    Incoming,
+    check_tensors,
+    load_incoming,
+    write_incoming,
+)
 from checkpoints.manifest import (
     HF_FILES,
     MANIFEST,
-    WEIGHTS,
     CheckpointError,
-    Manifest,
     a_file,
     nothing_at,
     supported_dtype,
 )
 from checkpoints.places import check_apart, check_free, real_path
-from checkpoints.skeleton import array_shapes, nested, skeleton
-from ffjax.config import ModelConfig
+from checkpoints.skeleton import array_shapes
 from ffjax.model import Transformer
 from ffjax.settings import own_settings
 
 __all__ = [
     "COMPANIONS",
-    "Conversion",
     "HFFolder",
     "companions_in",
     "convert_hf",
@@ -61,11 +48,6 @@ __all__ = [
     "keep_companions",
     "load_hf",
 ]
-
-_log = logging.getLogger("ffjax.folders")
-
-# Threads that read: a disk is at its fastest with several requests at a time.
-_MOST_THREADS = 16
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -123,25 +105,11 @@ def keep_companions(directory: Path, checkpoint: Path) -> list[str]:
     return names
 
 
-@dataclasses.dataclass(frozen=True)
-class HFFolder:
-    """A Hugging Face model on disk, checked from end to end, its numbers not yet read.
+class HFFolder(Incoming):
+    """A Hugging Face model on disk, checked from end to end, its numbers not yet read."""
 
-    Attributes:
-        directory: where it lies.
-        architecture: what its `config.json` calls it.
-        config: its configuration as ours.
-        slots: for each of our arrays the places of its tensors.
-        tensors: every tensor, by its name in the table.
-        left_out: names of tensors in its files that the model has no use for.
-    """
-
-    directory: Path
-    architecture: str
-    config: ModelConfig
-    slots: dict[str, list[Slot]]
-    tensors: dict[str, StoredTensor]
-    left_out: list[str]
+    form = "huggingface"
+    whole = ("F32", "F16", "BF16")
 
     @classmethod
     def open(cls, directory: Path, *, ignore_fields: Collection[str] = ()) -> HFFolder:
@@ -182,79 +150,12 @@ class HFFolder:
         if config.tied_embeddings and _HEAD in tensors and _EMBED in tensors:
             _check_tied(directory, tensors[_HEAD], tensors[_EMBED])
             left_out.append(tensors.pop(_HEAD).name)
-        _check_names(directory, config, slots, tensors)
-        _check_shapes(directory, slots, tensors)
+        check_tensors(directory, config, slots, tensors, says=CONFIG)
         return cls(directory, architecture, config, slots, tensors, left_out)
 
-    @property
-    def dtypes(self) -> dict[str, int]:
-        """How many of the tensors have which dtype, as safetensors calls them."""
-        return dict(sorted(Counter(tensor.dtype for tensor in self.tensors.values()).items()))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors in the files."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def source(self, dtype: Any, ignored: Collection[str] = ()) -> dict[str, Any]:
-        """Where weights of a dtype that are made of this folder come from, for a manifest.
-
-        Args:
-            dtype: bfloat16 or float32.
-            ignored: fields of config.json that were left out.
-        """
-        source = {
-            "format": "huggingface",
-            "name": self.config.name,
-            "architecture": self.architecture,
-            "dtypes": self.dtypes,
-            "rounded": self.rounded(dtype),
-            "left_out": self.left_out,
-        }
-        return source | ({"ignored_fields": sorted(ignored)} if ignored else {})
-
-    def rounded(self, dtype: Any) -> dict[str, int]:
-        """How many tensors, of which dtype, the given one cannot hold exactly."""
-        held = ("F32", "F16", "BF16") if dtype_name(dtype) == "F32" else (dtype_name(dtype),)
-        return {name: count for name, count in self.dtypes.items() if name not in held}
-
-    def arrays(
-        self, dtype: Any, progress: Callable[[int], None] | None = None
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """Our arrays, filled from the files by several threads.
-
-        One array exists at a time, as long as the caller keeps no other.
-
-        Args:
-            dtype: bfloat16 or float32.
-            progress: is told, after each tensor, the bytes that were read.
-        """
-        pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
-        try:
-            for name, shape in array_shapes(self.config, dtype).items():
-                array = empty(shape.shape, shape.dtype)
-                under_way = [
-                    (tensor, [pool.submit(read_into, tensor, out, part) for part in parts])
-                    for tensor, out, parts in self._pieces(name, array)
-                ]
-                for tensor, reads in under_way:
-                    for read in reads:
-                        read.result()
-                    if progress is not None:
-                        progress(tensor.nbytes)
-                del under_way
-                yield name, array
-                del array  # before the next is allocated
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _pieces(
-        self, name: str, array: np.ndarray
-    ) -> Iterator[tuple[StoredTensor, np.ndarray, list[slice]]]:
-        """Of every tensor of one of our arrays: where it goes, and its parts."""
-        for slot in self.slots[name]:
-            tensor = self.tensors[slot.theirs]
-            yield tensor, array[slot.place], parts_of(tensor)
+    def keep_companions(self, checkpoint: Path) -> list[str]:
+        """Copies the tokenizer's files and the like; see `Incoming`."""
+        return keep_companions(self.path, checkpoint)
 
 
 def _name_of(directory: Path) -> str:
@@ -272,43 +173,6 @@ def _check_tied(directory: Path, head: StoredTensor, embed: StoredTensor) -> Non
             f"{CONFIG} of {directory} says that the head is the embedding "
             f"(tie_word_embeddings), and {head.name} differs from {embed.name}. If the head is "
             "one of its own, set tie_word_embeddings to false there."
-        )
-
-
-def _check_names(
-    directory: Path,
-    config: ModelConfig,
-    slots: dict[str, list[Slot]],
-    tensors: dict[str, StoredTensor],
-) -> None:
-    wanted = {slot.theirs for mine in slots.values() for slot in mine}
-    missing = sorted(wanted - tensors.keys())
-    unknown = sorted(tensor.name for name, tensor in tensors.items() if name not in wanted)
-    if missing or unknown:
-        wrong = [
-            f"{len(names)} {what}: {some(names)}"
-            for names, what in ((missing, "missing"), (unknown, "unknown"))
-            if names
-        ]
-        raise CheckpointError(
-            f"The tensors in {directory} are not those of a {config.family} model with the sizes "
-            f"in its {CONFIG}; {'; '.join(wrong)}."
-        )
-
-
-def _check_shapes(
-    directory: Path, slots: dict[str, list[Slot]], tensors: dict[str, StoredTensor]
-) -> None:
-    wrong = [
-        f"{tensor.name} is {list(tensor.shape)}, expected {list(slot.shape)}"
-        for mine in slots.values()
-        for slot in mine
-        if (tensor := tensors[slot.theirs]).shape != slot.shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"The tensors in {directory} have not the shapes that its {CONFIG} gives them: "
-            f"{some(wrong, most=3, between='; ')}."
         )
 
 
@@ -331,42 +195,7 @@ def load_hf(
     """
     folder = HFFolder.open(real_path(directory), ignore_fields=ignore_fields)
     dtype = supported_dtype("The weights are loaded as", "bfloat16" if dtype is None else dtype)
-    if rounded := folder.rounded(dtype):
-        _log.info("%s: %s.", folder.config.name, rounding_note(rounded, dtype))
-    model = skeleton(folder.config, dtype)
-    state = nnx.state(model, nnx.Param)
-    weights = {}
-    for name, array in folder.arrays(dtype):
-        weights[name] = jax.device_put(array)
-        del array
-    nnx.replace_by_pure_dict(state, nested(weights))
-    nnx.update(model, state)
-    return model
-
-
-def rounding_note(rounded: dict[str, int], dtype: Any) -> str:
-    """A clause that says how many tensors were rounded."""
-    counts = " and ".join(f"{count} of {name}" for name, count in rounded.items())
-    return f"tensors were rounded to {np.dtype(dtype).name}: {counts}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """What a conversion made.
-
-    Attributes:
-        config: of the model.
-        dtype: of the checkpoint's weights.
-        rounded: how many tensors of which dtype were rounded to it.
-        left_out: names of tensors that the model has no use for.
-        companions: files that were kept beside the weights.
-    """
-
-    config: ModelConfig
-    dtype: str
-    rounded: dict[str, int]
-    left_out: list[str]
-    companions: list[str]
+    return load_incoming(folder, dtype)
 
 
 @own_settings()
@@ -411,22 +240,11 @@ def convert_hf(
     check_free(path, overwrite)
     check_apart(path, directory := real_path(directory))
     folder = HFFolder.open(directory, ignore_fields=ignore_fields)
-    total, read = folder.nbytes, 0
-
-    def count(nbytes: int) -> None:
-        nonlocal read
-        read += nbytes
-        if progress is not None:
-            progress(read, total)
-
-    rounded = folder.rounded(dtype)
-    source = folder.source(dtype, ignore_fields)
-    manifest = Manifest(config=folder.config, dtype=dtype.name, source=source, files={})
-    with written_beside(path, lambda: check_free(path, overwrite)) as partial:
-        lay_out(partial / WEIGHTS, array_shapes(folder.config, dtype))
-        for name, array in folder.arrays(dtype, count):
-            write_array(partial / WEIGHTS, name, array)
-            del array
-        companions = keep_companions(folder.directory, partial)
-        manifest.write(partial)
-    return Conversion(folder.config, dtype.name, rounded, folder.left_out, companions)
+    return write_incoming(
+        folder,
+        path,
+        dtype=dtype,
+        overwrite=overwrite,
+        ignored=ignore_fields,
+        progress=progress,
+    )

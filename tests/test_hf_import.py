@@ -240,7 +240,7 @@ def test_a_shard_that_is_cut_short_while_it_is_read(folder):
     tensor = hf_files.find_tensors(folder)[Q]
     os.truncate(tensor.file, tensor.offset + tensor.nbytes - 1)
     with pytest.raises(checkpoints.CheckpointError, match="is damaged: it has"):
-        hf_files.read_into(tensor, np.empty(tensor.shape, jnp.bfloat16))
+        tensor.read_into(np.empty(tensor.shape, jnp.bfloat16))
 
 
 def test_a_header_that_is_none(folder):
@@ -395,7 +395,7 @@ def broken_off(monkeypatch, error: BaseException) -> None:
             raise error
         write(directory, name, array)
 
-    monkeypatch.setattr("checkpoints.hf_import.write_array", fails)
+    monkeypatch.setattr("checkpoints.incoming.write_array", fails)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
@@ -517,7 +517,7 @@ def test_an_array_is_gone_before_the_next_is_made(sharded, tmp_path, monkeypatch
         made.append(weakref.ref(array))
         return array
 
-    monkeypatch.setattr("checkpoints.hf_import.empty", empty)
+    monkeypatch.setattr("checkpoints.incoming.empty", empty)
     checkpoints.convert_hf(sharded, tmp_path / "ours")
     assert len(made) == 9
 

@@ -49,7 +49,7 @@ def _unusable(path: str, config: ModelConfig) -> str | None:
 def run(args: argparse.Namespace) -> int:
     """Prints what was made on stdout; the progress and what it took on stderr."""
     import checkpoints
-    from checkpoints.hf_import import rounding_note
+    from checkpoints.incoming import rounding_note
     from ffjax.commands.progress import byte_bar, peak_host_memory
     from ffjax.tokenizer import ByteTokenizer
 

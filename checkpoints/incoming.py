@@ -1,0 +1,330 @@
+"""Models that come in from elsewhere: onto the device, or into a checkpoint of ours.
+
+A folder of Hugging Face and a GGUF file differ in how they are opened. What follows is the same.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+from checkpoints.arrays import lay_out, write_array
+from checkpoints.atomic import written_beside
+from checkpoints.hf_files import dtype_name, some
+from checkpoints.hf_table import Slot
+from checkpoints.host_arrays import empty
+from checkpoints.manifest import WEIGHTS, CheckpointError, Manifest
+from checkpoints.places import check_free
+from checkpoints.skeleton import array_shapes, nested, skeleton
+from ffjax.config import ModelConfig
+from ffjax.model import Transformer
+
+__all__ = [
+    "Conversion",
+    "Incoming",
+    "Stored",
+    "check_tensors",
+    "load_incoming",
+    "rounding_note",
+    "write_incoming",
+]
+
+_log = logging.getLogger("ffjax.folders")
+
+# Threads that read: a disk is at its fastest with several requests at a time.
+_MOST_THREADS = 16
+
+
+class Stored(Protocol):
+    """A tensor in a file, not yet read."""
+
+    @property
+    def name(self) -> str:
+        """Its name there."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """What the file's format calls its numbers: "BF16", "Q4_K"."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, that of a matrix [out, in]."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of the file it takes."""
+        ...
+
+    def parts(self) -> list[slice]:
+        """Parts that can be read side by side."""
+        ...
+
+    def read_into(self, out: np.ndarray, part: slice) -> None:
+        """Reads one of the parts into an array of the whole tensor's shape, rounding to its dtype.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Incoming(abc.ABC):
+    """A model on disk, checked from end to end, its numbers not yet read.
+
+    Attributes:
+        path: where it lies.
+        architecture: what it calls itself.
+        config: its configuration as ours.
+        slots: for each of our arrays the places of its tensors.
+        tensors: every tensor, by its name in the table of names.
+        left_out: names of tensors in its files that the model has no use for.
+        form: what a manifest calls its format.
+        whole: dtypes of its tensors that float32 holds exactly.
+    """
+
+    path: Path
+    architecture: str
+    config: ModelConfig
+    slots: dict[str, list[Slot]]
+    tensors: Mapping[str, Stored]
+    left_out: list[str]
+
+    form: ClassVar[str]
+    whole: ClassVar[Collection[str]]
+
+    @abc.abstractmethod
+    def keep_companions(self, checkpoint: Path) -> list[str]:
+        """Puts what lies beside a model's weights into a checkpoint that is being written.
+
+        Args:
+            checkpoint: the directory of the checkpoint.
+
+        Returns:
+            The relative paths of those there were.
+        """
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many of the tensors have which dtype, as the files call them."""
+        return dict(sorted(Counter(tensor.dtype for tensor in self.tensors.values()).items()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def source(self, dtype: Any, ignored: Collection[str] = ()) -> dict[str, Any]:
+        """Where weights of a dtype that are made of this model come from, for a manifest.
+
+        Args:
+            dtype: bfloat16 or float32.
+            ignored: fields of its configuration that were left out.
+        """
+        source = {
+            "format": self.form,
+            "name": self.config.name,
+            "architecture": self.architecture,
+            "dtypes": self.dtypes,
+            "rounded": self.rounded(dtype),
+            "left_out": self.left_out,
+        }
+        return source | ({"ignored_fields": sorted(ignored)} if ignored else {})
+
+    def rounded(self, dtype: Any) -> dict[str, int]:
+        """How many tensors, of which dtype, the given one cannot hold exactly."""
+        held = self.whole if dtype_name(dtype) == "F32" else (dtype_name(dtype),)
+        return {name: count for name, count in self.dtypes.items() if name not in held}
+
+    def arrays(
+        self, dtype: Any, progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Our arrays, filled from the files by several threads.
+
+        One array exists at a time, as long as the caller keeps no other.
+
+        Args:
+            dtype: bfloat16 or float32.
+            progress: is told, after each tensor, the bytes that were read.
+        """
+        pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
+        try:
+            for name, shape in array_shapes(self.config, dtype).items():
+                array = empty(shape.shape, shape.dtype)
+                under_way = [
+                    (tensor, [pool.submit(tensor.read_into, out, part) for part in parts])
+                    for tensor, out, parts in self._pieces(name, array)
+                ]
+                for tensor, reads in under_way:
+                    for read in reads:
+                        read.result()
+                    if progress is not None:
+                        progress(tensor.nbytes)
+                del under_way
+                yield name, array
+                del array  # before the next is allocated
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _pieces(
+        self, name: str, array: np.ndarray
+    ) -> Iterator[tuple[Stored, np.ndarray, list[slice]]]:
+        """Of every tensor of one of our arrays: where it goes, and its parts."""
+        for slot in self.slots[name]:
+            tensor = self.tensors[slot.theirs]
+            yield tensor, array[slot.place], tensor.parts()
+
+
+def check_tensors(
+    where: Path,
+    config: ModelConfig,
+    slots: Mapping[str, list[Slot]],
+    tensors: Mapping[str, Stored],
+    *,
+    says: str,
+    called: Callable[[Slot], str] = lambda slot: slot.theirs,
+) -> None:
+    """Whether the tensors are those of the configuration, each of its shape.
+
+    Args:
+        where: the folder or file, for messages.
+        config: the configuration.
+        slots: the places of all tensors, by our array.
+        tensors: those there are, by the name in the table.
+        says: where sizes are given, as in "config.json".
+        called: what a tensor is called there.
+
+    Raises:
+        CheckpointError: some are missing, unknown, or of another shape.
+    """
+    wanted = {slot.theirs: slot for mine in slots.values() for slot in mine}
+    missing = sorted(called(slot) for name, slot in wanted.items() if name not in tensors)
+    unknown = sorted(tensor.name for name, tensor in tensors.items() if name not in wanted)
+    if missing or unknown:
+        wrong = [
+            f"{len(names)} {what}: {some(names)}"
+            for names, what in ((missing, "missing"), (unknown, "unknown"))
+            if names
+        ]
+        raise CheckpointError(
+            f"The tensors in {where} are not those of a {config.family} model with the sizes "
+            f"in its {says}; {'; '.join(wrong)}."
+        )
+    misshapen = [
+        f"{tensor.name} is {list(tensor.shape)}, expected {list(slot.shape)}"
+        for name, slot in wanted.items()
+        if (tensor := tensors[name]).shape != slot.shape
+    ]
+    if misshapen:
+        raise CheckpointError(
+            f"The tensors in {where} have not the shapes that its {says} gives them: "
+            f"{some(misshapen, most=3, between='; ')}."
+        )
+
+
+def load_incoming(incoming: Incoming, dtype: Any) -> Transformer:
+    """Loads a model onto the default device.
+
+    Beside the model on the device, the host holds one of its arrays at a time.
+
+    Args:
+        incoming: the model.
+        dtype: bfloat16 or float32.
+
+    Raises:
+        CheckpointError: a file was cut short since it was opened.
+    """
+    if rounded := incoming.rounded(dtype):
+        _log.info("%s: %s.", incoming.config.name, rounding_note(rounded, dtype))
+    model = skeleton(incoming.config, dtype)
+    state = nnx.state(model, nnx.Param)
+    weights = {}
+    for name, array in incoming.arrays(dtype):
+        weights[name] = jax.device_put(array)
+        del array
+    nnx.replace_by_pure_dict(state, nested(weights))
+    nnx.update(model, state)
+    return model
+
+
+def rounding_note(rounded: dict[str, int], dtype: Any) -> str:
+    """A clause that says how many tensors were rounded."""
+    counts = " and ".join(f"{count} of {name}" for name, count in rounded.items())
+    return f"tensors were rounded to {np.dtype(dtype).name}: {counts}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion made.
+
+    Attributes:
+        config: of the model.
+        dtype: of the checkpoint's weights.
+        rounded: how many tensors of which dtype were rounded to it.
+        left_out: names of tensors that the model has no use for.
+        companions: files that were kept beside the weights.
+    """
+
+    config: ModelConfig
+    dtype: str
+    rounded: dict[str, int]
+    left_out: list[str]
+    companions: list[str]
+
+
+def write_incoming(
+    incoming: Incoming,
+    path: Path,
+    *,
+    dtype: Any,
+    overwrite: bool,
+    ignored: Collection[str],
+    progress: Callable[[int, int], None] | None,
+) -> Conversion:
+    """Makes a checkpoint of a model; see `convert_hf`.
+
+    Args:
+        incoming: the model.
+        path: the checkpoint to make, in full.
+        dtype: bfloat16 or float32.
+        overwrite: whether a checkpoint already at `path` may be replaced.
+        ignored: fields that were left out.
+        progress: is told, after each tensor, how many bytes were read and of how many.
+
+    Raises:
+        FileExistsError: there is something at `path`.
+        CheckpointError: the checkpoint cannot be written.
+    """
+    total, read = incoming.nbytes, 0
+
+    def count(nbytes: int) -> None:
+        nonlocal read
+        read += nbytes
+        if progress is not None:
+            progress(read, total)
+
+    rounded = incoming.rounded(dtype)
+    source = incoming.source(dtype, ignored)
+    manifest = Manifest(config=incoming.config, dtype=dtype.name, source=source, files={})
+    with written_beside(path, lambda: check_free(path, overwrite)) as partial:
+        lay_out(partial / WEIGHTS, array_shapes(incoming.config, dtype))
+        for name, array in incoming.arrays(dtype, count):
+            write_array(partial / WEIGHTS, name, array)
+            del array
+        companions = incoming.keep_companions(partial)
+        manifest.write(partial)
+    return Conversion(incoming.config, dtype.name, rounded, incoming.left_out, companions)
