@@ -12,6 +12,7 @@ import numpy as np
 
 from checkpoints.arrays import read_array
 from checkpoints.atomic import written_beside
+from checkpoints.gguf import is_gguf
 from checkpoints.hf_config import config_to_hf
 from checkpoints.hf_fields import CONFIG
 from checkpoints.hf_files import INDEX, SINGLE, TensorWriter
@@ -80,6 +81,11 @@ def export_hf(
     path = real_path(path)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}.")
+    if is_gguf(checkpoint):
+        raise CheckpointError(
+            f"An export starts from a checkpoint of ffjax; {checkpoint} is a GGUF file. Convert it "
+            "first (`ffjax convert`)."
+        )
     if is_hf_folder(checkpoint):
         raise CheckpointError(
             f"An export starts from a checkpoint of ffjax; {checkpoint} is a Hugging Face folder. "

@@ -19,10 +19,11 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints.manifest import CheckpointError
+from checkpoints.manifest import CheckpointError, a_gguf_file
 
 __all__ = [
     "INDEX",
+    "LFS_POINTER",
     "SINGLE",
     "StoredTensor",
     "TensorWriter",
@@ -50,7 +51,7 @@ _DTYPES = {
 _NO_WEIGHTS = ("BOOL", "I64", "U64")
 
 # How a file begins that Git LFS left in place of a large one.
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 # The longest header that the safetensors library accepts: more is no header.
 _LONGEST_HEADER = 100_000_000
 
@@ -128,7 +129,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as opened:
         first = opened.read(8)
-        if first == _LFS_POINTER[:8] and opened.read(len(_LFS_POINTER) - 8) == _LFS_POINTER[8:]:
+        if first == LFS_POINTER[:8] and opened.read(len(LFS_POINTER) - 8) == LFS_POINTER[8:]:
             raise CheckpointError(
                 f"{file} is a pointer of Git LFS, which stands for the weights and does not hold "
                 "them. Run `git lfs pull` there, or download the file."
@@ -209,8 +210,9 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         )
     else:
         raise CheckpointError(
-            f"A Hugging Face folder has {SINGLE} or {INDEX}; {directory} has neither. Weights in "
-            "other formats (pytorch_model.bin, gguf) are not supported: save them as safetensors."
+            a_gguf_file(directory)
+            or f"A Hugging Face folder has {SINGLE} or {INDEX}; {directory} has neither. Weights "
+            "in other formats (pytorch_model.bin) are not supported: save them as safetensors."
         )
     if (link := broken_link(directory, *(file.name for file in files))) is not None:
         raise CheckpointError(link)

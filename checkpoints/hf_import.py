@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in: onto the device, or into a checkpoint of ours."""
+"""Hugging Face folders as models that come in, and checkpoints of ours made of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from checkpoints.incoming import (
     Conversion,
     Incoming,
     check_tensors,
-    load_incoming,
     write_incoming,
 )
 from checkpoints.manifest import (
@@ -35,7 +34,6 @@ from checkpoints.manifest import (
 )
 from checkpoints.places import check_apart, check_free, real_path
 from checkpoints.skeleton import array_shapes
-from ffjax.model import Transformer
 from ffjax.settings import own_settings
 
 __all__ = [
@@ -46,7 +44,6 @@ __all__ = [
     "copy_companions",
     "is_hf_folder",
     "keep_companions",
-    "load_hf",
 ]
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
@@ -174,28 +171,6 @@ def _check_tied(directory: Path, head: StoredTensor, embed: StoredTensor) -> Non
             f"(tie_word_embeddings), and {head.name} differs from {embed.name}. If the head is "
             "one of its own, set tie_word_embeddings to false there."
         )
-
-
-@own_settings()
-def load_hf(
-    directory: str | Path, *, dtype: Any = None, ignore_fields: Collection[str] = ()
-) -> Transformer:
-    """Loads a Hugging Face folder onto the default device: what `load` does with one.
-
-    Beside the model on the device, the host holds one of its arrays at a time.
-
-    Args:
-        directory: the folder.
-        dtype: bfloat16 or float32; None: bfloat16.
-        ignore_fields: as in `convert_hf`.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        CheckpointError: it is incomplete or damaged, or asks for what is not supported.
-    """
-    folder = HFFolder.open(real_path(directory), ignore_fields=ignore_fields)
-    dtype = supported_dtype("The weights are loaded as", "bfloat16" if dtype is None else dtype)
-    return load_incoming(folder, dtype)
 
 
 @own_settings()

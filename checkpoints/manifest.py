@@ -111,6 +111,7 @@ class Manifest:
         if not file.is_file():
             raise CheckpointError(
                 in_a_cache(directory)
+                or a_gguf_file(directory)
                 or f"A checkpoint is a directory with a {MANIFEST}, a Hugging Face folder one "
                 f"with a config.json; {directory} has neither. Give the directory that ffjax.save "
                 "or `ffjax convert` wrote, or the folder that was downloaded."
@@ -216,6 +217,17 @@ def in_a_cache(directory: Path) -> str | None:
     return (
         f"{directory} is a repository of the Hugging Face cache, and its models lie in folders of "
         f"their own. Give {commits[-1]}."
+    )
+
+
+def a_gguf_file(directory: Path) -> str | None:
+    """A sentence, where a directory has GGUF files and is no model itself; else None."""
+    files = sorted(directory.glob("*.gguf"))
+    if not files:
+        return None
+    return (
+        f"A GGUF file is a model by itself; {directory} has {len(files)}, and no other weights. "
+        f"Give the file: {files[0]}."
     )
 
 

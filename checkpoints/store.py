@@ -9,17 +9,22 @@ A checkpoint is a directory:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from checkpoints.arrays import lay_out, open_arrays, read_opened, write_array
 from checkpoints.atomic import why_not_written, written_beside
-from checkpoints.hf_import import is_hf_folder, keep_companions, load_hf
+from checkpoints.gguf import is_gguf, write_tokenizer
+from checkpoints.hf_import import keep_companions
+from checkpoints.incoming import load_incoming
 from checkpoints.manifest import (
     HF_FILES,
     MANIFEST,
@@ -28,13 +33,14 @@ from checkpoints.manifest import (
     Manifest,
     supported_dtype,
 )
+from checkpoints.opening import comes_in, open_incoming
 from checkpoints.places import check_free, real_path
 from checkpoints.skeleton import flat, nested, quantized_arrays, skeleton, weights_of
 from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 from ffjax.settings import own_settings
 
-__all__ = ["SHIPPED_MODEL", "load", "save", "tokenizer_directory"]
+__all__ = ["SHIPPED_MODEL", "load", "save", "tokenizer_at", "tokenizer_directory"]
 
 SHIPPED_MODEL: Path = Path(__file__).parent / "shipped"
 """The trained model that is installed with the package; see MODEL_CARD.md."""
@@ -63,9 +69,9 @@ def save(
         model: the model, its weights all bfloat16 or all float32, but for quantized ones.
         path: the directory to make; the directories above it are made too.
         source: where the weights come from, JSON-able; kept in the manifest.
-        tokenizer_from: a checkpoint or Hugging Face folder whose tokenizer is this model's, or
-            a folder of a tokenizer alone. `path` itself may be it, with overwrite. None: the
-            checkpoint has no tokenizer, which means bytes.
+        tokenizer_from: a checkpoint, Hugging Face folder or GGUF file whose tokenizer is this
+            model's, or a folder of a tokenizer alone. `path` itself may be it, with overwrite.
+            None: the checkpoint has no tokenizer, which means bytes.
         overwrite: whether a checkpoint already at `path` may be replaced.
 
     Raises:
@@ -78,12 +84,26 @@ def save(
         TypeError: the source is not JSON-able.
     """
     path = real_path(path)
-    tokenizer = None
-    if tokenizer_from is not None and (tokenizer := tokenizer_directory(tokenizer_from)) is None:
-        raise FileNotFoundError(
-            "tokenizer_from is a Hugging Face folder with a tokenizer.json, or a checkpoint that "
-            f"keeps one; {tokenizer_from} is not. Leave it out for a model of bytes."
-        )
+    if tokenizer_from is None:
+        _save(model, path, source, None, overwrite)
+        return
+    with tokenizer_at(tokenizer_from) as tokenizer:
+        if tokenizer is None:
+            raise FileNotFoundError(
+                "tokenizer_from is a Hugging Face folder with a tokenizer.json, a GGUF file, or a "
+                f"checkpoint that keeps one; {tokenizer_from} is not. Leave it out for a model of "
+                "bytes."
+            )
+        _save(model, path, source, tokenizer, overwrite)
+
+
+def _save(
+    model: Transformer,
+    path: Path,
+    source: dict[str, Any] | None,
+    tokenizer: Path | None,
+    overwrite: bool,
+) -> None:
     weights = weights_of(nnx.state(model, nnx.Param))
     dtype = _dtype_of(weights, model.config)
     manifest = Manifest(config=model.config, dtype=dtype, source=source, files={})
@@ -102,7 +122,7 @@ def save(
 def load(
     path: str | Path, *, dtype: Any = None, ignore_fields: Collection[str] = ()
 ) -> Transformer:
-    """Loads a model: from a checkpoint, or straight from a Hugging Face folder.
+    """Loads a model: from a checkpoint, or straight from a Hugging Face folder or a GGUF file.
 
     The weights are restored into the places of a model that was never allocated, on
     the default device: no second copy of them exists at any time. Beside it the host holds an
@@ -110,32 +130,36 @@ def load(
 
     Args:
         path: the directory of a checkpoint, or of a Hugging Face model: `config.json`
-            beside safetensors.
+            beside safetensors; or a GGUF file.
         dtype: bfloat16 or float32, to which the weights are cast; None: as they were
-            saved, bit by bit. A Hugging Face folder's are cast to bfloat16 then. Quantized
-            weights stay as they are; it is what products with them take as inputs.
-        ignore_fields: names of fields of a Hugging Face folder's config.json to leave out, which
-            would be refused, and of which the caller knows that they change nothing.
+            saved, bit by bit. Those of a Hugging Face folder or a GGUF file are cast to bfloat16
+            then. Quantized weights stay as they are; it is what products with them take as
+            inputs. A GGUF file's are made whole.
+        ignore_fields: names of fields of a Hugging Face folder's config.json, or of a GGUF file's
+            metadata, to leave out, which would be refused, and of which the caller knows that
+            they change nothing.
 
     Returns:
         The model, on the default device.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: fields are to be ignored, and there is no Hugging Face folder.
+        ValueError: fields are to be ignored, and there is a checkpoint.
         CheckpointError: what is there is no checkpoint, a damaged or truncated one, or
-            one that a newer version wrote; a Hugging Face folder that asks for what is
-            not supported; or the dtype is another.
+            one that a newer version wrote; a Hugging Face folder or a GGUF file that asks for
+            what is not supported; or the dtype is another.
+        NotImplementedError: a GGUF file needs the extra `gguf`, and it is not installed.
     """
     path = real_path(path)
     if dtype is not None:
         dtype = supported_dtype("The weights are loaded as", dtype)
-    if is_hf_folder(path):
-        return load_hf(path, dtype=dtype, ignore_fields=ignore_fields)
+    if comes_in(path):
+        incoming = open_incoming(path, ignore_fields=ignore_fields)
+        return load_incoming(incoming, jnp.dtype(jnp.bfloat16) if dtype is None else dtype)
     if ignore_fields and path.exists():
         raise ValueError(
-            "ignore_fields are fields of a Hugging Face folder's config.json; "
-            f"{path} is no such folder. Leave them out."
+            "ignore_fields are fields of a Hugging Face folder's config.json, or of a GGUF file; "
+            f"{path} is neither. Leave them out."
         )
     manifest = Manifest.read(path)
     manifest.check_files(path)
@@ -167,11 +191,33 @@ def tokenizer_directory(path: str | Path) -> Path | None:
     """Where the tokenizer's files of a checkpoint or Hugging Face folder lie; None if it has none.
 
     Args:
-        path: the directory of either; or of a tokenizer alone, as transformers saves one.
+        path: the directory of either; or of a tokenizer alone, as transformers saves one. For
+            a GGUF file see `tokenizer_at`.
     """
     path = real_path(path)
     places = path, path / HF_FILES
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+
+
+@contextlib.contextmanager
+def tokenizer_at(path: str | Path) -> Iterator[Path | None]:
+    """Where the tokenizer's files of a model lie, as long as the block lasts; None if it has none.
+
+    Those of a GGUF file are written into a directory that is removed behind the block.
+
+    Args:
+        path: as in `tokenizer_directory`, or a GGUF file.
+
+    Raises:
+        CheckpointError: a GGUF file is damaged, or its tokenizer is not supported.
+    """
+    path = real_path(path)
+    if not is_gguf(path):
+        yield tokenizer_directory(path)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        write_tokenizer(path, Path(directory))
+        yield Path(directory)
 
 
 def _dtype_of(weights: dict[str, Any], config: ModelConfig) -> str:

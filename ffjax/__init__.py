@@ -6,7 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from checkpoints import SHIPPED_MODEL, HFFolderWarning, convert_hf, export_hf, load, save
+    from checkpoints import (
+        SHIPPED_MODEL,
+        HFFolderWarning,
+        convert_gguf,
+        convert_hf,
+        export_hf,
+        load,
+        save,
+    )
     from ffjax.broken import NotFiniteError
     from ffjax.cache import KVCache
     from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
@@ -50,6 +58,7 @@ __all__ = [
     "Transformer",
     "WeightFormat",
     "WeightFormats",
+    "convert_gguf",
     "convert_hf",
     "decode_step",
     "dequantize",
@@ -69,7 +78,7 @@ __all__ = [
 _HOME = {
     "checkpoints": (
         *("HFFolderWarning", "SHIPPED_MODEL"),
-        *("convert_hf", "export_hf", "load", "save"),
+        *("convert_gguf", "convert_hf", "export_hf", "load", "save"),
     ),
     "ffjax.broken": ("NotFiniteError",),
     "ffjax.cache": ("KVCache",),

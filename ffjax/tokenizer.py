@@ -176,12 +176,12 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
     prompt that holds one is refused, and nothing else.
 
     Args:
-        path: the directory of a checkpoint or of a Hugging Face model.
+        path: the directory of a checkpoint or of a Hugging Face model, or a GGUF file.
         config: the model's configuration.
 
     Returns:
         A tokenizer with `encode`, `decode` and `eot_ids`, those of the tokens that end a text; one
-        of a Hugging Face folder can `chat`, too.
+        of a Hugging Face folder or a GGUF file can `chat`, too.
 
     Raises:
         ValueError: there is none, and the model's tokens are not bytes; or it is damaged, or
@@ -189,10 +189,13 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
         NotImplementedError: the extra `hf` is not installed.
     """
     # `checkpoints` imports this package, so it can only be imported once that is done.
-    from checkpoints import tokenizer_directory
+    from checkpoints import tokenizer_at
 
-    directory = tokenizer_directory(path)
-    if directory is None:
+    with tokenizer_at(path) as directory:
+        if directory is not None:
+            from ffjax.hf_tokenizer import HFTokenizer
+
+            return HFTokenizer.read(directory, rows=config.vocab_size)
         if config.vocab_size != ByteTokenizer.vocab_size:
             raise ValueError(
                 f"Where no tokenizer.json lies with a model, its tokens are bytes: it needs a "
@@ -201,9 +204,6 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
                 "it again (in Python, ffjax.save takes tokenizer_from)."
             )
         return ByteTokenizer()
-    from ffjax.hf_tokenizer import HFTokenizer
-
-    return HFTokenizer.read(directory, rows=config.vocab_size)
 
 
 def check_known(what: str, tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> None:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="checkpoint, or Hugging Face folder, of a model with a chat template",
+        help="checkpoint, Hugging Face folder or GGUF file of a model with a chat template",
     )
     parser.add_argument(
         "--system", metavar="TEXT", help="the system message; default: the template's own, or none"

@@ -1,4 +1,4 @@
-"""Makes a checkpoint of a Hugging Face model: config.json, safetensors, tokenizer."""
+"""Makes a checkpoint of a Hugging Face model, or of a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from ffjax.config import ModelConfig
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "make a checkpoint of a Hugging Face model"
+HELP = "make a checkpoint of a Hugging Face model or a GGUF file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax convert`."""
     parser.add_argument(
-        "folder", metavar="HF_DIR", help="folder with config.json, safetensors, tokenizer.json"
+        "model",
+        metavar="IN",
+        help="GGUF file, or folder with config.json, safetensors, tokenizer.json",
     )
     parser.add_argument("out", metavar="OUT_DIR", help="the checkpoint to make")
     parser.add_argument(
@@ -49,14 +51,19 @@ def _unusable(path: str, config: ModelConfig) -> str | None:
 def run(args: argparse.Namespace) -> int:
     """Prints what was made on stdout; the progress and what it took on stderr."""
     import checkpoints
+    from checkpoints.gguf import is_gguf
     from checkpoints.incoming import rounding_note
+    from checkpoints.places import real_path
     from ffjax.commands.progress import byte_bar, peak_host_memory
     from ffjax.tokenizer import ByteTokenizer
 
     start = time.perf_counter()
+    convert = checkpoints.convert_hf
+    if is_gguf(real_path(args.model)):
+        convert = checkpoints.convert_gguf
     with byte_bar("convert") as progress, notes_on_stderr("convert"):
-        made = checkpoints.convert_hf(
-            args.folder,
+        made = convert(
+            args.model,
             args.out,
             dtype=args.dtype,
             overwrite=args.overwrite,
@@ -78,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     is_bytes = config.vocab_size == ByteTokenizer.vocab_size
     if "tokenizer.json" not in made.companions and not is_bytes:
         print(
-            f"There is no tokenizer.json in {args.folder}: `ffjax generate` will have no "
+            f"There is no tokenizer.json in {args.model}: `ffjax generate` will have no "
             "tokenizer for this checkpoint.",
             file=sys.stderr,
         )

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="checkpoint, or Hugging Face folder; default: the shipped model",
+        help="checkpoint, Hugging Face folder or GGUF file; default: the shipped model",
     )
     parser.add_argument(
         "--config",
@@ -100,7 +100,7 @@ def _preset(args: argparse.Namespace) -> Patient:
 
 def _checkpoint(args: argparse.Namespace) -> Patient:
     import checkpoints
-    from checkpoints.hf_import import HFFolder
+    from checkpoints.opening import open_incoming
     from checkpoints.places import real_path
     from ffjax.doctor.diagnosis import Patient
     from ffjax.tokenizer import load_tokenizer
@@ -109,8 +109,8 @@ def _checkpoint(args: argparse.Namespace) -> Patient:
     # What it is comes first: where JAX starts no device, that is all there is to say.
     if is_folder(args, path):
         with notes_on_stderr("doctor"):
-            folder = HFFolder.open(path, ignore_fields=args.ignore_field)
-        config, dtype = folder.config, PLAIN
+            incoming = open_incoming(path, ignore_fields=args.ignore_field)
+        config, dtype = incoming.config, PLAIN
     else:
         manifest = checkpoints.Manifest.read(path)
         manifest.check_files(path)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="PATH",
         nargs="?",
-        help="checkpoint, or Hugging Face folder; default: the shipped model",
+        help="checkpoint, Hugging Face folder or GGUF file; default: the shipped model",
     )
     parser.add_argument(
         "--text", metavar="FILE", required=True, help="the text; - reads standard input"

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--model",
         metavar="PATH",
-        help="checkpoint, or Hugging Face folder; default: the shipped model",
+        help="checkpoint, Hugging Face folder or GGUF file; default: the shipped model",
     )
     what.add_argument("--config", metavar="NAME", help=f"random weights: {', '.join(PRESETS)}")
     add_format_arguments(parser)

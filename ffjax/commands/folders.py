@@ -1,4 +1,4 @@
-"""What the commands that read a model share: Hugging Face folders, and their warnings as lines."""
+"""What the commands that read a model share: models from elsewhere, and their warnings as lines."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def add_ignore_field(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="leave out a field of a Hugging Face folder's config.json that is refused, where you "
-        "know that it changes nothing; may be given several times",
+        help="leave out a field of a Hugging Face folder's config.json or of a GGUF file that is "
+        "refused, where you know that it changes nothing; may be given several times",
     )
 
 
@@ -87,7 +87,7 @@ def _logged(name: str, tell: Callable[[str], None]) -> Iterator[None]:
 def load_model(
     args: argparse.Namespace, path: str | Path, dtype: Any = None, *, said: bool = False
 ) -> Transformer:
-    """Loads what a command was given: a checkpoint, or a Hugging Face folder.
+    """Loads what a command was given: a checkpoint, a Hugging Face folder or a GGUF file.
 
     Args:
         args: the command line, with `command` and `ignore_field`.
@@ -97,8 +97,9 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is nothing at that path.
-        ValueError: it is damaged or not supported; or fields are to be ignored, and it is no
-            Hugging Face folder.
+        ValueError: it is damaged or not supported; or fields are to be ignored, and it is a
+            checkpoint.
+        NotImplementedError: a package that it needs is not installed.
     """
     import checkpoints
 
@@ -109,16 +110,16 @@ def load_model(
 
 
 def is_folder(args: argparse.Namespace, path: str | Path) -> bool:
-    """Whether there is a Hugging Face folder at a path.
+    """Whether there is a Hugging Face folder or a GGUF file at a path.
 
     Raises:
         ValueError: fields are to be ignored, and there is something else.
     """
-    from checkpoints.hf_import import is_hf_folder
+    from checkpoints.opening import comes_in
     from checkpoints.places import real_path
 
     path = real_path(path)
-    if is_hf_folder(path):
+    if comes_in(path):
         return True
     if path.exists():
         check_nothing_ignored(args, str(path))
@@ -126,7 +127,7 @@ def is_folder(args: argparse.Namespace, path: str | Path) -> bool:
 
 
 def check_nothing_ignored(args: argparse.Namespace, what: str) -> None:
-    """Refuses --ignore-field where there is no Hugging Face folder.
+    """Refuses --ignore-field where there is neither a Hugging Face folder nor a GGUF file.
 
     Args:
         args: the command line.
@@ -137,6 +138,6 @@ def check_nothing_ignored(args: argparse.Namespace, what: str) -> None:
     """
     if args.ignore_field:
         raise ValueError(
-            f"--ignore-field is for a Hugging Face folder, which has a config.json; {what} is "
-            "none. Leave it out."
+            "--ignore-field is for a Hugging Face folder, which has a config.json, or for a GGUF "
+            f"file; {what} is neither. Leave it out."
         )

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="checkpoint, or Hugging Face folder; default: the shipped model",
+        help="checkpoint, Hugging Face folder or GGUF file; default: the shipped model",
     )
     add_prompts(parser)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Says what a checkpoint or Hugging Face folder is, without reading its weights."""
+"""Says what a checkpoint, Hugging Face folder or GGUF file is, without reading its weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from ffjax.failures import without_advice
 
 __all__ = ["HELP", "add_arguments", "inspect", "run"]
 
+_FORMS = {"huggingface": "Hugging Face", "gguf": "GGUF"}
+
 HELP = "say what a checkpoint is, and whether the fused kernel can run it here"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax inspect`."""
-    parser.add_argument("path", metavar="PATH", help="checkpoint, or Hugging Face folder")
+    parser.add_argument("path", metavar="PATH", help="checkpoint, Hugging Face folder or GGUF file")
     parser.add_argument(
         "--batch", metavar="B", type=whole(1), default=1, help="sequences; default: %(default)s"
     )
@@ -51,7 +53,7 @@ def inspect(path: Path, batch: int = 1, *, ignore_fields: Collection[str] = ()) 
     """What is at `path`.
 
     Args:
-        path: the directory of a checkpoint or of a Hugging Face model.
+        path: the directory of a checkpoint or of a Hugging Face model, or a GGUF file.
         batch: B, sequences that the fused kernel is asked about.
         ignore_fields: as in `ffjax.convert_hf`.
 
@@ -61,21 +63,22 @@ def inspect(path: Path, batch: int = 1, *, ignore_fields: Collection[str] = ()) 
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        CheckpointError: it is neither, or damaged, or asks for what is not supported.
+        CheckpointError: it is none of them, or damaged, or asks for what is not supported.
+        NotImplementedError: a package that it needs is not installed.
     """
     import jax.numpy as jnp
     import numpy as np
 
     import checkpoints
-    from checkpoints.hf_import import HFFolder, is_hf_folder
+    from checkpoints.opening import comes_in, open_incoming
     from checkpoints.skeleton import array_shapes
     from ffjax.decode import choose_kernel
 
-    if is_hf_folder(path):
-        folder = HFFolder.open(path, ignore_fields=ignore_fields)
-        config, loaded_as, dtypes = folder.config, np.dtype(jnp.bfloat16), folder.dtypes
-        kind = f"Hugging Face {folder.architecture}"
-        weight_bytes, source = folder.nbytes, None
+    if comes_in(path):
+        incoming = open_incoming(path, ignore_fields=ignore_fields)
+        config, loaded_as, dtypes = incoming.config, np.dtype(jnp.bfloat16), incoming.dtypes
+        kind = f"{_FORMS[incoming.form]} {incoming.architecture}"
+        weight_bytes, source = incoming.nbytes, None
     else:
         manifest = checkpoints.Manifest.read(path)
         manifest.check_files(path)
@@ -84,6 +87,7 @@ def inspect(path: Path, batch: int = 1, *, ignore_fields: Collection[str] = ()) 
         shapes = array_shapes(config, loaded_as)
         dtypes = dict(Counter(str(leaf.dtype) for leaf in shapes.values()))
         weight_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values())
+    files = path.rglob("*") if path.is_dir() else [path]
     return {
         "path": str(path),
         "kind": kind,
@@ -93,7 +97,7 @@ def inspect(path: Path, batch: int = 1, *, ignore_fields: Collection[str] = ()) 
         "dtypes": dtypes,
         "weight_bytes": weight_bytes,
         "quantized": str(config.weights) or None,
-        "disk_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "disk_bytes": sum(file.stat().st_size for file in files if file.is_file()),
         "config": config.to_dict(),
         "tokenizer": _tokenizer(path, config),
         "source": source,
@@ -110,9 +114,10 @@ def _tokenizer(path: Path, config: ModelConfig) -> dict[str, Any] | str:
         tokenizer = load_tokenizer(path, config)
     except (ValueError, NotImplementedError) as error:
         return str(error)  # the weights are none the worse for it
+    kind = "tokenizer.json" if path.is_dir() else "GGUF"
     templates = tokenizer.chat_templates if isinstance(tokenizer, HFTokenizer) else {}
     return {
-        "kind": "tokenizer.json" if isinstance(tokenizer, HFTokenizer) else "bytes",
+        "kind": kind if isinstance(tokenizer, HFTokenizer) else "bytes",
         "vocab_size": tokenizer.vocab_size,
         "eot_ids": list(tokenizer.eot_ids),
         "beyond_the_model": max(0, tokenizer.vocab_size - config.vocab_size),

@@ -21,7 +21,7 @@ HELP = "make a checkpoint of int8 or int4 weights"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax quantize`."""
-    parser.add_argument("model", metavar="IN", help="checkpoint, or Hugging Face folder")
+    parser.add_argument("model", metavar="IN", help="checkpoint, Hugging Face folder or GGUF file")
     parser.add_argument("out", metavar="OUT", help="the checkpoint to make")
     parser.add_argument("--weights", choices=KINDS, required=True, help="of the layers' matrices")
     parser.add_argument(
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints what was made on stdout; the progress and the time on stderr."""
     import checkpoints
-    from checkpoints.hf_import import HFFolder, is_hf_folder
+    from checkpoints.opening import comes_in, open_incoming
     from checkpoints.places import check_apart, check_free, real_path
     from ffjax.commands.progress import byte_bar
     from ffjax.quantization import quantize
@@ -60,24 +60,25 @@ def run(args: argparse.Namespace) -> int:
         )
     check_apart(out, path)
     check_free(out, args.overwrite)
-    if is_hf_folder(path):
+    if comes_in(path):
         with notes_on_stderr("quantize", said=True):  # loading says them
-            folder = HFFolder.open(path, ignore_fields=args.ignore_field)
-        source = folder.source("bfloat16", args.ignore_field)
+            incoming = open_incoming(path, ignore_fields=args.ignore_field)
+        source = incoming.source("bfloat16", args.ignore_field)
     else:
         source = checkpoints.Manifest.read(path).source
-    model = load_model(args, path)
-    name = model.config.name
-    group = DEFAULT_GROUP if args.group_size is None else args.group_size
-    with byte_bar("quantize") as progress:
-        model = quantize(model, args.weights, group, head=args.head, progress=progress)
-    checkpoints.save(
-        model,
-        out,
-        source={"format": "quantized", "of": {"name": name, "source": source}},
-        tokenizer_from=path if checkpoints.tokenizer_directory(path) else None,
-        overwrite=args.overwrite,
-    )
+    with checkpoints.tokenizer_at(path) as tokenizer:
+        model = load_model(args, path)
+        name = model.config.name
+        group = DEFAULT_GROUP if args.group_size is None else args.group_size
+        with byte_bar("quantize") as progress:
+            model = quantize(model, args.weights, group, head=args.head, progress=progress)
+        checkpoints.save(
+            model,
+            out,
+            source={"format": "quantized", "of": {"name": name, "source": source}},
+            tokenizer_from=tokenizer,
+            overwrite=args.overwrite,
+        )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{args.out}: {name}, {model.config.weights}; {size:,} bytes")
     print(f"quantize took {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="checkpoint, or Hugging Face folder; default: the shipped model",
+        help="checkpoint, Hugging Face folder or GGUF file; default: the shipped model",
     )
     parser.add_argument(
         "--name", metavar="NAME", help="of the model, as requests have it; default: its own"

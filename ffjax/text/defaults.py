@@ -15,8 +15,10 @@ GENERATION_CONFIG = "generation_config.json"
 def default_sampling(path: str | Path) -> SamplingParams:
     """What the `generation_config.json` of a checkpoint or Hugging Face folder asks for.
 
+    Of a GGUF file it is what its metadata asks for.
+
     Args:
-        path: the directory of either.
+        path: the directory of either, or a GGUF file.
 
     Returns:
         Its parameters; those of greedy choices where there is no such file, or it names none.
@@ -25,11 +27,14 @@ def default_sampling(path: str | Path) -> SamplingParams:
         ValueError: the file is damaged, or names what cannot be.
     """
     # `checkpoints` imports this package, so it can only be imported once that is done.
+    from checkpoints.gguf import generation_json, is_gguf, read_header
     from checkpoints.manifest import HF_FILES
     from checkpoints.places import real_path
     from ffjax.hf_tokens import json_object
 
     directory = real_path(path)
+    if is_gguf(directory):
+        return SamplingParams.from_generation_config(generation_json(read_header(directory)))
     for file in (directory / GENERATION_CONFIG, directory / HF_FILES / GENERATION_CONFIG):
         if file.is_file():
             try:
