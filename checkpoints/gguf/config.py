@@ -63,8 +63,8 @@ def config_json(header: Header, ignored: Collection[str] = ()) -> tuple[str, dic
     embed = tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         raise CheckpointError(
-            f"A model has an embedding, token_embd.weight; {header.file} has none. Is it the "
-            "tokenizer alone, or one of several parts?"
+            f"A model has an embedding, token_embd.weight; {header.file} has none. Take "
+            "the file of the whole model."
         )
     prefix = f"{arch}."
     layers = metadata.number(f"{prefix}block_count", "int")

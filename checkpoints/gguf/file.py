@@ -23,7 +23,7 @@ from checkpoints.incoming import (
     check_tensors,
     write_incoming,
 )
-from checkpoints.manifest import HF_FILES, CheckpointError, nothing_at, supported_dtype
+from checkpoints.manifest import HF_FILES, CheckpointError, supported_dtype
 from checkpoints.places import check_apart, check_free, real_path
 from checkpoints.skeleton import array_shapes
 from ffjax.config import ModelConfig
@@ -35,11 +35,11 @@ _SUFFIX = ".gguf"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether there is a GGUF file at a path: by its first letters, or by its name."""
+    """Whether a path is that of a GGUF file: by its name, or by the first letters of the file."""
+    if path.suffix.lower() == _SUFFIX:
+        return not path.is_dir()
     if not path.is_file():
         return False
-    if path.suffix.lower() == _SUFFIX:
-        return True
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
@@ -92,7 +92,10 @@ class GGUFFile(Incoming):
             NotImplementedError: the package gguf is needed, and not installed.
         """
         if not path.exists():
-            raise FileNotFoundError(nothing_at(path, "GGUF file"))
+            raise FileNotFoundError(
+                f"There is no GGUF file at {path}. Nothing is downloaded: give a file on this "
+                "machine."
+            )
         if not path.is_file():
             raise CheckpointError(f"A GGUF file is one file; {path} is a folder. Give the file.")
         header = read_header(path)

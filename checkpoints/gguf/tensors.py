@@ -49,6 +49,7 @@ _TYPES = {
     35: "TQ2_0",
     39: "MXFP4",
     40: "NVFP4",
+    41: "Q1_0",
 }
 
 # Numbers that are made whole at a time: each takes up to some 20 bytes on the way.

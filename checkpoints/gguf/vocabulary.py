@@ -88,6 +88,11 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     ends = [metadata.get(START + field) for field in _ENDS]
     ends += [ids[text] for text in sorted(_END_TEXTS & ids.keys()) if kinds[ids[text]] == _CONTROL]
     known = [end for end in ends if isinstance(end, int) and 0 <= end < len(texts)]
+    if not known:
+        raise CheckpointError(
+            f"A text ends with a token ({START}eos_token_id); the metadata of {file} names none. "
+            "Take another file of the model."
+        )
     return Vocabulary(ids, kinds, roles, list(dict.fromkeys(known)))
 
 

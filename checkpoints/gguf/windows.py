@@ -35,9 +35,9 @@ def read_windows(metadata: Metadata, arch: str, layers: int) -> dict[str, Any]:
         return {"sliding_window": metadata.number(name, "int")} if given else {}
     if arch not in _PERIODS:
         return {}
+    pattern = metadata.get(f"{name}_pattern")
     if arch == "gemma3" and not metadata.get(name):
         return {"sliding_window": None, "layer_types": [_GLOBAL] * layers}
-    pattern = metadata.get(f"{name}_pattern")
     if isinstance(pattern, np.ndarray):
         if pattern.dtype != bool or pattern.size != layers:
             raise metadata.unsupported(
