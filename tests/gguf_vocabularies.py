@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from random import Random
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -46,8 +48,10 @@ def trained_bytes(special: list[str]) -> dict[str, Any]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pairs = [a + b for a in _TEXT.split(" ") for b in (" ", "\n", "1", "'s", "  ") for _ in (0, 1)]
-    tokenizer.train_from_iterator([_TEXT, *pairs], trainer)
+    # What one way of cutting joins, and another parts.
+    across = [f"{a}{b}" for a in _TEXT.split(" ") for b in (" ", "\n", "1", "'s", "  ")]
+    across += ["I'LLabc 'Sabc", "what?\n/ or?\n/x"] * 5
+    tokenizer.train_from_iterator([_TEXT, *across * 2], trainer)
     return json.loads(tokenizer.to_str())
 
 
@@ -60,7 +64,10 @@ def trained_pieces(special: list[str]) -> dict[str, Any]:
         special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
     )
-    words = [f" {word}" for word in _TEXT.replace("日本語", "").split()]
+    random = Random(0)
+    # Of few letters, so that a word can be cut in several ways.
+    drawn = ["".join(random.choices("abcd", k=random.randint(3, 9))) for _ in range(300)]
+    words = [f" {word}" for word in [*_TEXT.replace("日本語", "").split(), *drawn]]
     tokenizer.train_from_iterator(words * 2, trainer)
     return json.loads(tokenizer.to_str())
 
@@ -77,7 +84,7 @@ def fields_of(data: dict[str, Any], kind: str, **more: Any) -> dict[str, Any]:
     texts = sorted(vocab, key=vocab.__getitem__)
     kinds = {one["content"]: _CONTROL if one["special"] else _OWN for one in data["added_tokens"]}
     types = [
-        _BYTE if kind == "llama" and text.startswith("<0x") else kinds.get(text, _NORMAL)
+        _BYTE if kind == "llama" and re.fullmatch("<0x..>", text) else kinds.get(text, _NORMAL)
         for text in texts
     ]
     fields: dict[str, Any] = {"model": kind, "tokens": texts, "token_type": types}

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax.numpy as jnp
@@ -121,26 +122,30 @@ def test_the_ropes_of_released_models_are_found_from_their_factors(preset, tmp_p
 
 def test_what_the_file_leaves_to_its_reader(tmp_path):
     # Window, pattern, bases and scales of Gemma; heads and sizes of a Llama.
-    silent = dict.fromkeys(
+    silent: dict[str, Any] = dict.fromkeys(
         ["attention__sliding_window_pattern", "attention__scale", "rope__freq_base_swa"]
     )
-    third = {f"gemma3__{name}": value for name, value in silent.items()}
+    third: dict[str, Any] = {f"gemma3__{name}": value for name, value in silent.items()}
+    third["gemma3__rope__freq_base"] = None
     config = GGUFFile.open(write_gguf(tmp_path / "3.gguf", "gemma3", **third)).config
     assert config.window_pattern == (True,)  # of four layers, none is the sixth
     assert (config.attn_scale, config.rope_theta_local) == (26**-0.5, 10_000.0)
+    assert config.rope_theta == 1_000_000.0
     assert (
         GGUFFile.open(
             write_gguf(tmp_path / "w.gguf", "gemma3", gemma3__attention__sliding_window=None)
         ).config.window
         is None
     )
-    second = {f"gemma2__{name}": value for name, value in silent.items()}
+    second: dict[str, Any] = {f"gemma2__{name}": value for name, value in silent.items()}
     second |= {"gemma2__attn_logit_softcapping": None, "gemma2__final_logit_softcapping": None}
     config = GGUFFile.open(write_gguf(tmp_path / "2.gguf", "gemma2", **second)).config
     assert config.window_pattern == (True, False)
     assert (config.attn_softcap, config.logit_softcap) == (50.0, 30.0)
-    plain = dict.fromkeys(["attention__key_length", "attention__value_length", "rope__freq_base"])
-    fields = {f"olmo2__{name}": value for name, value in plain.items()}
+    plain: dict[str, Any] = dict.fromkeys(
+        ["attention__key_length", "attention__value_length", "rope__freq_base"]
+    )
+    fields: dict[str, Any] = {f"olmo2__{name}": value for name, value in plain.items()}
     config = GGUFFile.open(write_gguf(tmp_path / "o.gguf", "olmo2", **fields)).config
     assert (config.head_dim, config.rope_theta) == (14, 10_000.0)
 
@@ -272,6 +277,8 @@ def test_a_file_that_is_cut_short(file, left):
         refused(file, f"it ends at byte {left}, before its header does")
     else:
         refused(file, rf"it has {size + left} bytes, and its header describes \d+")
+        with pytest.raises(checkpoints.CheckpointError, match="is damaged"):
+            read_header(file)  # before a number is read
 
 
 def test_a_file_that_is_cut_short_while_it_is_read(file):
