@@ -191,7 +191,7 @@ def test_pieces_are_those_of_sentencepiece(first, trained_spm, tmp_path):
 
 def test_pieces_never_make_a_byte(trained_spm, tmp_path):
     data = copy.deepcopy(trained_spm)
-    for text in ("<0", "x4", "<0x4", "1>"):
+    for text in ("<", ">", "<0", "x4", "<0x4", "1>"):
         data["model"]["vocab"].setdefault(text, len(data["model"]["vocab"]))
     more = {"bos_token_id": 1, "eos_token_id": 2, "add_bos_token": False}
     found = reads(written(tmp_path, **fields_of(data, "llama", **more)))
