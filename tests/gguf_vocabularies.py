@@ -50,7 +50,7 @@ def trained_bytes(special: list[str]) -> dict[str, Any]:
     )
     # What one way of cutting joins, and another parts.
     across = [f"{a}{b}" for a in _TEXT.split(" ") for b in (" ", "\n", "1", "'s", "  ")]
-    across += ["I'LLabc 'Sabc", "what?\n/ or?\n/x"] * 5
+    across += ["I'LLabc", "we'LLabc", "q'LLabc", "what?\n/ or?\n/x"] * 5
     tokenizer.train_from_iterator([_TEXT, *across * 2], trainer)
     return json.loads(tokenizer.to_str())
 

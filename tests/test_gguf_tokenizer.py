@@ -31,7 +31,7 @@ TEXTS = [
     "Übermäßig naïve cafe\u0301 café 日本語の文章 مرحبا Привет, мир! 😀👍🏽 ²³ ½ Ⅷ ٣٤ ǅungla",
     "<|im_start|>user\nhello<|im_end|>\n<think> a </think><|endoftext|>b",
     "   leading\n \n trailing   \n",
-    "'s 'S'LL 're't I'LLabc 'Sabc abcdabcaabbccdd dcbadcba abacadbcbd",
+    "'s 'S'LL 're't I'LLabc we'LLabc abcdabcaabbccdd dcbadcba abacadbcbd",
     "what?\n/ or?\n/x",
 ]
 
