@@ -69,7 +69,9 @@ def write_gguf(
             writer.add_tensor(name, stored, raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
             kind = gguf.GGMLQuantizationType[dtype]
-            writer.add_tensor(name, gguf.quantize(np.asarray(array, np.float32), kind), raw_dtype=kind)
+            writer.add_tensor(
+                name, gguf.quantize(np.asarray(array, np.float32), kind), raw_dtype=kind
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
