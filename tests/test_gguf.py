@@ -447,8 +447,8 @@ def test_a_real_file_gives_the_tokens_that_transformers_gives_for_it():
 
     Recorded from transformers 5.24 in float32, greedily, after the same prompt tokens.
     """
-    if (path := os.environ.get("FFJAX_GGUF")) is None:
-        pytest.skip("FFJAX_GGUF names no file; see docs/guide/gguf.md for how to get it")
+    if (path := os.environ.get("FFJAX_TEST_GGUF")) is None:
+        pytest.skip("FFJAX_TEST_GGUF names no file; see docs/guide/gguf.md for how to get it")
     model = ffjax.load(path, dtype="float32")
     tokenizer = ffjax.load_tokenizer(path, model.config)
     assert isinstance(tokenizer, HFTokenizer)

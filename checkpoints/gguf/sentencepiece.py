@@ -48,7 +48,7 @@ def pieces(metadata: Metadata, vocabulary: Vocabulary) -> tuple[dict[str, Any], 
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
-            "byte_fallback": bool(np.any(vocabulary.kinds == BYTE)),
+            "byte_fallback": BYTE in vocabulary.kinds,
             "ignore_merges": False,
             "vocab": vocabulary.ids,
             "merges": _merges(vocabulary, _scores(metadata, vocabulary)),
@@ -57,22 +57,22 @@ def pieces(metadata: Metadata, vocabulary: Vocabulary) -> tuple[dict[str, Any], 
     return parts, True
 
 
-def _scores(metadata: Metadata, vocabulary: Vocabulary) -> np.ndarray:
+def _scores(metadata: Metadata, vocabulary: Vocabulary) -> list[float]:
     scores = metadata.get(f"{START}scores")
-    if not isinstance(scores, np.ndarray) or scores.size != vocabulary.kinds.size:
+    if not isinstance(scores, np.ndarray) or scores.size != len(vocabulary.kinds):
         raise CheckpointError(
             f"A tokenizer of pieces has a score for each token ({START}scores); the metadata of "
             f"{metadata.file} has not. Take another file of the model."
         )
-    return scores
+    return scores.tolist()
 
 
-def _merges(vocabulary: Vocabulary, scores: np.ndarray) -> list[list[str]]:
+def _merges(vocabulary: Vocabulary, scores: list[float]) -> list[list[str]]:
     """Every two pieces that make a third, the best third first."""
     ids = {t: i for t, i in vocabulary.ids.items() if vocabulary.kinds[i] == NORMAL}
     found: list[tuple[float, int, int, str, str]] = []
     for text, index in ids.items():
-        score = -float(scores[index])
+        score = -scores[index]
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
             if left in ids and right in ids:

@@ -53,7 +53,7 @@ _TYPES = {
 }
 
 # Numbers that are made whole at a time: each takes up to some 20 bytes on the way.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 # Numbers that a thread reads at a time.
 _PART = 16 << 20
 _ALL = slice(None)

@@ -45,7 +45,7 @@ class Vocabulary(NamedTuple):
     """
 
     ids: dict[str, int]
-    kinds: np.ndarray
+    kinds: list[int]
     roles: dict[str, str | None]
     ends: list[int]
 
@@ -67,10 +67,10 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
             "of the model with its tokenizer."
         )
     kinds = metadata.get(f"{START}token_type")
-    kinds = np.full(len(texts), NORMAL) if kinds is None else np.asarray(kinds)
-    if kinds.shape != (len(texts),):
+    kinds = [NORMAL] * len(texts) if kinds is None else np.asarray(kinds).tolist()
+    if len(kinds) != len(texts):
         raise CheckpointError(
-            f"{file} is damaged: it has {len(texts)} tokens and {kinds.size} types of tokens. "
+            f"{file} is damaged: it has {len(texts)} tokens and {len(kinds)} types of tokens. "
             "Download or copy it again."
         )
     ids: dict[str, int] = {}
@@ -116,8 +116,8 @@ def added_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": text in special or int(vocabulary.kinds[index]) in (_UNKNOWN, _CONTROL),
+            "special": text in special or vocabulary.kinds[index] in (_UNKNOWN, _CONTROL),
         }
         for text, index in vocabulary.ids.items()
-        if int(vocabulary.kinds[index]) in (_UNKNOWN, _CONTROL, _OWN) and text
+        if vocabulary.kinds[index] in (_UNKNOWN, _CONTROL, _OWN) and text
     ]
