@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +30,7 @@ __all__ = [
     "broken_link",
     "check_dtypes",
     "dtype_name",
+    "fill",
     "find_tensors",
     "read_header",
     "same_numbers",
@@ -102,12 +103,12 @@ class StoredTensor(NamedTuple):
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset + (part.start or 0) * stored.itemsize)
             if stored == out.dtype:
-                _fill(file, flat.view(np.uint8), self)
+                fill(file, flat.view(np.uint8), self)
                 return
             block = np.empty(min(flat.size, _BLOCK_BYTES // stored.itemsize), stored)
             for start in range(0, flat.size, block.size):
                 filled = block[: flat.size - start]
-                _fill(file, filled.view(np.uint8), self)
+                fill(file, filled.view(np.uint8), self)
                 flat[start : start + filled.size] = filled
 
 
@@ -310,9 +311,27 @@ def some(names: Iterable[str], most: int = 20, between: str = ", ") -> str:
     return between.join(names[:most]) + more
 
 
-def _fill(file: BinaryIO, out: np.ndarray, tensor: StoredTensor) -> None:
-    """Reads as many bytes as `out`, uint8, has."""
-    view, done = memoryview(out), 0
+class _Placed(Protocol):
+    @property
+    def file(self) -> Path: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def fill(file: BinaryIO, out: np.ndarray, tensor: _Placed) -> None:
+    """Reads as many bytes as an array has.
+
+    Args:
+        file: the open file, at the place where they begin.
+        out: uint8, contiguous.
+        tensor: what they are of: its file, and where it lies there.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    view, done = memoryview(out).cast("B"), 0
     while done < len(view):
         # A system may return less than was asked for: Linux, 2 GiB at most.
         got = file.readinto(view[done:])  # pyright: ignore[reportAttributeAccessIssue]

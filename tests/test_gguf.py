@@ -351,6 +351,7 @@ def changed(tmp_path: Path, name: str = "untied_stretched_rope", **fields) -> Pa
         ({"general__alignment": 0}, "general.alignment is 0"),
         ({"llama__block_count": None}, "lacks llama.block_count"),
         ({"llama__block_count": 0}, "llama.block_count of .* is a positive integer, got 0"),
+        ({"llama__block_count": 1 << 30}, r"is 1073741824, and the file has \d+ tensors"),
         ({"llama__context_length": "x"}, "is a positive integer, got 'x'"),
         ({"llama__attention__head_count": [6, 6, 3]}, r"head_count \[6, 6, 3\] is not supported"),
         ({"llama__rope__dimension_count": 32}, "dimension_count 32 .* supported: 64, the size of"),

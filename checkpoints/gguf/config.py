@@ -68,6 +68,11 @@ def config_json(header: Header, ignored: Collection[str] = ()) -> tuple[str, dic
         )
     prefix = f"{arch}."
     layers = metadata.number(f"{prefix}block_count", "int")
+    if layers > len(tensors):  # a damaged number, for which lists would be made
+        raise CheckpointError(
+            f"{prefix}block_count of {header.file} is {layers}, and the file has {len(tensors)} "
+            "tensors. Download or copy it again."
+        )
     windows = read_windows(metadata, arch, layers)
     # A window is what Mistral has and Llama has not.
     family = FAMILIES["mistral" if arch == "llama" and windows else arch]

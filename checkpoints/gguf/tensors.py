@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints.manifest import CheckpointError
+from checkpoints.hf_files import fill
 
 __all__ = ["PLAIN", "SIZES", "GGUFTensor", "check_package", "type_name"]
 
@@ -116,7 +116,7 @@ class GGUFTensor(NamedTuple):
             for start in range(first, last, step):
                 count = min(step, last - start)
                 stored = np.empty((count, row_bytes), np.uint8)
-                self._fill(file, stored)
+                fill(file, stored, self)
                 numbers = self._whole(stored)
                 if self.less:
                     numbers = numbers.astype(np.float32) - np.float32(self.less)
@@ -146,19 +146,6 @@ class GGUFTensor(NamedTuple):
         from gguf.quants import dequantize
 
         return dequantize(stored, GGMLQuantizationType[self.dtype])
-
-    def _fill(self, file, out: np.ndarray) -> None:
-        view, done = memoryview(out).cast("B"), 0
-        while done < len(view):
-            # A system may return less than was asked for: Linux, 2 GiB at most.
-            got = file.readinto(view[done:])
-            if not got:
-                size = self.file.stat().st_size
-                raise CheckpointError(
-                    f"{self.file} is damaged: it has {size} bytes, and its header describes "
-                    f"{self.offset + self.nbytes}. Download or copy it again."
-                )
-            done += got
 
 
 def check_package(tensors: list[GGUFTensor]) -> None:
