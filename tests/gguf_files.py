@@ -179,12 +179,17 @@ _BYTES = {
     "Q5_0": 22,
     "Q5_1": 24,
     "Q8_0": 34,
+    "Q2_K": 84,
+    "Q3_K": 110,
     "Q4_K": 144,
     "Q5_K": 176,
     "Q6_K": 210,
 }
 # Where a block has its float16 numbers, in bytes.
-_SCALES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+_SCALES = {
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
+}
 
 
 def blocks(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
@@ -269,6 +274,29 @@ def _q5_k(block: bytes) -> list[float]:
     return _groups(block, [q + 16 * (high[i % 32] >> i // 32 & 1) for i, q in enumerate(low)])
 
 
+def _two_bits(quants: bytes) -> list[int]:
+    """Of 64 bytes the lowest two bits of 32, then the next two of the same, then the other 32."""
+    return [quants[32 * (i // 128) + i % 32] >> 2 * (i // 32 % 4) & 3 for i in range(256)]
+
+
+def _q2_k(block: bytes) -> list[float]:
+    d, dmin = _half(block, 80), _half(block, 82)
+    quants = enumerate(_two_bits(block[16:80]))
+    return [d * (block[i // 16] & 15) * q - dmin * (block[i // 16] >> 4) for i, q in quants]
+
+
+def _q3_k(block: bytes) -> list[float]:
+    high, packed = block[:32], block[96:108]
+    scales = []
+    for j in range(16):
+        four = packed[j] & 15 if j < 8 else packed[j - 8] >> 4
+        two = packed[8 + j % 4] >> 2 * (j // 4) & 3
+        scales.append((four | two << 4) - 32)
+    quants = enumerate(_two_bits(block[32:96]))
+    d = _half(block, 108)
+    return [d * scales[i // 16] * (q - 4 * (1 - (high[i % 32] >> i // 32 & 1))) for i, q in quants]
+
+
 def _q6_k(block: bytes) -> list[float]:
     low, high, scales = block[:128], block[128:192], np.frombuffer(block[192:208], np.int8)
     made = []
@@ -288,6 +316,8 @@ _FORMULAS = {
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
     "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
