@@ -136,6 +136,8 @@ def _why_no_gpu() -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("once") and os.environ.get("FFJAX_TESTS_ONCE") == "elsewhere":
+        pytest.skip("FFJAX_TESTS_ONCE=elsewhere: another Python has run it")
     if item.get_closest_marker("gpu") and (reason := _why_no_gpu()) is not None:
         pytest.skip(reason)
 

@@ -104,6 +104,7 @@ def here(place, monkeypatch) -> Path:
     return place
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("page", [*PAGES, "docs/speculation.md"])
 def test_the_commands_of_a_page_run(page, here, capfd):
     known = commands()
@@ -167,6 +168,7 @@ def jax_settings() -> Iterator[None]:
         jax.config.update(name, value)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "page", ["docs/index.md", "docs/speculation.md", *sorted(set(PAGES) - {"serve", "bench"})]
 )

@@ -15,6 +15,8 @@ from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import attend_lines
 from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
 
+pytestmark = pytest.mark.once
+
 LAYERS, CAPACITY = 2, 320
 MOST_LOOKS = 1 << 22
 WORDS = 8
