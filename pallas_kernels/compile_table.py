@@ -2,8 +2,8 @@
 
     python -m pallas_kernels.compile_table > table.md
 
-Each row is compiled as a step there would be, with its tuning. What cannot run there has its
-sentence below the table. It takes some minutes.
+A row is a step, a column a GPU, for which it is compiled as it would be there, with its tuning.
+What cannot run there has its sentence below the table. On two cores it takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -32,15 +32,13 @@ class Step(NamedTuple):
 
 
 STEPS = [
-    Step(config, weights, batch)
-    for (config, weights), batch in itertools.product(
-        [("llama3.2-1b", "bfloat16"), ("llama3.1-8b", "bfloat16"), ("llama3.1-8b", "int4")], (1, 8)
+    Step(*each)
+    for each in itertools.product(
+        ("llama3.2-1b", "llama3.2-3b", "llama3.1-8b", "gemma3-1b", "qwen3-0.6b"),
+        ("bfloat16", "int8", "int4"),
+        (1, 8),
     )
 ]
-_HEAD = (
-    *("GPU", "model", "weights", "sequences", "launches", "registers", "spilled bytes"),
-    *("shared memory, bytes", "of"),
-)
 
 
 class Row(NamedTuple):
@@ -82,21 +80,45 @@ def compile_row(gpu: str, step: Step, capacity: int = 16_384) -> Row:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The table, and below it why a step is XLA's there, each sentence once."""
-    rows = list(rows)
+    """The table, and below it why a step is XLA's somewhere, each sentence once.
+
+    A cell has the registers of a thread; in brackets behind them the bytes that one spills, if it
+    does; and how many launches a step is, if it is not one. The last two rows have the bytes of
+    shared memory that a program takes at most, and may take.
+    """
+    found = {(row.step, row.gpu): row for row in rows}
+    gpus = list(dict.fromkeys(gpu for _, gpu in found))
     notes: dict[str, int] = {}
-    lines = [_line(_HEAD), _line([*["---"] * 4, *["---:"] * 5])]
-    for row in rows:
-        cells = [target(row.gpu).gpu.name.removeprefix("NVIDIA "), *map(str, row.step)]
-        if row.refusal is not None:
-            cells.append(f"XLA ({notes.setdefault(row.refusal, len(notes) + 1)})")
-        if (report := row.report) is not None:
-            limit = target(row.gpu).gpu.shared_memory
-            figures = report.kernels, report.registers, report.spill_bytes
-            cells += [*map(str, figures), f"{report.shared_memory_bytes:,}", f"{limit:,}"]
-        lines.append(_line([*cells, *[""] * (len(_HEAD) - len(cells))]))
+    names = [target(gpu).gpu.name.removeprefix("NVIDIA ") for gpu in gpus]
+    lines = [_line([*Step._fields, *names]), _line(["---", "---", *["---:"] * (1 + len(gpus))])]
+    for step in dict.fromkeys(step for step, _ in found):
+        cells = (_cell(found.get((step, gpu)), notes) for gpu in gpus)
+        lines.append(_line([*map(str, step), *cells]))
+    taken = [_most_shared(found.values(), gpu) for gpu in gpus]
+    lines.append(_line(["shared memory, bytes", "", "", *taken]))
+    lines.append(_line(["of", "", "", *(f"{target(gpu).gpu.shared_memory:,}" for gpu in gpus)]))
     said = [f"{number}. {reason}" for reason, number in notes.items()]
     return "\n".join([*lines, *([""] if said else []), *said])
+
+
+def _cell(row: Row | None, notes: dict[str, int]) -> str:
+    """What became of a step on a GPU; a refusal gets a number, which stands in `notes`."""
+    if row is None:
+        return ""
+    if row.refusal is not None:
+        return f"XLA ({notes.setdefault(row.refusal, len(notes) + 1)})"
+    assert row.report is not None
+    cell = str(row.report.registers)
+    if row.report.spill_bytes:
+        cell += f" ({row.report.spill_bytes})"
+    if row.report.kernels != 1:
+        cell += f", {row.report.kernels} launches"
+    return cell
+
+
+def _most_shared(rows: Iterable[Row], gpu: str) -> str:
+    taken = [row.report.shared_memory_bytes for row in rows if row.gpu == gpu and row.report]
+    return f"{max(taken):,}" if taken else ""
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -107,7 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     asked = _parser().parse_args(arguments)
     gpus = asked.gpu or target_names()
-    pairs = [(gpu, step) for gpu in gpus for step in STEPS]
+    steps = [step for step in STEPS if asked.config is None or step.config in asked.config]
+    pairs = [(gpu, step) for gpu in gpus for step in steps]
     try:
         with ThreadPoolExecutor(asked.jobs) as pool:  # each compiles in a process of its own
             rows = list(pool.map(lambda pair: compile_row(*pair), pairs))
@@ -121,10 +144,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.compile_table",
-        description="Compiles decode steps of 1B and 8B shapes for every GPU, and prints a table.",
+        description="Compiles decode steps of five presets for every GPU, and prints a table.",
     )
     parser.add_argument(
         "--gpu", choices=target_names(), action="append", help="may be repeated; default: all"
+    )
+    parser.add_argument(
+        "--config",
+        choices=sorted({step.config for step in STEPS}),
+        action="append",
+        help="may be repeated; default: all",
     )
     parser.add_argument(
         "--jobs",

@@ -1,5 +1,6 @@
 """The decode step compiles for a GPU without one, to one kernel that fits."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -21,7 +22,7 @@ from pallas_kernels.compile import (
     main,
     why_no_compiler,
 )
-from pallas_kernels.compile_table import Step, compile_row, markdown
+from pallas_kernels.compile_table import Row, Step, compile_row, markdown
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import RESERVED_TILE
 from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan
@@ -222,6 +223,8 @@ def test_the_table_says_why_a_step_is_left_to_xla(monkeypatch):
         versions={},
     )
 
+    two = dataclasses.replace(made, kernels=2, registers=160, spill_bytes=0)
+
     def compiled(gpu, dims, *, tuned):
         assert tuned
         if dims.weight_bits.qkv == 4:
@@ -233,12 +236,16 @@ def test_the_table_says_why_a_step_is_left_to_xla(monkeypatch):
     small, quantized = Step("llama3.2-1b", "bfloat16", 1), Step("llama3.2-1b", "int4", 1)
     rows = [compile_row(*pair) for pair in [("h200", small), ("l4", small), ("l4", quantized)]]
     assert [row.report is None for row in rows] == [False, False, True]
-    lines = markdown([*rows, rows[2]]).splitlines()
-    assert lines[2] == "| H200 | llama3.2-1b | bfloat16 | 1 | 1 | 168 | 20 | 77,824 | 232,448 |"
-    assert lines[3].startswith("| L4 | llama3.2-1b | bfloat16 | 1 | 1 | 168 | 20 | ")
-    assert lines[4] == "| L4 | llama3.2-1b | int4 | 1 | XLA (1) |  |  |  |  |"
-    assert lines[5:] == [lines[4], "", "1. There is no room."]
-    assert len({line.count("|") for line in lines[:6]}) == 1
+    assert markdown([*rows, Row("h200", quantized, two, None)]).splitlines() == [
+        "| config | weights | batch | H200 | L4 |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| llama3.2-1b | bfloat16 | 1 | 168 (20) | 168 (20) |",
+        "| llama3.2-1b | int4 | 1 | 160, 2 launches | XLA (1) |",
+        "| shared memory, bytes |  |  | 77,824 | 77,824 |",
+        "| of |  |  | 232,448 | 101,376 |",
+        "",
+        "1. There is no room.",
+    ]
 
 
 def test_a_table_without_a_compiler_names_the_extra(monkeypatch, capsys):
