@@ -27,6 +27,7 @@ WARM = [0]
 class Chosen(NamedTuple):
     token: int
     logprobs: TokenLogprobs | None
+    drafted: bool = False
 
 
 def _next(context: Sequence[int], params: SamplingParams, count: int) -> int:

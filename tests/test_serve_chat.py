@@ -7,6 +7,7 @@ import os
 import random
 import re
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -379,15 +380,23 @@ def test_clients_that_go_away_leave_caches_that_can_be_trusted(running, model, t
 
 
 def test_drafts_that_are_looked_up_change_no_answer(model, tokenizer):
-    said = [{"role": "user", "content": "hello hello hello hello"}]
-    tokens, _ = alone(model, tokenizer, tokenizer.chat(said), max_tokens=40)
-    how = {"capacity": CAPACITY, "chunk": 128, "speculation": "lookup", "ahead": False}
+    said = [{"role": "user", "content": "abab abab abab"}]
+    asked = {"max_tokens": 60, "ignore_eos": True}
+    tokens, _ = alone(model, tokenizer, tokenizer.chat(said), **asked)
+    lookup = ffjax.Lookup(min_match=1)
+    how = {"capacity": CAPACITY, "chunk": 128, "speculation": lookup, "ahead": False}
     with serving(
         lambda: LiveBatch(model, rows=2, **how), config=model.config, tokenizer=tokenizer
     ) as running:
+        accepted = []
         for _ in range(3):
-            answer = ask(running.client(), said, max_tokens=40)
+            answer = ask(running.client(), said, max_tokens=60, extra_body={"ignore_eos": True})
             assert answer.choices[0].message.content == tokenizer.decode(tokens)
+            accepted.append(answer.usage.completion_tokens_details.accepted_prediction_tokens)
+        with urllib.request.urlopen(f"{running.url}/metrics") as metrics:
+            told = metrics.read().decode()
+    assert min(accepted) > 0
+    assert f"ffjax_generation_tokens_accepted_total {float(sum(accepted))}" in told
 
 
 @pytest.mark.skipif(

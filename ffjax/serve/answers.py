@@ -134,6 +134,10 @@ class Answer:
             "completion_tokens": new,
             "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in firsts)},
+            # OpenAI's name for drafts that were right; theirs come with the request.
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(job.accepted for job in jobs)
+            },
         }
 
     @property

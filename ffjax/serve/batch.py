@@ -23,6 +23,11 @@ class Chosen(Protocol):
         """None, or an object with `logprob` and `top`, pairs of id and log-probability."""
         ...
 
+    @property
+    def drafted(self) -> bool:
+        """Whether it was a draft that was right."""
+        ...
+
 
 class Fed(Protocol):
     """A chunk of a prompt that the device was told to feed."""

@@ -161,6 +161,8 @@ class _Run:
         if cached := usage["prompt_tokens_details"]["cached_tokens"]:
             how += f" ({cached} of them from the cache)"
         how += f", {usage['completion_tokens']} new"
+        if accepted := usage["completion_tokens_details"]["accepted_prediction_tokens"]:
+            how += f" ({accepted} of them drafts)"
         if firsts:
             how += f", the first after {min(firsts):.3f} s"
         how += f", {now - jobs[0].began:.3f} s in all"

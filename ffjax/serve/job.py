@@ -60,6 +60,7 @@ class Job:
         tokens: the new ones, without the stop token.
         cached: tokens of the prompt that a row's cache held already.
         fed: tokens of the prompt that the device was told to feed.
+        accepted: of the new tokens those that were drafts which were right.
         ordered: new tokens that the device was told to make.
         cancelled: nobody waits for it any more.
         end: how it has ended; None while it has not, or where it was cancelled.
@@ -95,6 +96,7 @@ class Job:
         self.eos = tuple(eos)
         self.tokens: list[int] = []
         self.cached = 0
+        self.accepted = 0
         self.fed = 0
         self.ordered = 0
         self.cancelled = False
@@ -148,6 +150,7 @@ class Job:
                 end = Ended("stop", token)
                 break
             self.tokens.append(token)
+            self.accepted += one.drafted
             tokens.append(token)
             if one.logprobs is not None and self.params.logprobs is not None:
                 logprobs.append(one.logprobs)

@@ -43,6 +43,11 @@ class Metrics:
             "ffjax_prompt_tokens_cached_total", "Tokens of prompts found in a row's cache.", **own
         )
         self._new = Counter("ffjax_generation_tokens_total", "Tokens generated.", **own)
+        self._accepted = Counter(
+            "ffjax_generation_tokens_accepted_total",
+            "Tokens generated that were drafts which were right.",
+            **own,
+        )
         self._to_first = Histogram(
             "ffjax_time_to_first_token_seconds",
             "From a request to its first token, waiting included.",
@@ -74,17 +79,19 @@ class Metrics:
         """A text is complete, or was given up."""
         self._ended.labels(outcome).inc()
 
-    def came(self, job: Job, count: int, before: float | None) -> None:
+    def came(self, job: Job, count: int, accepted: int, before: float | None) -> None:
         """New tokens of a text have come.
 
         Args:
             job: the text.
             count: how many.
+            accepted: of them those that were drafts.
             before: when the last ones came; None: these are the first.
         """
         if not count or job.last is None:
             return
         self._new.inc(count)
+        self._accepted.inc(accepted)
         if before is None:
             self._to_first.observe(job.last - job.began)
             self._prompt.inc(len(job.prompt))

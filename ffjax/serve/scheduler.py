@@ -382,14 +382,14 @@ class Scheduler:
         for row, job in jobs.items():
             if job.over:
                 continue
-            count, before = len(job.tokens), job.last
+            count, accepted, before = len(job.tokens), job.accepted, job.last
             try:
                 events = job.take([step[row] for step in steps if row in step], self._batch, now)
             except Exception as error:  # of its text
                 self._on_error(error)
                 events = [server_error(f"The answer's text failed: {sentence(error)}")]
                 job.end, job.over = events[0], True
-            self._metrics.came(job, len(job.tokens) - count, before)
+            self._metrics.came(job, len(job.tokens) - count, job.accepted - accepted, before)
             if job.over:
                 # First: whoever is told may ask for the row at once.
                 self._leave(row, job)
