@@ -412,6 +412,16 @@ def test_many_texts_are_written_four_at_a_time():
     assert [one.text for one in rows[1]] == [one.text for one in rows[0]]
 
 
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_no_more_texts_are_written_at_a_time_than_a_step_has_room_for(tokens):
+    plain, _ = generators()
+    lookup = Lookup(tokens=tokens)
+    drafted = Generator(plain.model, plain.tokenizer, speculation=lookup)
+    prompts = [PROMPT[:n] for n in (40, 8, 70)]
+    rows = [g.generate(prompts, max_tokens=8) for g in (plain, drafted)]
+    assert [one.text for one in rows[1]] == [one.text for one in rows[0]]
+
+
 def test_the_command_tells_how_many_tokens_a_step_made(capsys):
     asked = ["generate", "--prompt", PROMPT, "--max-new-tokens", "16", "--speculation", "lookup"]
     assert main([*asked, "--json"]) == 0

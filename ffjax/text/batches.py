@@ -187,7 +187,7 @@ def texts(
     if not asked:
         return
     # Evenly, so that there are at most two sizes: each is a program of its own.
-    most = MAX_BATCH if checked_speculation(speculation) is None else MAX_SEQUENCES
+    most = _side_by_side(speculation)
     batches = ceil_div(len(asked), most)
     ends = [len(asked) * i // batches for i in range(batches + 1)]
     for start, end in itertools.pairwise(ends):
@@ -214,6 +214,14 @@ def texts(
             raise
         batch.close()
         yield from batch.completions()
+
+
+def _side_by_side(speculation: Speculation | None) -> int:
+    """How many texts a step has room for."""
+    asked = checked_speculation(speculation)
+    if asked is None:
+        return MAX_BATCH
+    return min(MAX_SEQUENCES, MAX_BATCH // (asked.tokens or 1)) or 1
 
 
 def _capacity(asked: Sequence[Asked]) -> int:
