@@ -172,7 +172,10 @@ def test_a_port_that_is_taken(capsys, folder):
         (["--api-key", "two words"], "--api-key goes into a header"),
         (["--grace", "-1"], "--grace: a number from 0"),
         (["--speculation", "lookup", "--batch", "5"], "--speculation takes --batch 1 to 4"),
-        (["--speculation", "lookup", "--speculation-tokens", "3"], "Ask for up to 2"),
+        (
+            ["--speculation", "lookup", "--speculation-tokens", "3"],
+            "--batch is 4. Give --speculation-tokens 2, or --batch 2.",
+        ),
         (["--speculation-tokens", "3"], "is none. Give --speculation, too."),
         (["--model", "/nowhere"], "/nowhere"),
     ],

@@ -20,7 +20,7 @@ from ffjax.commands.implementations import add_implementations
 from ffjax.commands.options import number, whole
 from ffjax.commands.speculation_options import add_lookup, given_lookup
 from ffjax.sampling.params import MAX_LOGPROBS
-from ffjax.speculation.choice import MAX_SEQUENCES, live_source
+from ffjax.speculation.choice import MAX_SEQUENCES
 from pallas_kernels.support import MAX_BATCH
 
 if TYPE_CHECKING:
@@ -134,7 +134,13 @@ def run(args: argparse.Namespace) -> int:
             f"--speculation takes --batch 1 to {MAX_SEQUENCES}, since a step has room for "
             f"{MAX_BATCH} tokens; got --batch {rows}. Give fewer, or leave --speculation out."
         )
-    live_source(speculation, rows)  # whether it has room for the tokens
+    each = args.speculation_tokens or 1
+    if rows * each > MAX_BATCH:
+        raise ValueError(
+            f"A step has room for {MAX_BATCH} tokens, of all texts together; --speculation-tokens "
+            f"{each} takes so many of each, and --batch is {rows}. Give --speculation-tokens "
+            f"{MAX_BATCH // rows}, or --batch {MAX_BATCH // each}."
+        )
     with bound(args.host, args.port) as sock:
         path = checkpoints.SHIPPED_MODEL if args.model is None else args.model
         model = load_model(args, path)
