@@ -102,7 +102,9 @@ def _raised_by_us(error: BaseException) -> bool:
         last = last.tb_next
     if last is None:
         return False
-    code, name = last.tb_frame.f_code, str(last.tb_frame.f_globals.get("__name__"))
+    code, names = last.tb_frame.f_code, last.tb_frame.f_globals
+    # `python -m` calls a module __main__; how it was found says its name.
+    name = str(getattr(names.get("__spec__"), "name", None) or names.get("__name__"))
     is_raise = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
     return is_raise and name.partition(".")[0] in _OURS
 

@@ -404,4 +404,9 @@ def test_the_command_takes_a_draft_model(tmp_path, capsys):
     assert lookup["tokens_per_step"] <= 2
     assert "are two. Leave one out" in run("--speculation", "lookup", "--draft", path, code=2)
     assert "and there is none" in run("--speculation-tokens", "3", code=2)
-    assert "quantized already" in run("--draft", path, "--draft-weights", "int8", code=2)
+    twice = run("--draft", path, "--draft-weights", "int8", code=2)
+    assert "quantized already" in twice
+    assert "Leave it out, or give a model" in twice
+    checkpoints.save(float32_model(vocab_size=257, model_dim=64), tiny, overwrite=True)
+    groups = run("--draft-weights", "int4", code=2)
+    assert "multiple of 128; they are 64. Give --draft-weights int8" in groups

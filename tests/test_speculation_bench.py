@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import runpy
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -87,8 +90,30 @@ def test_a_replay_is_right_as_often_as_it_is_to_be(drafted, capsys, monkeypatch)
         (["--config", "nothing", "--replay", "0.5"], "No preset is called 'nothing'"),
         (["--draft-config", "llama3.2-1b"], "Give a draft model by --draft"),
         (["--prompt-file", "nowhere"], "nowhere"),
+        (["--prompt-file", os.devnull], f"at least one character; {os.devnull} has none"),
+        (
+            ["--config", "python-bytes-3m", "--replay", "0.5", "--prompt-file", "some"],
+            "--config takes no --prompt-file",
+        ),
     ],
 )
 def test_what_cannot_be_is_a_sentence(asked, says, capsys):
     assert speculation.main(asked) == 2
     assert re.search(says, capsys.readouterr().err)
+
+
+def test_a_step_has_room_for_eight_tokens(capsys):
+    with pytest.raises(SystemExit):
+        speculation.main(["--tokens", "4,9"])
+    assert "whole numbers from 2 to 8 are needed" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_module_that_is_run_speaks_for_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speculation", "--replay", "0.5"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(speculation.__name__, run_name="__main__", alter_sys=True)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "Give both, or neither." in said
+    assert "error inside ffjax" not in said

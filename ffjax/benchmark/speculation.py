@@ -32,18 +32,20 @@ from ffjax.benchmark.replay import replay_loop
 from ffjax.benchmark.tables import finite, origin_data, origin_text, table
 from ffjax.commands.implementations import add_implementations
 from ffjax.commands.options import number, seed, whole, wholes
+from ffjax.commands.prompts import read_text
+from ffjax.commands.speculation_options import quantized_by
 from ffjax.config import preset
 from ffjax.decode import device_of
 from ffjax.failures import sentence
 from ffjax.generation import GenerateOutput, generate
 from ffjax.model import Transformer
-from ffjax.quantization import quantize
 from ffjax.requests import Request
 from ffjax.speculation.draft import Draft
 from ffjax.speculation.lookup import Lookup
 from ffjax.stdlib_text import read_sources
 from ffjax.streaming import Stream
 from ffjax.tokenizer import load_tokenizer
+from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["Asked", "Row", "as_data", "as_text", "main", "make_parser", "measure"]
 
@@ -283,7 +285,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", metavar="N", type=whole(2), default=Asked.new)
     parser.add_argument("--temperature", metavar="T", type=number(0), default=0.0)
     parser.add_argument("--seed", metavar="N", type=seed, default=0)
-    parser.add_argument("--tokens", metavar="T,...", type=wholes(2), default=(), help="each T")
+    parser.add_argument(
+        "--tokens", metavar="T,...", type=wholes(2, MAX_BATCH), default=(), help="each T"
+    )
     parser.add_argument(
         "--replay", metavar="P,...", help="chances of drafts to be right, with --config: 0.3,0.7"
     )
@@ -306,14 +310,19 @@ def _chances(text: str | None) -> tuple[float, ...]:
 def _prompts(args: argparse.Namespace, encode: Callable[[str], list[int]]) -> dict[str, list[int]]:
     if args.prompt_file:
         return {
-            Path(file).name: encode(Path(file).read_text(encoding="utf-8"))
-            for file in args.prompt_file
+            Path(file).name: _not_empty(encode(read_text(file)), file) for file in args.prompt_file
         }
     held_out = read_sources()[1]
     longest = max(held_out, key=lambda source: len(source.text)).text
     text = longest[:_PROMPT_BYTES].decode("utf-8", "ignore")
     half = text[: _PROMPT_BYTES // 2]
     return {"source": encode(text), "twice": encode(half + half)}
+
+
+def _not_empty(tokens: list[int], file: str) -> list[int]:
+    if not tokens:
+        raise ValueError(f"A prompt has at least one character; {file} has none. Give another.")
+    return tokens
 
 
 def _asked(args: argparse.Namespace) -> Asked:
@@ -333,6 +342,10 @@ def _asked(args: argparse.Namespace) -> Asked:
         )
     if args.draft_config is not None and args.config is None:
         raise ValueError("--draft-config is for --config. Give a draft model by --draft.")
+    if args.prompt_file and args.config is not None:
+        raise ValueError(
+            "Random weights continue random tokens: --config takes no --prompt-file. Leave one out."
+        )
     if args.config is not None:
         model = random_model(preset(args.config))
         [ids] = random_prompts(model.config, [_RANDOM_PROMPT])
@@ -349,9 +362,9 @@ def _asked(args: argparse.Namespace) -> Asked:
     elif args.draft_weights is not None:
         draft = model
     if draft is not None and args.draft_weights is not None:
-        draft = quantize(draft, args.draft_weights)
+        draft = quantized_by(draft, "--draft-weights", args.draft_weights)
     if args.weights is not None:
-        model = quantize(model, args.weights)
+        model = quantized_by(model, "--weights", args.weights)
     jax.block_until_ready(jax.tree.leaves((model, draft)))
     return Asked(
         model=model,

@@ -47,17 +47,18 @@ def whole(least: int, most: int = _MOST, *, even: bool = False) -> Callable[[str
     return read
 
 
-def wholes(least: int) -> Callable[[str], tuple[int, ...]]:
+def wholes(least: int, most: int = _MOST) -> Callable[[str], tuple[int, ...]]:
     """The type of an option that is one whole number or several, with commas between them."""
-    one = whole(least)
+    one = whole(least, most)
+    limit = "" if most == _MOST else f" to {most}"
 
     def read(text: str) -> tuple[int, ...]:
         try:
             return tuple(one(part) for part in text.split(","))
         except argparse.ArgumentTypeError:
             raise argparse.ArgumentTypeError(
-                f"whole numbers from {least} are needed, with commas between them, as 1,2,4; "
-                f"got {text!r}"
+                f"whole numbers from {least}{limit} are needed, with commas between them, as "
+                f"1,2,4; got {text!r}"
             ) from None
 
     return read

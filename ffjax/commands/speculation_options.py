@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from ffjax.speculation.choice import Speculation
     from ffjax.speculation.lookup import Lookup
 
-__all__ = ["add_lookup", "add_speculation", "given_lookup", "given_speculation"]
+__all__ = [
+    "add_lookup",
+    "add_speculation",
+    "given_lookup",
+    "given_speculation",
+    "quantized_by",
+]
 
 
 def add_lookup(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -104,11 +110,41 @@ def given_lookup(args: argparse.Namespace) -> Lookup | None:
 def _draft_model(args: argparse.Namespace, model: Transformer) -> Transformer:
     from checkpoints.hf_import import is_hf_folder
     from checkpoints.places import real_path
-    from ffjax.quantization import quantize
 
     if args.draft is not None:
         # Fields to be ignored are those of folders; a checkpoint has none.
         ignored = args.ignore_field if is_hf_folder(real_path(args.draft)) else []
         how = argparse.Namespace(**{**vars(args), "ignore_field": ignored})
         model = load_model(how, args.draft)
-    return model if args.draft_weights is None else quantize(model, args.draft_weights)
+    if args.draft_weights is None:
+        return model
+    return quantized_by(model, "--draft-weights", args.draft_weights)
+
+
+def quantized_by(model: Transformer, option: str, weights: Kind) -> Transformer:
+    """A model quantized because an option says so, in a command without a size of groups.
+
+    Args:
+        model: the model.
+        option: its name.
+        weights: the format.
+
+    Raises:
+        ValueError: it is quantized already, or its inputs are no whole groups.
+    """
+    from ffjax.quantization import quantize
+
+    if model.config.weights.quantized:
+        raise ValueError(
+            f"{option} rounds weights, once, and those of {model.config.name} are quantized "
+            f"already ({model.config.weights}). Leave it out, or give a model that is not "
+            "quantized."
+        )
+    try:
+        return quantize(model, weights)
+    except ValueError as error:
+        # What it advises may be groups of another size.
+        rule, advice, _ = str(error).partition(" Choose ")
+        if not advice:
+            raise
+        raise ValueError(f"{rule} Give {option} int8, which has no groups.") from None
