@@ -54,8 +54,8 @@ class Generator:
             sampling: how tokens are chosen where a call does not say. None: greedily.
             implementation: of the decode steps; see `ffjax.generate`.
             prefill: of the prefill; see `ffjax.generate`.
-            speculation: see `ffjax.generate`. Prompts then run up to 4 at a time, or 8 // T. Conversations
-                look drafts up, or do without: they have no draft model.
+            speculation: see `ffjax.generate`. Prompts then run up to 4 at a time, or 8 // T.
+                Conversations look drafts up, or do without: they have no draft model.
 
         Raises:
             ValueError: there is no speculation of that name, or the draft model does not fit.
