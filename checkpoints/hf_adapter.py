@@ -36,11 +36,12 @@ def refuse_adapter(directory: Path, *, whole: bool) -> None:
     of = base if isinstance(base, str) and base else f"a model that its {ADAPTER} does not name"
     if whole:
         raise CheckpointError(
-            f"{directory} has {what} of {of} beside a config.json, and adapters are not supported. "
-            "Merge it into the model (peft: merge_and_unload, save_pretrained). If the weights "
-            f"there are merged already, remove {ADAPTER}."
+            f"{directory} has {what} of {of} beside a config.json: a model or an adapter is "
+            "expected, and not both. Move the adapter to a folder of its own, and merge it into "
+            "the model: `ffjax convert MODEL OUT --adapter DIR`. If the weights there are merged "
+            f"already, remove {ADAPTER}."
         )
     raise CheckpointError(
-        f"{directory} holds {what} of {of}, and no model: adapters are not supported. Merge it "
-        "into that model (peft: merge_and_unload, save_pretrained) and give the merged folder."
+        f"{directory} holds {what} of {of}, and no model. Merge it into that model, "
+        f"`ffjax convert MODEL OUT --adapter {directory}`, and give what that makes."
     )

@@ -22,6 +22,7 @@ import numpy as np
 from checkpoints.manifest import CheckpointError, a_gguf_file
 
 __all__ = [
+    "FLOATS",
     "INDEX",
     "LFS_POINTER",
     "SINGLE",
@@ -47,6 +48,9 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
+
+FLOATS = tuple(_DTYPES)
+"""Dtypes that are read, as safetensors calls them."""
 
 # Dtypes in which nobody stores weights, quantized ones either: masks, positions, counters.
 _NO_WEIGHTS = ("BOOL", "I64", "U64")

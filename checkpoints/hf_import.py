@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from checkpoints.adapters import merge_adapter
 from checkpoints.hf_adapter import ADAPTER, refuse_adapter
 from checkpoints.hf_config import architecture_of, config_from_hf, read_config
 from checkpoints.hf_fields import CONFIG
@@ -16,7 +17,7 @@ from checkpoints.hf_files import (
     find_tensors,
     same_numbers,
 )
-from checkpoints.hf_table import NameRules, slots_of
+from checkpoints.hf_table import EMBED, HEAD, NameRules, slots_of
 from checkpoints.hf_token_ids import check_end_tokens
 from checkpoints.incoming import (
     Conversion,
@@ -45,8 +46,6 @@ __all__ = [
     "is_hf_folder",
     "keep_companions",
 ]
-
-_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 # What lies beside the weights and is kept with them: the tokenizer, its chat template, and the
 # files that name the tokens which end a text.
@@ -144,9 +143,9 @@ class HFFolder(Incoming):
                 f"{'; '.join(' and '.join(names) for names in twice)}."
             )
         tensors = {name: found[theirs] for name, (theirs,) in named.items()}
-        if config.tied_embeddings and _HEAD in tensors and _EMBED in tensors:
-            _check_tied(directory, tensors[_HEAD], tensors[_EMBED])
-            left_out.append(tensors.pop(_HEAD).name)
+        if config.tied_embeddings and HEAD in tensors and EMBED in tensors:
+            _check_tied(directory, tensors[HEAD], tensors[EMBED])
+            left_out.append(tensors.pop(HEAD).name)
         check_tensors(directory, config, slots, tensors, says=CONFIG)
         return cls(directory, architecture, config, slots, tensors, left_out)
 
@@ -181,6 +180,7 @@ def convert_hf(
     dtype: Any = "bfloat16",
     overwrite: bool = False,
     ignore_fields: Collection[str] = (),
+    adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Makes a checkpoint of a Hugging Face folder.
@@ -198,6 +198,10 @@ def convert_hf(
         ignore_fields: names of fields of config.json to leave out: those that are refused
             because they might change what the model computes, where it is known that they do
             not. A field that is understood cannot be ignored.
+        adapter: the folder of a LoRA adapter of this model, in peft's format, to be merged into it:
+            W + scaling * B @ A for each matrix W `[out, in]`, B `[out, r]`, A `[r, in]`, where
+            scaling is lora_alpha / r (arXiv 2106.09685), or lora_alpha / sqrt(r) with use_rslora
+            (arXiv 2312.03732). Computed as peft does on a CPU with a model loaded as `dtype`.
         progress: is told, after each tensor, how many bytes were read and of how many.
 
     Returns:
@@ -208,7 +212,8 @@ def convert_hf(
         FileExistsError: there is something at `path`, and overwrite is false or it is no
             checkpoint.
         CheckpointError: the folder is incomplete or damaged, or holds or asks for what is
-            not supported; or the checkpoint cannot be written.
+            not supported; or the adapter does, or is one of another model; or the checkpoint
+            cannot be written.
     """
     path = real_path(path)
     dtype = supported_dtype("A checkpoint's weights are", dtype)
@@ -216,7 +221,7 @@ def convert_hf(
     check_apart(path, directory := real_path(directory))
     folder = HFFolder.open(directory, ignore_fields=ignore_fields)
     return write_incoming(
-        folder,
+        folder if adapter is None else merge_adapter(folder, adapter, out=path),
         path,
         dtype=dtype,
         overwrite=overwrite,

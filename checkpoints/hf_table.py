@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from checkpoints.manifest import CheckpointError
 from ffjax.config import ModelConfig
 
-__all__ = ["TABLES", "Entry", "NameRules", "Slot", "slots_of"]
+__all__ = ["EMBED", "HEAD", "TABLES", "Entry", "NameRules", "Slot", "slots_of"]
+
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Entry(NamedTuple):
@@ -55,7 +57,7 @@ def _layer(*lines: tuple[str, str] | tuple[str, str, str]) -> tuple[Entry, ...]:
 
 
 _EVERY_FAMILY = (
-    Entry("model.embed_tokens.weight", "embed"),
+    Entry(EMBED, "embed"),
     *_layer(
         ("self_attn.q_proj.weight", "qkv", "N*H"),
         ("self_attn.k_proj.weight", "qkv", "K*H"),
@@ -66,7 +68,7 @@ _EVERY_FAMILY = (
         ("mlp.down_proj.weight", "down"),
     ),
     Entry("model.norm.weight", "final_norm"),
-    Entry("lm_head.weight", "head"),
+    Entry(HEAD, "head"),
 )
 
 _NORMS_BEFORE = _layer(

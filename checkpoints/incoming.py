@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 
 __all__ = [
+    "Adapter",
     "Conversion",
     "Incoming",
     "Stored",
@@ -82,6 +83,18 @@ class Stored(Protocol):
         ...
 
 
+class Adapter(NamedTuple):
+    """An adapter that is merged into a model.
+
+    Attributes:
+        name: what it is called: its folder.
+        tensors: how many of the model's tensors it changes.
+    """
+
+    name: str
+    tensors: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Incoming(abc.ABC):
     """A model on disk, checked from end to end, its numbers not yet read.
@@ -95,6 +108,7 @@ class Incoming(abc.ABC):
         left_out: names of tensors in its files that the model has no use for.
         form: what a manifest calls its format.
         whole: dtypes of its tensors that float32 holds exactly.
+        adapter: what is merged into it while its numbers are read.
     """
 
     path: Path
@@ -106,6 +120,7 @@ class Incoming(abc.ABC):
 
     form: ClassVar[str]
     whole: ClassVar[Collection[str]]
+    adapter: Adapter | None = dataclasses.field(default=None, kw_only=True)
 
     @abc.abstractmethod
     def keep_companions(self, checkpoint: Path) -> list[str]:
@@ -143,6 +158,8 @@ class Incoming(abc.ABC):
             "rounded": self.rounded(dtype),
             "left_out": self.left_out,
         }
+        if self.adapter is not None:
+            source["adapter"] = self.adapter._asdict()
         return source | ({"ignored_fields": sorted(ignored)} if ignored else {})
 
     def rounded(self, dtype: Any) -> dict[str, int]:
@@ -277,6 +294,7 @@ class Conversion:
         rounded: how many tensors of which dtype were rounded to it.
         left_out: names of tensors that the model has no use for.
         companions: files that were kept beside the weights.
+        adapter: what was merged into the weights; None, nothing.
     """
 
     config: ModelConfig
@@ -284,6 +302,7 @@ class Conversion:
     rounded: dict[str, int]
     left_out: list[str]
     companions: list[str]
+    adapter: Adapter | None = None
 
 
 def write_incoming(
@@ -327,4 +346,6 @@ def write_incoming(
             del array
         companions = incoming.keep_companions(partial)
         manifest.write(partial)
-    return Conversion(incoming.config, dtype.name, rounded, incoming.left_out, companions)
+    return Conversion(
+        incoming.config, dtype.name, rounded, incoming.left_out, companions, incoming.adapter
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
+from checkpoints.adapters import merge_adapter
 from checkpoints.gguf.config import INTERLEAVED, config_json
 from checkpoints.gguf.header import MAGIC, Header, read_header
 from checkpoints.gguf.names import ROPE_FACTORS, gguf_name
@@ -153,6 +154,7 @@ def convert_gguf(
     dtype: Any = "bfloat16",
     overwrite: bool = False,
     ignore_fields: Collection[str] = (),
+    adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Makes a checkpoint of a GGUF file.
@@ -170,6 +172,10 @@ def convert_gguf(
         ignore_fields: names of fields of the metadata to leave out: those that are refused
             because they might change what the model computes, where it is known that they do
             not. A field that is understood cannot be ignored.
+        adapter: the folder of a LoRA adapter of this model, in peft's format, to be merged into it:
+            W + scaling * B @ A for each matrix W `[out, in]`, B `[out, r]`, A `[r, in]`, where
+            scaling is lora_alpha / r (arXiv 2106.09685), or lora_alpha / sqrt(r) with use_rslora
+            (arXiv 2312.03732). Computed as peft does on a CPU with a model loaded as `dtype`.
         progress: is told, after each tensor, how many bytes were read and of how many.
 
     Returns:
@@ -180,7 +186,8 @@ def convert_gguf(
         FileExistsError: there is something at `path`, and overwrite is false or it is no
             checkpoint.
         CheckpointError: the file is no GGUF file, truncated or damaged, or holds or asks for
-            what is not supported; or the checkpoint cannot be written.
+            what is not supported; or the adapter does, or is one of another model, or the file
+            is quantized and an adapter given; or the checkpoint cannot be written.
         NotImplementedError: the package gguf is needed, and not installed.
     """
     path = real_path(path)
@@ -190,7 +197,7 @@ def convert_gguf(
     opened = GGUFFile.open(file, ignore_fields=ignore_fields)
     _ = opened.companions  # a tokenizer is refused before gigabytes are written
     return write_incoming(
-        opened,
+        opened if adapter is None else merge_adapter(opened, adapter, out=path),
         path,
         dtype=dtype,
         overwrite=overwrite,

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_ignore_field(parser)
     parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="merge a LoRA adapter of the model: a folder that peft wrote",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace a checkpoint that is at OUT_DIR"
     )
 
@@ -68,12 +73,15 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             overwrite=args.overwrite,
             ignore_fields=args.ignore_field,
+            adapter=args.adapter,
             progress=progress,
         )
     config = made.config
     print(
         f"{args.out}: {config.name}, {config.family}, {config.num_params:,} weights, {made.dtype}"
     )
+    if (adapter := made.adapter) is not None:
+        print(f"Merged the adapter {adapter.name} into {adapter.tensors} tensors.")
     if made.rounded:
         note = rounding_note(made.rounded, made.dtype)
         print(f"{note[0].upper()}{note[1:]}.")
