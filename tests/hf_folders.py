@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from hf_models import MODELS, HFModel
+from lora_cases import matrix
 from safetensors.numpy import save_file
 
-__all__ = ["ARCHITECTURES", "config_json", "edit_json", "tensors_of", "write_folder"]
+__all__ = ["ARCHITECTURES", "config_json", "edit_json", "tensors_of", "write_folder", "write_lora"]
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -65,6 +66,20 @@ def write_folder(
         weight_map |= dict.fromkeys(mine, file)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def write_lora(directory: Path, matrices: dict[str, np.ndarray], **fields: Any) -> Path:
+    """An adapter: lora_A and lora_B of a rank of 2 for matrices by modules' names."""
+    directory.mkdir(parents=True)
+    tensors = {}
+    for name, array in matrices.items():
+        rows, columns = array.shape
+        tensors[f"base_model.model.{name}.lora_A.weight"] = matrix(0, (2, columns))
+        tensors[f"base_model.model.{name}.lora_B.weight"] = matrix(1, (rows, 2))
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": [*matrices]}
+    (directory / "adapter_config.json").write_text(json.dumps({**config, **fields}))
     return directory
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf_files import write_gguf
-from hf_folders import config_json, edit_json, write_folder
+from hf_folders import config_json, edit_json, write_folder, write_lora
 from hf_models import MODELS
 from lora_cases import BASE, CASES, GOLDEN, matrix
 from safetensors.numpy import load, save_file
@@ -170,15 +170,16 @@ def test_names_of_the_text_model_of_one_that_sees(tmp_path):
     (folder / "config.json").write_text(json.dumps(outer))
     weight = model.weights()[f"{Q}.weight"]
     a, b = matrix(0, (2, weight.shape[1])), matrix(1, (weight.shape[0], 2))
-    for release, text in enumerate(("language_model.model.", "model.language_model.")):
-        called = f"base_model.model.{Q.replace('model.', text)}"
-        (adapter := tmp_path / str(release)).mkdir()
-        tensors = {f"{called}.lora_A.weight": a, f"{called}.lora_B.weight": b}
-        save_file(tensors, adapter / WEIGHTS)
-        fields = {"peft_type": "LORA", "r": 2, "target_modules": ".*layers.1.*q_proj"}
-        (adapter / CONFIG).write_text(json.dumps(fields))
+    names = [
+        Q.replace("model.", text) for text in ("language_model.model.", "model.language_model.")
+    ]
+    pattern = ".*layers.1.*q_proj"
+    for release, name in enumerate(names):
+        adapter = write_lora(tmp_path / str(release), {name: weight}, target_modules=pattern)
         got = merged(folder, adapter)[f"{Q}.weight"]
         np.testing.assert_array_equal(got, weight + b @ a * 4)
+    both = write_lora(tmp_path / "both", dict.fromkeys(names, weight), target_modules=pattern)
+    refused(folder, both, "2 unknown tensors")
 
 
 def test_the_command_and_the_function(base, tmp_path, capsys):
@@ -294,12 +295,20 @@ def test_a_folder_that_is_none_of_an_adapter(base, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder of an adapter at"):
         checkpoints.convert_hf(base, out, adapter=tmp_path / "none")
     adapter = write_adapter(tmp_path / "lora")
+    content = golden("patterns_and_rslora", WEIGHTS).replace(
+        b"layers.1.self_attn.o", b"layers.1.self_attn.q"
+    )
+    (adapter / WEIGHTS).write_bytes(content)
+    refused(base, adapter, "A tensor's name is there once", f"has twice: {A}, {B}.")
     with pytest.raises(checkpoints.CheckpointError, match=r"is a file. Give the folder"):
         checkpoints.convert_hf(base, out, adapter=adapter / CONFIG)
     with pytest.raises(ValueError, match="A model is written outside the folder"):
         checkpoints.convert_hf(base, adapter / "out", adapter=adapter)
     (adapter / WEIGHTS).unlink()
     refused(base, adapter, "has no such file. Download or copy")
+    (adapter / WEIGHTS).symlink_to("blobs/gone")
+    refused(base, adapter, "is a link, and blobs/gone, to which it leads, is not there")
+    (adapter / WEIGHTS).unlink()
     (adapter / "adapter_model.bin").write_bytes(b"x")
     refused(base, adapter, "has adapter_model.bin. Load the adapter by peft, and save it")
     (adapter / CONFIG).write_text("{")

@@ -27,7 +27,7 @@ import jax
 import pytest
 from gguf_files import write_gguf
 from gguf_vocabularies import byte_vocabulary
-from hf_folders import write_folder
+from hf_folders import write_folder, write_lora
 from hf_models import MODELS
 from talkers import CHATML
 from test_hf_tokenizer import BEGIN, END, KINDS
@@ -86,6 +86,8 @@ def place(tmp_path_factory) -> Path:
     KINDS["byte_level"]().save(str(folder / "tokenizer.json"))
     tokens = {"bos_token": BEGIN, "eos_token": END, "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    q_proj = "model.layers.0.self_attn.q_proj"
+    write_lora(place / "my-lora", {q_proj: model.weights()[f"{q_proj}.weight"]})
     (place / "draft.py").write_text("import os\n")
     (place / "held_out.txt").write_text("def main():\n    return 0\n")
     (place / "questions.txt").write_text("Who?\nWhy?\n")
