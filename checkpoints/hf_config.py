@@ -6,7 +6,6 @@ Every field there is read, known to change no number, refused by its name, or na
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from checkpoints.hf_effects import understood
 from checkpoints.hf_families import ACTIVATIONS, FAMILIES, NESTED, NUMBERS, Family
 from checkpoints.hf_fields import CONFIG, Fields
-from checkpoints.hf_files import broken_link
+from checkpoints.hf_files import broken_link, downloaded_json
 from checkpoints.hf_rope import Rope, read_rope, write_rope
 from checkpoints.hf_windows import normal_pattern, read_window, write_window
 from checkpoints.manifest import MANIFEST, CheckpointError, a_gguf_file, in_a_cache
@@ -44,12 +43,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             or f"A Hugging Face folder has a {CONFIG}; {directory} has none. Give the folder with "
             "the model's files."
         )
-    try:
-        data = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is damaged: it is not JSON ({error}). Download or copy it again."
-        ) from None
+    data = downloaded_json(file)
     if not isinstance(data, dict):
         raise CheckpointError(
             f"A model's {CONFIG} is a JSON object with its fields; {file} is none. Download it "

@@ -30,6 +30,7 @@ __all__ = [
     "TensorWriter",
     "broken_link",
     "check_dtypes",
+    "downloaded_json",
     "dtype_name",
     "fill",
     "find_tensors",
@@ -114,6 +115,20 @@ class StoredTensor(NamedTuple):
                 filled = block[: flat.size - start]
                 fill(file, filled.view(np.uint8), self)
                 flat[start : start + filled.size] = filled
+
+
+def downloaded_json(file: Path) -> Any:
+    """What the JSON in a downloaded file says.
+
+    Raises:
+        CheckpointError: it is not JSON.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is damaged: it is not JSON ({error}). Download or copy it again."
+        ) from None
 
 
 def truncated(file: Path, found: int, needed: int) -> CheckpointError:

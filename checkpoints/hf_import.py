@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from checkpoints.adapters import merge_adapter
+from checkpoints.converting import convert_incoming
 from checkpoints.hf_adapter import ADAPTER, refuse_adapter
 from checkpoints.hf_config import architecture_of, config_from_hf, read_config
 from checkpoints.hf_fields import CONFIG
@@ -23,7 +23,6 @@ from checkpoints.incoming import (
     Conversion,
     Incoming,
     check_tensors,
-    write_incoming,
 )
 from checkpoints.manifest import (
     HF_FILES,
@@ -31,9 +30,7 @@ from checkpoints.manifest import (
     CheckpointError,
     a_file,
     nothing_at,
-    supported_dtype,
 )
-from checkpoints.places import check_apart, check_free, real_path
 from checkpoints.skeleton import array_shapes
 from ffjax.settings import own_settings
 
@@ -149,6 +146,9 @@ class HFFolder(Incoming):
         check_tensors(directory, config, slots, tensors, says=CONFIG)
         return cls(directory, architecture, config, slots, tensors, left_out)
 
+    def check_companions(self) -> None:
+        """Nothing is refused: they are copied as they are; see `Incoming`."""
+
     def keep_companions(self, checkpoint: Path) -> list[str]:
         """Copies the tokenizer's files and the like; see `Incoming`."""
         return keep_companions(self.path, checkpoint)
@@ -215,16 +215,13 @@ def convert_hf(
             not supported; or the adapter does, or is one of another model; or the checkpoint
             cannot be written.
     """
-    path = real_path(path)
-    dtype = supported_dtype("A checkpoint's weights are", dtype)
-    check_free(path, overwrite)
-    check_apart(path, directory := real_path(directory))
-    folder = HFFolder.open(directory, ignore_fields=ignore_fields)
-    return write_incoming(
-        folder if adapter is None else merge_adapter(folder, adapter, out=path),
+    return convert_incoming(
+        HFFolder,
+        directory,
         path,
         dtype=dtype,
         overwrite=overwrite,
-        ignored=ignore_fields,
+        ignore_fields=ignore_fields,
+        adapter=adapter,
         progress=progress,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.hf_fields import CONFIG, warn
+from checkpoints.hf_files import downloaded_json
 from checkpoints.manifest import CheckpointError
 
 __all__ = ["check_end_tokens"]
@@ -42,12 +43,7 @@ def _object(file: Path) -> dict[str, Any]:
     """The file's object; empty if there is no such file."""
     if not file.is_file():
         return {}
-    try:
-        data = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is damaged: it is not JSON ({error}). Download or copy it again."
-        ) from None
+    data = downloaded_json(file)
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} holds no object, as it should. Download or copy it again.")
     return data

@@ -122,6 +122,25 @@ class Incoming(abc.ABC):
     whole: ClassVar[Collection[str]]
     adapter: Adapter | None = dataclasses.field(default=None, kw_only=True)
 
+    @classmethod
+    @abc.abstractmethod
+    def open(cls, path: Path, /, *, ignore_fields: Collection[str] = ()) -> Incoming:
+        """Opens what is at a path, and checks it from end to end; its numbers are not yet read.
+
+        Raises:
+            FileNotFoundError: there is nothing at that path.
+            CheckpointError: it is damaged, or holds or asks for what is not supported.
+            NotImplementedError: it needs a package that is not installed.
+        """
+
+    @abc.abstractmethod
+    def check_companions(self) -> None:
+        """Looks at what lies beside the weights and may be refused, before gigabytes are written.
+
+        Raises:
+            CheckpointError: it is damaged, or of a kind that is not supported.
+        """
+
     @abc.abstractmethod
     def keep_companions(self, checkpoint: Path) -> list[str]:
         """Puts what lies beside a model's weights into a checkpoint that is being written.

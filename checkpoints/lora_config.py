@@ -15,6 +15,7 @@ from typing import Any
 
 from checkpoints.hf_adapter import ADAPTER
 from checkpoints.hf_fields import listed, warn
+from checkpoints.hf_files import downloaded_json
 from checkpoints.manifest import CheckpointError
 
 __all__ = ["MERGE_BY_PEFT", "LoraConfig"]
@@ -203,12 +204,7 @@ def _read_json(directory: Path) -> dict[str, Any]:
             f"An adapter is a folder with {ADAPTER} and its safetensors; {directory} has no "
             f"{ADAPTER}. Give the folder that peft's save_pretrained wrote."
         )
-    try:
-        data = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is damaged: it is not JSON ({error}). Download or copy it again."
-        ) from None
+    data = downloaded_json(file)
     if not isinstance(data, dict):
         raise CheckpointError(f"{ADAPTER} is a JSON object with its fields; {file} is not.")
     return data

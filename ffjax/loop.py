@@ -63,6 +63,7 @@ __all__ = [
     "Reader",
     "Step",
     "decode_block",
+    "fault_in",
     "slots_for",
 ]
 
@@ -107,6 +108,14 @@ class Made(NamedTuple):
             array.copy_to_host_async()
         note(self.tokens)
         return self
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a draft of a block was right, or one is there behind it; the arrays are numpy's.
+
+        Else nothing seems to repeat, and plain steps cost less.
+        """
+        return bool(self.drafted) or bool((self.tokens[..., 1:] != NO_TOKEN).any())
 
     def step(self) -> Step:
         """What a prefill has made; the arrays are numpy's."""
@@ -209,6 +218,21 @@ def decode_block(
 def slots_for(capacity: int) -> int:
     """S of a cache for so many positions: with room for a block that runs past them, rounded up."""
     return ceil_div(capacity + BLOCK, _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+def fault_in(model: Transformer, cache: KVCache, tokens: int) -> str | None:
+    """What a fused step that gave up waiting has said, a sentence; None if none did.
+
+    Args:
+        model: the model.
+        cache: the cache, as steps of one token and of T left it.
+        tokens: T; 1 where there were none of several.
+    """
+    # Steps of one token, and those of several, each have a mail of their own.
+    for each in sorted({1, tokens}):
+        if (fault := step_fault(model, cache, each)) is not None:
+            return str(fault)
+    return None
 
 
 @functools.cache
@@ -438,8 +462,4 @@ class Loop:
         """What a step that gave up waiting has said, a sentence; None if none did."""
         if self.implementation != "pallas":
             return None
-        # Steps of one token, and those of several, each have a mail of their own.
-        for tokens in sorted({1, self._widest}):
-            if (fault := step_fault(self._model, self._cache, tokens)) is not None:
-                return str(fault)
-        return None
+        return fault_in(self._model, self._cache, self._widest)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
-from checkpoints.adapters import merge_adapter
+from checkpoints.converting import convert_incoming
 from checkpoints.gguf.config import INTERLEAVED, config_json
 from checkpoints.gguf.header import MAGIC, Header, read_header
 from checkpoints.gguf.names import ROPE_FACTORS, gguf_name
@@ -22,10 +22,8 @@ from checkpoints.incoming import (
     Conversion,
     Incoming,
     check_tensors,
-    write_incoming,
 )
-from checkpoints.manifest import HF_FILES, CheckpointError, supported_dtype
-from checkpoints.places import check_apart, check_free, real_path
+from checkpoints.manifest import HF_FILES, CheckpointError
 from checkpoints.skeleton import array_shapes
 from ffjax.config import ModelConfig
 from ffjax.settings import own_settings
@@ -117,6 +115,10 @@ class GGUFFile(Incoming):
         """
         return {CONFIG: self.config_json, **tokenizer_files(self.header)}
 
+    def check_companions(self) -> None:
+        """Makes the tokenizer's files; see `Incoming`."""
+        _ = self.companions
+
     def keep_companions(self, checkpoint: Path) -> list[str]:
         """Writes the tokenizer as the files of a Hugging Face folder; see `Incoming`."""
         (directory := checkpoint / HF_FILES).mkdir()
@@ -190,17 +192,13 @@ def convert_gguf(
             is quantized and an adapter given; or the checkpoint cannot be written.
         NotImplementedError: the package gguf is needed, and not installed.
     """
-    path = real_path(path)
-    dtype = supported_dtype("A checkpoint's weights are", dtype)
-    check_free(path, overwrite)
-    check_apart(path, file := real_path(file))
-    opened = GGUFFile.open(file, ignore_fields=ignore_fields)
-    _ = opened.companions  # a tokenizer is refused before gigabytes are written
-    return write_incoming(
-        opened if adapter is None else merge_adapter(opened, adapter, out=path),
+    return convert_incoming(
+        GGUFFile,
+        file,
         path,
         dtype=dtype,
         overwrite=overwrite,
-        ignored=ignore_fields,
+        ignore_fields=ignore_fields,
+        adapter=adapter,
         progress=progress,
     )

@@ -16,13 +16,11 @@ from ffjax.decode import (
     Implementation,
     Kernel,
     resolve_implementation,
-    step_fault,
-    why_not_fused,
 )
 from ffjax.live.made import Block, Fed, Repeats
 from ffjax.live.programs import PaddedChunk, live_programs
 from ffjax.live.state import Newcomer
-from ffjax.loop import slots_for
+from ffjax.loop import fault_in, slots_for
 from ffjax.model import Transformer
 from ffjax.parts import Parts
 from ffjax.prefill.choice import Prefill, resolve_prefill
@@ -33,7 +31,7 @@ from ffjax.sampling.draw import sequence_words
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, drawing_gpu, row_of
 from ffjax.settings import program_settings
-from ffjax.speculation.choice import Speculation, live_source
+from ffjax.speculation.choice import Speculation, check_fused, live_source
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.support import MAX_BATCH
 
@@ -153,9 +151,7 @@ class LiveBatch:
             model, self._state.cache, implementation
         )
         if self._tokens > 1 and self.implementation == "pallas":
-            reason = why_not_fused(model, rows, self._slots, self._tokens)
-            if reason is not None:
-                raise NotImplementedError(f"{reason} Or leave speculation out.")
+            check_fused(model, rows, self._slots, self._tokens)
         self._say = say
         self._decoders: dict[tuple[Stages, bool], Any] = {}
         self._feeders: dict[int, Any] = {}
@@ -418,10 +414,7 @@ class LiveBatch:
         """What a step that gave up waiting has said, a sentence; None if none did."""
         if self.implementation != "pallas":
             return None
-        for tokens in sorted({1, self._tokens}):
-            if (fault := step_fault(self._model, self._state.cache, tokens)) is not None:
-                return str(fault)
-        return None
+        return fault_in(self._model, self._state.cache, self._tokens)
 
 
 def _sizes(chunk: int) -> tuple[int, ...]:

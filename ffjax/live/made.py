@@ -96,7 +96,7 @@ class Block(NamedTuple):
         each = [*zip(self.rows, self.params, strict=True)]
         if self.repeats is None:
             return [{row: _chosen(step, row, own) for row, own in each} for step in made.steps()]
-        self.repeats.seen = bool(made.drafted) or bool((made.tokens[..., 1:] != NO_TOKEN).any())
+        self.repeats.seen = made.repeats
         steps = (
             {
                 row: _chosen(step, row, own, number > 0)

@@ -20,6 +20,7 @@ __all__ = [
     "MAX_SEQUENCES",
     "SPECULATIONS",
     "Speculation",
+    "check_fused",
     "checked_speculation",
     "live_source",
     "loop_for",
@@ -60,16 +61,42 @@ def checked_speculation(
     return Lookup() if speculation == "lookup" else None
 
 
-def _for_batch(asked: Any, batch: int) -> Any:
+def check_fused(model: Transformer, batch: int, slots: int, tokens: int) -> None:
+    """Refuses speculation by fused steps that cannot run on the model's device.
+
+    Args:
+        model: the model.
+        batch: B.
+        slots: S.
+        tokens: T.
+
+    Raises:
+        NotImplementedError: they cannot.
+    """
+    from ffjax.decode import why_not_fused
+
+    if (reason := why_not_fused(model, batch, slots, tokens)) is not None:
+        raise NotImplementedError(
+            f"Speculation runs steps of {tokens} tokens of each sequence. {reason} Or leave "
+            "speculation out."
+        )
+
+
+def _for_batch(asked: Any, batch: int, them: str) -> Any:
     """The same `Lookup` or `Draft` with T chosen.
+
+    Args:
+        asked: it.
+        batch: B.
+        them: who the sequences are, and what to do if they are too many.
 
     Raises:
         ValueError: there are too many sequences, or too many tokens of each.
     """
     if batch > MAX_SEQUENCES:
         raise ValueError(
-            f"Speculation takes 1 to {MAX_SEQUENCES} sequences, since a step has room for "
-            f"{MAX_BATCH} tokens; there are {batch} prompts. Split them, or leave speculation out."
+            f"Speculation takes 1 to {MAX_SEQUENCES} sequences at a time, since a step has room "
+            f"for {MAX_BATCH} tokens; {them}, or leave speculation out."
         )
     if asked.tokens is None:
         most = MOST_BY_ITSELF if isinstance(asked, Draft) else MAX_BATCH
@@ -102,13 +129,7 @@ def live_source(speculation: Speculation | None, rows: int) -> Lookup | None:
             "A batch whose sequences come and go has no draft model: it would need a cache that "
             "comes and goes, too. Ask for speculation='lookup', or use generate or stream."
         )
-    if rows > MAX_SEQUENCES:
-        raise ValueError(
-            f"Speculation takes 1 to {MAX_SEQUENCES} sequences at a time, since a step has room "
-            f"for {MAX_BATCH} tokens; this batch has {rows}. Ask for fewer, or leave speculation "
-            "out."
-        )
-    return _for_batch(asked, rows)
+    return _for_batch(asked, rows, f"this batch has {rows}. Ask for fewer")
 
 
 def loop_for(
@@ -130,7 +151,7 @@ def loop_for(
     asked = checked_speculation(speculation)
     if asked is None:
         return Loop(model, request, implementation, prefill)
-    asked = _for_batch(asked, request.batch)
+    asked = _for_batch(asked, request.batch, f"there are {request.batch} prompts. Split them")
     if isinstance(asked, Draft):
         from ffjax.speculation.draft_loop import DraftLoop
 

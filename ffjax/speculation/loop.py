@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ffjax.decode import Implementation, why_not_fused
-from ffjax.loop import AHEAD, BLOCK, NO_TOKEN, Loop, Made, Reader, Step
+from ffjax.decode import Implementation
+from ffjax.loop import AHEAD, BLOCK, Loop, Made, Reader, Step
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.programs import Programs
@@ -18,6 +18,7 @@ from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
 from ffjax.settings import program_settings
 from ffjax.speculation.block import Bounds, Going, plain_block, speculative_block
+from ffjax.speculation.choice import check_fused
 from ffjax.speculation.lines import Lines
 from ffjax.speculation.source import Source
 
@@ -93,12 +94,7 @@ class SpeculativeLoop(Loop):
         super()._prepare(model, request, implementation, prefill)
         batch, slots = self._cache.batch, self._cache.capacity
         if self.implementation == "pallas":
-            reason = why_not_fused(model, batch, slots, self.step_tokens)
-            if reason is not None:
-                raise NotImplementedError(
-                    f"Speculation runs steps of {self.step_tokens} tokens of each sequence. "
-                    f"{reason} Or leave speculation out."
-                )
+            check_fused(model, batch, slots, self.step_tokens)
         self._known = jax.device_put(_known(request, slots))
         self._quiet = False
         # The cache holds the prompt when an answer has its first token.
@@ -135,7 +131,7 @@ class SpeculativeLoop(Loop):
         lines = Lines(self._request.batch, reader)
 
         def ends(made: Made) -> bool:
-            self._quiet = not (made.drafted or (made.tokens[..., 1:] != NO_TOKEN).any())
+            self._quiet = not made.repeats
             return lines.would_finish(made)
 
         return lines.taken(self._blocks(blocks, ends))
