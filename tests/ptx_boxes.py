@@ -15,9 +15,12 @@ _PLAIN = {
     ("rank", 0): _RANK,
     ("elemtype", 0): _ELEMENTS,
     **{("element_stride", i): 1 for i in range(3)},
-    **{(name, 0): 0 for name in ("interleave_layout", "swizzle_mode", "fill_mode")},
+    **{(name, 0): 0 for name in ("interleave_layout", "fill_mode")},
 }
+# Of each swizzle mode the bytes of a line, whose chunks of 16 bytes change places.
+_LINES = {0: 16, 1: 32, 2: 64, 3: 128}
 _SIZES = [
+    ("swizzle_mode", 0),
     ("global_address", 0),
     *((name, i) for name in ("box_dim", "global_dim") for i in range(3)),
     *(("global_stride", i) for i in range(2)),
@@ -95,9 +98,14 @@ def _copy(
         raise PtxError("A box has at most 256 elements a dimension, and lies at whole units.")
     if 8 * box[0] != piece or start[0] or whole[0] != box[0]:
         raise PtxError("Pieces of a row are copied whole, and lie side by side.")
-    if any(not 0 <= s <= n - b for s, n, b in zip(start, whole, box, strict=True)):
+    # Rows beyond the last one come as zeros.
+    if any(not 0 <= s <= n - b for s, n, b in zip(start[:2], whole, box, strict=False)):
         raise PtxError(f"A box begins at {start}, and reaches beyond {whole}.")
-    size = piece * box[1]
-    for i in range(box[2]):
-        source = fields["global_address", 0] + (start[2] + i) * row + start[1] * piece
-        t.machine.copy(thread, to + i * size, source, size, bar)
+    if not 0 <= start[2] < whole[2]:
+        raise PtxError(f"A box begins at {start}, behind {whole}.")
+    size, line = piece * box[1], _LINES[fields["swizzle_mode", 0]]
+    if fields["swizzle_mode", 0] and size != line:
+        raise PtxError(f"Of lines of {line} bytes, a box's rows have {size}.")
+    rows = start[2] + np.arange(min(box[2], whole[2] - start[2]))
+    source = fields["global_address", 0] + rows * row + start[1] * piece
+    t.machine.copy(thread, to, source, size, bar, line, zeros=(box[2] - len(rows)) * size)

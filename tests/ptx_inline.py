@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from ptx_machine import Machine
 
+from pallas_kernels.stream import ptx
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["Edit", "Inline", "bound", "inline", "inlines", "lower_for_gpu", "shape"]
+__all__ = ["Edit", "Inline", "bound", "inline", "inlines", "lower_for_gpu", "map_text", "shape"]
 
 Edit = tuple[str, str] | None
 
@@ -147,3 +149,14 @@ def _number(value: Any, pointers: Sequence[int]) -> np.ndarray:
         return _BINARY[op.name](*inputs)
     assert op.name in ("tt.splat", "tt.ptr_to_int"), f"{op.name} is not known."
     return inputs[0]
+
+
+@functools.cache
+def map_text(tensor: ptx.TensorMap) -> Inline:
+    """Makes a tensor map: of the words' address, the matrix's, the scratch's, and the place."""
+
+    def body(words: Any, weights: Any) -> None:
+        zero = jnp.int32(0)
+        ptx.make_map(words, zero, weights, zero, zero, tensor)
+
+    return inline(body, shape(16), shape(16, jnp.bfloat16))

@@ -83,6 +83,14 @@ class _Barrier:
         return self.phase % 2 != parity
 
 
+def _conflicts(at: np.ndarray, threads: np.ndarray) -> int:
+    """How many turns reads of 16 bytes take beyond the first, by 8 neighbouring threads each."""
+    group, chunk = np.unique(np.stack([threads // 8, at // 16]), axis=1)
+    of_banks = np.bincount(8 * group + chunk % 8)
+    most = np.pad(of_banks, (0, -len(of_banks) % 8)).reshape(-1, 8).max(axis=1)
+    return int(np.maximum(most - 1, 0).sum())
+
+
 class Machine:
     """One program's threads, its shared memory, and the memory that it shares with others.
 
@@ -93,6 +101,8 @@ class Machine:
         copies: bulk copies so far, in order.
         flying: those that have not come.
         prefetched: address and size of what was asked for into the L2 cache.
+        conflicts: turns that reads of 16 bytes a thread took, beyond one for each 8 threads, since
+            different places lie in the same bank.
         spare: addresses of shared memory where threads store what nobody reads, whoever is last.
     """
 
@@ -129,6 +139,7 @@ class Machine:
         self.races = Races(threads // WARP, shared_bytes)
         self.copies: list[Copy] = []
         self.prefetched: list[tuple[int, int]] = []
+        self.conflicts = 0
         self.spare = range(0)
         # Tensor maps: fields so far, by address; those that are whole; which warps know of which.
         self.drafts: dict[int, dict[tuple[str, int], int]] = {}
@@ -192,6 +203,8 @@ class Machine:
             raise PtxError("What is read has been stored where it is of no use.")
         if name == "shared":
             self.races.load(threads // WARP, index)
+            if size == 16:
+                self.conflicts += _conflicts(at, threads)
         return self.space(name)[0][index]
 
     def store(self, name: str, at: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
@@ -224,20 +237,47 @@ class Machine:
         while self._later and self._later[0][0] <= self.clock:
             heapq.heappop(self._later)[2]()
 
-    def copy(self, thread: int, to: int, source: int, size: int, barrier: int) -> None:
-        """Starts a bulk copy from memory to shared memory."""
-        for name, address in (("shared", to), ("global", source)):
-            self.places(name, np.array([address]), size, 16)
+    def copy(
+        self,
+        thread: int,
+        to: int,
+        source: int | np.ndarray,
+        size: int,
+        barrier: int,
+        line: int = 16,
+        zeros: int = 0,
+    ) -> None:
+        """Starts a bulk copy from memory to shared memory.
+
+        Args:
+            thread: that asks.
+            to: address in shared memory.
+            source: address in memory; or those of rows of which `size` bytes each are copied.
+            size: bytes.
+            barrier: address of the mbarrier that waits for it.
+            line: of so many bytes chunk x of 16 comes to place x ^ t, where the line lies in the
+                t-th 128 bytes of shared memory.
+            zeros: bytes of zeros that come behind it.
+        """
+        sources, row = np.atleast_1d(source), size
+        self.places("global", sources, row, 16)
+        size = row * len(sources) + zeros
+        self.places("shared", np.array([to]), size, 16)
         if size % 16 or not size:
             raise PtxError(f"A bulk copy is of some times 16 bytes, not of {size}.")
-        copy = Copy(to, source, size, barrier, self.clock)
-        at = self.barrier(barrier)
+        copy = Copy(to, int(sources[0]), size, barrier, self.clock)
+        at, place = self.barrier(barrier), np.arange(to, to + size - zeros, 16)
+        place ^= place // 128 % (line // 16) * 16
+        place = (place - to)[:, None] + np.arange(16)
         number = self.races.copy(thread // WARP, to - self.shared_base + np.arange(size))
         self._start(copy)
 
         def land() -> None:
             self._land(copy)
-            self.view(to, size, np.uint8)[:] = self.view(source, size, np.uint8)
+            here = self.view(to, size, np.uint8)
+            here[:] = 0
+            rows = sources[:, None] - self.memory_base + np.arange(row)
+            here[place] = self.memory[rows].reshape(-1, 16)
             at.news[self.races.copier] = max(at.news[self.races.copier], number)
             at.complete(size)
 

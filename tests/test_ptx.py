@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ptx_inline import Edit, Inline, bound, inline, inlines, shape
+from ptx_inline import Edit, Inline, bound, inline, inlines, map_text, shape
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream import ptx
@@ -273,18 +273,9 @@ def setup_texts(feed: ptx.Feed, threads: int) -> list[Inline]:
         rows, zero = jnp.zeros((threads,), jnp.int32), jnp.int32(0)
         ptx.clear_shared(zero, feed.control + 64 * max(1, feed.sharing // 32), threads)
         ptx.write_row(rows, [rows] * 8, rows == 0)
-        ptx.start_barriers(zero, feed.slots, feed.sharing)
+        ptx.start_barriers(zero, feed.slots, feed.sharing, alone=False)
 
     return inlines(body)
-
-
-@functools.cache
-def map_text(tensor: ptx.TensorMap) -> Inline:
-    def body(words: Any, weights: Any) -> None:
-        zero = jnp.int32(0)
-        ptx.make_map(words, zero, weights, zero, zero, tensor)
-
-    return inline(body, shape(16), shape(16, jnp.bfloat16))
 
 
 @functools.cache

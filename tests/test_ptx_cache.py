@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from ptx_inline import map_text
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.dims import next_power_of_2
-from pallas_kernels.stream.plan import LOT
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.plan import BOX_UNIT, LOT
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import attend_lines
 from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
@@ -115,12 +117,16 @@ class Bench:
             nobodys[p.head, p.start : p.start + p.live] = False
         self.cache[:, :, nobodys] = np.nan
         row, tile = 2 * s.head_dim, 4 * s.block * s.head_dim
+        rows = LAYERS * self.heads * CAPACITY
+        query_pitch = row + (16 if row >= 128 else 64)
         sizes = {
+            "before": 3 * 128,  # so that no tile begins where chunks are in order
             "tiles": s.stages * tile,
             "out": s.warps * LOT * (2 * row + 16),
-            "queries": 2 * LOT * s.abreast * (row + 64),
+            "queries": 2 * LOT * s.abreast * query_pitch,
             "new": 2 * row * s.tokens,
             "sums": 8 * s.warps * LOT,
+            "maps": 16,
             "rows": 4 * WORDS * (1 + len(parts)),
             "barriers": 16 * ((s.stages + 1) // 2),
             "control": 4 * WORDS * (1 if s.bulk else s.threads // 32),
@@ -136,15 +142,15 @@ class Bench:
         if s.tokens > 1:
             starts |= {"queries": starts["out"], "new": starts["out"] + queries}
         self.rows = starts.pop("rows")
+        del starts["before"]
         self.feed = CacheFeed(
             **starts,
             head_dim=s.head_dim,
             block=s.block,
             warps=s.warps,
             stages=s.stages,
-            layer_units=self.heads * CAPACITY * row // 16,
-            tile_bytes=tile,
-            query_pitch=row + 64,
+            layer_rows=self.heads * CAPACITY,
+            query_pitch=query_pitch,
             out_pitch=2 * row + 16,
             abreast=s.abreast,
             tokens=s.tokens,
@@ -155,12 +161,23 @@ class Bench:
             thread=s.threads - 32,
             sharing=0 if s.bulk else s.threads,
         )
-        self.machine = Machine(s.threads, end, self.cache[0].size * 4, delay=delay, order=order)
+        size = self.cache[0].size * 4
+        self.machine = Machine(s.threads, end, size + 2 * ptx.MAP_BYTES, delay=delay, order=order)
         self.ring = self.machine.shared_base
         self.keys = self.machine.memory_base
         self.values = self.keys + 2 * self.cache[0].size
         for at, x in zip((self.keys, self.values), self.cache, strict=True):
             self.machine.view(at, x.size, np.uint16)[:] = halves(x).ravel()
+        if s.bulk:
+            lines = self.feed.lines
+            box = lines.width // BOX_UNIT, 1, s.block
+            tensor = ptx.TensorMap(lines.count, rows, box, self.feed.thread, lines.mode)
+            for number, of in enumerate((self.keys, self.values)):
+                scratch = self.ring + self.feed.tiles + ptx.MAP_BYTES * number
+                self.machine.view(scratch, ptx.MAP_BYTES, np.uint8)[:] = 0xA5
+                place = self.ring + self.feed.maps + 8 * number
+                where = self.keys + size + ptx.MAP_BYTES * number
+                map_text(tensor).run(self.machine, where, of, scratch, place)
         for i in range(s.stages):
             at = self.ring + self.feed.barriers + 8 * i
             self.machine.start_barrier(at, 1 if s.bulk else s.threads)
@@ -275,11 +292,13 @@ def run(
             for x, y in zip(got, bench.wanted(layer, part, q, new), strict=True):
                 worst = max(worst, float(np.abs(x - y).max()) if np.isfinite(x).all() else np.inf)
     if setting.bulk:
-        tiles = sum(setting.tiles(part) for part in parts)
-        assert len(bench.machine.copies) <= 2 * layers * tiles
+        tiles, lines = sum(setting.tiles(part) for part in parts), bench.feed.lines
+        assert len(bench.machine.copies) <= 2 * layers * tiles * lines.count
     else:  # no position is copied twice
         cached = sum(part.live for part in parts)
         assert len(bench.machine.copies) == layers * cached * 2 * setting.head_dim // 8
+    if edit is None and setting.head_dim > 32:  # two keys of 64 bytes lie side by side
+        assert bench.machine.conflicts == 0
     return worst
 
 
@@ -407,6 +426,29 @@ EDITS = {
     ),
     "tiles are used before they have come": ("@%p bra come;", "bra come;"),
     "a tile is asked for while it is used": (f"used: {lowered.MEET}", "used:"),
+    "every tile is taken to begin like the first 128 bytes": (
+        "shr.u32 %turn, %turn, 7;",
+        "mov.b32 %turn, 0;",
+    ),
+    "keys' chunks are taken in order": (
+        "mul.lo.u32 %x, %c, 2; xor.b32 %x, %x, %z;",
+        "mul.lo.u32 %x, %c, 2;",
+    ),
+    "a thread has one of its two chunks twice": ("xor.b32 %kb, %ka, 16;", "mov.b32 %kb, %ka;"),
+    "values' chunks are taken in order": (
+        "and.b32 %x, %x, 3; xor.b32 %x, %x, %z;",
+        "and.b32 %x, %x, 3;",
+    ),
+    "half of the values are taken twice": ("xor.b32 %vb, %va, 64;", "mov.b32 %vb, %va;"),
+    "the new position's chunks are in order": (
+        "xor.b32 %k0, %k0, %thread;",
+        "mov.b32 %k0, %thread;",
+    ),
+    "values are copies of keys": ("[%e, {%x, %y, %o}]", "[%d, {%x, %y, %o}]"),
+    "a tile without cached positions is waited for": (
+        "selp.b32 %x, 32768, 0, %q;",
+        "mov.b32 %x, 32768;",
+    ),
 }
 
 
@@ -419,15 +461,11 @@ PAIRED_EDITS = {
     "a weight has its neighbour's place too": ("and.b32 %ph0, %ph0, %half;", ""),
     "threads go on with another's score": ("selp.f32 %s0_0, %s0_1, %s0_0, %late;", ""),
     "an odd key is taken for the even one": ("@%late add.u32 %mine, %mine, 1;", ""),
-    "late rows have the pieces in order": ("selp.b32 %qa, %qb, %x, %late;", "mov.b32 %qa, %x;"),
-    "odd keys' values are the even ones' chunks": ("sub.u32 %vb, %vb, %y;", ""),
     "odd keys are left out": ("fma.rn.f32 %o0_0, %h, %u, %o0_0;", ""),
     "pairs are joined by the wrong sums": (
         "shfl.sync.bfly.b32 %h, %o4_0, 16",
         "shfl.sync.bfly.b32 %h, %o0_0, 16",
     ),
-    "late threads have the early ones' place": ("@%late add.u32 %x, %x, 128;", ""),
-    "chunks are out of order": ("selp.b32 %a0, %k2, %k0, %two;", "mov.b32 %a0, %k0;"),
 }
 
 
@@ -438,6 +476,10 @@ SMALL_COPY_EDITS = {
     ),
     "a tile is asked for while it is used": (f"used: {lowered.MEET}", "used:"),
     "one thread of a warp copies alone": ("@%p bra asked;", "@!%lead bra asked;"),
+    "chunks are copied in order": (
+        "xor.b32 %turned, %turned, %chunk;",
+        "mov.b32 %turned, %chunk;",
+    ),
     "warps share their control words": ("mad.lo.u32 %own, %t, 32,", "mad.lo.u32 %own, %t, 0,"),
 }
 

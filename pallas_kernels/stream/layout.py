@@ -55,12 +55,13 @@ class SharedLayout:
         sums: of those rows, the maximum and the sum of the weights.
         squares: of several sequences' residuals, each warp's sums of the squares of what it holds.
         queries: the bfloat16 of `LOT` queries, then what they leave of float32; and so on.
-        new: the new positions' keys, and their values. Of several tokens, queries and these lie
-            where `products` do: they are not wanted any more when something is put there.
+        new: the new positions' keys, and their values. Queries and these lie where `products` do:
+            they are not wanted any more when something is put there.
         route: see `route`.
         spans: see `spans`.
         slot_barriers: 8 bytes a slot.
         tile_barriers: 8 bytes a tile of keys and values.
+        maps: addresses of the tensor maps of keys and of values, 8 bytes each.
         control: of the feeds, 16 words for weights, 8 for keys and values; as many for each warp
             where all of them feed.
         query_pitch: from a query to the next: two neighbours lie in different banks.
@@ -81,6 +82,7 @@ class SharedLayout:
     spans: int
     slot_barriers: int
     tile_barriers: int
+    maps: int
     control: int
     query_pitch: int
     out_pitch: int
@@ -92,7 +94,7 @@ class SharedLayout:
         """The layout of a plan."""
         cut, row = plan.attention, 2 * plan.dims.head_dim
         pitches = {
-            "query_pitch": row + 64,
+            "query_pitch": row + (16 if row >= 128 else 64),
             "out_pitch": 2 * row + 16,
             "tile_bytes": 2 * cut.block * row,
         }
@@ -104,9 +106,7 @@ class SharedLayout:
         queries = 2 * LOT * cut.abreast * pitches["query_pitch"]
         new = 2 * row * plan.dims.tokens
         attends = cut.warps * LOT * pitches["out_pitch"]
-        several = plan.dims.tokens > 1
-        if several:
-            attends = max(attends, queries + new)
+        attends = max(attends, queries + new)
         sizes = {
             "slots": plan.slots * plan.slot_bytes + plan.tail_bytes,
             "tiles": cut.tiles * pitches["tile_bytes"],
@@ -114,19 +114,19 @@ class SharedLayout:
             "spare": SPARE_BYTES * plan.num_warps if plan.chunked else 0,
             "sums": cut.warps * LOT * 8,
             "squares": 0 if plan.chunked else 4 * COLUMNS * plan.num_warps,
-            "queries": 0 if several else queries,
-            "new": 0 if several else new,
             "route": 4 * route_words(plan) * route_rows(plan),
             "spans": 4 * ROW_WORDS * kinds * spans_rows(plan),
             "slot_barriers": 8 * plan.slots,
             "tile_barriers": 8 * cut.tiles,
+            "maps": 16 if plan.bulk else 0,
             "control": plan.feeders * 4 * (FEED_WORDS + ROW_WORDS),
         }
         starts, end = {}, 0
         for name, size in sizes.items():
+            if name == "tiles":  # boxes come to such addresses alone
+                end = ALIGNMENT * ceil_div(end, ALIGNMENT)
             starts[name] = end
             end += 16 * ceil_div(size, 16)
-        if several:
-            starts["queries"] = starts["products"]
-            starts["new"] = starts["queries"] + queries
+        starts["queries"] = starts["products"]
+        starts["new"] = starts["queries"] + queries
         return cls(**starts, **pitches, size=end + ALIGNMENT)

@@ -73,6 +73,8 @@ _NAN = 0x7FC00000
 # Keeps the buffers apart by whole lines of 128 bytes, which a tensor map begins at.
 _LINE = 32
 MAP_WORDS = ptx.MAP_BYTES // 4
+# Tensor maps of a program.
+MAPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +100,8 @@ class Layout:
         parts: pairs `[B * T * N, max_splits, H + 2]`: of one span of attention the weighted
             values, the sum of the weights and their maximum.
         best: pairs `[P, B * T, 2]`: each program's best logit and its token.
-        maps: `[P, MAP_WORDS]`: each program's tensor map, where a matrix comes by boxes. It is no
-            mail, but must lie in global memory.
+        maps: `[MAPS, P, MAP_WORDS]`: each program's tensor maps of keys, of values, and of the
+            matrix that comes by boxes. They are no mail, but must lie in global memory.
         words: length of the whole array.
     """
 
@@ -140,7 +142,7 @@ class Layout:
             "ffw": hidden,
             "ffw_copy": hidden,
             "best": 2 * programs * b * 2,
-            "maps": MAP_WORDS * programs,
+            "maps": MAPS * programs * MAP_WORDS,
         }
         starts, end = {}, 0
         for name, size in sizes.items():

@@ -24,6 +24,7 @@ from pallas_kernels.stream.ptx.shared import (
     write_row,
 )
 from pallas_kernels.stream.ptx.squares import sum_squares
+from pallas_kernels.stream.ptx.swizzle import Lines
 from pallas_kernels.stream.ptx.twins import parted
 from pallas_kernels.stream.ptx.words import (
     collect_each,
@@ -41,6 +42,7 @@ __all__ = [
     "CacheFeed",
     "Feed",
     "IntegerTile",
+    "Lines",
     "TensorMap",
     "anew",
     "attend_span",

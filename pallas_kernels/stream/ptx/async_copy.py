@@ -9,6 +9,8 @@ instead of bytes.
 
 from __future__ import annotations
 
+from pallas_kernels.stream.ptx.swizzle import Lines
+
 __all__ = ["WARP", "arrive_line", "copy_lines", "prefetch_lines"]
 
 WARP = 32
@@ -40,6 +42,7 @@ def copy_lines(
     count: str = "1",
     step: str = "0",
     apart: str = "0",
+    lines: Lines | None = None,
 ) -> list[str]:
     """Copies a thread's share of `count` parts of `size` bytes each; whole warps come here.
 
@@ -53,29 +56,52 @@ def copy_lines(
         count: register with the number of parts.
         step: register with the bytes from a part to the next one, 64 bits.
         apart: register with the bytes between their places.
+        lines: how the rows of a part, which is the only one then, lie at its place.
     """
-    lines = [
+    by, whole = unit * threads, unit * threads * _UNROLLED
+    text = [
         "{ .reg .pred %is; .reg .b32 %own, %parts, %rest, %row, %to; .reg .b64 %begin, %at;",
         f"mov.u32 %own, %tid.x; mul.lo.u32 %own, %own, {unit}; cvt.u64.u32 %begin, %own;",
         f"add.u64 %begin, %begin, {source}; add.u32 %row, {place}, %own; mov.b32 %parts, {count};",
         "part: setp.eq.u32 %is, %parts, 0; @%is bra copied;",
         f"mov.b64 %at, %begin; mov.b32 %to, %row; sub.s32 %rest, {size}, %own;",
-        "some:",
     ]
-    by, whole = unit * threads, unit * threads * _UNROLLED
+    placed = by  # bytes from a copy's place to the thread's next one
+    if lines is not None:
+        text += [".reg .b32 %x, %position, %chunk, %turn, %turned; mov.b32 %x, %own;"]
+        text += [f"shr.u32 %turn, {place}, 7;"]
+        if by % (8 * lines.row_bytes) == 0:  # all of a thread's rows are turned alike
+            placed = by // lines.row_bytes * lines.width
+            text += _place_lines(lines, place)
+    text.append("some:")
     for i in range(_UNROLLED):
-        lines.append(
+        if lines is not None and by % (8 * lines.row_bytes):
+            placed = 0
+            text += [*_place_lines(lines, place), f"add.u32 %x, %x, {by};"]
+        text.append(
             f"setp.gt.s32 %is, %rest, {by * i}; @%is cp.async.{_KINDS[unit]}.shared.global."
-            f"L2::cache_hint [%to+{by * i}], [%at+{by * i}], {unit}, {policy};"
+            f"L2::cache_hint [%to+{placed * i}], [%at+{by * i}], {unit}, {policy};"
         )
     return [
-        *lines,
-        f"add.u32 %to, %to, {whole}; add.u64 %at, %at, {whole}; sub.s32 %rest, %rest, {whole};",
+        *text,
+        f"add.u32 %to, %to, {placed * _UNROLLED}; add.u64 %at, %at, {whole};",
+        f"sub.s32 %rest, %rest, {whole};",
         # The loop ends for all threads at the same time: when the program's first one has no more.
         "add.s32 %own, %own, %rest; setp.gt.s32 %is, %own, 0; sub.s32 %own, %own, %rest;",
         "@%is bra some;",
         f"add.u64 %begin, %begin, {step}; add.u32 %row, %row, {apart};",
         "sub.u32 %parts, %parts, 1; bra part; copied: }",
+    ]
+
+
+def _place_lines(lines: Lines, place: str) -> list[str]:
+    """Where byte %x of a part's rows lies, %to."""
+    bits = lines.row_bytes.bit_length() - 1
+    return [
+        f"shr.u32 %position, %x, {bits};",
+        f"and.b32 %chunk, %x, {lines.row_bytes - 1}; shr.u32 %chunk, %chunk, 4;",
+        *lines.place("%to", "%position", "%chunk", "%turn", "%turned"),
+        f"add.u32 %to, %to, {place};",
     ]
 
 

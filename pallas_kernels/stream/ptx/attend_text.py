@@ -32,8 +32,7 @@ class _Attend:
         self.pieces = f.head_dim // 32  # of 8 elements of a row, 4 threads having one each
         self.chunks = f.head_dim // 8  # of a value: columns of a block of sums
         self.columns = 1 if f.paired else 2  # scores of an octet that a thread goes on with
-        # Whether threads of late rows have every other 4 chunks in each other's place.
-        self.crossed = f.paired and f.head_dim >= 64
+        self.lines = f.lines
         self.resident = f.head_dim <= 128  # whether there are registers for the queries
 
     def _query(self, j: int) -> list[str]:
@@ -41,7 +40,7 @@ class _Attend:
 
     def _load_query(self, j: int) -> list[str]:
         names, low = self._query(j), LOT * self.f.query_pitch
-        at = f"%qb+{64 * (j - 1)}" if j % 2 else f"%qa+{64 * j}"
+        at = f"%qa+{64 * (j - j % 2) + 16 * (j % 2)}"
         return [
             f"ld.shared.v4.b32 {{{', '.join(names[:4])}}}, [{at}];",
             f"ld.shared.v4.b32 {{{', '.join(names[4:])}}}, [{at}+{low}];",
@@ -63,9 +62,9 @@ class _Attend:
         octets = [f"%{name}{t}" for t in range(self.most) for name in ("ph", "pl")]
         floats = [f"%s{t}_{n}" for t in range(self.most) for n in range(4)]
         return [
-            ".reg .pred %p, %odd, %one, %two, %late;",
+            ".reg .pred %p, %one, %late;",
             ".reg .b32 %thread, %g, %c, %first, %i, %count, %left, %new, %stage, %phase, %looks;",
-            ".reg .b32 %qa, %qb, %at, %x, %y, %z, %mine, %half, %ka, %kb, %va, %vb;",
+            ".reg .b32 %qa, %at, %x, %y, %z, %mine, %half, %turn, %ka, %kb, %va, %vb;",
             *([".reg .b32 %lot, %lots, %from;"] if f.tokens > 1 else []),
             *([".reg .pred %alone;"] if f.abreast > 1 else []),
             f".reg .b32 {', '.join(words + queries + octets)};",
@@ -79,46 +78,46 @@ class _Attend:
             "mov.u32 %thread, %tid.x; shr.u32 %g, %thread, 2; and.b32 %g, %g, 7;",
             "and.b32 %c, %thread, 3; shr.u32 %first, %thread, 5;",
             *self._lot(row),
-            "and.b32 %x, %g, 1; setp.ne.u32 %odd, %x, 0; setp.ge.u32 %late, %g, 4;",
-            "and.b32 %x, %c, 1; setp.ne.u32 %one, %x, 0; setp.ge.u32 %two, %c, 2;",
+            "setp.ge.u32 %late, %g, 4;",
             f"mul.lo.u32 %first, %first, {self.keys}; mad.lo.u32 %mine, %c, 2, %first;",
             f"ld.shared.v4.b32 {{%x, %left, %count, %new}}, [{row}]; add.u32 %left, %left, %new;",
             f"ld.shared.v2.b32 {{%stage, %phase}}, [{ring}+{f.control + 24}];",
-            f"mad.lo.u32 %qa, %g, {f.query_pitch}, {ring}; mad.lo.u32 %qa, %c, 16, %qa;",
+            f"mad.lo.u32 %qa, %g, {f.query_pitch}, {ring}; add.u32 %qa, %qa, {f.queries};",
+            f"mad.lo.u32 %qa, %c, {self._chunks_of_a_thread() * 16}, %qa;",
             *([f"mad.lo.u32 %qa, %lot, {2 * LOT * f.query_pitch}, %qa;"] if f.abreast > 1 else []),
-            f"add.u32 %qa, %qa, {f.queries}; add.u32 %qb, %qa, 64;",
         ]
         if f.paired:
             lines.append(
                 "@%late add.u32 %mine, %mine, 1; selp.b32 %half, 0xffff0000, 0xffff, %late;"
             )
-            if self.pieces > 1:  # rows of odd keys have each two pieces the other way round
-                lines.append("mov.b32 %x, %qa; selp.b32 %qa, %qb, %x, %late;")
-                lines.append("selp.b32 %qb, %x, %qb, %late;")
         # Where a thread's keys, and the rows of values it names, lie in a tile.
         lines += [
-            f"add.u32 %x, %first, %g; mul.lo.u32 %ka, %x, {f.row_bytes};",
-            "mad.lo.u32 %ka, %c, 16, %ka; mov.b32 %kb, %ka;",
-            # A matrix has a row of 8 keys each, and two keys in turn another chunk of it.
-            f"and.b32 %y, %thread, 7; add.u32 %x, %first, %y; mul.lo.u32 %va, %x, {f.row_bytes};",
-            "shr.u32 %x, %thread, 3; shr.u32 %z, %y, 1; xor.b32 %x, %x, %z; and.b32 %x, %x, 3;",
-            f"mad.lo.u32 %va, %x, 16, %va; add.u32 %va, %va, {f.tile_bytes // 2};",
-            "add.u32 %vb, %va, 64;",
+            *self.lines.turn("%turn", ring),
+            *self.lines.turned("%z", "%g", "%turn"),
+            f"mul.lo.u32 %x, %c, {self._chunks_of_a_thread()}; xor.b32 %x, %x, %z;",
+            f"add.u32 %ka, %first, %g; mul.lo.u32 %ka, %ka, {self.lines.width};",
+            "mad.lo.u32 %ka, %x, 16, %ka; xor.b32 %kb, %ka, 16;",
+            "and.b32 %y, %thread, 7;",
+            *self.lines.turned("%z", "%y", "%turn"),
+            "shr.u32 %x, %thread, 3; and.b32 %x, %x, 3; xor.b32 %x, %x, %z;",
+            f"add.u32 %va, %first, %y; mul.lo.u32 %va, %va, {self.lines.width};",
+            f"mad.lo.u32 %va, %x, 16, %va; add.u32 %va, %va, {f.values};",
+            "xor.b32 %vb, %va, 64;",
         ]
-        if self.pieces > 1:
-            # Of two pieces, threads of every other key read the second one first: so that the keys
-            # of two neighbours lie in different banks.
-            lines.append("selp.b32 %x, 64, 0, %odd; selp.b32 %y, 0, 64, %odd;")
-            lines.append("add.u32 %ka, %ka, %x; add.u32 %kb, %kb, %y;")
-        if self.crossed:  # so do odd keys' rows with 4 chunks
-            lines.append("and.b32 %y, %thread, 1; mul.lo.u32 %y, %y, 64;")
-            lines.append("add.u32 %va, %va, %y; sub.u32 %vb, %vb, %y;")
         if self.resident:
             lines += [line for j in range(self.pieces) for line in self._load_query(j)]
         lines += self._seen(row)
         lines += [f"mov.f32 {name}, 0f00000000;" for name in self._all_sums()]
         lines += [f"mov.f32 %top, {LOWEST}; mov.f32 %total, 0f00000000; mov.u32 %i, 0;"]
         return lines
+
+    def _chunks_of_a_thread(self) -> int:
+        """Chunks of 16 bytes of a key that a thread multiplies side by side: of two pieces, two.
+
+        Of neighbouring keys, whose chunks are turned by one place, threads then read different
+        banks at a time.
+        """
+        return min(self.pieces, 2)
 
     def _lot(self, row: str) -> list[str]:
         """Which 8 of the part's queries a warp has, `lot`, and its `first` key, in units of `keys`.
@@ -200,15 +199,15 @@ class _Attend:
             return self._add_several(ring)
         lines = [
             f"setp.gt.s32 %p, %left, {f.block}; setp.eq.or.u32 %p, %new, 0, %p; @%p bra old;",
-            f"mul.lo.u32 %z, %left, {f.row_bytes}; mad.lo.u32 %z, %thread, 16, %z;",
             f"setp.ge.u32 %p, %thread, {f.row_bytes // 16}; @%p bra put;",
-            f"mad.lo.u32 %x, %thread, 16, {ring};",
-            f"add.u32 %y, %z, %at; sub.u32 %y, %y, {f.row_bytes};",
+            f"mad.lo.u32 %x, %thread, 16, {ring}; sub.u32 %z, %left, 1;",
+            *self.lines.place("%y", "%z", "%thread", "%turn", "%k0"),
+            "add.u32 %y, %y, %at;",
         ]
         for number in range(2):
             here = "{%a0, %a1, %a2, %a3}"
             lines.append(f"ld.shared.v4.b32 {here}, [%x+{f.new + number * f.row_bytes}];")
-            lines.append(f"st.shared.v4.b32 [%y+{number * f.tile_bytes // 2}], {here};")
+            lines.append(f"st.shared.v4.b32 [%y+{number * f.values}], {here};")
         return lines + self._clear()
 
     def _add_several(self, ring: str) -> list[str]:
@@ -218,7 +217,6 @@ class _Attend:
         lines = [
             f"sub.s32 %k0, %left, {f.tokens}; setp.ge.s32 %p, %k0, {f.block};",
             "setp.eq.or.u32 %p, %new, 0, %p; @%p bra old;",
-            f"mul.lo.u32 %z, %left, {f.row_bytes}; mad.lo.u32 %z, %thread, 16, %z;",
         ]
         here, threads = "{%a0, %a1, %a2, %a3}", 32 * f.warps
         for start in range(0, total, threads):
@@ -228,25 +226,28 @@ class _Attend:
                 f"add.s32 %y, %y, %k0; setp.lt.u32 %p, %y, {f.block};",
                 f"setp.lt.and.u32 %p, %x, {total}, %p;",
                 f"setp.lt.and.u32 %p, %thread, {threads}, %p;",
-                f"mul.lo.u32 %y, %y, {f.row_bytes}; and.b32 %k1, %x, {pieces - 1};",
-                "mad.lo.u32 %y, %k1, 16, %y; add.u32 %y, %y, %at;",
+                f"and.b32 %k1, %x, {pieces - 1};",
+                *self.lines.place("%k2", "%y", "%k1", "%turn", "%k3"),
+                "add.u32 %y, %k2, %at;",
                 f"mad.lo.u32 %x, %x, 16, {ring};",
             ]
             for number in range(2):
                 at = f.new + number * f.tokens * f.row_bytes
                 lines.append(f"@%p ld.shared.v4.b32 {here}, [%x+{at}];")
-                lines.append(f"@%p st.shared.v4.b32 [%y+{number * f.tile_bytes // 2}], {here};")
+                lines.append(f"@%p st.shared.v4.b32 [%y+{number * f.values}], {here};")
         return lines + self._clear()
 
     def _clear(self) -> list[str]:
-        """Zeros for values from byte `z` of the tile on, by all threads; then they meet."""
-        f = self.f
+        """Zeros for values behind the last position, by all threads; then they meet."""
+        f, width = self.f, self.lines.width
+        places = range(f.values, f.tile_bytes, f.block * width)
         return [
-            f"put: setp.ge.u32 %p, %z, {f.tile_bytes // 2};",
+            f"put: mul.lo.u32 %z, %left, {width}; mad.lo.u32 %z, %thread, 16, %z;",
+            f"zero: setp.ge.u32 %p, %z, {f.block * width};",
             f"setp.ge.or.u32 %p, %thread, {32 * f.warps}, %p; @%p bra clear;",
             "add.u32 %y, %z, %at; mov.b32 %x, 0;",
-            f"st.shared.v4.b32 [%y+{f.tile_bytes // 2}], {{%x, %x, %x, %x}};",
-            f"add.u32 %z, %z, {16 * 32 * f.warps}; bra put;",
+            *(f"st.shared.v4.b32 [%y+{place}], {{%x, %x, %x, %x}};" for place in places),
+            f"add.u32 %z, %z, {16 * 32 * f.warps}; bra zero;",
             # The place will be copied to, by other means where copies are bulk copies.
             f"clear: {'fence.proxy.async.shared::cta; ' if f.bulk else ''}{lowered.MEET} old:",
         ]
@@ -269,27 +270,22 @@ class _Attend:
 
     def _scores_of(self, first: int, octets: int) -> list[str]:
         """Adds the products of two pieces, or of the only one, of all the warp's keys."""
-        pieces = range(first, min(first + 2, self.pieces))
+        f, pieces = self.f, range(first, min(first + 2, self.pieces))
         lines = [] if self.resident else [x for j in pieces for x in self._load_query(j)]
         for t in range(octets):
-            at = 8 * t * self.f.row_bytes + 64 * first
-            words = "km"
-            for name, base, _ in zip(words, "xy", pieces, strict=False):
+            at = 8 * t * self.lines.width + first // 2 * f.block * self.lines.width
+            for name, base, _ in zip("km", "xy", pieces, strict=False):
                 some = ", ".join(f"%{name}{n}" for n in range(4))
                 lines.append(f"ld.shared.v4.b32 {{{some}}}, [%{base}+{at}];")
-            if len(pieces) == 2 and not self.f.paired:  # in order
-                lines += [f"selp.b32 %a{n}, %m{n}, %k{n}, %odd;" for n in range(4)]
-                lines += [f"selp.b32 %m{n}, %k{n}, %m{n}, %odd;" for n in range(4)]
-                words = "am"
             sums = ", ".join(f"%s{t}_{n}" for n in range(4))
-            for j, k in zip(pieces, words, strict=False):
+            for name, j in zip("km", pieces, strict=False):
                 q = self._query(j)
                 for half in range(2):
                     low, high = 2 * half, 2 * half + 1
                     lines.append(
                         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                         f"{{{sums}}}, {{{q[low]}, {q[4 + low]}, {q[high]}, {q[4 + high]}}}, "
-                        f"{{%{k}{low}, %{k}{high}}}, {{{sums}}};"
+                        f"{{%{name}{low}, %{name}{high}}}, {{{sums}}};"
                     )
         return lines
 
@@ -354,34 +350,23 @@ class _Attend:
         """Adds weights times values.
 
         Of 8 keys, matrices of 8 elements each are read by 4, and come transposed: a thread has the
-        same element of its two keys of each. All rows of a tile begin in the same bank: so a pair
-        of keys reads chunk i ^ c as the i-th, and its threads put them in order. Paired, an odd key
-        reads those of the next 4 chunks: rows of odd keys make sums of their own, so that nothing
-        need be put in its place before the end.
+        same element of its two keys of each.
         """
-        f = self.f
+        f, width = self.f, self.lines.width
         lines = ["add.u32 %x, %va, %at; add.u32 %y, %vb, %at;"]
         together = min(2, octets)
         for t in range(0, octets, together):
             for s in range(self.chunks // 4):
                 for name, octet in zip("ab", range(t, t + together), strict=False):
-                    base, at = "xy"[s % 2], 8 * octet * f.row_bytes + 128 * (s // 2)
+                    base, at = "xy"[s % 2], 8 * octet * width + s // 2 * f.block * width
                     some = ", ".join(f"%{name}{n}" for n in range(4))
                     lines.append(
                         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 "
                         f"{{{some}}}, [%{base}+{at}];"
                     )
-                    lines += self._turned(name)
                 for n in range(4):
                     lines.append(self._add_products(t, together, n, self._sum(4 * s + n)))
         return lines
-
-    def _turned(self, name: str) -> list[str]:
-        """Puts words in order: the n-th is that of chunk n ^ c."""
-        return [
-            *(f"selp.b32 %k{n}, %{name}{n ^ 1}, %{name}{n}, %one;" for n in range(4)),
-            *(f"selp.b32 %{name}{n}, %k{n ^ 2}, %k{n}, %two;" for n in range(4)),
-        ]
 
     def _add_products(self, t: int, together: int, n: int, sums: list[str]) -> str:
         summed = ", ".join(sums)
@@ -396,24 +381,17 @@ class _Attend:
             f"{{{summed}}};"
         )
 
-    def _join_pairs(self) -> tuple[list[str], list[int]]:
-        """Adds what even and odd keys make; a thread then has the sums of some chunks alone.
-
-        Returns the text, and the numbers of those sums.
-        """
+    def _join_pairs(self) -> list[str]:
+        """Adds what even and odd keys make: a thread then has the sums of both."""
         lines = [
             "shfl.sync.bfly.b32 %h, %top, 16, 31, 0xffffffff; max.f32 %f, %top, %h;",
             "sub.f32 %w, %top, %f; ex2.approx.ftz.f32 %w, %w; mov.f32 %top, %f;",
             "sub.f32 %u, %h, %f; ex2.approx.ftz.f32 %u, %u;",
         ]
-        kept = [x for x in range(self.chunks) if not (self.crossed and x & 4)]
-        cross = 4 if self.crossed else 0
-        both = [("%total", "%total")]
-        both += [(self._sum(x)[n], self._sum(x ^ cross)[n]) for x in kept for n in range(2)]
-        for own, others in both:
-            lines.append(f"shfl.sync.bfly.b32 %h, {others}, 16, 31, 0xffffffff;")
+        for own in ["%total", *(self._sum(x)[n] for x in range(self.chunks) for n in range(2))]:
+            lines.append(f"shfl.sync.bfly.b32 %h, {own}, 16, 31, 0xffffffff;")
             lines.append(f"mul.f32 {own}, {own}, %w; fma.rn.f32 {own}, %h, %u, {own};")
-        return lines, kept
+        return lines
 
     def end(self, ring: str) -> list[str]:
         """Puts aside what the warp has made of its positions."""
@@ -425,12 +403,10 @@ class _Attend:
         for x in range(self.chunks):
             low, high = self._sum(x)[:2], self._sum(x)[2:]
             lines += [f"add.f32 {a}, {a}, {b};" for a, b in zip(low, high, strict=True)]
-        kept = list(range(self.chunks))
         # Of two threads that have joined the same sums, one puts them aside.
         lines.append(f"setp.lt.u32 %one, %g, {LOT // 2 if f.paired else LOT};")
         if f.paired:
-            joined, kept = self._join_pairs()
-            lines += [*joined, "and.b32 %g, %g, 3;"]
+            lines += self._join_pairs()
         lines += [
             f"setp.ge.u32 %p, %thread, {32 * f.warps}; @%p bra idle; shr.u32 %x, %thread, 5;",
             f"mad.lo.u32 %x, %x, {LOT}, %g; mad.lo.u32 %y, %x, 8, {ring};",
@@ -439,12 +415,9 @@ class _Attend:
             f"mad.lo.u32 %x, %x, {f.out_pitch}, {ring};",
             "mad.lo.u32 %x, %c, 8, %x;",
         ]
-        if self.crossed:
-            lines.append("@%late add.u32 %x, %x, 128;")
-        for x in kept:
+        for x in range(self.chunks):
             some = ", ".join(self._sum(x)[:2])
-            guard = "" if self.crossed else "@%one "
-            lines.append(f"{guard}st.shared.v2.f32 [%x+{f.out + 32 * x}], {{{some}}};")
+            lines.append(f"@%one st.shared.v2.f32 [%x+{f.out + 32 * x}], {{{some}}};")
         # Those who wait for words next look where the tiles have got to.
         lines += [
             f"idle: setp.eq.u32 %p, %thread, {f.thread};",

@@ -29,6 +29,7 @@ class TensorMap:
         pieces: of a whole row.
         rows: of the matrix.
         box: elements of a piece, pieces and rows of a copy.
+        swizzle: how a copy's chunks of 16 bytes change places, as PTX numbers it; 0: not at all.
         thread: the first one of the warp that makes it, which alone may use it.
     """
 
@@ -36,6 +37,7 @@ class TensorMap:
     rows: int
     box: tuple[int, int, int]
     thread: int
+    swizzle: int = 0
 
     @property
     def fields(self) -> list[tuple[str, str, str]]:
@@ -51,7 +53,8 @@ class TensorMap:
             *(("global_stride", "b64", f"{i}, {size}") for i, size in enumerate(strides)),
             *(("element_stride", "b32", f"{i}, 1") for i in range(len(self.box))),
             ("elemtype", "b32", f"{_ELEMENTS}"),
-            *((name, "b32", "0") for name in ("interleave_layout", "swizzle_mode", "fill_mode")),
+            *((name, "b32", "0") for name in ("interleave_layout", "fill_mode")),
+            ("swizzle_mode", "b32", f"{self.swizzle}"),
         ]
 
 

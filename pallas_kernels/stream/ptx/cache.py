@@ -13,6 +13,7 @@ from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import async_copy, lowered
 from pallas_kernels.stream.ptx.address import UNIT
+from pallas_kernels.stream.ptx.swizzle import Lines
 
 __all__ = ["CacheFeed", "cache_feed_lines", "feed_cache", "pointers"]
 
@@ -24,20 +25,19 @@ _CONTROL = 32
 class CacheFeed:
     """Where a program's tiles of keys and values lie, and what is made of them.
 
-    A tile holds the keys of `block` positions, and behind them the values. Its *part* is a row of
-    8 words in shared memory: where the part begins in a layer, in units of 16 bytes; how many
-    cached positions it has; its tiles; how many new positions it has besides; a word of no interest
-    here; its first query, and in the upper half how much longer the first window lasts; the rest
-    is of no interest. Before the
-    first part's row stands one whose first word is the number of parts.
+    A tile holds the keys of `block` positions, and behind them the values, as `Lines` says. Its
+    *part* is a row of 8 words in shared memory: where the part begins in a layer, in units of 16
+    bytes; how many cached positions it has; its tiles; how many new positions it has besides; a
+    word of no interest here; its first query, and in the upper half how much longer the first
+    window lasts; the rest is of no interest. Before the first part's row stands one whose first
+    word is the number of parts.
 
     Attributes:
         head_dim: H.
         block: positions of a tile.
         warps: that attend; those with the same queries have `block / warps` positions each.
         stages: tiles that shared memory holds.
-        layer_units: from a layer of the cache to the next, in units of 16 bytes.
-        tile_bytes: of the keys and values of a tile.
+        layer_rows: keys of a layer of the cache, of all sequences and heads.
         query_pitch: from a query to the next, bytes.
         out_pitch: from a row of `out` to the next, bytes.
         abreast: how many times 8 queries a part has, each for other warps.
@@ -48,6 +48,8 @@ class CacheFeed:
         softcap: c, which makes scores c * tanh(score / c), or None. Queries come scaled for it.
         tiles: where the tiles lie, bytes behind the ring's address.
         barriers: likewise their barriers, 8 bytes each.
+        maps: likewise the addresses of the tensor maps of keys and of values, 8 bytes each: where
+            bulk copies bring them.
         control: likewise 8 words: free tiles, the next one's part, number in the part, layer and
             stage; from the 7th on, stage and phase of the next one to be used.
         queries: likewise 16 rows for 8 queries: what is left of their bfloat16, behind them.
@@ -62,8 +64,7 @@ class CacheFeed:
     block: int
     warps: int
     stages: int
-    layer_units: int
-    tile_bytes: int
+    layer_rows: int
     query_pitch: int
     out_pitch: int
     abreast: int
@@ -74,6 +75,7 @@ class CacheFeed:
     softcap: float | None
     tiles: int
     barriers: int
+    maps: int
     control: int
     queries: int
     new: int
@@ -91,6 +93,21 @@ class CacheFeed:
     def row_bytes(self) -> int:
         """Of a key or a value."""
         return 2 * self.head_dim
+
+    @property
+    def lines(self) -> Lines:
+        """Where the rows of a tile's keys lie, or of its values."""
+        return Lines(self.row_bytes, self.block, self.tiles)
+
+    @property
+    def values(self) -> int:
+        """Where a tile's values begin, bytes."""
+        return self.block * self.row_bytes
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a tile."""
+        return 2 * self.values
 
 
 def cache_feed_lines(
@@ -135,11 +152,10 @@ def cache_feed_lines(
         f"more: setp.eq.u32 %p, %n, 0; setp.gt.or.u32 %p, %l, {layer}, %p;",
         "setp.ge.or.u32 %p, %j, %m, %p; @%p bra stored;",
         f"mad.lo.u32 %x, %j, 32, {parts}; ld.shared.v4.b32 {{%o, %c, %k, %x}}, [%x+32];",
-        # %y bytes of keys, from %d on
+        # %y positions, of the layers' keys from row %o on
         f"mul.lo.u32 %x, %i, {f.block}; sub.s32 %y, %c, %x; min.s32 %y, %y, {f.block};",
-        f"max.s32 %y, %y, 0; mul.lo.u32 %y, %y, {f.row_bytes};",
-        f"mad.lo.u32 %o, %x, {f.row_bytes // UNIT}, %o; mul.wide.u32 %d, %l, {f.layer_units};",
-        "cvt.u64.u32 %e, %o; add.u64 %d, %d, %e; shl.b64 %d, %d, 4;",
+        f"max.s32 %y, %y, 0; shr.u32 %o, %o, {(f.row_bytes // UNIT).bit_length() - 1};",
+        f"add.u32 %o, %o, %x; mad.lo.u32 %o, %l, {f.layer_rows}, %o;",
         f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
         *_copy_lines(f, ring, keys, values),
         "add.u32 %i, %i, 1; setp.eq.u32 %p, %i, %k; selp.u32 %i, 0, %i, %p;",
@@ -154,26 +170,38 @@ def cache_feed_lines(
 
 
 def _copy_lines(f: CacheFeed, ring: str, keys: str, values: str) -> list[str]:
-    """Copies %y bytes of keys, and as many of values, from %d bytes on, to tile %s."""
+    """Copies %y keys, and as many values, from row %o on, to tile %s."""
     place = f"mad.lo.u32 %v, %s, {f.tile_bytes}, {ring}; add.u32 %v, %v, {f.tiles};"
-    if not f.bulk:
-        copies = [place]
-        for array, behind in ((keys, 0), (values, f.tile_bytes // 2)):
-            copies.append(f"add.u64 %e, %d, {array}; add.u32 %v, %v, {behind};")
-            copies += async_copy.copy_lines(
-                f.sharing, source="%e", place="%v", size="%y", policy="%policy"
-            )
-        return [*copies, async_copy.arrive_line("%b")]
-    copy = (
-        "@%q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%v], [%e], %y, [%b], %policy;"
-    )
-    return [
-        "shl.b32 %x, %y, 1;",
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %x; setp.gt.u32 %q, %y, 0;",
-        f"{place} add.u64 %e, %d, {keys}; {copy}",
-        f"add.u64 %e, %d, {values}; add.u32 %v, %v, {f.tile_bytes // 2}; {copy}",
+    if f.bulk:
+        return [place, *_box_lines(f, ring)]
+    copies = [
+        f"{place} mul.wide.u32 %d, %o, {f.row_bytes}; mul.lo.u32 %y, %y, {f.row_bytes};",
     ]
+    for array, behind in ((keys, 0), (values, f.values)):
+        copies.append(f"add.u64 %e, %d, {array}; add.u32 %v, %v, {behind};")
+        copies += async_copy.copy_lines(
+            f.sharing, source="%e", place="%v", size="%y", policy="%policy", lines=f.lines
+        )
+    return [*copies, async_copy.arrive_line("%b")]
+
+
+def _box_lines(f: CacheFeed, ring: str) -> list[str]:
+    """The same by boxes, of whole tiles: what lies behind a sequence's positions is not used."""
+    lines = f.lines
+    copies = [
+        f"setp.gt.u32 %q, %y, 0; selp.b32 %x, {f.tile_bytes}, 0, %q;",
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %x; mov.b32 %x, 0;",
+        f"ld.shared.v2.b64 {{%d, %e}}, [{ring}+{f.maps}];",
+    ]
+    for box in ("%d", "%e"):
+        for line in range(lines.count):
+            copies.append(
+                f"mov.b32 %y, {line}; @%q cp.async.bulk.tensor.3d.shared::cluster.global.tile"
+                ".mbarrier::complete_tx::bytes.L2::cache_hint "
+                f"[%v], [{box}, {{%x, %y, %o}}], [%b], %policy;"
+            )
+            copies.append(f"add.u32 %v, %v, {f.block * lines.width};")
+    return copies
 
 
 _feed_cache_p = core.Primitive("ffjax_feed_cache")

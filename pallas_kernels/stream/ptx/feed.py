@@ -24,14 +24,14 @@ _start_barriers_p = core.Primitive("ffjax_start_barriers")
 
 
 @_start_barriers_p.def_effectful_abstract_eval
-def _(address, *, count, sharing):
+def _(address, *, count, sharing, alone):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
 
 
 @lowering.register_lowering(_start_barriers_p)
-def _(ctx, address, *, count, sharing):
+def _(ctx, address, *, count, sharing, alone):
     [address] = lowered.values(ctx, [address])
-    if sharing:
+    if alone:
         lowered.one_program_a_multiprocessor()
     init, arrivals = "@%p mbarrier.init.shared::cta.b64", sharing or 1
     starts = [f"{init} [$1+{8 * i}], {arrivals}; " for i in range(count)]
@@ -46,15 +46,17 @@ def _(ctx, address, *, count, sharing):
     return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,r", [address])[0]
 
 
-def start_barriers(address: Array, count: int, sharing: int) -> None:
+def start_barriers(address: Array, count: int, sharing: int, alone: bool) -> None:
     """Makes barriers in shared memory, 8 bytes each, that a tile's arrival completes.
 
     Args:
         address: int32 scalar, a multiple of 8.
         count: how many.
         sharing: as of `Feed`.
+        alone: whether ptxas is to know that a multiprocessor has no second program.
     """
-    _start_barriers_p.bind(jnp.full((1,), address), count=count, sharing=sharing)
+    place = jnp.full((1,), address)
+    _start_barriers_p.bind(place, count=count, sharing=sharing, alone=alone)
 
 
 def _scale_lines(pointer: str, shared: bool) -> list[str]:

@@ -62,8 +62,8 @@ def addresses(ptr: Any, offsets: Any, shape: Sequence[int]) -> Any:
 def one_program_a_multiprocessor() -> None:
     """Says that no second program need find room beside one: `.minnctapersm 1` in PTX.
 
-    Of 128 threads ptxas for compute capability 8 else saves registers for two more, and spills what
-    it has saved; the ring leaves no shared memory for them. To be called while lowering.
+    Of 128 threads ptxas else saves registers for two more programs, and spills what it has saved;
+    the ring leaves no shared memory for them. To be called while lowering.
     """
     op: Any = ir.InsertionPoint.current.block.owner
     while op.name != "tt.func":
