@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
 __all__ = ["own_settings", "program_settings"]
+
+_OWN: dict[str, tuple[Any, ...]] = {
+    "jax_numpy_dtype_promotion": ("standard",),
+    "jax_numpy_rank_promotion": ("allow",),
+    # None: as JAX's runtime has it, which allows transfers.
+    "jax_transfer_guard": (None, "allow"),
+    "jax_transfer_guard_host_to_device": (None, "allow"),
+    "jax_transfer_guard_device_to_device": (None, "allow"),
+    "jax_transfer_guard_device_to_host": (None, "allow"),
+    "jax_threefry_partitionable": (True,),
+}
+"""What `own_settings` sets, and what says the same."""
+
+_PROGRAMS: dict[str, tuple[Any, ...]] = {
+    **_OWN,
+    "jax_disable_jit": (False,),
+    "jax_debug_nans": (False,),
+    "jax_debug_infs": (False,),
+}
+"""The same of `program_settings`."""
+
+
+def _look(settings: dict[str, tuple[Any, ...]]) -> Callable[[], bool]:
+    """Asks whether all settings are as wanted already, in this thread.
+
+    A request enters them several times. To look takes a third of the time of setting them.
+    """
+    values = operator.attrgetter(*settings)
+    wanted = frozenset(itertools.product(*settings.values()))
+    return lambda: values(jax.config) in wanted
+
+
+_own_hold, _programs_hold = _look(_OWN), _look(_PROGRAMS)
 
 
 @contextlib.contextmanager
@@ -21,6 +57,9 @@ def own_settings() -> Iterator[None]:
 
     Also a decorator.
     """
+    if _own_hold():
+        yield
+        return
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
@@ -37,5 +76,8 @@ def program_settings() -> Iterator[None]:
     Without jit there is no program to compile. Where logits are NaN or infinite, the generation
     says so, with what came before; JAX's own look at every result would break it off within.
     """
+    if _programs_hold():
+        yield
+        return
     with own_settings(), jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         yield
