@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from jax import Array, lax
 
 from ffjax.cache import KVCache
@@ -190,7 +190,7 @@ def decode_block(
     Returns:
         Cache, token, index and history to go on from, and what was made.
     """
-    model = nnx.merge(graphdef, state)
+    model = graphdef.merged(state)
     indices = index + jnp.arange(BLOCK, dtype=jnp.int32)[:, None]
     # All keys of the block at once: one by one, each would cost a launch or more.
     keys = None
@@ -249,14 +249,12 @@ def _programs(device: Any) -> Programs:
 
 
 class _Start(NamedTuple):
-    """What a generation begins with: an empty cache, no token yet.
+    """What a generation begins with: an empty cache.
 
     `last` is room for what `ffjax.prefill.packed.feed` calls so.
     """
 
     cache: KVCache
-    token: Array
-    length: Array
     last: Array
     history: History | None
 
@@ -266,8 +264,6 @@ def _start(
 ) -> _Start:
     return _Start(
         cache=KVCache.create(config, batch, capacity, dtype, tokens=tokens),
-        token=jnp.zeros((batch,), jnp.int32),
-        length=jnp.ones((batch,), jnp.int32),
         last=jnp.zeros((batch, config.model_dim), jnp.float32),
         history=History.empty(batch, config.vocab_size) if remembers else None,
     )
@@ -278,6 +274,12 @@ def _started(device: Any) -> Any:
     """Makes what a generation begins with, in one launch."""
     options = compiler_options(device)
     return jax.jit(_start, static_argnums=(0, 1, 2, 3, 4, 5), compiler_options=options)
+
+
+@functools.lru_cache
+def _start_shapes(*args: Any) -> Any:
+    """The shapes of it, where the prefill makes it."""
+    return jax.eval_shape(functools.partial(_start, *args))
 
 
 class Loop:
@@ -326,7 +328,7 @@ class Loop:
         with jax.default_device(self._device), program_settings():
             self._prepare(model, request, implementation, prefill)
             start = time.perf_counter()
-            self._prefill.compile(self._cache, self._history)
+            self._prefill.compile(self._cache, self._history, self._like)
             if request.max_new_tokens > 1:
                 self._block = self._compiled_block()
             self.compile_seconds = time.perf_counter() - start
@@ -358,11 +360,13 @@ class Loop:
         )
         self._widest = wide if name == "steps" else self.step_tokens
         how = model.dtype, stages.remembers, self._widest
-        start = _started(self._device)(model.config, *size, *how)
-        self._cache, self._token, self._index, last, self._history = start
-        rows = rows_of(request.params, request.stop_tokens, request.seeds, stages)
-        # On the device, where every block takes them: arrays of numpy would be sent with each.
-        self._rows = jax.device_put(rows)
+        begin = _start_shapes if name == "steps" else _started(self._device)
+        self._cache, last, self._history = begin(model.config, *size, *how)
+        # No token yet, and then one.
+        self._token, self._index = np.zeros(size[0], np.int32), np.ones(size[0], np.int32)
+        self._rows = rows_of(request.params, request.stop_tokens, request.seeds, stages)
+        # What the shapes of all of them follow from, beside the model and the stages.
+        self._like = *size, self._widest
         self.steps = 0
         self._prefill = prefill_of(
             self._parts,
@@ -380,7 +384,16 @@ class Loop:
 
     def _compiled_block(self) -> Any:
         how = {"stages": self._stages, "implementation": self.implementation}
-        return _programs(self._device).get(self._parts.graphdef, *self._block_args(), **how)
+        known_by = self._parts.kinds, self._like, *how.values()
+        args = self._parts.graphdef, *self._block_args()
+        return _programs(self._device).get(*args, known_by=known_by, **how)
+
+    def _send(self) -> None:
+        """Sends what every block takes, which would else be sent with each.
+
+        Ordered behind the prefill, which the first token waits for.
+        """
+        self._rows = jax.device_put(self._rows)
 
     @property
     def cache(self) -> KVCache:
@@ -404,6 +417,8 @@ class Loop:
         """Feeds the prompts; returns the first new token of each."""
         with jax.default_device(self._device), program_settings():
             run = self._prefill.run(self._cache, self._history)
+            if self._request.max_new_tokens > 1:
+                self._send()
         self._cache, self._history, choice = run
         self._token = choice.token
         return Made.of(choice).sent()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
 from jax import Array
 
-__all__ = ["Programs", "forget_programs", "temp_bytes"]
+__all__ = ["Programs", "forget_programs", "kind_of", "temp_bytes"]
 
 
 class Programs:
@@ -25,14 +25,17 @@ class Programs:
         """Takes a jitted function."""
         self._function = function
         self._compiled: dict[Any, Any] = {}
+        self._known: dict[Any, Any] = {}
         _all.add(self)
 
-    def get(self, *args: Any, **static: Any) -> Any:
+    def get(self, *args: Any, known_by: Hashable = None, **static: Any) -> Any:
         """The program for arguments of these shapes, dtypes and devices; compiled if it has to be.
 
         Args:
             args: of the function: pytrees of arrays, but for one that is static and comes first,
                 `graphdef`.
+            known_by: what shapes, dtypes and devices of all arguments, and the static ones, follow
+                from. They are looked at only where no program is known by it. None: they are.
             static: its static arguments.
 
         Returns:
@@ -40,12 +43,20 @@ class Programs:
             jit chooses how results are sharded, so that a program which was compiled for the first
             inputs may not take the next ones: then it is jit's own function.
         """
+        if known_by is None:
+            return self._found(args, static)
+        program = self._known.get(known_by)
+        if program is None:
+            program = self._known[known_by] = self._found(args, static)
+        return program
+
+    def _found(self, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
         graphdef, *arrays = args
         leaves, structure = jax.tree.flatten(arrays)
         if any(len(leaf.sharding.device_set) > 1 for leaf in leaves if isinstance(leaf, Array)):
             self._function.lower(*args, **static).compile()  # jit finds it, at its first call
             return functools.partial(self._function, graphdef, **static)
-        key = (graphdef, structure, tuple(map(_kind, leaves)), tuple(sorted(static.items())))
+        key = (graphdef, structure, tuple(map(kind_of, leaves)), tuple(sorted(static.items())))
         program = self._compiled.get(key)
         if program is None:
             program = self._function.lower(*args, **static).compile()
@@ -60,9 +71,10 @@ def forget_programs() -> None:
     """Lets go of all programs that are kept in this process; `jax.clear_caches` does not."""
     for programs in _all:
         programs._compiled.clear()
+        programs._known.clear()
 
 
-def _kind(leaf: Any) -> tuple[Any, ...]:
+def kind_of(leaf: Any) -> tuple[Any, ...]:
     """What of an array a program depends on; one of numpy goes where the others are."""
     if not isinstance(leaf, Array):
         return leaf.shape, leaf.dtype

@@ -14,6 +14,7 @@ from flax import nnx
 
 from ffjax.cache import KVCache
 from ffjax.model import Transformer
+from ffjax.parts import taken_apart
 from ffjax.sampling.rows import Rows, Stages
 from ffjax.speculation.block import Bounds, Going, speculative_block
 from ffjax.speculation.drafting import FIRST_TOKENS, ModelSource
@@ -54,7 +55,7 @@ def test_a_block_is_three_kernels_and_copies_no_cache():
         return models, Going(cache, known, number, None, held), Bounds(number, number)
 
     models, going, bounds = nnx.eval_shape(abstract)
-    (graphdef, state), (drawn, weights) = map(nnx.split, models)
+    (graphdef, state), (drawn, weights) = map(taken_apart, models)
     block = functools.partial(
         speculative_block,
         graphdef,

@@ -13,6 +13,7 @@ from ffjax.cache import KVCache
 from ffjax.config import ModelConfig, preset
 from ffjax.formats import INT8, WeightFormats, int4
 from ffjax.model import Transformer
+from ffjax.parts import taken_apart
 from ffjax.prefill import packed
 from ffjax.prefill.packing import chunks_of
 from ffjax.quantization import quantized_config
@@ -56,7 +57,7 @@ def memory_of(config: ModelConfig, gpu: str, size: int, capacity: int, dtype=jnp
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), tree)
 
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
-    graphdef, state = nnx.split(model)
+    graphdef, state = taken_apart(model)
     cache = jax.eval_shape(lambda: KVCache.create(config, 1, capacity, dtype))
     blocks = packed.blocks_of(config, dtype, named.gpu, size)
     [chunk] = chunks_of([np.zeros(size, np.int32)], capacity, lambda _: blocks.queries)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array, lax
 
 from ffjax.cache import KVCache
@@ -52,7 +51,7 @@ def _feed_packed(
     gpu: Gpu,
 ) -> LiveState:
     """Feeds some tokens of a sequence."""
-    model = nnx.merge(graphdef, weights)
+    model = graphdef.merged(weights)
     cache, last = feed(model, state.cache, state.last, chunk, gpu)
     return state._replace(cache=cache, last=last)
 
@@ -64,7 +63,7 @@ def _feed_padded(
 
     It leaves what the final norm returns; the other leaves what it is given.
     """
-    model = nnx.merge(graphdef, weights)
+    model = graphdef.merged(weights)
     cache = state.cache
     own = KVCache(
         lax.dynamic_slice_in_dim(cache.k, row, 1, axis=1),
@@ -95,7 +94,7 @@ def _choose_first(
         stages: how the token is chosen.
         normed: whether what was left of the prompt is behind the final norm.
     """
-    model = nnx.merge(graphdef, weights)
+    model = graphdef.merged(weights)
 
     def own(arrays: Any) -> Any:
         return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, 1), arrays)

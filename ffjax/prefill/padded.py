@@ -7,11 +7,11 @@ or no tokens in the first chunks.
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from ffjax.cache import KVCache
@@ -66,7 +66,7 @@ def _feed_and_choose(
     stages: Stages,
 ) -> tuple[KVCache, History | None, Choice]:
     """Feeds `tokens [B, T]`, of which `num_tokens [B]` count; also the token that follows."""
-    model = nnx.merge(graphdef, state)
+    model = graphdef.merged(state)
     logits, cache = model(tokens, cache, num_tokens=num_tokens, last_only=True)
     if history is not None:
         history = fed_side_by_side(history, tokens, num_tokens)
@@ -113,13 +113,13 @@ class PaddedPrefill(RequestPrefill):
     ) -> tuple[Any, ...]:
         return self._parts.state, cache, tokens, counts, self._rows, history
 
-    def compile(self, cache: KVCache, history: History | None) -> None:
+    def compile(self, cache: KVCache, history: History | None, like: Hashable = None) -> None:
         """Compiles what `run` needs, ahead of it."""
         batch = len(self._prompts)
         for size in sorted(set(self._sizes)):
             tokens, counts = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
             args = self._args(cache, tokens, counts, history)
-            self._compile(_programs(self._parts.device), size, *args)
+            self._compile(_programs(self._parts.device), size, like, *args)
 
     def run(
         self, cache: KVCache, history: History | None

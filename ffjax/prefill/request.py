@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Hashable
 from typing import Any, ClassVar, Literal
 
 from ffjax.cache import KVCache
@@ -36,10 +37,16 @@ class RequestPrefill(abc.ABC):
         self._parts, self._rows, self._stages = parts, rows, stages
         self._compiled: dict[int, Any] = {}
 
-    def _compile(self, programs: Programs, size: int, *args: Any, **static: Any) -> None:
+    def _compile(
+        self, programs: Programs, size: int, like: Hashable, *args: Any, **static: Any
+    ) -> None:
         """Finds or makes the program for chunks of a size, which takes such arguments."""
-        graphdef = self._parts.graphdef
-        self._compiled[size] = programs.get(graphdef, *args, stages=self._stages, **static)
+        static["stages"] = self._stages
+        known_by = None
+        if like is not None:
+            known_by = self._parts.kinds, like, size, *static.values()
+        args = self._parts.graphdef, *args
+        self._compiled[size] = programs.get(*args, known_by=known_by, **static)
 
     @property
     def temp_bytes(self) -> int:
@@ -47,8 +54,15 @@ class RequestPrefill(abc.ABC):
         return temp_bytes(self._compiled.values())
 
     @abc.abstractmethod
-    def compile(self, cache: KVCache, history: History | None) -> None:
-        """Compiles what `run` needs, ahead of it, for such a cache and history."""
+    def compile(self, cache: KVCache, history: History | None, like: Hashable = None) -> None:
+        """Compiles what `run` needs, ahead of it.
+
+        Args:
+            cache: one as `run` will have; it may be abstract.
+            history: likewise.
+            like: what the shapes of both follow from, beside the model and the stages; None: they
+                are looked at.
+        """
 
     @abc.abstractmethod
     def run(

@@ -7,16 +7,17 @@ quantized weights first. A decode step of 8 tokens is one launch and reads the w
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array, lax
 
 from ffjax.cache import KVCache
 from ffjax.decode import decode_step
+from ffjax.parcel import Layout, as_words
 from ffjax.parts import Parts
 from ffjax.prefill.first import first_token
 from ffjax.prefill.request import RequestPrefill
@@ -39,50 +40,79 @@ def step_tokens(batch: int) -> int:
     return max(1, MAX_BATCH // batch)
 
 
+class _Sizes(NamedTuple):
+    """Of the cache that a program makes; static.
+
+    Attributes:
+        batch: B.
+        capacity: S.
+        tokens: T, of the steps.
+    """
+
+    batch: int
+    capacity: int
+    tokens: int
+
+
 def _feed_and_choose(
     graphdef: Any,
     state: Any,
-    cache: KVCache,
-    tokens: Array,
-    counts: Array,
-    rows: Rows,
-    history: History | None,
+    words: Array,
     *,
+    layout: Layout,
+    sizes: _Sizes,
     stages: Stages,
 ) -> tuple[KVCache, History | None, Choice]:
-    """Feeds `tokens [steps, B, T]`, of which `counts [steps, B]` count; the token that follows."""
-    model = nnx.merge(graphdef, state)
+    """Makes a cache, feeds prompts into it, and chooses the token that follows each.
 
-    def step(carry: tuple[KVCache, Array], given: tuple[Array, Array]) -> Any:
-        cache, last = carry
+    All in one program: another call of one would take the host as long as some launches, and a
+    cache is made in three.
+
+    Args:
+        graphdef: the model's structure.
+        state: its weights.
+        words: tokens `[steps, B, T]`, of which counts `[steps, B]` count, and the rows, as `layout`
+            says. The last step feeds the end of each prompt.
+        layout: of the words.
+        sizes: of the cache.
+        stages: how the first token is chosen.
+    """
+    model = graphdef.merged(state)
+    config, (batch, capacity, size) = model.config, sizes
+    tokens, counts, rows = layout.opened(words)
+    cache = KVCache.create(config, batch, capacity, model.dtype, tokens=size)
+
+    def step(carry: tuple[KVCache, Array, Array], given: tuple[Array, Array]) -> Any:
+        cache, _, _ = carry
         some, count = given
         out = decode_step(model, cache, some, count, implementation="pallas")
-        newest = jnp.maximum(count - 1, 0)[:, None, None]
-        logits = jnp.take_along_axis(out.logits, newest, axis=1)[:, 0]
-        return (out.cache, jnp.where(count[:, None] > 0, logits, last)), None
+        newest = jnp.maximum(count - 1, 0)[:, None]
+        logits = jnp.take_along_axis(out.logits, newest[..., None], axis=1)[:, 0]
+        return (out.cache, logits, jnp.take_along_axis(out.token, newest, axis=1)[:, 0]), None
 
-    nothing = jnp.zeros((tokens.shape[1], model.config.vocab_size), jnp.float32)
+    nothing = jnp.zeros((batch, config.vocab_size), jnp.float32), jnp.zeros((batch,), jnp.int32)
     # Of a few, a loop on the device would only be in the way.
     few = len(tokens) <= _MOST_UNROLLED
-    (cache, logits), _ = lax.scan(step, (cache, nothing), (tokens, counts), unroll=few)
-    if history is not None:
+    (cache, logits, token), _ = lax.scan(step, (cache, *nothing), (tokens, counts), unroll=few)
+    history = None
+    if stages.remembers:
+        history = History.empty(batch, config.vocab_size)
         history = fed_side_by_side(history, tokens, counts)
-    return cache, history, first_token(logits, rows, history, stages)
+    return cache, history, first_token(logits, rows, history, stages, token)
 
 
 @functools.cache
 def _programs(device: Any) -> Programs:
     jitted = jax.jit(
         _feed_and_choose,
-        static_argnames=("graphdef", "stages"),
-        donate_argnames=("cache", "history"),
+        static_argnames=("graphdef", "layout", "sizes", "stages"),
         compiler_options=compiler_options(device),
     )
     return Programs(jitted)
 
 
 class StepwisePrefill(RequestPrefill):
-    """The prefill of a request of short prompts. Its cache is made for such steps."""
+    """The prefill of a request of short prompts. It makes its cache, for such steps."""
 
     name = "steps"
 
@@ -93,31 +123,40 @@ class StepwisePrefill(RequestPrefill):
         capacity: int,
         rows: Rows,
         stages: Stages,
-        last: Array,
+        last: Any,
     ):
-        """Takes what `ffjax.prefill.packed.PackedPrefill` does."""
+        """Takes what `ffjax.prefill.packed.PackedPrefill` does, and has no use for `last`."""
         super().__init__(parts, rows, stages)
-        size = step_tokens(len(prompts))
+        batch = len(prompts)
+        size = step_tokens(batch)
+        self._sizes = _Sizes(batch, capacity, size)
         steps = ceil_div(max(len(prompt) for prompt in prompts), size)
-        tokens = np.zeros((steps, len(prompts), size), np.int32)
-        counts = np.zeros((steps, len(prompts)), np.int32)
+        tokens = np.zeros((steps, batch, size), np.int32)
+        counts = np.zeros((steps, batch), np.int32)
         for row, prompt in enumerate(prompts):
-            for step in range(steps):
-                some = prompt[step * size : (step + 1) * size]
+            # All prompts end with the last step: no other step's logits are looked at.
+            first = steps - ceil_div(len(prompt), size)
+            for step in range(first, steps):
+                some = prompt[(step - first) * size : (step - first + 1) * size]
                 tokens[step, row, : len(some)] = some
                 counts[step, row] = len(some)
-        # On their way to the device while it still makes the cache.
-        self._tokens, self._counts = jax.device_put((tokens, counts))
+        words, self._layout = as_words((tokens, counts, rows))
+        # On their way to the device while the program is looked up.
+        self._words = jax.device_put(words)
 
-    def _args(self, cache: KVCache, history: History | None) -> tuple[Any, ...]:
-        return self._parts.state, cache, self._tokens, self._counts, self._rows, history
-
-    def compile(self, cache: KVCache, history: History | None) -> None:
+    def compile(self, cache: KVCache, history: History | None, like: Hashable = None) -> None:
         """Compiles what `run` needs, ahead of it."""
-        self._compile(_programs(self._parts.device), 0, *self._args(cache, history))
+        static = {"layout": self._layout, "sizes": self._sizes}
+        args = self._parts.state, self._words
+        self._compile(_programs(self._parts.device), 0, like, *args, **static)
 
     def run(
         self, cache: KVCache, history: History | None
     ) -> tuple[KVCache, History | None, Choice]:
-        """Feeds the prompts; returns both with them, and the first new tokens."""
-        return self._compiled[0](*self._args(cache, history))
+        """Feeds the prompts; returns what it made, with them, and the first new tokens.
+
+        Args:
+            cache: is not looked at.
+            history: likewise.
+        """
+        return self._compiled[0](self._parts.state, self._words)

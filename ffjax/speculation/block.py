@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array, lax
 
 from ffjax.cache import KVCache
@@ -239,7 +238,7 @@ def speculative_block(
         Where the sequences are then, and what was made: tokens int32 `[BLOCK, B, T]`, NO_TOKEN
         where a step has made less than T; `drafted` tells whether there is a draft to go on with.
     """
-    model = nnx.merge(graphdef, state)
+    model = graphdef.merged(state)
     tokens = source.tokens
     assert tokens is not None, "T is chosen for a batch"
     batch, capacity = going.known.shape

@@ -18,7 +18,6 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array, lax
 
 from ffjax.cache import KVCache
@@ -67,7 +66,7 @@ class ModelSource:
             Drafts int32 `[B, T - 1]`, how many of them count, int32 `[B]`: all; and the cache.
         """
         assert choosing is not None, "drafts are for a step"
-        model = nnx.merge(self.graphdef, weights)
+        model = self.graphdef.merged(weights)
         # Whatever the cache holds behind this is of no use.
         start = lengths - FIRST_TOKENS
         at = start[:, None] + jnp.arange(FIRST_TOKENS)

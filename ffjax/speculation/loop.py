@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ffjax.decode import Implementation
-from ffjax.loop import AHEAD, BLOCK, Loop, Made, Reader, Step
+from ffjax.loop import AHEAD, BLOCK, Loop, Made, Reader, Step, slots_for
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.programs import Programs
@@ -92,15 +92,15 @@ class SpeculativeLoop(Loop):
         prefill: Prefill | None,
     ) -> None:
         super()._prepare(model, request, implementation, prefill)
-        batch, slots = self._cache.batch, self._cache.capacity
+        batch, slots = request.batch, slots_for(request.capacity)
         if self.implementation == "pallas":
             check_fused(model, batch, slots, self.step_tokens)
-        self._known = jax.device_put(_known(request, slots))
+        self._known = _known(request, slots)
         self._quiet = False
         # The cache holds the prompt when an answer has its first token.
         begins = np.array([len(prompt) - 1 for prompt in request.prompts], np.int32)
         ends = begins + np.array(request.limits, np.int32)
-        self._bounds = jax.device_put(Bounds(begins, ends))
+        self._bounds = Bounds(begins, ends)
 
     def _block_args(self) -> tuple[Any, ...]:
         going = Going(self._cache, self._known, self._token, self._history, self._held)
@@ -114,6 +114,10 @@ class SpeculativeLoop(Loop):
         needed = 1 + (many and not self._source.always)
         programs = _programs(self._device)[:needed]
         return [one.get(*args, **how, source=self._source) for one in programs]
+
+    def _send(self) -> None:
+        super()._send()
+        self._known, self._bounds = jax.device_put((self._known, self._bounds))
 
     def decode(self) -> Made:
         """Orders a block of steps; returns the new tokens, int32 `[BLOCK, B, T]`, or T = 1."""
