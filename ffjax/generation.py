@@ -251,7 +251,6 @@ def generate(
         logits_processors,
     )
     loop = loop_for(model, request, implementation, prefill, speculation)
-    replies = Replies(request)
     prefill_seconds, decode_seconds = 0.0, 0.0
 
     def output() -> GenerateOutput:
@@ -271,6 +270,7 @@ def generate(
 
     start = time.perf_counter()
     first = loop.prefill()
+    replies = Replies(request)
     # The device has its first steps before the prefill's token is read.
     rows = loop.rows(blocks_for(request), replies)
     first = jax.device_get(first).step()

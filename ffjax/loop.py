@@ -346,7 +346,8 @@ class Loop:
         size = request.batch, capacity
         gpu = drawing_gpu(self._device, implementation)
         self._stages = stages = Stages.of(request.params, request.processors, gpu)
-        sizes = model.config, model.dtype, *size
+        config, dtype = self._parts.config, self._parts.dtype
+        sizes = config, dtype, *size
         self.implementation: Implementation = resolve_implementation_config(*sizes, implementation)
         wide = step_tokens(request.batch)
         name = resolve_prefill_of(
@@ -359,12 +360,13 @@ class Loop:
             steps=self.step_tokens in (1, wide),
         )
         self._widest = wide if name == "steps" else self.step_tokens
-        how = model.dtype, stages.remembers, self._widest
+        how = dtype, stages.remembers, self._widest
         begin = _start_shapes if name == "steps" else _started(self._device)
-        self._cache, last, self._history = begin(model.config, *size, *how)
+        self._cache, last, self._history = begin(config, *size, *how)
         # No token yet, and then one.
         self._token, self._index = np.zeros(size[0], np.int32), np.ones(size[0], np.int32)
-        self._rows = rows_of(request.params, request.stop_tokens, request.seeds, stages)
+        seeds = request.seeds if stages.draws else None
+        self._rows = rows_of(request.params, request.stop_tokens, seeds, stages)
         # What the shapes of all of them follow from, beside the model and the stages.
         self._like = *size, self._widest
         self.steps = 0

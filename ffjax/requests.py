@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -159,12 +160,24 @@ def check_params(
         )
 
 
+def _at(temperature: Any) -> SamplingParams:
+    if isinstance(temperature, float):
+        return _checked_at(temperature)
+    return SamplingParams(temperature=temperature)
+
+
+@functools.lru_cache
+def _checked_at(temperature: float) -> SamplingParams:
+    """Checked once: nobody changes what is frozen."""
+    return SamplingParams(temperature=temperature)
+
+
 def _params(
     sampling: Any, temperature: Any, batch: int, config: ModelConfig
 ) -> tuple[SamplingParams, ...]:
     """The parameters of each sequence."""
     if sampling is None:
-        return (SamplingParams(temperature=temperature),) * batch
+        return (_at(temperature),) * batch
     if temperature != 0:
         raise ValueError(
             "A temperature is given beside sampling, which has one of its own. Give "

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from ffjax.cache import KVCache
 from ffjax.decode import decode_step
-from ffjax.parcel import Layout, as_words
+from ffjax.parcel import Layout, as_words, sent
 from ffjax.parts import Parts
 from ffjax.prefill.first import first_token
 from ffjax.prefill.request import RequestPrefill
@@ -142,7 +142,7 @@ class StepwisePrefill(RequestPrefill):
                 counts[step, row] = len(some)
         words, self._layout = as_words((tokens, counts, rows))
         # On their way to the device while the program is looked up.
-        self._words = jax.device_put(words)
+        self._words = sent(words)
 
     def compile(self, cache: KVCache, history: History | None, like: Hashable = None) -> None:
         """Compiles what `run` needs, ahead of it."""

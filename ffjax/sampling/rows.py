@@ -183,7 +183,7 @@ def row_of(params: SamplingParams, stops: Sequence[int], stages: Stages) -> Rows
 def rows_of(
     params: Sequence[SamplingParams],
     stops: Sequence[Sequence[int]],
-    seeds: np.ndarray,
+    seeds: np.ndarray | None,
     stages: Stages,
 ) -> Rows:
     """The parameters of a batch.
@@ -191,7 +191,7 @@ def rows_of(
     Args:
         params: of each sequence.
         stops: the tokens that end each.
-        seeds: uint32 `[B, 3]`, from `ffjax.sampling.draw.words_of`.
+        seeds: uint32 `[B, 3]`, from `ffjax.sampling.draw.words_of`; of no use without draws.
         stages: the program's.
     """
     rows = [row_of(one, ends, stages) for one, ends in zip(params, stops, strict=True)]

@@ -95,7 +95,7 @@ class SpeculativeLoop(Loop):
         batch, slots = request.batch, slots_for(request.capacity)
         if self.implementation == "pallas":
             check_fused(model, batch, slots, self.step_tokens)
-        self._known = _known(request, slots)
+        self._known: Any = _known(request, slots)
         self._quiet = False
         # The cache holds the prompt when an answer has its first token.
         begins = np.array([len(prompt) - 1 for prompt in request.prompts], np.int32)
