@@ -395,7 +395,8 @@ class Loop:
 
         Ordered behind the prefill, which the first token waits for.
         """
-        self._rows = jax.device_put(self._rows)
+        if not self._stages.plain:
+            self._rows = jax.device_put(self._rows)
 
     @property
     def cache(self) -> KVCache:

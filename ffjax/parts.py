@@ -191,22 +191,25 @@ def _look_into(module: nnx.Module, look: _Look, met: dict[int, int]) -> bool:
     for name, value in vars(module).items():
         seen.append(name)
         what = _what(type(value))
-        if what == "plain" or name.startswith("_pytree__"):
+        if what == "variable":
+            if (number := met.get(id(value))) is not None:
+                seen.append(number)
+                continue
+            met[id(value)] = len(met)
+            array = _raw_value(value)
+            if not _is_array(type(array)):
+                return False
+            seen.append(type(value))
+            seen.append(value.get_metadata())
+            arrays.append(array)
+        elif what == "plain" or name.startswith("_pytree__"):
             seen.append(value)
         elif what == "other":
             return False
         elif (number := met.get(id(value))) is not None:
             seen.append(number)
-        elif what == "module":
-            if not _look_into(value, look, met):
-                return False
-        else:
-            met[id(value)] = len(met)
-            array = _raw_value(value)
-            if not _is_array(type(array)):
-                return False
-            seen += type(value), dict(value.get_metadata())
-            arrays.append(array)
+        elif not _look_into(value, look, met):
+            return False
     seen.append(_END)
     return True
 
@@ -225,7 +228,7 @@ def _keep(
     if (
         look is None
         or not len(places) == len(arrays) == len(state)
-        or (any(id(one) not in places for one in state))
+        or any(id(one) not in places for one in state)
     ):
         _known.pop(model, None)
         return
@@ -234,5 +237,7 @@ def _keep(
     def ordered(arrays: list[Any]) -> tuple[Any, ...]:
         return tuple([arrays[at] for at in order])
 
+    # Flax before 0.12.1 hands out a variable's own dictionary, which may be changed in place.
+    seen = [dict(one) if type(one) is dict else one for one in look.seen]
     held = [weakref.ref(one) for one in state]
-    _known[model] = _Known(look.seen, ordered, held, kinds, about)
+    _known[model] = _Known(seen, ordered, held, kinds, about)

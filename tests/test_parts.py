@@ -147,10 +147,10 @@ def test_one_array_of_two_variables_is_no_place_of_either():
 
 def test_which_variable_is_shared_is_seen():
     model = made()
-    model.other = model.embed
-    agrees(model)
-    model.other = model.final_norm
-    agrees(model)
+    for shared in (model.embed, model.final_norm):
+        for name in ("other", "one_more"):
+            setattr(model, name, shared)
+            agrees(model)
 
 
 def test_models_alike_share_what_is_compiled():

@@ -21,6 +21,7 @@ from ffjax.prefill import choice, stepwise
 from ffjax.prefill.choice import resolve_prefill, resolve_prefill_of
 from ffjax.prefill.padded import PaddedPrefill
 from ffjax.prefill.stepwise import StepwisePrefill, step_tokens
+from ffjax.programs import Programs
 from ffjax.sampling.draw import words_of
 from ffjax.sampling.history import History
 from ffjax.sampling.params import SamplingParams
@@ -73,6 +74,39 @@ def test_what_was_said_is_remembered():
         _, history, _ = prefill.run(cache, history)
         ended.append([np.asarray(x).tolist() for x in jax.tree.leaves(history)])
     assert ended[0] == ended[1]
+
+
+@pytest.mark.usefixtures("reference")
+def test_the_first_token_takes_one_array_and_one_program(monkeypatch):
+    model, prompt = model_of("llama", "float32"), [3] * 11
+    monkeypatch.setattr(choice, "why_not_fused_config", lambda *_: None)
+    events: list[str] = []
+
+    def told(event, function):
+        def call(*args, **static):
+            events.append(event)
+            return function(*args, **static)
+
+        return call
+
+    def get(self, *args, **static):
+        return told(self._function.__name__, found(self, *args, **static))
+
+    found = Programs.get
+    monkeypatch.setattr(Programs, "get", get)
+    monkeypatch.setattr(jax, "device_put", told("sent", jax.device_put))
+    how: Any = {"implementation": "xla", "prefill": "steps"}
+    generate(model, prompt, 1, **how)  # compiles
+    for sampling in (None, SamplingParams(temperature=0.5, top_p=0.9, seed=2)):
+        events.clear()
+        alone = generate(model, prompt, 1, sampling=sampling, **how)
+        assert events == ["sent", "_feed_and_choose"]
+        events.clear()
+        longer = generate(model, prompt, 2, sampling=sampling, **how)
+        # What blocks draw by is sent when the prefill has its orders.
+        drawn = ["sent"] * (sampling is not None)
+        assert events == ["sent", "_feed_and_choose", *drawn, "decode_block"]
+        assert longer.tokens[0][:1] == alone.tokens[0]
 
 
 def resolved(monkeypatch, prompts, prefill=None, asked=None, reason=None):

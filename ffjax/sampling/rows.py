@@ -194,6 +194,8 @@ def rows_of(
         seeds: uint32 `[B, 3]`, from `ffjax.sampling.draw.words_of`; of no use without draws.
         stages: the program's.
     """
+    if stages.plain:
+        return Rows()
     rows = [row_of(one, ends, stages) for one, ends in zip(params, stops, strict=True)]
     columns = zip(*rows, strict=True)
     stacked = Rows(*(None if column[0] is None else np.stack(column) for column in columns))
