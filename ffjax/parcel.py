@@ -1,7 +1,8 @@
 """Several small arrays sent to the device as one.
 
 A copy to the device costs the host the same for 4 bytes as for some thousand, and a program waits
-for each.
+for each. A call of a compiled program sends an array of numpy by itself, in some microseconds;
+`jax.device_put` ahead of it takes ten times that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-__all__ = ["Layout", "as_words", "sent"]
+__all__ = ["Layout", "as_words"]
 
 _BYTES = 4
 
@@ -37,11 +38,6 @@ class Layout(NamedTuple):
             parts.append(lax.bitcast_convert_type(part, dtype))
             start = stop
         return jax.tree.unflatten(self.tree, parts)
-
-
-def sent(words: np.ndarray) -> Array:
-    """A parcel on its way to the default device, ahead of the program that it is for."""
-    return jax.device_put(words)
 
 
 def as_words(tree: Any) -> tuple[np.ndarray, Layout]:

@@ -80,12 +80,13 @@ def test_what_was_said_is_remembered():
 def test_the_first_token_takes_one_array_and_one_program(monkeypatch):
     model, prompt = model_of("llama", "float32"), [3] * 11
     monkeypatch.setattr(choice, "why_not_fused_config", lambda *_: None)
-    events: list[str] = []
+    events: list[Any] = []
 
     def told(event, function):
-        def call(*args, **static):
-            events.append(event)
-            return function(*args, **static)
+        def call(*args):
+            sent = [x for x in jax.tree.leaves(args) if isinstance(x, np.ndarray)]
+            events.append((event, len(sent)))
+            return function(*args)
 
         return call
 
@@ -94,18 +95,19 @@ def test_the_first_token_takes_one_array_and_one_program(monkeypatch):
 
     found = Programs.get
     monkeypatch.setattr(Programs, "get", get)
-    monkeypatch.setattr(jax, "device_put", told("sent", jax.device_put))
+    monkeypatch.setattr(jax, "device_put", told("put", jax.device_put))
     how: Any = {"implementation": "xla", "prefill": "steps"}
     generate(model, prompt, 1, **how)  # compiles
     for sampling in (None, SamplingParams(temperature=0.5, top_p=0.9, seed=2)):
         events.clear()
         alone = generate(model, prompt, 1, sampling=sampling, **how)
-        assert events == ["sent", "_feed_and_choose"]
+        assert events == [("_feed_and_choose", 1)]
         events.clear()
         longer = generate(model, prompt, 2, sampling=sampling, **how)
-        # What blocks draw by is sent when the prefill has its orders.
-        drawn = ["sent"] * (sampling is not None)
-        assert events == ["sent", "_feed_and_choose", *drawn, "decode_block"]
+        # What blocks draw by is put there when the prefill has its orders: seed, temperature,
+        # top-k and nucleus. A block's own is how many tokens there are.
+        drawn = [("put", 4)] if sampling is not None else []
+        assert events == [("_feed_and_choose", 1), *drawn, ("decode_block", 1)]
         assert longer.tokens[0][:1] == alone.tokens[0]
 
 

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from ffjax.cache import KVCache
 from ffjax.decode import decode_step
-from ffjax.parcel import Layout, as_words, sent
+from ffjax.parcel import Layout, as_words
 from ffjax.parts import Parts
 from ffjax.prefill.first import first_token
 from ffjax.prefill.request import RequestPrefill
@@ -140,9 +140,7 @@ class StepwisePrefill(RequestPrefill):
                 some = prompt[(step - first) * size : (step - first + 1) * size]
                 tokens[step, row, : len(some)] = some
                 counts[step, row] = len(some)
-        words, self._layout = as_words((tokens, counts, rows))
-        # On their way to the device while the program is looked up.
-        self._words = sent(words)
+        self._words, self._layout = as_words((tokens, counts, rows))
 
     def compile(self, cache: KVCache, history: History | None, like: Hashable = None) -> None:
         """Compiles what `run` needs, ahead of it."""
