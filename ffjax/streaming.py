@@ -145,7 +145,8 @@ def stream(
     """Continues each prompt, token by token: `generate` as an iterator.
 
     The device runs blocks of a few steps and is given the next block before the last
-    one is read. The tokens are those `generate` returns.
+    one is read. The tokens are those `generate` returns. A stream goes on with the
+    weights that the model held when it began.
 
     Args:
         model: the model.

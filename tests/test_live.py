@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +162,29 @@ def test_what_cannot_be_placed_is_refused(batch):
     assert batch.free == (0, 1, 2)
     assert batch.feed() is None
     assert batch.decode() is None
+
+
+def test_the_next_call_is_of_the_weights_that_the_model_holds_then():
+    model, other = (Transformer(CONFIG, rngs=nnx.Rngs(i), dtype=jnp.float32) for i in (3, 4))
+    live = LiveBatch(model, 1, CAPACITY, ahead=False, chunk=32)
+
+    def served() -> list[int]:
+        one = Request([1, 2, 3], SamplingParams(), 12, ())
+        serve(live, [one])
+        return one.answer
+
+    first, want = served(), alone(other, Request([1, 2, 3], SamplingParams(), 12, ()))
+    assert first != want
+    old = weakref.ref(model.embed.get_raw_value())
+    for name in ("embed", "final_norm", "head"):
+        getattr(model, name)[...] = getattr(other, name)[...]
+    model.layers = other.layers
+    assert old() is None, "weights that were replaced are still there"
+    assert served() == want
+    model.final_norm.set_value(model.final_norm[...].astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="another shape, dtype or structure"):
+        live.place(0, [1, 2, 3])
+        live.feed()
 
 
 def test_logits_without_numbers_are_marked_in_their_row_alone(model):

@@ -21,6 +21,7 @@ from ffjax.parcel import as_words
 from ffjax.parts import Parts
 from ffjax.programs import kind_of
 from ffjax.quantization import quantize
+from ffjax.streaming import stream
 
 CONFIG = small_config(vocab_size=53)
 
@@ -198,6 +199,16 @@ def test_a_generation_is_of_the_weights_that_the_model_holds():
         getattr(model, name)[...] = getattr(other, name)[...]
     model.layers = other.layers
     assert generate(model, [1, 2, 3], 5).tokens == want
+
+
+def test_a_stream_goes_on_with_the_weights_that_it_began_with():
+    model = made(1)
+    want = list(stream(model, [1, 2, 3], 30))
+    begun = stream(model, [1, 2, 3], 30)
+    got = [next(begun)]
+    model.embed[...] = made(2).embed[...]
+    assert [*got, *begun] == want
+    assert list(stream(model, [1, 2, 3], 30)) != want
 
 
 def test_a_parcel_is_opened_as_it_was_packed():

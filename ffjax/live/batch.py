@@ -22,6 +22,7 @@ from ffjax.live.programs import PaddedChunk, live_programs
 from ffjax.live.state import Newcomer
 from ffjax.loop import fault_in, slots_for
 from ffjax.model import Transformer
+from ffjax.parcel import Layout, as_words
 from ffjax.parts import Parts
 from ffjax.prefill.choice import Prefill, resolve_prefill
 from ffjax.prefill.packed import blocks_of
@@ -129,7 +130,10 @@ class LiveBatch:
         self._source = live_source(speculation, rows)
         self._tokens = 1 if self._source is None else self._source.tokens or 1
         self.rows, self.capacity = rows, capacity
-        self._model, self._parts = model, Parts.of(model)
+        parts = Parts.of(model)
+        self._model, self._shapes = model, _shapes(parts)
+        # Not the arrays: those that are replaced need not stay.
+        self._parts = parts._replace(state=())
         self._device, self._config = self._parts.device, model.config
         self._gpu = Gpu.of(self._device) or INTERPRETER
         self._programs = live_programs(self._device)
@@ -200,15 +204,16 @@ class LiveBatch:
             for size in sizes:
                 if size not in self._feeders:
                     self._say(f"compiling the prefill of {size} tokens")
-                    args = self._feed_args(0, np.zeros(1, np.int32), 0, True, size)
+                    words, layout = self._fed(0, np.zeros(1, np.int32), 0, True, size)
+                    args = self._parts.graphdef, self._weights, self._state, words
                     self._feeders[size] = (
-                        self._programs.feed_packed.get(*args, gpu=self._gpu)
+                        self._programs.feed_packed.get(*args, layout=layout, gpu=self._gpu)
                         if packed
-                        else self._programs.feed_padded.get(*args)
+                        else self._programs.feed_padded.get(*args, layout=layout)
                     )
             if self._first is None:
                 self._say("compiling the choice of the first token")
-                args = self._parts.graphdef, self._parts.state, self._state, np.int32(0)
+                args = self._parts.graphdef, self._weights, self._state, np.int32(0)
                 how = {"stages": self._all, "normed": not packed}
                 self._first = self._programs.choose_first.get(*args, **how)
         self.compile_seconds += time.perf_counter() - start
@@ -241,14 +246,31 @@ class LiveBatch:
         drawn = Stages(draws=True, filters=True, gpu=self._all.gpu)
         return Stages(gpu=self._all.gpu), drawn, self._all
 
+    @property
+    def _weights(self) -> tuple[Any, ...]:
+        """The model's arrays as they are now: they may be replaced while the batch is there.
+
+        Raises:
+            ValueError: they are of other shapes or dtypes, or other ones.
+        """
+        now = Parts.of(self._model)
+        if now.kinds is not self._parts.kinds and _shapes(now) != self._shapes:
+            raise ValueError(
+                f"A batch is compiled for its model's weights; those of {now.config.name} have "
+                "another shape, dtype or structure than when the batch was made. Numbers may "
+                "change; for other weights make another batch, or session."
+            )
+        return now.state
+
     def _decode_args(self) -> tuple[Any, ...]:
         running = np.zeros(self.rows, bool)
         running[[*self._running]] = True
-        return self._parts.graphdef, self._parts.state, self._state, running
+        return self._parts.graphdef, self._weights, self._state, running
 
-    def _feed_args(
+    def _fed(
         self, row: int, tokens: np.ndarray, first: int, ends: bool, size: int
-    ) -> tuple[Any, ...]:
+    ) -> tuple[np.ndarray, Layout]:
+        """Some tokens of a row, as they are sent."""
         if self.prefill_implementation == "pallas":
             blocks = blocks_of(self._config, self._parts.dtype, self._gpu, size)
             chunk = chunk_of_row(
@@ -265,7 +287,7 @@ class LiveBatch:
             padded = np.zeros((1, size), np.int32)
             padded[0, : len(tokens)] = tokens
             chunk = PaddedChunk(padded, np.array([len(tokens)], np.int32))
-        return self._parts.graphdef, self._parts.state, self._state, chunk, np.int32(row)
+        return as_words((chunk, np.int32(row)))
 
     def _enter(
         self,
@@ -282,7 +304,8 @@ class LiveBatch:
             most = self.capacity - len(tokens)
             limit = most if params.max_tokens is None else min(params.max_tokens, most)
             new = new.with_text(tokens, self._slots, limit)
-        self._state = self._programs.enter(self._state, new)
+        words, layout = as_words(new._replace(prompt=None))
+        self._state = self._programs.enter(self._state, words, new.prompt, layout=layout)
 
     @property
     def free(self) -> tuple[int, ...]:
@@ -377,10 +400,10 @@ class LiveBatch:
         count = min(left, size)
         ends, made = count == left, None
         with self._settings():
-            args = self._feed_args(row, prompt[held : held + count], held, ends, size)
-            self._state = self._feeders[size](*args[1:])
+            words, _ = self._fed(row, prompt[held : held + count], held, ends, size)
+            self._state = self._feeders[size](self._weights, self._state, words)
             if ends:
-                self._state, made = self._first(self._parts.state, self._state, np.int32(row))
+                self._state, made = self._first(self._weights, self._state, np.int32(row))
                 made = made.sent()
         if ends:
             self._order.popleft()
@@ -415,6 +438,11 @@ class LiveBatch:
         if self.implementation != "pallas":
             return None
         return fault_in(self._model, self._state.cache, self._tokens)
+
+
+def _shapes(parts: Parts) -> tuple[Any, ...]:
+    """Structure, shapes and dtypes of a model."""
+    return parts.graphdef, [(array.shape, array.dtype) for array in parts.state]
 
 
 def _sizes(chunk: int) -> tuple[int, ...]:

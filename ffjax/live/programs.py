@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from ffjax.decode import Implementation
 from ffjax.dims import step_dims
 from ffjax.live.state import LiveState, empty_state, entered
 from ffjax.loop import Made, decode_block
+from ffjax.parcel import Layout
 from ffjax.prefill.first import first_token
 from ffjax.prefill.packed import feed
 from ffjax.prefill.packing import PackedChunk
@@ -79,6 +81,29 @@ def _feed_padded(
         lengths=lax.dynamic_update_slice_in_dim(cache.lengths, own.lengths, row, axis=0),
     )
     return state._replace(cache=cache, last=state.last.at[row].set(hidden[0]))
+
+
+def _fed_a_parcel(feed: Callable[..., LiveState]) -> Callable[..., LiveState]:
+    """The same of a chunk and a row that are sent as one array."""
+
+    def fed(
+        graphdef: Any,
+        weights: Any,
+        state: LiveState,
+        words: Array,
+        *,
+        layout: Layout,
+        **static: Any,
+    ) -> LiveState:
+        return feed(graphdef, weights, state, *layout.opened(words), **static)
+
+    fed.__name__ = feed.__name__
+    return fed
+
+
+def _entered(state: LiveState, words: Array, prompt: Array, *, layout: Layout) -> LiveState:
+    """A sequence enters; of its arrays, all but the prompt are sent as one."""
+    return entered(state, layout.opened(words)._replace(prompt=prompt))
 
 
 def _choose_first(
@@ -212,9 +237,14 @@ def live_programs(device: Any) -> LivePrograms:
 
     return LivePrograms(
         start=jax.jit(empty_state, static_argnums=(0, 1, 2, 3, 4, 5), compiler_options=options),
-        enter=jax.jit(entered, donate_argnames=("state",), compiler_options=options),
-        feed_packed=kept(_feed_packed, "gpu"),
-        feed_padded=kept(_feed_padded),
+        enter=jax.jit(
+            _entered,
+            static_argnames="layout",
+            donate_argnames=("state",),
+            compiler_options=options,
+        ),
+        feed_packed=kept(_fed_a_parcel(_feed_packed), "gpu", "layout"),
+        feed_padded=kept(_fed_a_parcel(_feed_padded), "layout"),
         choose_first=kept(_choose_first, "stages", "normed"),
         decode=kept(_decode, "stages", "implementation"),
         speculate=kept(_speculate, "stages", "implementation", "source", "drafts"),
