@@ -15,7 +15,9 @@ from flax import nnx
 from generate_cases import TINY
 
 import checkpoints
+import ffjax
 from ffjax.benchmark import speculation
+from ffjax.benchmark.parting import apart
 from ffjax.model import Transformer
 
 FEW = ["--max-new-tokens", "17", "--repetitions", "1"]
@@ -59,7 +61,22 @@ def test_the_table_says_where_tokens_differ(path, prompt, capsys, monkeypatch):
     assert speculation.main(["--model", path, "--prompt-file", prompt, *FEW]) == 1
     said = capsys.readouterr().out
     assert "17 new tokens behind text.py (30 tokens)" in said
-    assert "the same |" in said and "other from 5 |" in said
+    assert "the same |" in said
+    [gap] = re.findall(r"other from 5, (\d+\.\d+) apart \|", said)
+    assert float(gap) > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_reference_prefers_the_token_that_it_chose(temperature):
+    model, prompt = Transformer(TINY, rngs=nnx.Rngs(2), dtype=jnp.float32), [1, 2, 3]
+    chosen = ffjax.generate(model, prompt, 9, temperature=temperature, seed=7).tokens[0]
+    for token in range(5):
+        other = [*chosen[:6], token, *chosen[7:]]
+        gap = apart(model, prompt, other, chosen, temperature, 7)
+        assert gap is None if token == chosen[6] else gap > 0
+        assert (gap or 0) == -(apart(model, prompt, chosen, other, temperature, 7) or 0)
+    assert apart(model, prompt, chosen, chosen, temperature, 7) is None
+    assert apart(model, prompt, chosen[:4], chosen, temperature, 7) is None
 
 
 @pytest.mark.parametrize("drafted", [False, True])

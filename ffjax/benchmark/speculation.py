@@ -8,7 +8,8 @@ chances drafts are right; `--draft-config NAME` runs the steps of a draft model 
 
 The exit code is 1 where tokens are others than without speculation. In 16 bits that may be right:
 two tokens were almost equal, and a step of several tokens rounds otherwise. The first place that
-differs is said.
+differs is said, and by how much the reference model prefers the token there that is chosen without
+speculation.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import jax
 from ffjax.arguments import BadArgumentsError
 from ffjax.benchmark.inputs import random_model, random_prompts
 from ffjax.benchmark.machine import Machine
+from ffjax.benchmark.parting import apart, first_difference
 from ffjax.benchmark.replay import replay_loop
 from ffjax.benchmark.tables import finite, origin_data, origin_text, table
 from ffjax.commands.implementations import add_implementations
@@ -119,6 +121,8 @@ class Row:
         accepted: tokens beside the first of their step; None without speculation.
         steps: decode steps that ran.
         differs_at: the first token that is another than without speculation; None: none is.
+        apart: by how much the reference prefers the other one there; None: as `parting.apart`, or
+            drafts are replayed.
     """
 
     prompt: str
@@ -130,6 +134,7 @@ class Row:
     accepted: int | None
     steps: int
     differs_at: int | None
+    apart: float | None
 
     @property
     def rate(self) -> float:
@@ -144,13 +149,6 @@ class Row:
 
 def _name(speculation: str, tokens: int | None) -> str:
     return speculation if tokens is None else f"{speculation} T={tokens}"
-
-
-def _first_difference(mine: Sequence[int], other: Sequence[int]) -> int | None:
-    if list(mine) == list(other):
-        return None
-    pairs = enumerate(zip(mine, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(other)))
 
 
 def measure(asked: Asked, say: Callable[[str], object] = lambda text: None) -> list[Row]:
@@ -175,6 +173,8 @@ def measure(asked: Asked, say: Callable[[str], object] = lambda text: None) -> l
         for key, (first, *others) in outs.items():
             # A replay is to say what steps as wide as its own say: random weights choose narrowly.
             base = outs.get((_NONE_RIGHT, key[1]), outs["none", None])
+            answers = first.tokens[0], base[0].tokens[0]
+            drawn = asked.temperature, asked.seed
             rows.append(
                 Row(
                     prompt=prompt,
@@ -185,7 +185,8 @@ def measure(asked: Asked, say: Callable[[str], object] = lambda text: None) -> l
                     tokens_per_step=first.tokens_per_step,
                     accepted=None if first.accepted is None else sum(first.accepted),
                     steps=first.steps,
-                    differs_at=_first_difference(first.tokens[0], base[0].tokens[0]),
+                    differs_at=first_difference(*answers),
+                    apart=None if asked.chances else apart(asked.model, ids, *answers, *drawn),
                 )
             )
     return rows
@@ -226,10 +227,18 @@ def as_data(asked: Asked, machine: Machine, rows: Sequence[Row]) -> dict[str, An
                 "rates": [finite(rate) for rate in row.rates],
                 "tokens_per_second": finite(row.rate),
                 "tokens_per_step": finite(row.tokens_per_step),
+                "apart": None if row.apart is None else finite(row.apart),
             }
             for row in rows
         ],
     }
+
+
+def _compared(row: Row) -> str:
+    if row.differs_at is None:
+        return "the same"
+    said = f"other from {row.differs_at}"
+    return said if row.apart is None else f"{said}, {row.apart:.3f} apart"
 
 
 def as_text(asked: Asked, machine: Machine, rows: Sequence[Row]) -> str:
@@ -244,7 +253,7 @@ def as_text(asked: Asked, machine: Machine, rows: Sequence[Row]) -> str:
             "tokens a step": f"{row.tokens_per_step:.2f}",
             "accepted": "" if row.accepted is None else str(row.accepted),
             "first token, ms": f"{1e3 * statistics.median(row.prefill_seconds):.2f}",
-            "tokens": "the same" if row.differs_at is None else f"other from {row.differs_at}",
+            "tokens": _compared(row),
         }
         for row in rows
     ]

@@ -11,7 +11,7 @@ from jax import Array
 
 from ffjax.seeds import keys_of, seed_words
 
-__all__ = ["sample", "sequence_keys", "sequence_words", "step_keys", "words_of"]
+__all__ = ["noisy_logits", "sample", "sequence_keys", "sequence_words", "step_keys", "words_of"]
 
 
 def words_of(seed: int | Sequence[int], batch: int) -> np.ndarray:
@@ -69,11 +69,15 @@ def sample(logits: Array, keys: Array, temperature: Array | float) -> Array:
     Returns:
         int32 `[B]`.
     """
+    return jnp.argmax(noisy_logits(logits, keys, temperature), axis=-1).astype(jnp.int32)
+
+
+def noisy_logits(logits: Array, keys: Array, temperature: Array | float) -> Array:
+    """What `sample` takes the largest of: float32 `[B, V]`, of the same arguments."""
 
     def noise(key: Array) -> Array:
         # The mode is named, that JAX's configuration does not choose it.
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32, mode="low")
 
     scale = jnp.asarray(temperature, jnp.float32).reshape(-1, 1)
-    noisy = logits + scale * jax.vmap(noise)(keys)
-    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    return logits + scale * jax.vmap(noise)(keys)
