@@ -73,8 +73,11 @@ def test_the_reference_prefers_the_token_that_it_chose(temperature):
     for token in range(5):
         other = [*chosen[:6], token, *chosen[7:]]
         gap = apart(model, prompt, other, chosen, temperature, 7)
-        assert gap is None if token == chosen[6] else gap > 0
-        assert (gap or 0) == -(apart(model, prompt, chosen, other, temperature, 7) or 0)
+        if token == chosen[6]:
+            assert gap is None
+            continue
+        assert gap is not None and gap > 0
+        assert apart(model, prompt, chosen, other, temperature, 7) == -gap
     assert apart(model, prompt, chosen, chosen, temperature, 7) is None
     assert apart(model, prompt, chosen[:4], chosen, temperature, 7) is None
 
