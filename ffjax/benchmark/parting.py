@@ -47,7 +47,9 @@ def apart(
     if at is None or at == min(len(mine), len(other)):
         return None
     tokens = jnp.asarray([[*prompt, *mine[:at]]], jnp.int32)
-    logits = model.logits(model.last_hidden_state(tokens)[:, -1])
+    hidden = model.last_hidden_state(tokens, last_only=True)
+    assert not isinstance(hidden, tuple)  # there is no cache
+    logits = model.logits(hidden)
     keys = step_keys(sequence_keys(words_of(seed, 1)), at)
     [noisy] = noisy_logits(logits, keys, temperature)
     return float(noisy[other[at]] - noisy[mine[at]])
