@@ -136,10 +136,59 @@ def _why_no_gpu() -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("once") and os.environ.get("FFJAX_TESTS_ONCE") == "elsewhere":
-        pytest.skip("FFJAX_TESTS_ONCE=elsewhere: another Python has run it")
+    if _is_elsewhere(item):
+        pytest.skip("FFJAX_TESTS_ONCE=elsewhere: marked once, so another Python has run it")
     if item.get_closest_marker("gpu") and (reason := _why_no_gpu()) is not None:
         pytest.skip(reason)
+
+
+def _is_elsewhere(item: pytest.Item) -> bool:
+    """Whether a test is marked `once`, is not of its sample, and another Python runs it."""
+    marker = item.get_closest_marker("once")
+    if marker is None or os.environ.get("FFJAX_TESTS_ONCE") != "elsewhere":
+        return False
+    return not _names_of(item) & set(marker.kwargs.get("sample", ()))
+
+
+def _names_of(item: pytest.Item) -> set[str]:
+    """What a sample may call a test: `test_it`, for all of its cases, or `test_it[case]`."""
+    return {item.name, getattr(item, "originalname", item.name)}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _look_at_samples(config, items)
+    # Processes take the files in this order: the longest ones at the end would have all but one
+    # of them wait. It changes nothing within a file.
+    # items.sort(key=lambda item: _LONGEST.get(item.path.name, 0), reverse=True)
+
+
+def _look_at_samples(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fails where a sample names a test that is not there: it would run with one Python alone."""
+    if any("::" in arg for arg in config.args):
+        return  # some tests of a file are not here
+    there: dict[pathlib.Path, set[str]] = {}
+    sampled: dict[pathlib.Path, set[str]] = {}
+    for item in items:
+        there.setdefault(item.path, set()).update(_names_of(item))
+        for marker in item.iter_markers("once"):
+            _check_marker(item, marker)
+            sampled.setdefault(item.path, set()).update(marker.kwargs.get("sample", ()))
+    for path, names in sampled.items():
+        if lacking := sorted(names - there[path]):
+            raise pytest.UsageError(f"{path.name} has no {lacking}, which its sample names.")
+
+
+def _check_marker(item: pytest.Item, marker: pytest.Mark) -> None:
+    if (
+        len(marker.args) != 1
+        or not isinstance(marker.args[0], str)
+        or marker.kwargs.keys() - {"sample"}
+    ):
+        raise pytest.UsageError(
+            f"{item.nodeid} is marked once without its reason, or with more than a sample: "
+            "pytest.mark.once('why one Python is enough', sample=['names', 'of tests'])."
+        )
 
 
 @pytest.fixture(autouse=True)

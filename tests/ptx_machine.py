@@ -25,7 +25,7 @@ import numpy as np
 import ptx_memory
 import ptx_numbers
 from ptx_races import Races
-from ptx_table import DTYPES, WARP, execute, same_size, storage
+from ptx_table import DTYPES, WARP, Threads, function_of, same_size, storage
 from ptx_text import Program, PtxError, Register, parse
 
 __all__ = ["Copy", "Machine", "PtxError"]
@@ -365,10 +365,11 @@ class Machine:
         run = Run(self, program, operands)
         self.races.meet(np.arange(self.threads // WARP))
         end = self.clock + limit
-        while run.step():
-            self._tick()
-            if self.clock > end:
-                raise PtxError(f"It does not end within {limit} instructions: {run.standing()}")
+        with np.errstate(all="ignore"):
+            while run.step():
+                self._tick()
+                if self.clock > end:
+                    raise PtxError(f"It does not end within {limit} instructions: {run.standing()}")
         return run.results()
 
 
@@ -379,6 +380,8 @@ class Run:
         self.machine, self.program = machine, program
         self.at = np.zeros(machine.threads, np.int64)
         self.waiting = np.zeros(machine.threads, bool)
+        self._everyone = np.arange(machine.threads)
+        self._functions: dict[int, Callable[[Threads], None]] = {}
         self._values: dict[str, np.ndarray] = {}
         self._written: dict[str, np.ndarray] = {}
         self._meetings: dict[int, list[int]] = collections.defaultdict(list)
@@ -416,6 +419,8 @@ class Run:
     def read(self, register: Register, threads: np.ndarray) -> np.ndarray:
         """A register's bits, of some threads."""
         values, written = self._register(register)
+        if threads is self._everyone and written.all():
+            return values.copy()
         if not written[threads].all():
             thread = threads[~written[threads]][0]
             name = register.name.split("/")[0]
@@ -428,8 +433,9 @@ class Run:
     def write(self, register: Register, threads: np.ndarray, values: np.ndarray) -> None:
         """Sets a register's bits, of some threads."""
         held, written = self._register(register)
-        held[threads] = values
-        written[threads] = True
+        some = slice(None) if threads is self._everyone else threads  # the same, and quicker
+        held[some] = values
+        written[some] = True
         for name in self._clobbers.get(register.name, ()):
             self._written[name][threads] = False
 
@@ -447,23 +453,41 @@ class Run:
 
     def step(self) -> bool:
         """Has some threads execute an instruction; whether there is one left."""
-        if (self.at == len(self.program.instructions)).all() and not self.waiting.any():
-            return False
-        number, standing = self._next()
+        found = self._together()
+        if found is None:
+            if (self.at == len(self.program.instructions)).all() and not self.waiting.any():
+                return False
+            found = self._next()
+        number, standing = found
         instruction = self.program.instructions[number]
         try:
             threads = standing
             if instruction.guard is not None:
                 held = self.read(instruction.guard, standing) != instruction.guard.negated
-                threads = standing[held]
+                if not held.all():
+                    threads = standing[held]
                 if instruction.collective and (held != np.repeat(held[::WARP], WARP)).any():
                     raise PtxError("Not all threads of a warp execute it.")
-            self.at[standing] += 1
+            self.at[slice(None) if standing is self._everyone else standing] += 1
             if len(threads):
-                execute(self, instruction, threads)
+                if number not in self._functions:
+                    self._functions[number] = function_of(instruction)
+                self._functions[number](Threads(self, instruction, threads))
         except PtxError as error:
             raise PtxError(f"{error} At `{instruction.text}`.") from error
         return True
+
+    def _together(self) -> tuple[int, np.ndarray] | None:
+        """The instruction that all threads stand at, and all threads: what `_next` would find."""
+        number = int(self.at[0])
+        if (
+            self.machine.order is not None
+            or number == len(self.program.instructions)
+            or (self.at != number).any()
+            or self.waiting.any()
+        ):
+            return None
+        return number, self._everyone
 
     def _next(self) -> tuple[int, np.ndarray]:
         ready = (self.at < len(self.program.instructions)) & ~self.waiting

@@ -259,6 +259,31 @@ _LANE = np.arange(WARP)
 _GROUP, _FOURTH = _LANE[:, None] // 4, 2 * (_LANE[:, None] % 4) + np.arange(2)  # [32, 1], [32, 2]
 
 
+# Products of float numbers, by the inner size: shapes of A and B, and where in them, as if their
+# rows were one, each register's halves lie `[registers, 32, 2]`.
+_MATRICES = {
+    k: (
+        (
+            (16, k),
+            np.stack([(_GROUP + i % 2 * 8) * k + _FOURTH + i // 2 * 8 for i in range(k // 4)]),
+        ),
+        ((k, 8), np.stack([(_FOURTH + 8 * i) * 8 + _GROUP for i in range(k // 8)])),
+    )
+    for k in (8, 16)
+}
+# And where each result's number lies in the product `[16, 8]`: `[32]`.
+_RESULTS = [(_LANE // 4 + i // 2 * 8) * 8 + 2 * (_LANE % 4) + i % 2 for i in range(4)]
+
+
+def _matrix(t: Threads, number: int, kind: str) -> np.ndarray:
+    """The matrix A (1) or B (2) of each warp, float64."""
+    shape, places = _MATRICES[16 if t.has("m16n8k16") else 8][number - 1]
+    words = np.stack(_registers(t, number, "b32", len(places)), axis=1)
+    made = np.empty((len(words), places.size))
+    made[:, places.ravel()] = _halves(kind, words).reshape(len(words), -1)
+    return made.reshape(-1, *shape)
+
+
 def _registers(t: Threads, number: int, kind: str, count: int) -> list[np.ndarray]:
     parts = t.parts(number)
     if len(parts) != count:
@@ -298,19 +323,14 @@ def _(t: Threads) -> None:
         return
     if (row, col, kinds[0], kinds[3]) != ("row", "col", "f32", "f32") or kinds[1] != kinds[2]:
         raise PtxError("The machine has no such matrix product.")
-    depth = 16 if shape == "m16n8k16" else 8
-    warps = len(t.threads) // WARP
-    a, b = np.zeros((warps, 16, depth)), np.zeros((warps, depth, 8))
-    for i, words in enumerate(_registers(t, 1, "b32", depth // 4)):
-        a[:, _GROUP + 8 * (i % 2), _FOURTH + 8 * (i // 2)] = _halves(kinds[1], words)
-    for i, words in enumerate(_registers(t, 2, "b32", depth // 8)):
-        b[:, _FOURTH + 8 * i, _GROUP] = _halves(kinds[1], words)
-    c = np.stack(_registers(t, 3, "f32", 4), axis=-1)  # [warps, 32, 4]
-    product = a @ b
-    for i, operand in enumerate(t.parts(0)):
-        at = _LANE // 4 + 8 * (i // 2), 2 * (_LANE % 4) + i % 2
-        total = product[:, at[0], at[1]] + c[..., i]
-        t.put(operand, "f32", total.astype(np.float32).ravel())
+    added = _registers(t, 3, "f32", 4)  # [warps, 32] each
+    product = _matrix(t, 1, kinds[1]) @ _matrix(t, 2, kinds[1])
+    results = t.parts(0)
+    if len(results) != 4:
+        raise PtxError(f"{len(results)} registers are given for 4.")
+    product = product.reshape(len(product), -1)
+    for operand, places, more in zip(results, _RESULTS, added, strict=True):
+        t.put(operand, "f32", (product[:, places] + more).astype(np.float32).ravel())
 
 
 @instruction("ldmatrix", also="sync aligned m8n8 x1 x2 x4 trans shared shared::cta")

@@ -24,7 +24,7 @@ from ptx_text import (
 if TYPE_CHECKING:
     from ptx_machine import Machine, Run
 
-__all__ = ["DTYPES", "WARP", "Threads", "execute", "instruction", "same_size", "storage"]
+__all__ = ["DTYPES", "WARP", "Threads", "function_of", "instruction", "same_size", "storage"]
 
 # bfloat16 and pairs of numbers are bits.
 DTYPES: dict[str, str] = {
@@ -76,7 +76,7 @@ class Threads:
 
     def has(self, *modifiers: str) -> bool:
         """Whether the instruction has one of some modifiers."""
-        return any(m in self.instruction.modifiers for m in modifiers)
+        return not set(modifiers).isdisjoint(self.instruction.modifiers)
 
     def __getitem__(self, number: int) -> np.ndarray:
         return self.get(self.operands[number], self.kind)
@@ -180,13 +180,12 @@ def instruction(*names: str, also: str = "") -> Callable[[_Function], _Function]
     return enter
 
 
-def execute(run: Run, instruction: Instruction, threads: np.ndarray) -> None:
-    """Has threads execute an instruction."""
+def function_of(instruction: Instruction) -> _Function:
+    """What has threads execute an instruction; numpy's warnings are the caller's affair."""
     if instruction.name not in _TABLE:
         raise PtxError(f"The machine does not know `{instruction.name}`.")
     function, known = _TABLE[instruction.name]
     for modifier in instruction.modifiers:
         if modifier not in SIZES and modifier not in known:
             raise PtxError(f"The machine does not know `.{modifier}` of `{instruction.name}`.")
-    with np.errstate(all="ignore"):
-        function(Threads(run, instruction, threads))
+    return function

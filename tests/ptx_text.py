@@ -106,7 +106,7 @@ class Instruction:
     guard: Register | None
     operands: tuple[Operand, ...]
 
-    @property
+    @functools.cached_property
     def kind(self) -> str:
         """The last type among its modifiers."""
         kinds = [m for m in self.modifiers if m in SIZES]
@@ -114,7 +114,7 @@ class Instruction:
             raise PtxError(f"`{self.text}` names no type.")
         return kinds[-1]
 
-    @property
+    @functools.cached_property
     def collective(self) -> bool:
         """Whether all threads of a warp must execute it together."""
         if self.name in ("bar", "barrier"):
@@ -256,6 +256,7 @@ def _instruction(line: str, scopes: _Scopes) -> Instruction:
 
 
 @functools.lru_cache(maxsize=256)
+@functools.lru_cache(64)
 def parse(text: str, constraints: str) -> Program:
     """Takes inline PTX apart.
 

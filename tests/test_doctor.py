@@ -24,7 +24,20 @@ from ffjax.doctor.weights import bad_weights
 from ffjax.model import LAST_TENSORS, LAYER_TENSORS, Transformer
 from ffjax.quantization import quantize
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_a_sound_model_has_a_report_and_exit_code_0",
+            "test_a_weight_that_is_not_finite_is_named_and_what_it_does_first",
+            "test_every_family_is_observed_as_it_computes[gemma3]",
+            "test_where_jax_starts_no_device_the_rest_is_said",
+            "test_the_setting_that_leaves_jax_without_a_device_is_named",
+            "test_what_jax_advises_is_not_repeated",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 CONFIG = small_config(vocab_size=257, num_layers=3)
 

@@ -41,7 +41,19 @@ from ffjax.speculation.draft_loop import DraftLoop
 from ffjax.speculation.drafting import FIRST_TOKENS, ModelSource
 from ffjax.speculation.source import Choosing
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_greedy_tokens_are_those_without_a_draft[itself-1-generate]",
+            "test_drawn_tokens_are_those_without_a_draft[itself-2]",
+            "test_weights_and_prompts_are_no_part_of_a_program",
+            "test_what_cannot_draft_is_refused",
+            "test_a_draft_refuses_what_it_cannot_be",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 LIMITS = [SamplingParams(max_tokens=n) for n in (3, 17, NEW, 1)]
 

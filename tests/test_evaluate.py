@@ -31,7 +31,18 @@ from ffjax.model import Transformer
 from ffjax.stdlib_text import read_sources
 from ffjax.tokenizer import ByteTokenizer
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_bits_are_divided_by_bytes_and_perplexity_is_of_a_token",
+            "test_json_has_the_figures_in_the_dtype_asked_for",
+            "test_what_cannot_be_measured_is_a_sentence",
+            "test_bad_input_is_a_sentence_and_code_2",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 CONFIG = ModelConfig(
     name="tiny-bytes",

@@ -39,11 +39,24 @@ from ffjax.model import Transformer
 from ffjax.quantization import Kind, named_format, quantize, quantized_config
 from ffjax.stdlib_text import Source, is_held_out, read_sources
 
-pytestmark = pytest.mark.filterwarnings(
-    # JAX 0.11 says so of every kernel of this backend; the project pins the versions that have it.
-    "error",
-    "ignore:The Pallas Triton backend:DeprecationWarning",
-)
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_kl_divergence_of_known_distributions",
+            "test_the_command_prints_an_aligned_table",
+            "test_json_is_one_object_with_every_figure",
+            "test_a_worse_candidate_fails_by_as_much_as_an_independent_sum_says",
+            "test_bad_input_is_a_sentence_and_code_2",
+        ],
+    ),
+    pytest.mark.filterwarnings(
+        # JAX 0.11 says so of every kernel of this backend; the project pins the versions that
+        # have it.
+        "error",
+        "ignore:The Pallas Triton backend:DeprecationWarning",
+    ),
+]
 
 CONFIG = ModelConfig(
     name="tiny-bytes",

@@ -22,7 +22,22 @@ from ffjax.requests import Request
 from ffjax.sampling.draw import sample, sequence_keys, step_keys, words_of
 from ffjax.streaming import stream
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_generate_is_step_by_step_argmax_without_a_cache[short]",
+            "test_a_batch_of_different_lengths_equals_each_alone[0.8]",
+            "test_no_setting_of_jax_changes_what_is_drawn",
+            "test_stream_is_generate[1.0-9]",
+            "test_like_requests_compile_once",
+            "test_a_stream_that_is_left_holds_no_cache",
+            "test_prefill_and_decode_update_the_cache_in_place",
+            "test_bad_input_gets_a_sentence",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 # Prime sizes where possible: a swapped axis cannot hide.
 CONFIG = ModelConfig(

@@ -20,7 +20,18 @@ from ffjax.sampling.params import SamplingParams
 from ffjax.text.batches import TextBatch
 from ffjax.text.generator import Generator
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_every_option_is_a_field_of_the_parameters",
+            "test_lines_of_json_have_options_of_their_own",
+            "test_ctrl_c_keeps_what_was_written",
+            "test_options_that_cannot_be_are_a_sentence",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 SETTINGS = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 9}
 

@@ -32,6 +32,15 @@ from pallas_kernels.stream.segments.attention import _rows_of
 from pallas_kernels.stream.spans import part_of, share_of
 from pallas_kernels.stream.tuning import Tuning
 
+pytestmark = pytest.mark.once(
+    "The model of the hand-overs is plain Python; a sample compares it with a step.",
+    sample=[
+        "test_tiles_are_those_of_the_kernel",
+        "test_a_cache_has_the_tags_that_steps_leave[one-0]",
+        "test_a_schedule_shows_what_was_wrong",
+    ],
+)
+
 COUNTERS = (0, 84, 2**29, 2**31 - 3, 2**32 // 9)
 NARROW = FOUND["narrow, 8 layers, int8, 2"]
 

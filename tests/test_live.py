@@ -20,7 +20,16 @@ from ffjax.loop import BLOCK, NOT_FINITE
 from ffjax.model import Transformer
 from ffjax.sampling.params import SamplingParams
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_a_batch_may_compile_what_a_request_needs",
+            "test_sizes_that_no_batch_has_are_refused",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 CONFIG = dataclasses.replace(TINY, vocab_size=53, num_layers=2, num_heads=4, num_kv_heads=2)
 CAPACITY = 120

@@ -16,7 +16,17 @@ from ffjax.sampling.params import SamplingParams
 from ffjax.speculation.draft import Draft
 from ffjax.speculation.lookup import Lookup
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_what_cannot_speculate_is_refused",
+            "test_a_draft_model_is_refused",
+            "test_a_sequence_may_fill_the_cache",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 CONFIG = dataclasses.replace(TINY, vocab_size=53, num_layers=2, num_heads=4, num_kv_heads=2)
 CAPACITY = 120

@@ -24,7 +24,15 @@ from ffjax.cli import main
 from ffjax.config import PRESETS
 from ffjax.generation import generate
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "What is timed and how it is printed is arithmetic; a sample runs the programs.",
+        sample=[
+            "test_bad_input_is_a_sentence_and_code_2",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 WAYS = [
     "generate, greedy",

@@ -36,6 +36,15 @@ from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.lowered import REJOIN
 from pallas_kernels.stream.tuning import Tuning
 
+pytestmark = pytest.mark.once(
+    "A sample of shapes shows what a JAX makes of the interpreted kernel.",
+    sample=[
+        "test_warps_are_whole_behind_every_jump_and_before_every_barrier[integers of several-H200]",
+        "test_choices_between_numbers_are_lowered_to_numbers[several tokens]",
+        "test_warps_are_whole_behind_every_jump_and_before_every_barrier[2 tokens of several-A100]",
+    ],
+)
+
 # Every text there is, between them: feeds of few and of many copies, early looks, spans that are
 # combined, blocks that are normed behind, digits of one sequence and of several.
 STEPS: dict[str, tuple[ModelConfig, int, int]] = {

@@ -23,10 +23,13 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 _DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (_CHROMIUM and _DRIVER),
-    reason="the page is tested in Chromium, and chromium or chromedriver is not installed",
-)
+pytestmark = [
+    pytest.mark.once("The page is Chromium's."),
+    pytest.mark.skipif(
+        not (_CHROMIUM and _DRIVER),
+        reason="the page is tested in Chromium, and chromium or chromedriver is not installed",
+    ),
+]
 _SECONDS = 30
 # Chromium asks for nothing from elsewhere, and needs neither a GPU nor a user who may sandbox.
 _OPTIONS = (

@@ -106,7 +106,7 @@ def here(place, monkeypatch) -> Path:
     return place
 
 
-@pytest.mark.once
+@pytest.mark.once("What a page says is the same with any Python.")
 @pytest.mark.parametrize("page", [*PAGES, "docs/speculation.md"])
 def test_the_commands_of_a_page_run(page, here, capfd):
     known = commands()
@@ -170,7 +170,7 @@ def jax_settings() -> Iterator[None]:
         jax.config.update(name, value)
 
 
-@pytest.mark.once
+@pytest.mark.once("What a page says is the same with any Python.")
 @pytest.mark.parametrize(
     "page", ["docs/index.md", "docs/speculation.md", *sorted(set(PAGES) - {"serve", "bench"})]
 )

@@ -27,7 +27,16 @@ from ffjax.sampling.history import History
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, rows_of
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_it_leaves_what_the_references_prefill_leaves[lengths3]",
+            "test_who_cannot_have_it_is_told",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 
 @pytest.fixture

@@ -33,7 +33,16 @@ from ffjax.cli import main
 from ffjax.config import PRESETS
 from ffjax.loop import NOT_FINITE, Loop, Made
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "What is timed and how it is printed is arithmetic; a sample runs the programs.",
+        sample=[
+            "test_the_timed_prefill_is_checked",
+            "test_bad_input_is_a_sentence_and_code_2",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 _model = functools.cache(random_model)
 

@@ -26,6 +26,17 @@ from pallas_kernels.stream.ptx.giving_up import record_of
 from pallas_kernels.stream.segments.attention import combining_threads
 from pallas_kernels.stream.twins import TWIN_TAG_BITS
 
+pytestmark = pytest.mark.once(
+    "The machine and the texts are ours; a sample shows that they are traced.",
+    sample=[
+        "test_warps_wait_for_words_in_any_order",
+        "test_an_instruction_does_what_the_manual_says",
+        "test_spans_are_combined_when_all_have_come",
+        "test_a_row_is_read",
+        "test_words_are_waited_for_until_all_carry_the_tag",
+    ],
+)
+
 # bfloat16
 
 

@@ -20,6 +20,14 @@ from pallas_kernels.stream.lanes import first_input, first_read, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, QUAD, READ, line_of
 
+pytestmark = pytest.mark.once(
+    "The machine and the texts are ours; a sample shows that they are traced.",
+    sample=[
+        "test_no_number_stays_none",
+        "test_warps_make_their_products_in_any_order",
+    ],
+)
+
 # Digits
 
 

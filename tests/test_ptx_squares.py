@@ -13,6 +13,13 @@ from ptx_machine import Machine, PtxError
 
 from pallas_kernels.stream import ptx, twins
 
+pytestmark = pytest.mark.once(
+    "The machine and the texts are ours; a sample shows that they are traced.",
+    sample=[
+        "test_squares_are_summed_over_a_sequence",
+    ],
+)
+
 RNG = np.random.default_rng(0)
 ROOM = 8 * 8 * 4
 

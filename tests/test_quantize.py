@@ -35,7 +35,21 @@ from ffjax.quantization import dequantize, quantize
 from ffjax.rounding import expand, round_matrix
 from ffjax.stdlib_text import read_sources
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample of families shows what a JAX makes of the model.",
+        sample=[
+            "test_words_hold_what_a_loop_over_nibbles_finds",
+            "test_a_word_by_hand",
+            "test_int8_is_off_by_half_a_scale_at_most",
+            "test_arrays_are_what_the_configuration_says",
+            "test_logits_are_those_of_the_oracle_with_the_weights_by_hand",
+            "test_what_cannot_be_quantized_is_a_sentence",
+            "test_formats_as_plain_data_and_back",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 every_format = pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 

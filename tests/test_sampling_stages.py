@@ -18,7 +18,20 @@ from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, rows_of
 from ffjax.streaming import stream
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_filters_keep_what_their_definitions_keep",
+            "test_draws_follow_the_distribution_of_numpy",
+            "test_greedy_answers_follow_the_edited_logits[padded-all]",
+            "test_logits_that_are_no_numbers_are_marked_behind_every_stage",
+            "test_parameters_out_of_range_are_refused",
+            "test_parameters_are_values",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 VOCAB = 41
 

@@ -26,6 +26,15 @@ from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.targets import target
 
+pytestmark = pytest.mark.once(
+    "It runs and reads another program; a sample shows that its cases are lowered.",
+    sample=[
+        "test_a_kernel_put_apart_is_lowered[mixed, 3]",
+        "test_a_planted_error_is_planted[load]",
+        "test_bad_input_is_refused",
+    ],
+)
+
 MEMCHECK = """\
 ========= COMPUTE-SANITIZER
 ========= Invalid __global__ read of size 4 bytes

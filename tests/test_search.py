@@ -24,6 +24,15 @@ from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.stream.launch import layout_of
 from pallas_kernels.stream.planner import make_stream_plan
 
+pytestmark = pytest.mark.once(
+    "What is drawn and searched is plain Python; a sample takes steps.",
+    sample=[
+        "test_a_seed_says_all",
+        "test_a_right_step_is_found_right[several]",
+        "test_the_command_checks_plans",
+    ],
+)
+
 # Of one program; what a step of it costs is mostly to compile it.
 SMALL = Case(
     model_dim=128, ffw_dim=208, heads=2, vocab=33, lengths=(5, 30), capacity=34, step=2**31 - 3

@@ -25,6 +25,14 @@ from ffjax.sampling.params import SamplingParams
 from ffjax.text.defaults import default_sampling
 from ffjax.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.once(
+    "The protocol is ours; a sample serves a model.",
+    sample=[
+        "test_a_chat",
+        "test_what_is_wrong_with_a_chat_is_a_sentence",
+    ],
+)
+
 CAPACITY = 512
 SAID: list[dict[str, Any]] = [
     {"role": "system", "content": "be kind"},

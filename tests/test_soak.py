@@ -12,6 +12,13 @@ from soak.walk import NOT_FINITE, Walk, Walker
 
 from ffjax.cache import KVCache
 
+pytestmark = pytest.mark.once(
+    "It compares digests of steps that other tests run.",
+    sample=[
+        "test_what_cannot_run_is_refused",
+    ],
+)
+
 CONFIG = small_config(num_layers=1, max_context=12)
 WALK = Walk(None, "bfloat16", 2, 30, "xla")
 

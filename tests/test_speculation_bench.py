@@ -20,6 +20,13 @@ from ffjax.benchmark import speculation
 from ffjax.benchmark.parting import apart
 from ffjax.model import Transformer
 
+pytestmark = pytest.mark.once(
+    "What is timed and how it is printed is arithmetic; a sample runs the programs.",
+    sample=[
+        "test_what_cannot_be_is_a_sentence",
+    ],
+)
+
 FEW = ["--max-new-tokens", "17", "--repetitions", "1"]
 
 

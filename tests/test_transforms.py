@@ -15,7 +15,19 @@ from flax import nnx
 from ffjax.decode import Kernel, fused_step
 from pallas_kernels.compile import why_no_compiler
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample of JAX's transformations shows that a step is asked for its rules.",
+        sample=[
+            "test_vmap_is_a_loop[shared-pallas]",
+            "test_a_derivative_is_refused_with_a_sentence",
+            "test_no_kernel_is_launched_on_arrays_with_an_axis_of_instances",
+            "test_remat_pmap_and_shard_map_run_the_step",
+            "test_sharded_inputs_run_or_are_refused",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 CONFIG = small_config(num_layers=1, model_dim=64, ffw_dim=64)
 every_kernel = pytest.mark.parametrize("kernel", get_args(Kernel))
