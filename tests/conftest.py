@@ -30,6 +30,32 @@ _FLAGS_OF_CHILDREN = pytest.StashKey[str]()
 # Objects more than there were at which Python looks for cycles. Tracing makes and keeps many: at
 # Python's 700, a tenth of its time goes to looking.
 _BETWEEN_COLLECTIONS = 20_000
+# The files that take longest, the longest ones first. Processes that share the files take them in
+# this order: a long one at the end would have the others wait.
+_LONGEST = [
+    "test_pages.py",
+    "test_stream_tokens.py",
+    "test_ptx_cache.py",
+    "test_draft.py",
+    "test_speculation.py",
+    "test_session.py",
+    "test_stream_stages.py",
+    "test_live.py",
+    "test_stream.py",
+    "test_stream_families.py",
+    "test_quantize.py",
+    "test_ptx.py",
+    "test_handovers.py",
+    "test_serve_chat.py",
+    "test_transforms.py",
+    "test_doctor.py",
+    "test_model.py",
+    "test_hf_goldens.py",
+    "test_stream_plan.py",
+    "test_quantized_step.py",
+    "test_prefill.py",
+    "test_search.py",
+]
 # The oldest NVIDIA GPUs the fused kernel supports.
 _OLDEST = (8, 0)
 
@@ -98,6 +124,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     if config.option.numprocesses is None and (workers := _workers(config)):
         config.option.numprocesses, config.option.dist = workers, "loadfile"
+        config.option.loadscopereorder = False  # the order is ours: `_LONGEST`
 
 
 def _workers(config: pytest.Config) -> int:
@@ -158,9 +185,13 @@ def _names_of(item: pytest.Item) -> set[str]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _look_at_samples(config, items)
-    # Processes take the files in this order: the longest ones at the end would have all but one
-    # of them wait. It changes nothing within a file.
-    # items.sort(key=lambda item: _LONGEST.get(item.path.name, 0), reverse=True)
+    if hasattr(config, "workerinput"):
+        items.sort(key=_place)  # files, and nothing within them
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.name
+    return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
 
 
 def _look_at_samples(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,6 +16,14 @@ from pseudo_terminal import CTRL_C, CTRL_D, terminal
 import ffjax
 from ffjax.cli import main
 
+pytestmark = pytest.mark.once(
+    "What a chat says is the same with any JAX; a sample runs a model.",
+    sample=[
+        "test_answers_are_those_of_the_library_and_the_cache_is_kept",
+        "test_what_options_refuse",
+    ],
+)
+
 TESTS = Path(__file__).parent
 TRAINED = os.environ.get("FFJAX_TEST_CHAT_MODEL")
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.once("They are for who works on the kernel, with one Python.")
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

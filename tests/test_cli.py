@@ -21,7 +21,22 @@ from ffjax.model import Transformer
 from ffjax.streaming import Stream
 from ffjax.tokenizer import ByteTokenizer
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "What a command says is the same with any JAX; a sample is of what JAX has a part in.",
+        sample=[
+            "test_text_goes_to_stdout_and_figures_to_stderr",
+            "test_json_is_one_object_and_nothing_else",
+            "test_bad_input_is_a_sentence_on_stderr_and_code_2",
+            "test_arguments_that_do_not_parse_end_with_code_2",
+            "test_version",
+            "test_where_jax_starts_no_device_every_command_says_so",
+            "test_a_plugin_that_does_not_start_is_a_line_without_a_traceback",
+            "test_ctrl_c_ends_with_130_and_no_traceback",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 CONFIG = ModelConfig(
     name="tiny-bytes",

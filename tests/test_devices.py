@@ -66,6 +66,7 @@ print("planned")
 """
 
 
+@pytest.mark.once("It starts processes, and a plan is arithmetic.")
 def test_a_plan_is_made_for_the_device_of_the_weights(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2", prepend=" ")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

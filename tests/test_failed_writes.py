@@ -17,6 +17,13 @@ from checkpoints.manifest import CheckpointError, NotWrittenError
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = [
+    pytest.mark.once(
+        "Processes are killed while they write: that is the system's and ours.",
+        sample=[
+            "test_two_processes_do_not_write_to_one_place",
+            "test_a_full_disk_is_a_sentence_and_directories_made_for_it_go",
+        ],
+    ),
     pytest.mark.filterwarnings("error"),
     pytest.mark.skipif(os.name != "posix", reason="needs signals and locks of POSIX"),
 ]

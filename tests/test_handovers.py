@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from decode_cases import dims_of, filled_cache, random_model, random_tokens, small_config
 from quantize_cases import FOR_KERNELS, kernel_config
-from search.aged import Poison, aged_counters, poison_of
+from search.aged import aged_counters, poison_of
 from search.cases import FOUND
 from search.draw import Case, draw_case
 from search.handovers import F297B28, HEAD_APART, Event, Model
@@ -18,13 +18,11 @@ from search.orders import faults_of
 from search.plans import check_plan, gpu_of
 from search.schedules import wrong_in
 from search.shares import Shares, misowned
-from step_cases import reference
-from stream_cases import FAMILIES, H200, check_several, env_of, machine, run_stages, streamed
+from stream_cases import FAMILIES, H200, env_of, machine, streamed
+from tag_cases import same_tags
 
-from ffjax.decode import DecodeOutput
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.stream.launch import layout_of
-from pallas_kernels.stream.mail import mail_words
 from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.planner import make_stream_plan, why_not_on
 from pallas_kernels.stream.route import busy_tiles
@@ -241,15 +239,6 @@ def test_parts_of_attention_are_those_of_the_kernel(lengths, local, tokens):
             assert shares.queries(part) == list(zip(*(x[there] for x in of_them), strict=True))
 
 
-def same_tags(got: np.ndarray, want: np.ndarray, poison: Poison) -> None:
-    """Fails unless counters differ in what words say alone, and poison takes no tag."""
-    there = poison.keep != 0  # a pair's value may be 0: the best token, for one
-    assert np.array_equal(got[there] != 0, want[there] != 0)
-    assert np.array_equal(got & poison.keep | poison.set, want & poison.keep | poison.set)
-    written = want != 0
-    assert np.array_equal(want[written], (want & poison.keep | poison.set)[written])
-
-
 AGED = {
     "several, windows": (small_config(**FAMILIES["gemma2"]), [300, 2], 400),
     "two, integers": (kernel_config(FOR_KERNELS["mixed"], num_layers=1), [3, 5], 100),
@@ -277,31 +266,7 @@ def test_a_cache_has_the_tags_that_steps_leave(name, start):
     same_tags(np.asarray(getattr(cache, mail)), want, poison_of(plan, layout, words))
 
 
-def test_a_cache_has_the_tags_that_a_step_of_several_programs_leaves():
-    config = small_config(num_layers=1, ffw_dim=2320, num_heads=4, num_kv_heads=2)
-    lengths, capacity = [600, 3], 640
-    cache = filled_cache(config, lengths, capacity)
-    plan = make_stream_plan(dims_of(config, 2, capacity), machine(7))
-    assert plan.segments[Segment.DOWN].splits > 1
-    layout, words = layout_of(plan), cache.counters.shape[0]
-    _, _, after = run_stages(plan, random_model(config), cache, random_tokens(config, 2))
-    want = aged_counters(plan, layout, 1, words, lengths)
-    same_tags(np.asarray(after.counters), want, poison_of(plan, layout, words))
-
-
-def test_so_it_has_where_that_takes_several_tokens():
-    config = small_config(num_layers=1, ffw_dim=2320, num_heads=8, num_kv_heads=2)
-    model, lengths, capacity = random_model(config), [638, 3], 650
-    cache = filled_cache(config, lengths, capacity, tokens=4)
-    plan = make_stream_plan(dims_of(config, 2, capacity, 4), machine(7))
-    assert plan.segments[Segment.DOWN].splits > 1
-    layout, words = layout_of(plan), mail_words(plan.dims)
-    tokens = random_tokens(config, 8).reshape(2, 4)
-    logits, token, after = run_stages(plan, model, cache, tokens)
-    got = DecodeOutput(after, logits, token)
-    check_several(got, reference(model, cache, tokens), cache, 4)
-    want = aged_counters(plan, layout, 1, words, lengths)
-    same_tags(np.asarray(after.wide_counters), want, poison_of(plan, layout, words))
+# Of several programs: `test_stream_stages`.
 
 
 # Drawn plans

@@ -14,6 +14,15 @@ from flax import nnx
 import ffjax
 from ffjax.evaluate import evaluate
 
+pytestmark = pytest.mark.once(
+    "JAX's settings are many; a sample of them is set.",
+    sample=[
+        "test_strict_settings_hold_for_the_program_around",
+        "test_a_setting_that_jax_refuses_is_a_sentence",
+        "test_a_generation_is_compiled_also_where_jit_is_off",
+    ],
+)
+
 STRICT = {
     "jax_numpy_dtype_promotion": "strict",
     "jax_numpy_rank_promotion": "raise",

@@ -12,7 +12,16 @@ from ffjax.generation import generate
 from ffjax.stdlib_text import read_sources
 from ffjax.tokenizer import ByteTokenizer
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "What the model predicts is no matter of a Python; a sample loads it.",
+        sample=[
+            "test_it_is_the_preset_in_bfloat16",
+            "test_its_manifest_says_how_it_was_made",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -167,25 +167,29 @@ def test_where_a_tile_has_one_hidden_activation_words_have_one():
     check(config, got, reference(model, cache, tokens), [5, 0])
 
 
+# What follows is of one shape: it is compiled once.
+THREE = small_config(), 130
+
+
 def test_a_full_cache_gives_nan_and_keeps_what_it_holds():
-    config = small_config()
+    config, capacity = THREE
     model = random_model(config)
-    cache, tokens = filled_cache(config, [66, 70, 70], 70), random_tokens(config, 3)
+    cache, tokens = filled_cache(config, [126, 130, 130], capacity), random_tokens(config, 3)
     before = [np.asarray(cache.k), np.asarray(cache.v)]
-    lengths = cache.lengths.at[2].set(71)
+    lengths = cache.lengths.at[2].set(131)
     logits, token, after = streamed(model, dataclasses.replace(cache, lengths=lengths), tokens)
     want = reference(model, dataclasses.replace(cache, lengths=lengths), tokens)
     assert np.isnan(logits).all(axis=1).tolist() == [False, True, True]
     assert token.tolist()[1:] == want.token.tolist()[1:]
-    assert after.lengths.tolist() == [67, 71, 72]
+    assert after.lengths.tolist() == [127, 131, 132]
     for new, old in zip((after.k, after.v), before, strict=True):
         assert bits(new[:, 1:]) == bits(old[:, 1:])
 
 
 def test_sequences_of_a_batch_do_not_see_each_other():
-    config = small_config()
+    config, capacity = THREE
     model = random_model(config)
-    cache, tokens = filled_cache(config, [127, 0, 66], 130), random_tokens(config, 3)
+    cache, tokens = filled_cache(config, [127, 0, 66], capacity), random_tokens(config, 3)
     logits, _, after = streamed(model, cache, tokens)
     order = np.array([2, 0, 1])
     shuffled = KVCache(cache.k[:, order], cache.v[:, order], cache.lengths[order], cache.counters)
@@ -195,8 +199,8 @@ def test_sequences_of_a_batch_do_not_see_each_other():
 
 
 def test_tokens_outside_the_vocabulary_are_clamped():
-    config = small_config()
-    model, cache = random_model(config), filled_cache(config, [5, 5, 5], 16)
+    config, capacity = THREE
+    model, cache = random_model(config), filled_cache(config, [5, 5, 5], capacity)
     last = config.vocab_size - 1
     wild, tame = jnp.array([-1, last + 1, 2**31 - 1]), jnp.array([0, last, last])
     assert bits(streamed(model, cache, wild.astype(jnp.int32))[0]) == bits(

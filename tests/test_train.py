@@ -22,7 +22,16 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 train = importlib.import_module("train")
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A script for who trains; a sample takes steps.",
+        sample=[
+            "test_training_learns_the_text",
+            "test_bits_per_byte_of_one_text_against_an_independent_sum",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 EOT = 256
 CONFIG = ModelConfig(
