@@ -44,7 +44,7 @@ pytestmark = [
         "What is timed and how it is printed is arithmetic; a sample runs the programs.",
         sample=[
             "test_the_kernel_is_timed_where_it_can_run_and_checked_against_the_reference",
-            "test_a_plot_is_a_png",
+            "test_a_plot_draws_lines_of_the_times_the_floor_and_the_baseline",
             "test_bad_input_is_a_sentence_and_code_2",
             "test_a_loop_updates_the_baselines_cache_in_place",
             "test_a_random_model_has_weights_of_unit_gain_and_norms_around_1",

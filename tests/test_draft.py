@@ -47,7 +47,6 @@ pytestmark = [
         sample=[
             "test_greedy_tokens_are_those_without_a_draft[itself-1-generate]",
             "test_drawn_tokens_are_those_without_a_draft[itself-2]",
-            "test_weights_and_prompts_are_no_part_of_a_program",
             "test_what_cannot_draft_is_refused",
             "test_a_draft_refuses_what_it_cannot_be",
         ],

@@ -11,6 +11,14 @@ import pytest
 
 import ffjax
 
+pytestmark = pytest.mark.once(
+    "A sample of the examples runs.",
+    sample=[
+        "test_generate_prints_a_completion_its_speed_and_who_ran_it",
+        "test_the_python_in_readme_runs_from_top_to_bottom",
+    ],
+)
+
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 

@@ -28,7 +28,17 @@ from ffjax.text.generator import Generator
 from ffjax.text.writer import Writer
 from ffjax.tokenizer import ByteTokenizer
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample shows what a JAX makes of the programs; the rest is what they are given.",
+        sample=[
+            "test_the_tokens_are_those_of_generate",
+            "test_a_stream_gives_what_generate_gives_piece_by_piece",
+            "test_bad_input_is_a_sentence",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 TOKENIZER = ByteTokenizer()
 # Drawn, so that the text of a model that knows nothing does not repeat.

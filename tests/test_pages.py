@@ -204,6 +204,7 @@ def _wait_until_ready(url: str) -> None:
     raise TimeoutError("The server is not ready after two minutes.")
 
 
+@pytest.mark.once("What a page says is the same with any Python.")
 def test_a_client_of_the_page_is_served(here):
     [command] = [line for line in lines("serve") if line.startswith("ffjax serve")]
     # What it is made smaller by, it compiles less for.

@@ -14,6 +14,14 @@ from checkpoints.manifest import CheckpointError
 from checkpoints.places import check_apart, check_free, real_path
 from ffjax.cli import main
 
+pytestmark = pytest.mark.once(
+    "Paths are the system's and ours.",
+    sample=[
+        "test_an_empty_folder_is_a_place_to_write_to",
+        "test_a_link_to_itself",
+    ],
+)
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

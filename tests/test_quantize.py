@@ -15,7 +15,6 @@ from quantize_cases import (
     FORMATS,
     MIXED,
     by_hand,
-    kernel_config,
     model_to_quantize,
     named_arrays,
     nbytes,
@@ -329,15 +328,15 @@ def test_progress_counts_the_bytes_of_matrices():
 
 
 def test_a_model_takes_the_bytes_that_its_formats_say():
-    c = kernel_config(WeightFormats(), tied_embeddings=True)
-    plain = Transformer(c, rngs=nnx.Rngs(0))
+    shipped = checkpoints.load(checkpoints.SHIPPED_MODEL)
+    c = shipped.config
     rest = 2 * (c.vocab_size * c.model_dim + (2 * c.num_layers + 1) * c.model_dim)
     rows = c.num_layers * sum(out for out, _ in c.matrices.values())
     numbers = c.num_layers * sum(out * inputs for out, inputs in c.matrices.values())
-    assert nbytes(plain) == rest + 2 * numbers
-    assert nbytes(quantize(plain, "int8")) == rest + numbers + 4 * rows
+    assert nbytes(shipped) == rest + 2 * numbers
+    assert nbytes(quantize(shipped, "int8")) == rest + numbers + 4 * rows
     for size in (32, 64, 128):
-        assert nbytes(quantize(plain, "int4", size)) == rest + numbers // 2 + 2 * numbers // size
+        assert nbytes(quantize(shipped, "int4", size)) == rest + numbers // 2 + 2 * numbers // size
 
 
 # What is refused

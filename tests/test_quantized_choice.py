@@ -35,9 +35,8 @@ from pallas_kernels.gpu import INTERPRETER
 
 pytestmark = [
     pytest.mark.once(
-        "What is chosen is plain Python; a sample reads arrays.",
+        "What is chosen is plain Python; the arrays are those of other tests.",
         sample=[
-            "test_the_kernels_are_given_the_models_own_integers_and_scales",
             "test_the_kernel_is_chosen",
         ],
     ),

@@ -26,9 +26,8 @@ from ffjax.serve.server import bound, is_local
 from ffjax.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.once(
-    "Signals and sockets are the system's; a sample starts a server.",
+    "Signals, sockets and processes are the system's.",
     sample=[
-        "test_sigterm_lets_the_shipped_models_answer_end_which_is_that_of_generate",
         "test_what_options_refuse",
     ],
 )

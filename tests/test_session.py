@@ -25,7 +25,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_turns_are_those_of_a_fresh_cache_and_feed_only_what_is_new",
-            "test_ctrl_c_anywhere_leaves_a_usable_session",
             "test_a_session_that_is_let_go_frees_its_cache",
             "test_bad_input_is_a_sentence_and_leaves_the_session",
             "test_a_capacity_is_a_number",

@@ -46,10 +46,8 @@ pytestmark = [
         sample=[
             "test_greedy_tokens_are_those_without_speculation[2-streamed]",
             "test_drawn_tokens_are_those_without_speculation[2]",
-            "test_without_speculation_programs_are_those_of_before",
             "test_what_cannot_speculate_is_refused",
             "test_a_lookup_has_settings",
-            "test_the_command_tells_how_many_tokens_a_step_made",
         ],
     ),
     pytest.mark.filterwarnings("error"),

@@ -24,9 +24,8 @@ train = importlib.import_module("train")
 
 pytestmark = [
     pytest.mark.once(
-        "A script for who trains; a sample takes steps.",
+        "A script for who trains; a sample counts bits.",
         sample=[
-            "test_training_learns_the_text",
             "test_bits_per_byte_of_one_text_against_an_independent_sum",
         ],
     ),

@@ -23,7 +23,6 @@ pytestmark = [
             "test_a_derivative_is_refused_with_a_sentence",
             "test_no_kernel_is_launched_on_arrays_with_an_axis_of_instances",
             "test_remat_pmap_and_shard_map_run_the_step",
-            "test_sharded_inputs_run_or_are_refused",
         ],
     ),
     pytest.mark.filterwarnings("error"),
