@@ -11,6 +11,7 @@ from ptx_text import SIZES, Address, Branch, Operand, PtxError, Register
 _ORDERS = "weak relaxed acquire release volatile gpu cta sys cluster nc"
 # Bytes that a thread asks for into the L2 cache at once.
 LINE = 128
+_REDUCED = {"add": np.add, "min": np.minimum, "max": np.maximum}
 _SPACES = {"shared": "shared", "shared::cta": "shared", "global": "global"}
 
 
@@ -345,3 +346,13 @@ def _(t: Threads) -> None:
             matrix = matrix.swapaxes(1, 2)
         words = np.ascontiguousarray(matrix).view(np.uint32)  # [warps, 8, 4]
         t.put(operand, "b32", words.reshape(-1))
+
+
+@instruction("redux", also="sync add min max")
+def _(t: Threads) -> None:
+    _whole(t, 2)
+    if t.kind not in ("u32", "s32"):
+        raise PtxError(f"There is none of .{t.kind}.")
+    values = _warps(t[1])
+    how = next(f for name, f in _REDUCED.items() if t.has(name))
+    t[0] = np.repeat(how.reduce(values, axis=1, dtype=values.dtype), WARP)

@@ -12,31 +12,32 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["PLACES", "Border", "first_places"]
+__all__ = ["Border", "first_places"]
 
-# Places of a look; a power of two.
-PLACES = 8
 # Gumbel noise of float32 lies between -4.5 and 16.7: what lies further behind than this many
 # temperatures never overtakes the likeliest.
 _FURTHEST = 32.0
-# The first places lie between so many temperatures behind the likeliest, each of them so many times
-# as far as the one before; the last place is beneath all tokens.
-_NEAREST, _GROWTH = 0.6, 20.0 ** (1 / (PLACES - 2))
+# The first places lie from so many temperatures behind the likeliest to so many.
+_NEAREST, _LAST = 0.6, 12.0
 # Looks after which the tokens between which the k-th likeliest lies are taken as equal to it: they
 # lie within a millionth of a temperature.
 _MOST_LOOKS = 12
 
 
-def first_places(i: Array, most: Array, scale: Array) -> Array:
-    """Where to look first, float32.
+def first_places(number: int, most: Array, scale: Array) -> list[Array]:
+    """Where to look first, float32 scalars, falling.
+
+    Each lies so many times as far behind the likeliest as the one before; the last one is beneath
+    all tokens.
 
     Args:
-        i: int32, which places, 0 to `PLACES` - 1.
+        number: of places, 3 or more.
         most: float32, the largest logit.
         scale: float32, the temperature.
     """
-    behind = _NEAREST * jnp.exp2(i.astype(jnp.float32) * math.log2(_GROWTH))
-    return jnp.where(i == PLACES - 1, -jnp.inf, most - scale * behind)
+    growth = (_LAST / _NEAREST) ** (1 / (number - 2))
+    places = [most - scale * (_NEAREST * growth**i) for i in range(number - 1)]
+    return [*places, jnp.full_like(most, -jnp.inf)]
 
 
 class Border(NamedTuple):
@@ -72,26 +73,27 @@ class Border(NamedTuple):
         nothing = jnp.zeros_like(most)
         return cls(most, beyond, most, beyond, nothing, nothing + jnp.inf, jnp.int32(0))
 
-    def places(self, i: Array, candidate: Array, top_p: Array) -> Array:
-        """Where to look next, float32: at a candidate, and between what is known.
+    def places(self, number: int, candidate: Array, top_p: Array) -> list[Array]:
+        """Where to look next, float32 scalars: at a candidate, and between what is known.
 
         Half of the places lie about the k-th token where the mass of what `top_k` keeps matters.
 
         Args:
-            i: int32, which places, 0 to `PLACES` - 1.
+            number: of places.
             candidate: float32, a token's logit.
             top_p: float32.
         """
         both = (top_p < 1) & (self.least < self.most)
-        here = PLACES - PLACES // 2 * both.astype(jnp.int32)
-        among = i < here
-        low = jnp.where(among, self.outside, self.many)
-        high = jnp.where(among, self.inside, self.few)
+        here = number - number // 2
+        share = 1 / number + (1 / here - 1 / number) * both.astype(jnp.float32)
+        among = (self.inside - self.outside) * share
+        about = (self.few - self.many) * (1 / (number - here + 1))
         # The first place is the candidate's.
-        step = jnp.where(among, i, i - here + 1)
-        steps = jnp.where(among, here, here + 1)
-        share = step.astype(jnp.float32) / steps.astype(jnp.float32)
-        return jnp.where(i == 0, candidate, high - (high - low) * share)
+        places = [candidate, *(self.inside - among * i for i in range(1, here))]
+        for i in range(here, number):
+            near = self.few - about * (i - here + 1)
+            places.append(jnp.where(both, near, self.inside - among * i))
+        return places
 
     def narrowed(
         self, places: Array, counts: Array, masses: Array, top_k: Array, top_p: Array

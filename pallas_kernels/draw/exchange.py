@@ -4,44 +4,84 @@ All meet some times. At a meeting each program writes what it has into a place o
 all places of its row until each holds what belongs to this meeting; then all add it up alike. Words
 carry a tag that says which meeting they belong to, as those of the fused kernel do, so that
 nothing is counted, locked or fenced: a word is there or it is not.
+
+There are two buffers, which the meetings of a row have in turn. A program writes to one again when
+it has all words of the meeting in between. Who told those had read this buffer to the end: a
+program's threads read all of it before a barrier, and tell the next meeting behind that barrier.
+Between launches nothing is read. A row's first meeting of a launch may have the buffer of its last
+one in the launch before, or the other: meetings are numbered from launch to launch, and what counts
+is that all words of a launch are read before the next begins. So one meeting a launch is enough,
+and rows may have different numbers of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.draw import ptx
+from pallas_kernels.draw.mass import halves, mass_bits, whole
 from pallas_kernels.draw.plan import DrawPlan
+from pallas_kernels.draw.ptx import SLOTS
 from pallas_kernels.program import iota
-from pallas_kernels.sync import MAX_POLLS, trap_if_over
+from pallas_kernels.sync import MAX_POLLS
 
-__all__ = ["Exchange", "board_shape"]
+__all__ = ["SLOTS", "Best", "Exchange", "Told", "board_shape", "meeting_tag"]
 
 # What a meeting tells is read before the next one ends, and so may be overwritten behind that.
 _BUFFERS = 2
-# A word's low bits are its meeting's tag: not zero, which is nobody's, and another for the next
-# meeting that has the same buffer.
-_TAG_BITS = 2
 # Programs of a row poll lines of their own row: 32 words of 4 bytes.
 _LINE = 32
+_WORD = 4
 
 
-def board_shape(plan: DrawPlan, words: int) -> jax.ShapeDtypeStruct:
+class Best(NamedTuple):
+    """Tokens of which the one that is ahead is told, `[1, W]`: logits with noise, and ids.
+
+    Of equals the lowest id is ahead.
+    """
+
+    noisy: Array
+    token: Array
+
+
+class Told(NamedTuple):
+    """What the row's programs have found together.
+
+    Attributes:
+        counts: int32 `[SLOTS]`, how many tokens lie above each place.
+        masses: float32 `[SLOTS]`, what they sum up to, in units of the likeliest's.
+        token: int32 scalar, the one that is ahead, if it was asked for. The last slot is its own:
+            there, a count and a mass mean nothing then.
+    """
+
+    counts: Array
+    masses: Array
+    token: Array
+
+
+def board_shape(plan: DrawPlan) -> jax.ShapeDtypeStruct:
     """What launches hand on, int32 `[B, words]`; zeros to begin with.
 
     The first line of a row holds how many meetings it has had, and the rest what was told.
 
     Args:
         plan: the launch.
-        words: that a program tells at a meeting.
     """
-    told = _BUFFERS * plan.parts * words if plan.parts > 1 else 0
+    told = _BUFFERS * plan.parts * 2 * SLOTS
     return jax.ShapeDtypeStruct((plan.batch, _LINE + told), jnp.int32)
+
+
+def meeting_tag(meeting: Array) -> Array:
+    """What marks the words of a meeting, int32: not zero, which is nobody's, and another for the
+    next meeting that has the same buffer.
+    """
+    return lax.div(meeting, jnp.int32(_BUFFERS)) % 2 + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +93,14 @@ class Exchange:
         board: the array of `board_shape`.
         row: this program's, int32.
         part: of the row, int32.
-        words: how many a program tells at a meeting, a power of two, at most 32.
+        shared: from `ptx.reserve`; None where the kernel is interpreted, and a row is one part.
     """
 
     plan: DrawPlan
     board: Any
     row: Array
     part: Array
-    words: int
+    shared: Array | None
 
     def meetings_before(self) -> Array:
         """How many the row has had in all launches before: int32."""
@@ -72,62 +112,74 @@ class Exchange:
         row, place = jnp.full((1,), self.row), jnp.zeros((1,), jnp.int32)
         plgpu.store(self.board.at[row, place], jnp.full((1,), meetings), mask=first)
 
-    def _place(self, meeting: Array, part: Array, i: Array) -> tuple[Array, Array]:
-        """Indices of words into the board."""
-        at = (meeting % _BUFFERS * self.plan.parts + part) * self.words
-        at = jnp.broadcast_to(_LINE + at + i, i.shape)
-        return jnp.full_like(at, self.row), at
+    def _place(self, meeting: Array, part: Array | int) -> Array:
+        """Where on the board a part's words of a meeting begin, in bytes."""
+        words = board_shape(self.plan).shape[1]
+        at = (meeting % _BUFFERS * self.plan.parts + part) * 2 * SLOTS
+        return (self.row * words + _LINE + at) * _WORD
 
-    def tag(self, meeting: Array) -> Array:
-        """What marks the words of a meeting, int32: 1 or 2."""
-        return lax.div(meeting, jnp.int32(_BUFFERS)) % 2 + 1
-
-    def tell(self, meeting: Array, told: Array) -> None:
-        """Writes what this program has to say.
+    def tell(
+        self, meeting: Array, logits: Array, mass: Array, places: list[Array], best: Best | None
+    ) -> Any:
+        """Tells what lies above some places in this program's part, and which token is ahead.
 
         Args:
             meeting: int32, how many came before; of the row, in all launches.
-            told: int32 `[words]`, from 0 to 2^30 - 1.
+            logits: float32 `[1, W]`.
+            mass: int32 `[1, W]`.
+            places: float32 scalars, as many as there are slots; one less with `best`.
+            best: which tokens may be ahead; None: that is not asked.
+
+        Returns:
+            What `told` is given.
         """
-        if self.plan.parts == 1:
-            return
-        words = lax.shift_left(told, jnp.full_like(told, _TAG_BITS)) | self.tag(meeting)
-        place = self._place(meeting, self.part, iota((self.words,), 0))
-        plgpu.store(self.board.at[place], words)
-        plgpu.debug_barrier()  # nothing is put off until behind the reading
+        if self.shared is None:
+            return self._alone(logits, mass, places, best)
+        warps = self.plan.num_warps
+        together = self.plan.width // (32 * warps)
+        ptx.look(logits, mass, places, best, self.shared, together)
+        own, tag = self._place(meeting, self.part), meeting_tag(meeting)
+        ptx.tell(self.board, self.shared, own, tag, warps, best is not None)
+        return meeting, best is not None
 
-    def told(self, meeting: Array, own: Array) -> Array:
-        """What the programs of the row have told, int32 `[parts or more, words]`.
-
-        Where a program has more threads than there are words, the words repeat from the row that is
-        number `parts`. For else several threads would read the same word, some before it was
-        written and some behind that, and would not agree on whether it was there.
+    def told(self, telling: Any) -> Told:
+        """What all programs of the row have told, whatever each has to say.
 
         Args:
-            meeting: as in `tell`.
-            own: what this program told.
+            telling: from `tell`.
         """
-        parts = self.plan.parts
-        if parts == 1:
-            return own[None]
-        shape = max(parts, 32 * self.plan.num_warps // self.words), self.words
-        place = self._place(meeting, iota(shape, 0) % parts, iota(shape, 1))
-        tag = self.tag(meeting)
+        if self.shared is None:
+            return telling
+        meeting, best = telling
+        place, tag = self._place(meeting, 0), meeting_tag(meeting)
+        warps, parts = self.plan.num_warps, self.plan.parts
+        counts, masses, token = ptx.told(
+            self.board, self.shared, place, tag, warps, parts, best, MAX_POLLS
+        )
+        bits = mass_bits(self.plan.vocab_size)
+        return Told(counts, masses * 2.0 ** (-2 * bits), jnp.max(token))
 
-        def read() -> Array:
-            return plgpu.load(self.board.at[place], volatile=True)
+    def _alone(
+        self, logits: Array, mass: Array, places: list[Array], best: Best | None
+    ) -> Told:
+        """What a program finds that has the whole row."""
+        bits = mass_bits(self.plan.vocab_size)
+        each = in_slots([*places, *[jnp.float32(jnp.inf)] * (SLOTS - len(places))])
+        there = logits > each[:, None]
+        one, *both = (
+            jnp.sum(jnp.where(there, x, 0), axis=1) for x in (1, *halves(mass, bits))
+        )
+        token = jnp.int32(0)
+        if best is not None:
+            ahead = best.noisy == jnp.max(best.noisy)
+            token = jnp.min(jnp.where(ahead, best.token, jnp.iinfo(jnp.int32).max))
+        return Told(one, whole(*both, bits), token)
 
-        def incomplete(state: tuple[Array, Array]) -> Array:
-            words, polls = state
-            wrong = (words & (2**_TAG_BITS - 1)) != tag
-            return (jnp.max(wrong.astype(jnp.int32)) > 0) & (polls >= 0)
 
-        def poll(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            return read(), trap_if_over(state[1] + 1, MAX_POLLS)
-
-        words, _ = lax.while_loop(incomplete, poll, (read(), jnp.int32(0)))
-        return lax.shift_right_logical(words, jnp.full_like(words, _TAG_BITS))
-
-    def sums(self, told: Array) -> Array:
-        """What all programs' words of `told` sum up to, int32 `[words]`."""
-        return jnp.sum(jnp.where(iota(told.shape, 0) < self.plan.parts, told, 0), axis=0)
+def in_slots(values: list[Array]) -> Array:
+    """Scalars as an array, `[SLOTS]`."""
+    i = iota((SLOTS,), 0)
+    out = jnp.full((SLOTS,), values[-1])
+    for at, value in enumerate(values[:-1]):
+        out = jnp.where(i == at, value, out)
+    return out

@@ -21,7 +21,6 @@ token at the border of `top_p`, to a few millionths of what is kept, may fall on
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +29,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.draw.border import PLACES, Border, first_places
-from pallas_kernels.draw.exchange import Exchange, board_shape
-from pallas_kernels.draw.mass import halves, mass_bits, masses, whole
+from pallas_kernels.draw import ptx
+from pallas_kernels.draw.border import Border, first_places
+from pallas_kernels.draw.exchange import SLOTS, Best, Exchange, Told, board_shape, in_slots
+from pallas_kernels.draw.mass import mass_bits, masses
 from pallas_kernels.draw.plan import DrawPlan
 from pallas_kernels.draw.threefry import gumbel
 from pallas_kernels.program import iota
@@ -42,51 +42,11 @@ __all__ = ["KERNEL_NAME", "draw_tokens", "no_board"]
 # The kernel's name in compiled programs and in profiles.
 KERNEL_NAME = "ffjax_draw"
 
-# What a meeting tells, `PLACES` words each: how many tokens lie above each place, both halves of
-# what they sum up to, and the program's best token.
-_COUNTS, _HIGHS, _LOWS, _BESTS = range(4)
-_WORDS = 4 * PLACES
 _LEAST_TEMPERATURE = 1e-30
 # Meetings after which what is ahead is taken, whatever it is. Each narrows the border to a quarter
 # of what it was at worst, so that less than half as many leave a float32 no room.
 _MOST_MEETINGS = 32
 _NOBODY = 2**31 - 1
-
-
-class _Best(NamedTuple):
-    """The token that is ahead: its logit with noise, and its id, the lowest of equals."""
-
-    noisy: Array
-    token: Array
-
-    @classmethod
-    def of(cls, noisy: Array, token: Array) -> _Best:
-        """Of some tokens, arrays of the same shape."""
-        top = jnp.max(noisy)
-        return cls(top, jnp.min(jnp.where(noisy == top, token, _NOBODY)))
-
-    def words(self, i: Array) -> Array:
-        """As a meeting tells it: the i-th word, int32."""
-        upper, lower = _split(self.noisy)
-        return jnp.where(i == 0, self.token, jnp.where(i == 1, upper, jnp.where(i == 2, lower, 0)))
-
-    @classmethod
-    def told(cls, words: Array) -> _Best:
-        """The best of all programs, by what they have told, int32 `[parts or more, _WORDS]`."""
-        i = iota(words.shape, 1) - _BESTS * PLACES
-        token, upper, lower = (jnp.sum(jnp.where(i == at, words, 0), axis=1) for at in range(3))
-        return cls.of(_joined(upper, lower), token)
-
-
-def _split(value: Array) -> tuple[Array, Array]:
-    """A float32 as two integers of 16 bits."""
-    bits = lax.bitcast_convert_type(value, jnp.int32)
-    return lax.shift_right_logical(bits, jnp.full_like(bits, 16)), bits & 0xFFFF
-
-
-def _joined(upper: Array, lower: Array) -> Array:
-    bits = lax.shift_left(upper, jnp.full_like(upper, 16)) | lower
-    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 class _Row(NamedTuple):
@@ -106,18 +66,19 @@ class _Row(NamedTuple):
     top_k: Array
     top_p: Array
 
-    def above(self, places: Array, bits: int) -> Array:
-        """What lies above places: counts, and both halves of masses, int32 `[_WORDS]`.
+    def narrowed(self, border: Border, places: list[Array], told: Told) -> Border:
+        """What is known of the border behind a meeting.
 
         Args:
-            places: float32 `[_WORDS]`, those of each word.
-            bits: of a half.
+            border: what was known before.
+            places: where the meeting looked. Above the place of a slot that held a token, there is
+                nothing.
+            told: what it found.
         """
-        field = lax.div(iota((_WORDS, 1), 0), jnp.int32(PLACES))
-        high, low = halves(self.mass, bits)
-        each = jnp.where(field == _COUNTS, 1, jnp.where(field == _HIGHS, high, low))
-        there = (self.logits > places[:, None]) & (field < _BESTS)
-        return jnp.sum(jnp.where(there, each, 0), axis=1)
+        each = in_slots([*places, *[jnp.float32(jnp.inf)] * (SLOTS - len(places))])
+        there = iota((SLOTS,), 0) < len(places)
+        counts, sums = (jnp.where(there, x, 0) for x in (told.counts, told.masses))
+        return border.narrowed(each, counts, sums, self.top_k, self.top_p)
 
 
 class _State(NamedTuple):
@@ -142,9 +103,10 @@ def _choose(
     exchange: Exchange,
     row: _Row,
     start: _State,
-    places: Any,
+    scale: Array,
     noise: Any,
     logit_of: Any,
+    early: bool,
 ) -> tuple[Array, Array]:
     """The token that is drawn, and how many meetings the row has had by then.
 
@@ -152,82 +114,74 @@ def _choose(
         exchange: this program's end of it.
         row: the row.
         start: before the first look.
-        places: where that looks, by the places' numbers.
+        scale: the temperature.
         noise: makes the logits with noise, float32 `[1, W]`, -inf where `min_p` leaves out.
         logit_of: any token's.
+        early: whether the first meeting tells which token is ahead of all.
     """
-    bits = mass_bits(exchange.plan.vocab_size)
-    number = iota((_WORDS,), 0)
-    i = number % PLACES
-
-    def narrowed(border: Border, places: Array, told: Array) -> Border:
-        sums = exchange.sums(told).reshape(4, PLACES)
-        field = iota(sums.shape, 0)
-        count, high, low = (jnp.sum(jnp.where(field == at, sums, 0), axis=0) for at in range(3))
-        return border.narrowed(places, count, whole(high, low, bits), row.top_k, row.top_p)
-
-    # The noise is made while others tell what they have.
-    own = row.above(places(i), bits)
-    exchange.tell(start.meetings, own)
-    noisy = noise()
-    told = exchange.told(start.meetings, own)
-    border = narrowed(start.border, places(iota((PLACES,), 0)), told)
+    places = first_places(SLOTS - early, start.logit, scale)
+    best = Best(noise(), row.token) if early else None
+    telling = exchange.tell(start.meetings, row.logits, row.mass, places, best)
+    # Else the noise is made while others tell what they have.
+    noisy = noise() if best is None else best.noisy
+    told = exchange.told(telling)
+    border = row.narrowed(start.border, places, told)
+    first = start._replace(meetings=start.meetings + 1, border=border)
+    if early:
+        logit = logit_of(told.token)
+        first = first._replace(token=told.token, logit=logit, settled=logit >= border.inside)
 
     def meet(state: _State) -> _State:
-        def places(i: Array) -> Array:
-            return state.border.places(i, state.logit, row.top_p)
-
+        places = state.border.places(SLOTS - 1, state.logit, row.top_p)
         there = row.logits > state.border.outside
-        best = _Best.of(jnp.where(there, noisy, -jnp.inf), row.token)
-        own = row.above(places(i), bits)
-        own = jnp.where(number < _BESTS * PLACES, own, best.words(i))
-        exchange.tell(state.meetings, own)
-        told = exchange.told(state.meetings, own)
-        token = _Best.told(told).token
-        logit = logit_of(token)
-        border = narrowed(state.border, places(iota((PLACES,), 0)), told)
-        return _State(state.meetings + 1, border, token, logit, logit >= border.inside)
+        best = Best(jnp.where(there, noisy, -jnp.inf), row.token)
+        telling = exchange.tell(state.meetings, row.logits, row.mass, places, best)
+        told = exchange.told(telling)
+        logit = logit_of(told.token)
+        border = row.narrowed(state.border, places, told)
+        return _State(state.meetings + 1, border, told.token, logit, logit >= border.inside)
 
     def unsettled(state: _State) -> Array:
         return ~state.settled & (state.meetings - start.meetings < _MOST_MEETINGS)
 
-    start_ = start._replace(meetings=start.meetings + 1, border=border)
-    out = lax.while_loop(unsettled, meet, start_)
+    out = lax.while_loop(unsettled, meet, first)
     return out.token, out.meetings
 
 
-def _draw(refs: dict[str, Any], plan: DrawPlan) -> None:
+def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
     program = pl.program_id(0)
     b, part = lax.div(program, jnp.int32(plan.parts)), program % plan.parts
+    shared = None if interpret else ptx.reserve(plan.num_warps)
+    # All loads are asked for before the first is waited for.
+    likeliest = plgpu.load(refs["likeliest"].at[b])
+    temperature = plgpu.load(refs["temperature"].at[b])
+    top_k = plgpu.load(refs["top_k"].at[b])
+    top_p, min_p = (plgpu.load(refs["nucleus"].at[b, jnp.int32(i)]) for i in range(2))
+    first, second = (plgpu.load(refs["keys"].at[b, jnp.int32(i)]) for i in range(2))
+    exchange = Exchange(plan, refs["board"], b, part, shared)
+    before = exchange.meetings_before()
     token = part * plan.width + iota((1, plan.width), 1)
     real = token < plan.vocab_size
     where = jnp.full_like(token, b), token
     logits = plgpu.load(refs["logits"].at[where], mask=real, other=-jnp.inf)
-    temperature = plgpu.load(refs["temperature"].at[b])
-    likeliest = plgpu.load(refs["likeliest"].at[b])
 
     def logit_of(token: Array) -> Array:
         return plgpu.load(refs["logits"].at[b, token])
 
     most = logit_of(likeliest)
-    top_k = plgpu.load(refs["top_k"].at[b])
-    top_p, min_p = (plgpu.load(refs["nucleus"].at[b, jnp.int32(i)]) for i in range(2))
-    first, second = (plgpu.load(refs["keys"].at[b, jnp.int32(i)]) for i in range(2))
-    exchange = Exchange(plan, refs["board"], b, part, _WORDS)
-    before = exchange.meetings_before()
     scale = jnp.maximum(temperature, _LEAST_TEMPERATURE)
 
     def noise() -> Array:
         noisy = logits + temperature * gumbel((first, second), token.astype(jnp.uint32))
-        return jnp.where(logits >= most + scale * jnp.log(min_p), noisy, -jnp.inf)
+        noisy = jnp.where(logits >= most + scale * jnp.log(min_p), noisy, -jnp.inf)
+        return noisy if interpret else ptx.now(noisy)
 
     def drawn() -> tuple[Array, Array]:
         mass = masses(logits, most, scale, token, mass_bits(plan.vocab_size))
         k = jnp.where(top_k < plan.vocab_size, top_k, _NOBODY)
         row = _Row(logits, token, mass, k, top_p)
         start = _State(before, Border.unknown(most, scale), likeliest, most, jnp.bool_(False))
-        places = functools.partial(first_places, most=most, scale=scale)
-        return _choose(exchange, row, start, places, noise, logit_of)
+        return _choose(exchange, row, start, scale, noise, logit_of, plan.early)
 
     # The likeliest is the choice without noise, and where it is NaN, as in jnp.argmax, or infinite.
     drawn_at_all = (temperature > 0) & (jnp.abs(most) < jnp.inf)
@@ -239,7 +193,7 @@ def _draw(refs: dict[str, Any], plan: DrawPlan) -> None:
 
 def no_board(plan: DrawPlan) -> Array:
     """What the first of some launches is given as `board`."""
-    shape = board_shape(plan, _WORDS)
+    shape = board_shape(plan)
     return jnp.zeros(shape.shape, shape.dtype)
 
 
@@ -274,7 +228,7 @@ def draw_tokens(
     names = "logits", "likeliest", "keys", "temperature", "top_k", "nucleus", "given", "board"
 
     def kernel(*refs):
-        _draw(dict(zip([*names, "token"], refs, strict=True)), plan)
+        _draw(dict(zip([*names, "token"], refs, strict=True)), plan, interpret)
 
     inputs = logits, likeliest, keys, temperature, top_k, nucleus, board
     board, token = pl.pallas_call(

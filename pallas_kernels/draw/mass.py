@@ -8,6 +8,8 @@ number, the others as another.
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -15,12 +17,16 @@ from jax import Array, lax
 __all__ = ["halves", "mass_bits", "masses", "whole"]
 
 # Of the golden ratio: its multiples' fractions are spread evenly.
+_LOG2_E = math.log2(math.e)
 _SPREAD = np.uint32(0x9E3779B1)
 
 
 def mass_bits(vocab_size: int) -> int:
-    """b: V numbers of so many bits sum up to less than 2^31."""
-    return min(15, 31 - (vocab_size - 1).bit_length())
+    """b: V numbers of so many bits sum up to less than 2^31, and V masses to less than 2^45.
+
+    16 masses, as many as a thread may have, sum up to less than 2^32.
+    """
+    return min(14, 31 - (vocab_size - 1).bit_length())
 
 
 def masses(logits: Array, most: Array, scale: Array, token: Array, bits: int) -> Array:
@@ -39,7 +45,9 @@ def masses(logits: Array, most: Array, scale: Array, token: Array, bits: int) ->
     hashed = token.astype(jnp.uint32) * _SPREAD
     low = lax.shift_right_logical(hashed, jnp.full_like(hashed, 8)).astype(jnp.int32)
     share = low.astype(jnp.float32) * 2.0**-24
-    units = jnp.exp((logits - most) / scale) * 2.0 ** (2 * bits)
+    # Of powers of 2, that the likeliest's is exact and nothing is divided for each token.
+    behind = (logits - most) * (_LOG2_E / scale)
+    units = jnp.exp2(behind) * 2.0 ** (2 * bits)
     return jnp.minimum((units + share).astype(jnp.int32), 2 ** (2 * bits) - 1)
 
 

@@ -31,6 +31,7 @@ class DrawPlan:
         parts: of a row, a power of two; all programs are on the device at once, since those of a
             row wait for each other.
         num_warps: of a program.
+        early: whether the first meeting tells which token is ahead, or noise is made meanwhile.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class DrawPlan:
     width: int
     parts: int
     num_warps: int
+    early: bool = False
 
     @property
     def programs(self) -> int:

@@ -1,0 +1,104 @@
+"""The inline PTX by which the programs that draw meet, run on a CPU: several programs of a row."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ptx_inline import Inline, inlines, shape
+from ptx_machine import Machine, PtxError
+
+from pallas_kernels.draw import ptx
+from pallas_kernels.draw.ptx import SLOTS
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+WARPS, TOGETHER = 8, 2
+THREADS = 32 * WARPS
+WIDTH = THREADS * TOGETHER
+TAG = 2
+
+
+@functools.cache
+def texts(places: int, best: bool, warps: int, parts: int) -> list[Inline]:
+    """Of look, tell and told."""
+    width = 32 * warps * TOGETHER
+
+    def body(board):
+        row = jnp.zeros((1, width))
+        ints = jnp.zeros((1, width), jnp.int32)
+        shared, zero = jnp.zeros((1,), jnp.int32), jnp.int32(0)
+        pair = (row, ints) if best else None
+        ptx.look(row, ints, [jnp.float32(0)] * places, pair, shared, TOGETHER)
+        ptx.tell(board, shared, zero, zero, warps, best)
+        ptx.told(board, shared, zero, zero, warps, parts, best, 50)
+
+    return inlines(body, shape(1024))
+
+
+def meet(
+    parts: int, places: np.ndarray, best: bool, warps: int, edits: list = (), seed: int = 0
+) -> None:
+    """Has the programs of a row meet, and compares what each is told with what there is."""
+    rng = np.random.default_rng(seed)
+    look, tell, told = texts(len(places), best, warps, parts)
+    for old, new in edits:
+        whole = [one for one in (look, tell, told) if old in one.text]
+        assert whole, f"{old} does not occur."
+        look, tell, told = (
+            one.edited((old, new)) if one in whole else one for one in (look, tell, told)
+        )
+    threads = 32 * warps
+    width = threads * TOGETHER
+    vocab = parts * width
+    logits = rng.normal(size=vocab).astype(np.float32)
+    logits[rng.permutation(vocab)[: vocab // 5]] = -np.inf
+    noisy = np.where(rng.random(vocab) < 0.5, -np.inf, np.round(rng.normal(size=vocab), 1) - 3)
+    noisy = noisy.astype(np.float32)
+    mass = rng.integers(0, 1 << 28, vocab).astype(np.int32)
+    mass[: vocab // 2] = (1 << 28) - 1
+    board = np.zeros(32 + parts * SLOTS * 8, np.uint8)
+    board[32:] = rng.integers(0, 256, len(board) - 32)
+    board.view(np.uint64)[4:] &= np.uint64(2**64 - 4)
+    board.view(np.uint64)[4:] |= np.uint64(1)  # of another meeting
+    machines = [
+        Machine(threads, 2 * warps * SLOTS * 8, board, order=rng) for _ in range(parts)
+    ]
+    base = Machine.shared_base
+
+    def elements(x: np.ndarray, part: int) -> list[np.ndarray]:
+        """Of each thread, those that it has: side by side in pairs, then the others."""
+        return list(x[part * width :][:width].reshape(threads, TOGETHER).T)
+
+    for part, machine in enumerate(machines):
+        operands = [*elements(logits, part), *elements(mass, part)]
+        operands += [place for place in places for _ in range(TOGETHER)]
+        if best:
+            ids = np.arange(vocab, dtype=np.int32)
+            operands += [*elements(noisy, part), *elements(ids, part)]
+        look.run(machine, *operands, *[base] * TOGETHER)
+        memory = Machine.memory_base
+        tell.run(machine, base, memory, 32 + part * SLOTS * 8, TAG)
+    above = logits > places[:, None]
+    counts = above.sum(axis=1)
+    sums = np.where(above, mass.astype(np.int64), 0).sum(axis=1)
+    token = int(np.argmax(noisy))
+    slots = np.arange(threads) % SLOTS
+    for machine in machines:
+        count, total, ahead = told.run(machine, slots, base, memory, 32, TAG)
+        for slot in range(len(places)):
+            assert set(count[slots == slot].view(np.int32)) == {counts[slot]}
+            assert set(total[slots == slot].view(np.float32)) == {np.float32(sums[slot])}
+        if best:
+            assert set(ahead.view(np.int32)) == {token}
+
+
+PLACES = np.array([2.0, 1.5, 1.0, 0.3, 0.0, -0.4, -2.5, -np.inf], np.float32)
+
+
+@pytest.mark.parametrize(("parts", "warps"), [(1, 8), (2, 8), (16, 4), (4, 16), (32, 8)])
+@pytest.mark.parametrize("best", [False, True])
+def test_programs_are_told_what_all_have_found(parts, warps, best):
+    meet(parts, PLACES[best:], best, warps)
