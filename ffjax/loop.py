@@ -44,8 +44,14 @@ from ffjax.prefill.stepwise import step_tokens
 from ffjax.programs import Programs
 from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
-from ffjax.sampling.choose import NOT_FINITE, Choice, choose, empty_board
-from ffjax.sampling.draw import sequence_keys, step_keys
+from ffjax.sampling.choose import (
+    NOT_FINITE,
+    Choice,
+    choose,
+    draws_by_kernel,
+    empty_board,
+)
+from ffjax.sampling.draw import KeysFrom, sequence_keys, step_keys
 from ffjax.sampling.history import History, said
 from ffjax.sampling.logprobs import LogProbs
 from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, drawing_gpu, rows_of
@@ -192,11 +198,15 @@ def decode_block(
     """
     model = graphdef.merged(state)
     indices = index + jnp.arange(BLOCK, dtype=jnp.int32)[:, None]
-    # All keys of the block at once: one by one, each would cost a launch or more.
-    keys = None
+    keys = by_kernel = None
     if stages.draws:
         own = sequence_keys(rows.seeds)
-        keys = jax.vmap(lambda at: step_keys(own, at))(indices)
+        if draws_by_kernel(token.shape[0], model.config.vocab_size, stages):
+            # An array of each step's own would cost a launch: the kernel counts the steps.
+            by_kernel = KeysFrom(own, index)
+        else:
+            # All keys of the block at once: one by one, each would cost a launch or more.
+            keys = jax.vmap(lambda at: step_keys(own, at))(indices)
 
     def step(carry, each):
         cache, token, history, board = carry
@@ -206,6 +216,7 @@ def decode_block(
             fed = token if running is None else jnp.where(running, token, EVERY_TOKEN)
             history = said(history, fed)
         out = decode_step(model, cache, token, implementation=implementation)
+        keys = keys if by_kernel is None else by_kernel
         choice = choose(out.logits, out.token, rows, keys, history, index, stages, board)
         return (out.cache, choice.token, history, choice.board), Made.of(choice)
 

@@ -17,7 +17,7 @@ from ffjax.sampling.params import SamplingParams
 from pallas_kernels.draw import make_draw_plan
 from pallas_kernels.draw.exchange import meeting_tag
 from pallas_kernels.draw.mass import halves, mass_bits, masses, whole
-from pallas_kernels.draw.threefry import gumbel, random_bits
+from pallas_kernels.draw.threefry import folded, gumbel, random_bits
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.targets import target
 
@@ -43,6 +43,8 @@ def test_its_noise_is_jaxs():
         noise = jax.random.gumbel(key, (5000,), jnp.float32, mode="low")
     assert (random_bits(words, index) == bits).all()
     np.testing.assert_allclose(gumbel(words, index), noise, rtol=1e-6, atol=1e-6)
+    later = jax.random.key_data(jax.random.fold_in(key, 12345))
+    assert [int(word) for word in folded(words, jnp.uint32(12345))] == later.tolist()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

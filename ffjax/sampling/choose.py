@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ffjax.sampling import edits
-from ffjax.sampling.draw import sample
+from ffjax.sampling.draw import KeysFrom, sample
 from ffjax.sampling.filters import filtered
 from ffjax.sampling.history import History
 from ffjax.sampling.logprobs import LogProbs, log_probs
@@ -17,7 +17,7 @@ from ffjax.sampling.rows import Rows, Stages
 from pallas_kernels.draw import DrawPlan, draw_tokens, make_draw_plan, no_board
 from pallas_kernels.gpu import INTERPRETER
 
-__all__ = ["NOT_FINITE", "Before", "Choice", "choose", "empty_board", "marked"]
+__all__ = ["NOT_FINITE", "Before", "Choice", "choose", "draws_by_kernel", "empty_board", "marked"]
 
 NOT_FINITE = -1
 """What stands for a token whose logit is NaN or infinite; it stops its sequence."""
@@ -79,13 +79,15 @@ def _edited(
 
 
 def _draw_plan(batch: int, vocab: int, stages: Stages) -> DrawPlan | None:
-    """How the kernel draws; None where XLA does.
-
-    Without filters there is noise and a maximum, which XLA makes one fusion of.
-    """
-    if stages.gpu is None or not (stages.draws and stages.filters):
+    """How the kernel draws; None where XLA does."""
+    if stages.gpu is None or not stages.draws:
         return None
-    return make_draw_plan(batch, vocab, stages.gpu)
+    return make_draw_plan(batch, vocab, stages.gpu, filters=stages.filters)
+
+
+def draws_by_kernel(batch: int, vocab: int, stages: Stages) -> bool:
+    """Whether a kernel draws, which makes the keys of a draw itself."""
+    return _draw_plan(batch, vocab, stages) is not None
 
 
 def empty_board(batch: int, vocab: int, stages: Stages) -> Array | None:
@@ -98,7 +100,7 @@ def _drawn(
     logits: Array,
     likeliest: Array,
     rows: Rows,
-    keys: Array,
+    keys: Array | KeysFrom,
     board: Array | None,
     stages: Stages,
 ) -> tuple[Array, Array | None]:
@@ -106,19 +108,22 @@ def _drawn(
     batch, vocab = logits.shape
     plan = _draw_plan(batch, vocab, stages)
     if plan is not None:
+        own, first = keys if isinstance(keys, KeysFrom) else (keys, None)
         return draw_tokens(
             plan,
             logits,
             likeliest,
-            jax.random.key_data(keys),
+            jax.random.key_data(own),
             no_board(plan) if board is None else board,
             rows.temperature,
             rows.top_k,
             rows.nucleus,
+            first,
             interpret=stages.gpu == INTERPRETER,
         )
     if stages.filters:
         logits = filtered(logits, rows.temperature, rows.top_k, rows.nucleus)
+    assert not isinstance(keys, KeysFrom), "XLA knows no board that counts draws."
     return sample(logits, keys, rows.temperature), board
 
 
@@ -126,7 +131,7 @@ def choose(
     logits: Array,
     greedy: Array | None,
     rows: Rows,
-    keys: Array | None,
+    keys: Array | KeysFrom | None,
     history: History | None,
     index: Array,
     stages: Stages,
@@ -138,7 +143,8 @@ def choose(
         logits: float32 `[B, V]`, the model's.
         greedy: int32 `[B]`, the likeliest tokens, where a step has found them already.
         rows: the parameters.
-        keys: typed keys `[B]` of this token; None where none is drawn.
+        keys: typed keys `[B]` of this token; or what a kernel that draws makes them of, if
+            `draws_by_kernel`. None where none is drawn.
         history: what came before; None where no stage asks.
         index: int32 `[B]`, how many tokens each answer holds.
         stages: which stages there are.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,15 @@ from jax import Array
 
 from ffjax.seeds import keys_of, seed_words
 
-__all__ = ["noisy_logits", "sample", "sequence_keys", "sequence_words", "step_keys", "words_of"]
+__all__ = [
+    "KeysFrom",
+    "noisy_logits",
+    "sample",
+    "sequence_keys",
+    "sequence_words",
+    "step_keys",
+    "words_of",
+]
 
 
 def words_of(seed: int | Sequence[int], batch: int) -> np.ndarray:
@@ -51,6 +60,19 @@ def step_keys(keys: Array, index: Array | int) -> Array:
         index: one for all, or int32 `[B]`.
     """
     return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(index, keys.shape))
+
+
+class KeysFrom(NamedTuple):
+    """What the kernel that draws makes the keys of token after token of: see `step_keys`.
+
+    Attributes:
+        own: of the sequences, typed key array `[B]`, from `sequence_keys`.
+        first: int32 `[B]`, which new token, from 0, is drawn when the kernel's board is new. Each
+            draw with that board is of the next one.
+    """
+
+    own: Array
+    first: Array
 
 
 def sample(logits: Array, keys: Array, temperature: Array | float) -> Array:

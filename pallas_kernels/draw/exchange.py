@@ -68,7 +68,8 @@ class Told(NamedTuple):
 def board_shape(plan: DrawPlan) -> jax.ShapeDtypeStruct:
     """What launches hand on, int32 `[B, words]`; zeros to begin with.
 
-    The first line of a row holds how many meetings it has had, and the rest what was told.
+    The first line of a row holds how many meetings and launches it has had, and the rest what was
+    told.
 
     Args:
         plan: the launch.
@@ -102,15 +103,20 @@ class Exchange:
     part: Array
     shared: Array | None
 
-    def meetings_before(self) -> Array:
-        """How many the row has had in all launches before: int32."""
-        return plgpu.load(self.board.at[self.row, jnp.int32(0)])
+    def before(self) -> tuple[Array, Array]:
+        """How many meetings the row has had in all launches before, and how many these were."""
+        return tuple(plgpu.load(self.board.at[self.row, jnp.int32(i)]) for i in range(2))
 
-    def leave(self, meetings: Array) -> None:
-        """Says how many the row has had; all have read the former number before they met."""
+    def leave(self, meetings: Array, launches: Array) -> None:
+        """Says how many there are now; all have read the former numbers before they met.
+
+        Where there was no meeting, some may not have: the first number is the same then, and the
+        second is read by who meets alone.
+        """
         first = jnp.full((1,), self.part == 0)
-        row, place = jnp.full((1,), self.row), jnp.zeros((1,), jnp.int32)
-        plgpu.store(self.board.at[row, place], jnp.full((1,), meetings), mask=first)
+        for i, number in enumerate((meetings, launches)):
+            place = jnp.full((1,), self.row), jnp.full((1,), i)
+            plgpu.store(self.board.at[place], jnp.full((1,), number), mask=first)
 
     def _place(self, meeting: Array, part: Array | int) -> Array:
         """Where on the board a part's words of a meeting begin, in bytes."""

@@ -34,7 +34,7 @@ from pallas_kernels.draw.border import Border, first_places
 from pallas_kernels.draw.exchange import SLOTS, Best, Exchange, Told, board_shape, in_slots
 from pallas_kernels.draw.mass import mass_bits, masses
 from pallas_kernels.draw.plan import DrawPlan
-from pallas_kernels.draw.threefry import gumbel
+from pallas_kernels.draw.threefry import folded, gumbel
 from pallas_kernels.program import iota
 
 __all__ = ["KERNEL_NAME", "draw_tokens", "no_board"]
@@ -155,11 +155,13 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
     # All loads are asked for before the first is waited for.
     likeliest = plgpu.load(refs["likeliest"].at[b])
     temperature = plgpu.load(refs["temperature"].at[b])
-    top_k = plgpu.load(refs["top_k"].at[b])
-    top_p, min_p = (plgpu.load(refs["nucleus"].at[b, jnp.int32(i)]) for i in range(2))
-    first, second = (plgpu.load(refs["keys"].at[b, jnp.int32(i)]) for i in range(2))
+    key = tuple(plgpu.load(refs["keys"].at[b, jnp.int32(i)]) for i in range(2))
+    from_ = plgpu.load(refs["first"].at[b]) if "first" in refs else None
+    if plan.filters:
+        top_k = plgpu.load(refs["top_k"].at[b])
+        top_p, min_p = (plgpu.load(refs["nucleus"].at[b, jnp.int32(i)]) for i in range(2))
     exchange = Exchange(plan, refs["board"], b, part, shared)
-    before = exchange.meetings_before()
+    before, launches = exchange.before()
     token = part * plan.width + iota((1, plan.width), 1)
     real = token < plan.vocab_size
     where = jnp.full_like(token, b), token
@@ -170,13 +172,19 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
 
     most = logit_of(likeliest)
     scale = jnp.maximum(temperature, _LEAST_TEMPERATURE)
+    if from_ is not None:
+        key = folded(key, (from_ + launches).astype(jnp.uint32))
 
     def noise() -> Array:
-        noisy = logits + temperature * gumbel((first, second), token.astype(jnp.uint32))
-        noisy = jnp.where(logits >= most + scale * jnp.log(min_p), noisy, -jnp.inf)
+        noisy = logits + temperature * gumbel(key, token.astype(jnp.uint32))
+        if plan.filters:
+            noisy = jnp.where(logits >= most + scale * jnp.log(min_p), noisy, -jnp.inf)
         return noisy if interpret else ptx.now(noisy)
 
     def drawn() -> tuple[Array, Array]:
+        if not plan.filters:
+            telling = exchange.tell(before, logits, token, [], Best(noise(), token))
+            return exchange.told(telling).token, before + 1
         mass = masses(logits, most, scale, token, mass_bits(plan.vocab_size))
         k = jnp.where(top_k < plan.vocab_size, top_k, _NOBODY)
         row = _Row(logits, token, mass, k, top_p)
@@ -186,7 +194,7 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
     # The likeliest is the choice without noise, and where it is NaN, as in jnp.argmax, or infinite.
     drawn_at_all = (temperature > 0) & (jnp.abs(most) < jnp.inf)
     chosen, meetings = lax.cond(drawn_at_all, drawn, lambda: (likeliest, before))
-    exchange.leave(meetings)
+    exchange.leave(meetings, launches + 1)
     tells = jnp.full((1,), part == 0)
     plgpu.store(refs["token"].at[jnp.full((1,), b)], jnp.full((1,), chosen), mask=tells)
 
@@ -204,8 +212,9 @@ def draw_tokens(
     keys: Array,
     board: Array,
     temperature: Array,
-    top_k: Array,
-    nucleus: Array,
+    top_k: Array | None = None,
+    nucleus: Array | None = None,
+    first: Array | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
@@ -218,19 +227,26 @@ def draw_tokens(
         keys: uint32 `[B, 2]`, the words of a Threefry key each.
         board: `no_board(plan)`, or what the launch before returned; of the same plan.
         temperature: float32 `[B]`, 0 or more.
-        top_k: int32 `[B]`, at least 1; V and more keep all.
-        nucleus: float32 `[B, 2]`, `top_p` and `min_p`.
+        top_k: int32 `[B]`, at least 1; V and more keep all. None where the plan has no filters.
+        nucleus: float32 `[B, 2]`, `top_p` and `min_p`; None likewise.
+        first: int32 `[B]`, 0 or more, what the first launch with a board folds into the keys, as
+            `jax.random.fold_in` does; each later one folds in 1 more. None: the keys are of this
+            draw.
         interpret: run on a CPU, where each row is one part.
 
     Returns:
         The tokens, int32 `[B]`, and what the next launch is given as `board`.
     """
-    names = "logits", "likeliest", "keys", "temperature", "top_k", "nucleus", "given", "board"
+    inputs = {"logits": logits, "likeliest": likeliest, "keys": keys, "temperature": temperature}
+    if plan.filters:
+        inputs |= {"top_k": top_k, "nucleus": nucleus}
+    if first is not None:
+        inputs["first"] = first
+    inputs["given"] = board
 
     def kernel(*refs):
-        _draw(dict(zip([*names, "token"], refs, strict=True)), plan, interpret)
+        _draw(dict(zip([*inputs, "board", "token"], refs, strict=True)), plan, interpret)
 
-    inputs = logits, likeliest, keys, temperature, top_k, nucleus, board
     board, token = pl.pallas_call(
         kernel,
         grid=(plan.programs,),
@@ -242,5 +258,5 @@ def draw_tokens(
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=plan.num_warps, num_stages=1),
         name=KERNEL_NAME,
-    )(*inputs)
+    )(*inputs.values())
     return token, board

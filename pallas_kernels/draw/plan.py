@@ -16,6 +16,9 @@ _LEAST_WIDTH = 256
 # with 16 warps of 16 a thread, and 26 to 45 with 32 of 8.
 _PER_THREAD = 16
 _LEAST_WARPS, _MOST_WARPS = 8, 32
+# In so small a batch noise takes less time than a meeting, and one meeting may be enough. In a larger
+# one some row needs two, and noise is made while the first is waited for.
+_EARLY = 2
 # Masses of so many tokens are still told apart finely: `pallas_kernels.draw.mass`.
 _MOST_TOKENS = 1 << 19
 
@@ -32,6 +35,7 @@ class DrawPlan:
             row wait for each other.
         num_warps: of a program.
         early: whether the first meeting tells which token is ahead, or noise is made meanwhile.
+        filters: whether tokens may be left out.
     """
 
     batch: int
@@ -39,7 +43,8 @@ class DrawPlan:
     width: int
     parts: int
     num_warps: int
-    early: bool = False
+    early: bool
+    filters: bool
 
     @property
     def programs(self) -> int:
@@ -47,16 +52,20 @@ class DrawPlan:
         return self.batch * self.parts
 
 
-def make_draw_plan(batch: int, vocab_size: int, gpu: Gpu) -> DrawPlan | None:
+def make_draw_plan(
+    batch: int, vocab_size: int, gpu: Gpu, *, filters: bool = True
+) -> DrawPlan | None:
     """The plan for a device; None where a program would have more than its registers hold.
 
     Args:
         batch: B.
         vocab_size: V.
         gpu: the device. On one core, which the interpreter is, each row is one part.
+        filters: whether tokens may be left out.
     """
+    how = {"early": not filters or batch <= _EARLY, "filters": filters}
     if gpu.cores == 1:
-        return DrawPlan(batch, vocab_size, next_power_of_2(vocab_size), 1, _LEAST_WARPS)
+        return DrawPlan(batch, vocab_size, next_power_of_2(vocab_size), 1, _LEAST_WARPS, **how)
     if batch > gpu.cores or vocab_size > _MOST_TOKENS:
         return None
     most = 1 << ((gpu.cores // batch).bit_length() - 1)
@@ -65,4 +74,4 @@ def make_draw_plan(batch: int, vocab_size: int, gpu: Gpu) -> DrawPlan | None:
         return None
     warps = min(max(_LEAST_WARPS, width // (32 * _PER_THREAD)), _MOST_WARPS)
     parts = next_power_of_2(ceil_div(vocab_size, width))
-    return DrawPlan(batch, vocab_size, width, parts, warps)
+    return DrawPlan(batch, vocab_size, width, parts, warps, **how)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-__all__ = ["gumbel", "random_bits"]
+__all__ = ["folded", "gumbel", "random_bits"]
 
 _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 _PARITY = np.uint32(0x1BD11BDA)
@@ -25,6 +25,20 @@ def _rotated(x: Array, by: int) -> Array:
     return left | lax.shift_right_logical(x, jnp.full_like(x, 32 - by))
 
 
+def _hashed(key: tuple[Array, Array], x: Array, y: Array) -> tuple[Array, Array]:
+    """A counter's two words, hashed."""
+    keys = *key, key[0] ^ key[1] ^ _PARITY
+    x = x + keys[0]
+    y = y + keys[1]
+    for group in range(5):
+        for by in _ROTATIONS[group % 2]:
+            x = x + y
+            y = _rotated(y, by) ^ x
+        x = x + keys[(group + 1) % 3]
+        y = y + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return x, y
+
+
 def random_bits(key: tuple[Array, Array], index: Array) -> Array:
     """32 random bits for each index.
 
@@ -32,16 +46,18 @@ def random_bits(key: tuple[Array, Array], index: Array) -> Array:
         key: a key's two words, uint32, that broadcast against the indices.
         index: uint32, below 2^32: the counter's low word.
     """
-    keys = *key, key[0] ^ key[1] ^ _PARITY
-    x = jnp.zeros_like(index) + keys[0]
-    y = index + keys[1]
-    for group in range(5):
-        for by in _ROTATIONS[group % 2]:
-            x = x + y
-            y = _rotated(y, by) ^ x
-        x = x + keys[(group + 1) % 3]
-        y = y + keys[(group + 2) % 3] + np.uint32(group + 1)
+    x, y = _hashed(key, jnp.zeros_like(index), index)
     return x ^ y
+
+
+def folded(key: tuple[Array, Array], data: Array) -> tuple[Array, Array]:
+    """The words of `jax.random.fold_in(key, data)`.
+
+    Args:
+        key: a key's two words, uint32.
+        data: uint32.
+    """
+    return _hashed(key, jnp.zeros_like(data), data)
 
 
 def gumbel(key: tuple[Array, Array], index: Array) -> Array:
