@@ -15,6 +15,7 @@ look at one number a sequence is part of the launch that writes the token down.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -53,7 +54,7 @@ from ffjax.sampling.choose import (
 )
 from ffjax.sampling.draw import KeysFrom, sequence_keys, step_keys
 from ffjax.sampling.history import History, said
-from ffjax.sampling.logprobs import LogProbs
+from ffjax.sampling.logprobs import LogProbs, log_probs
 from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, drawing_gpu, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
@@ -208,6 +209,8 @@ def decode_block(
             # All keys of the block at once: one by one, each would cost a launch or more.
             keys = jax.vmap(lambda at: step_keys(own, at))(indices)
 
+    untold = dataclasses.replace(stages, logprobs=None)
+
     def step(carry, each):
         cache, token, history, board = carry
         index, keys = each
@@ -217,13 +220,23 @@ def decode_block(
             history = said(history, fed)
         out = decode_step(model, cache, token, implementation=implementation)
         keys = keys if by_kernel is None else by_kernel
-        choice = choose(out.logits, out.token, rows, keys, history, index, stages, board)
-        return (out.cache, choice.token, history, choice.board), Made.of(choice)
+        choice = choose(out.logits, out.token, rows, keys, history, index, untold, board)
+        logits = None if stages.logprobs is None else out.logits
+        return (out.cache, choice.token, history, choice.board), (choice.told, logits)
 
     board = empty_board(token.shape[0], model.config.vocab_size, stages)
     start = cache, token, history, board
-    (cache, token, history, _), made = lax.scan(step, start, (indices, keys), length=BLOCK)
-    return cache, token, index + BLOCK, history, made
+    out, (tokens, logits) = lax.scan(step, start, (indices, keys), length=BLOCK)
+    cache, token, history, _ = out
+    told = None
+    if stages.logprobs is not None:
+        # Of all steps at once: step by step, each launch that they take would be one a token.
+        rows_ = logits.reshape(-1, logits.shape[-1])
+        # What stands for a token that is none has no log-probability that anybody reads.
+        chosen = jnp.maximum(tokens, 0).reshape(-1)
+        told = log_probs(rows_, chosen, stages.logprobs)
+        told = jax.tree.map(lambda x: x.reshape(*tokens.shape, *x.shape[1:]), told)
+    return cache, token, index + BLOCK, history, Made(tokens, told)
 
 
 def slots_for(capacity: int) -> int:

@@ -93,7 +93,8 @@ class Border(NamedTuple):
         for i in range(here, number):
             near = self.few - about * (i - here + 1)
             places.append(jnp.where(both, near, self.inside - among * i))
-        return places
+        # Where all tokens are kept there is no border to look for, and nothing lies above infinity.
+        return [jnp.where(place == place, place, jnp.inf) for place in places]
 
     def narrowed(
         self, places: Array, counts: Array, masses: Array, top_k: Array, top_p: Array
