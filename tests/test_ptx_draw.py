@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ptx_inline import Inline, inlines, shape
-from ptx_machine import Machine, PtxError
+from ptx_machine import Machine
 
 from pallas_kernels.draw import ptx
 from pallas_kernels.draw.ptx import SLOTS
@@ -63,9 +63,7 @@ def meet(
     board[32:] = rng.integers(0, 256, len(board) - 32)
     board.view(np.uint64)[4:] &= np.uint64(2**64 - 4)
     board.view(np.uint64)[4:] |= np.uint64(1)  # of another meeting
-    machines = [
-        Machine(threads, 2 * warps * SLOTS * 8, board, order=rng) for _ in range(parts)
-    ]
+    machines = [Machine(threads, 2 * warps * SLOTS * 8, board, order=rng) for _ in range(parts)]
     base = Machine.shared_base
 
     def elements(x: np.ndarray, part: int) -> list[np.ndarray]:

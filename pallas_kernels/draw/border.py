@@ -6,7 +6,6 @@ places, which are logits too: how many tokens lie above each, and what they sum 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp

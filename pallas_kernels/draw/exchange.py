@@ -165,16 +165,12 @@ class Exchange:
         bits = mass_bits(self.plan.vocab_size)
         return Told(counts, masses * 2.0 ** (-2 * bits), jnp.max(token))
 
-    def _alone(
-        self, logits: Array, mass: Array, places: list[Array], best: Best | None
-    ) -> Told:
+    def _alone(self, logits: Array, mass: Array, places: list[Array], best: Best | None) -> Told:
         """What a program finds that has the whole row."""
         bits = mass_bits(self.plan.vocab_size)
         each = in_slots([*places, *[jnp.float32(jnp.inf)] * (SLOTS - len(places))])
         there = logits > each[:, None]
-        one, *both = (
-            jnp.sum(jnp.where(there, x, 0), axis=1) for x in (1, *halves(mass, bits))
-        )
+        one, *both = (jnp.sum(jnp.where(there, x, 0), axis=1) for x in (1, *halves(mass, bits)))
         token = jnp.int32(0)
         if best is not None:
             ahead = best.noisy == jnp.max(best.noisy)

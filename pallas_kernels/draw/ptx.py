@@ -47,7 +47,10 @@ def _(x, *, size):
 @lowering.register_lowering(_reserve_p)
 def _(ctx, x, *, size):
     text = f".shared .align 16 .b8 ffjax_draw_slots[{size}]; mov.u32 $0, ffjax_draw_slots;"
-    result, arguments = lowered.like(ctx.avals_out[0].shape, lowered.i32()), lowered.values(ctx, [x])
+    result, arguments = (
+        lowered.like(ctx.avals_out[0].shape, lowered.i32()),
+        lowered.values(ctx, [x]),
+    )
     return lowered.assembly([result], text, "=r,r", arguments)[0]
 
 
@@ -192,7 +195,10 @@ def _join_lines(value: str, other: str, best: bool) -> list[str]:
 
 def _of_warps_lines(address: str, warps: int, best: bool) -> list[str]:
     """What so many warps have put at `address`, joined: %x, of each lane's slot."""
-    lines = ["mov.u64 %x, 0;", f"shr.u32 %a, %lane, 3; mad.lo.u32 %at, %lane, {_SLOT_BYTES}, {address};"]
+    lines = [
+        "mov.u64 %x, 0;",
+        f"shr.u32 %a, %lane, 3; mad.lo.u32 %at, %lane, {_SLOT_BYTES}, {address};",
+    ]
     for first in range(0, warps, len(_ALIKE)):
         at = f"[%at+{first * SLOTS * _SLOT_BYTES}]"
         if first + len(_ALIKE) <= warps:
@@ -321,9 +327,7 @@ def _(ctx, ref, *args, warps, parts, best, most):
     text = _told_text(warps, parts, best, most)
     words = lowered.like((SLOTS,), lowered.i32())
     arguments = [slot, shared, _base(ref, (SLOTS,)), place, tag]
-    return lowered.assembly(
-        [words] * 3, text, "=&r,=&r,=&r,r,r,l,r,r", arguments, by_warps=True
-    )
+    return lowered.assembly([words] * 3, text, "=&r,=&r,=&r,r,r,l,r,r", arguments, by_warps=True)
 
 
 def told(
