@@ -125,6 +125,16 @@ def _(t: Threads) -> None:
         t[0] = np.where(amount < bits, values >> most, beyond)
 
 
+@instruction("shf", also="l r wrap")
+def _(t: Threads) -> None:
+    if t.kind != "b32" or not t.has("wrap"):
+        raise PtxError("The machine shifts 32 bits of two words, by the amount modulo 32.")
+    both = t[1].astype(np.uint64) | t[2].astype(np.uint64) << np.uint64(32)
+    amount = (t.get(t.operands[3], "u32") & 31).astype(np.uint64)
+    moved = both << amount >> np.uint64(32) if t.has("l") else both >> amount
+    t[0] = moved.astype(np.uint32)
+
+
 @instruction("lop3")
 def _(t: Threads) -> None:
     a, b, c = t[1], t[2], t[3]

@@ -11,7 +11,9 @@ from ptx_inline import Inline, inlines, shape
 from ptx_machine import Machine
 
 from pallas_kernels.draw import ptx
+from pallas_kernels.draw.noise import noisy
 from pallas_kernels.draw.ptx import SLOTS
+from pallas_kernels.draw.threefry import gumbel, random_bits
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -57,6 +59,9 @@ def meet(
     logits[rng.permutation(vocab)[: vocab // 5]] = -np.inf
     noisy = np.where(rng.random(vocab) < 0.5, -np.inf, np.round(rng.normal(size=vocab), 1) - 3)
     noisy = noisy.astype(np.float32)
+    # Some warps have nothing above the lowest place.
+    logits[: vocab // 4] -= 10
+    noisy[logits <= min(places, default=-np.inf)] = -np.inf
     mass = rng.integers(0, 1 << 28, vocab).astype(np.int32)
     mass[: vocab // 2] = (1 << 28) - 1
     board = np.zeros(32 + parts * SLOTS * 8, np.uint8)
@@ -93,6 +98,61 @@ def meet(
             assert set(ahead.view(np.int32)) == {token}
 
 
+def noise_texts(together: int) -> Inline:
+    shape_ = (1, 64 * together)
+
+    def body(_):
+        row, word = jnp.zeros(shape_), jnp.uint32(0)
+        index = jnp.zeros(shape_, jnp.int32)
+        noisy(row, (word, word), index, jnp.float32(0), jnp.float32(0), together)
+
+    return inlines(body, shape(1))[0]
+
+
+def make_noise(logits, key, index, temperature, least, edit=None) -> tuple[np.ndarray, int]:
+    """Of arrays `[elements, threads]`: what comes out, and how many instructions it took."""
+    together, threads = logits.shape
+    machine = Machine(threads, 0, 16)
+    operands = [*logits, *index]
+    operands += [x for x in (*key, temperature, least) for _ in range(together)]
+    out = noise_texts(together).edited(edit).run(machine, *operands)
+    return np.stack(out).view(np.float32), machine.clock
+
+
+# Of this key, indices of the least and of the greatest noise.
+KEY, EXTREMES = (np.uint32(3), np.uint32(5)), (9564963, 18245552)
+
+
+def test_noise_is_jaxs():
+    rng = np.random.default_rng(0)
+    for together in (1, 4):
+        size = together, 64
+        logits = rng.normal(size=size).astype(np.float32)
+        index = rng.integers(0, 1 << 18, size).astype(np.int32)
+        index[0, :2] = EXTREMES
+        bits = np.asarray(random_bits(KEY, index.astype(np.uint32))) >> 9
+        assert bits[0, :2].tolist() == [0, 2**23 - 1]
+        made, _ = make_noise(logits, KEY, index, np.float32(0.7), np.float32(-np.inf))
+        want = logits + np.float32(0.7) * np.asarray(gumbel(KEY, index.astype(np.uint32)))
+        np.testing.assert_allclose(made, want, rtol=3e-7, atol=5e-7)
+
+
+def test_no_noise_is_made_in_warps_that_have_no_token_to_draw():
+    logits = np.full((4, 64), -5, np.float32)
+    index = np.arange(4 * 64, dtype=np.int32).reshape(4, 64)
+    how = KEY, index, np.float32(1), np.float32(-4.5)
+    made, nothing = make_noise(logits, *how)
+    assert (made == -np.inf).all()
+    logits[1, 40] = -4.5
+    made, one = make_noise(logits, *how)
+    assert (np.argwhere(made > -np.inf) == [[1, 40]]).all()
+    logits[:, 40] = 0
+    made, two = make_noise(logits, *how)
+    assert np.argwhere(made > -np.inf).tolist() == [[i, 40] for i in range(4)]
+    # Two of a thread's elements are skipped together.
+    assert nothing < one - 200 < two - 400
+
+
 PLACES = np.array([2.0, 1.5, 1.0, 0.3, 0.0, -0.4, -2.5, -np.inf], np.float32)
 
 
@@ -100,3 +160,4 @@ PLACES = np.array([2.0, 1.5, 1.0, 0.3, 0.0, -0.4, -2.5, -np.inf], np.float32)
 @pytest.mark.parametrize("best", [False, True])
 def test_programs_are_told_what_all_have_found(parts, warps, best):
     meet(parts, PLACES[best:], best, warps)
+    meet(parts, PLACES[:4], best, warps)

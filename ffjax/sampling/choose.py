@@ -19,6 +19,10 @@ from pallas_kernels.gpu import INTERPRETER
 
 __all__ = ["NOT_FINITE", "Before", "Choice", "choose", "draws_by_kernel", "empty_board", "marked"]
 
+# Of more sequences XLA draws at a temperature alone faster: on an H200, drawing takes 4.7 us by the
+# kernel and 7.4 by XLA for 1 sequence, 14.6 and 5.7 for 8.
+_MOST_WITHOUT_FILTERS = 2
+
 NOT_FINITE = -1
 """What stands for a token whose logit is NaN or infinite; it stops its sequence."""
 
@@ -81,6 +85,8 @@ def _edited(
 def _draw_plan(batch: int, vocab: int, stages: Stages) -> DrawPlan | None:
     """How the kernel draws; None where XLA does."""
     if stages.gpu is None or not stages.draws:
+        return None
+    if not stages.filters and batch > _MOST_WITHOUT_FILTERS:
         return None
     return make_draw_plan(batch, vocab, stages.gpu, filters=stages.filters)
 

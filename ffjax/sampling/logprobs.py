@@ -11,9 +11,9 @@ from jax import Array, lax
 
 __all__ = ["LogProbs", "TokenLogprobs", "likeliest_ids", "log_probs"]
 
-# Tokens of a group, falling: each is a multiple of the next. All groups are compared with each other,
-# and then what the best ones hold, so that few are: with 20 alternatives, 250 groups, then 320, then
-# 640 tokens, of a vocabulary of 128 thousand.
+# Tokens of a group, falling: each is a multiple of the next. All groups are compared with each
+# other, and then what the best ones hold: of a vocabulary of 128 thousand, with 20 alternatives,
+# 251 groups, then 320, then 640 tokens.
 _SIZES = 512, 32
 _FEWEST_GROUPS = 32
 _LEAST, _GREATEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max

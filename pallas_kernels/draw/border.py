@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["Border", "first_places"]
+__all__ = ["Border", "first_places", "out_of_reach"]
 
-# Gumbel noise of float32 lies between -4.5 and 16.7: what lies further behind than this many
+# Gumbel noise of float32 lies between -4.5 and 16: what lies further behind than this many
 # temperatures never overtakes the likeliest.
-_FURTHEST = 32.0
+_FURTHEST = 22.0
 # The first places lie from so many temperatures behind the likeliest to so many.
 _NEAREST, _LAST = 0.6, 12.0
 # Looks after which the tokens between which the k-th likeliest lies are taken as equal to it: they
@@ -37,6 +37,16 @@ def first_places(number: int, most: Array, scale: Array) -> list[Array]:
     growth = (_LAST / _NEAREST) ** (1 / (number - 2))
     places = [most - scale * (_NEAREST * growth**i) for i in range(number - 1)]
     return [*places, jnp.full_like(most, -jnp.inf)]
+
+
+def out_of_reach(most: Array, scale: Array) -> Array:
+    """A logit, float32: tokens with less are never drawn, whatever their noise is.
+
+    Args:
+        most: the largest logit, finite.
+        scale: the temperature.
+    """
+    return most - _FURTHEST * scale
 
 
 class Border(NamedTuple):
@@ -68,7 +78,7 @@ class Border(NamedTuple):
             most: the largest logit, finite.
             scale: the temperature.
         """
-        beyond = most - _FURTHEST * scale
+        beyond = out_of_reach(most, scale)
         nothing = jnp.zeros_like(most)
         return cls(most, beyond, most, beyond, nothing, nothing + jnp.inf, jnp.int32(0))
 

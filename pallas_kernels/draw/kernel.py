@@ -11,7 +11,8 @@ What those two keep lies above a border (`pallas_kernels.draw.border`), and each
 programs looks at some places for it. Tokens that are known to lie beneath are out, and the one that
 is ahead of the others is told at the same meeting. That is the token which would be ahead if all
 had been left out from the start, for the noise is the same. If it lies above the border for certain
-it is drawn, if beneath it is out, and if neither is known yet the next meeting looks at it, too.
+it is drawn. If that is not known the next meeting looks for it, and tells at once which token comes
+in its place: the one that is ahead of all that are likelier, since its like would be out with it.
 
 Nothing is sorted: tokens are told apart by their logits, as XLA's filters do. All that is summed is
 integers (`pallas_kernels.draw.mass`), which add up to the same in any order: a row draws the same
@@ -30,9 +31,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.draw import ptx
-from pallas_kernels.draw.border import Border, first_places
+from pallas_kernels.draw.border import Border, first_places, out_of_reach
 from pallas_kernels.draw.exchange import SLOTS, Best, Exchange, Told, board_shape, in_slots
 from pallas_kernels.draw.mass import mass_bits, masses
+from pallas_kernels.draw.noise import noisy
 from pallas_kernels.draw.plan import DrawPlan
 from pallas_kernels.draw.threefry import folded, gumbel
 from pallas_kernels.program import iota
@@ -87,8 +89,8 @@ class _State(NamedTuple):
     Attributes:
         meetings: int32, how many the row has had.
         border: what is known of it.
-        token: int32, the one that is ahead.
-        logit: float32, its logit.
+        token: int32, the one that is ahead, unless it is known to be out.
+        logit: float32, its logit; -inf where there is none yet.
         settled: whether it is the choice.
     """
 
@@ -102,7 +104,8 @@ class _State(NamedTuple):
 def _choose(
     exchange: Exchange,
     row: _Row,
-    start: _State,
+    before: Array,
+    most: Array,
     scale: Array,
     noise: Any,
     logit_of: Any,
@@ -113,36 +116,42 @@ def _choose(
     Args:
         exchange: this program's end of it.
         row: the row.
-        start: before the first look.
+        before: int32, how many it has had so far.
+        most: its largest logit, finite.
         scale: the temperature.
-        noise: makes the logits with noise, float32 `[1, W]`, -inf where `min_p` leaves out.
+        noise: makes the logits with noise, float32 `[1, W]`, of tokens above a border; -inf where
+            `min_p` leaves out. Beneath the border they may be -inf, or be made.
         logit_of: any token's.
         early: whether the first meeting tells which token is ahead of all.
     """
-    places = first_places(SLOTS - early, start.logit, scale)
-    best = Best(noise(), row.token) if early else None
-    telling = exchange.tell(start.meetings, row.logits, row.mass, places, best)
-    # Else the noise is made while others tell what they have.
-    noisy = noise() if best is None else best.noisy
-    told = exchange.told(telling)
-    border = row.narrowed(start.border, places, told)
-    first = start._replace(meetings=start.meetings + 1, border=border)
-    if early:
+    known = Border.unknown(most, scale)
+    places = first_places(SLOTS - early, most, scale)
+    made = noise(known.outside) if early else None
+    best = None if made is None else Best(made, row.token)
+    told = exchange.told(exchange.tell(before, row.logits, row.mass, places, best))
+    border = row.narrowed(known, places, told)
+    first = _State(before + 1, border, told.token, jnp.full_like(most, -jnp.inf), jnp.bool_(False))
+    if made is None:
+        # Most tokens are out by now, unless nearly all are kept.
+        made = noise(border.outside)
+    else:
         logit = logit_of(told.token)
-        first = first._replace(token=told.token, logit=logit, settled=logit >= border.inside)
+        first = first._replace(logit=logit, settled=logit >= border.inside)
 
     def meet(state: _State) -> _State:
-        places = state.border.places(SLOTS - 1, state.logit, row.top_p)
-        there = row.logits > state.border.outside
-        best = Best(jnp.where(there, noisy, -jnp.inf), row.token)
-        telling = exchange.tell(state.meetings, row.logits, row.mass, places, best)
-        told = exchange.told(telling)
-        logit = logit_of(told.token)
+        # Of a token that is out, what the border was last known to be.
+        beneath = jnp.maximum(state.logit, state.border.outside)
+        places = state.border.places(SLOTS - 1, beneath, row.top_p)
+        best = Best(jnp.where(row.logits > beneath, made, -jnp.inf), row.token)
+        told = exchange.told(exchange.tell(state.meetings, row.logits, row.mass, places, best))
         border = row.narrowed(state.border, places, told)
-        return _State(state.meetings + 1, border, told.token, logit, logit >= border.inside)
+        is_out = state.logit <= border.outside
+        token = jnp.where(is_out, told.token, state.token)
+        logit = jnp.where(is_out, logit_of(told.token), state.logit)
+        return _State(state.meetings + 1, border, token, logit, logit >= border.inside)
 
     def unsettled(state: _State) -> Array:
-        return ~state.settled & (state.meetings - start.meetings < _MOST_MEETINGS)
+        return ~state.settled & (state.meetings - before < _MOST_MEETINGS)
 
     out = lax.while_loop(unsettled, meet, first)
     return out.token, out.meetings
@@ -175,21 +184,25 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
     if from_ is not None:
         key = folded(key, (from_ + launches).astype(jnp.uint32))
 
-    def noise() -> Array:
-        noisy = logits + temperature * gumbel(key, token.astype(jnp.uint32))
+    def noise(outside: Array) -> Array:
+        least = outside
         if plan.filters:
-            noisy = jnp.where(logits >= most + scale * jnp.log(min_p), noisy, -jnp.inf)
-        return noisy if interpret else ptx.now(noisy)
+            least = jnp.maximum(outside, most + scale * jnp.log(min_p))
+        if not interpret:
+            together = plan.width // (32 * plan.num_warps)
+            return noisy(logits, key, token, temperature, least, together)
+        made = logits + temperature * gumbel(key, token.astype(jnp.uint32))
+        return jnp.where(logits >= least, made, -jnp.inf)
 
     def drawn() -> tuple[Array, Array]:
         if not plan.filters:
-            telling = exchange.tell(before, logits, token, [], Best(noise(), token))
+            best = Best(noise(out_of_reach(most, scale)), token)
+            telling = exchange.tell(before, logits, token, [], best)
             return exchange.told(telling).token, before + 1
         mass = masses(logits, most, scale, token, mass_bits(plan.vocab_size))
         k = jnp.where(top_k < plan.vocab_size, top_k, _NOBODY)
         row = _Row(logits, token, mass, k, top_p)
-        start = _State(before, Border.unknown(most, scale), likeliest, most, jnp.bool_(False))
-        return _choose(exchange, row, start, scale, noise, logit_of, plan.early)
+        return _choose(exchange, row, before, most, scale, noise, logit_of, plan.early)
 
     # The likeliest is the choice without noise, and where it is NaN, as in jnp.argmax, or infinite.
     drawn_at_all = (temperature > 0) & (jnp.abs(most) < jnp.inf)

@@ -16,8 +16,8 @@ _LEAST_WIDTH = 256
 # with 16 warps of 16 a thread, and 26 to 45 with 32 of 8.
 _PER_THREAD = 16
 _LEAST_WARPS, _MOST_WARPS = 8, 32
-# In so small a batch noise takes less time than a meeting, and one meeting may be enough. In a larger
-# one some row needs two, and noise is made while the first is waited for.
+# In so small a batch noise takes less time than a meeting, and one meeting may be enough. In a
+# larger one some row needs two, and noise is made of what the first leaves.
 _EARLY = 2
 # Masses of so many tokens are still told apart finely: `pallas_kernels.draw.mass`.
 _MOST_TOKENS = 1 << 19

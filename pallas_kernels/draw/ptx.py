@@ -4,7 +4,7 @@ The compiler's own sums over a program's threads take a round through shared mem
 each, and a meeting would need a dozen. Here it has two barriers in all.
 
 A meeting has `SLOTS` slots. A slot holds 62 bits: how many tokens lie above a place and what they
-sum up to (`COUNT_AT`), which are added up, or a token with its noise, of which the greatest is kept.
+sum up to (`COUNT_AT`), which are added up, or a token with its noise, of which the greatest stays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["COUNT_AT", "SLOTS", "TAG_BITS", "TOKEN_BITS", "look", "now", "reserve", "tell", "told"]
+__all__ = ["COUNT_AT", "SLOTS", "TAG_BITS", "TOKEN_BITS", "look", "reserve", "tell", "told"]
 
 # Slots of a meeting, a power of two: of 8 bytes each, a program's fill two sectors of memory.
 SLOTS = 8
@@ -80,48 +80,57 @@ def _look_text(places: int, best: bool, k: int) -> str:
         return f"${(1 + argument) * k + i}"
 
     lines = [
-        "{ .reg .pred %p; .reg .b32 %s, %c, %low, %high, %at, %o, %m; .reg .f32 %f;",
-        f".reg .b64 %x, %y; .reg .b64 %v<{SLOTS}>;",
+        "{ .reg .pred %p; .reg .b32 %low, %high, %at, %t, %n, %o, %m; .reg .f32 %f, %least;",
+        f".reg .b32 %s<{SLOTS}>, %c<{SLOTS}>; .reg .b64 %x, %y, %best, %v<{SLOTS}>;",
         *(f"mov.u32 ${i}, 0;" for i in range(k)),
+        *(f"mov.u32 %s{place}, 0; mov.u32 %c{place}, 0;" for place in range(places)),
+        "mov.u64 %best, 0;",
     ]
-    for place in range(places):
-        lines.append("mov.u32 %s, 0; mov.u32 %c, 0;")
-        for i in range(k):
+    if places:
+        lines.append(f"mov.b32 %least, {of(2)};")
+        lines += [f"min.f32 %least, %least, {of(2 + place)};" for place in range(1, places)]
+    for i in range(k):
+        if places:
+            # A warp of which no token lies above any place goes on to its next ones.
+            lines.append(f"setp.gt.f32 %p, {of(0, i)}, %least;")
+            lines.append(f"vote.sync.any.pred %p, %p, {_ALL}; @!%p bra over{i};")
+        for place in range(places):
             lines.append(f"setp.gt.f32 %p, {of(0, i)}, {of(2 + place)};")
-            lines.append(f"@%p add.u32 %s, %s, {of(1, i)}; @%p add.u32 %c, %c, 1;")
-        # A thread's sum has 32 bits; its halves are summed apart, the upper one with the count.
-        lines += [
-            "and.b32 %low, %s, 65535; shr.u32 %high, %s, 16;",
-            "shl.b32 %c, %c, 21; add.u32 %high, %high, %c;",
-            f"redux.sync.add.u32 %low, %low, {_ALL}; redux.sync.add.u32 %high, %high, {_ALL};",
-            "shr.u32 %c, %high, 21; and.b32 %high, %high, 2097151;",
-            "cvt.u64.u32 %x, %low; mul.wide.u32 %y, %high, 65536; add.u64 %x, %x, %y;",
-            f"cvt.u64.u32 %y, %c; shl.b64 %y, %y, {COUNT_AT}; add.u64 %v{place}, %x, %y;",
-        ]
-    for place in range(places, SLOTS):
-        lines.append(f"mov.u64 %v{place}, 0;")
-    if best:
-        noisy, token = 2 + places, 3 + places
-        lines.append("mov.u64 %x, 0;")
-        for i in range(k):
+            lines.append(f"@%p add.u32 %s{place}, %s{place}, {of(1, i)};")
+            lines.append(f"@%p add.u32 %c{place}, %c{place}, 1;")
+        if best:
+            noisy, token = 2 + places, 3 + places
             lines += [
                 # As an integer that is ordered alike; -0 is 0.
                 f"mov.b32 %f, {of(noisy, i)}; add.f32 %f, %f, 0f00000000; mov.b32 %o, %f;",
                 "shr.s32 %m, %o, 31; or.b32 %m, %m, 0x80000000; xor.b32 %o, %o, %m;",
                 f"sub.u32 %m, {2**TOKEN_BITS - 1}, {of(token, i)};",
-                "mov.b64 %y, {%m, %o}; max.u64 %x, %x, %y;",
+                "mov.b64 %y, {%m, %o}; max.u64 %best, %best, %y;",
             ]
+        lines.append(f"over{i}:")
+    for place in range(places):
+        # A thread's sum has 32 bits; its halves are summed apart, the upper one with the count.
         lines += [
-            f"mov.b64 {{%m, %o}}, %x; redux.sync.max.u32 %s, %o, {_ALL};",
-            "setp.eq.u32 %p, %s, %o; selp.u32 %m, %m, 0, %p;",
+            f"and.b32 %low, %s{place}, 65535; shr.u32 %high, %s{place}, 16;",
+            f"shl.b32 %n, %c{place}, 21; add.u32 %high, %high, %n;",
+            f"redux.sync.add.u32 %low, %low, {_ALL}; redux.sync.add.u32 %high, %high, {_ALL};",
+            "shr.u32 %n, %high, 21; and.b32 %high, %high, 2097151;",
+            "cvt.u64.u32 %x, %low; mul.wide.u32 %y, %high, 65536; add.u64 %x, %x, %y;",
+            f"cvt.u64.u32 %y, %n; shl.b64 %y, %y, {COUNT_AT}; add.u64 %v{place}, %x, %y;",
+        ]
+    lines += [f"mov.u64 %v{place}, 0;" for place in range(places, SLOTS)]
+    if best:
+        lines += [
+            f"mov.b64 {{%m, %o}}, %best; redux.sync.max.u32 %t, %o, {_ALL};",
+            "setp.eq.u32 %p, %t, %o; selp.u32 %m, %m, 0, %p;",
             f"redux.sync.max.u32 %m, %m, {_ALL};",
-            f"cvt.u64.u32 %x, %s; shl.b64 %x, %x, {TOKEN_BITS}; cvt.u64.u32 %y, %m;",
+            f"cvt.u64.u32 %x, %t; shl.b64 %x, %x, {TOKEN_BITS}; cvt.u64.u32 %y, %m;",
             f"or.b64 %v{SLOTS - 1}, %x, %y;",
         ]
     address = 2 + places + 2 * best
     lines += [
-        "mov.u32 %s, %tid.x; and.b32 %c, %s, 31; shr.u32 %s, %s, 5;",
-        f"mad.lo.u32 %at, %s, {SLOTS * _SLOT_BYTES}, {of(address)}; setp.eq.u32 %p, %c, 0;",
+        "mov.u32 %t, %tid.x; and.b32 %n, %t, 31; shr.u32 %t, %t, 5;",
+        f"mad.lo.u32 %at, %t, {SLOTS * _SLOT_BYTES}, {of(address)}; setp.eq.u32 %p, %n, 0;",
         *(
             f"@%p st.shared.v2.b64 [%at+{i * _SLOT_BYTES}], {{%v{i}, %v{i + 1}}};"
             for i in range(0, SLOTS, 2)
@@ -137,7 +146,8 @@ def _(ctx, *args, places, best, together):
     text = _look_text(places, best, together)
     constraints = ",".join(["=&r"] * together + ["r"] * (together * len(arguments)))
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    return lowered.assembly([result], text, constraints, arguments, together)[0]
+    # Whole warps jump.
+    return lowered.assembly([result], text, constraints, arguments, together, by_warps=True)[0]
 
 
 def _bits(x: Array) -> Array:
@@ -159,7 +169,8 @@ def look(
         mass: int32 `[1, W]`: what a thread's sum up to has 32 bits.
         places: float32 scalars, at most `SLOTS`: their slots are the first ones.
         best: logits with noise, float32 `[1, W]`, none NaN, and tokens, int32 `[1, W]`, of which
-            the greatest goes to the last slot.
+            the greatest goes to the last slot. Where there are places, those whose logits lie
+            beneath all of them may be left out.
         shared: from `reserve`.
         together: tokens that a thread has.
     """
@@ -211,7 +222,8 @@ def _of_warps_lines(address: str, warps: int, best: bool) -> list[str]:
 
 
 _REGISTERS = (
-    ".reg .pred %p, %last, %q; .reg .b32 %a, %b, %t, %lane, %warp, %at, %n; .reg .b64 %x, %y, %z, %w;"
+    ".reg .pred %p, %last, %q; .reg .b32 %a, %b, %t, %lane, %warp, %at, %n;"
+    " .reg .b64 %x, %y, %z, %w;"
     " mov.u32 %t, %tid.x; and.b32 %lane, %t, 31; shr.u32 %warp, %t, 5;"
     f" and.b32 %a, %lane, {SLOTS - 1}; setp.eq.u32 %last, %a, {SLOTS - 1};"
 )
@@ -225,7 +237,7 @@ def _(ref, *args, warps, best):
 
 
 def _tell_text(warps: int, best: bool) -> str:
-    """Operands: a result; the shared address, the board's, where this program's words lie, a tag."""
+    """Operands: a result; the shared address, the board's, where the program's words lie, a tag."""
     lines = [
         f"{{ {_REGISTERS} mov.u32 $0, 0; bar.sync 0;",
         "setp.ne.u32 %p, %warp, 0; @%p bra idle;",
@@ -305,7 +317,8 @@ def _told_text(warps: int, parts: int, best: bool, most: int) -> str:
     reading = min(warps, -(-words // _LANES))
     lines += [
         *_joined_lines("%x", best),
-        f"mad.lo.u32 %at, %t, {_SLOT_BYTES}, $4; mul.lo.u32 %a, %warp, {(_LANES - SLOTS) * _SLOT_BYTES};",
+        f"mad.lo.u32 %at, %t, {_SLOT_BYTES}, $4;",
+        f"mul.lo.u32 %a, %warp, {(_LANES - SLOTS) * _SLOT_BYTES};",
         f"sub.u32 %at, %at, %a; setp.lt.u32 %p, %lane, {SLOTS};",
         f"@%p st.shared.b64 [%at+{first}], %x;",
         f"bar.sync 0; add.u32 %b, $4, {first};",
@@ -362,26 +375,3 @@ def told(
     options = {"warps": warps, "parts": parts, "best": best, "most": most}
     counts, masses, token = _told_p.bind(board, slot, *arrays, **options)
     return counts, lax.bitcast_convert_type(masses, jnp.float32), token
-
-
-_now_p = core.Primitive("ffjax_draw_now")
-
-
-@_now_p.def_effectful_abstract_eval
-def _(x):
-    return core.ShapedArray(x.shape, jnp.int32), {lowered.ORDERED}
-
-
-@lowering.register_lowering(_now_p)
-def _(ctx, x):
-    result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    return lowered.assembly([result], "mov.b32 $0, $1;", "=r,r", lowered.values(ctx, [x]))[0]
-
-
-def now(x: Array) -> Array:
-    """The same numbers, computed before what comes next.
-
-    Args:
-        x: float32, any shape.
-    """
-    return lax.bitcast_convert_type(_now_p.bind(_bits(x)), jnp.float32)

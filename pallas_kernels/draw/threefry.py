@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-__all__ = ["folded", "gumbel", "random_bits"]
+__all__ = ["PARITY", "ROTATIONS", "TINY", "folded", "gumbel", "random_bits"]
 
-_ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
-_PARITY = np.uint32(0x1BD11BDA)
-_TINY = np.finfo(np.float32).tiny
+ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
+PARITY = np.uint32(0x1BD11BDA)
+TINY = np.finfo(np.float32).tiny
 _MANTISSA_BITS = 23
 _ONE = np.uint32(0x3F800000)  # the bits of 1.0
 
@@ -27,11 +27,11 @@ def _rotated(x: Array, by: int) -> Array:
 
 def _hashed(key: tuple[Array, Array], x: Array, y: Array) -> tuple[Array, Array]:
     """A counter's two words, hashed."""
-    keys = *key, key[0] ^ key[1] ^ _PARITY
+    keys = *key, key[0] ^ key[1] ^ PARITY
     x = x + keys[0]
     y = y + keys[1]
     for group in range(5):
-        for by in _ROTATIONS[group % 2]:
+        for by in ROTATIONS[group % 2]:
             x = x + y
             y = _rotated(y, by) ^ x
         x = x + keys[(group + 1) % 3]
@@ -70,5 +70,5 @@ def gumbel(key: tuple[Array, Array], index: Array) -> Array:
     bits = random_bits(key, index)
     mantissa = lax.shift_right_logical(bits, jnp.full_like(bits, 32 - _MANTISSA_BITS))
     uniform = lax.bitcast_convert_type(mantissa | _ONE, jnp.float32) - 1.0
-    uniform = jnp.maximum(uniform * (1.0 - _TINY) + _TINY, _TINY)
+    uniform = jnp.maximum(uniform * (1.0 - TINY) + TINY, TINY)
     return -jnp.log(-jnp.log(uniform))
