@@ -229,13 +229,13 @@ def decode_block(
     out, (tokens, logits) = lax.scan(step, start, (indices, keys), length=BLOCK)
     cache, token, history, _ = out
     told = None
-    if stages.logprobs is not None:
+    if stages.logprobs is not None and logits is not None:
         # Of all steps at once: step by step, each launch that they take would be one a token.
         rows_ = logits.reshape(-1, logits.shape[-1])
         # What stands for a token that is none has no log-probability that anybody reads.
         chosen = jnp.maximum(tokens, 0).reshape(-1)
-        told = log_probs(rows_, chosen, stages.logprobs)
-        told = jax.tree.map(lambda x: x.reshape(*tokens.shape, *x.shape[1:]), told)
+        found = log_probs(rows_, chosen, stages.logprobs)
+        told = LogProbs(*(x.reshape(*tokens.shape, *x.shape[1:]) for x in found))
     return cache, token, index + BLOCK, history, Made(tokens, told)
 
 

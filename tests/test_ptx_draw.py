@@ -41,7 +41,7 @@ def texts(places: int, best: bool, warps: int, parts: int) -> list[Inline]:
 
 
 def meet(
-    parts: int, places: np.ndarray, best: bool, warps: int, edits: list = (), seed: int = 0
+    parts: int, places: np.ndarray, best: bool, warps: int, edits: tuple = (), seed: int = 0
 ) -> None:
     """Has the programs of a row meet, and compares what each is told with what there is."""
     rng = np.random.default_rng(seed)
@@ -75,6 +75,7 @@ def meet(
         """Of each thread, those that it has: side by side in pairs, then the others."""
         return list(x[part * width :][:width].reshape(threads, TOGETHER).T)
 
+    memory = Machine.memory_base
     for part, machine in enumerate(machines):
         operands = [*elements(logits, part), *elements(mass, part)]
         operands += [place for place in places for _ in range(TOGETHER)]
@@ -82,7 +83,6 @@ def meet(
             ids = np.arange(vocab, dtype=np.int32)
             operands += [*elements(noisy, part), *elements(ids, part)]
         look.run(machine, *operands, *[base] * TOGETHER)
-        memory = Machine.memory_base
         tell.run(machine, base, memory, 32 + part * SLOTS * 8, TAG)
     above = logits > places[:, None]
     counts = above.sum(axis=1)
@@ -114,13 +114,13 @@ def make_noise(logits, key, index, temperature, least, edit=None) -> tuple[np.nd
     together, threads = logits.shape
     machine = Machine(threads, 0, 16)
     operands = [*logits, *index]
-    operands += [x for x in (*key, temperature, least) for _ in range(together)]
+    operands += [x for x in (*map(np.asarray, key), temperature, least) for _ in range(together)]
     out = noise_texts(together).edited(edit).run(machine, *operands)
     return np.stack(out).view(np.float32), machine.clock
 
 
 # Of this key, indices of the least and of the greatest noise.
-KEY, EXTREMES = (np.uint32(3), np.uint32(5)), (9564963, 18245552)
+KEY, EXTREMES = (jnp.uint32(3), jnp.uint32(5)), (9564963, 18245552)
 
 
 def test_noise_is_jaxs():
@@ -130,10 +130,10 @@ def test_noise_is_jaxs():
         logits = rng.normal(size=size).astype(np.float32)
         index = rng.integers(0, 1 << 18, size).astype(np.int32)
         index[0, :2] = EXTREMES
-        bits = np.asarray(random_bits(KEY, index.astype(np.uint32))) >> 9
+        bits = np.asarray(random_bits(KEY, jnp.asarray(index, jnp.uint32))) >> 9
         assert bits[0, :2].tolist() == [0, 2**23 - 1]
         made, _ = make_noise(logits, KEY, index, np.float32(0.7), np.float32(-np.inf))
-        want = logits + np.float32(0.7) * np.asarray(gumbel(KEY, index.astype(np.uint32)))
+        want = logits + np.float32(0.7) * np.asarray(gumbel(KEY, jnp.asarray(index, jnp.uint32)))
         np.testing.assert_allclose(made, want, rtol=3e-7, atol=5e-7)
 
 

@@ -105,7 +105,8 @@ class Exchange:
 
     def before(self) -> tuple[Array, Array]:
         """How many meetings the row has had in all launches before, and how many these were."""
-        return tuple(plgpu.load(self.board.at[self.row, jnp.int32(i)]) for i in range(2))
+        first, second = (plgpu.load(self.board.at[self.row, jnp.int32(i)]) for i in range(2))
+        return first, second
 
     def leave(self, meetings: Array, launches: Array) -> None:
         """Says how many there are now; all have read the former numbers before they met.
@@ -170,12 +171,13 @@ class Exchange:
         bits = mass_bits(self.plan.vocab_size)
         each = in_slots([*places, *[jnp.float32(jnp.inf)] * (SLOTS - len(places))])
         there = logits > each[:, None]
-        one, *both = (jnp.sum(jnp.where(there, x, 0), axis=1) for x in (1, *halves(mass, bits)))
+        high, low = halves(mass, bits)
+        one, high, low = (jnp.sum(jnp.where(there, x, 0), axis=1) for x in (1, high, low))
         token = jnp.int32(0)
         if best is not None:
             ahead = best.noisy == jnp.max(best.noisy)
             token = jnp.min(jnp.where(ahead, best.token, jnp.iinfo(jnp.int32).max))
-        return Told(one, whole(*both, bits), token)
+        return Told(one, whole(high, low, bits), token)
 
 
 def in_slots(values: list[Array]) -> Array:

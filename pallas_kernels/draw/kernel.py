@@ -164,8 +164,9 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
     # All loads are asked for before the first is waited for.
     likeliest = plgpu.load(refs["likeliest"].at[b])
     temperature = plgpu.load(refs["temperature"].at[b])
-    key = tuple(plgpu.load(refs["keys"].at[b, jnp.int32(i)]) for i in range(2))
+    one, other = (plgpu.load(refs["keys"].at[b, jnp.int32(i)]) for i in range(2))
     from_ = plgpu.load(refs["first"].at[b]) if "first" in refs else None
+    top_k = top_p = min_p = None
     if plan.filters:
         top_k = plgpu.load(refs["top_k"].at[b])
         top_p, min_p = (plgpu.load(refs["nucleus"].at[b, jnp.int32(i)]) for i in range(2))
@@ -181,12 +182,13 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
 
     most = logit_of(likeliest)
     scale = jnp.maximum(temperature, _LEAST_TEMPERATURE)
+    key = one, other
     if from_ is not None:
         key = folded(key, (from_ + launches).astype(jnp.uint32))
 
     def noise(outside: Array) -> Array:
         least = outside
-        if plan.filters:
+        if min_p is not None:
             least = jnp.maximum(outside, most + scale * jnp.log(min_p))
         if not interpret:
             together = plan.width // (32 * plan.num_warps)
@@ -195,7 +197,7 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
         return jnp.where(logits >= least, made, -jnp.inf)
 
     def drawn() -> tuple[Array, Array]:
-        if not plan.filters:
+        if top_k is None or top_p is None:
             best = Best(noise(out_of_reach(most, scale)), token)
             telling = exchange.tell(before, logits, token, [], best)
             return exchange.told(telling).token, before + 1

@@ -39,7 +39,7 @@ _TWO_THIRDS = 0x3F2AAAAB  # the bits of 2/3
 _EXPONENT = 0xFF800000
 
 
-def _f32(x: float) -> str:
+def _f32(x: float | np.float32) -> str:
     """A literal."""
     return f"0f{int(np.float32(x).view(np.uint32)):08X}"
 

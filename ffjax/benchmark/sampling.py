@@ -1,0 +1,174 @@
+"""What choosing tokens costs: blocks of steps, as `ffjax.generate` runs them, by how they choose.
+
+    python -m ffjax.benchmark.sampling --config llama3.2-1b --batches 1,8
+
+Each way to choose has a program of its own; all take turns, on random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ffjax.benchmark.inputs import first_tokens, random_model, started_cache
+from ffjax.benchmark.timing import rewind
+from ffjax.commands.formats import add_format_arguments, chosen_config
+from ffjax.decode import resolve_implementation_config
+from ffjax.loop import BLOCK, decode_block, slots_for
+from ffjax.model import Transformer
+from ffjax.parts import Parts
+from ffjax.reproducible import compiler_options
+from ffjax.sampling.draw import words_of
+from ffjax.sampling.history import History
+from ffjax.sampling.params import SamplingParams
+from ffjax.sampling.rows import Stages, drawing_gpu, rows_of
+from ffjax.settings import program_settings
+
+__all__ = ["SAMPLERS", "Blocks", "microseconds"]
+
+_DRAWN = SamplingParams(temperature=0.8)
+_FILTERED = replace(_DRAWN, top_k=50, top_p=0.9)
+_ALL = replace(_FILTERED, min_p=0.02)
+SAMPLERS = {
+    "greedy": SamplingParams(),
+    "temperature 0.8": _DRAWN,
+    "and top-p 0.9": replace(_DRAWN, top_p=0.9),
+    "and top-k 50": replace(_DRAWN, top_k=50),
+    "and top-k 50, top-p 0.9, min-p 0.02": _ALL,
+    "all that, and a repetition penalty": replace(_ALL, repetition_penalty=1.1),
+    "5 log-probabilities, greedy": SamplingParams(logprobs=5),
+    "20 log-probabilities, greedy": SamplingParams(logprobs=20),
+    "top-k 50, top-p 0.9, 5 log-probabilities": replace(_FILTERED, logprobs=5),
+}
+"""How tokens are chosen, by name; the first is what the others are compared with."""
+
+
+class Blocks:
+    """Blocks of steps that choose in one way: lowered when it is made, then compiled, then run.
+
+    Attributes:
+        steps: of a run.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch: int,
+        params: SamplingParams,
+        *,
+        position: int = 128,
+        blocks: int = 12,
+        implementation: Any = None,
+    ):
+        """Lowers the block.
+
+        Args:
+            model: the model.
+            batch: B; all sequences choose alike.
+            params: how.
+            position: tokens in the cache when a run begins.
+            blocks: of a run.
+            implementation: of the steps, as `ffjax.generate` takes it.
+        """
+        self.steps = BLOCK * blocks
+        self._position, self._blocks = position, blocks
+        config = model.config
+        parts = Parts.of(model)
+        capacity = slots_for(position + self.steps)
+        with program_settings():
+            stages = Stages.of([params] * batch, (), drawing_gpu(parts.device, implementation))
+            rows = rows_of([params] * batch, [[]] * batch, words_of(0, batch), stages)
+            history = History.empty(batch, config.vocab_size) if stages.remembers else None
+            self._state, self._rows = parts.state, jax.device_put(rows)
+            cache = started_cache(config, batch, position, capacity)
+            index = jnp.ones((batch,), jnp.int32)
+            self._going = cache, first_tokens(config, batch), index, history
+            resolved = resolve_implementation_config(
+                config, model.dtype, batch, capacity, implementation
+            )
+            block = functools.partial(
+                decode_block, parts.graphdef, stages=stages, implementation=resolved
+            )
+            step = jax.jit(
+                block, donate_argnums=(1, 5), compiler_options=compiler_options(parts.device)
+            )
+            self._lowered = step.lower(*self._args())
+        self._compiled: Any = None
+
+    def _args(self) -> tuple[Any, ...]:
+        cache, token, index, history = self._going
+        return self._state, cache, token, index, self._rows, history
+
+    def compile(self) -> None:
+        """Compiles the block; may be called beside other threads' calls."""
+        self._compiled = self._lowered.compile()
+
+    def run(self) -> float:
+        """Runs all blocks from the first position on; returns seconds."""
+        cache, *rest = self._going
+        self._going = rewind(cache, self._position), *rest
+        jax.block_until_ready(self._going)
+        start = time.perf_counter()
+        for _ in range(self._blocks):
+            cache, token, index, history, _ = self._compiled(*self._args())
+            self._going = cache, token, index, history
+        jax.block_until_ready(self._going[1])
+        return time.perf_counter() - start
+
+
+def microseconds(ways: Mapping[str, Blocks], repetitions: int = 5) -> dict[str, list[float]]:
+    """Times of a step, repetition by repetition; the ways take turns, and run once untimed.
+
+    Args:
+        ways: compiled.
+        repetitions: of each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repetitions + 1):
+        for name, way in ways.items():
+            seconds = way.run()
+            if turn:
+                times[name].append(seconds / way.steps * 1e6)
+    return times
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints a table for each batch.
+
+    Args:
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(prog="python -m ffjax.benchmark.sampling", description=__doc__)
+    parser.add_argument("--config", required=True, help="a preset: llama3.2-1b")
+    parser.add_argument("--batches", default="1,8", help="default: %(default)s")
+    parser.add_argument("--position", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--repetitions", type=int, default=5, help="default: %(default)s")
+    add_format_arguments(parser)
+    asked = parser.parse_args(arguments)
+    model = random_model(chosen_config(asked))
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {asked.config}")
+    for batch in map(int, asked.batches.split(",")):
+        ways = {
+            name: Blocks(model, batch, params, position=asked.position)
+            for name, params in SAMPLERS.items()
+        }
+        for way in ways.values():
+            way.compile()
+        times = microseconds(ways, asked.repetitions)
+        base = statistics.median(times.pop("greedy"))
+        print(f"\n| batch {batch}, greedy step {base:.1f} us | more, us | |\n| --- | ---: | ---: |")
+        for name, each in times.items():
+            more = statistics.median(each) - base
+            print(f"| {name} | {more:.1f} | {more / base:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
