@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ptx_inline import Inline, inlines, shape
-from ptx_machine import Machine
+from ptx_machine import Machine, PtxError
 
 from pallas_kernels.draw import ptx
 from pallas_kernels.draw.noise import noisy
@@ -41,9 +41,18 @@ def texts(places: int, best: bool, warps: int, parts: int) -> list[Inline]:
 
 
 def meet(
-    parts: int, places: np.ndarray, best: bool, warps: int, edits: tuple = (), seed: int = 0
+    parts: int,
+    places: np.ndarray,
+    best: bool,
+    warps: int,
+    edits: tuple = (),
+    seed: int = 0,
+    missing: bool = False,
 ) -> None:
-    """Has the programs of a row meet, and compares what each is told with what there is."""
+    """Has the programs of a row meet, and compares what each is told with what there is.
+
+    `missing`: one word of the last program has not come.
+    """
     rng = np.random.default_rng(seed)
     look, tell, told = texts(len(places), best, warps, parts)
     for old, new in edits:
@@ -84,6 +93,8 @@ def meet(
             operands += [*elements(noisy, part), *elements(ids, part)]
         look.run(machine, *operands, *[base] * TOGETHER)
         tell.run(machine, base, memory, 32 + part * SLOTS * 8, TAG)
+    if missing:
+        board.view(np.uint64)[-1] ^= np.uint64(3)  # of another meeting
     above = logits > places[:, None]
     counts = above.sum(axis=1)
     sums = np.where(above, mass.astype(np.int64), 0).sum(axis=1)
@@ -123,18 +134,26 @@ def make_noise(logits, key, index, temperature, least, edit=None) -> tuple[np.nd
 KEY, EXTREMES = (jnp.uint32(3), jnp.uint32(5)), (9564963, 18245552)
 
 
-def test_noise_is_jaxs():
+def check_noise(together: int, temperature: float, edit: tuple[str, str] | None = None) -> None:
+    """Compares noise, that of the least and of the greatest random number too, with JAX's."""
     rng = np.random.default_rng(0)
-    for together in (1, 4):
-        size = together, 64
-        logits = rng.normal(size=size).astype(np.float32)
-        index = rng.integers(0, 1 << 18, size).astype(np.int32)
-        index[0, :2] = EXTREMES
-        bits = np.asarray(random_bits(KEY, jnp.asarray(index, jnp.uint32))) >> 9
-        assert bits[0, :2].tolist() == [0, 2**23 - 1]
-        made, _ = make_noise(logits, KEY, index, np.float32(0.7), np.float32(-np.inf))
-        want = logits + np.float32(0.7) * np.asarray(gumbel(KEY, jnp.asarray(index, jnp.uint32)))
-        np.testing.assert_allclose(made, want, rtol=3e-7, atol=5e-7)
+    size = together, 64
+    logits = rng.normal(size=size).astype(np.float32)
+    index = rng.integers(0, 1 << 18, size).astype(np.int32)
+    index[-1, :2] = EXTREMES
+    words = jnp.asarray(index, jnp.uint32)
+    assert (random_bits(KEY, words) >> 9)[-1, :2].tolist() == [0, 2**23 - 1]
+    # Of the second warp, in every other pair of elements, one token alone.
+    logits[::2, 32:] = logits[1::2, 33:] = -10
+    scale, least = np.float32(temperature), np.float32(-5)
+    made, _ = make_noise(logits, KEY, index, scale, least, edit)
+    want = np.where(logits < least, -np.inf, logits + scale * np.asarray(gumbel(KEY, words)))
+    np.testing.assert_allclose(made, want, rtol=3e-7, atol=6e-7)
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_noise_is_jaxs(together):
+    check_noise(together, 0.7)
 
 
 def test_no_noise_is_made_in_warps_that_have_no_token_to_draw():
@@ -161,3 +180,42 @@ PLACES = np.array([2.0, 1.5, 1.0, 0.3, 0.0, -0.4, -2.5, -np.inf], np.float32)
 def test_programs_are_told_what_all_have_found(parts, warps, best):
     meet(parts, PLACES[best:], best, warps)
     meet(parts, PLACES[:4], best, warps)
+
+
+def test_a_program_waits_for_the_words_of_this_meeting():
+    with pytest.raises(PtxError, match="trap"):
+        meet(2, PLACES, False, 8, missing=True)
+
+
+# What is changed, and whether the last slot holds a token then.
+FAULTS = {
+    "warps that have tokens are skipped": ("@!%p bra over1;", "@%p bra over1;", True),
+    "a place's count is not added": ("@%p add.u32 %c2, %c2, 1;", "", False),
+    "the first of equals is not the greatest": ("sub.u32 %m, 1073741823,", "add.u32 %m, 0,", True),
+    "a mass's upper half is lost": ("mul.wide.u32 %y, %high, 65536;", "mov.u64 %y, 0;", False),
+    "sums are read before all have written": ("bar.sync 0; add.u32 %b", "add.u32 %b", False),
+    "tokens are added up": ("@%last mov.u64 %x, %z;", "", True),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(fault):
+    *edit, best = FAULTS[fault]
+    with pytest.raises((AssertionError, PtxError)):
+        for seed in range(3):
+            meet(2, PLACES[best:], best, 8, (edit,), seed)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("shf.l.wrap.b32 %y0, %y0, %y0, 29;", "shf.l.wrap.b32 %y0, %y0, %y0, 28;"),
+        ("max.f32 %f1, %f1, 0f00800000;", ""),
+        ("vote.sync.any.pred", "vote.sync.all.pred"),
+        ("or.pred %q, %q, %p1;", ""),
+    ],
+)
+def test_a_fault_in_noise_is_seen(edit):
+    with pytest.raises((AssertionError, PtxError)):
+        for temperature in (0.7, 1.0):
+            check_noise(4, temperature, edit)
