@@ -54,7 +54,7 @@ from ffjax.sampling.choose import (
 )
 from ffjax.sampling.draw import KeysFrom, sequence_keys, step_keys
 from ffjax.sampling.history import History, said
-from ffjax.sampling.logprobs import LogProbs, log_probs
+from ffjax.sampling.logprobs import LogProbs, log_probs, ordered, unordered
 from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, drawing_gpu, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
@@ -221,7 +221,8 @@ def decode_block(
         out = decode_step(model, cache, token, implementation=implementation)
         keys = keys if by_kernel is None else by_kernel
         choice = choose(out.logits, out.token, rows, keys, history, index, untold, board)
-        logits = None if stages.logprobs is None else out.logits
+        # As they are, XLA would copy them by a launch that it takes into no graph of launches.
+        logits = None if stages.logprobs is None else ordered(out.logits)
         return (out.cache, choice.token, history, choice.board), (choice.told, logits)
 
     board = empty_board(token.shape[0], model.config.vocab_size, stages)
@@ -231,7 +232,7 @@ def decode_block(
     told = None
     if stages.logprobs is not None and logits is not None:
         # Of all steps at once: step by step, each launch that they take would be one a token.
-        rows_ = logits.reshape(-1, logits.shape[-1])
+        rows_ = unordered(logits).reshape(-1, logits.shape[-1])
         # What stands for a token that is none has no log-probability that anybody reads.
         chosen = jnp.maximum(tokens, 0).reshape(-1)
         found = log_probs(rows_, chosen, stages.logprobs)

@@ -1,14 +1,28 @@
 """The kernel that draws compiles for GPUs that are not here."""
 
+import functools
 import os
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_cases import small_config
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ffjax.cache import KVCache
+from ffjax.loop import decode_block
+from ffjax.model import Transformer
+from ffjax.sampling.draw import words_of
+from ffjax.sampling.params import SamplingParams
+from ffjax.sampling.rows import Stages, rows_of
+from ffjax.settings import program_settings
 from pallas_kernels.compile import why_no_compiler
 from pallas_kernels.draw import draw_tokens, make_draw_plan, no_board
+from pallas_kernels.gpu import Gpu
 from pallas_kernels.targets import target
 
 pytestmark = [
@@ -21,35 +35,57 @@ pytestmark = [
 ]
 
 
+def there(name: str) -> NamedSharding:
+    """Where arrays lie on a GPU that is not here."""
+    config = target(name).config
+    devices = topologies.get_topology_desc(
+        "", "cuda", target_config=config, topology="1x1x1"
+    ).devices
+    return NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("name", ["h200", "a100", "l4"])
 def test_it_compiles_to_one_launch(name, batch):
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
     vocab = 49152
-    gpu = target(name)
-    devices = topologies.get_topology_desc(
-        "", "cuda", target_config=gpu.config, topology="1x1x1"
-    ).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",))
-    there = NamedSharding(mesh, PartitionSpec())
-    plan = make_draw_plan(batch, vocab, gpu.gpu)
+    place = there(name)
+    plan = make_draw_plan(batch, vocab, target(name).gpu)
     assert plan is not None
 
     def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=there)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     args = [
         array((batch, vocab), jnp.float32),
         array((batch,), jnp.int32),
         array((batch, 2), jnp.uint32),
-        jax.ShapeDtypeStruct(no_board(plan).shape, jnp.int32, sharding=there),
+        array(no_board(plan).shape, jnp.int32),
         array((batch,), jnp.float32),
         array((batch,), jnp.int32),
         array((batch, 2), jnp.float32),
     ]
     step = jax.jit(lambda *args: draw_tokens(plan, *args), donate_argnums=3)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(place.mesh):
         text = step.trace(*args).lower().compile().as_text()
     assert text is not None and text.count("custom-call(") == 1
+
+
+def test_no_copy_of_logits_keeps_a_block_of_steps_from_being_a_graph():
+    """Logits are kept for their log-probabilities; XLA takes asynchronous copies into no graph."""
+    config, place, gpu = small_config(vocab_size=4096), there("h200"), target("h200").gpu
+    params = [SamplingParams(logprobs=2)]
+    stages = Stages.of(params, (), gpu)
+
+    def abstract():
+        model, cache = Transformer(config, rngs=nnx.Rngs(0)), KVCache.create(config, 1, 256)
+        return nnx.split(model)[1], cache, *[jnp.zeros((1,), jnp.int32)] * 2
+
+    graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+    args = *jax.eval_shape(abstract), rows_of(params, [[]], words_of(0, 1), stages), None
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+    block = functools.partial(decode_block, graphdef, stages=stages, implementation="pallas")
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    with jax.set_mesh(place.mesh), mock.patch.object(Gpu, "of", lambda _: gpu), program_settings():
+        step = jax.jit(block, donate_argnums=1, compiler_options=options)
+        text = step.trace(*args).lower().compile().as_text()
+    assert text is not None and "ffjax_decode_step" in text and "-start" not in text

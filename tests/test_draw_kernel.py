@@ -118,3 +118,6 @@ def test_a_generation_that_it_draws_is_the_one_that_xla_draws(monkeypatch):
     want = generate(model, prompts, 20, sampling=params).tokens
     monkeypatch.setattr("ffjax.loop.drawing_gpu", lambda *_: INTERPRETER)
     assert generate(model, prompts, 20, sampling=params).tokens == want
+    # The keys of drafts and of what is kept of them are not those of one draw after another.
+    how = {"sampling": params, "speculation": "lookup"}
+    assert generate(model, prompts, 20, **how).tokens == want

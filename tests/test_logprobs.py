@@ -1,7 +1,11 @@
 """The likeliest tokens, found group by group, are those that a stable sort finds."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from logprob_cases import check_likeliest
+
+from ffjax.sampling.logprobs import ordered, unordered
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -16,3 +20,11 @@ def test_the_likeliest_tokens_are_those_of_a_stable_sort(vocab, best):
 @pytest.mark.parametrize("best", [70, 140])
 def test_as_many_as_there_are_groups_and_more_than_a_group_holds(best):
     check_likeliest(70 * 128 - 3, best)
+
+
+def test_logits_come_back_from_the_numbers_that_they_are_ordered_by():
+    values = np.array([-np.inf, -2.5, -1e-40, -0.0, 0.0, 1e-40, 7, np.inf, np.nan], np.float32)
+    numbers = np.asarray(ordered(jnp.asarray(values)))
+    assert (np.diff(numbers.astype(np.int64)) > 0).all()
+    back = np.asarray(unordered(jnp.asarray(numbers)))
+    assert (back[:-1].view(np.int32) == values[:-1].view(np.int32)).all() and np.isnan(back[-1])

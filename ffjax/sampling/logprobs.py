@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-__all__ = ["LogProbs", "TokenLogprobs", "likeliest_ids", "log_probs"]
+__all__ = ["LogProbs", "TokenLogprobs", "likeliest_ids", "log_probs", "ordered", "unordered"]
 
 # Tokens of a group, falling: each is a multiple of the next. All groups are compared with each
 # other, and then what the best ones hold: of a vocabulary of 128 thousand, with 20 alternatives,
@@ -50,10 +50,16 @@ class LogProbs(NamedTuple):
         return TokenLogprobs(float(self.chosen[row]), tuple(pairs))
 
 
-def _ordered(logits: Array) -> Array:
+def ordered(logits: Array) -> Array:
     """int32 that are ordered as `lax.top_k` orders float32: -0 is less than 0, NaN is most."""
     bits = lax.bitcast_convert_type(logits, jnp.int32)
     return jnp.where(jnp.isnan(logits), _GREATEST, jnp.where(bits < 0, bits ^ _GREATEST, bits))
+
+
+def unordered(numbers: Array) -> Array:
+    """The float32 that `ordered` has made numbers of."""
+    bits = jnp.where(numbers < 0, numbers ^ _GREATEST, numbers)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _best_ids(values: Array, ids: Array, best: int) -> Array:
@@ -93,7 +99,7 @@ def likeliest_ids(logits: Array, best: int) -> Array:
         return lax.top_k(logits, best)[1]
     room = (0, 0), (0, -vocab % sizes[0])
     # What fills the last group up is behind every logit.
-    values = [jnp.pad(_ordered(logits), room, constant_values=_LEAST)]
+    values = [jnp.pad(ordered(logits), room, constant_values=_LEAST)]
     # Of each size, from tokens up, what the groups' likeliest are.
     for inner, size in itertools.pairwise([1, *sizes[::-1]]):
         values.append(jnp.max(values[-1].reshape(batch, -1, size // inner), axis=-1))
