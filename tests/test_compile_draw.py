@@ -35,20 +35,21 @@ pytestmark = [
 ]
 
 
-def there(name: str) -> NamedSharding:
+def there(name: str) -> tuple[Mesh, NamedSharding]:
     """Where arrays lie on a GPU that is not here."""
     config = target(name).config
     devices = topologies.get_topology_desc(
         "", "cuda", target_config=config, topology="1x1x1"
     ).devices
-    return NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+    return mesh, NamedSharding(mesh, PartitionSpec())
 
 
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("name", ["h200", "a100", "l4"])
 def test_it_compiles_to_one_launch(name, batch):
     vocab = 49152
-    place = there(name)
+    mesh, place = there(name)
     plan = make_draw_plan(batch, vocab, target(name).gpu)
     assert plan is not None
 
@@ -65,14 +66,15 @@ def test_it_compiles_to_one_launch(name, batch):
         array((batch, 2), jnp.float32),
     ]
     step = jax.jit(lambda *args: draw_tokens(plan, *args), donate_argnums=3)
-    with jax.set_mesh(place.mesh):
+    with jax.set_mesh(mesh):
         text = step.trace(*args).lower().compile().as_text()
     assert text is not None and text.count("custom-call(") == 1
 
 
 def test_no_copy_of_logits_keeps_a_block_of_steps_from_being_a_graph():
     """Logits are kept for their log-probabilities; XLA takes asynchronous copies into no graph."""
-    config, place, gpu = small_config(vocab_size=4096), there("h200"), target("h200").gpu
+    config, gpu = small_config(vocab_size=4096), target("h200").gpu
+    mesh, place = there("h200")
     params = [SamplingParams(logprobs=2)]
     stages = Stages.of(params, (), gpu)
 
@@ -85,7 +87,7 @@ def test_no_copy_of_logits_keeps_a_block_of_steps_from_being_a_graph():
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
     block = functools.partial(decode_block, graphdef, stages=stages, implementation="pallas")
     options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-    with jax.set_mesh(place.mesh), mock.patch.object(Gpu, "of", lambda _: gpu), program_settings():
+    with jax.set_mesh(mesh), mock.patch.object(Gpu, "of", lambda _: gpu), program_settings():
         step = jax.jit(block, donate_argnums=1, compiler_options=options)
         text = step.trace(*args).lower().compile().as_text()
     assert text is not None and "ffjax_decode_step" in text and "-start" not in text

@@ -11,6 +11,7 @@ from ptx_inline import Inline, inlines, shape
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.draw import ptx
+from pallas_kernels.draw.border import out_of_reach
 from pallas_kernels.draw.noise import noisy
 from pallas_kernels.draw.ptx import SLOTS
 from pallas_kernels.draw.threefry import gumbel, random_bits
@@ -154,6 +155,12 @@ def check_noise(together: int, temperature: float, edit: tuple[str, str] | None 
 @pytest.mark.parametrize("together", [1, 4])
 def test_noise_is_jaxs(together):
     check_noise(together, 0.7)
+
+
+def test_no_noise_brings_back_what_is_out_of_reach():
+    least, greatest = np.asarray(gumbel(KEY, jnp.array(EXTREMES, jnp.uint32)))
+    behind = out_of_reach(jnp.float32(3), jnp.float32(0.5))
+    assert behind + 0.5 * greatest < 3 + 0.5 * least
 
 
 def test_no_noise_is_made_in_warps_that_have_no_token_to_draw():
