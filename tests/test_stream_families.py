@@ -26,7 +26,6 @@ pytestmark = [
         "A sample of shapes shows what a JAX makes of the interpreted kernel.",
         sample=[
             "test_a_step_of_every_family_matches_the_model[gemma2]",
-            "test_a_step_of_every_family_matches_the_model[olmo2]",
             "test_every_field_of_the_features_is_tried",
         ],
     ),
