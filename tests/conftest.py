@@ -27,6 +27,7 @@ _OLDER_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitte
 # whose code would be another. `XLA_FLAGS=--xla_backend_optimization_level=3 pytest` has it here.
 _QUICK_LLVM = "--xla_backend_optimization_level=0"
 _FLAGS_OF_CHILDREN = pytest.StashKey[str]()
+_WRONG_MARKS = pytest.StashKey[dict[pathlib.Path, str]]()
 # Objects more than there were at which Python looks for cycles. Tracing makes and keeps many: at
 # Python's 700, a tenth of its time goes to looking.
 _BETWEEN_COLLECTIONS = 20_000
@@ -163,6 +164,8 @@ def _why_no_gpu() -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if sentence := item.config.stash[_WRONG_MARKS].get(item.path):
+        pytest.fail(sentence, pytrace=False)
     if _is_elsewhere(item):
         pytest.skip("FFJAX_TESTS_ONCE=elsewhere: marked once, so another Python has run it")
     if item.get_closest_marker("gpu") and (reason := _why_no_gpu()) is not None:
@@ -184,7 +187,7 @@ def _names_of(item: pytest.Item) -> set[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    _look_at_samples(config, items)
+    config.stash[_WRONG_MARKS] = _wrong_marks(config, items)
     if hasattr(config, "workerinput"):
         items.sort(key=_place)  # files, and nothing within them
 
@@ -194,32 +197,26 @@ def _place(item: pytest.Item) -> int:
     return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
 
 
-def _look_at_samples(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fails where a sample names a test that is not there: it would run with one Python alone."""
-    if any("::" in arg for arg in config.args):
-        return  # some tests of a file are not here
+def _wrong_marks(config: pytest.Config, items: list[pytest.Item]) -> dict[pathlib.Path, str]:
+    """What is wrong with marks of files: a sample that names no test would go unnoticed."""
     there: dict[pathlib.Path, set[str]] = {}
     sampled: dict[pathlib.Path, set[str]] = {}
+    wrong: dict[pathlib.Path, str] = {}
     for item in items:
         there.setdefault(item.path, set()).update(_names_of(item))
         for marker in item.iter_markers("once"):
-            _check_marker(item, marker)
             sampled.setdefault(item.path, set()).update(marker.kwargs.get("sample", ()))
+            if list(map(type, marker.args)) != [str] or marker.kwargs.keys() - {"sample"}:
+                wrong[item.path] = (
+                    "once takes the reason why one Python is enough, and a sample of names: "
+                    f"pytest.mark.once('why', sample=['test_it']). Here it has {marker}."
+                )
+    if any("::" in arg for arg in config.args):
+        return wrong  # not all tests of a file are here
     for path, names in sampled.items():
         if lacking := sorted(names - there[path]):
-            raise pytest.UsageError(f"{path.name} has no {lacking}, which its sample names.")
-
-
-def _check_marker(item: pytest.Item, marker: pytest.Mark) -> None:
-    if (
-        len(marker.args) != 1
-        or not isinstance(marker.args[0], str)
-        or marker.kwargs.keys() - {"sample"}
-    ):
-        raise pytest.UsageError(
-            f"{item.nodeid} is marked once without its reason, or with more than a sample: "
-            "pytest.mark.once('why one Python is enough', sample=['names', 'of tests'])."
-        )
+            wrong[path] = f"A sample names {lacking}, and {path.name} has no such test."
+    return wrong
 
 
 @pytest.fixture(autouse=True)
