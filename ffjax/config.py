@@ -265,7 +265,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON-able data; `from_dict` is its inverse."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"weights": self.weights.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:

@@ -17,7 +17,7 @@ from jax.core import Tracer
 from ffjax.broken import NotFiniteError
 from ffjax.cache import KVCache, check_cache
 from ffjax.config import ModelConfig
-from ffjax.dims import step_dims, step_features, unknown_groups
+from ffjax.dims import step_dims, step_features
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
 from ffjax.settings import own_settings
@@ -28,8 +28,8 @@ from pallas_kernels.launch import StepState
 from pallas_kernels.stream.faults import Fault, fault_of
 from pallas_kernels.stream.launch import layout_of, stream_step
 from pallas_kernels.stream.plan import StreamPlan
-from pallas_kernels.stream.planner import make_stream_plan, why_not_on
-from pallas_kernels.stream.tuning import Tuning, tuning_for
+from pallas_kernels.stream.planner import make_stream_plan, tuned, why_not_on
+from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.support import why_not
 
 __all__ = [
@@ -111,13 +111,8 @@ def decode_weights(model: Transformer) -> DecodeWeights:
     """The model's own arrays, as the fused kernel takes them: no copy.
 
     Of quantized matrices these are the integers, and the scales beside them.
-
-    Raises:
-        NotImplementedError: they are int4 in groups that the kernel does not read.
     """
     config, layers = model.config, model.layers
-    if (reason := unknown_groups(config)) is not None:
-        raise NotImplementedError(reason)
 
     def stacked(name: str) -> Array | None:
         param = getattr(layers, name, None)
@@ -216,13 +211,11 @@ def _why_not(
     gpu: Gpu | None,
     found: str = "",
 ) -> str | None:
-    if (reason := unknown_groups(config)) is not None:
-        return reason
     dims = step_dims(config, batch, capacity, tokens)
     reason = why_not(dims, dtype, gpu, found)
     if reason is None:
         assert gpu is not None
-        reason = why_not_on(gpu, dims, tuning_for(gpu.name, dims))
+        reason = why_not_on(gpu, dims, tuned(dims, gpu))
     return reason
 
 
@@ -361,7 +354,7 @@ def _checked_live(live: Any, tokens: Array) -> Array | None:
 
 
 def _stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> StreamPlan:
-    return make_stream_plan(dims, gpu, tuning or tuning_for(gpu.name, dims))
+    return make_stream_plan(dims, gpu, tuning or tuned(dims, gpu))
 
 
 def step_fault(model: Transformer, cache: KVCache, tokens: int = 1) -> Fault | None:

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffjax.config import ModelConfig
-from pallas_kernels.dims import GROUP, Dims, Features, WeightBits
+from pallas_kernels.dims import Dims, Features, Grouping, WeightBits, WeightGroups
 
-__all__ = ["step_dims", "step_features", "unknown_groups", "weight_bits"]
+__all__ = ["step_dims", "step_features", "weight_bits", "weight_groups"]
 
 
 def step_features(config: ModelConfig) -> Features:
@@ -40,9 +40,7 @@ def step_features(config: ModelConfig) -> Features:
 
 
 def weight_bits(config: ModelConfig) -> WeightBits:
-    """How the matrices are stored, as the kernels are told.
-
-    That int4 weights come in groups of `GROUP` goes without saying there: see `unknown_groups`.
+    """Bits of a weight of each matrix, as the kernels are told.
 
     Args:
         config: the model's.
@@ -50,22 +48,21 @@ def weight_bits(config: ModelConfig) -> WeightBits:
     return WeightBits(**{name: value.bits for name, value in config.weights.quantized.items()})
 
 
-def unknown_groups(config: ModelConfig) -> str | None:
-    """Why the kernels, and their count of bytes, know no such int4 weights; else None.
+def weight_groups(config: ModelConfig) -> WeightGroups:
+    """The groups of each matrix, where they are others than its bits have by themselves.
 
     Args:
         config: the model's.
     """
-    formats = config.weights
-    if all(value.group_size in (None, GROUP) for value in formats.quantized.values()):
-        return None
-    in_groups = [name for name, value in formats.quantized.items() if value.group_size]
-    whole = all(config.matrices[name][1] % GROUP == 0 for name in in_groups)
-    instead = f"group_size={GROUP}" if whole else "int8"
-    return (
-        f"int4 weights are read in groups of {GROUP}; those of {config.name} are quantized "
-        f"otherwise ({formats}). Quantize the model with {instead}, or use implementation='xla'."
-    )
+    groups = {}
+    for name, value in config.weights.quantized.items():
+        if value.group_size is None:
+            continue
+        assert value.scale_dtype is not None
+        own = Grouping(size=value.group_size, scales=value.scale_dtype, offset=value.offset)
+        if value.bits == 8 or own != Grouping():
+            groups[name] = own
+    return WeightGroups(**groups)
 
 
 def step_dims(config: ModelConfig, batch: int, capacity: int, tokens: int = 1) -> Dims:
@@ -92,4 +89,5 @@ def step_dims(config: ModelConfig, batch: int, capacity: int, tokens: int = 1) -
         norm_eps=c.norm_eps,
         features=step_features(c),
         weight_bits=weight_bits(c),
+        weight_groups=weight_groups(c),
     )

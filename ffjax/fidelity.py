@@ -44,7 +44,6 @@ from ffjax.decode import (
     reference_step,
     resolve_implementation_config,
 )
-from ffjax.dims import unknown_groups
 from ffjax.model import Transformer
 from ffjax.quantization import dequantize
 from ffjax.seeds import MAX_SEED, key_of
@@ -398,9 +397,6 @@ def choose_candidate(
             name, and the model is too large to be interpreted.
     """
     asked = config, jnp.bfloat16, batch, capacity
-    unreadable = unknown_groups(config)
-    if implementation is None and unreadable is not None:
-        raise NotImplementedError(unreadable)
     kernel, reason = choose_kernel(*asked)
     if implementation is None and kernel is None:
         if config.num_params > _MOST_INTERPRETED_WEIGHTS:

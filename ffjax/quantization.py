@@ -13,7 +13,16 @@ from flax import nnx
 from jax import Array, lax
 
 from ffjax.config import ModelConfig
-from ffjax.formats import DEFAULT_GROUP, FLOATING, INT8, WeightFormat, WeightFormats, int4
+from ffjax.formats import (
+    DEFAULT_GROUP,
+    FLOATING,
+    INT8,
+    Offset,
+    ScaleType,
+    WeightFormat,
+    WeightFormats,
+    int4,
+)
 from ffjax.model import Transformer
 from ffjax.rounding import expand, round_matrix
 from ffjax.settings import own_settings
@@ -23,20 +32,28 @@ __all__ = ["Kind", "dequantize", "named_format", "quantize", "quantized_config"]
 Kind = Literal["int8", "int4"]
 
 
-def named_format(kind: str, group_size: int = DEFAULT_GROUP) -> WeightFormat:
+def named_format(
+    kind: str,
+    group_size: int = DEFAULT_GROUP,
+    scale_dtype: ScaleType = "bfloat16",
+    offset: Offset | None = None,
+) -> WeightFormat:
     """The format of that name.
 
     Args:
         kind: "int8" or "int4".
-        group_size: of int4: 32, 64 or 128; int8 has no groups, and it is not looked at.
+        group_size: of int4: 32, 64 or 128. int8 has no groups by that name: neither this nor what
+            follows is looked at.
+        scale_dtype: of int4: "bfloat16" or "float16".
+        offset: of int4: "zero", "minimum" or None; see `WeightFormat`.
 
     Raises:
-        ValueError: there is no format of that name, or no group of that size.
+        ValueError: there is no format of that name, or no group, scale or offset as asked for.
     """
     if kind not in get_args(Kind):
         names = " or ".join(map(repr, get_args(Kind)))
         raise ValueError(f"Weights are quantized to {names}, got {kind!r}.")
-    return INT8 if kind == "int8" else int4(group_size)
+    return INT8 if kind == "int8" else int4(group_size, scale_dtype, offset)
 
 
 def quantized_config(config: ModelConfig, formats: WeightFormats) -> ModelConfig:
@@ -66,6 +83,7 @@ def quantize(
     group_size: int = DEFAULT_GROUP,
     *,
     head: Kind | None = None,
+    offset: Offset | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
     """A model whose matrices are integers with scales: half or a quarter of the bytes.
@@ -84,6 +102,9 @@ def quantize(
             step reads the whole head, so that it pays for large vocabularies. A tied head
             becomes an array of its own then, quantized, beside the embedding, and the
             configuration says that they are not tied.
+        offset: of "int4": "minimum" has the integers of each group cover the range of its weights,
+            from a minimum that is stored beside the scale, and "zero" from an integer that stands
+            for 0. Two bytes more a group; None: -8 to 7 scales, either way round.
         progress: is told, after each matrix, how many bytes of them were read and of how many.
 
     Returns:
@@ -93,7 +114,7 @@ def quantize(
     Raises:
         ValueError: there is no such format; inputs are not whole groups; a matrix is quantized
             already, or holds what is not finite.
-        TypeError: head is given beside formats, which say it themselves.
+        TypeError: head or offset is given beside formats, which say it themselves.
     """
     if isinstance(weights, WeightFormats):
         if head is not None:
@@ -101,10 +122,16 @@ def quantize(
                 f"WeightFormats says the head's format itself; head={head!r} was given beside it. "
                 "Leave one of them out."
             )
+        if offset is not None:
+            raise TypeError(
+                f"WeightFormats says of each format whether it has an offset; offset={offset!r} "
+                "was given beside it. Leave one of them out."
+            )
         formats = weights
     else:
-        of_head = None if head is None else named_format(head, group_size)
-        formats = WeightFormats.of_layers(named_format(weights, group_size), of_head)
+        asked = group_size, "bfloat16", offset
+        of_head = None if head is None else named_format(head, *asked)
+        formats = WeightFormats.of_layers(named_format(weights, *asked), of_head)
     config = quantized_config(model.config, formats)
     arrays = _arrays(model)
     if formats.head is not None:
@@ -129,9 +156,10 @@ def quantize(
 def dequantize(model: Transformer, dtype: Any = None) -> Transformer:
     """The model with the weights that its integers and scales stand for.
 
-    Each is the product of an integer and a scale, computed in float32, then rounded to the
-    dtype. The float32 model is what a quantized one is to be compared with: there int4's
-    products are exact, and int8's off by 2^-24 of themselves at most.
+    Each is the product of an integer and a scale, perhaps with a minimum added, computed in
+    float32, then rounded to the dtype. The float32 model is what a quantized one is to be compared
+    with: there products of groups are exact, and those of int8 rows and sums with minima off by
+    2^-24 of themselves at most.
 
     Args:
         model: a model, also one of which nothing is quantized.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,16 @@ from jax import Array, lax
 from ffjax.formats import WeightFormat
 from ffjax.packing import INPUTS_A_WORD, ZERO, pack, unpack
 
-__all__ = ["expand", "random_matrix", "round_matrix"]
+__all__ = ["expand", "grouped_weights", "random_matrix", "round_matrix"]
 
 # int4: which integer the weight of largest magnitude in a group may become, before what lies
 # beyond -8 to 7 is cut off. Negative: it becomes the one integer that has no counterpart, which
 # is why scales have signs. On the shipped model in groups of 128, the best of these leaves 88% of
 # the squared error that -8 alone does, and 68% of that of 7 alone.
 _EXTREMES = (-8, -7.5, -7, -6.5, -8.5, -9, -9.5, -10, 7, 6.5, 6, 7.5, 8, 8.5)
+
+# Parts of the range from a group's least weight to its largest one that its integers may cover.
+_NARROWER = (1, 0.96, 0.92, 0.88, 0.84, 0.8)
 
 # The least scale: a subnormal number is 0 to most devices. The largest product, which bfloat16
 # can hold; and the largest scale of int8 whose products float32 can.
@@ -30,58 +34,92 @@ _LARGEST_INT8_SCALE = float(jnp.finfo(jnp.float32).max) / 127 * (1 - 2**-22)
 def round_matrix(weight: Array, format: WeightFormat) -> tuple[Array, Array]:
     """The integers and scales that stand for a matrix.
 
-    int8: the largest magnitude of a row becomes 127; no weight is off by more than half a scale.
+    int8: the largest magnitude of a row, or group, becomes 127; no weight is off by more than
+    half a scale.
     int4: of a group's scales that let its largest magnitude become one of several integers, the
     one of least squared error; a weight is off by more than half a scale only where it lies
-    beyond the integers' range. No scale but 0 is below 2^-126, the least that arithmetic on
-    devices knows, and no product beyond what the weights' dtypes can hold.
+    beyond the integers' range. With a second number, of several ranges from the group's least
+    weight to its largest one and narrower, the one of least squared error. No scale but 0 is below
+    2^-126, the least that arithmetic on devices knows (2^-14 of float16, whose smaller numbers
+    have fewer bits), and no product beyond what the weights' dtypes can hold.
 
     Args:
         weight: `[out, in]`, finite.
         format: what to round to.
 
     Returns:
-        Of int8, int8 `[out, in]` and float32 `[out]`; of int4, int32 `[out, in / 8]` and
-        bfloat16 `[out, in / group_size]`.
+        Integers, int8 `[out, in]` or of int4 int32 `[out, in / 8]`; and scales, of the format's
+        dtype and shape: `[out]`, `[out, in / group_size]` or `[out, in / group_size, 2]`.
 
     Raises:
         ValueError: the inputs are not whole groups.
     """
     if (reason := format.why_not(weight.shape[-1])) is not None:
         raise ValueError(reason)
-    weight = weight.astype(jnp.float32)
+    weight, dtype = weight.astype(jnp.float32), jnp.dtype(format.scale_dtype)
     if format.group_size is None:
         largest = jnp.abs(weight).max(axis=-1)
         scale = jnp.minimum(_no_less(largest / 127, largest), _LARGEST_INT8_SCALE)
         integers = _nearest(weight, scale[..., None], -127, 127)
         return integers.astype(jnp.int8), scale
     groups = weight.reshape(weight.shape[0], -1, format.group_size)  # [out, in / group, group]
-    scale = _least_error(groups)
-    integers = _nearest(groups, scale[..., None], -ZERO, 15 - ZERO) + ZERO
-    return pack(integers.reshape(weight.shape)), scale.astype(jnp.bfloat16)
+    if format.bits == 8:
+        largest = jnp.abs(groups).max(axis=-1)
+        scale = _held(largest / 127, largest, dtype)
+        integers = _nearest(groups, scale[..., None], -127, 127)
+        return integers.astype(jnp.int8).reshape(weight.shape), scale.astype(dtype)
+    if format.offset is None:
+        scale = _least_error(groups, dtype)
+        integers = _nearest(groups, scale[..., None], -ZERO, 15 - ZERO) + ZERO
+    else:
+        scale = _least_error_of_ranges(groups, format)
+        integers = _within(groups, scale, format)
+    return pack(integers.reshape(weight.shape)), scale.astype(dtype)
 
 
 def expand(integers: Array, scale: Array, format: WeightFormat, dtype) -> Array:
-    """The matrix that integers and scales stand for: their products.
+    """The matrix that integers and scales stand for: their products, and minima added to them.
 
     Args:
         integers: `[..., out, in]`, or packed `[..., out, in / 8]`.
-        scale: `[..., out]`, or `[..., out, in / group_size]`.
+        scale: `[..., out]`, or `[..., out, in / group_size]`, or with a second number of each
+            group `[..., out, in / group_size, 2]`.
         format: how they are stored.
-        dtype: to which the products are rounded, once they are computed in float32; there
-            those of int4 are exact, a scale of 8 bits times an integer of 4.
+        dtype: to which the weights are rounded, once they are computed in float32; there all
+            products of groups are exact, a scale of 11 bits at most times an integer of 9, and
+            what a minimum is added to is rounded once.
 
     Returns:
         `[..., out, in]`.
     """
-    scale = scale.astype(jnp.float32)
     if format.group_size is None:
-        weight = integers.astype(jnp.float32) * scale[..., None]
-    else:
-        numbers = (unpack(integers) - jnp.int8(ZERO)).astype(jnp.float32)
-        groups = numbers.reshape(*scale.shape, format.group_size)
-        weight = (groups * scale[..., None]).reshape(numbers.shape)
-    return _rounded(weight, dtype).astype(dtype)
+        weight = integers.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
+        return _rounded(weight, dtype).astype(dtype)
+    numbers = unpack(integers) if format.bits == 4 else integers
+    grouped = numbers.reshape(*numbers.shape[:-1], -1, format.group_size)
+    weight = grouped_weights(grouped, scale, format)
+    return _rounded(weight.reshape(numbers.shape), dtype).astype(dtype)
+
+
+def grouped_weights(integers: Array, scale: Array, format: WeightFormat) -> Array:
+    """What the integers of groups stand for.
+
+    Args:
+        integers: `[..., in / group_size, group_size]`: of int4 0 to 15, of int8 themselves.
+        scale: `[..., in / group_size]`, or with a second number `[..., in / group_size, 2]`.
+        format: how they are stored; one that has groups.
+
+    Returns:
+        float32, the shape of the integers.
+    """
+    numbers, scale = integers.astype(jnp.float32), scale.astype(jnp.float32)
+    if format.offset is None:
+        zero = ZERO if format.bits == 4 else 0
+        return (numbers - zero) * scale[..., None]
+    scale, second = scale[..., 0, None], scale[..., 1, None]
+    if format.offset == "zero":
+        return (numbers - second) * scale
+    return numbers * scale + second
 
 
 def random_matrix(
@@ -101,19 +139,27 @@ def random_matrix(
         Integers and scales, as `round_matrix` does.
     """
     *rows, inputs = shape
-    if format.group_size is None:
+    dtype = jnp.dtype(format.scale_dtype)
+    groups = () if format.group_size is None else (inputs // format.group_size,)
+    signs = 1.0
+    if format.bits == 8:
         integers = jax.random.randint(rngs.params(), shape, -127, 128, jnp.int8)
-        deviation, groups, dtype = math.sqrt((255**2 - 1) / 12), (), jnp.float32
-        signs = 1.0
+        deviation = math.sqrt((255**2 - 1) / 12)
     else:
         words = jax.random.bits(rngs.params(), (*rows, inputs // INPUTS_A_WORD), jnp.uint32)
         integers = lax.bitcast_convert_type(words, jnp.int32)
-        deviation, groups = math.sqrt((16**2 - 1) / 12), (inputs // format.group_size,)
-        dtype = jnp.bfloat16
+        deviation = math.sqrt((16**2 - 1) / 12)
         # -8 to 7 average -1/2, which scales of both signs hide.
         signs = jax.random.rademacher(rngs.params(), (*rows, *groups), jnp.float32)
+    second = None
+    if format.offset is not None:  # integers of 4 to 11 stand for 0
+        second = jax.random.randint(rngs.params(), (*rows, *groups), 4, 12).astype(jnp.float32)
+        deviation = math.sqrt(deviation**2 + (8**2 - 1) / 12)
     spread = jax.random.uniform(rngs.params(), (*rows, *groups), minval=0.5, maxval=1.5)
     scale = signs * spread / (deviation * math.sqrt(inputs))
+    if second is not None:
+        second = second if format.offset == "zero" else -second * scale
+        scale = jnp.stack([scale, second], axis=-1)
     return integers, scale.astype(dtype)
 
 
@@ -122,26 +168,40 @@ def _nearest(weight: Array, scale: Array, least: int, most: int) -> Array:
     return jnp.clip(jnp.round(weight / jnp.where(scale == 0, 1, scale)), least, most)
 
 
-def _no_less(scale: Array, largest: Array) -> Array:
+def _no_less(scale: Array, largest: Array, least: float | None = None) -> Array:
     """The scale, or the least there is with its sign: 0 stands for a largest magnitude of 0 alone.
 
     Devices take anything smaller for 0.
     """
-    least = jnp.where(scale < 0, -_LEAST, _LEAST)
-    return jnp.where((largest != 0) & (jnp.abs(scale) < _LEAST), least, scale)
+    bound = _LEAST if least is None else least
+    smallest = jnp.where(scale < 0, -bound, bound)
+    return jnp.where((largest != 0) & (jnp.abs(scale) < bound), smallest, scale)
 
 
-def _least_error(groups: Array) -> Array:
-    """The best scale of each of `[out, n, group]`: float32 `[out, n]` that bfloat16 can hold."""
+def _held(scale: Array, largest: Array, dtype: Any) -> Array:
+    """The scale as the dtype holds it, float32; `_no_less` says what becomes of the least ones."""
+    info = jnp.finfo(dtype)
+    scale = jnp.clip(_rounded(scale, dtype), float(info.min), float(info.max))
+    return _no_less(scale, largest, max(float(info.tiny), _LEAST))
+
+
+def _unit(largest: Array) -> Array:
+    """In units of which errors are compared: a power of two near the largest magnitude, inverted.
+
+    Squares of what is far from 1 are infinite or 0; in such units nothing else changes.
+    """
+    exponent = jnp.clip(jnp.frexp(largest)[1], -125, 126)[..., None]
+    return jnp.ldexp(jnp.float32(1), -exponent)
+
+
+def _least_error(groups: Array, dtype: Any) -> Array:
+    """The best scale of each of `[out, n, group]`: float32 `[out, n]` that the dtype can hold."""
     at = jnp.abs(groups).argmax(axis=-1, keepdims=True)
     largest = jnp.take_along_axis(groups, at, axis=-1)[..., 0]
-    # Squares of what is far from 1 are infinite or 0: errors are compared in units of a power of
-    # two near the largest magnitude, in which nothing else changes.
-    exponent = jnp.clip(jnp.frexp(largest)[1], -125, 126)[..., None]
-    unit = jnp.ldexp(jnp.float32(1), -exponent)
+    unit = _unit(largest)
 
     def tried(best: tuple[Array, Array], extreme: Array) -> tuple[tuple[Array, Array], None]:
-        scale = _no_less(_rounded(largest / extreme, jnp.bfloat16), largest)
+        scale = _held(largest / extreme, largest, dtype)
         product = _nearest(groups, scale[..., None], -ZERO, 15 - ZERO) * scale[..., None]
         fits = (jnp.abs(product) <= _LARGEST).all(axis=-1)
         error = jnp.square((groups - product) * unit).sum(axis=-1)
@@ -151,6 +211,48 @@ def _least_error(groups: Array) -> Array:
     start = jnp.full(largest.shape, jnp.inf), jnp.zeros(largest.shape)
     (_, scale), _ = lax.scan(tried, start, jnp.array(_EXTREMES, jnp.float32))
     return scale
+
+
+def _within(groups: Array, pair: Array, format: WeightFormat) -> Array:
+    """The integers nearest to the weights, of 0 to 15, given `[out, n, 2]` of each group."""
+    scale, second = pair[..., 0, None], pair[..., 1, None]
+    if format.offset == "zero":
+        return jnp.clip(_nearest(groups, scale, -15, 15) + second, 0, 15)
+    return _nearest(groups - second, scale, 0, 15)
+
+
+def _least_error_of_ranges(groups: Array, format: WeightFormat) -> Array:
+    """The best scale and second number of each of `[out, n, group]`: float32 `[out, n, 2]`."""
+    least, most = groups.min(axis=-1), groups.max(axis=-1)
+    largest, dtype = jnp.maximum(-least, most), jnp.dtype(format.scale_dtype)
+    unit = _unit(largest)
+    if format.offset == "zero":  # whose range has 0 in it
+        least, most = jnp.minimum(least, 0), jnp.maximum(most, 0)
+
+    def tried(best: tuple[Array, Array], narrower: Array) -> tuple[tuple[Array, Array], None]:
+        low, high = least * narrower, most * narrower
+        scale = _held(high / 15 - low / 15, high - low, dtype)
+        if format.offset == "zero":
+            second = jnp.clip(jnp.round(-low / jnp.where(scale == 0, 1, scale)), 0, 15)
+        else:
+            second = jnp.clip(_rounded(low, dtype), -_most(dtype), _most(dtype))
+        pair = jnp.stack([scale, second], axis=-1)
+        made = grouped_weights(_within(groups, pair, format), pair, format)
+        fits = (jnp.abs(made) <= _LARGEST).all(axis=-1)
+        error = jnp.square((groups - made) * unit).sum(axis=-1)
+        better = (fits & (error < best[0]))[..., None]
+        return (
+            jnp.where(better[..., 0], error, best[0]),
+            jnp.where(better, pair, best[1]),
+        ), None
+
+    start = jnp.full(largest.shape, jnp.inf), jnp.zeros((*largest.shape, 2))
+    (_, pair), _ = lax.scan(tried, start, jnp.array(_NARROWER, jnp.float32))
+    return pair
+
+
+def _most(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).max)
 
 
 def _rounded(x: Array, dtype) -> Array:

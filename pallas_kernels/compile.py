@@ -312,7 +312,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, CompileError) as error:
         print(error, file=sys.stderr)
         return 1
-    names = ("config", "weights", "head", "batch", "tokens", "capacity")
+    names = ["config", "weights", "head", "batch", "tokens", "capacity"]
+    names += [n for n in ("group_size", "scales", "offset") if getattr(asked, n) is not None]
     asked_for = {name: getattr(asked, name) for name in names}
     fields = asked_for | dataclasses.asdict(report)
     if asked.json:

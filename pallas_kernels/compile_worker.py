@@ -19,13 +19,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.dims import Dims, Features, WeightBits
+from pallas_kernels.dims import Dims, Features, Grouping, WeightBits, WeightGroups
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.mail import mail_words
 from pallas_kernels.stream.plan import StreamPlan
-from pallas_kernels.stream.planner import fitting, make_stream_plan
-from pallas_kernels.stream.tuning import tuning_for
+from pallas_kernels.stream.planner import fitting, make_stream_plan, tuned
 from pallas_kernels.targets import target
 
 __all__ = ["MODULE", "compile_step", "main"]
@@ -75,9 +74,18 @@ def main(directory: str) -> None:
     features = sizes.pop("features")
     features["local_layers"] = tuple(features["local_layers"])  # JSON has lists alone
     bits = WeightBits(**sizes.pop("weight_bits"))
-    dims = Dims(**sizes, features=Features(**features), weight_bits=bits)
+    groups = {
+        name: None if value is None else Grouping(**value)
+        for name, value in sizes.pop("weight_groups").items()
+    }
+    dims = Dims(
+        **sizes,
+        features=Features(**features),
+        weight_bits=bits,
+        weight_groups=WeightGroups(**groups),
+    )
     stages = {key: options.pop(key) for key in ("num_stages",) if key in options}
-    tuning = tuning_for(gpu.gpu.name, dims) if request["tuned"] else None
+    tuning = tuned(dims, gpu.gpu) if request["tuned"] else None
     tuning = tuning or fitting(dims, gpu.gpu)
     plan = make_stream_plan(dims, gpu.gpu, dataclasses.replace(tuning, **options))
     plan = dataclasses.replace(plan, **stages)

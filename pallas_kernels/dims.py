@@ -17,12 +17,15 @@ __all__ = [
     "DecodeWeights",
     "Dims",
     "Features",
+    "Grouping",
+    "Stored",
     "WeightBits",
+    "WeightGroups",
     "ceil_div",
     "next_power_of_2",
 ]
 
-# Inputs of a row of int4 weights that share a scale.
+# Inputs of a row of int4 weights that share a scale, where nothing else is said.
 GROUP = 128
 # Where in a word each of its eight inputs begins, in bits: `ffjax.packing` says why.
 WORD_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
@@ -83,7 +86,8 @@ class WeightBits:
     """Bits of a weight of each matrix: 16 (bfloat16), 8 or 4 (integers with scales).
 
     int8 matrices have a float32 scale a row; int4 ones, eight inputs an int32 word as
-    `ffjax.packing` has them, a bfloat16 scale for every `GROUP` inputs of a row.
+    `ffjax.packing` has them, a bfloat16 scale for every `GROUP` inputs of a row: unless
+    `WeightGroups` says otherwise.
     """
 
     qkv: int = 16
@@ -96,6 +100,67 @@ class WeightBits:
     def quantized(self) -> bool:
         """Whether some matrix is."""
         return any(bits != 16 for bits in dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """The groups of a quantized matrix whose scales are 16-bit numbers.
+
+    An int4 integer n of 0 to 15 stands for s * (n - 8), or with an offset for s * (n - z) or
+    s * n + m; an int8 one for s * n.
+
+    Attributes:
+        size: inputs of a row that share a scale: of int4 32, 64 or 128; of int8 32.
+        scales: dtype of the scales, and of what stands beside them: "bfloat16" or "float16".
+        offset: second number of a group, behind its scale: "zero", z; "minimum", m; None: none.
+    """
+
+    size: int = GROUP
+    scales: str = "bfloat16"
+    offset: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of a group's scale, and of what stands beside it."""
+        return 2 if self.offset is None else 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How a matrix is stored.
+
+    Attributes:
+        bits: of a weight: 16, 8 or 4.
+        groups: of its scales; None where it has none, or a float32 scale a row.
+    """
+
+    bits: int
+    groups: Grouping | None = None
+
+    @property
+    def fine(self) -> bool:
+        """Whether its groups have fewer inputs than the threads of a row read side by side."""
+        return self.groups is not None and (self.bits == 8 or self.groups.size < GROUP)
+
+    def scale_bytes(self, inner: int) -> int:
+        """Bytes of the scales of a row of so many inputs, and of what stands beside them."""
+        if self.groups is not None:
+            return self.groups.bytes * (inner // self.groups.size)
+        return {16: 0, 8: 4}[self.bits]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightGroups:
+    """The groups of each quantized matrix. None: those that its bits have by themselves.
+
+    These are of int4 `Grouping()`; int8 has none by itself, but a float32 scale a row.
+    """
+
+    qkv: Grouping | None = None
+    attn_out: Grouping | None = None
+    gate_up: Grouping | None = None
+    down: Grouping | None = None
+    head: Grouping | None = None
 
 
 class DecodeWeights(NamedTuple):
@@ -123,7 +188,7 @@ class DecodeWeights(NamedTuple):
         attn_post_norm: `[L, D]`.
         mlp_post_norm: `[L, D]`.
         qkv_scale, attn_out_scale, gate_up_scale, down_scale, head_scale: of quantized matrices:
-            `[L, out]` or `[L, out, in / GROUP]`; the head's without L.
+            `[L, out]`, `[L, out, in / group]` or `[L, out, in / group, 2]`; the head's without L.
     """
 
     embed: Array
@@ -167,6 +232,7 @@ class Dims:
         norm_eps: added to the mean square in RMSNorm.
         features: what the model does besides Llama.
         weight_bits: how the matrices are stored.
+        weight_groups: how their scales are.
     """
 
     batch: int
@@ -181,7 +247,15 @@ class Dims:
     norm_eps: float
     features: Features = Features()
     weight_bits: WeightBits = WeightBits()
+    weight_groups: WeightGroups = WeightGroups()
     tokens: int = 1
+
+    def stored(self, name: str) -> Stored:
+        """How a matrix is stored: "qkv" and so on."""
+        bits, groups = getattr(self.weight_bits, name), getattr(self.weight_groups, name)
+        if bits == 4 and groups is None:
+            groups = Grouping()
+        return Stored(bits, None if bits == 16 else groups)
 
     @property
     def columns(self) -> int:
@@ -255,11 +329,13 @@ class Dims:
             *rows, inner = shape
             if bits == 16:
                 return {name: spec(*shape)}
-            if bits == 8:
-                scale = spec(*rows, dtype=jnp.float32)
-                return {name: spec(*shape, dtype=jnp.int8), f"{name}_scale": scale}
-            scale = spec(*rows, inner // GROUP)
-            return {name: spec(*rows, inner // 8, dtype=jnp.int32), f"{name}_scale": scale}
+            integers = (*rows, inner // 8) if bits == 4 else shape
+            made = {name: spec(*integers, dtype=jnp.int32 if bits == 4 else jnp.int8)}
+            if (groups := self.stored(name).groups) is None:
+                return made | {f"{name}_scale": spec(*rows, dtype=jnp.float32)}
+            pair = () if groups.offset is None else (2,)
+            scale = spec(*rows, inner // groups.size, *pair, dtype=jnp.dtype(groups.scales))
+            return made | {f"{name}_scale": scale}
 
         normed = features.qk_norm is not None
         kv_dim = self.num_kv_heads * self.head_dim

@@ -12,7 +12,7 @@ import numpy as np
 from decode_cases import small_config
 from flax import nnx
 from numerics import assert_close
-from quantize_cases import FOR_KERNELS, kernel_config
+from quantize_cases import FOR_KERNELS, GROUPED, kernel_config
 from stream_cases import FAMILIES
 
 from ffjax.cache import KVCache
@@ -40,6 +40,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "small groups": kernel_config(
         WeightFormats(qkv=int4(32), attn_out=int4(64), gate_up=INT8, down=int4(32))
     ),
+    **{name: kernel_config(formats) for name, formats in GROUPED.items()},
     "int8 and a bias": dataclasses.replace(
         kernel_config(WeightFormats.of_layers(INT8)), qkv_bias=True
     ),

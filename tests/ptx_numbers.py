@@ -154,6 +154,25 @@ def _(t: Threads) -> None:
     t[0] = np.where(nibble & 8, signs, picked).view(np.uint32)[:, 0]
 
 
+@instruction("dp4a")
+def _(t: Threads) -> None:
+    _, first, second = (
+        t.instruction.modifiers
+        if len(t.instruction.modifiers) == 3
+        else (
+            "",
+            *[m for m in t.instruction.modifiers if m in ("s32", "u32")],
+        )
+    )
+    bytes_of = {"s32": np.int8, "u32": np.uint8}
+    a, b = (
+        np.ascontiguousarray(t.get(t.operands[i], kind))[:, None].view(bytes_of[kind])
+        for i, kind in ((1, first), (2, second))
+    )
+    total = t.get(t.operands[3], "s32") + (a.astype(np.int64) * b).sum(axis=1)
+    t.put(t.operands[0], "s32", total.astype(np.int32))
+
+
 # Moves, conversions, comparisons
 
 

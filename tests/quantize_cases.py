@@ -11,12 +11,14 @@ from flax import nnx
 from reference_cases import random_model
 
 from ffjax.config import ModelConfig
-from ffjax.formats import INT8, WeightFormats, int4
+from ffjax.formats import INT8, WeightFormat, WeightFormats, int4
 from ffjax.model import Transformer
 
 __all__ = [
     "FORMATS",
     "FOR_KERNELS",
+    "GROUPED",
+    "INT8_GROUPS",
     "MIXED",
     "by_hand",
     "kernel_config",
@@ -50,6 +52,26 @@ FOR_KERNELS = {
     "mixed otherwise": WeightFormats(qkv=INT8, attn_out=int4(), gate_up=int4(), head=int4()),
 }
 
+# What files have besides: 16-bit scales of another dtype, smaller groups, offsets, int8 in groups.
+# Each kind once read by the residual's operand, by attention's output and by hidden activations.
+INT8_GROUPS = WeightFormat(bits=8, group_size=32, scale_dtype="float16")
+GROUPED = {
+    "of files": WeightFormats(
+        qkv=int4(32, "float16"),
+        attn_out=int4(64, "bfloat16", "zero"),
+        gate_up=int4(32, "float16", "minimum"),
+        down=int4(128, "float16", "zero"),
+        head=INT8_GROUPS,
+    ),
+    "of files, otherwise": WeightFormats(
+        qkv=INT8_GROUPS,
+        attn_out=int4(32, "float16", "minimum"),
+        gate_up=int4(128, "float16", "minimum"),
+        down=int4(32, "bfloat16"),
+        head=int4(64, "float16", "zero"),
+    ),
+}
+
 # The input that each nibble of a word holds, the lowest nibble first.
 _INPUT_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -80,13 +102,26 @@ def numbers_of(words: np.ndarray) -> np.ndarray:
     return numbers.reshape(*words.shape[:-1], -1)
 
 
-def by_hand(integers: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The weights that integers and scales stand for, exactly, float64 `[..., out, in]`."""
+def by_hand(
+    integers: np.ndarray, scale: np.ndarray, format: WeightFormat | None = None
+) -> np.ndarray:
+    """The weights that integers and scales stand for, exactly, float64 `[..., out, in]`.
+
+    Args:
+        integers: as they are stored.
+        scale: likewise.
+        format: how; None: int8 with a scale a row, or int4 without an offset.
+    """
     exact = scale.astype(np.float32).astype(np.float64)
-    if integers.dtype == np.int8:
+    if integers.dtype == np.int8 and (format is None or format.group_size is None):
         return integers.astype(np.float64) * exact[..., None]
-    numbers = numbers_of(integers) - 8
-    return numbers * np.repeat(exact, numbers.shape[-1] // scale.shape[-1], axis=-1)
+    numbers = integers.astype(np.int64) if integers.dtype == np.int8 else numbers_of(integers) - 8
+    if format is None or format.offset is None:
+        return numbers * np.repeat(exact, numbers.shape[-1] // scale.shape[-1], axis=-1)
+    wide = np.repeat(exact, format.group_size, axis=-2)
+    if format.offset == "zero":
+        return (numbers + 8 - wide[..., 1]) * wide[..., 0]
+    return (numbers + 8) * wide[..., 0] + wide[..., 1]
 
 
 def nbytes(model: Transformer) -> int:

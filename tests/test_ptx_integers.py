@@ -161,7 +161,7 @@ class Tile:
     def part(self) -> Any:
         held = self.grain // 2 if self.chunked else self.grain
         sizes = {"reads": self.reads, "grain": self.grain, "held": held, "rows": self.rows}
-        return SimpleNamespace(**sizes, bits=self.bits)
+        return SimpleNamespace(**sizes, bits=self.bits, fine=False)
 
     @property
     def span(self) -> int:

@@ -11,20 +11,16 @@ import pytest
 from decode_cases import dims_of, random_model
 from flax import nnx
 from numerics import assert_close
-from quantize_cases import FOR_KERNELS, MIXED, by_hand, kernel_config, named_arrays
+from quantize_cases import FOR_KERNELS, by_hand, kernel_config, named_arrays
 from reference_cases import quick_jit, random_tokens
 
 from ffjax import decode, fidelity
 from ffjax.benchmark.inputs import random_model as benchmark_model
-from ffjax.cache import KVCache
 from ffjax.config import ModelConfig, preset
 from ffjax.decode import (
     choose_kernel,
-    decode_step,
     decode_weights,
-    fused_step,
     resolve_implementation_config,
-    why_not_fused,
     why_not_fused_config,
 )
 from ffjax.formats import FLOATING, INT8, WeightFormats, int4
@@ -44,13 +40,6 @@ pytestmark = [
 ]
 
 every_format = pytest.mark.parametrize("formats", FOR_KERNELS.values(), ids=FOR_KERNELS)
-
-OTHER_GROUPS = kernel_config(dataclasses.replace(MIXED, attn_out=int4(), head=None))
-UNREADABLE = (
-    "int4 weights are read in groups of 128; those of custom are quantized otherwise (int4 in "
-    "groups of 32: qkv; int4 in groups of 128: attn_out; int8: down). Quantize the model with "
-    "group_size=128, or use implementation='xla'."
-)
 
 
 def exactly(sentence: str) -> str:
@@ -138,28 +127,6 @@ def test_the_kernel_is_chosen(formats, on_a_gpu):
     assert choose_kernel(*asked) == ("pallas", None)
     for name in (None, "pallas"):
         assert resolve_implementation_config(*asked, name) == "pallas"
-
-
-def test_groups_that_no_kernel_reads_are_refused_by_name(on_a_gpu, caplog):
-    model = random_model(OTHER_GROUPS)
-    cache, tokens = KVCache.create(model.config, 2, 8), jnp.zeros((2,), jnp.int32)
-    assert why_not_fused(model, 2, 8) == UNREADABLE
-    with pytest.raises(NotImplementedError, match=exactly(UNREADABLE)):
-        decode_step(model, cache, tokens, implementation="pallas")
-    for interpret in (False, True):
-        with pytest.raises(NotImplementedError, match=exactly(UNREADABLE)):
-            fused_step(model, cache, tokens, interpret=interpret)
-    # Whoever asks for the arrays alone.
-    with pytest.raises(NotImplementedError, match=exactly(UNREADABLE)):
-        decode_weights(model)
-    for name in (None, "pallas"):
-        with pytest.raises(NotImplementedError, match=exactly(UNREADABLE)):
-            fidelity.choose_candidate(model.config, 2, 8, name)
-    # Unasked, the reference runs it and says why.
-    decode._say_once.cache_clear()
-    with caplog.at_level("INFO", logger="ffjax"):
-        assert resolve_implementation_config(model.config, jnp.bfloat16, 2, 8) == "xla"
-    assert f"uses 'xla': {UNREADABLE}" in caplog.text
 
 
 def test_what_the_kernel_has_no_room_for_is_its_own_sentence(on_a_gpu, monkeypatch):

@@ -6,7 +6,6 @@ from typing import get_args
 
 from ffjax.config import ModelConfig
 from ffjax.decode import Implementation, Kernel
-from ffjax.dims import unknown_groups
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["MIN_REPETITIONS", "check_asked", "listed"]
@@ -39,10 +38,7 @@ def check_asked(
     Raises:
         ValueError: a number is out of its range; the fused kernel is asked for too many
             sequences.
-        NotImplementedError: int4 weights are in groups that no kernel reads.
     """
-    if (reason := unknown_groups(config)) is not None:  # nor are its bytes counted
-        raise NotImplementedError(reason)
     if not batches or min(batches) < 1:
         raise ValueError(f"A batch has at least 1 sequence, got {listed(batches)}.")
     if steps < 1:

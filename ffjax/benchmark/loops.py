@@ -59,7 +59,6 @@ class LoopSweep:
     Raises:
         ValueError: a number is out of its range; the model has too few positions; the fused
             kernel is asked for too many sequences.
-        NotImplementedError: int4 weights are in groups that no kernel reads.
     """
 
     config: ModelConfig

@@ -63,7 +63,6 @@ class PromptSweep:
     Raises:
         ValueError: a number is out of its range; the model has too few positions; the fused
             kernel is asked for too many sequences.
-        NotImplementedError: int4 weights are in groups that no kernel reads.
     """
 
     config: ModelConfig

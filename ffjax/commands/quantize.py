@@ -11,7 +11,7 @@ import sys
 import time
 
 from ffjax.commands.folders import add_ignore_field, load_model, notes_on_stderr
-from ffjax.commands.formats import KINDS
+from ffjax.commands.formats import KINDS, OFFSETS
 from ffjax.formats import DEFAULT_GROUP, GROUP_SIZES
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=GROUP_SIZES,
         help=f"inputs that share a scale in int4: 32, 64 or 128; default: {DEFAULT_GROUP}",
+    )
+    parser.add_argument(
+        "--offset",
+        choices=OFFSETS,
+        help="store a second number of each group of int4, from which its integers count: the "
+        "integer that stands for 0, or the group's least weight; default: none",
     )
     parser.add_argument(
         "--head",
@@ -53,11 +59,12 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     path, out = (real_path(name) for name in (args.model, args.out))
     # Before minutes are spent.
-    if args.group_size is not None and "int4" not in (args.weights, args.head):
-        raise ValueError(
-            "--group-size is of int4, which has groups; --weights and --head ask for none. Leave "
-            "it out."
-        )
+    for option, value in (("--group-size", args.group_size), ("--offset", args.offset)):
+        if value is not None and "int4" not in (args.weights, args.head):
+            raise ValueError(
+                f"{option} is of int4, which has groups; --weights and --head ask for none. Leave "
+                "it out."
+            )
     check_apart(out, path)
     check_free(out, args.overwrite)
     if comes_in(path):
@@ -71,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         name = model.config.name
         group = DEFAULT_GROUP if args.group_size is None else args.group_size
         with byte_bar("quantize") as progress:
-            model = quantize(model, args.weights, group, head=args.head, progress=progress)
+            how = {"head": args.head, "offset": args.offset, "progress": progress}
+            model = quantize(model, args.weights, group, **how)
         checkpoints.save(
             model,
             out,

@@ -10,7 +10,8 @@ from jax import Array, lax
 from ffjax.config import ModelConfig
 from ffjax.formats import WeightFormat
 from ffjax.model import LayerAt, Product
-from ffjax.packing import INPUTS_A_WORD, planes
+from ffjax.packing import INPUTS_A_WORD, ZERO, planes
+from ffjax.rounding import expand, grouped_weights
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.prefill.product import MAX_TOKENS, can_read, multiply, tiling_for
 
@@ -46,12 +47,17 @@ def products_of(config: ModelConfig, dtype: Any, stacked: dict[str, Array], gpu:
         if few and can_read(weight := stacked[name]):
             tiling = tiling_for(weight.shape[1], tokens, format.bits, gpu)
             args = x[0].astype(dtype), weight, stacked[scales], at.number, tiling
-            return multiply(*args, dtype=result, interpret=interpret)[None]
+            how = {"dtype": result, "offset": format.offset, "interpret": interpret}
+            return multiply(*args, **how)[None]
         weight, scale = at.weights[name], at.weights[scales]
         if format.group_size is None:
             # The row's scale comes after the sum: integers are exact in bfloat16, products are not.
             sums = _product(x, weight.astype(dtype), dtype, jnp.float32, interpret=interpret)
             return (sums * scale).astype(result)
+        if format.bits == 8:
+            return _product(
+                x, expand(weight, scale, format, dtype), dtype, result, interpret=interpret
+            )
         x, weight = _by_place(x), _expanded(weight, scale, format, dtype)
         return _product(x, weight, dtype, result, interpret=interpret)
 
@@ -83,9 +89,11 @@ def _expanded(words: Array, scale: Array, format: WeightFormat, dtype: Any) -> A
     Each place of all words is written in one go. Put back between their neighbours, the inputs
     would be written one by one, which takes longer than the product of a hundred tokens.
     """
-    assert format.group_size is not None, "int8 has no groups"
-    numbers = planes(words).astype(jnp.float32)  # [out, 8, in / 8]
+    numbers = planes(words)  # [out, 8, in / 8]
     out, places, _ = numbers.shape
-    groups = numbers.reshape(out, places, scale.shape[-1], -1)
-    weight = groups * scale.astype(jnp.float32)[:, None, :, None]
+    groups = numbers.reshape(out, places, scale.shape[1], -1)
+    if format.offset is None:
+        weight = groups.astype(jnp.float32) * scale.astype(jnp.float32)[:, None, :, None]
+    else:
+        weight = grouped_weights(groups + jnp.int8(ZERO), scale[:, None], format)
     return weight.reshape(out, -1).astype(dtype)

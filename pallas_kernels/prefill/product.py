@@ -5,11 +5,12 @@ weights would be written and read once more, as bfloat16: nine times the bytes o
 program has a tile of rows of the matrix and a tile of tokens. It makes bfloat16 of the integers in
 registers and multiplies them on tensor cores.
 
-- int8: the integers are multiplied, exactly; a row's scale multiplies its sums.
-- int4: integers times scales, rounded to bfloat16, are multiplied: those are the reference's
-  numbers (`ffjax.model`). A word holds eight inputs of a row, of which each is as far from its next
-  one as the words are long: so eight products, one for each place in a word, of the words' matrix
-  and every eighth input of a token.
+- int8: the integers are multiplied, exactly; a row's scale multiplies its sums. In groups it is
+  integers times scales, rounded to bfloat16.
+- int4: integers times scales, with minima added, rounded to bfloat16, are multiplied: those are
+  the reference's numbers (`ffjax.model`). A word holds eight inputs of a row, of which each is as
+  far from its next one as the words are long: so eight products, one for each place in a word, of
+  the words' matrix and every eighth input of a token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +109,7 @@ def multiply(
     tiling: Tiling,
     *,
     dtype: jnp.dtype,
+    offset: str | None = None,
     interpret: bool = False,
 ) -> Array:
     """`x @ w.T`, where w is a layer's matrix.
@@ -114,10 +117,12 @@ def multiply(
     Args:
         x: bfloat16 `[T, in]`.
         weight: of all layers: int8 `[L, out, in]`, or int4 in words, int32 `[L, out, in / 8]`.
-        scale: float32 `[L, out]` of int8; bfloat16 `[L, out, in / group]` of int4.
+        scale: float32 `[L, out]` of int8; of groups bfloat16 or float16 `[L, out, in / group]`, or
+            of int4 with an offset `[L, out, in / group, 2]`.
         layer: int32.
         tiling: sizes.
         dtype: of the result; the sums are float32.
+        offset: what stands beside a scale: "zero" or "minimum", as in `dims.Grouping`; or None.
         interpret: run on a CPU.
 
     Returns:
@@ -125,10 +130,12 @@ def multiply(
     """
     tokens, rows = x.shape[0], weight.shape[1]
     grid = ceil_div(rows, tiling.rows), ceil_div(tokens, tiling.tokens)
-    if scale.ndim == 3:
+    if is_int4 := weight.dtype == jnp.int32:
         # Every eighth input of a token stands together: [8, T, in / 8].
         x = jnp.transpose(x.reshape(tokens, -1, len(WORD_SHIFTS)), (2, 0, 1))
-    body = _int8_kernel if scale.ndim == 2 else _int4_kernel
+    body: Any = _int8_kernel if scale.ndim == 2 else _grouped_int8_kernel
+    if is_int4:
+        body = functools.partial(_int4_kernel, offset=offset)
     kernel = functools.partial(body, tiling=tiling, interpret=interpret)
 
     return pl.pallas_call(
@@ -190,16 +197,55 @@ def _int8_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, tiling, in
     _store(out_ref, sums * scale[:, None], row, token)
 
 
-def _weight(bits: Array, scale: Array, interpret: bool) -> Array:
-    """bfloat16 weights of 4-bit integers and scales."""
+def _rounded(weight: Array, interpret: bool) -> Array:
+    """float32 rounded to bfloat16."""
     if interpret:  # XLA may leave out a rounding that is followed by a cast to float32
-        product = (bits - (_ZERO - 128)).astype(jnp.float32) * scale.astype(jnp.float32)
-        return lax.reduce_precision(product, 8, 7).astype(jnp.bfloat16)
-    integer = lax.bitcast_convert_type((bits | _MAGIC).astype(jnp.int16), jnp.bfloat16)
-    return (integer - jnp.bfloat16(_ZERO)) * scale
+        weight = lax.reduce_precision(weight, 8, 7)
+    return weight.astype(jnp.bfloat16)
 
 
-def _int4_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, tiling, interpret):
+def _weight(
+    bits: Array, scale: Array, second: Array | None, offset: str | None, interpret: bool
+) -> Array:
+    """bfloat16 weights of 4-bit integers, scales, and what stands beside these."""
+    if second is None and scale.dtype == jnp.bfloat16 and not interpret:
+        integer = lax.bitcast_convert_type((bits | _MAGIC).astype(jnp.int16), jnp.bfloat16)
+        return (integer - jnp.bfloat16(_ZERO)) * scale
+    if second is None:
+        weight = (bits - (_ZERO - 128)).astype(jnp.float32) * scale.astype(jnp.float32)
+        return _rounded(weight, interpret)
+    integers = bits.astype(jnp.float32)
+    scale, second = scale.astype(jnp.float32), second.astype(jnp.float32)
+    weight = (integers - second) * scale if offset == "zero" else integers * scale + second
+    return _rounded(weight, interpret)
+
+
+def _grouped_int8_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, tiling, interpret):
+    tokens, inputs = x_ref.shape
+    rows, layer = weight_ref.shape[1], layer_ref[0]
+    group = inputs // scale_ref.shape[2]
+    row, token = pl.program_id(0) * tiling.rows, pl.program_id(1) * tiling.tokens
+
+    def step(i, sums):
+        column = i * tiling.depth
+        size = tiling.rows, tiling.depth
+        integers = _load(weight_ref, (layer, row, column), size, (rows, inputs))
+        own, inside = row + iota(size, 0), column + iota(size, 1)
+        there = (own < rows) & (inside < inputs)
+        at = scale_ref.at[layer, own, lax.div(inside, jnp.int32(group))]
+        scale = plgpu.load(at, mask=there, other=0.0)
+        weight = integers.astype(jnp.float32) * scale.astype(jnp.float32)
+        size = tiling.tokens, tiling.depth
+        x = _load(x_ref, (token, column), size, (tokens, inputs))
+        return sums + _dot(_rounded(weight, interpret), x, interpret)
+
+    sums = jnp.zeros((tiling.rows, tiling.tokens), jnp.float32)
+    steps = ceil_div(inputs, tiling.depth)
+    sums = lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, sums)
+    _store(out_ref, sums, row, token)
+
+
+def _int4_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, offset, tiling, interpret):
     places, tokens, words = x_ref.shape
     rows, layer = weight_ref.shape[1], layer_ref[0]
     words_a_group = words // scale_ref.shape[2]
@@ -211,10 +257,15 @@ def _int4_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, tiling, in
         tile = _load(weight_ref, (layer, row, column), size, (rows, words))
         own, group = row + iota(size, 0), lax.div(column + iota(size, 1), jnp.int32(words_a_group))
         there = (own < rows) & (column + iota(size, 1) < words)
-        scale = plgpu.load(scale_ref.at[layer, own, group], mask=there, other=0.0)
+        first = () if offset is None else (jnp.zeros_like(own),)
+        scale = plgpu.load(scale_ref.at[(layer, own, group, *first)], mask=there, other=0.0)
+        second = None
+        if offset is not None:
+            at = scale_ref.at[layer, own, group, jnp.ones_like(own)]
+            second = plgpu.load(at, mask=there, other=0.0)
         for place in range(places):
             bits = lax.shift_right_logical(tile, jnp.int32(WORD_SHIFTS[place])) & 0xF
-            weight = _weight(bits, scale, interpret)
+            weight = _weight(bits, scale, second, offset, interpret)
             x = _load(x_ref, (place, token, column), (tiling.tokens, tiling.depth), (tokens, words))
             sums = sums + _dot(weight, x, interpret)
         return sums

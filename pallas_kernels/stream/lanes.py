@@ -9,6 +9,12 @@ Where a single sequence meets integers, its activations are two digits, and each
 columns, one a digit: of the 16 rows of weights that a product takes, 4 are then the same chunk of
 different rows. The threads of both columns wait for half of the inputs each.
 
+Where groups of scales are fine, each read of 16 bytes needs a sum of its own. A product takes four
+reads of 16 different rows then, one for each of the four threads of a row, and each column must
+have inputs of one of these alone. Chunk c is the reads 2 * c, 2 * c + 1 and those 8 further on, of
+16 neighbouring ones. In step s of four, thread i of a row takes a read of chunk i ^ s; so thread i
+of chunk c's columns holds the one of step c ^ i. See `ptx.groups`.
+
 Warps that do not multiply hold zeros.
 """
 
@@ -32,7 +38,9 @@ __all__ = [
     "first_read",
     "multiplies",
     "next_input",
+    "offset_of_use",
     "place_aside",
+    "place_of_offset",
     "waits",
     "word_in_mail",
 ]
@@ -57,15 +65,21 @@ def column_of(plan: StreamPlan) -> Array:
 
 
 def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
-    """Reads of a row that come before each thread's first: int32 `[T]`."""
+    """Reads of a row that come before each thread's first: int32 `[T]`.
+
+    Of one sequence and groups that are fine, before its warp's.
+    """
+    if part.fine:
+        first = _first(plan, part, None)
+        return first & ~3 if plan.chunked else first
     column = column_of(plan)
     return _first(plan, part, column if part.bits == 16 else column & 3)
 
 
-def _first(plan: StreamPlan, part: SegmentPlan, chunk: Array) -> Array:
+def _first(plan: StreamPlan, part: SegmentPlan, chunk: Array | None) -> Array:
     warp = lax.shift_right_logical(_threads(plan), 5) & (plan.product_warps - 1)
     first = warp * (part.reads * plan.line(part)) + (_lane(plan) & 3)
-    return first + chunk * QUAD if plan.chunked else first
+    return first + chunk * QUAD if plan.chunked and chunk is not None else first
 
 
 def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
@@ -74,6 +88,12 @@ def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
     if part.held == part.grain:
         return _first(plan, part, column) * part.grain
     pair = lax.shift_right_logical(column, 1)
+    if part.fine:
+        fourth = _lane(plan) & 3
+        step = pair ^ fourth
+        read = lax.shift_right_logical(step, 1) * COLUMNS + 2 * pair + (step & 1)
+        first = first_read(plan, part) + read
+        return first * part.grain + (column & 1) * part.held
     return _first(plan, part, pair) * part.grain + (column & 1) * part.held
 
 
@@ -117,6 +137,8 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
     warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
     if not plan.chunked:
         return start + (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
+    if part.fine:  # each thread has the sums of a row, and of one 8 rows below it
+        return start + (warp * plan.columns(part) + (thread & 3)) * (4 * part.rows) + column * 4
     if part.bits == 16:
         chunk, of_use = column, lax.shift_right_logical(column, 1)
         where = (warp * plan.columns(part) + chunk) * (4 * part.rows)
@@ -126,6 +148,33 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
         where = (warp * plan.columns(part) + chunk) * (4 * part.rows) + half
     spare = spare + SPARE_BYTES * warp
     return jnp.where(of_use == (thread & 3), start + where, spare)
+
+
+def place_of_offset(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) -> Array:
+    """Where each thread puts what it sums up of a group's activations: addresses, int32 `[T]`.
+
+    Args:
+        plan: the step's.
+        part: that of a segment whose weights have an offset.
+        start: address where such sums begin: int32 scalar, or int.
+        size: bytes from a warp's to the next one's.
+    """
+    warp, column = lax.shift_right_logical(_threads(plan), 5), column_of(plan)
+    if plan.chunked:
+        column = lax.shift_right_logical(column, 1)
+        if part.fine:  # by chunk, then by line
+            column = column * QUAD + (column ^ (_lane(plan) & 3))
+    return start + warp * size + 4 * column
+
+
+def offset_of_use(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) -> Array:
+    """Where the sums begin that each thread makes use of: addresses, int32 `[T]`.
+
+    Args: see `place_of_offset`.
+    """
+    warp, fourth = lax.shift_right_logical(_threads(plan), 5), _lane(plan) & 3
+    each = 8 if not plan.chunked else 4 * QUAD if part.fine else 4
+    return start + warp * size + each * fourth
 
 
 def word_in_mail(plan: StreamPlan, part: SegmentPlan, column: Any, element: Any) -> Any:

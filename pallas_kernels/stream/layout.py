@@ -13,6 +13,7 @@ __all__ = [
     "ROW_WORDS",
     "SPARE_BYTES",
     "SharedLayout",
+    "offset_pitch",
     "route_rows",
     "route_words",
     "spans_rows",
@@ -37,6 +38,11 @@ def route_words(plan: StreamPlan) -> int:
     return 2 * ROW_WORDS if plan.quantized else ROW_WORDS
 
 
+def offset_pitch(plan: StreamPlan) -> int:
+    """Bytes of a warp's sums of the activations of groups; 0 where no weights have offsets."""
+    return max(plan.offset_bytes(segment) for segment in plan.segments)
+
+
 def spans_rows(plan: StreamPlan) -> int:
     """Of a layer's attention: one for each part of a program, and one before them."""
     return 1 + plan.most_parts
@@ -53,6 +59,8 @@ class SharedLayout:
             `LOT` rows each: the two are never wanted at the same time.
         spare: where threads put what is of no use, `SPARE_BYTES` a warp.
         sums: of those rows, the maximum and the sum of the weights.
+        offsets: of a warp's groups, the sums of their activations' digits, where weights have
+            offsets: see `ptx.sum_groups`.
         squares: of several sequences' residuals, each warp's sums of the squares of what it holds.
         queries: the bfloat16 of `LOT` queries, then what they leave of float32; and so on.
         new: the new positions' keys, and their values. Queries and these lie where `products` do:
@@ -75,6 +83,7 @@ class SharedLayout:
     products: int
     spare: int
     sums: int
+    offsets: int
     squares: int
     queries: int
     new: int
@@ -113,6 +122,7 @@ class SharedLayout:
             "products": max(products, attends),
             "spare": SPARE_BYTES * plan.num_warps if plan.chunked else 0,
             "sums": cut.warps * LOT * 8,
+            "offsets": plan.product_warps * offset_pitch(plan),
             "squares": 0 if plan.chunked else 4 * COLUMNS * plan.num_warps,
             "route": 4 * route_words(plan) * route_rows(plan),
             "spans": 4 * ROW_WORDS * kinds * spans_rows(plan),

@@ -49,7 +49,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import Dims, WeightBits, ceil_div
+from pallas_kernels.dims import Dims, WeightBits, WeightGroups, ceil_div
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import LOAD
 from pallas_kernels.stream.plan import (
@@ -169,7 +169,7 @@ def mail_words(dims: Dims) -> int:
         return 1
     max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
     # The smallest tiles of the largest weights split most.
-    largest = dataclasses.replace(dims, weight_bits=WeightBits())
+    largest = dataclasses.replace(dims, weight_bits=WeightBits(), weight_groups=WeightGroups())
     splits = splits_of(largest, Tuning(tile_bytes=min(TILE_BYTES)))
     words = Layout.of(dims, splits, max_splits, MAX_PROGRAMS).words
     return words + _LINE  # spare: see `ptx`

@@ -17,10 +17,11 @@ from pallas_kernels.stream.lanes import (
     first_input,
     multiplies,
     next_input,
+    place_of_offset,
     waits,
     word_in_mail,
 )
-from pallas_kernels.stream.layout import SharedLayout
+from pallas_kernels.stream.layout import SharedLayout, offset_pitch
 from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.ring import fed_otherwise
 from pallas_kernels.stream.tiles import Place
@@ -82,7 +83,7 @@ def inputs_of(part: SegmentPlan, operand: Operand) -> list[Array]:
         return [x for word in words for x in _unpacked(word)]
     assert operand.scale is not None
     halved = part.held != part.grain
-    return ptx.unpack_digits(words, operand.scale, part.bits, halved=halved)
+    return ptx.unpack_digits(words, operand.scale, part.bits, halved=halved, held=part.held)
 
 
 def _unpacked(word: Array) -> tuple[Array, Array]:
@@ -114,7 +115,8 @@ def _norm_weights(
     Two bfloat16 a word; 0 beyond the row; of a single sequence, ones where it is not normed.
     """
     plan, d = env.plan, env.dims
-    first, step, size = first_input(plan, part), next_input(plan, part), d.model_dim
+    first = first_input(plan, part)
+    step, size = next_input(plan, part), d.model_dim
     is_head, before = segment == Segment.HEAD, env.features.pre_norm
     is_normed = is_head
     if before:
@@ -231,10 +233,34 @@ def _pack(env: StreamEnv, part: SegmentPlan, values: list[Array]) -> Operand:
         words = [_packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
     else:
         halved = part.held != part.grain
-        words, scale = ptx.pack_digits(values, part.bits, halved=halved, interpret=env.interpret)
+        how = {"halved": halved, "held": part.held, "interpret": env.interpret}
+        words, scale = ptx.pack_digits(values, part.bits, **how)
+        _sum_groups(env, part, words)
     # Pallas lets no plain constant out of a branch.
     rest = [words[0] * 0] * (_most_words(env) - len(words))
     return Operand((*words, *rest), scale)
+
+
+def _sum_groups(env: StreamEnv, part: SegmentPlan, words: list[Array]) -> None:
+    """Puts the sums of each group's digits where products find them, if weights have an offset.
+
+    They are the same for all rows of the matrix. Each warp makes those that it uses.
+    """
+    plan = env.plan
+    if part.grouping is None or part.grouping.offset is None or env.interpret:
+        return
+    start, size = env.shared + SharedLayout.of(plan).offsets, offset_pitch(plan)
+    ptx.sum_groups(
+        place_of_offset(plan, part, start, size),
+        words,
+        ptx.GroupSums(
+            reads=part.reads,
+            by_sixteen=part.bits == 4,
+            chunked=plan.chunked,
+            fine=part.fine,
+            threads=32 * plan.product_warps,
+        ),
+    )
 
 
 class _Wanted(NamedTuple):
@@ -303,7 +329,7 @@ def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Operand:
     Args:
         env: the program's view.
         wanted: what is waited for.
-        part: the segment's plan, or that of another with weights of as many bits.
+        part: the segment's plan, or that of another with the same kind of operand.
     """
     plan, d, at, segment = env.plan, env.dims, env.mail.layout, wanted.first.segment
     is_attn = segment == Segment.ATTN_OUT
@@ -344,16 +370,16 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
     """
     plan, wanted = env.plan, _wanted(env, first)
     attn, down = env.segment(Segment.ATTN_OUT), env.segment(Segment.DOWN)
-    # Those of the residual, by the bits of their weights.
-    kinds: dict[int, SegmentPlan] = {}
+    # Those of the residual, by what their weights want.
+    kinds: dict[tuple[bool | int, ...], SegmentPlan] = {}
     for one in sorted(plan.segments):
         if one != Segment.DOWN and (plan.chunked or one != Segment.ATTN_OUT):
-            kinds.setdefault(plan.segments[one].bits, plan.segments[one])
+            kinds.setdefault(plan.segments[one].operand, plan.segments[one])
     residual = [functools.partial(_of_residual, env, wanted, part) for part in kinds.values()]
 
     def kind_of(one: Segment) -> int:
-        bits = plan.segments[one].bits
-        return list(kinds).index(bits) if one != Segment.DOWN else 0
+        wanted = plan.segments[one].operand
+        return list(kinds).index(wanted) if one != Segment.DOWN else 0
 
     of_hidden = functools.partial(_of_hidden, env, wanted)
     if plan.chunked:
@@ -362,7 +388,7 @@ def collect_operand(env: StreamEnv, first: Place) -> Operand:
         return lax.cond(wanted.is_down, of_hidden, of_other)
     # Of several sequences the code is long, and a program goes through all of it in every layer:
     # it is shared, or made for its purpose.
-    alike = (down.bits, down.reads, down.held) == (attn.bits, attn.reads, attn.held)
+    alike = (down.operand, down.reads) == (attn.operand, attn.reads)
     if alike and attn.pieces * PIECE >= _MANY:
         plain = [functools.partial(_of_either, env, wanted)]
     else:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from pallas_kernels.dims import GROUP, Dims, ceil_div, next_power_of_2
+from pallas_kernels.dims import Dims, Grouping, Stored, ceil_div, next_power_of_2
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = [
@@ -27,10 +27,10 @@ __all__ = [
     "Segment",
     "SegmentPlan",
     "StreamPlan",
+    "grain_of",
     "is_paired",
     "is_residual",
     "line_of",
-    "scale_bytes",
 ]
 
 # Columns of a tensor core's block: several sequences are padded to as many.
@@ -72,9 +72,16 @@ def line_of(chunked: bool, bits: int) -> int:
     return QUAD * (COLUMNS if bits == 16 else COLUMNS // 2)
 
 
-def scale_bytes(bits: int, inner: int) -> int:
-    """Bytes of the scales of a row of so many inputs: float32 a row, or bfloat16 a group."""
-    return {16: 0, 8: 4, 4: 2 * (inner // GROUP)}[bits]
+def grain_of(chunked: bool, stored: Stored) -> int:
+    """Neighbouring inputs of a row that a thread reads at once: 16 bytes of them.
+
+    Of several sequences and groups that are fine, a fourth of a group, so that the products of the
+    four threads of a column are those of one group.
+    """
+    if stored.fine and not chunked:
+        assert stored.groups is not None
+        return stored.groups.size // QUAD
+    return 8 * READ // stored.bits
 
 
 class Segment(enum.IntEnum):
@@ -108,7 +115,8 @@ class SegmentPlan:
     Attributes:
         out: rows of the matrix.
         inner: inputs of the matrix.
-        bits: of a weight: 16, 8 or 4.
+        stored: how it is stored.
+        grain: neighbouring inputs that a thread reads at once.
         rows: rows of a tile.
         reads: of each row, by a thread.
         held: inputs of each read whose activations a thread waits for.
@@ -122,7 +130,8 @@ class SegmentPlan:
 
     out: int
     inner: int
-    bits: int
+    stored: Stored
+    grain: int
     rows: int
     reads: int
     held: int
@@ -139,9 +148,35 @@ class SegmentPlan:
         return self.rows * self.run
 
     @property
-    def grain(self) -> int:
-        """Neighbouring inputs that a thread reads at once."""
+    def bits(self) -> int:
+        """Of a weight: 16, 8 or 4."""
+        return self.stored.bits
+
+    @property
+    def grouping(self) -> Grouping | None:
+        """Of its scales; None where it has none, or a scale a row."""
+        return self.stored.groups
+
+    @property
+    def fine(self) -> bool:
+        """Whether its groups are: see `Stored`."""
+        return self.stored.fine
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a thread reads at once."""
+        return self.grain * self.bits // 8
+
+    @property
+    def copied(self) -> int:
+        """Inputs of `READ` bytes, in which tiles are copied."""
         return 8 * READ // self.bits
+
+    @property
+    def operand(self) -> tuple[bool | int, ...]:
+        """What its operand depends on, besides its width."""
+        offset = self.grouping is not None and self.grouping.offset is not None
+        return self.bits, self.grain, self.held, self.fine, offset
 
     @property
     def pieces(self) -> int:
@@ -156,7 +191,7 @@ class SegmentPlan:
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of a row of the matrix."""
-        return scale_bytes(self.bits, self.inner)
+        return self.stored.scale_bytes(self.inner)
 
     @property
     def tile_bytes(self) -> int:
@@ -346,11 +381,24 @@ class StreamPlan:
     @property
     def kinds(self) -> list[list[Segment]]:
         """The segments with weights, those together whose tiles are multiplied alike."""
-        kinds: dict[tuple[bool, int, int, int], list[Segment]] = {}
+        kinds: dict[tuple[bool, Stored, int, int], list[Segment]] = {}
         for segment, part in sorted(self.segments.items()):
-            kind = segment == Segment.DOWN, part.bits, part.scale_bytes, part.rows
+            kind = segment == Segment.DOWN, part.stored, part.scale_bytes, part.rows
             kinds.setdefault(kind, []).append(segment)
         return list(kinds.values())
+
+    def offset_bytes(self, segment: Segment) -> int:
+        """Bytes of a warp's sums of the activations of groups; 0 where weights have no offset.
+
+        Float32: of a single sequence for each of its reads, or where groups are not fine for each
+        group; of several ones for each group of each.
+        """
+        part = self.segments[segment]
+        if part.grouping is None or part.grouping.offset is None:
+            return 0
+        if not self.chunked:
+            return 4 * part.reads * COLUMNS
+        return 4 * part.reads * (self.line(part) if part.fine else self.columns(part))
 
     def products_bytes(self, segment: Segment) -> int:
         """Bytes of a tile's products, not summed up yet: float32, `columns` a row and warp.

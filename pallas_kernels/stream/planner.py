@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from pallas_kernels.dims import GROUP, Dims, ceil_div, next_power_of_2
+from pallas_kernels.dims import Dims, Stored, WeightGroups, ceil_div, next_power_of_2
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
 from pallas_kernels.stream.plan import (
@@ -27,13 +27,21 @@ from pallas_kernels.stream.plan import (
     Segment,
     SegmentPlan,
     StreamPlan,
+    grain_of,
     is_paired,
     line_of,
-    scale_bytes,
 )
-from pallas_kernels.stream.tuning import Tuning
+from pallas_kernels.stream.tuning import Tuning, tuning_for
 
-__all__ = ["COMPILER_BYTES", "fitting", "make_stream_plan", "splits_of", "why_not", "why_not_on"]
+__all__ = [
+    "COMPILER_BYTES",
+    "fitting",
+    "make_stream_plan",
+    "splits_of",
+    "tuned",
+    "why_not",
+    "why_not_on",
+]
 
 DEFAULT = Tuning()
 # Hand-overs after which the tags of queries, keys and values come round: they have 8 bits.
@@ -70,42 +78,45 @@ class _Geometry:
         self.product_warps = 4 if self.columns == 1 or few else 8
         # Those beyond feed the ring meanwhile.
         self.num_warps = max(self.product_warps, tuning.num_warps or self.product_warps)
-        self.bits = dims.weight_bits
-        self.rows = self.rows_of(self.bits.attn_out, paired=False)
+        self.rows = self.rows_of(dims.stored("attn_out"), paired=False)
         self._cut_down()
 
-    def unit(self, bits: int) -> int:
+    def grain(self, stored: Stored) -> int:
+        """Neighbouring inputs that a thread reads at once."""
+        return grain_of(self.columns == 1, stored)
+
+    def unit(self, stored: Stored) -> int:
         """Inputs of one read of every thread."""
-        return self.product_warps * line_of(self.columns == 1, bits) * (8 * READ // bits)
+        return self.product_warps * line_of(self.columns == 1, stored.bits) * self.grain(stored)
 
-    def held(self, bits: int) -> int:
+    def held(self, stored: Stored) -> int:
         """Inputs of a read whose activations a thread waits for."""
-        grain = 8 * READ // bits
-        return grain // 2 if self.columns == 1 and bits != 16 else grain
+        grain = self.grain(stored)
+        return grain // 2 if self.columns == 1 and stored.bits != 16 else grain
 
-    def reads(self, bits: int) -> int:
+    def reads(self, stored: Stored) -> int:
         """Of a row of the model's width, by a thread."""
-        return ceil_div(self.widest, self.unit(bits))
+        return ceil_div(self.widest, self.unit(stored))
 
-    def rows_of(self, bits: int, *, paired: bool) -> int:
+    def rows_of(self, stored: Stored, *, paired: bool) -> int:
         """Rows of a tile of the model's width.
 
         Args:
-            bits: of a weight.
+            stored: how the matrix is.
             paired: whether half of its rows lie elsewhere: see `is_paired`.
         """
-        rows = self._rows(bits, self.reads(bits))
+        rows = self._rows(stored, self.reads(stored))
         # Scales are copied by whole units: those of neighbouring rows are such.
-        size = scale_bytes(bits, self.dims.model_dim)
+        size = stored.scale_bytes(self.dims.model_dim)
         while rows // (2 if paired else 1) * size % self.scale_unit and rows < MAX_ROWS:
             rows *= 2
         return rows
 
     def _cut_down(self) -> None:
         """The down projection's inputs are split where threads, or tiles, have no room."""
-        bits, size = self.bits.down, self.dims.ffw_dim
-        unit, pieces = self.unit(bits), self.held(bits) // PIECE
-        room = max(self.reads(bits), ceil_div(4, pieces))
+        stored, size = self.dims.stored("down"), self.dims.ffw_dim
+        bits, unit, pieces = stored.bits, self.unit(stored), self.held(stored) // PIECE
+        room = max(self.reads(stored), ceil_div(4, pieces))
         if self.columns == 1:
             # Integers leave room for twice as many: their rows are shorter.
             held = (MAX_PIECES // 2 if bits == 16 else MAX_PIECES) // pieces
@@ -119,36 +130,37 @@ class _Geometry:
         self.width = ceil_div(ceil_div(size, self.splits), whole) * whole
         self.splits = ceil_div(size, self.width)
         self.down_reads = ceil_div(self.width, unit)
-        self.down_rows = min(self.rows, self._rows(bits, self.down_reads))
+        self.down_rows = min(self.rows, self._rows(stored, self.down_reads))
         if self.splits > 1:
-            self.down_rows = self.most_rows(bits, self.down_reads, self.down_rows)
+            self.down_rows = self.most_rows(stored, self.down_reads, self.down_rows)
         # Where a tile's scales come without those of its run.
-        while self.splits > 1 and self.down_rows * scale_bytes(bits, size) % self.scale_unit:
+        scales = stored.scale_bytes(size)
+        while self.splits > 1 and self.down_rows * scales % self.scale_unit:
             if self.down_rows >= self.rows:
                 break
             self.down_rows *= 2
 
-    def most_rows(self, bits: int, reads: int, rows: int) -> int:
+    def most_rows(self, stored: Stored, reads: int, rows: int) -> int:
         """Rows of a tile where a program has many: fewer tiles are fewer meetings of its warps.
 
         Args:
-            bits: of a weight.
+            stored: how the matrix is.
             reads: of a row, by a thread.
             rows: that a tile has elsewhere.
         """
-        if self.columns == 1 or bits == 16:
+        if self.columns == 1 or stored.bits == 16:
             return rows
-        return self._grown(rows, MAX_INTEGER_ROWS, bits, reads)
+        return self._grown(rows, MAX_INTEGER_ROWS, stored, reads)
 
-    def _rows(self, bits: int, reads: int) -> int:
+    def _rows(self, stored: Stored, reads: int) -> int:
         """Rows of a tile: whole pairs, of RoPE, and of gate and up, of one head."""
-        limit = COLUMNS if self.columns > 1 and bits == 16 else MAX_ROWS
+        limit = COLUMNS if self.columns > 1 and stored.bits == 16 else MAX_ROWS
         of_a_head = self.dims.head_dim & -self.dims.head_dim  # the largest power of two in it
-        return self._grown(2, min(limit, of_a_head), bits, reads)
+        return self._grown(2, min(limit, of_a_head), stored, reads)
 
-    def _grown(self, rows: int, limit: int, bits: int, reads: int) -> int:
+    def _grown(self, rows: int, limit: int, stored: Stored, reads: int) -> int:
         """Rows of a tile, doubled up to a limit and as long as there is room."""
-        row_bytes = reads * self.unit(bits) * bits // 8
+        row_bytes = reads * self.unit(stored) * stored.bits // 8
         while 2 * rows <= limit and 2 * rows * row_bytes <= self.tuning.tile_bytes:
             rows *= 2
         return rows
@@ -190,12 +202,12 @@ def why_not(
             f"{geometry.splits} programs; this GPU has {programs}. {_INSTEAD}"
         )
     for name, inner in _inputs(dims).items():
-        bits = getattr(dims.weight_bits, name)
-        grain = GROUP if bits == 4 else 8 * READ // bits
+        stored = dims.stored(name)
+        grain = 8 * READ // stored.bits if stored.groups is None else stored.groups.size
         if inner % grain:
             return (
-                f"The fused kernel copies rows of weights of whole {grain} elements, of {bits} "
-                f"bits each; this model's {name} has rows of {inner}. {_INSTEAD}"
+                f"The fused kernel copies rows of weights of whole {grain} elements, of "
+                f"{stored.bits} bits each; this model's {name} has rows of {inner}. {_INSTEAD}"
             )
     if (gap := _longest_gap(dims.features.local_layers)) >= MOST_BETWEEN:
         return (
@@ -266,22 +278,22 @@ def _why_not_there(gpu: Gpu) -> str | None:
 
 def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan]:
     """How each mat-vec is cut and dealt out."""
-    bits = d.weight_bits
 
-    def segment(out: int, inner: int, bits: int, *, kind: Segment) -> SegmentPlan:
-        paired = is_paired(kind)
-        rows = g.rows_of(bits, paired=paired)
+    def segment(out: int, inner: int, kind: Segment) -> SegmentPlan:
+        stored, paired = d.stored(kind.name.lower()), is_paired(kind)
+        rows = g.rows_of(stored, paired=paired)
         if kind == Segment.GATE_UP:
-            rows = g.most_rows(bits, g.reads(bits), rows)
+            rows = g.most_rows(stored, g.reads(stored), rows)
         # A group of gate and up holds half its rows of each.
         groups = ceil_div(out, rows // 2 if kind == Segment.GATE_UP else rows)
         return SegmentPlan(
             out=out,
             inner=inner,
-            bits=bits,
+            stored=stored,
+            grain=g.grain(stored),
             rows=rows,
-            reads=g.reads(bits),
-            held=g.held(bits),
+            reads=g.reads(stored),
+            held=g.held(stored),
             groups=groups,
             splits=1,
             width=inner,
@@ -297,13 +309,15 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
     groups = ceil_div(d.model_dim, g.down_rows) if g.splits > 1 else whole * a_group
     teams = programs // g.splits
     tiles = ceil_div(groups, teams) if g.splits > 1 else ceil_div(whole, programs) * a_group
+    of_down = d.stored("down")
     down = SegmentPlan(
         out=d.model_dim,
         inner=d.ffw_dim,
-        bits=bits.down,
+        stored=of_down,
+        grain=g.grain(of_down),
         rows=g.down_rows,
         reads=g.down_reads,
-        held=g.held(bits.down),
+        held=g.held(of_down),
         groups=groups,
         splits=g.splits,
         width=g.width,
@@ -312,11 +326,11 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
         tiles=tiles,
     )
     return {
-        Segment.QKV: segment(d.qkv_dim, d.model_dim, bits.qkv, kind=Segment.QKV),
-        Segment.ATTN_OUT: segment(d.model_dim, d.attn_dim, bits.attn_out, kind=Segment.ATTN_OUT),
-        Segment.GATE_UP: segment(d.ffw_dim, d.model_dim, bits.gate_up, kind=Segment.GATE_UP),
+        Segment.QKV: segment(d.qkv_dim, d.model_dim, Segment.QKV),
+        Segment.ATTN_OUT: segment(d.model_dim, d.attn_dim, Segment.ATTN_OUT),
+        Segment.GATE_UP: segment(d.ffw_dim, d.model_dim, Segment.GATE_UP),
         Segment.DOWN: down,
-        Segment.HEAD: segment(d.vocab_size, d.model_dim, bits.head, kind=Segment.HEAD),
+        Segment.HEAD: segment(d.vocab_size, d.model_dim, Segment.HEAD),
     }
 
 
@@ -347,6 +361,18 @@ def fitting(dims: Dims, gpu: Gpu) -> Tuning:
             return tuning
         found = found or tuning
     return found or planned
+
+
+def tuned(dims: Dims, gpu: Gpu) -> Tuning | None:
+    """The tuning of the table's row for a GPU and these sizes; None: there is none.
+
+    Rows are of the usual groups of int4. For other groups that of weights of as many bits is taken,
+    unless their tiles have no room then.
+    """
+    found = tuning_for(gpu.name, dims)
+    if found is None or dims.weight_groups == WeightGroups():
+        return found
+    return found if why_not_on(gpu, dims, found) is None else None
 
 
 @functools.lru_cache
@@ -385,7 +411,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
         slot_bytes=READ * max(ceil_div(p.tile_bytes, READ) for p in segments.values()),
         room=0,
         tail_bytes=max(
-            p.reads * g.unit(p.bits) * p.bits // 8 - p.row_bytes for p in segments.values()
+            p.reads * g.unit(p.stored) * p.bits // 8 - p.row_bytes for p in segments.values()
         ),
         flush=flush,
         padded_columns=g.columns,

@@ -6,6 +6,7 @@ summed up for several tiles at once: of a segment that is short, for all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,8 +17,14 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, select
-from pallas_kernels.stream.lanes import first_input, first_read, next_input, place_aside
-from pallas_kernels.stream.layout import SharedLayout
+from pallas_kernels.stream.lanes import (
+    first_input,
+    first_read,
+    next_input,
+    offset_of_use,
+    place_aside,
+)
+from pallas_kernels.stream.layout import SharedLayout, offset_pitch
 from pallas_kernels.stream.operand import Operand, inputs_of, pieces_there
 from pallas_kernels.stream.plan import (
     COLUMNS,
@@ -40,11 +47,13 @@ from pallas_kernels.stream.tiles import Place
 __all__ = [
     "Outputs",
     "Sums",
+    "integer_tile",
     "multiply",
     "outputs_of",
     "pieces_of_tile",
     "products_shape",
     "rows_of",
+    "scales_at_once",
     "sum_up",
 ]
 
@@ -162,29 +171,76 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
         scales = slot + part.rows * pitch
         if part.run > 1:  # they are those of the whole run
             scales += (place.number & (part.run - 1)) * (part.rows * part.scale_bytes)
+        size = GROUP if part.grouping is None else part.grouping.size
         # Groups of a row that others have.
-        before = place.split * (part.width // GROUP) if part.splits > 1 else 0
+        before = place.split * (part.width // size) if part.splits > 1 else 0
+        own = first & ~3 if part.fine else first
         return ptx.multiply_integers(
-            slot + READ * first,
+            slot + part.read_bytes * first,
             pitches,
             where,
             jnp.full((plan.threads,), scales),
             operand.scale,
-            lax.div(first * part.grain, jnp.int32(GROUP)) + before,
+            lax.div(own * part.grain, jnp.int32(size)) + before,
             words,
-            ptx.IntegerTile(
-                bits=part.bits,
-                rows=part.rows,
-                reads=part.reads,
-                step=READ * plan.line(part),
-                scale_bytes=part.scale_bytes,
-                ragged=any(plan.is_ragged(s) for s in kind),
-                chunked=plan.chunked,
-                threads=threads,
-            ),
+            integer_tile(plan, part, ragged=any(plan.is_ragged(s) for s in kind)),
+            _offsets(env, part),
         )
 
     _switch_kind(env, place.segment, product)
+
+
+def integer_tile(plan: StreamPlan, part: SegmentPlan, *, ragged: bool) -> ptx.IntegerTile:
+    """What multiplying a tile of integers needs to know.
+
+    Args:
+        plan: the step's.
+        part: that of the tile's segment.
+        ragged: whether some tile's rows are shorter than its span.
+    """
+    groups, more = part.grouping, {}
+    if groups is not None:
+        more = {
+            "group": groups.size,
+            "scales": groups.scales,
+            "offset": groups.offset,
+            "fine": part.fine,
+            "scales_at_once": scales_at_once(plan, part),
+        }
+    return ptx.IntegerTile(
+        bits=part.bits,
+        rows=part.rows,
+        reads=part.reads,
+        step=part.read_bytes * plan.line(part),
+        scale_bytes=part.scale_bytes,
+        ragged=ragged,
+        chunked=plan.chunked,
+        threads=32 * plan.product_warps,
+        **more,
+    )
+
+
+def scales_at_once(plan: StreamPlan, part: SegmentPlan) -> int:
+    """Bytes of neighbouring groups' scales that a thread may load at once: 2 to 16.
+
+    They must begin at a multiple of it: of each row, warp and part of the inputs.
+    """
+    assert part.grouping is not None
+    each = part.grouping.bytes
+    of_warp = each * (part.reads * plan.line(part) * part.grain // part.grouping.size)
+    sizes = [READ, part.scale_bytes, of_warp, part.rows * part.row_bytes]
+    if part.splits > 1:
+        sizes.append(each * (part.width // part.grouping.size))
+    return math.gcd(*sizes)
+
+
+def _offsets(env: StreamEnv, part: SegmentPlan) -> Array | None:
+    """Where each thread's sums of its groups' activations begin: int32 `[T]`; None without any."""
+    plan = env.plan
+    if part.grouping is None or part.grouping.offset is None:
+        return None
+    start = env.shared + SharedLayout.of(plan).offsets
+    return offset_of_use(plan, part, start, offset_pitch(plan))
 
 
 def pieces_of_tile(env: StreamEnv, place: Place, kind: list[Segment]) -> Array:

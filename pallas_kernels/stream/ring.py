@@ -21,7 +21,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dims import GROUP
 from pallas_kernels.program import iota
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
@@ -302,7 +301,7 @@ def read_tile(
     copy = jnp.minimum(lax.div(places, source.pitch), jnp.maximum(source.copies, 1) - 1)
     within = places - copy * source.pitch
     there = (within < source.size) & (source.copies > 0)
-    at = (source.begin.low + copy * source.stride) * part.grain + lax.div(8 * within, part.bits)
+    at = (source.begin.low + copy * source.stride) * part.copied + lax.div(8 * within, part.bits)
     if part.bits == 4:  # a byte holds two
         at += inputs & 1
 
@@ -329,11 +328,23 @@ def _dequantized(env: StreamEnv, segment: Segment, layer: Array, at: Array, ther
     if part.bits == 16:
         return weights.astype(jnp.float32)
     scales = scales_of(env, segment)
-    if part.bits == 8:
+    if (groups := part.grouping) is None:
         return weights.astype(jnp.float32) * plgpu.load(scales.at[(*before, row)])
+    at_group = (*before, row, lax.div(column, jnp.int32(groups.size)))
+
+    def number(*which: int) -> Array:
+        return plgpu.load(scales.at[(*at_group, *which)]).astype(jnp.float32)
+
+    if part.bits == 8:
+        return jnp.where(there, weights.astype(jnp.float32) * number(), 0.0)
     place = column & 7
     # Where in a word of eight each lies: see `ffjax.packing`.
     shift = 4 * (lax.shift_right_logical(place, 1) + 4 * (place & 1))
-    integers = (lax.shift_right_logical(weights, shift) & 15) - 8
-    scale = plgpu.load(scales.at[(*before, row, lax.div(column, jnp.int32(GROUP)))])
-    return jnp.where(there, integers.astype(jnp.float32) * scale.astype(jnp.float32), 0.0)
+    integers = (lax.shift_right_logical(weights, shift) & 15).astype(jnp.float32)
+    if groups.offset is None:
+        made = (integers - 8) * number()
+    elif groups.offset == "zero":
+        made = (integers - number(1)) * number(0)
+    else:
+        made = integers * number(0) + number(1)
+    return jnp.where(there, made, 0.0)

@@ -14,6 +14,7 @@ from pallas_kernels.stream.ptx.combine import combine_spans
 from pallas_kernels.stream.ptx.digits import pack_digits, unpack_digits
 from pallas_kernels.stream.ptx.feed import MAP_IN_CONTROL, Feed, feed_ring, start_barriers
 from pallas_kernels.stream.ptx.giving_up import said_by, say_where
+from pallas_kernels.stream.ptx.group_sums import GroupSums, sum_groups
 from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
@@ -41,6 +42,7 @@ __all__ = [
     "Begin",
     "CacheFeed",
     "Feed",
+    "GroupSums",
     "IntegerTile",
     "Lines",
     "TensorMap",
@@ -66,6 +68,7 @@ __all__ = [
     "start_barriers",
     "store_pair",
     "store_word",
+    "sum_groups",
     "sum_shared",
     "sum_squares",
     "unpack_digits",

@@ -102,7 +102,12 @@ def _(ctx, *args, order, halved):
 
 
 def pack_digits(
-    values: Sequence[Array], bits: int, *, halved: bool, interpret: bool
+    values: Sequence[Array],
+    bits: int,
+    *,
+    halved: bool,
+    interpret: bool,
+    held: int | None = None,
 ) -> tuple[list[Array], Array]:
     """A column's inputs as digits.
 
@@ -112,14 +117,14 @@ def pack_digits(
         halved: whether pairs of columns share their reads: the first's threads hold the first
             half of each, and get the high digits of all of it; the second's get the low ones.
         interpret: whether the kernel is interpreted.
+        held: inputs of a read that a thread holds; None: of 16 bytes of weights, or halves of them.
 
     Returns:
         Words, int32 `[T]`: of every read the high digits, then the low ones, four a word in
         `packing_order`; halved, one of the two. And the scale, float32 `[T]`, NaN where some value
         is.
     """
-    order = packing_order(bits)
-    order = order[: len(order) // 2] if halved else order
+    order = _held_order(bits, halved, held)
     if not interpret:
         *words, scale = _pack_digits_p.bind(*values, order=tuple(order), halved=halved)
         return words, scale
@@ -135,6 +140,12 @@ def pack_digits(
         both = [[_word([digit[read + i] for i in four]) for four in fours] for digit in digits]
         words += _exchanged(*both) if halved else [*both[0], *both[1]]
     return words, largest / LARGEST
+
+
+def _held_order(bits: int, halved: bool, held: int | None) -> list[int]:
+    """The part of `packing_order` that a thread's inputs of a read have."""
+    order = packing_order(bits)
+    return order[: held or len(order) // (1 + halved)]
 
 
 def _word(four: list[Array]) -> Array:
@@ -159,10 +170,11 @@ def _of_partner(word: Array) -> Array:
     return jnp.flip(word.reshape(-1, 2, 4), axis=1).reshape(word.shape)
 
 
-def unpack_digits(words: Sequence[Array], scale: Array, bits: int, *, halved: bool) -> list[Array]:
+def unpack_digits(
+    words: Sequence[Array], scale: Array, bits: int, *, halved: bool, held: int | None = None
+) -> list[Array]:
     """The inverse of `pack_digits`, for interpret mode: float32 `[T]`, inputs in order."""
-    order = packing_order(bits)
-    order = order[: len(order) // 2] if halved else order
+    order = _held_order(bits, halved, held)
     held, values = len(order), []
     for first in range(0, len(words), held // 2):
         some = list(words[first : first + held // 2])

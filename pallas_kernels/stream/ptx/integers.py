@@ -11,6 +11,7 @@ from jax._src import core
 from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.groups import fine_text, scale_lines, scale_registers
 
 __all__ = ["IntegerTile", "multiply_integers"]
 
@@ -34,6 +35,12 @@ class IntegerTile:
         chunked: whether the operand's 8 columns are both digits of 4 chunks of one sequence; else
             each of 8 sequences has its digits one after the other.
         threads: that take part, from the first on.
+        group: inputs that share a scale; 0 where a row does.
+        scales: dtype of a group's scale, and of what stands beside it.
+        offset: what stands beside it, as of `dims.Grouping`, or None.
+        fine: whether groups are: see `groups`. Of one sequence, `step` is that of its reads of the
+            same line.
+        scales_at_once: bytes of groups that are fine that may be loaded at once.
     """
 
     bits: int
@@ -44,11 +51,28 @@ class IntegerTile:
     ragged: bool
     chunked: bool
     threads: int
+    group: int = 0
+    scales: str = "bfloat16"
+    offset: str | None = None
+    fine: bool = False
+    scales_at_once: int = 2
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of a row that a thread reads at once."""
+        if self.fine and not self.chunked:  # a fourth of a group
+            return self.group * self.bits // 32
+        return 16
 
     @property
     def words(self) -> int:
         """Words of a read's weights as bytes, and of one digit of its inputs."""
-        return 32 // self.bits
+        return 2 * self.read_bytes // self.bits
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of a group's scale, and of what stands beside it."""
+        return 2 if self.offset is None else 4
 
 
 def _float(name: str, high: str, low: str) -> str:
@@ -60,7 +84,8 @@ class _Multiply:
     """The text of `multiply_integers`, piece by piece.
 
     Operands: result $0, unused; address $1, pitch $2, where $3, scales $4, the operand's scale $5,
-    the first group of each thread $6, then the operand's words.
+    the first group of each thread $6, then the operand's words; where groups have an offset, behind
+    them where the sums of groups begin: see `group_sums`.
     """
 
     def __init__(self, tile: IntegerTile):
@@ -150,12 +175,35 @@ class _Multiply:
         """
         t = self.t
         stride = 4 if t.chunked else 1  # groups from a read to the next
-        lines = [f"ld.shared.u16 %w, [{row}+{2 * stride * q}]; shl.b32 %w, %w, 16; mov.b32 %s, %w;"]
+        at = f"[{row}+{t.group_bytes * stride * q}]"
+        if t.offset is not None:
+            lines = [f"ld.shared.b32 %w, {at};", *scale_lines(t, "%w")]
+        elif t.scales == "float16":
+            lines = [f"ld.shared.b16 %h, {at}; cvt.f32.f16 %s, %h;"]
+        else:
+            lines = [f"ld.shared.u16 %w, {at}; shl.b32 %w, %w, 16; mov.b32 %s, %w;"]
+        # Beyond a row, sums are 0, and in the scale's place may lie anything.
+        guard = "setp.ne.f32 %p, {}, 0f00000000; @%p " if t.ragged else ""
         for i, value in enumerate(values):
             lines.append(_float("%f", *self.sums(half, i)))
-            # Beyond a row, the sum is 0, and in the scale's place may lie anything.
-            guard = "setp.ne.f32 %p, %f, 0f00000000; @%p " if t.ragged else ""
-            lines.append(f"{guard}fma.rn.f32 {value}, %f, %s, {value};")
+            lines.append(f"{guard.format('%f')}fma.rn.f32 {value}, %f, %s, {value};")
+            if t.offset is not None:
+                total = f"%q{q}_{i}"
+                lines.append(f"{guard.format(total)}fma.rn.f32 {value}, {total}, %o, {value};")
+        return lines
+
+    def totals(self) -> list[str]:
+        """Loads the sums of each group's activations, those of a thread's columns: %q{q}_{i}."""
+        t = self.t
+        if t.offset is None:
+            return []
+        start, lines = f"${7 + t.reads * t.words * (1 if t.chunked else 2)}", []
+        for q in range(t.reads):
+            if t.chunked:
+                lines.append(f".reg .f32 %q{q}_0; ld.shared.f32 %q{q}_0, [{start}+{16 * q}];")
+            else:
+                pair = f"%q{q}_0, %q{q}_1"
+                lines.append(f".reg .f32 {pair}; ld.shared.v2.f32 {{{pair}}}, [{start}+{32 * q}];")
         return lines
 
     def sums(self, half: int, i: int) -> tuple[str, str]:
@@ -171,11 +219,13 @@ class _Multiply:
         lines = [
             "{ .reg .pred %p, %odd, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero;",
             f".reg .b32 {', '.join(self._sums())};",
-            f".reg .f32 %f, %s, %own, {', '.join(values)}; mov.u32 $0, 0; mov.b32 %zero, 0;",
+            f".reg .f32 %f, %s, %own, {', '.join(values)}; {scale_registers(t)}"
+            "mov.u32 $0, 0; mov.b32 %zero, 0;",
             f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {t.threads}; @%mine bra idle;",
             "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
         ]
         lines += [f"mov.f32 {value}, 0f00000000;" for value in values]
+        lines += self.totals()
         lines += self.chunks(values) if t.chunked else self.sequences(values)
         return " ".join([*lines, "idle: }"])
 
@@ -193,7 +243,7 @@ class _Multiply:
             f"mad.lo.u32 %c, %l, {t.scale_bytes}, $4;",
         ]
         if t.bits == 4:
-            lines.append("mad.lo.u32 %c, $6, 2, %c;")
+            lines.append(f"mad.lo.u32 %c, $6, {t.group_bytes}, %c;")
         # The scale of a chunk is with the threads that hold its inputs.
         lines.append("shl.b32 %l, %t, 3; shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff;")
         if t.bits == 4:
@@ -241,7 +291,7 @@ class _Multiply:
             "and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0;",
         ]
         if t.bits == 4:
-            lines.append("mad.lo.u32 %c, $6, 2, %c;")
+            lines.append(f"mad.lo.u32 %c, $6, {t.group_bytes}, %c;")
         for first in range(0, t.rows, _BLOCK):
             # A scope of its own for the names of what is loaded.
             lines += ["{", *self.block(values[first // 4 :]), "}"]
@@ -329,7 +379,8 @@ def _(ctx, *args, tile):
     args = lowered.values(ctx, args)
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
     constraints = "=&r,r,r,r,r,f,r" + ",r" * (len(args) - 6)
-    return lowered.assembly([result], _Multiply(tile).text(), constraints, args, by_warps=True)[0]
+    text = fine_text(tile) if tile.fine else _Multiply(tile).text()
+    return lowered.assembly([result], text, constraints, args, by_warps=True)[0]
 
 
 def multiply_integers(
@@ -341,6 +392,7 @@ def multiply_integers(
     group: Array,
     words: Sequence[Array],
     tile: IntegerTile,
+    offsets: Array | None = None,
 ) -> Array:
     """Multiplies a tile of integers in shared memory by digits in registers, on tensor cores.
 
@@ -355,12 +407,15 @@ def multiply_integers(
             what thread t stores is of use where t // 4 % 4 is t % 4.
         scales: int32 `[T]`, address of the first row's scales; all the same.
         scale: float32 `[T]`, the operand's.
-        group: int32 `[T]`, number in the row of the group that each thread's first read is of; of
-            int4 weights.
+        group: int32 `[T]`, number in the row of the group that each thread's first read is of; or
+            where groups are fine, that each warp's is.
         words: int32 `[T]`, the operand, from `pack_digits`.
         tile: the rest.
+        offsets: int32 `[T]`, address of the first of the sums of groups that each thread uses, as
+            `sum_groups` has left them; None where groups have no offset.
 
     Returns:
         Nothing of use: a branch of a `cond` must have a result.
     """
-    return _multiply_p.bind(address, pitch, where, scales, scale, group, *words, tile=tile)
+    more = [] if offsets is None else [offsets]
+    return _multiply_p.bind(address, pitch, where, scales, scale, group, *words, *more, tile=tile)

@@ -1,0 +1,383 @@
+"""A tile of integer weights whose groups are fine, times an operand of digits.
+
+A product of tensor cores adds up what the four threads of a column hold. Where these have inputs of
+different groups, whose scales differ, the sums must be kept apart:
+
+- Of several sequences, threads read a fourth of a group at once instead of 16 bytes, so that a
+  product is of one group. Rows begin in the same bank: the threads of each row read its groups in
+  an order of their own, and put the words in order afterwards.
+- Of one sequence, threads read 16 bytes, and the operand's columns are made such that each has
+  inputs of one thread alone; see `lanes`. What a column lacks is zero.
+
+Of several sequences sums are many, and small: a product that begins with 1.5 * 2^23 as a float's
+bits leaves a float that shows the sum, and a subtraction makes it the sum itself. That is faster
+than a conversion, which a single sequence with its few sums has: there registers are scarce.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pallas_kernels.stream.ptx import lowered
+
+if TYPE_CHECKING:
+    from pallas_kernels.stream.ptx.integers import IntegerTile
+
+__all__ = ["fine_text", "scale_lines", "scale_registers"]
+
+# 1.5 * 2^23, its negative, and 256; and what int4's products, 16 times what they should be, are
+# multiplied by.
+_MAGIC, _LESS, _HIGH = "0x4B400000", "0fCB400000", "0f43800000"
+_SIXTEENTH = "0f3D800000"
+_EIGHT = "0f41000000"
+_BLOCK = 16
+
+
+def scale_registers(tile: IntegerTile) -> str:
+    """Declares what `scale_lines` needs besides %s, %v and %w."""
+    made = ""
+    if tile.scales == "float16":
+        made += ".reg .b16 %h, %h2; "
+    if tile.offset is not None:
+        made += ".reg .f32 %o; "
+    return made
+
+
+def scale_lines(tile: IntegerTile, word: str, high: bool = False) -> list[str]:
+    """Puts a group's scale into %s, and its offset into %o, if there is one.
+
+    The offset is what is added to s * (n - 8): s * (8 - z), or m + 8 * s.
+
+    Args:
+        tile: the tile.
+        word: the register that holds the scale, in its low half, or where high in its high one; and
+            where there is an offset what that is made of in its high half.
+        high: see above.
+    """
+    if tile.offset is None:
+        if tile.scales == "float16":
+            halves = "{%h2, %h}" if high else "{%h, %h2}"
+            return [f"mov.b32 {halves}, {word}; cvt.f32.f16 %s, %h;"]
+        made = f"and.b32 %v, {word}, 0xFFFF0000;" if high else f"shl.b32 %v, {word}, 16;"
+        return [f"{made} mov.b32 %s, %v;"]
+    if tile.scales == "float16":
+        lines = [f"mov.b32 {{%h, %h2}}, {word}; cvt.f32.f16 %s, %h; cvt.f32.f16 %o, %h2;"]
+    else:
+        lines = [
+            f"shl.b32 %v, {word}, 16; mov.b32 %s, %v;",
+            f"and.b32 %v, {word}, 0xFFFF0000; mov.b32 %o, %v;",
+        ]
+    if tile.offset == "zero":
+        return [*lines, f"sub.rn.f32 %o, {_EIGHT}, %o; mul.rn.f32 %o, %o, %s;"]
+    return [*lines, f"fma.rn.f32 %o, %s, {_EIGHT}, %o;"]
+
+
+def fine_text(tile: IntegerTile) -> str:
+    """The whole text: operands as those of `integers`; behind them where sums of groups begin."""
+    return (_OfChunks if tile.chunked else _OfSequences)(tile).text()
+
+
+class _Fine:
+    """What both kinds of columns share."""
+
+    def __init__(self, tile: IntegerTile):
+        self.t = tile
+        digits = 1 if tile.chunked else 2
+        self.words = tile.words  # of bytes, of a read
+        self.offsets = f"${7 + tile.reads * digits * self.words}"
+        # A thread has sums of two rows of a product.
+        self.names = ["x", "y"] if tile.rows > 8 else ["x"]
+        self.whole = tile.rows % 8 == 0
+
+    def head(self, values: list[str]) -> list[str]:
+        """Begins; %l is the lane, %g its row, %t its number among the four of the row."""
+        t = self.t
+        lines = [
+            "{ .reg .pred %p, %odd, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero, %m;",
+            f".reg .f32 %f, %e, %s, %own, {', '.join(values)}; {scale_registers(t)}",
+            f"mov.u32 $0, 0; mov.b32 %zero, 0; mov.b32 %m, {_MAGIC};",
+            f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {t.threads}; @%mine bra idle;",
+            "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
+        ]
+        lines += [f"mov.f32 {value}, 0f00000000;" for value in values]
+        # Threads of rows that there are not hold zeros.
+        return [
+            *lines,
+            f"setp.lt.u32 %mine, %g, {t.rows}; mad.lo.u32 %a, %g, $2, $1;",
+            f"mad.lo.u32 %c, %g, {t.scale_bytes}, $4; mad.lo.u32 %c, $6, {t.group_bytes}, %c;",
+        ]
+
+    def guard(self) -> str:
+        return "" if self.whole else "@%mine "
+
+    def loaded(self, names: list[str], at: str) -> list[str]:
+        """Loads neighbouring words of a row; zeros where there is no such row."""
+        lines = [] if self.whole else [f"mov.b32 {name}, 0;" for name in names]
+        vector, some = (f".v{len(names)}", f"{{{', '.join(names)}}}")
+        if len(names) == 1:
+            vector, some = "", names[0]
+        return [*lines, f"{self.guard()}ld.shared{vector}.b32 {some}, [{at}];"]
+
+    def widened(self, names: list[str], raw: list[str]) -> list[str]:
+        """Of int4 weights n, words of bytes 16 * (n - 8); of int8 ones themselves."""
+        if self.t.bits == 8:
+            return [f"mov.b32 {to}, {word};" for to, word in zip(names, raw, strict=True)]
+        lines = []
+        for i, word in enumerate(raw):
+            low, high = names[2 * i : 2 * i + 2]
+            lines.append(f"shl.b32 {low}, {word}, 4;")
+            for to, x in ((low, low), (high, word)):
+                lines.append(f"lop3.b32 {to}, {x}, 0x88888888, 0xF0F0F0F0, 0x28;")
+        return lines
+
+    def product(self, sums: list[str], word: int, names: list[str], b: list[str]) -> str:
+        """Of the words of both rows from a number on, added to sums; the first one begins them."""
+        rows = ("x", "y") if len(self.names) == 2 else ("x", None)
+        a = [f"%{n}{names[i]}" if n else "%zero" for i in range(2) for n in rows]
+        before = ["%zero" if self.t.chunked else "%m"] * 4 if word == 0 else sums
+        return (
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+            f"{{{', '.join(sums)}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, "
+            f"{{{', '.join(before)}}};"
+        )
+
+    def added(self, value: str, high: str, low: str, total: str) -> list[str]:
+        """Adds a group's products to a value: %s times the digits, and %o times their total."""
+        t = self.t
+        if t.chunked:
+            lines = [f"mad.lo.s32 %v, {high}, 256, {low}; cvt.rn.f32.s32 %f, %v;"]
+        else:
+            lines = [
+                f"add.rn.f32 %f, {high}, {_LESS}; add.rn.f32 %e, {low}, {_LESS};",
+                f"fma.rn.f32 %f, %f, {_HIGH}, %e;",
+            ]
+        # Beyond a row, sums are 0, and in the place of scales may lie anything.
+        guard = "setp.ne.f32 %p, {}, 0f00000000; @%p " if t.ragged else ""
+        lines.append(f"{guard.format('%f')}fma.rn.f32 {value}, %f, %s, {value};")
+        if t.offset is not None:
+            lines.append(f"{guard.format(total)}fma.rn.f32 {value}, {total}, %o, {value};")
+        return lines
+
+    def own(self) -> list[str]:
+        """Puts the operand's scale into %own, of the column that lane %l has inputs of."""
+        lines = ["shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff;"]
+        if self.t.bits == 4:
+            lines.append(f"mul.rn.f32 %own, %own, {_SIXTEENTH};")
+        return lines
+
+
+class _OfChunks(_Fine):
+    """One sequence: columns are both digits of 4 chunks.
+
+    Of 16 neighbouring reads of a row, chunk c has the reads 2 * c, 2 * c + 1 and those 8 further
+    on. They are multiplied in four steps: of the threads of a row the i-th has in step s the read
+    of chunk i ^ s, and only the operand of that chunk's columns is no zero there.
+    """
+
+    def text(self) -> str:
+        t = self.t
+        values = [f"%v{i}" for i in range(len(self.names))]
+        # A group may be that of neighbouring reads.
+        self.shift = (t.group * t.bits // 128).bit_length() - 1
+        lines = [
+            *self.head(values),
+            ".reg .b32 %i; .reg .pred %n0, %n1, %n2, %n3;",
+            "shr.u32 %w, %g, 1; xor.b32 %w, %w, %t;",
+            *(f"setp.eq.u32 %n{step}, %w, {step};" for step in range(4)),
+            f"shl.b32 %v, %t, 1; shr.u32 %v, %v, {self.shift};",
+            f"mad.lo.u32 %c, %v, {t.group_bytes}, %c;",
+            # Of two steps, threads of every other row load what the second one wants first.
+            "and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0; xor.b32 %i, %t, %b;",
+            "shl.b32 %i, %i, 5; mad.lo.u32 %i, %b, 16, %i;",
+        ]
+        if len(self.names) == 2:
+            lines.append("shl.b32 %b, $2, 3; add.u32 %b, %a, %b;")
+        for q in range(t.reads):
+            if q:
+                # Else the compiler loads so much beforehand that there are too few registers.
+                lines.append(lowered.REJOIN)
+            for first in (0, 2):
+                lines += ["{", *self.steps(q, first, values), "}"]
+        lines += ["shl.b32 %l, %t, 3;", *self.own()]
+        lines += [f"mul.rn.f32 {value}, {value}, %own;" for value in values]
+        lines += [
+            f"{self.guard()}st.shared.f32 [$3+{32 * i}], {value};" for i, value in enumerate(values)
+        ]
+        return " ".join([*lines, "idle: }"])
+
+    def steps(self, q: int, first: int, values: list[str]) -> list[str]:
+        """Two of the four steps of a thread's q-th read."""
+        t, lines = self.t, []
+        for n, row in zip(self.names, ("%a", "%b"), strict=False):
+            u, v, x, y = ([f"%{k}{n}_{i}" for i in range(4)] for k in "uvxy")
+            lines.append(f".reg .b32 {', '.join(u + v + x + y)};")
+            for i, to in enumerate((u, v)):
+                # Bits 5 and 6 are those of the chunk, and bit 4 that of the step.
+                lines.append(f"xor.b32 %v, %i, {48 * i + 32 * first}; add.u32 %v, {row}, %v;")
+                lines += self.loaded(to, f"%v+{256 * q + 64 * first}")
+            for i in range(4):
+                lines.append(f"selp.b32 {x[i]}, {v[i]}, {u[i]}, %odd;")
+                lines.append(f"selp.b32 {y[i]}, {u[i]}, {v[i]}, %odd;")
+        wide = [f"w{i}" for i in range(self.words)]
+        names = [f"%{n}{w}" for n in self.names for w in wide]
+        digits, sums = [f"%d{i}" for i in range(self.words)], [f"%h_{i}" for i in range(4)]
+        lines.append(f".reg .b32 {', '.join(names + digits + sums)};")
+        if t.offset is not None:
+            at = f"[{self.offsets}+{64 * q + 4 * first}]"
+            lines.append(f".reg .f32 %q0, %q1; ld.shared.v2.f32 {{%q0, %q1}}, {at};")
+        lines.append(f".reg .b32 {', '.join(f'%{n}s{i}' for n in self.names for i in range(2))};")
+        for half, n in enumerate(self.names):
+            lines += self.scales(n, q, first, half)
+        for i, which in enumerate("xy"):
+            each = 2 if t.bits == 4 else 1  # words of bytes that a word becomes
+            for word in range(0, self.words, 2):
+                # One product after the other: as few registers as may be.
+                for n in self.names:
+                    raw = [f"%{which}{n}_{j}" for j in range(word // each, (word + 2) // each)]
+                    lines += self.widened([f"%{n}{w}" for w in wide[word : word + 2]], raw)
+                b = digits[word : word + 2]
+                for j, digit in enumerate(b, 7 + q * self.words + word):
+                    lines.append(f"selp.b32 {digit}, ${j}, 0, %n{first + i};")
+                lines.append(self.product(sums, word, wide[word : word + 2], b))
+            for half, n in enumerate(self.names):
+                if self.shift:  # both have the same
+                    lines += scale_lines(t, f"%{n}s0")
+                elif self.pairs and t.group_bytes == 2:
+                    lines += scale_lines(t, f"%{n}s0", high=i == 1)
+                else:
+                    lines += scale_lines(t, f"%{n}s{i}")
+                lines += self.added(values[half], *sums[2 * half : 2 * half + 2], f"%q{i}")
+        return lines
+
+    @property
+    def pairs(self) -> bool:
+        """Whether two groups' scales may be loaded at once."""
+        return self.t.scales_at_once >= 2 * self.t.group_bytes
+
+    def scales(self, name: str, q: int, first: int, half: int) -> list[str]:
+        """Loads the scales of a row's groups of two steps: words %{name}s0 and perhaps s1."""
+        t, words = self.t, [f"%{name}s{i}" for i in range(2)]
+        place = ((16 * q + 4 * first) >> self.shift) * t.group_bytes
+        at = place + 8 * half * t.scale_bytes
+        kind = "u16" if t.group_bytes == 2 else "b32"
+        if self.shift:
+            return [f"ld.shared.{kind} {words[0]}, [%c+{at}];"]
+        if not self.pairs:
+            return [
+                f"ld.shared.{kind} {word}, [%c+{at + i * t.group_bytes}];"
+                for i, word in enumerate(words)
+            ]
+        if t.group_bytes == 2:
+            return [f"ld.shared.b32 {words[0]}, [%c+{at}];"]
+        return [f"ld.shared.v2.b32 {{{', '.join(words)}}}, [%c+{at}];"]
+
+
+class _OfSequences(_Fine):
+    """Columns are sequences; every read of the four threads of a row is a group."""
+
+    def text(self) -> str:
+        t = self.t
+        values = [f"%v{i}" for i in range(max(2, t.rows // 4))]
+        self.around = 32 // t.read_bytes  # reads of 128 bytes of a row
+        places = [f"%k{i}" for i in range(min(self.around, t.reads))]
+        lines = [
+            *self.head(values),
+            f".reg .b32 {', '.join(places)}; .reg .pred %n1, %n2, %n4;",
+        ]
+        for bit in (1, 2, 4):
+            lines.append(f"and.b32 %v, %g, {bit}; setp.ne.u32 %n{bit}, %v, 0;")
+        for first in range(0, t.rows, _BLOCK):
+            lines += ["{", *self.block(values[first // 4 :]), "}"]
+            if first + _BLOCK < t.rows:
+                lines.append("shl.b32 %b, $2, 4; add.u32 %a, %a, %b;")
+                lines.append(f"add.u32 %c, %c, {_BLOCK * t.scale_bytes};")
+        lines.append("shl.b32 %l, %t, 3;")
+        for n in range(2):
+            lines += self.own()
+            lines.append("add.u32 %l, %l, 4;")
+            lines += [f"mul.rn.f32 {value}, {value}, %own;" for value in values[n::2]]
+        for i in range(len(values) // 2):
+            pair = ", ".join(values[2 * i : 2 * i + 2])
+            lines.append(f"{self.guard()}st.shared.v2.f32 [$3+{256 * i}], {{{pair}}};")
+        return " ".join([*lines, "idle: }"])
+
+    def block(self, values: list[str]) -> list[str]:
+        """The sums of one product's rows: of %a's on, with scales from %c."""
+        t, lines, first = self.t, [], 0
+        if len(self.names) == 2:
+            lines.append("shl.b32 %b, $2, 3; add.u32 %b, %a, %b;")
+        while first < t.reads:
+            count = min(self.around, 1 << ((t.reads - first).bit_length() - 1))
+            lines += ["{", *self.some(first, count, values), "}"]
+            first += count
+        return lines
+
+    def some(self, first: int, count: int, values: list[str]) -> list[str]:
+        """Some neighbouring reads, a power of two: no more than 128 bytes of a row."""
+        t, each, lines = self.t, self.t.read_bytes // 4, []
+        for i in range(count):
+            # Times the bytes of a group, within those of all these.
+            lines += [
+                f"add.u32 %v, %g, {i}; and.b32 %v, %v, {count - 1};",
+                f"shl.b32 %k{i}, %v, {(4 * t.read_bytes).bit_length() - 1};",
+            ]
+        levels = [bit for bit in (1, 2, 4) if bit < count]
+        for n, row in zip(self.names, ("%a", "%b"), strict=False):
+            held = [[f"%{n}r0_{i}_{w}" for w in range(each)] for i in range(count)]
+            lines.append(f".reg .b32 {', '.join(x for some in held for x in some)};")
+            for i, some in enumerate(held):
+                lines.append(f"add.u32 %v, {row}, %k{i};")
+                lines += self.loaded(some, f"%v+{4 * t.read_bytes * first}")
+            for level, bit in enumerate(levels, 1):
+                moved = [[f"%{n}r{level}_{i}_{w}" for w in range(each)] for i in range(count)]
+                lines.append(f".reg .b32 {', '.join(x for some in moved for x in some)};")
+                for i in range(count):
+                    for w in range(each):
+                        other = held[(i - bit) % count][w]
+                        lines.append(f"selp.b32 {moved[i][w]}, {other}, {held[i][w]}, %n{bit};")
+                held = moved
+        wide = [f"w{i}" for i in range(self.words)]
+        names = [f"%{n}{w}" for n in self.names for w in wide]
+        sums = {digit: [f"%{digit}_{i}" for i in range(4)] for digit in ("hi", "lo")}
+        lines.append(f".reg .b32 {', '.join([*names, *sums['hi'], *sums['lo']])};")
+        if t.offset is not None:
+            lines.append(".reg .f32 %q0, %q1;")
+        at_once = max(4, t.scales_at_once) // t.group_bytes
+        loaded = [f"%{n}s{i}" for n in self.names for i in range(t.scales_at_once // 4 or 1)]
+        lines.append(f".reg .b32 {', '.join(loaded)};")
+        for i in range(count):
+            q = first + i
+            for n in self.names:
+                raw = [f"%{n}r{len(levels)}_{i}_{w}" for w in range(each)]
+                lines += self.widened([f"%{n}{w}" for w in wide], raw)
+            for number, digit in enumerate(("hi", "lo")):
+                for word in range(0, self.words, 2):
+                    start = 7 + (2 * q + number) * self.words + word
+                    b = [f"${start}", f"${start + 1}"]
+                    lines.append(self.product(sums[digit], word, wide[word : word + 2], b))
+            if t.offset is not None:
+                lines.append(f"ld.shared.v2.f32 {{%q0, %q1}}, [{self.offsets}+{32 * q}];")
+            for half, n in enumerate(self.names):
+                if t.scales_at_once < 4:
+                    at = f"%c+{2 * q + 8 * half * t.scale_bytes}"
+                    lines += [f"ld.shared.u16 %{n}s0, [{at}];", *scale_lines(t, f"%{n}s0")]
+                else:
+                    if i == 0 or q % at_once == 0:
+                        lines += self.load_scales(n, half, q - q % at_once)
+                    byte = q % at_once * t.group_bytes
+                    lines += scale_lines(t, f"%{n}s{byte // 4}", high=byte % 4 != 0)
+                for column in range(2):
+                    value = values[2 * half + column]
+                    high, low = (sums[digit][2 * half + column] for digit in ("hi", "lo"))
+                    lines += self.added(value, high, low, f"%q{column}")
+        return lines
+
+    def load_scales(self, name: str, half: int, q: int) -> list[str]:
+        """Loads the scales of some groups of a row, from the q-th on."""
+        t = self.t
+        words = [f"%{name}s{i}" for i in range(t.scales_at_once // 4)]
+        vector, some = "", words[0]
+        if len(words) > 1:
+            vector, some = f".v{len(words)}", f"{{{', '.join(words)}}}"
+        at = f"%c+{q * t.group_bytes + 8 * half * t.scale_bytes}"
+        return [f"ld.shared{vector}.b32 {some}, [{at}];"]

@@ -1,0 +1,318 @@
+"""The inline PTX of weights in groups, run on a CPU: 16-bit scales, offsets, and sums of groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ptx_inline import Edit, Inline, inline
+from ptx_machine import Machine, PtxError
+
+from ffjax.packing import pack
+from pallas_kernels.dims import Grouping, Stored
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.lanes import (
+    first_input,
+    first_read,
+    offset_of_use,
+    place_aside,
+    place_of_offset,
+)
+from pallas_kernels.stream.layout import SPARE_BYTES
+from pallas_kernels.stream.plan import COLUMNS, QUAD, grain_of, line_of
+from pallas_kernels.stream.product import integer_tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a product is made of: a plan as far as products look at it."""
+
+    bits: int
+    size: int  # of a group
+    rows: int
+    reads: int
+    chunked: bool
+    scales: str = "float16"
+    offset: str | None = None
+    product_warps: int = 4
+    warps: int = 4
+    short: int = 0  # inputs that a row lacks of the span
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(self.bits, Grouping(size=self.size, scales=self.scales, offset=self.offset))
+
+    @property
+    def line(self) -> int:
+        return line_of(self.chunked, self.bits)
+
+    @property
+    def columns(self) -> int:
+        return self.line // QUAD if self.chunked else COLUMNS
+
+    @property
+    def part(self) -> Any:
+        grain = grain_of(self.chunked, self.stored)
+        return SimpleNamespace(
+            reads=self.reads,
+            grain=grain,
+            held=grain // 2 if self.chunked else grain,
+            rows=self.rows,
+            bits=self.bits,
+            fine=self.stored.fine,
+            grouping=self.stored.groups,
+            read_bytes=grain * self.bits // 8,
+            row_bytes=self.inner * self.bits // 8,
+            scale_bytes=self.stored.scale_bytes(self.inner),
+            splits=1,
+        )
+
+    @property
+    def plan(self) -> Any:
+        return SimpleNamespace(
+            threads=32 * self.warps,
+            product_warps=self.product_warps,
+            chunked=self.chunked,
+            bulk=True,
+            line=lambda part: self.line,
+            columns=lambda part: self.columns,
+        )
+
+    @property
+    def span(self) -> int:
+        grain = grain_of(self.chunked, self.stored)
+        return self.product_warps * self.reads * self.line * grain
+
+    @property
+    def inner(self) -> int:
+        return self.span - self.short
+
+    @property
+    def ptx(self) -> ptx.IntegerTile:
+        return integer_tile(self.plan, self.part, ragged=self.short > 0)
+
+    @property
+    def sums(self) -> ptx.GroupSums:
+        return ptx.GroupSums(
+            reads=self.reads,
+            by_sixteen=self.bits == 4,
+            chunked=self.chunked,
+            fine=self.stored.fine,
+            threads=32 * self.product_warps,
+        )
+
+
+@functools.cache
+def product_text(tile: Tile) -> Inline:
+    plan = tile.plan
+
+    def body() -> None:
+        none = jnp.zeros((plan.threads,), jnp.int32)
+        words = [none] * (tile.reads * tile.part.held // 2)
+        scale = jnp.zeros((plan.threads,), jnp.float32)
+        more = none if tile.offset else None
+        ptx.multiply_integers(none, none, none, none, scale, none, words, tile.ptx, more)
+
+    return inline(body)
+
+
+@functools.cache
+def sums_text(tile: Tile) -> Inline:
+    def body() -> None:
+        none = jnp.zeros((tile.plan.threads,), jnp.int32)
+        ptx.sum_groups(none, [none] * (tile.reads * tile.part.held // 2), tile.sums)
+
+    return inline(body)
+
+
+def weights_of(tile: Tile, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random weights: what they are, float64, their rows as bytes, and those of their scales."""
+    shape, groups = (tile.rows, tile.inner), (tile.rows, tile.inner // tile.size)
+    scales = jnp.asarray(rng.standard_normal(groups), tile.scales)
+    exact = np.asarray(scales).astype(np.float64).repeat(tile.size, axis=1)
+    if tile.bits == 8:
+        integers = rng.integers(-128, 128, shape, np.int8)
+        return integers * exact, integers.view(np.uint8), np.asarray(scales).view(np.uint8)
+    integers = rng.integers(0, 16, shape)
+    data = np.asarray(pack(jnp.asarray(integers))).view(np.uint8).reshape(tile.rows, -1)
+    if tile.offset is None:
+        return (integers - 8) * exact, data, np.asarray(scales).view(np.uint8)
+    if tile.offset == "zero":  # 16 is what some files have
+        second = jnp.asarray(rng.integers(0, 17, groups), tile.scales)
+    else:
+        second = jnp.asarray(3 * rng.standard_normal(groups), tile.scales)
+    beside = np.asarray(second).astype(np.float64).repeat(tile.size, axis=1)
+    weights = (integers - beside) * exact if tile.offset == "zero" else integers * exact + beside
+    pairs = np.stack([np.asarray(scales), np.asarray(second)], axis=-1)
+    return weights, data, pairs.reshape(tile.rows, -1).view(np.uint8)
+
+
+def check_product(
+    tile: Tile,
+    edit: Edit = None,
+    order: np.random.Generator | None = None,
+    sums_edit: Edit = None,
+) -> None:
+    """A tile in shared memory times an operand in registers, against float64."""
+    rng, plan, part = np.random.default_rng(0), tile.plan, tile.part
+    weights, data, scales = weights_of(tile, rng)
+    floats = tile.columns * tile.product_warps * tile.rows
+    beyond = -(-2 * tile.span // 16) * 16  # that a whole span of the last row reaches
+    beyond += -(data.size + scales.size) % 16
+    pitch = tile.sums.pitch * tile.reads
+    sizes = [data.size + scales.size + beyond, 4 * floats + 256]
+    sizes += [tile.product_warps * pitch, SPARE_BYTES * tile.warps]
+    machine = Machine(plan.threads, sum(sizes), 16, order=order)
+    ring = machine.shared_base
+    products, offsets, spare = (ring + x for x in np.cumsum(sizes)[:3].tolist())
+    # Beyond rows lies anything, of which many are no numbers.
+    machine.view(ring, data.size, np.uint8)[:] = data.ravel()
+    machine.view(ring + data.size, scales.size, np.uint8)[:] = scales.ravel()
+    sequences = 1 if tile.chunked else COLUMNS
+    inputs = rng.standard_normal((sequences, tile.inner)).astype(np.float32)
+    padded = np.pad(inputs, ((0, 0), (0, tile.short)))
+    thread = np.arange(plan.threads)
+    column, mine = thread % 32 // 4, thread < 32 * tile.product_warps
+    first = np.asarray(first_input(plan, part))
+    step = tile.line * part.grain
+    at = np.stack([first + q * step + j for q in range(tile.reads) for j in range(part.held)])
+    assert sorted(at[:, mine].ravel()) == sorted([*range(tile.span)] * sequences)
+    held = np.where(mine, padded[0 if tile.chunked else column, at], 0).astype(np.float32)
+    given, halved = [jnp.asarray(x) for x in held], tile.chunked
+    how: dict[str, Any] = {"halved": halved, "held": part.held}
+    words, scale = ptx.pack_digits(given, tile.bits, interpret=True, **how)
+    bits = [np.asarray(word).view(np.uint32) for word in words]
+    machine.spare = range(spare, spare + sizes[3])
+    if tile.offset:
+        place = np.asarray(place_of_offset(plan, part, offsets, pitch))
+        sums_text(tile).edited(sums_edit).run(machine, place, *bits)
+    read = np.asarray(first_read(plan, part))
+    own = read & ~3 if part.fine else read
+    more = [np.asarray(offset_of_use(plan, part, offsets, pitch))] if tile.offset else []
+    product_text(tile).edited(edit).run(
+        machine,
+        ring + part.read_bytes * read,
+        data.shape[1],
+        np.asarray(place_aside(plan, part, products, spare)),
+        ring + data.size,
+        np.asarray(scale).view(np.uint32),
+        own * part.grain // tile.size,
+        *bits,
+        *more,
+    )
+    after = machine.view(products + 4 * floats, 256, np.uint8)
+    assert (after == 0xFF).all(), "More is stored than the products."
+    stored = machine.view(products, floats, np.float32).astype(np.float64)
+    if tile.chunked:
+        got = stored.reshape(-1, tile.rows).sum(axis=0)[:, None]
+    else:
+        got = stored.reshape(tile.product_warps, tile.rows, COLUMNS).sum(axis=0)
+    # What the digits stand for, and no other rounding than of some sums.
+    digits = np.stack(ptx.unpack_digits(words, scale, tile.bits, **how), dtype=np.float64)
+    exact = np.zeros((sequences, tile.span))
+    for i in range(len(at)):
+        exact[0 if tile.chunked else column[mine], at[i, mine]] = digits[i, mine]
+    wanted = weights @ exact[:, : tile.inner].T
+    bound = np.abs(weights) @ np.abs(exact[:, : tile.inner]).T
+    # s * (n - 8) and what is beside it may be larger than what they add up to.
+    tolerance = 1e-6 if tile.offset is None else 8e-6
+    assert (np.abs(got - wanted) <= tolerance * bound).all()
+    close = weights @ inputs.T.astype(np.float64)
+    assert np.linalg.norm(got - close) <= 4e-4 * np.linalg.norm(bound) / tile.inner**0.5
+
+
+CHUNKED = [
+    Tile(4, 128, 16, 1, True),
+    Tile(4, 128, 4, 2, True, "bfloat16", "zero", short=3 * 128),
+    Tile(4, 128, 2, 2, True, "float16", "minimum"),
+    Tile(4, 32, 16, 1, True),
+    Tile(4, 32, 8, 2, True, "bfloat16", short=3 * 32),
+    Tile(4, 64, 16, 2, True, "float16", "zero", short=7 * 64),
+    Tile(4, 32, 2, 1, True, "float16", "minimum", warps=8),
+    Tile(4, 32, 4, 1, True, "bfloat16", "zero"),
+    Tile(8, 32, 16, 2, True, short=32),
+    Tile(8, 32, 2, 1, True, "bfloat16"),
+]
+BATCHED = [
+    Tile(4, 128, 32, 2, False, "float16", "zero"),
+    Tile(4, 128, 8, 3, False, "float16", short=128),
+    Tile(4, 128, 4, 1, False, "bfloat16", "minimum", short=128),
+    Tile(4, 32, 16, 16, False),
+    Tile(4, 32, 32, 11, False, "float16", "minimum", 8, 8),
+    Tile(4, 32, 8, 7, False, "bfloat16", "zero", short=5 * 32),
+    Tile(4, 64, 4, 6, False, "float16", "zero", short=64),
+    Tile(4, 64, 16, 4, False, "bfloat16"),
+    Tile(8, 32, 32, 5, False, short=96),
+    Tile(8, 32, 2, 4, False, "bfloat16", None, 4, 8),
+]
+
+
+@pytest.mark.parametrize("tile", [*CHUNKED, *BATCHED], ids=str)
+def test_a_tiles_products_are_its_rows_times_the_digits(tile):
+    check_product(tile)
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [Tile(4, 32, 16, 1, True, "float16", "zero"), Tile(4, 32, 8, 4, False, "float16", "minimum")],
+    ids=str,
+)
+def test_warps_make_their_products_in_any_order(tile):
+    check_product(tile, order=np.random.default_rng(3))
+
+
+_ONE = Tile(4, 32, 16, 1, True, "float16", "minimum")
+_MANY = Tile(4, 32, 16, 8, False, "float16", "zero")
+PRODUCT_EDITS = [
+    (_ONE, "setp.eq.u32 %n1, %w, 1", "setp.eq.u32 %n1, %w, 2"),
+    (_ONE, "xor.b32 %w, %w, %t", "xor.b32 %w, %w, 0"),
+    (_ONE, "shl.b32 %v, %t, 1", "shl.b32 %v, %t, 0"),
+    (_MANY, "0x4B400000", "0x4B000000"),
+    (_ONE, "fma.rn.f32 %o, %s, 0f41000000, %o", "fma.rn.f32 %o, %s, 0f00000000, %o"),
+    (_MANY, "0f43800000", "0f43000000"),
+    (_ONE, "xor.b32 %v, %i, 48", "xor.b32 %v, %i, 16"),
+    (_ONE, "[$3+32]", "[$3+64]"),
+    (_ONE, "{%h, %h2}, %xs0", "{%h2, %h}, %xs0"),
+    (_MANY, "sub.rn.f32 %o, 0f41000000, %o", "sub.rn.f32 %o, 0f40E00000, %o"),
+    (_MANY, "and.b32 %v, %g, 4", "and.b32 %v, %g, 2"),
+    (_MANY, "shl.b32 %k3, %v, 4", "shl.b32 %k3, %v, 3"),
+    (_MANY, "{%xs0, %xs1, %xs2, %xs3}, [%c+16]", "{%xs0, %xs1, %xs2, %xs3}, [%c+0]"),
+    (_MANY, "%q1, %o, %v1", "%q0, %o, %v1"),
+    (Tile(4, 32, 8, 7, False, "float16", short=96), "setp.ne.f32 %p, %f, 0f00000000; @%p", ""),
+]
+
+
+@pytest.mark.parametrize(("tile", "old", "new"), PRODUCT_EDITS)
+def test_an_edit_of_the_products_is_noticed(tile, old, new):
+    with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
+        check_product(tile, (old, new))
+
+
+SUMS_EDITS = [
+    (_ONE, "shl.b32 %h, %s, 8", "shl.b32 %h, %s, 7"),
+    (_ONE, "selp.b32 %s, %s, %h, %odd", "selp.b32 %s, %h, %s, %odd"),
+    (_ONE, "%s, 4, 31", "%s, 2, 31"),
+    (_ONE, "shl.b32 %s, %s, 4", "shl.b32 %s, %s, 3"),
+    (_MANY, "%s, 2, 31", "%s, 4, 31"),
+    (_MANY, "dp4a.s32.s32 %s, $5", "dp4a.s32.s32 %s, $4"),
+    (_MANY, "[$1+32]", "[$1+64]"),
+    (Tile(4, 128, 4, 1, True, "float16", "zero"), "%s, 1, 31", "%s, 2, 31"),
+]
+
+
+@pytest.mark.parametrize(("tile", "old", "new"), SUMS_EDITS)
+def test_an_edit_of_the_sums_of_groups_is_noticed(tile, old, new):
+    with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
+        check_product(tile, sums_edit=(old, new))
+
+
+def test_scales_are_loaded_as_many_at_once_as_lie_side_by_side():
+    assert Tile(4, 32, 16, 16, False).ptx.scales_at_once == 16
+    assert Tile(4, 32, 16, 4, False).ptx.scales_at_once == 8
+    assert Tile(4, 32, 16, 7, False).ptx.scales_at_once == 2
+    assert Tile(4, 32, 16, 7, False, offset="zero").ptx.scales_at_once == 4
