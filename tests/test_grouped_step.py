@@ -18,10 +18,11 @@ from ffjax.formats import WeightFormats, int4
 from ffjax.quantization import dequantize
 from pallas_kernels.dims import Grouping, WeightBits, WeightGroups
 from pallas_kernels.gpu import INTERPRETER
+from pallas_kernels.stream import planner
 from pallas_kernels.stream.layout import SharedLayout, offset_pitch
 from pallas_kernels.stream.plan import Segment
-from pallas_kernels.stream.planner import make_stream_plan, tuned, why_not
-from pallas_kernels.stream.tuning import tuning_for
+from pallas_kernels.stream.planner import make_stream_plan, tuned, why_not, why_not_on
+from pallas_kernels.stream.tuning import Tuning, tuning_for
 from pallas_kernels.targets import target
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -95,7 +96,7 @@ def test_a_plan_has_room_for_every_group(name, batch, size, offset):
         assert offset_pitch(plan) >= 32 * down.reads
 
 
-def test_weights_in_other_groups_have_the_tuning_of_weights_of_as_many_bits():
+def test_weights_in_other_groups_have_the_tuning_of_weights_of_as_many_bits(monkeypatch):
     other = grouped_dims("llama3.2-1b", 8, Grouping(size=32, scales="float16", offset="zero"))
     head = {"weight_bits": dataclasses.replace(other.weight_bits, head=8)}
     other = dataclasses.replace(
@@ -105,10 +106,13 @@ def test_weights_in_other_groups_have_the_tuning_of_weights_of_as_many_bits():
     found = tuning_for(H200.name, usual)
     assert found is not None
     assert tuned(usual, H200) == tuned(other, H200) == found
-    # A tile that has no room with its scales is no reason not to run.
-    tight = dataclasses.replace(H200, shared_memory=64 * 1024)
-    plan = make_stream_plan(other, tight)
-    assert plan.why_no_room is None
+    # A row whose tiles have no room with these scales is no reason not to run.
+    crowded = dataclasses.replace(other, ffw_dim=32_768)
+    wide = Tuning(tile_bytes=65_536, cache_tile_bytes=32_768, cache_tiles=6)
+    monkeypatch.setattr(planner, "tuning_for", lambda *_: wide)
+    assert why_not_on(H200, crowded, wide) is not None
+    assert tuned(crowded, H200) is None
+    assert make_stream_plan(crowded, H200, tuned(crowded, H200)).why_no_room is None
 
 
 def test_rows_that_are_not_whole_groups_are_refused():

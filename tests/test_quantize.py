@@ -387,7 +387,8 @@ def test_what_is_not_finite_is_refused(odd):
         (lambda: WeightFormat(bits=8.0), "Quantized weights have 4 or 8 bits, got 8.0."),  # pyright: ignore[reportArgumentType]
         (
             lambda: WeightFormat(bits=8, group_size=128),
-            "int8 weights have one scale a row: their group_size is None, got 128.",
+            "int8 weights have one scale a row, their group_size is None; or groups of 32. Got "
+            "group_size=128.",
         ),
         (
             lambda: WeightFormat(bits=4),
@@ -408,7 +409,8 @@ def test_what_is_not_finite_is_refused(odd):
         ),
         (
             lambda: WeightFormats.from_dict({"qkv": "int8"}),
-            "weights.qkv is a table of the fields bits, group_size; got 'int8'.",
+            "weights.qkv is a table of the fields bits, group_size, scale_dtype, offset; got "
+            "'int8'.",
         ),
         (
             lambda: dataclasses.replace(PRESETS["llama3.1-8b"], weights={}),

@@ -1,5 +1,6 @@
 """`bench`, `tune` and `fidelity` of quantized weights: made in a format, named in the results."""
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -23,9 +24,10 @@ from ffjax.benchmark.inputs import random_model
 from ffjax.benchmark.suite import Sweep
 from ffjax.benchmark.timing import Timing
 from ffjax.benchmark.tune import Trial
+from ffjax.commands.formats import add_format_arguments, chosen_config
 from ffjax.config import PRESETS, ModelConfig
 from ffjax.decode import reference_step
-from ffjax.formats import FLOATING, INT8, WeightFormats, int4
+from ffjax.formats import FLOATING, INT8, WeightFormat, WeightFormats, int4
 from ffjax.quantization import quantize, quantized_config
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream.planner import make_stream_plan
@@ -153,14 +155,28 @@ def test_a_format_that_the_matrices_cannot_have_is_a_sentence(command, capsys, m
     assert "The matrix down of tiny-groups cannot be int4 in groups of 128. Groups of int4" in err
     code, out, err = run(capsys, command, "--weights", "int2")
     assert (code, out) == (2, "")
-    assert "--weights: one of bfloat16, int8, int4 is needed, got 'int2'." in err
+    assert "--weights: one of bfloat16, int8, int4, int8-groups is needed, got 'int2'." in err
 
 
-def test_groups_whose_bytes_are_not_counted_are_refused():
-    config = model_to_quantize().config
-    config = dataclasses.replace(config, weights=WeightFormats.of_layers(int4(32)))
-    with pytest.raises(NotImplementedError, match=r"read in groups of 128; those of custom are"):
-        Sweep(config=config, batches=(1,), positions=(4,), steps=1)
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+@pytest.mark.parametrize("option", ["--group-size 32", "--scales float16", "--offset zero"])
+def test_an_option_of_int4_is_refused_where_there_is_none(weights, option, capsys):
+    code, out, err = run(capsys, "bench", "--weights", weights, *option.split())
+    assert (code, out) == (2, "")
+    assert f"{option.split()[0]} is of int4" in err
+
+
+def test_groups_scales_and_offsets_are_those_that_are_asked_for():
+    asked = "--config llama3.2-1b --weights int4 --group-size 32 --scales float16 --offset zero"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config")
+    add_format_arguments(parser)
+    config = chosen_config(parser.parse_args(asked.split()))
+    assert config.weights == WeightFormats.of_layers(int4(32, "float16", "zero"))
+    asked = "--config llama3.2-1b --weights int8-groups --head int4 --scales float16"
+    config = chosen_config(parser.parse_args(asked.split()))
+    of_layers = WeightFormat(bits=8, group_size=32, scale_dtype="float16")
+    assert config.weights == WeightFormats.of_layers(of_layers, int4(128, "float16"))
 
 
 @pytest.mark.parametrize(

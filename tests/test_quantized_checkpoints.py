@@ -184,7 +184,7 @@ def test_inspect_names_the_format(saved, capsys):
     assert report["quantized"] == str(MIXED)
     assert report["weight_bytes"] == nbytes(checkpoints.load(saved))
     assert report["dtypes"] == {"bfloat16": 8, "int32": 3, "float32": 1, "int8": 1}
-    assert "in groups of 128; those of" in report["why_not_fused"]
+    assert "compute capability 8.0 or newer" in report["why_not_fused"]
     assert main(["inspect", str(saved)]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["quantized"] == str(MIXED)

@@ -133,6 +133,13 @@ class _Geometry:
         self.down_rows = min(self.rows, self._rows(stored, self.down_reads))
         if self.splits > 1:
             self.down_rows = self.most_rows(stored, self.down_reads, self.down_rows)
+        if self.splits > 1 and stored.fine:
+            # Scales come for whole rows, of which a part has few weights.
+            row = self.width * bits // 8 + stored.scale_bytes(size)
+            while (
+                self.down_rows > COLUMNS and 4 * self.down_rows * row > 5 * self.tuning.tile_bytes
+            ):
+                self.down_rows //= 2
         # Where a tile's scales come without those of its run.
         scales = stored.scale_bytes(size)
         while self.splits > 1 and self.down_rows * scales % self.scale_unit:
