@@ -23,6 +23,7 @@ def convert_incoming(
     overwrite: bool,
     ignore_fields: Collection[str],
     adapter: str | Path | None,
+    integers: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Conversion:
     """Makes a checkpoint of a model of some kind; see `convert_hf` and `convert_gguf`.
@@ -34,7 +35,8 @@ def convert_incoming(
         dtype: as in those.
         overwrite: as in those.
         ignore_fields: as in those.
-        adapter: as in those.
+        adapter: as in those, whose numbers are whole then.
+        integers: as in those.
         progress: as in those.
 
     Raises:
@@ -47,7 +49,8 @@ def convert_incoming(
     dtype = supported_dtype("A checkpoint's weights are", dtype)
     check_free(path, overwrite)
     check_apart(path, source := real_path(source))
-    incoming = kind.open(source, ignore_fields=ignore_fields)
+    whole = not integers or adapter is not None
+    incoming = kind.open(source, ignore_fields=ignore_fields, integers=not whole)
     incoming.check_companions()
     return write_incoming(
         incoming if adapter is None else merge_adapter(incoming, adapter, out=path),

@@ -105,7 +105,9 @@ class HFFolder(Incoming):
     whole = ("F32", "F16", "BF16")
 
     @classmethod
-    def open(cls, directory: Path, *, ignore_fields: Collection[str] = ()) -> HFFolder:
+    def open(
+        cls, directory: Path, *, ignore_fields: Collection[str] = (), integers: bool = True
+    ) -> HFFolder:
         """Reads `config.json` and the files' headers, and checks that they fit.
 
         What is left out, and taken to change nothing, is named in an `HFFolderWarning`.
@@ -113,6 +115,7 @@ class HFFolder(Incoming):
         Args:
             directory: the folder.
             ignore_fields: as in `convert_hf`.
+            integers: likewise.
 
         Raises:
             FileNotFoundError: there is nothing at that path.
@@ -181,6 +184,7 @@ def convert_hf(
     overwrite: bool = False,
     ignore_fields: Collection[str] = (),
     adapter: str | Path | None = None,
+    integers: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Makes a checkpoint of a Hugging Face folder.
@@ -202,6 +206,8 @@ def convert_hf(
             W + scaling * B @ A for each matrix W `[out, in]`, B `[out, r]`, A `[r, in]`, where
             scaling is lora_alpha / r (arXiv 2106.09685), or lora_alpha / sqrt(r) with use_rslora
             (arXiv 2312.03732). Computed as peft does on a CPU with a model loaded as `dtype`.
+        integers: whether quantized matrices keep their integers, where ours have such a format;
+            False: all are made whole, and rounded to `dtype`.
         progress: is told, after each tensor, how many bytes were read and of how many.
 
     Returns:
@@ -223,5 +229,6 @@ def convert_hf(
         overwrite=overwrite,
         ignore_fields=ignore_fields,
         adapter=adapter,
+        integers=integers,
         progress=progress,
     )

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -24,6 +24,7 @@ from checkpoints.atomic import written_beside
 from checkpoints.hf_files import dtype_name, some
 from checkpoints.hf_table import Slot
 from checkpoints.host_arrays import empty
+from checkpoints.integers import Kept
 from checkpoints.manifest import WEIGHTS, CheckpointError, Manifest
 from checkpoints.places import check_free
 from checkpoints.skeleton import array_shapes, nested, skeleton
@@ -124,8 +125,12 @@ class Incoming(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def open(cls, path: Path, /, *, ignore_fields: Collection[str] = ()) -> Incoming:
+    def open(
+        cls, path: Path, /, *, ignore_fields: Collection[str] = (), integers: bool = True
+    ) -> Incoming:
         """Opens what is at a path, and checks it from end to end; its numbers are not yet read.
+
+        Quantized matrices that we know a format of stay integers, if these are wanted.
 
         Raises:
             FileNotFoundError: there is nothing at that path.
@@ -155,7 +160,12 @@ class Incoming(abc.ABC):
     @property
     def dtypes(self) -> dict[str, int]:
         """How many of the tensors have which dtype, as the files call them."""
-        return dict(sorted(Counter(tensor.dtype for tensor in self.tensors.values()).items()))
+        return self._counted(self.tensors.values())
+
+    @staticmethod
+    def _counted(tensors: Iterable[Stored]) -> dict[str, int]:
+        # What lies beside others, as scales do, is counted with them.
+        return dict(sorted(Counter(one.dtype for one in tensors if one.dtype).items()))
 
     @property
     def nbytes(self) -> int:
@@ -184,7 +194,8 @@ class Incoming(abc.ABC):
     def rounded(self, dtype: Any) -> dict[str, int]:
         """How many tensors, of which dtype, the given one cannot hold exactly."""
         held = self.whole if dtype_name(dtype) == "F32" else (dtype_name(dtype),)
-        return {name: count for name, count in self.dtypes.items() if name not in held}
+        counts = self._counted(x for x in self.tensors.values() if not isinstance(x, Kept))
+        return {name: count for name, count in counts.items() if name not in held}
 
     def arrays(
         self, dtype: Any, progress: Callable[[int], None] | None = None

@@ -17,12 +17,15 @@ def comes_in(path: Path) -> bool:
     return is_hf_folder(path) or is_gguf(path)
 
 
-def open_incoming(path: Path, *, ignore_fields: Collection[str] = ()) -> Incoming:
+def open_incoming(
+    path: Path, *, ignore_fields: Collection[str] = (), integers: bool = True
+) -> Incoming:
     """Opens what is at a path, and checks it from end to end; its numbers are not yet read.
 
     Args:
         path: a Hugging Face folder or a GGUF file.
         ignore_fields: as in `convert_hf` and `convert_gguf`.
+        integers: likewise.
 
     Raises:
         FileNotFoundError: there is nothing at that path.
@@ -30,4 +33,4 @@ def open_incoming(path: Path, *, ignore_fields: Collection[str] = ()) -> Incomin
         NotImplementedError: it needs a package that is not installed.
     """
     kind = GGUFFile if is_gguf(path) else HFFolder
-    return kind.open(path, ignore_fields=ignore_fields)
+    return kind.open(path, ignore_fields=ignore_fields, integers=integers)

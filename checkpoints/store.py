@@ -120,7 +120,11 @@ def _save(
 
 @own_settings()
 def load(
-    path: str | Path, *, dtype: Any = None, ignore_fields: Collection[str] = ()
+    path: str | Path,
+    *,
+    dtype: Any = None,
+    ignore_fields: Collection[str] = (),
+    integers: bool = True,
 ) -> Transformer:
     """Loads a model: from a checkpoint, or straight from a Hugging Face folder or a GGUF file.
 
@@ -134,10 +138,13 @@ def load(
         dtype: bfloat16 or float32, to which the weights are cast; None: as they were
             saved, bit by bit. Those of a Hugging Face folder or a GGUF file are cast to bfloat16
             then. Quantized weights stay as they are; it is what products with them take as
-            inputs. A GGUF file's are made whole.
+            inputs.
         ignore_fields: names of fields of a Hugging Face folder's config.json, or of a GGUF file's
             metadata, to leave out, which would be refused, and of which the caller knows that
             they change nothing.
+        integers: whether quantized matrices of a Hugging Face folder or a GGUF file keep their
+            integers, where ours have such a format; False: they are made whole. A checkpoint's are
+            as they were saved.
 
     Returns:
         The model, on the default device.
@@ -154,7 +161,7 @@ def load(
     if dtype is not None:
         dtype = supported_dtype("The weights are loaded as", dtype)
     if comes_in(path):
-        incoming = open_incoming(path, ignore_fields=ignore_fields)
+        incoming = open_incoming(path, ignore_fields=ignore_fields, integers=integers)
         return load_incoming(incoming, jnp.dtype(jnp.bfloat16) if dtype is None else dtype)
     if ignore_fields and path.exists():
         raise ValueError(

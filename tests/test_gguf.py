@@ -108,7 +108,7 @@ def test_quantized_tensors_are_the_numbers_of_their_blocks(kind, tmp_path, monke
     folder = write_folder(tmp_path / "g", _WIDE, tensors=ours)
     file = write_gguf(tmp_path / "g.gguf", _WIDE, raw=raw)
     expected = weights(checkpoints.load(folder, dtype="float32"))
-    for name, found in weights(checkpoints.load(file, dtype="float32")).items():
+    for name, found in weights(checkpoints.load(file, dtype="float32", integers=False)).items():
         np.testing.assert_allclose(found, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
         assert found.std() > 0 or name.endswith("norm']")
     assert GGUFFile.open(file).dtypes[kind] == len(raw)

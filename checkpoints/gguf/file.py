@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from checkpoints.converting import convert_incoming
 from checkpoints.gguf.config import INTERLEAVED, config_json
 from checkpoints.gguf.header import MAGIC, Header, read_header
+from checkpoints.gguf.integers import KEPT, GGUFIntegers
 from checkpoints.gguf.names import ROPE_FACTORS, gguf_name
 from checkpoints.gguf.tensors import SIZES, GGUFTensor, check_package
 from checkpoints.gguf.tokenizer import tokenizer_files
@@ -23,6 +24,7 @@ from checkpoints.incoming import (
     Incoming,
     check_tensors,
 )
+from checkpoints.integers import keep_integers
 from checkpoints.manifest import HF_FILES, CheckpointError
 from checkpoints.skeleton import array_shapes
 from ffjax.config import ModelConfig
@@ -77,12 +79,15 @@ class GGUFFile(Incoming):
     whole: ClassVar[Collection[str]] = tuple(name for name in SIZES if name != "F64")
 
     @classmethod
-    def open(cls, path: Path, *, ignore_fields: Collection[str] = ()) -> GGUFFile:
+    def open(
+        cls, path: Path, *, ignore_fields: Collection[str] = (), integers: bool = True
+    ) -> GGUFFile:
         """Reads the header of a file, and checks that its tensors are those of its metadata.
 
         Args:
             path: the file.
             ignore_fields: as in `convert_gguf`.
+            integers: as in `convert_gguf`.
 
         Raises:
             FileNotFoundError: there is nothing at that path.
@@ -103,8 +108,14 @@ class GGUFFile(Incoming):
         slots = slots_of(config, array_shapes(config, "bfloat16"))
         tensors = _by_table(header, slots, config, architecture)
         check_tensors(path, config, slots, tensors, says="metadata", called=gguf_name)
-        check_package([*tensors.values()])
-        return cls(path, architecture, config, slots, tensors, [], header, data)
+        matrices = {
+            name: GGUFIntegers(tensor)
+            for name, tensor in tensors.items()
+            if tensor.dtype in KEPT and integers
+        }
+        kept = keep_integers(config, slots, tensors, matrices)
+        check_package([one for one in kept.tensors.values() if isinstance(one, GGUFTensor)])
+        return cls(path, architecture, kept.config, kept.slots, kept.tensors, [], header, data)
 
     @functools.cached_property
     def companions(self) -> dict[str, dict[str, Any]]:
@@ -157,14 +168,16 @@ def convert_gguf(
     overwrite: bool = False,
     ignore_fields: Collection[str] = (),
     adapter: str | Path | None = None,
+    integers: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Makes a checkpoint of a GGUF file.
 
-    Quantized tensors are made whole, and rounded to `dtype`; `ffjax.quantize` makes them small
-    again. The tokenizer and the chat template become the files of a Hugging Face folder. As with
-    `convert_hf`, the host holds one array at a time, and an error or Ctrl-C leaves nothing
-    half-written at `path`.
+    Matrices of the layers, and a head of its own, whose tensors are all of the types Q4_0 and
+    Q4_1, or all of Q8_0, keep their integers and scales. Other quantized tensors are made whole,
+    and rounded to `dtype`; `ffjax.quantize` makes them small again. The tokenizer and the chat
+    template become the files of a Hugging Face folder. As with `convert_hf`, the host holds one
+    array at a time, and an error or Ctrl-C leaves nothing half-written at `path`.
 
     Args:
         file: the GGUF file, in one part.
@@ -178,6 +191,7 @@ def convert_gguf(
             W + scaling * B @ A for each matrix W `[out, in]`, B `[out, r]`, A `[r, in]`, where
             scaling is lora_alpha / r (arXiv 2106.09685), or lora_alpha / sqrt(r) with use_rslora
             (arXiv 2312.03732). Computed as peft does on a CPU with a model loaded as `dtype`.
+        integers: whether integers are kept; False: all tensors are made whole.
         progress: is told, after each tensor, how many bytes were read and of how many.
 
     Returns:
@@ -200,5 +214,6 @@ def convert_gguf(
         overwrite=overwrite,
         ignore_fields=ignore_fields,
         adapter=adapter,
+        integers=integers,
         progress=progress,
     )

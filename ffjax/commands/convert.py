@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="merge a LoRA adapter of the model: a folder that peft wrote",
     )
     parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="make whole numbers of quantized matrices, also where their integers could be kept",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace a checkpoint that is at OUT_DIR"
     )
 
@@ -74,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             ignore_fields=args.ignore_field,
             adapter=args.adapter,
+            integers=not args.whole,
             progress=progress,
         )
     config = made.config
@@ -82,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if (adapter := made.adapter) is not None:
         print(f"Merged the adapter {adapter.name} into {adapter.tensors} tensors.")
+    if config.weights.quantized:
+        print(f"Kept the integers of {config.weights}.")
     if made.rounded:
         note = rounding_note(made.rounded, made.dtype)
         print(f"{note[0].upper()}{note[1:]}.")

@@ -85,7 +85,12 @@ def _logged(name: str, tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def load_model(
-    args: argparse.Namespace, path: str | Path, dtype: Any = None, *, said: bool = False
+    args: argparse.Namespace,
+    path: str | Path,
+    dtype: Any = None,
+    *,
+    said: bool = False,
+    integers: bool = True,
 ) -> Transformer:
     """Loads what a command was given: a checkpoint, a Hugging Face folder or a GGUF file.
 
@@ -94,6 +99,7 @@ def load_model(
         path: of the model.
         dtype: as `ffjax.load` takes it.
         said: as in `notes_on_stderr`.
+        integers: as `ffjax.load` takes it.
 
     Raises:
         FileNotFoundError: there is nothing at that path.
@@ -106,7 +112,8 @@ def load_model(
     if not is_folder(args, path):
         return checkpoints.load(path, dtype=dtype)
     with notes_on_stderr(args.command, said=said):
-        return checkpoints.load(path, dtype=dtype, ignore_fields=args.ignore_field)
+        how = {"ignore_fields": args.ignore_field, "integers": integers}
+        return checkpoints.load(path, dtype=dtype, **how)
 
 
 def is_folder(args: argparse.Namespace, path: str | Path) -> bool:

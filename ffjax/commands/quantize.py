@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
     check_free(out, args.overwrite)
     if comes_in(path):
         with notes_on_stderr("quantize", said=True):  # loading says them
-            incoming = open_incoming(path, ignore_fields=args.ignore_field)
+            incoming = open_incoming(path, ignore_fields=args.ignore_field, integers=False)
         source = incoming.source("bfloat16", args.ignore_field)
     else:
         source = checkpoints.Manifest.read(path).source
     with checkpoints.tokenizer_at(path) as tokenizer:
-        model = load_model(args, path)
+        model = load_model(args, path, integers=False)  # to be rounded anew
         name = model.config.name
         group = DEFAULT_GROUP if args.group_size is None else args.group_size
         with byte_bar("quantize") as progress:

@@ -1,0 +1,254 @@
+"""Matrices that a file keeps as integers with scales, and that stay as they are.
+
+Each layout of files has a reader (`gguf.integers`, `hf_gptq` and so on) whose matrices say what
+they hold as numbers: integers by row and input, and a scale for each group of inputs. What is made
+of them is here: our words and scales, or whole numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from checkpoints.hf_table import Slot
+from checkpoints.manifest import CheckpointError
+from ffjax.config import ModelConfig
+from ffjax.formats import WeightFormat, WeightFormats
+from pallas_kernels.dims import WORD_SHIFTS
+
+__all__ = ["IntegerMatrix", "Integers", "Kept", "WholeMatrix", "keep_integers", "packed"]
+
+_ALL = slice(None)
+_MATRICES = ("qkv", "attn_out", "gate_up", "down", "head")
+
+
+class Integers(NamedTuple):
+    """A matrix `[out, in]` as its file has it.
+
+    Attributes:
+        numbers: `[out, in]`: of int4 uint8, 0 to 15; of int8 int8.
+        scale: float16 or bfloat16 `[out, in / group]`, with a second number `[out, in / group, 2]`;
+            float32 `[out]` of int8 without groups.
+    """
+
+    numbers: np.ndarray
+    scale: np.ndarray
+
+
+class IntegerMatrix(Protocol):
+    """A matrix of integers in a file, not yet read."""
+
+    @property
+    def name(self) -> str:
+        """Its name there."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """What the file's format calls it: "Q4_0", "GPTQ"."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[out, in]`."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of the file it takes."""
+        ...
+
+    @property
+    def format(self) -> WeightFormat:
+        """How it is stored, as ours."""
+        ...
+
+    def read(self, format: WeightFormat) -> Integers:
+        """Its numbers in a format of ours: its own, or one that holds the same weights.
+
+        Raises:
+            CheckpointError: the file ends before the matrix does, or holds what the format cannot.
+        """
+        ...
+
+
+def packed(numbers: np.ndarray) -> np.ndarray:
+    """Words of eight integers of 0 to 15: `ffjax.packing.pack`, of an array on the host.
+
+    Args:
+        numbers: uint8 `[..., in]`.
+
+    Returns:
+        int32 `[..., in / 8]`.
+    """
+    eights = numbers.reshape(*numbers.shape[:-1], -1, len(WORD_SHIFTS))
+    words = np.zeros(eights.shape[:-1], np.uint32)
+    for place, shift in enumerate(WORD_SHIFTS):
+        words |= eights[..., place].astype(np.uint32) << np.uint32(shift)
+    return words.view(np.int32)
+
+
+def _whole(made: Integers, format: WeightFormat) -> np.ndarray:
+    """The weights that integers and scales stand for, float32 `[out, in]`: `ffjax.rounding.expand`.
+
+    The same numbers: products of float32 that are exact, and at most one sum.
+    """
+    scale, numbers = made.scale.astype(np.float32), made.numbers.astype(np.float32)
+    if format.group_size is None:
+        return numbers * scale[:, None]
+    groups = numbers.reshape(len(numbers), -1, format.group_size)
+    if format.offset is None:
+        less = np.float32(8 if format.bits == 4 else 0)
+        whole = (groups - less) * scale[..., None]
+    elif format.offset == "zero":
+        whole = (groups - scale[..., 1, None]) * scale[..., 0, None]
+    else:
+        whole = groups * scale[..., 0, None] + scale[..., 1, None]
+    return whole.reshape(numbers.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A tensor of ours that is made of a matrix; as `incoming.Stored`."""
+
+    matrix: IntegerMatrix
+    to: WeightFormat
+
+    @property
+    def name(self) -> str:
+        return self.matrix.name
+
+    @property
+    def dtype(self) -> str:
+        return self.matrix.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.matrix.shape
+
+    def parts(self) -> list[slice]:
+        """The matrix is read at once."""
+        return [_ALL]
+
+
+class WholeMatrix(_Part):
+    """Whole numbers made of a matrix."""
+
+    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+        """Reads it, rounding to the array's dtype."""
+        out[part] = _whole(self.matrix.read(self.to), self.to)
+
+
+class Kept(_Part):
+    """The integers of a matrix."""
+
+    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+        """Reads it: words of int4, or int8."""
+        numbers = self.matrix.read(self.to).numbers
+        out[part] = packed(numbers) if self.to.bits == 4 else numbers
+
+
+class _Scales(_Part):
+    """The scales of a matrix; its bytes are counted with its integers."""
+
+    @property
+    def dtype(self) -> str:
+        return ""
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+        """Reads them."""
+        out[part] = self.matrix.read(self.to).scale
+
+
+class Keeping(NamedTuple):
+    """A model whose integers stay: its configuration, places and tensors; see `Incoming`."""
+
+    config: ModelConfig
+    slots: dict[str, list[Slot]]
+    tensors: dict[str, Any]
+
+
+def common_format(formats: set[WeightFormat]) -> WeightFormat | None:
+    """A format that holds the weights of several exactly; None if there is none of ours."""
+    if len(formats) == 1:
+        return next(iter(formats))
+    # Without a second number is with one: 8 for the integer that stands for 0, or -8 scales.
+    if len({dataclasses.replace(one, offset=None) for one in formats if one.bits == 4}) != 1:
+        return None
+    offsets = {one.offset for one in formats}
+    if any(one.bits == 8 for one in formats) or {"zero", "minimum"} <= offsets:
+        return None
+    return next(one for one in formats if one.offset is not None)
+
+
+def with_offset(made: Integers, own: WeightFormat, to: WeightFormat, name: str) -> Integers:
+    """The same weights in a format that has a second number of each group, where `own` has none.
+
+    Raises:
+        CheckpointError: the dtype of the scales does not hold it.
+    """
+    if own == to:
+        return made
+    scale = made.scale
+    second = np.full_like(scale, 8) if to.offset == "zero" else scale * scale.dtype.type(-8)
+    if not np.isfinite(second.astype(np.float32)).all():
+        raise CheckpointError(
+            f"A scale of {name} is so large that its minimum is no {to.scale_dtype}. Take another "
+            "file of the model."
+        )
+    return made._replace(scale=np.stack([scale, second], axis=-1))
+
+
+def keep_integers(
+    config: ModelConfig,
+    slots: Mapping[str, list[Slot]],
+    tensors: Mapping[str, Any],
+    matrices: Mapping[str, IntegerMatrix],
+    *,
+    integers: bool = True,
+) -> Keeping:
+    """Has matrices of integers stay as they are, where all tensors of one of our matrices can.
+
+    That are those of all layers, and of what is fused. Others are made whole, as all are where
+    integers are not wanted.
+
+    Args:
+        config: the configuration of the model, made whole.
+        slots: the places of its tensors.
+        tensors: these, by the names in the table: those of integers as they are made whole, if the
+            reader has a way of its own.
+        matrices: those that are stored as integers, by the names in the table.
+        integers: whether they are wanted.
+    """
+    made, places, formats = dict(tensors), dict(slots), {}
+    for name in _MATRICES:
+        place = name if name == "head" else f"layers.{name}"
+        mine = [slot for slot in slots.get(place, []) if slot.theirs in matrices]
+        if not integers or not mine or len(mine) != len(slots[place]):
+            continue
+        common = common_format({matrices[slot.theirs].format for slot in mine})
+        if common is None or common.why_not(mine[0].shape[-1]) is not None:
+            continue
+        formats[name], scales = common, []
+        for slot in mine:
+            matrix, called = matrices[slot.theirs], f"{slot.theirs} (scales)"
+            made[slot.theirs], made[called] = Kept(matrix, common), _Scales(matrix, common)
+            out, inputs = slot.shape
+            shape = common.shape_of_scales(out, inputs)
+            scales.append(Slot(called, f"{place}_scale", slot.place, shape))
+        places[f"{place}_scale"] = scales
+    for name, matrix in matrices.items():
+        made.setdefault(name, WholeMatrix(matrix, matrix.format))
+    kept = dataclasses.replace(config, weights=WeightFormats(**formats)) if formats else config
+    return Keeping(kept, places, made)
