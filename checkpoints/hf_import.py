@@ -17,6 +17,7 @@ from checkpoints.hf_files import (
     find_tensors,
     same_numbers,
 )
+from checkpoints.hf_quantized import drop_empty_biases, take_matrices, taken_settings
 from checkpoints.hf_table import EMBED, HEAD, NameRules, slots_of
 from checkpoints.hf_token_ids import check_end_tokens
 from checkpoints.incoming import (
@@ -24,6 +25,7 @@ from checkpoints.incoming import (
     Incoming,
     check_tensors,
 )
+from checkpoints.integers import keep_integers, wholes
 from checkpoints.manifest import (
     HF_FILES,
     MANIFEST,
@@ -129,25 +131,32 @@ class HFFolder(Incoming):
         refuse_adapter(directory, whole=(directory / CONFIG).is_file())
         data = read_config(directory)
         architecture = architecture_of(data, directory)
+        settings = taken_settings(data, directory, integers=integers)
         config = config_from_hf(
             data, directory, name=_name_of(directory), ignore_fields=ignore_fields
         )
         check_end_tokens(directory, config.vocab_size)  # not only when a text is to end
         slots = slots_of(config, array_shapes(config, "bfloat16"))
         named, left_out = NameRules.of(architecture).apply(found := find_tensors(directory))
-        # Before the names: those of quantized tensors are unknown, and their dtype says why.
-        check_dtypes(directory, (found[name] for names in named.values() for name in names))
+        if settings is None:
+            # Before the names: those of quantized tensors are unknown, and their dtype says why.
+            check_dtypes(directory, (found[name] for names in named.values() for name in names))
         if twice := [names for names in named.values() if len(names) > 1]:
             raise CheckpointError(
                 f"Each tensor is there under one name; {directory} has several for one: "
                 f"{'; '.join(' and '.join(names) for names in twice)}."
             )
         tensors = {name: found[theirs] for name, (theirs,) in named.items()}
+        matrices = take_matrices(settings, tensors)
+        if settings is not None:
+            left_out += drop_empty_biases(tensors, slots)
+        check_dtypes(directory, (x for x in tensors.values() if isinstance(x, StoredTensor)))
         if config.tied_embeddings and HEAD in tensors and EMBED in tensors:
             _check_tied(directory, tensors[HEAD], tensors[EMBED])
             left_out.append(tensors.pop(HEAD).name)
-        check_tensors(directory, config, slots, tensors, says=CONFIG)
-        return cls(directory, architecture, config, slots, tensors, left_out)
+        check_tensors(directory, config, slots, {**tensors, **wholes(matrices)}, says=CONFIG)
+        kept = keep_integers(config, slots, tensors, matrices, integers=integers)
+        return cls(directory, architecture, kept.config, kept.slots, kept.tensors, left_out)
 
     def check_companions(self) -> None:
         """Nothing is refused: they are copied as they are; see `Incoming`."""

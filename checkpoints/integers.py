@@ -19,7 +19,18 @@ from ffjax.config import ModelConfig
 from ffjax.formats import WeightFormat, WeightFormats
 from pallas_kernels.dims import WORD_SHIFTS
 
-__all__ = ["IntegerMatrix", "Integers", "Kept", "WholeMatrix", "keep_integers", "packed"]
+__all__ = [
+    "IntegerMatrix",
+    "Integers",
+    "Keeping",
+    "Kept",
+    "WholeMatrix",
+    "common_format",
+    "keep_integers",
+    "packed",
+    "wholes",
+    "with_offset",
+]
 
 _ALL = slice(None)
 _MATRICES = ("qkv", "attn_out", "gate_up", "down", "head")
@@ -171,6 +182,11 @@ class _Scales(_Part):
         out[part] = self.matrix.read(self.to).scale
 
 
+def wholes(matrices: Mapping[str, IntegerMatrix]) -> dict[str, WholeMatrix]:
+    """The matrices made whole, by the same names."""
+    return {name: WholeMatrix(matrix, matrix.format) for name, matrix in matrices.items()}
+
+
 class Keeping(NamedTuple):
     """A model whose integers stay: its configuration, places and tensors; see `Incoming`."""
 
@@ -201,7 +217,9 @@ def with_offset(made: Integers, own: WeightFormat, to: WeightFormat, name: str) 
     if own == to:
         return made
     scale = made.scale
-    second = np.full_like(scale, 8) if to.offset == "zero" else scale * scale.dtype.type(-8)
+    with np.errstate(over="ignore"):  # looked at below
+        least = scale * scale.dtype.type(-8)
+    second = np.full_like(scale, 8) if to.offset == "zero" else least
     if not np.isfinite(second.astype(np.float32)).all():
         raise CheckpointError(
             f"A scale of {name} is so large that its minimum is no {to.scale_dtype}. Take another "
@@ -248,7 +266,7 @@ def keep_integers(
             shape = common.shape_of_scales(out, inputs)
             scales.append(Slot(called, f"{place}_scale", slot.place, shape))
         places[f"{place}_scale"] = scales
-    for name, matrix in matrices.items():
-        made.setdefault(name, WholeMatrix(matrix, matrix.format))
+    for name, matrix in wholes(matrices).items():
+        made.setdefault(name, matrix)
     kept = dataclasses.replace(config, weights=WeightFormats(**formats)) if formats else config
     return Keeping(kept, places, made)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf_files import blocks, interleaved, whole, write_gguf
+from gguf_vocabularies import byte_vocabulary
 from hf_models import MODELS, HFModel
 from quantize_cases import INT8_GROUPS, by_hand, named_arrays, numbers_of
 
@@ -70,7 +71,7 @@ def written(tmp_path: Path, kind: str, **kinds: str) -> tuple[Path, dict[str, np
         blocks(kinds.get("output", kind), 40, 64, 99),
         kinds.get("output", kind),
     )
-    file = write_gguf(tmp_path / f"{kind}.gguf", _MODEL, raw=raw)
+    file = write_gguf(tmp_path / f"{kind}.gguf", _MODEL, raw=raw, **byte_vocabulary())
     return file, raw
 
 

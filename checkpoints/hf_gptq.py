@@ -1,0 +1,112 @@
+"""GPTQ's layout of quantized matrices.
+
+Of a matrix X `[out, in]` (qlinear_torch.py of https://github.com/ModelCloud/GPTQModel, and
+qlinear_cuda_old.py of https://github.com/AutoGPTQ/AutoGPTQ):
+
+- X.qweight, int32 `[in / 8, out]`: nibble k of a word is input 8 * i + k, the lowest one first;
+- X.qzeros, int32 `[groups, out / 8]`: the integers z that stand for 0, packed along the outputs;
+  "gptq" stores z - 1, which comes round at 16, and "gptq_v2" z;
+- X.scales, float16 `[groups, out]`;
+- X.g_idx, int32 `[in]`: the group of each input.
+
+A weight is scale * (n - z).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from checkpoints.hf_files import StoredTensor
+from checkpoints.hf_integers import (
+    MatrixOfTensors,
+    Settings,
+    group_scales,
+    kept_scales,
+    nibbles,
+    raw,
+    scale_type,
+    stem_of,
+)
+from checkpoints.integers import IntegerMatrix, Integers
+from checkpoints.manifest import CheckpointError
+from ffjax.formats import int4
+
+__all__ = ["read_gptq"]
+
+_OTHERS = (".qzeros", ".scales")
+
+
+def read_gptq(settings: Settings, tensors: dict[str, StoredTensor]) -> dict[str, IntegerMatrix]:
+    """The matrices of a model that GPTQ quantized; see `hf_integers.Reader`.
+
+    Raises:
+        CheckpointError: the layout is another one, or inputs are in an order of their own.
+    """
+    settings.only("bits", 4)
+    less_one = settings.only("checkpoint_format", "gptq", "gptq_v2", default="gptq") == "gptq"
+    symmetric = bool(settings.fields.get("sym", True))
+    matrices: dict[str, IntegerMatrix] = {}
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        stem = name.removesuffix(".qweight")
+        if missing := [stem + one for one in _OTHERS if stem + one not in tensors]:
+            raise CheckpointError(
+                f"A matrix of GPTQ has {', '.join(_OTHERS)} beside .qweight; {settings.where} "
+                f"has no {missing[0]}. Download it again."
+            )
+        weight, zeros, scales = (tensors.pop(stem + one) for one in (".qweight", *_OTHERS))
+        eighth, out = weight.shape
+        inputs, groups = 8 * eighth, scales.shape[0]
+        order = tensors.pop(f"{stem}.g_idx", None)
+        if order is not None:
+            _check_order(settings, order, inputs, groups)
+        try:
+            size, _ = group_scales(inputs, np.zeros((1, groups)))
+        except ValueError as error:
+            raise settings.refused(str(error), "Groups of 32, 64 or 128 are.") from None
+        kept = scale_type(settings, scales)
+        own = int4(size, kept, None if symmetric else "zero")
+        parts = [weight, zeros, scales]
+        read = functools.partial(_read, settings, weight, zeros, scales, less_one, symmetric)
+        place = stem_of(name, ".qweight")
+        assert place is not None
+        nbytes = sum(part.nbytes for part in parts)
+        matrices[place] = MatrixOfTensors(weight.name, "GPTQ", (out, inputs), nbytes, own, read)
+    return matrices
+
+
+def _check_order(settings: Settings, order: StoredTensor, inputs: int, groups: int) -> None:
+    """Whether each group's inputs are neighbours, in order."""
+    if (raw(order) == np.arange(inputs) // (inputs // groups)).all():
+        return
+    raise CheckpointError(
+        f"The inputs of a group are neighbours; {order.name} of {settings.where} has them in the "
+        "order of their activations (desc_act). What makes these would have to make them in that "
+        "order, which is not supported. Use a version of the model without desc_act."
+    )
+
+
+def _read(
+    settings: Settings,
+    weight: StoredTensor,
+    zeros: StoredTensor,
+    scales: StoredTensor,
+    less_one: bool,
+    symmetric: bool,
+) -> Integers:
+    numbers = np.ascontiguousarray(nibbles(raw(weight), 0).T)
+    second = nibbles(raw(zeros), 1).T  # [out, groups]
+    if less_one:
+        second = (second + 1) & 15
+    _, scale = group_scales(numbers.shape[1], kept_scales(settings, scales).T)
+    if symmetric:
+        if (second != 8).any():
+            raise CheckpointError(
+                f"quantization_config of {settings.where} says that 8 stands for 0 (sym), and "
+                f"{zeros.name} says otherwise. If the model is not symmetric, set sym to false "
+                "there."
+            )
+        return Integers(numbers, np.ascontiguousarray(scale))
+    _, beside = group_scales(numbers.shape[1], second.astype(scale.dtype))
+    return Integers(numbers, np.stack([scale, beside], axis=-1))
