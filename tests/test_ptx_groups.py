@@ -269,13 +269,14 @@ def test_warps_make_their_products_in_any_order(tile):
 _ONE = Tile(4, 32, 16, 1, True, "float16", "minimum")
 _MANY = Tile(4, 32, 16, 8, False, "float16", "zero")
 PRODUCT_EDITS = [
-    (_ONE, "setp.eq.u32 %n1, %w, 1", "setp.eq.u32 %n1, %w, 2"),
+    (_ONE, "setp.eq.u32 %p, %w, 1", "setp.eq.u32 %p, %w, 2"),
+    (_ONE, "and.b32 %d1, $8, %k3", "and.b32 %d1, $8, %k2"),
     (_ONE, "xor.b32 %w, %w, %t", "xor.b32 %w, %w, 0"),
     (_ONE, "shl.b32 %v, %t, 1", "shl.b32 %v, %t, 0"),
     (_MANY, "0x4B400000", "0x4B000000"),
     (_ONE, "fma.rn.f32 %o, %s, 0f41000000, %o", "fma.rn.f32 %o, %s, 0f00000000, %o"),
     (_MANY, "0f43800000", "0f43000000"),
-    (_ONE, "xor.b32 %v, %i, 48", "xor.b32 %v, %i, 16"),
+    (_ONE, "xor.b32 %v, %i, 96", "xor.b32 %v, %i, 32"),
     (_ONE, "[$3+32]", "[$3+64]"),
     (_ONE, "{%h, %h2}, %xs0", "{%h2, %h}, %xs0"),
     (_MANY, "sub.rn.f32 %o, 0f41000000, %o", "sub.rn.f32 %o, 0f40E00000, %o"),

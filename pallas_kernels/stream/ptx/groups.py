@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pallas_kernels.stream.ptx import lowered
-
 if TYPE_CHECKING:
     from pallas_kernels.stream.ptx.integers import IntegerTile
 
@@ -93,7 +91,7 @@ class _Fine:
         """Begins; %l is the lane, %g its row, %t its number among the four of the row."""
         t = self.t
         lines = [
-            "{ .reg .pred %p, %odd, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero, %m;",
+            "{ .reg .pred %p, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero, %m;",
             f".reg .f32 %f, %e, %s, %own, {', '.join(values)}; {scale_registers(t)}",
             f"mov.u32 $0, 0; mov.b32 %zero, 0; mov.b32 %m, {_MAGIC};",
             f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {t.threads}; @%mine bra idle;",
@@ -172,6 +170,10 @@ class _OfChunks(_Fine):
     Of 16 neighbouring reads of a row, chunk c has the reads 2 * c, 2 * c + 1 and those 8 further
     on. They are multiplied in four steps: of the threads of a row the i-th has in step s the read
     of chunk i ^ s, and only the operand of that chunk's columns is no zero there.
+
+    Two rows that are read at once lie in the same banks, and each of their reads takes twice as
+    long for it. To have every other row read another step's first takes so many registers that
+    some are kept in memory.
     """
 
     def text(self) -> str:
@@ -179,23 +181,21 @@ class _OfChunks(_Fine):
         values = [f"%v{i}" for i in range(len(self.names))]
         # A group may be that of neighbouring reads.
         self.shift = (t.group * t.bits // 128).bit_length() - 1
+        masks = [f"%k{step}" for step in range(4)]
         lines = [
             *self.head(values),
-            ".reg .b32 %i; .reg .pred %n0, %n1, %n2, %n3;",
-            "shr.u32 %w, %g, 1; xor.b32 %w, %w, %t;",
-            *(f"setp.eq.u32 %n{step}, %w, {step};" for step in range(4)),
+            f".reg .b32 %i, {', '.join(masks)};",
+            "shr.u32 %w, %g, 1; xor.b32 %w, %w, %t; shl.b32 %i, %t, 5;",
+            *(
+                f"setp.eq.u32 %p, %w, {step}; selp.b32 {mask}, -1, 0, %p;"
+                for step, mask in enumerate(masks)
+            ),
             f"shl.b32 %v, %t, 1; shr.u32 %v, %v, {self.shift};",
             f"mad.lo.u32 %c, %v, {t.group_bytes}, %c;",
-            # Of two steps, threads of every other row load what the second one wants first.
-            "and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0; xor.b32 %i, %t, %b;",
-            "shl.b32 %i, %i, 5; mad.lo.u32 %i, %b, 16, %i;",
         ]
         if len(self.names) == 2:
             lines.append("shl.b32 %b, $2, 3; add.u32 %b, %a, %b;")
         for q in range(t.reads):
-            if q:
-                # Else the compiler loads so much beforehand that there are too few registers.
-                lines.append(lowered.REJOIN)
             for first in (0, 2):
                 lines += ["{", *self.steps(q, first, values), "}"]
         lines += ["shl.b32 %l, %t, 3;", *self.own()]
@@ -209,15 +209,12 @@ class _OfChunks(_Fine):
         """Two of the four steps of a thread's q-th read."""
         t, lines = self.t, []
         for n, row in zip(self.names, ("%a", "%b"), strict=False):
-            u, v, x, y = ([f"%{k}{n}_{i}" for i in range(4)] for k in "uvxy")
-            lines.append(f".reg .b32 {', '.join(u + v + x + y)};")
-            for i, to in enumerate((u, v)):
-                # Bits 5 and 6 are those of the chunk, and bit 4 that of the step.
-                lines.append(f"xor.b32 %v, %i, {48 * i + 32 * first}; add.u32 %v, {row}, %v;")
-                lines += self.loaded(to, f"%v+{256 * q + 64 * first}")
-            for i in range(4):
-                lines.append(f"selp.b32 {x[i]}, {v[i]}, {u[i]}, %odd;")
-                lines.append(f"selp.b32 {y[i]}, {u[i]}, {v[i]}, %odd;")
+            x, y = ([f"%{k}{n}_{i}" for i in range(4)] for k in "xy")
+            lines.append(f".reg .b32 {', '.join(x + y)};")
+            for i, to in enumerate((x, y)):
+                # Bits 5 and 6 are those of the chunk.
+                lines.append(f"xor.b32 %v, %i, {32 * (first + i)}; add.u32 %v, {row}, %v;")
+                lines += self.loaded(to, f"%v+{256 * q + 64 * first + 16 * i}")
         wide = [f"w{i}" for i in range(self.words)]
         names = [f"%{n}{w}" for n in self.names for w in wide]
         digits, sums = [f"%d{i}" for i in range(self.words)], [f"%h_{i}" for i in range(4)]
@@ -228,8 +225,8 @@ class _OfChunks(_Fine):
         lines.append(f".reg .b32 {', '.join(f'%{n}s{i}' for n in self.names for i in range(2))};")
         for half, n in enumerate(self.names):
             lines += self.scales(n, q, first, half)
+        each = 2 if t.bits == 4 else 1  # words of bytes that a word becomes
         for i, which in enumerate("xy"):
-            each = 2 if t.bits == 4 else 1  # words of bytes that a word becomes
             for word in range(0, self.words, 2):
                 # One product after the other: as few registers as may be.
                 for n in self.names:
@@ -237,7 +234,7 @@ class _OfChunks(_Fine):
                     lines += self.widened([f"%{n}{w}" for w in wide[word : word + 2]], raw)
                 b = digits[word : word + 2]
                 for j, digit in enumerate(b, 7 + q * self.words + word):
-                    lines.append(f"selp.b32 {digit}, ${j}, 0, %n{first + i};")
+                    lines.append(f"and.b32 {digit}, ${j}, %k{first + i};")
                 lines.append(self.product(sums, word, wide[word : word + 2], b))
             for half, n in enumerate(self.names):
                 if self.shift:  # both have the same
