@@ -104,10 +104,10 @@ def nibbles(words: np.ndarray, axis: int, order: Collection[int] = range(8)) -> 
         order: which of the eight each nibble is, the lowest one first.
     """
     words = words.view(np.uint32)
-    parts = [np.zeros(0)] * 8
+    parts: dict[int, np.ndarray] = {}
     for nibble, which in enumerate(order):
         parts[which] = (words >> np.uint32(4 * nibble) & np.uint32(15)).astype(np.uint8)
-    stacked = np.stack(parts, axis=axis + 1)
+    stacked = np.stack([parts[i] for i in range(8)], axis=axis + 1)
     shape = list(words.shape)
     shape[axis] *= 8
     return stacked.reshape(shape)

@@ -118,7 +118,7 @@ def by_hand(
     numbers = integers.astype(np.int64) if integers.dtype == np.int8 else numbers_of(integers) - 8
     if format is None or format.offset is None:
         return numbers * np.repeat(exact, numbers.shape[-1] // scale.shape[-1], axis=-1)
-    wide = np.repeat(exact, format.group_size, axis=-2)
+    wide = np.repeat(exact, numbers.shape[-1] // scale.shape[-2], axis=-2)
     if format.offset == "zero":
         return (numbers + 8 - wide[..., 1]) * wide[..., 0]
     return (numbers + 8) * wide[..., 0] + wide[..., 1]

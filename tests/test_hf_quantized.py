@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 import checkpoints
 from ffjax.cli import main
-from ffjax.formats import FLOATING, INT8, WeightFormats, int4
+from ffjax.formats import FLOATING, INT8, Offset, ScaleType, WeightFormats, int4
 from ffjax.quantization import dequantize
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -27,7 +27,9 @@ pytestmark = pytest.mark.filterwarnings("error")
 LAYOUTS = ("gptq", "gptq_v2", "awq", "packed")
 
 
-def check_integers(folder: Folder, size: int, offset: str | None, dtype: str = "float16") -> Any:
+def check_integers(
+    folder: Folder, size: int, offset: Offset | None, dtype: ScaleType = "float16"
+) -> Any:
     """Whether our integers and scales are the folder's, bit by bit."""
     model = checkpoints.load(folder.path)
     assert model.config.weights == WeightFormats.of_layers(int4(size, dtype, offset))

@@ -106,6 +106,11 @@ def test_rows_that_are_no_whole_words_are_refused():
 # Rounding
 
 
+def _rounded(weight: np.ndarray, format: WeightFormat) -> tuple[np.ndarray, np.ndarray]:
+    integers, scale = round_matrix(jnp.asarray(weight), format)
+    return np.asarray(integers), np.asarray(scale)
+
+
 def test_int8_is_off_by_half_a_scale_at_most():
     weight = matrix(13, 37) * np.float32(2.0) ** np.arange(-6, 7, dtype=np.float32)[:, None]
     integers, scale = map(np.asarray, round_matrix(jnp.asarray(weight), INT8))
@@ -142,7 +147,7 @@ def test_int4s_scales_leave_less_error_than_the_largest_magnitude_alone_would(si
         step = largest / extreme
         return ((np.clip(np.round(groups / step), -8, 7) * step - groups) ** 2).sum(axis=1)
 
-    exact = by_hand(*map(np.asarray, round_matrix(jnp.asarray(weight), int4(size))))
+    exact = by_hand(*_rounded(weight, int4(size)))
     error = ((exact.reshape(-1, size) - groups) ** 2).sum(axis=1)
     # Theirs are not rounded to bfloat16, which may cost a group a little.
     assert (error <= 1.05 * np.minimum(error_of(-8), error_of(7))).all()

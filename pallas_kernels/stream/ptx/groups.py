@@ -243,7 +243,8 @@ class _OfChunks(_Fine):
                     lines += scale_lines(t, f"%{n}s0", high=i == 1)
                 else:
                     lines += scale_lines(t, f"%{n}s{i}")
-                lines += self.added(values[half], *sums[2 * half : 2 * half + 2], f"%q{i}")
+                high, low = sums[2 * half : 2 * half + 2]
+                lines += self.added(values[half], high, low, f"%q{i}")
         return lines
 
     @property

@@ -1,0 +1,31 @@
+"""Steps of weights in small groups compile for a GPU without one, and spill nothing."""
+
+import pytest
+from decode_cases import dims_of
+from quantize_cases import INT8_GROUPS
+
+from ffjax.config import preset
+from ffjax.formats import WeightFormats, int4
+from ffjax.quantization import quantized_config
+from pallas_kernels.compile import compile_for, why_no_compiler
+
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.skipif(why_no_compiler() is not None, reason=why_no_compiler() or "it is there"),
+]
+
+
+@pytest.mark.parametrize(
+    ("format", "batch"),
+    [
+        (int4(32, "float16"), 1),
+        (int4(32, "float16", "minimum"), 8),
+        (int4(128, "float16", "zero"), 1),
+        (INT8_GROUPS, 8),
+    ],
+    ids=str,
+)
+def test_a_step_is_one_kernel_that_spills_nothing(format, batch):
+    config = quantized_config(preset("llama3.2-1b"), WeightFormats.of_layers(format, format))
+    report = compile_for("h200", dims_of(config, batch, 16_384))
+    assert (report.kernels, report.spill_bytes) == (1, 0)
