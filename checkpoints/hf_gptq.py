@@ -58,9 +58,9 @@ def read_gptq(settings: Settings, tensors: dict[str, StoredTensor]) -> dict[str,
         weight, zeros, scales = (tensors.pop(stem + one) for one in (".qweight", *_OTHERS))
         eighth, out = weight.shape
         inputs, groups = 8 * eighth, scales.shape[0]
-        order = tensors.pop(f"{stem}.g_idx", None)
-        if order is not None:
-            _check_order(settings, order, inputs, groups)
+        index, order = tensors.pop(f"{stem}.g_idx", None), None
+        if index is not None:
+            order = _order(settings, index, inputs, groups)
         try:
             size, _ = group_scales(inputs, np.zeros((1, groups)))
         except ValueError as error:
@@ -68,23 +68,30 @@ def read_gptq(settings: Settings, tensors: dict[str, StoredTensor]) -> dict[str,
         kept = scale_type(settings, scales)
         own = int4(size, kept, None if symmetric else "zero")
         parts = [weight, zeros, scales]
-        read = functools.partial(_read, settings, weight, zeros, scales, less_one, symmetric)
+        read = functools.partial(_read, settings, weight, zeros, scales, less_one, symmetric, order)
         place = stem_of(name, ".qweight")
         assert place is not None
         nbytes = sum(part.nbytes for part in parts)
-        matrices[place] = MatrixOfTensors(weight.name, "GPTQ", (out, inputs), nbytes, own, read)
+        matrices[place] = MatrixOfTensors(
+            weight.name, "GPTQ", (out, inputs), nbytes, own, read, order
+        )
     return matrices
 
 
-def _check_order(settings: Settings, order: StoredTensor, inputs: int, groups: int) -> None:
-    """Whether each group's inputs are neighbours, in order."""
-    if (raw(order) == np.arange(inputs) // (inputs // groups)).all():
-        return
-    raise CheckpointError(
-        f"The inputs of a group are neighbours; {order.name} of {settings.where} has them in the "
-        "order of their activations (desc_act). What makes these would have to make them in that "
-        "order, which is not supported. Use a version of the model without desc_act."
-    )
+def _order(settings: Settings, index: StoredTensor, inputs: int, groups: int) -> np.ndarray | None:
+    """The inputs in the order of their groups; None: they are in that order."""
+    numbers, size = raw(index).astype(np.int64), inputs // groups
+    if (numbers == np.arange(inputs) // size).all():
+        return None
+    order = np.argsort(numbers, kind="stable")
+    if settings.integers or (numbers[order] != np.arange(inputs) // size).any():
+        raise CheckpointError(
+            f"The inputs of a group are neighbours; {index.name} of {settings.where} has them in "
+            "the order of their activations (desc_act). What makes these would have to make them "
+            "in that order, which is not supported. Convert the model with --whole "
+            "(integers=False), or use a version of it without desc_act."
+        )
+    return order
 
 
 def _read(
@@ -94,8 +101,11 @@ def _read(
     scales: StoredTensor,
     less_one: bool,
     symmetric: bool,
+    order: np.ndarray | None,
 ) -> Integers:
     numbers = np.ascontiguousarray(nibbles(raw(weight), 0).T)
+    if order is not None:
+        numbers = numbers[:, order]
     second = nibbles(raw(zeros), 1).T  # [out, groups]
     if less_one:
         second = (second + 1) & 15

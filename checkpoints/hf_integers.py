@@ -181,6 +181,8 @@ class MatrixOfTensors:
         nbytes: of all its tensors.
         format: how it is stored, as ours.
         made: reads it.
+        order: of the inputs as they are read, where that is none of the matrix; such a matrix is
+            made whole.
     """
 
     name: str
@@ -189,6 +191,7 @@ class MatrixOfTensors:
     nbytes: int
     format: WeightFormat
     made: Callable[[], Integers]
+    order: np.ndarray | None = None
 
     def read(self, format: WeightFormat) -> Integers:
         """Its numbers in a format of ours; see `IntegerMatrix`."""

@@ -154,7 +154,11 @@ class WholeMatrix(_Part):
 
     def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
         """Reads it, rounding to the array's dtype."""
-        out[part] = _whole(self.matrix.read(self.to), self.to)
+        whole = _whole(self.matrix.read(self.to), self.to)
+        if (order := getattr(self.matrix, "order", None)) is None:
+            out[part] = whole
+        else:
+            out[:, order] = whole
 
 
 class Kept(_Part):

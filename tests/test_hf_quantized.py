@@ -201,6 +201,19 @@ def test_inputs_in_an_order_of_their_own_are_refused(tmp_path):
     order = np.random.default_rng(0).permutation(np.arange(256) // 128)
     folder = write_quantized(tmp_path / "m", "gptq", g_idx=order, desc_act=True)
     refused(folder, r"down_proj\.g_idx of .* in the order of their activations \(desc_act\)")
+    # Made whole, each input has its own group's scale.
+    made = named_arrays(checkpoints.load(folder.path, dtype="float32", integers=False))
+    name = "model.layers.1.mlp.down_proj"
+    n, z, s = (getattr(folder, what)[name] for what in ("numbers", "zeros", "scales"))
+    want = (n - z[:, order]) * s.astype(np.float64)[:, order]
+    np.testing.assert_array_equal(made["layers.down"][1], want.astype(np.float32))
+
+
+def test_an_order_of_groups_of_other_sizes_is_refused(tmp_path):
+    order = np.arange(256) // 128
+    order[128] = 0
+    folder = write_quantized(tmp_path / "m", "gptq", g_idx=order, desc_act=True)
+    refused(folder, "in the order of their activations", integers=False)
 
 
 def test_a_symmetric_model_whose_zero_points_are_not_is_refused(tmp_path):
