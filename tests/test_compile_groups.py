@@ -2,15 +2,16 @@
 
 import pytest
 from decode_cases import dims_of
-from quantize_cases import INT8_GROUPS
+from quantize_cases import GROUPED, INT8_GROUPS, kernel_config
+from test_compile_prefill import memory_of
 
 from ffjax.config import preset
-from ffjax.formats import WeightFormats, int4
+from ffjax.formats import FLOATING, WeightFormats, int4
 from ffjax.quantization import quantized_config
 from pallas_kernels.compile import compile_for, why_no_compiler
 
 pytestmark = [
-    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("error", "ignore:The Pallas Triton backend:DeprecationWarning"),
     pytest.mark.skipif(why_no_compiler() is not None, reason=why_no_compiler() or "it is there"),
 ]
 
@@ -29,3 +30,11 @@ def test_a_step_is_one_kernel_that_spills_nothing(format, batch):
     config = quantized_config(preset("llama3.2-1b"), WeightFormats.of_layers(format, format))
     report = compile_for("h200", dims_of(config, batch, 16_384))
     assert (report.kernels, report.spill_bytes) == (1, 0)
+
+
+@pytest.mark.parametrize("gpu", ["l4", "h200"])
+def test_a_prefill_of_them_fits(gpu):
+    """Each matrix in another format: 2 and 3 groups of 128."""
+    memory_of(quantized_config(kernel_config(FLOATING), GROUPED["of files"]), gpu, 32, 128)
+    other = quantized_config(kernel_config(FLOATING), GROUPED["of files, otherwise"])
+    memory_of(other, gpu, 64, 128)
