@@ -265,19 +265,21 @@ class Machine:
         self.places("shared", np.array([to]), size, 16)
         if size % 16 or not size:
             raise PtxError(f"A bulk copy is of some times 16 bytes, not of {size}.")
-        copy = Copy(to, int(sources[0]), size, barrier, self.clock)
+        rows = [Copy(to + i * row, int(x), row, barrier, self.clock) for i, x in enumerate(sources)]
         at, place = self.barrier(barrier), np.arange(to, to + size - zeros, 16)
         place ^= place // 128 % (line // 16) * 16
         place = (place - to)[:, None] + np.arange(16)
         number = self.races.copy(thread // WARP, to - self.shared_base + np.arange(size))
-        self._start(copy)
+        for one in rows:
+            self._start(one)
 
         def land() -> None:
-            self._land(copy)
+            for one in rows:
+                self._land(one)
             here = self.view(to, size, np.uint8)
             here[:] = 0
-            rows = sources[:, None] - self.memory_base + np.arange(row)
-            here[place] = self.memory[rows].reshape(-1, 16)
+            found = sources[:, None] - self.memory_base + np.arange(row)
+            here[place] = self.memory[found].reshape(-1, 16)
             at.news[self.races.copier] = max(at.news[self.races.copier], number)
             at.complete(size)
 

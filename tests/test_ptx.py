@@ -127,7 +127,8 @@ def check_product(
     machine.view(ring, weights.size, np.uint16)[:] = weights.ravel()
     thread = np.arange(plan.threads)
     column = thread % 32 // 4
-    part: Any = SimpleNamespace(reads=tile.pieces, grain=PIECE, held=PIECE, bits=16, rows=tile.rows)
+    sizes = {"reads": tile.pieces, "grain": PIECE, "held": PIECE, "rows": tile.rows}
+    part: Any = SimpleNamespace(**sizes, bits=16, fine=False)
     first = np.asarray(first_input(plan, part))
     words = []
     for q in range(tile.pieces):

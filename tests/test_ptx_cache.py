@@ -295,7 +295,8 @@ def run(
                 return worst  # the fault is found
     if setting.bulk:
         tiles, lines = sum(setting.tiles(part) for part in parts), bench.feed.lines
-        assert len(bench.machine.copies) <= 2 * layers * tiles * lines.count
+        most = 2 * layers * tiles * setting.block * lines.count  # rows of all boxes
+        assert len(bench.machine.copies) <= most
     else:  # no position is copied twice
         cached = sum(part.live for part in parts)
         assert len(bench.machine.copies) == layers * cached * 2 * setting.head_dim // 8
