@@ -9,7 +9,7 @@ from typing import Any
 from checkpoints.adapters import merge_adapter
 from checkpoints.incoming import Conversion, Incoming, write_incoming
 from checkpoints.manifest import supported_dtype
-from checkpoints.places import check_apart, check_free, real_path
+from checkpoints.places import check_apart, check_free, model_path, real_path
 
 __all__ = ["convert_incoming"]
 
@@ -48,7 +48,7 @@ def convert_incoming(
     path = real_path(path)
     dtype = supported_dtype("A checkpoint's weights are", dtype)
     check_free(path, overwrite)
-    check_apart(path, source := real_path(source))
+    check_apart(path, source := model_path(source))
     whole = not integers or adapter is not None
     incoming = kind.open(source, ignore_fields=ignore_fields, integers=not whole)
     incoming.check_companions()

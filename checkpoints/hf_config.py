@@ -17,7 +17,7 @@ from checkpoints.hf_fields import CONFIG, Fields
 from checkpoints.hf_files import broken_link, downloaded_json
 from checkpoints.hf_rope import Rope, read_rope, write_rope
 from checkpoints.hf_windows import normal_pattern, read_window, write_window
-from checkpoints.manifest import MANIFEST, CheckpointError, a_gguf_file, in_a_cache
+from checkpoints.manifest import MANIFEST, CheckpointError, a_gguf_file
 from ffjax.config import ModelConfig
 
 __all__ = ["CONFIG", "architecture_of", "config_from_hf", "config_to_hf", "read_config"]
@@ -37,8 +37,7 @@ def read_config(directory: Path) -> dict[str, Any]:
                 "is; `ffjax export` makes a Hugging Face folder of it."
             )
         raise CheckpointError(
-            in_a_cache(directory)
-            or broken_link(directory, CONFIG)
+            broken_link(directory, CONFIG)
             or a_gguf_file(directory)
             or f"A Hugging Face folder has a {CONFIG}; {directory} has none. Give the folder with "
             "the model's files."

@@ -19,7 +19,7 @@ from checkpoints.hf_files import INDEX, SINGLE, TensorWriter
 from checkpoints.hf_import import companions_in, copy_companions, is_hf_folder
 from checkpoints.hf_table import Slot, slots_of
 from checkpoints.manifest import HF_FILES, WEIGHTS, CheckpointError, Manifest
-from checkpoints.places import check_apart, real_path
+from checkpoints.places import check_apart, model_path, real_path
 from checkpoints.skeleton import array_shapes
 
 __all__ = ["SHARD_BYTES", "Export", "export_hf"]
@@ -77,7 +77,7 @@ def export_hf(
             quantized; or Hugging Face has no model of its kind.
         ValueError: shard_bytes is not positive.
     """
-    checkpoint = real_path(checkpoint)
+    checkpoint = model_path(checkpoint)
     path = real_path(path)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}.")

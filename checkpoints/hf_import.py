@@ -44,6 +44,7 @@ __all__ = [
     "copy_companions",
     "is_hf_folder",
     "keep_companions",
+    "name_of",
 ]
 
 # What lies beside the weights and is kept with them: the tokenizer, its chat template, and the
@@ -133,7 +134,7 @@ class HFFolder(Incoming):
         architecture = architecture_of(data, directory)
         settings = taken_settings(data, directory, integers=integers)
         config = config_from_hf(
-            data, directory, name=_name_of(directory), ignore_fields=ignore_fields
+            data, directory, name=name_of(directory), ignore_fields=ignore_fields
         )
         check_end_tokens(directory, config.vocab_size)  # not only when a text is to end
         slots = slots_of(config, array_shapes(config, "bfloat16"))
@@ -166,7 +167,7 @@ class HFFolder(Incoming):
         return keep_companions(self.path, checkpoint)
 
 
-def _name_of(directory: Path) -> str:
+def name_of(directory: Path) -> str:
     """What to call the model: its folder, or its repository where that is a cache's."""
     directory = directory.resolve()
     if directory.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/REVISION

@@ -110,8 +110,7 @@ class Manifest:
         file = directory / MANIFEST
         if not file.is_file():
             raise CheckpointError(
-                in_a_cache(directory)
-                or a_gguf_file(directory)
+                a_gguf_file(directory)
                 or f"A checkpoint is a directory with a {MANIFEST}, a Hugging Face folder one "
                 f"with a config.json; {directory} has neither. Give the directory that ffjax.save "
                 "or `ffjax convert` wrote, or the folder that was downloaded."
@@ -207,17 +206,6 @@ def check_utf8(directory: Path) -> None:
             f"The path of a checkpoint is UTF-8, and {str(directory)!a} is not. Choose another "
             "name."
         ) from None
-
-
-def in_a_cache(directory: Path) -> str | None:
-    """A sentence, where a directory is a repository in the Hugging Face cache; else None."""
-    commits = sorted((directory / "snapshots").glob("*"))
-    if not commits:
-        return None
-    return (
-        f"{directory} is a repository of the Hugging Face cache, and its models lie in folders of "
-        f"their own. Give {commits[-1]}."
-    )
 
 
 def a_gguf_file(directory: Path) -> str | None:

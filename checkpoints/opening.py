@@ -1,4 +1,4 @@
-"""Which models come in from elsewhere: Hugging Face folders and GGUF files, opened by one name."""
+"""What there is at a path: models from elsewhere, opened by one name, and a model's sizes alone."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from checkpoints.gguf import GGUFFile, is_gguf
-from checkpoints.hf_import import HFFolder, is_hf_folder
+from checkpoints.hf_config import config_from_hf, read_config
+from checkpoints.hf_import import HFFolder, is_hf_folder, name_of
 from checkpoints.incoming import Incoming
+from checkpoints.manifest import Manifest
+from ffjax.config import ModelConfig
 
-__all__ = ["comes_in", "open_incoming"]
+__all__ = ["comes_in", "config_at", "open_incoming"]
 
 
 def comes_in(path: Path) -> bool:
@@ -34,3 +37,23 @@ def open_incoming(
     """
     kind = GGUFFile if is_gguf(path) else HFFolder
     return kind.open(path, ignore_fields=ignore_fields, integers=integers)
+
+
+def config_at(path: Path, *, ignore_fields: Collection[str] = ()) -> ModelConfig:
+    """The configuration of the model at a path, whose weights need not be there.
+
+    Args:
+        path: a checkpoint, a GGUF file, or a Hugging Face folder, of which config.json is enough.
+        ignore_fields: as in `open_incoming`.
+
+    Raises:
+        FileNotFoundError: there is nothing at that path.
+        CheckpointError: it is damaged, or asks for what is not supported.
+        NotImplementedError: it needs a package that is not installed.
+    """
+    if is_gguf(path):
+        return GGUFFile.open(path, ignore_fields=ignore_fields).config
+    if is_hf_folder(path):
+        data = read_config(path)
+        return config_from_hf(data, path, name=name_of(path), ignore_fields=ignore_fields)
+    return Manifest.read(path).config

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from checkpoints.hub_cache import cached_repository, hub_name, snapshot_of
 from checkpoints.manifest import HF_FILES, MANIFEST, WEIGHTS, CheckpointError, Manifest, check_utf8
 
-__all__ = ["check_apart", "check_free", "real_path"]
+__all__ = ["check_apart", "check_free", "model_path", "real_path"]
 
 # What a save puts into a checkpoint's directory.
 _OF_A_CHECKPOINT = (MANIFEST, WEIGHTS, HF_FILES)
@@ -34,6 +35,35 @@ def real_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"{path} is a symbolic link that leads back to itself. Give the folder itself."
         ) from None
+
+
+def model_path(path: str | os.PathLike[str]) -> Path:
+    """Where a model lies that is to be read: what every command and function reads goes by it.
+
+    A path that is there is itself. A repository of the Hugging Face cache stands for the folder of
+    its newest files, and so does its name on the hub, "org/name", where no such path is there.
+
+    Args:
+        path: as people give it.
+
+    Returns:
+        The path in full; there may be nothing there, unless it may be a name on the hub.
+
+    Raises:
+        FileNotFoundError: it may be a name on the hub, and neither a path nor the cache has it.
+        ValueError: as `real_path`.
+        CheckpointError: as `checkpoints.hub_cache.snapshot_of`.
+    """
+    full = real_path(path)
+    if full.exists() or (name := hub_name(path)) is None:
+        return snapshot_of(full)
+    if not (cached := cached_repository(name)).is_dir():
+        raise FileNotFoundError(
+            f"There is no model at {full}, and the Hugging Face cache ({cached.parent}) has none "
+            f"called {name}. Nothing is downloaded: get its files with `hf download {name}`, or "
+            "give a folder on this machine."
+        )
+    return snapshot_of(real_path(cached))
 
 
 def check_free(path: Path, overwrite: bool) -> None:

@@ -34,7 +34,7 @@ from checkpoints.manifest import (
     supported_dtype,
 )
 from checkpoints.opening import comes_in, open_incoming
-from checkpoints.places import check_free, real_path
+from checkpoints.places import check_free, model_path, real_path
 from checkpoints.skeleton import flat, nested, quantized_arrays, skeleton, weights_of
 from ffjax.config import ModelConfig
 from ffjax.model import Transformer
@@ -134,7 +134,7 @@ def load(
 
     Args:
         path: the directory of a checkpoint, or of a Hugging Face model: `config.json`
-            beside safetensors; or a GGUF file.
+            beside safetensors; or a GGUF file; or "org/name", a model of the Hugging Face cache.
         dtype: bfloat16 or float32, to which the weights are cast; None: as they were
             saved, bit by bit. Those of a Hugging Face folder or a GGUF file are cast to bfloat16
             then. Quantized weights stay as they are; it is what products with them take as
@@ -157,7 +157,7 @@ def load(
             what is not supported; or the dtype is another.
         NotImplementedError: a GGUF file needs the extra `gguf`, and it is not installed.
     """
-    path = real_path(path)
+    path = model_path(path)
     if dtype is not None:
         dtype = supported_dtype("The weights are loaded as", dtype)
     if comes_in(path):
@@ -201,7 +201,7 @@ def tokenizer_directory(path: str | Path) -> Path | None:
         path: the directory of either; or of a tokenizer alone, as transformers saves one. For
             a GGUF file see `tokenizer_at`.
     """
-    path = real_path(path)
+    path = model_path(path)
     places = path, path / HF_FILES
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 
@@ -218,7 +218,7 @@ def tokenizer_at(path: str | Path) -> Iterator[Path | None]:
     Raises:
         CheckpointError: a GGUF file is damaged, or its tokenizer is not supported.
     """
-    path = real_path(path)
+    path = model_path(path)
     if not is_gguf(path):
         yield tokenizer_directory(path)
         return

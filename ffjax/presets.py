@@ -20,15 +20,20 @@ _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_co
 _QWEN3: dict[str, Any] = {
     "family": "qwen3",
     "vocab_size": 151_936,
-    "num_layers": 28,
-    "num_heads": 16,
     "num_kv_heads": 8,
     "head_dim": 128,
     "rope_theta": 1_000_000.0,
     "norm_eps": 1e-6,
     "qk_norm": "head",
-    "tied_embeddings": True,
     "max_context": 40_960,
+}
+
+# The two smallest.
+_QWEN3_SMALL: dict[str, Any] = {
+    **_QWEN3,
+    "num_layers": 28,
+    "num_heads": 16,
+    "tied_embeddings": True,
 }
 
 # What Gemma 2 and 3 share. Their embedding is scaled by sqrt(D), their scores by 1/sqrt(256).
@@ -69,6 +74,15 @@ RELEASED: dict[str, dict[str, Any]] = {
         "model_dim": 4096,
         "ffw_dim": 14_336,
         "num_heads": 32,
+        "rope_scaling": {"factor": 8.0, **_LLAMA3_SCALING},
+    },
+    # Llama 3.3 70B has the same sizes.
+    "llama3.1-70b": {
+        **_LLAMA3,
+        "num_layers": 80,
+        "model_dim": 8192,
+        "ffw_dim": 28_672,
+        "num_heads": 64,
         "rope_scaling": {"factor": 8.0, **_LLAMA3_SCALING},
     },
     "tinyllama-1.1b": {
@@ -132,8 +146,37 @@ RELEASED: dict[str, dict[str, Any]] = {
         "tied_embeddings": True,
         "max_context": 131_072,
     },
-    "qwen3-0.6b": {**_QWEN3, "model_dim": 1024, "ffw_dim": 3072},
-    "qwen3-1.7b": {**_QWEN3, "model_dim": 2048, "ffw_dim": 6144},
+    "qwen3-0.6b": {**_QWEN3_SMALL, "model_dim": 1024, "ffw_dim": 3072},
+    "qwen3-1.7b": {**_QWEN3_SMALL, "model_dim": 2048, "ffw_dim": 6144},
+    "qwen3-4b": {
+        **_QWEN3,
+        "num_layers": 36,
+        "model_dim": 2560,
+        "ffw_dim": 9728,
+        "num_heads": 32,
+        "tied_embeddings": True,
+    },
+    "qwen3-8b": {
+        **_QWEN3,
+        "num_layers": 36,
+        "model_dim": 4096,
+        "ffw_dim": 12_288,
+        "num_heads": 32,
+    },
+    "qwen3-14b": {
+        **_QWEN3,
+        "num_layers": 40,
+        "model_dim": 5120,
+        "ffw_dim": 17_408,
+        "num_heads": 40,
+    },
+    "qwen3-32b": {
+        **_QWEN3,
+        "num_layers": 64,
+        "model_dim": 5120,
+        "ffw_dim": 25_600,
+        "num_heads": 64,
+    },
     "olmo2-1b": {
         "family": "olmo2",
         "vocab_size": 100_352,

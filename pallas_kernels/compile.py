@@ -261,21 +261,23 @@ def _versions() -> dict[str, str]:
 
 
 def dims_of(asked: argparse.Namespace) -> Dims:
-    """The sizes of a step of a preset of ffjax, its matrices in the formats asked for.
+    """The sizes of a step of a model, its matrices in the formats asked for.
 
     Raises:
-        ValueError: there is no such preset, its matrices cannot have that format, or the kernel
-            computes no such model.
+        FileNotFoundError: there is no model at that path.
+        ValueError: there is no such preset; what is at the path is damaged or not supported; its
+            matrices cannot have that format, or the kernel computes no such model.
+        NotImplementedError: a package that is needed is not installed.
     """
     # The kernel knows no model; only this command looks up sizes by a model's name.
-    config = _formats().chosen_config(asked)
+    config = _sizes().chosen_sizes(asked, "compile")
     sizes = asked.batch, asked.capacity, asked.tokens
     return importlib.import_module("ffjax.dims").step_dims(config, *sizes)
 
 
-def _formats() -> Any:
-    """The options of ffjax's own commands that say how weights are stored."""
-    return importlib.import_module("ffjax.commands.formats")
+def _sizes() -> Any:
+    """The options of ffjax's own commands that say which model's sizes are meant."""
+    return importlib.import_module("ffjax.commands.sizes")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -284,12 +286,11 @@ def command_line() -> argparse.ArgumentParser:
         prog="python -m pallas_kernels.compile",
         description="Compiles the fused decode step for a GPU that need not be here.",
     )
-    parser.add_argument("--config", required=True, help="a preset of ffjax, as llama3.2-1b")
+    _sizes().add_size_arguments(parser)
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(target_names())}")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
     parser.add_argument("--tokens", type=int, default=1, help="of each sequence (default 1)")
     parser.add_argument("--capacity", type=int, default=16_384, help="cache slots (default 16384)")
-    _formats().add_format_arguments(parser)
     parser.add_argument("--num-warps", type=int, help="overrides the plan's")
     parser.add_argument("--num-stages", type=int, help="overrides the plan's")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -309,12 +310,14 @@ def main(arguments: list[str] | None = None) -> int:
             num_warps=asked.num_warps,
             num_stages=asked.num_stages,
         )
-    except (ValueError, CompileError) as error:
+    except (ValueError, OSError, NotImplementedError, CompileError) as error:
         print(error, file=sys.stderr)
         return 1
-    names = ["config", "weights", "head", "batch", "tokens", "capacity"]
+    names = ["config", "model", "weights", "head", "batch", "tokens", "capacity"]
     names += [n for n in ("group_size", "scales", "offset") if getattr(asked, n) is not None]
     asked_for = {name: getattr(asked, name) for name in names}
+    if asked.config is not None:  # a model that is not a preset may be quantized as it is stored
+        asked_for["weights"] = asked.weights or "bfloat16"
     fields = asked_for | dataclasses.asdict(report)
     if asked.json:
         print(json.dumps(fields, indent=2))

@@ -39,6 +39,7 @@ SCALING: dict[str, Any] = {
         ("llama3.2-1b", 1_235_814_400),
         ("llama3.2-3b", 3_212_749_824),
         ("llama3.1-8b", 8_030_261_248),
+        ("llama3.1-70b", 70_553_706_496),
         ("tinyllama-1.1b", 1_100_048_384),  # TinyLlama/TinyLlama-1.1B-Chat-v1.0
         ("smollm2-1.7b", 1_711_376_384),  # HuggingFaceTB/SmolLM2-1.7B
         ("smollm2-135m", 134_515_008),  # HuggingFaceTB/SmolLM2-135M
@@ -47,6 +48,10 @@ SCALING: dict[str, Any] = {
         # Qwen/Qwen3-0.6B and 1.7B, whose files hold the tied head once more.
         ("qwen3-0.6b", 751_632_384 - 151_936 * 1024),
         ("qwen3-1.7b", 2_031_739_904 - 151_936 * 2048),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-14b", 14_768_307_200),
+        ("qwen3-32b", 32_762_123_264),
         ("olmo2-1b", 1_484_916_736),  # allenai/OLMo-2-0425-1B
         ("granite3.1-2b", 2_533_525_504),  # ibm-granite/granite-3.1-2b-base
         ("gemma2-2b", 2_614_341_888),  # google/gemma-2-2b

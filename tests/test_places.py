@@ -119,7 +119,8 @@ def test_places_that_share_the_beginning_of_a_name_are_apart(tmp_path):
     [
         ("", "A path is empty. Give a folder; . is the one you are in."),
         ("~nobody-at-all/x", "~nobody-at-all stands for the home of a user, and there is no such"),
-        ("org/name", "org/name. Nothing is downloaded: give a folder on this machine."),
+        ("org/name", "has none called org/name. Nothing is downloaded: get its files with `hf "),
+        ("nowhere", "nowhere. Nothing is downloaded: give a folder on this machine."),
         ("hf/model.safetensors", "model.safetensors is a file. Give the folder that it lies in."),
     ],
 )
@@ -167,17 +168,6 @@ def test_a_place_that_cannot_be_made_is_named_as_it_was_given(here, capsys, out,
 
 
 # Folders
-
-
-@pytest.mark.parametrize("command", ["inspect", "convert", "generate --prompt x --model"])
-def test_a_repository_of_the_cache_names_its_snapshot(here, capsys, command):
-    snapshot = here / "models--org--name" / "snapshots" / "0123abc"
-    snapshot.parent.mkdir(parents=True)
-    (here / "hf").rename(snapshot)
-    out = ["out"] if command == "convert" else []
-    assert main([*command.split(), "models--org--name", *out]) == 2
-    assert f"Give {snapshot}.\n" in capsys.readouterr().err
-    assert main([*command.split(), str(snapshot), *out]) == 0
 
 
 def test_quantizing_a_folder_keeps_where_it_comes_from(here):

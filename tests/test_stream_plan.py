@@ -424,7 +424,9 @@ def test_the_ring_fits_shared_memory(name, bits):
         size = SharedLayout.of(plan).size
         assert plan.slots * plan.slot_bytes + plan.tail_bytes < size
         fits = size + COMPILER_BYTES <= taken
-        assert fits or (tile_bytes == 65536 and plan.why_no_room), (plan.slots, plan.slot_bytes)
+        # Of int8, eight rows of 8192 inputs are 64 KiB, whatever the tuning.
+        large = tile_bytes == 65536 or (name == "llama3.1-70b" and bits == INT8)
+        assert fits or (large and plan.why_no_room), (plan.slots, plan.slot_bytes)
         for segment, part in plan.segments.items():
             # All threads read a whole span of every row.
             span_bytes = plan.span(segment) * part.bits // 8
@@ -625,6 +627,27 @@ TOO_LARGE = {
     for gpu in ("l4", "rtx3090")
     for name in ("llama3.1-8b", "mistral-7b-v0.1")
     for bits in (16, 8)
+}
+# So have large models on all GPUs with 99 KB of shared memory.
+TOO_LARGE |= {
+    (gpu, name, batch, bits)
+    for name, gpu, cases in (
+        ("llama3.1-70b", "l4", [(1, 16), (1, 8), (1, 4), (8, 16), (8, 8), (8, 4)]),
+        ("llama3.1-70b", "rtx3090", [(1, 16), (1, 8), (8, 16), (8, 8), (8, 4)]),
+        ("llama3.1-70b", "rtx4090", [(1, 16), (1, 8), (8, 16), (8, 8), (8, 4)]),
+        ("llama3.1-70b", "rtx5090", [(1, 16), (1, 8), (8, 16), (8, 8)]),
+        ("qwen3-4b", "l4", [(8, 16)]),
+        ("qwen3-4b", "rtx3090", [(8, 16)]),
+        ("qwen3-8b", "l4", [(8, 16), (8, 8)]),
+        ("qwen3-8b", "rtx3090", [(8, 16), (8, 8)]),
+        ("qwen3-14b", "l4", [(1, 16), (8, 16), (8, 8)]),
+        ("qwen3-14b", "rtx3090", [(8, 16), (8, 8)]),
+        ("qwen3-32b", "l4", [(1, 16), (1, 8), (1, 4), (8, 16), (8, 8), (8, 4)]),
+        ("qwen3-32b", "rtx3090", [(1, 16), (1, 8), (8, 16), (8, 8), (8, 4)]),
+        ("qwen3-32b", "rtx4090", [(1, 16), (8, 16), (8, 8), (8, 4)]),
+        ("qwen3-32b", "rtx5090", [(1, 16), (8, 16)]),
+    )
+    for batch, bits in cases
 }
 # Its 576 inputs are no whole groups of 128.
 NO_GROUPS = {("smollm2-135m", batch, 4) for batch in (1, 8)}

@@ -30,9 +30,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ffjax.commands.formats import add_format_arguments, chosen_config
 from ffjax.commands.implementations import add_implementation
 from ffjax.commands.options import spans, whole, wholes
+from ffjax.commands.sizes import add_size_arguments, chosen_sizes
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -45,8 +45,7 @@ _STEPS, _LOOP_STEPS = 64, 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax bench`."""
-    parser.add_argument("--config", metavar="NAME", required=True, help="a preset: llama3.2-1b")
-    add_format_arguments(parser)
+    add_size_arguments(parser)
     parser.add_argument(
         "--batch",
         metavar="B,..",
@@ -131,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What every kind of measurement is told."""
     return {
-        "config": chosen_config(args),
+        "config": chosen_sizes(args, "bench"),
         "batches": args.batch,
         "repetitions": args.repetitions,
         "implementation": args.implementation,

@@ -63,13 +63,13 @@ def run(args: argparse.Namespace) -> int:
     import checkpoints
     from checkpoints.gguf import is_gguf
     from checkpoints.incoming import rounding_note
-    from checkpoints.places import real_path
+    from checkpoints.places import model_path
     from ffjax.commands.progress import byte_bar, peak_host_memory
     from ffjax.tokenizer import ByteTokenizer
 
     start = time.perf_counter()
     convert = checkpoints.convert_hf
-    if is_gguf(real_path(args.model)):
+    if is_gguf(model_path(args.model)):
         convert = checkpoints.convert_gguf
     with byte_bar("convert") as progress, notes_on_stderr("convert"):
         made = convert(

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "A model has its own sizes: --config and MODEL were both given. Leave one of them out."
         )
-    if args.config is None and (args.weights != PLAIN or args.head is not None):
+    if args.config is None and (args.weights is not None or args.head is not None):
         raise ValueError(
             "--weights and --head say how the random weights of --config are made; a checkpoint "
             "is in the format that it was saved in. Give --config, or leave them out."
@@ -101,11 +101,11 @@ def _preset(args: argparse.Namespace) -> Patient:
 def _checkpoint(args: argparse.Namespace) -> Patient:
     import checkpoints
     from checkpoints.opening import open_incoming
-    from checkpoints.places import real_path
+    from checkpoints.places import model_path
     from ffjax.doctor.diagnosis import Patient
     from ffjax.tokenizer import load_tokenizer
 
-    path = real_path(checkpoints.SHIPPED_MODEL if args.model is None else args.model)
+    path = model_path(checkpoints.SHIPPED_MODEL if args.model is None else args.model)
     # What it is comes first: where JAX starts no device, that is all there is to say.
     if is_folder(args, path):
         with notes_on_stderr("doctor"):

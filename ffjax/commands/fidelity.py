@@ -21,7 +21,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ffjax.commands.folders import add_ignore_field, check_nothing_ignored, load_model
-from ffjax.commands.formats import PLAIN, add_format_arguments, chosen_config
+from ffjax.commands.formats import add_format_arguments, chosen_config
 from ffjax.commands.implementations import add_implementation
 from ffjax.commands.options import seed, whole
 from ffjax.config import PRESETS
@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--model",
         metavar="PATH",
-        help="checkpoint, Hugging Face folder or GGUF file; default: the shipped model",
+        help="checkpoint, Hugging Face folder or GGUF file, or org/name of the Hugging Face cache; "
+        "default: the shipped model",
     )
     what.add_argument("--config", metavar="NAME", help=f"random weights: {', '.join(PRESETS)}")
     add_format_arguments(parser)
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from ffjax import fidelity
     from ffjax.tokenizer import load_tokenizer
 
-    if args.config is None and (args.weights != PLAIN or args.head is not None):
+    if args.config is None and (args.weights is not None or args.head is not None):
         raise ValueError(
             "--weights and --head say how the random weights of --config are made; a checkpoint "
             "is in the format that it was saved in. Give --config, or quantize the checkpoint "

@@ -123,9 +123,9 @@ def is_folder(args: argparse.Namespace, path: str | Path) -> bool:
         ValueError: fields are to be ignored, and there is something else.
     """
     from checkpoints.opening import comes_in
-    from checkpoints.places import real_path
+    from checkpoints.places import model_path
 
-    path = real_path(path)
+    path = model_path(path)
     if comes_in(path):
         return True
     if path.exists():

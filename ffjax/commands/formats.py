@@ -17,7 +17,7 @@ from ffjax.formats import (
 )
 from ffjax.quantization import Kind, named_format, quantized_config
 
-__all__ = ["KINDS", "OFFSETS", "PLAIN", "add_format_arguments", "chosen_config"]
+__all__ = ["KINDS", "OFFSETS", "PLAIN", "add_format_arguments", "chosen_config", "in_formats"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OFFSETS: tuple[Offset, ...] = get_args(Offset)
@@ -27,13 +27,12 @@ _INT8_GROUPS = "int8-groups"
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --weights and --head, of a preset's random weights, and what int4 may be."""
+    """Adds --weights and --head, of random weights, and what int4 may be; None if not given."""
     parser.add_argument(
         "--weights",
         choices=(PLAIN, *KINDS, _INT8_GROUPS),
-        default=PLAIN,
         help=f"format of the layers' random matrices; {_INT8_GROUPS} has groups of {INT8_GROUP}; "
-        "default: %(default)s",
+        f"default: {PLAIN}, or as a model is stored that is quantized",
     )
     parser.add_argument(
         "--head",
@@ -68,7 +67,23 @@ def chosen_config(args: argparse.Namespace) -> ModelConfig:
         ValueError: there is no such preset, or its matrices cannot have that format; an option of
             int4 is given where there is none.
     """
-    config, kinds = preset(args.config), (args.weights, args.head)
+    return in_formats(preset(args.config), args)
+
+
+def in_formats(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
+    """A configuration, its matrices in the formats that --weights and --head ask for.
+
+    Raises:
+        ValueError: its matrices cannot have that format, or are quantized already; an option of
+            int4 is given where there is none.
+    """
+    kinds = args.weights, args.head
+    if config.weights.quantized and kinds != (None, None):
+        raise ValueError(
+            f"--weights and --head say how the random weights of a model are made that is not "
+            f"quantized; {config.name} is ({config.weights}), and its random weights are made so. "
+            "Leave them out."
+        )
     for name, of in (("group_size", KINDS[1:]), ("offset", KINDS[1:]), ("scales", None)):
         of = of or (*KINDS[1:], _INT8_GROUPS)
         if getattr(args, name) is not None and not set(kinds) & set(of):
@@ -77,7 +92,7 @@ def chosen_config(args: argparse.Namespace) -> ModelConfig:
                 f"{option} is of {' and '.join(of)}; --weights and --head ask for none. Leave it "
                 "out."
             )
-    layers = None if args.weights == PLAIN else _format(args, args.weights)
+    layers = None if args.weights in (None, PLAIN) else _format(args, args.weights)
     head = None if args.head is None else _format(args, args.head)
     formats = WeightFormats.of_layers(layers, head)
     return config if formats == FLOATING else quantized_config(config, formats)

@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table, or JSON; one sentence and exit code 2 where it is damaged or unsupported."""
-    from checkpoints.places import real_path
+    from checkpoints.places import model_path
 
-    path = real_path(args.path)
+    path = model_path(args.path)
     is_folder(args, path)  # or --ignore-field is refused
     with notes_on_stderr("inspect"):
         report = inspect(path, args.batch, ignore_fields=args.ignore_field)

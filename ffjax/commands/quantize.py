@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints what was made on stdout; the progress and the time on stderr."""
     import checkpoints
     from checkpoints.opening import comes_in, open_incoming
-    from checkpoints.places import check_apart, check_free, real_path
+    from checkpoints.places import check_apart, check_free, model_path, real_path
     from ffjax.commands.progress import byte_bar
     from ffjax.quantization import quantize
 
     start = time.perf_counter()
-    path, out = (real_path(name) for name in (args.model, args.out))
+    path, out = model_path(args.model), real_path(args.out)
     # Before minutes are spent.
     for option, value in (("--group-size", args.group_size), ("--offset", args.offset)):
         if value is not None and "int4" not in (args.weights, args.head):

@@ -109,11 +109,11 @@ def given_lookup(args: argparse.Namespace) -> Lookup | None:
 
 def _draft_model(args: argparse.Namespace, model: Transformer) -> Transformer:
     from checkpoints.hf_import import is_hf_folder
-    from checkpoints.places import real_path
+    from checkpoints.places import model_path
 
     if args.draft is not None:
         # Fields to be ignored are those of folders; a checkpoint has none.
-        ignored = args.ignore_field if is_hf_folder(real_path(args.draft)) else []
+        ignored = args.ignore_field if is_hf_folder(model_path(args.draft)) else []
         how = argparse.Namespace(**{**vars(args), "ignore_field": ignored})
         model = load_model(how, args.draft)
     if args.draft_weights is None:

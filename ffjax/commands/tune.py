@@ -11,8 +11,8 @@ import argparse
 import json
 import sys
 
-from ffjax.commands.formats import add_format_arguments, chosen_config
 from ffjax.commands.options import whole
+from ffjax.commands.sizes import add_size_arguments, chosen_sizes
 from ffjax.failures import without_advice
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -24,8 +24,7 @@ _NONE_SOUND = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ffjax tune`."""
-    parser.add_argument("--config", metavar="NAME", required=True, help="a preset: llama3.2-1b")
-    add_format_arguments(parser)
+    add_size_arguments(parser)
     parser.add_argument(
         "--batch", metavar="B", type=whole(1), default=1, help="sequences; default: %(default)s"
     )
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from pallas_kernels.gpu import Gpu
     from pallas_kernels.stream.tuning import row_key
 
-    config = chosen_config(args)
+    config = chosen_sizes(args, "tune")
     # It refuses what cannot be measured.
     Sweep(
         config=config,

@@ -29,10 +29,10 @@ def default_sampling(path: str | Path) -> SamplingParams:
     # `checkpoints` imports this package, so it can only be imported once that is done.
     from checkpoints.gguf import generation_json, is_gguf, read_header
     from checkpoints.manifest import HF_FILES
-    from checkpoints.places import real_path
+    from checkpoints.places import model_path
     from ffjax.hf_tokens import json_object
 
-    directory = real_path(path)
+    directory = model_path(path)
     if is_gguf(directory):
         return SamplingParams.from_generation_config(generation_json(read_header(directory)))
     for file in (directory / GENERATION_CONFIG, directory / HF_FILES / GENERATION_CONFIG):

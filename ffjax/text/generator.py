@@ -83,7 +83,7 @@ class Generator:
         """Loads a model with its tokenizer, and how it wants tokens chosen.
 
         Args:
-            path: a checkpoint, a Hugging Face folder or a GGUF file. None: the shipped model.
+            path: as `ffjax.load` takes it. None: the shipped model.
             dtype: as in `ffjax.load`.
             ignore_fields: as in `ffjax.load`.
             weights: "int8" or "int4", to quantize; see `ffjax.quantize`. None: as they are.
