@@ -436,7 +436,14 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
     # What lies beside the slots; of their barriers there is an even number.
     room = taken * RESERVED_TILE - COMPILER_BYTES - SharedLayout.of(plan).size - 8
     slots = max(2, min(MAX_SLOTS, room // (plan.slot_bytes + 8)))
-    return dataclasses.replace(plan, slots=min(tuning.slots or slots, slots), room=room)
+    plan = dataclasses.replace(plan, slots=min(tuning.slots or slots, slots), room=room)
+    # Behind slots of odd sizes, what follows begins at the next multiple of `ALIGNMENT`.
+    while (over := SharedLayout.of(plan).size + COMPILER_BYTES - taken * RESERVED_TILE) > 0:
+        if plan.slots == 2:
+            left = min(room, 2 * (plan.slot_bytes + 8) - over)
+            return dataclasses.replace(plan, room=left)
+        plan = dataclasses.replace(plan, slots=plan.slots - 1)
+    return plan
 
 
 def _attention(d: Dims, gpu: Gpu, num_warps: int, tuning: Tuning) -> AttentionPlan:
