@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,10 +48,13 @@ def exactly(sentence: str) -> str:
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch) -> None:
+def on_a_gpu(monkeypatch) -> Iterator[None]:
     """One that has room for all that the kernel knows."""
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
     monkeypatch.setattr(decode, "why_not_on", lambda *_: None)
+    decode._why_not.cache_clear()  # what was found out knows nothing of what was patched
+    yield
+    decode._why_not.cache_clear()
 
 
 # What the kernels are told and given
@@ -129,8 +133,21 @@ def test_the_kernel_is_chosen(formats, on_a_gpu):
         assert resolve_implementation_config(*asked, name) == "pallas"
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 1), (1, 2)])
+def test_several_tokens_of_weights_with_offsets_have_to_be_asked_for(batch, tokens, on_a_gpu):
+    config = kernel_config(WeightFormats.of_layers(int4(offset="zero")))
+    asked = config, jnp.bfloat16, batch, 8
+    assert why_not_fused_config(*asked, tokens) is None
+    kernel, reason = choose_kernel(*asked, tokens)
+    assert kernel is None and reason is not None and "zero points or minima" in reason
+    assert resolve_implementation_config(*asked, None, tokens) == "xla"
+    assert resolve_implementation_config(*asked, "pallas", tokens) == "pallas"
+    assert choose_kernel(config, jnp.bfloat16, 1, 8) == ("pallas", None)
+
+
 def test_what_the_kernel_has_no_room_for_is_its_own_sentence(on_a_gpu, monkeypatch):
     monkeypatch.setattr(decode, "why_not_on", lambda *_: "There is no room.")
+    decode._why_not.cache_clear()
     asked = kernel_config(FOR_KERNELS["int4"]), jnp.bfloat16, 2, 8
     assert choose_kernel(*asked) == (None, "There is no room.")
     assert resolve_implementation_config(*asked) == "xla"
