@@ -12,8 +12,8 @@ __all__ = ["DrawPlan", "make_draw_plan"]
 _LEAST_WIDTH = 256
 # Logits that a thread holds, beside as many with noise and as many masses. With 16 warps of so many
 # nothing to speak of is spilled; with 32, a thread's registers are half as many, and some are.
-# On an H200, 8 sequences of 128256 tokens take 24 to 35 us more than a launch that draws nothing
-# with 16 warps of 16 a thread, and 26 to 45 with 32 of 8.
+# On an H200, 8 sequences of 128256 tokens took 24 to 35 us more than a launch that draws nothing
+# with 16 warps of 16 a thread, and 26 to 45 with 32 of 8: by an older text.
 _PER_THREAD = 16
 _LEAST_WARPS, _MOST_WARPS = 8, 32
 # In so small a batch noise takes less time than a meeting, and one meeting may be enough. In a
