@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ffjax.cache import KVCache
 from ffjax.loop import decode_block
 from ffjax.model import Transformer
+from ffjax.parts import taken_apart
 from ffjax.sampling.draw import words_of
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, rows_of
@@ -80,9 +81,9 @@ def test_no_copy_of_logits_keeps_a_block_of_steps_from_being_a_graph():
 
     def abstract():
         model, cache = Transformer(config, rngs=nnx.Rngs(0)), KVCache.create(config, 1, 256)
-        return nnx.split(model)[1], cache, *[jnp.zeros((1,), jnp.int32)] * 2
+        return taken_apart(model)[1], cache, *[jnp.zeros((1,), jnp.int32)] * 2
 
-    graphdef = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+    graphdef = taken_apart(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
     args = *jax.eval_shape(abstract), rows_of(params, [[]], words_of(0, 1), stages), None
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
     block = functools.partial(decode_block, graphdef, stages=stages, implementation="pallas")
