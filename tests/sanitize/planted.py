@@ -94,8 +94,9 @@ def _load_beyond(lines: list[str], keys: str) -> list[str]:
 
 
 def _copy_beyond(lines: list[str], keys: str) -> list[str]:
-    begin = f"add.u64 %e, %d, {keys};"
-    return [line.replace(begin, f"{begin} add.u64 %e, %e, {_FAR};") for line in lines]
+    # A box takes its map from memory that is not there.
+    begin = "mov.b32 %y, 0; @%q cp.async.bulk.tensor"
+    return [line.replace(begin, f"add.u64 %d, %d, {_FAR}; {begin}") for line in lines]
 
 
 def _no_arrival(text: str) -> str:
