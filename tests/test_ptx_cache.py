@@ -132,15 +132,13 @@ class Bench:
             "control": 4 * WORDS * (1 if s.bulk else s.threads // 32),
         }
         starts, end = {}, 0
-        queries = sizes["queries"]
-        if s.tokens > 1:  # both lie where attention's results are put, as `SharedLayout` has it
-            both = sizes.pop("queries") + sizes.pop("new")
-            sizes["out"] = max(sizes["out"], both)
+        # Both lie where attention's results are put, as `SharedLayout` has it.
+        queries, new = sizes.pop("queries"), sizes.pop("new")
+        sizes["out"] = max(sizes["out"], queries + new)
         for name, size in sizes.items():
             starts[name] = end
             end += size
-        if s.tokens > 1:
-            starts |= {"queries": starts["out"], "new": starts["out"] + queries}
+        starts |= {"queries": starts["out"], "new": starts["out"] + queries}
         self.rows = starts.pop("rows")
         del starts["before"]
         self.feed = CacheFeed(
