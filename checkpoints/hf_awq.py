@@ -18,23 +18,24 @@ import numpy as np
 
 from checkpoints.hf_files import StoredTensor
 from checkpoints.hf_integers import (
+    QWEIGHT,
+    WEIGHT,
     MatrixOfTensors,
     Settings,
-    group_scales,
+    beside_qweight,
+    group_size,
     kept_scales,
     nibbles,
+    of_our_groups,
     raw,
     scale_type,
-    stem_of,
 )
 from checkpoints.integers import IntegerMatrix, Integers
-from checkpoints.manifest import CheckpointError
 from ffjax.formats import int4
 
 __all__ = ["read_awq"]
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_OTHERS = (".qzeros", ".scales")
 
 
 def read_awq(settings: Settings, tensors: dict[str, StoredTensor]) -> dict[str, IntegerMatrix]:
@@ -49,39 +50,31 @@ def read_awq(settings: Settings, tensors: dict[str, StoredTensor]) -> dict[str, 
     if version != "gemm":
         raise settings.refused(f"version={version!r}", "Supported: 'gemm'.")
     matrices: dict[str, IntegerMatrix] = {}
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        stem = name.removesuffix(".qweight")
-        if missing := [stem + one for one in _OTHERS if stem + one not in tensors]:
-            raise CheckpointError(
-                f"A matrix of AWQ has {', '.join(_OTHERS)} beside .qweight; {settings.where} has "
-                f"no {missing[0]}. Models without zero points (zero_point false) are not supported."
-            )
-        weight, zeros, scales = (tensors.pop(stem + one) for one in (".qweight", *_OTHERS))
+    for name in [name for name in tensors if name.endswith(QWEIGHT)]:
+        hint = "Models without zero points (zero_point false) are not supported."
+        weight, zeros, scales = beside_qweight(settings, tensors, name, "AWQ", hint)
         inputs, eighth = weight.shape
-        try:
-            size, _ = group_scales(inputs, np.zeros((1, scales.shape[0])))
-        except ValueError as error:
-            raise settings.refused(str(error), "Groups of 32, 64 or 128 are.") from None
-        kept = scale_type(settings, scales)
-        place = stem_of(name, ".qweight")
-        assert place is not None
-        nbytes = weight.nbytes + zeros.nbytes + scales.nbytes
-        matrices[place] = MatrixOfTensors(
+        size = group_size(settings, inputs, scales.shape[0])
+        matrices[name.removesuffix(QWEIGHT) + WEIGHT] = MatrixOfTensors(
             weight.name,
             "AWQ",
             (8 * eighth, inputs),
-            nbytes,
-            int4(size, kept, "zero"),
-            functools.partial(_read, settings, weight, zeros, scales),
+            weight.nbytes + zeros.nbytes + scales.nbytes,
+            int4(size, scale_type(settings, scales), "zero"),
+            functools.partial(_read, settings, weight, zeros, scales, size),
         )
     return matrices
 
 
 def _read(
-    settings: Settings, weight: StoredTensor, zeros: StoredTensor, scales: StoredTensor
+    settings: Settings,
+    weight: StoredTensor,
+    zeros: StoredTensor,
+    scales: StoredTensor,
+    size: int,
 ) -> Integers:
     numbers = np.ascontiguousarray(nibbles(raw(weight), 1, _ORDER).T)
     scale = kept_scales(settings, scales).T
     beside = nibbles(raw(zeros), 1, _ORDER).T.astype(scale.dtype)
     pair = np.stack([scale, beside], axis=-1)
-    return Integers(numbers, group_scales(numbers.shape[1], pair)[1])
+    return Integers(numbers, of_our_groups(pair, numbers.shape[1], size))

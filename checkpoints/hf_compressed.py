@@ -25,14 +25,15 @@ import numpy as np
 from checkpoints.hf_files import StoredTensor
 from checkpoints.hf_fp8 import read_fp8
 from checkpoints.hf_integers import (
+    WEIGHT,
     MatrixOfTensors,
     Settings,
-    group_scales,
+    group_size,
     kept_scales,
     nibbles,
+    of_our_groups,
     raw,
     scale_type,
-    stem_of,
 )
 from checkpoints.integers import IntegerMatrix, Integers
 from checkpoints.manifest import CheckpointError
@@ -75,10 +76,7 @@ def read_compressed(
         if f"{stem}_g_idx" in tensors:
             raise settings.refused(f"{stem}_g_idx", "Use a version of the model without it.")
         out, eighth = weight.shape
-        try:
-            size, _ = group_scales(8 * eighth, np.zeros(scale.shape))
-        except ValueError as error:
-            raise settings.refused(str(error), "Groups of 32, 64 or 128 are.") from None
+        size = group_size(settings, 8 * eighth, scale.shape[1])
         kept = scale_type(settings, scale)
         parts = [part for part in (weight, scale, zero) if part is not None]
         matrices[stem] = MatrixOfTensors(
@@ -87,7 +85,7 @@ def read_compressed(
             (out, 8 * eighth),
             sum(part.nbytes for part in parts),
             int4(size, kept, None if symmetric else "zero"),
-            functools.partial(_read, settings, weight, scale, zero),
+            functools.partial(_read, settings, weight, scale, zero, size),
         )
     return matrices
 
@@ -110,15 +108,19 @@ def _part(settings: Settings, tensors: dict[str, StoredTensor], name: str) -> St
 
 
 def _read(
-    settings: Settings, weight: StoredTensor, scale: StoredTensor, zero: StoredTensor | None
+    settings: Settings,
+    weight: StoredTensor,
+    scale: StoredTensor,
+    zero: StoredTensor | None,
+    size: int,
 ) -> Integers:
     numbers, numbers_of_scales = nibbles(raw(weight), 1), kept_scales(settings, scale)
     if zero is None:
-        return Integers(numbers, group_scales(numbers.shape[1], numbers_of_scales)[1])
+        return Integers(numbers, of_our_groups(numbers_of_scales, numbers.shape[1], size))
     found = raw(zero)
     less = found + 8 if zero.dtype == "I8" else nibbles(found, 0)[: len(numbers)]
     pair = np.stack([numbers_of_scales, less.astype(numbers_of_scales.dtype)], axis=-1)
-    return Integers(numbers, group_scales(numbers.shape[1], pair)[1])
+    return Integers(numbers, of_our_groups(pair, numbers.shape[1], size))
 
 
 def _rows(
@@ -131,7 +133,7 @@ def _rows(
         )
     matrices: dict[str, IntegerMatrix] = {}
     for name in [name for name, one in tensors.items() if one.dtype == "I8"]:
-        if stem_of(name, ".weight") is None:
+        if not name.endswith(WEIGHT):
             continue
         weight, scale = tensors.pop(name), _part(settings, tensors, f"{name}_scale")
         for other in ("_zero_point", "_shape"):

@@ -20,22 +20,23 @@ import numpy as np
 
 from checkpoints.hf_files import StoredTensor
 from checkpoints.hf_integers import (
+    QWEIGHT,
+    WEIGHT,
     MatrixOfTensors,
     Settings,
-    group_scales,
+    beside_qweight,
+    group_size,
     kept_scales,
     nibbles,
+    of_our_groups,
     raw,
     scale_type,
-    stem_of,
 )
 from checkpoints.integers import IntegerMatrix, Integers
 from checkpoints.manifest import CheckpointError
 from ffjax.formats import int4
 
 __all__ = ["read_gptq"]
-
-_OTHERS = (".qzeros", ".scales")
 
 
 def read_gptq(settings: Settings, tensors: dict[str, StoredTensor]) -> dict[str, IntegerMatrix]:
@@ -48,32 +49,25 @@ def read_gptq(settings: Settings, tensors: dict[str, StoredTensor]) -> dict[str,
     less_one = settings.only("checkpoint_format", "gptq", "gptq_v2", default="gptq") == "gptq"
     symmetric = bool(settings.fields.get("sym", True))
     matrices: dict[str, IntegerMatrix] = {}
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        stem = name.removesuffix(".qweight")
-        if missing := [stem + one for one in _OTHERS if stem + one not in tensors]:
-            raise CheckpointError(
-                f"A matrix of GPTQ has {', '.join(_OTHERS)} beside .qweight; {settings.where} "
-                f"has no {missing[0]}. Download it again."
-            )
-        weight, zeros, scales = (tensors.pop(stem + one) for one in (".qweight", *_OTHERS))
+    for name in [name for name in tensors if name.endswith(QWEIGHT)]:
+        weight, zeros, scales = beside_qweight(
+            settings, tensors, name, "GPTQ", "Download it again."
+        )
         eighth, out = weight.shape
-        inputs, groups = 8 * eighth, scales.shape[0]
-        index, order = tensors.pop(f"{stem}.g_idx", None), None
-        if index is not None:
+        inputs, groups, order = 8 * eighth, scales.shape[0], None
+        stem = name.removesuffix(QWEIGHT)
+        if (index := tensors.pop(f"{stem}.g_idx", None)) is not None:
             order = _order(settings, index, inputs, groups)
-        try:
-            size, _ = group_scales(inputs, np.zeros((1, groups)))
-        except ValueError as error:
-            raise settings.refused(str(error), "Groups of 32, 64 or 128 are.") from None
-        kept = scale_type(settings, scales)
-        own = int4(size, kept, None if symmetric else "zero")
-        parts = [weight, zeros, scales]
-        read = functools.partial(_read, settings, weight, zeros, scales, less_one, symmetric, order)
-        place = stem_of(name, ".qweight")
-        assert place is not None
-        nbytes = sum(part.nbytes for part in parts)
-        matrices[place] = MatrixOfTensors(
-            weight.name, "GPTQ", (out, inputs), nbytes, own, read, order
+        size = group_size(settings, inputs, groups)
+        parts = weight, zeros, scales
+        matrices[stem + WEIGHT] = MatrixOfTensors(
+            weight.name,
+            "GPTQ",
+            (out, inputs),
+            sum(part.nbytes for part in parts),
+            int4(size, scale_type(settings, scales), None if symmetric else "zero"),
+            functools.partial(_read, settings, *parts, size, less_one, symmetric, order),
+            order,
         )
     return matrices
 
@@ -99,6 +93,7 @@ def _read(
     weight: StoredTensor,
     zeros: StoredTensor,
     scales: StoredTensor,
+    size: int,
     less_one: bool,
     symmetric: bool,
     order: np.ndarray | None,
@@ -109,7 +104,7 @@ def _read(
     second = nibbles(raw(zeros), 1).T  # [out, groups]
     if less_one:
         second = (second + 1) & 15
-    _, scale = group_scales(numbers.shape[1], kept_scales(settings, scales).T)
+    scale = of_our_groups(kept_scales(settings, scales).T, numbers.shape[1], size)
     if symmetric:
         if (second != 8).any():
             raise CheckpointError(
@@ -118,5 +113,5 @@ def _read(
                 "there."
             )
         return Integers(numbers, np.ascontiguousarray(scale))
-    _, beside = group_scales(numbers.shape[1], second.astype(scale.dtype))
+    beside = of_our_groups(second.astype(scale.dtype), numbers.shape[1], size)
     return Integers(numbers, np.stack([scale, beside], axis=-1))

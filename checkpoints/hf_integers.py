@@ -21,15 +21,18 @@ from checkpoints.manifest import CheckpointError
 from ffjax.formats import GROUP_SIZES, ScaleType, WeightFormat
 
 __all__ = [
+    "QWEIGHT",
+    "WEIGHT",
     "MatrixOfTensors",
     "Reader",
     "Settings",
-    "group_scales",
+    "beside_qweight",
+    "group_size",
     "kept_scales",
     "nibbles",
+    "of_our_groups",
     "raw",
     "scale_type",
-    "stem_of",
 ]
 
 _RAW = {
@@ -42,7 +45,11 @@ _RAW = {
     "F32": np.dtype("<f4"),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-_WEIGHT = ".weight"
+WEIGHT = ".weight"
+"""What a matrix is called in the table, behind the name of its module."""
+QWEIGHT = ".qweight"
+"""What GPTQ and AWQ call its integers."""
+_BESIDE = (".qzeros", ".scales")
 
 
 class Settings(NamedTuple):
@@ -146,28 +153,48 @@ def kept_scales(settings: Settings, tensor: StoredTensor) -> np.ndarray:
     return raw(tensor).astype(scale_type(settings, tensor)) if settings.integers else raw(tensor)
 
 
-def group_scales(inputs: int, scale: np.ndarray) -> tuple[int, np.ndarray]:
-    """The size of groups of ours for scales that are each of so many inputs, and scales of theirs.
-
-    A scale of a whole row, or of larger groups than ours, stands for several groups.
-
-    Args:
-        inputs: of the matrix.
-        scale: `[out, groups, ...]`.
+def group_size(settings: Settings, inputs: int, groups: int) -> int:
+    """The size of groups of ours for so many of theirs: a whole row, or more than ours have, is
+    several.
 
     Raises:
-        ValueError: no size of ours divides theirs.
+        CheckpointError: no size of ours divides theirs.
     """
-    size = inputs // scale.shape[1]
+    size = inputs // groups
     ours = next((one for one in sorted(GROUP_SIZES, reverse=True) if size % one == 0), None)
-    if ours is None or size * scale.shape[1] != inputs:
-        raise ValueError(f"Groups of {size} inputs")
-    return ours, np.repeat(scale, size // ours, axis=1)
+    if ours is None or size * groups != inputs:
+        raise settings.refused(f"Groups of {size} inputs", "Groups of 32, 64 or 128 are.")
+    return ours
 
 
-def stem_of(name: str, suffix: str) -> str | None:
-    """The name of the matrix that a tensor is a part of: "X.weight" of "X" + suffix."""
-    return name.removesuffix(suffix) + _WEIGHT if name.endswith(suffix) else None
+def of_our_groups(scale: np.ndarray, inputs: int, size: int) -> np.ndarray:
+    """Scales `[out, groups, ...]` of theirs as those of groups of ours, of `size` inputs each."""
+    return np.repeat(scale, inputs // scale.shape[1] // size, axis=1)
+
+
+def beside_qweight(
+    settings: Settings, tensors: dict[str, StoredTensor], name: str, layout: str, hint: str
+) -> tuple[StoredTensor, StoredTensor, StoredTensor]:
+    """Takes X.qweight, X.qzeros and X.scales out of the tensors, as GPTQ and AWQ call them.
+
+    Args:
+        settings: of the model.
+        tensors: that are left.
+        name: X.qweight.
+        layout: what to call it.
+        hint: what to do where one is missing.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    stem = name.removesuffix(QWEIGHT)
+    if missing := [stem + one for one in _BESIDE if stem + one not in tensors]:
+        raise CheckpointError(
+            f"A matrix of {layout} has {', '.join(_BESIDE)} beside {QWEIGHT}; {settings.where} "
+            f"has no {missing[0]}. {hint}"
+        )
+    weight, zeros, scales = (tensors.pop(stem + one) for one in (QWEIGHT, *_BESIDE))
+    return weight, zeros, scales
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from checkpoints.hf_table import Slot
 from checkpoints.manifest import CheckpointError
 from ffjax.config import ModelConfig
 from ffjax.formats import WeightFormat, WeightFormats
+from ffjax.rounding import grouped_weights
 from pallas_kernels.dims import WORD_SHIFTS
 
 __all__ = [
@@ -103,21 +104,13 @@ def packed(numbers: np.ndarray) -> np.ndarray:
 
 
 def _whole(made: Integers, format: WeightFormat) -> np.ndarray:
-    """The weights that integers and scales stand for, float32 `[out, in]`: `ffjax.rounding.expand`.
-
-    The same numbers: products of float32 that are exact, and at most one sum.
-    """
-    scale, numbers = made.scale.astype(np.float32), made.numbers.astype(np.float32)
+    """The weights that integers and scales stand for, float32 `[out, in]`."""
+    numbers, scale = made
     if format.group_size is None:
-        return numbers * scale[:, None]
+        return numbers.astype(np.float32) * scale.astype(np.float32)[:, None]
     groups = numbers.reshape(len(numbers), -1, format.group_size)
-    if format.offset is None:
-        less = np.float32(8 if format.bits == 4 else 0)
-        whole = (groups - less) * scale[..., None]
-    elif format.offset == "zero":
-        whole = (groups - scale[..., 1, None]) * scale[..., 0, None]
-    else:
-        whole = groups * scale[..., 0, None] + scale[..., 1, None]
+    # Operators alone: of arrays of numpy it makes such, on the host.
+    whole: Any = grouped_weights(groups, scale, format)  # pyright: ignore[reportArgumentType]
     return whole.reshape(numbers.shape)
 
 
