@@ -15,11 +15,12 @@ from checkpoints.hf_files import (
     some,
 )
 from checkpoints.hf_table import EMBED, HEAD, NameRules
-from checkpoints.incoming import Adapter, Incoming, Stored
+from checkpoints.incoming import Adapter, Incoming
 from checkpoints.lora_config import MERGE_BY_PEFT, LoraConfig
 from checkpoints.lora_merge import Factors, MergedTensor
 from checkpoints.manifest import CheckpointError, a_file, nothing_at
 from checkpoints.places import check_apart, real_path
+from checkpoints.stored import Stored
 
 __all__ = ["merge_adapter"]
 

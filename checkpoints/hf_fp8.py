@@ -28,7 +28,7 @@ _BESIDE = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".activation
 
 @dataclasses.dataclass(frozen=True)
 class FloatMatrix:
-    """A matrix of float8 with scales, made whole where it is read; as `incoming.Stored`.
+    """A matrix of float8 with scales, made whole where it is read; as `stored.Stored`.
 
     Attributes:
         weight: its numbers.

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from checkpoints.integers import Kept
 from checkpoints.manifest import WEIGHTS, CheckpointError, Manifest
 from checkpoints.places import check_free
 from checkpoints.skeleton import array_shapes, nested, skeleton
+from checkpoints.stored import Stored
 from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 
@@ -35,7 +36,6 @@ __all__ = [
     "Adapter",
     "Conversion",
     "Incoming",
-    "Stored",
     "check_tensors",
     "load_incoming",
     "rounding_note",
@@ -46,42 +46,6 @@ _log = logging.getLogger("ffjax.folders")
 
 # Threads that read: a disk is at its fastest with several requests at a time.
 _MOST_THREADS = 16
-
-
-class Stored(Protocol):
-    """A tensor in a file, not yet read."""
-
-    @property
-    def name(self) -> str:
-        """Its name there."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """What the file's format calls its numbers: "BF16", "Q4_K"."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape, that of a matrix [out, in]."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes of the file it takes."""
-        ...
-
-    def parts(self) -> list[slice]:
-        """Parts that can be read side by side."""
-        ...
-
-    def read_into(self, out: np.ndarray, part: slice) -> None:
-        """Reads one of the parts into an array of the whole tensor's shape, rounding to its dtype.
-
-        Raises:
-            CheckpointError: the file ends before the tensor does.
-        """
-        ...
 
 
 class Adapter(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 
 from checkpoints.hf_table import Slot
 from checkpoints.manifest import CheckpointError
+from checkpoints.stored import Described
 from ffjax.config import ModelConfig
 from ffjax.formats import WeightFormat, WeightFormats
 from ffjax.rounding import grouped_weights
@@ -50,28 +51,8 @@ class Integers(NamedTuple):
     scale: np.ndarray
 
 
-class IntegerMatrix(Protocol):
+class IntegerMatrix(Described, Protocol):
     """A matrix of integers in a file, not yet read."""
-
-    @property
-    def name(self) -> str:
-        """Its name there."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """What the file's format calls it: "Q4_0", "GPTQ"."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`[out, in]`."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes of the file it takes."""
-        ...
 
     @property
     def format(self) -> WeightFormat:
@@ -116,7 +97,7 @@ def _whole(made: Integers, format: WeightFormat) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A tensor of ours that is made of a matrix; as `incoming.Stored`."""
+    """A tensor of ours that is made of a matrix; as `stored.Stored`."""
 
     matrix: IntegerMatrix
     to: WeightFormat

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from checkpoints.hf_files import StoredTensor
-from checkpoints.incoming import Stored
+from checkpoints.stored import Stored
 
 __all__ = ["Factors", "MergedTensor"]
 
