@@ -12,7 +12,7 @@ from ptx_machine import Machine, PtxError
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.plan import BOX_UNIT, LOT
+from pallas_kernels.stream.plan import LOT, query_pitch
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import attend_lines
 from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
@@ -117,13 +117,12 @@ class Bench:
             nobodys[p.head, p.start : p.start + p.live] = False
         self.cache[:, :, nobodys] = np.nan
         row, tile = 2 * s.head_dim, 4 * s.block * s.head_dim
-        rows = LAYERS * self.heads * CAPACITY
-        query_pitch = row + (16 if row >= 128 else 64)
+        pitch = query_pitch(s.head_dim)
         sizes = {
             "before": 3 * 128,  # so that no tile begins where chunks are in order
             "tiles": s.stages * tile,
             "out": s.warps * LOT * (2 * row + 16),
-            "queries": 2 * LOT * s.abreast * query_pitch,
+            "queries": 2 * LOT * s.abreast * pitch,
             "new": 2 * row * s.tokens,
             "sums": 8 * s.warps * LOT,
             "maps": 16,
@@ -148,7 +147,7 @@ class Bench:
             warps=s.warps,
             stages=s.stages,
             layer_rows=self.heads * CAPACITY,
-            query_pitch=query_pitch,
+            query_pitch=pitch,
             out_pitch=2 * row + 16,
             abreast=s.abreast,
             tokens=s.tokens,
@@ -167,9 +166,7 @@ class Bench:
         for at, x in zip((self.keys, self.values), self.cache, strict=True):
             self.machine.view(at, x.size, np.uint16)[:] = halves(x).ravel()
         if s.bulk:
-            lines = self.feed.lines
-            box = lines.width // BOX_UNIT, 1, s.block
-            tensor = ptx.TensorMap(lines.count, rows, box, self.feed.thread, lines.mode)
+            tensor = self.feed.tensor_map(LAYERS)
             for number, of in enumerate((self.keys, self.values)):
                 scratch = self.ring + self.feed.tiles + ptx.MAP_BYTES * number
                 self.machine.view(scratch, ptx.MAP_BYTES, np.uint8)[:] = 0xA5

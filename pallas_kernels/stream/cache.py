@@ -15,10 +15,10 @@ from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import FEED_WORDS, SharedLayout
 from pallas_kernels.stream.plan import StreamPlan
-from pallas_kernels.stream.ring import most_looks
+from pallas_kernels.stream.ring import map_at, most_looks
 from pallas_kernels.stream.spans import Share, row_of, share_of
 
-__all__ = ["attend_span", "feed_cache", "layer_share"]
+__all__ = ["attend_span", "feed_cache", "layer_share", "start_cache"]
 
 
 def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
@@ -55,6 +55,19 @@ def layer_share(env: StreamEnv, layer: Array) -> Share:
     """This program's share of a layer's attention."""
     table = None if env.interpret else env.shared + SharedLayout.of(env.plan).spans
     return share_of(env, layer, table)
+
+
+def start_cache(env: StreamEnv) -> None:
+    """Asks for the first layer's keys and values; copies of boxes are told where all lie first."""
+    if env.plan.bulk and not env.interpret:
+        at, tensor = SharedLayout.of(env.plan), _feed_of(env.plan).tensor_map(env.dims.num_layers)
+        # Made by the feeding warp, which alone uses them, where tiles will come.
+        for number, name in enumerate("kv"):
+            scratch = env.shared + at.tiles + ptx.MAP_BYTES * number
+            place = env.shared + at.maps + 8 * number
+            where = map_at(env, 1 + number)
+            ptx.make_map(env.mail.words, where, env[name], scratch, place, tensor)
+    feed_cache(env, jnp.int32(0))
 
 
 def feed_cache(env: StreamEnv, layer: Array) -> None:

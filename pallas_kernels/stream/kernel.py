@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.stream.cache import feed_cache
+from pallas_kernels.stream.cache import feed_cache, start_cache
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.operand import collect_operand, no_operand
 from pallas_kernels.stream.plan import Segment
@@ -137,7 +137,7 @@ def stream_kernel(env: StreamEnv) -> None:
     state = leave_embed(env, empty_state(env))
     env = with_ring(env)
     turn = start_ring(env)
-    feed_cache(env, jnp.int32(0))
+    start_cache(env)
     rotations = make_rotations(env)
     total = env.plan.total_tiles
 

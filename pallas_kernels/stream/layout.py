@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pallas_kernels.dims import ceil_div
-from pallas_kernels.stream.plan import COLUMNS, LOT, MAX_ROWS, Segment, StreamPlan
+from pallas_kernels.stream.plan import COLUMNS, LOT, MAX_ROWS, Segment, StreamPlan, query_pitch
 
 __all__ = [
     "ALIGNMENT",
@@ -72,7 +72,7 @@ class SharedLayout:
         maps: addresses of the tensor maps of keys and of values, 8 bytes each.
         control: of the feeds, 16 words for weights, 8 for keys and values; as many for each warp
             where all of them feed.
-        query_pitch: from a query to the next: two neighbours lie in different banks.
+        query_pitch: from a query to the next.
         out_pitch: from a row that attention has made to the next.
         tile_bytes: of the keys and values of a tile.
         size: of everything, and of what it takes to begin at a multiple of `ALIGNMENT`.
@@ -103,7 +103,7 @@ class SharedLayout:
         """The layout of a plan."""
         cut, row = plan.attention, 2 * plan.dims.head_dim
         pitches = {
-            "query_pitch": row + (16 if row >= 128 else 64),
+            "query_pitch": query_pitch(plan.dims.head_dim),
             "out_pitch": 2 * row + 16,
             "tile_bytes": 2 * cut.block * row,
         }
@@ -114,8 +114,7 @@ class SharedLayout:
         kinds = len(set(plan.dims.features.local_layers)) or 1
         queries = 2 * LOT * cut.abreast * pitches["query_pitch"]
         new = 2 * row * plan.dims.tokens
-        attends = cut.warps * LOT * pitches["out_pitch"]
-        attends = max(attends, queries + new)
+        attends = max(cut.warps * LOT * pitches["out_pitch"], queries + new)
         sizes = {
             "slots": plan.slots * plan.slot_bytes + plan.tail_bytes,
             "tiles": cut.tiles * pitches["tile_bytes"],

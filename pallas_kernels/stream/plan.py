@@ -31,6 +31,7 @@ __all__ = [
     "is_paired",
     "is_residual",
     "line_of",
+    "query_pitch",
 ]
 
 # Columns of a tensor core's block: several sequences are padded to as many.
@@ -82,6 +83,16 @@ def grain_of(chunked: bool, stored: Stored) -> int:
         assert stored.groups is not None
         return stored.groups.size // QUAD
     return 8 * READ // stored.bits
+
+
+def query_pitch(head_dim: int) -> int:
+    """Bytes from a query to the next: what 8 threads of two queries read at a time then lies in
+    different banks.
+
+    They read every other chunk of 16 bytes; of heads of 32, which have four, all.
+    """
+    row = 2 * head_dim
+    return row + (16 if row >= 128 else 64)
 
 
 class Segment(enum.IntEnum):

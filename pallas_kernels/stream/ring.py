@@ -28,7 +28,6 @@ from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import ALIGNMENT, FEED_WORDS, ROW_WORDS, SharedLayout
 from pallas_kernels.stream.mail import MAP_WORDS, Meanwhile
 from pallas_kernels.stream.plan import (
-    BOX_UNIT,
     COLUMNS,
     RESERVED_TILE,
     Box,
@@ -48,10 +47,10 @@ from pallas_kernels.stream.tuning import TILE_BYTES
 
 __all__ = [
     "Turn",
-    "cache_map_of",
     "fed_otherwise",
     "feed_more",
     "feed_ring",
+    "map_at",
     "most_looks",
     "next_turn",
     "products_address",
@@ -171,39 +170,15 @@ def start_ring(env: StreamEnv) -> Turn:
         place = env.shared + at.control + ptx.MAP_IN_CONTROL
         # In the first slot, and by the feeding warp, which alone needs it.
         matrix, tensor = weights_of(env)[Segment.DOWN], tensor_map_of(plan, plan.box)
-        ptx.make_map(env.mail.words, _map_at(env, 0), matrix, env.shared, place, tensor)
+        ptx.make_map(env.mail.words, map_at(env, 0), matrix, env.shared, place, tensor)
     for _ in range(_feed_of(plan).in_flight):
         feed_ring(env)
-    if plan.bulk:
-        _make_cache_maps(env)
     return turn
 
 
-def _map_at(env: StreamEnv, number: int) -> Array:
-    """Where one of the program's tensor maps lies in the mail, int32 scalar."""
+def map_at(env: StreamEnv, number: int) -> Array:
+    """Where one of the program's tensor maps lies in the mail, int32 scalar; 0 is the boxes'."""
     return env.mail.layout.maps + MAP_WORDS * (number * env.plan.programs + env.program)
-
-
-def _make_cache_maps(env: StreamEnv) -> None:
-    """Tensor maps of all keys, and of all values, by the feeding warp; where tiles will come."""
-    at, tensor = SharedLayout.of(env.plan), cache_map_of(env.plan)
-    for number, name in enumerate("kv"):
-        scratch = env.shared + at.tiles + ptx.MAP_BYTES * number
-        place = env.shared + at.maps + 8 * number
-        ptx.make_map(env.mail.words, _map_at(env, 1 + number), env[name], scratch, place, tensor)
-
-
-def cache_map_of(plan: StreamPlan) -> ptx.TensorMap:
-    """What the copies of boxes know of keys, or of values: rows of all layers, cut into lines."""
-    d = plan.dims
-    lines = ptx.Lines(2 * d.head_dim, plan.attention.block, SharedLayout.of(plan).tiles)
-    return ptx.TensorMap(
-        pieces=lines.count,
-        rows=d.num_layers * d.batch * d.num_kv_heads * d.capacity,
-        box=(lines.width // BOX_UNIT, 1, lines.block),
-        thread=feeding_thread(plan),
-        swizzle=lines.mode,
-    )
 
 
 def tensor_map_of(plan: StreamPlan, box: Box) -> ptx.TensorMap:

@@ -11,8 +11,10 @@ from jax._src import core, state
 from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 
+from pallas_kernels.stream.plan import BOX_UNIT
 from pallas_kernels.stream.ptx import async_copy, lowered
 from pallas_kernels.stream.ptx.address import UNIT
+from pallas_kernels.stream.ptx.boxes import TensorMap
 from pallas_kernels.stream.ptx.swizzle import Lines
 
 __all__ = ["CacheFeed", "cache_feed_lines", "feed_cache", "pointers"]
@@ -108,6 +110,17 @@ class CacheFeed:
     def tile_bytes(self) -> int:
         """Of a tile."""
         return 2 * self.values
+
+    def tensor_map(self, layers: int) -> TensorMap:
+        """What copies know of the keys of all layers, or of the values: rows, cut into lines."""
+        lines = self.lines
+        return TensorMap(
+            pieces=lines.count,
+            rows=layers * self.layer_rows,
+            box=(lines.width // BOX_UNIT, 1, self.block),
+            thread=self.thread,
+            swizzle=lines.mode,
+        )
 
 
 def cache_feed_lines(
