@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from ptx_inline import Edit, Inline, bound, inline, inlines, map_text, shape
 from ptx_machine import Machine, PtxError
+from ptx_plans import Planned
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
-from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, READ
+from pallas_kernels.stream.plan import COLUMNS, PIECE, READ
 from pallas_kernels.stream.ptx.giving_up import record_of
 from pallas_kernels.stream.segments.attention import combining_threads
 from pallas_kernels.stream.twins import TWIN_TAG_BITS
@@ -57,7 +58,7 @@ def as_words(bits: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class Tile(Planned):
     """What a product is made of."""
 
     rows: int
@@ -65,23 +66,11 @@ class Tile:
     chunked: bool
     product_warps: int = 4
     warps: int = 4
-
-    @property
-    def plan(self) -> Any:
-        """As much of a `StreamPlan` as `lanes` looks at."""
-        line = QUAD * COLUMNS if self.chunked else QUAD
-        return SimpleNamespace(
-            threads=32 * self.warps,
-            product_warps=self.product_warps,
-            chunked=self.chunked,
-            bulk=True,
-            line=lambda part: line,
-            columns=lambda part: COLUMNS,
-        )
+    bits: int = 16
 
     @property
     def span(self) -> int:
-        return self.product_warps * self.pieces * self.plan.line(None) * PIECE
+        return self.product_warps * self.pieces * self.line * PIECE
 
 
 @functools.cache
@@ -96,7 +85,7 @@ def product_text(tile: Tile) -> Inline:
             [none] * (4 * tile.pieces),
             none,
             rows=tile.rows,
-            step=READ * plan.line(None),
+            step=READ * tile.line,
             chunked=tile.chunked,
             threads=32 * tile.product_warps,
         )
@@ -132,7 +121,7 @@ def check_product(
     first = np.asarray(first_input(plan, part))
     words = []
     for q in range(tile.pieces):
-        at = first[:, None] + q * plan.line(part) * PIECE + np.arange(PIECE)
+        at = first[:, None] + q * tile.line * PIECE + np.arange(PIECE)
         # Warps that do not multiply hold zeros.
         held = inputs[0 if tile.chunked else column[:, None], at]
         held = np.where(thread[:, None] < 32 * tile.product_warps, held, 0).astype(np.uint16)

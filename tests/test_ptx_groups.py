@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ptx_inline import Edit, Inline, inline
 from ptx_machine import Machine, PtxError
+from ptx_plans import Planned
 
 from ffjax.packing import pack
 from pallas_kernels.dims import Grouping, Stored
@@ -24,12 +25,12 @@ from pallas_kernels.stream.lanes import (
     place_of_offset,
 )
 from pallas_kernels.stream.layout import SPARE_BYTES
-from pallas_kernels.stream.plan import COLUMNS, QUAD, grain_of, line_of
+from pallas_kernels.stream.plan import COLUMNS, grain_of
 from pallas_kernels.stream.product import integer_tile
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class Tile(Planned):
     """What a product is made of: a plan as far as products look at it."""
 
     bits: int
@@ -48,14 +49,6 @@ class Tile:
         return Stored(self.bits, Grouping(size=self.size, scales=self.scales, offset=self.offset))
 
     @property
-    def line(self) -> int:
-        return line_of(self.chunked, self.bits)
-
-    @property
-    def columns(self) -> int:
-        return self.line // QUAD if self.chunked else COLUMNS
-
-    @property
     def part(self) -> Any:
         grain = grain_of(self.chunked, self.stored)
         return SimpleNamespace(
@@ -70,17 +63,6 @@ class Tile:
             row_bytes=self.inner * self.bits // 8,
             scale_bytes=self.stored.scale_bytes(self.inner),
             splits=1,
-        )
-
-    @property
-    def plan(self) -> Any:
-        return SimpleNamespace(
-            threads=32 * self.warps,
-            product_warps=self.product_warps,
-            chunked=self.chunked,
-            bulk=True,
-            line=lambda part: self.line,
-            columns=lambda part: self.columns,
         )
 
     @property

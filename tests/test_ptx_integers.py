@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from ptx_inline import Edit, Inline, inline
 from ptx_machine import Machine, PtxError
+from ptx_plans import Planned
 
 from ffjax.packing import pack
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import first_input, first_read, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
-from pallas_kernels.stream.plan import COLUMNS, QUAD, READ, line_of
+from pallas_kernels.stream.plan import COLUMNS, READ
 
 pytestmark = pytest.mark.once(
     "The machine and the texts are ours; a sample shows that they are traced.",
@@ -121,7 +122,7 @@ def test_an_edit_of_the_digits_is_noticed(old, new):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class Tile(Planned):
     """What a product is made of."""
 
     bits: int
@@ -136,26 +137,6 @@ class Tile:
     @property
     def grain(self) -> int:
         return 8 * READ // self.bits
-
-    @property
-    def plan(self) -> Any:
-        """As much of a `StreamPlan` as `lanes` looks at."""
-        return SimpleNamespace(
-            threads=32 * self.warps,
-            product_warps=self.product_warps,
-            chunked=self.chunked,
-            bulk=True,
-            line=lambda part: line_of(self.chunked, part.bits),
-            columns=lambda part: self.columns,
-        )
-
-    @property
-    def line(self) -> int:
-        return line_of(self.chunked, self.bits)
-
-    @property
-    def columns(self) -> int:
-        return self.line // QUAD if self.chunked else COLUMNS
 
     @property
     def part(self) -> Any:
