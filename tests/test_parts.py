@@ -163,16 +163,15 @@ def test_models_alike_share_what_is_compiled():
 
 def test_another_model_in_the_place_of_one_that_is_gone_is_another():
     splits = [nnx.split(made(seed)) for seed in (1, 2)]
-    places: list[set[int]] = [set(), set()]
-    for number in range(100):
+    for number in range(20):  # Python may put them in the same place, or not
         model = nnx.merge(*splits[number % 2])
-        places[number % 2].add(id(model))
+        place = id(model)
         agrees(model)
-        if places[0] & places[1]:
-            return
+        assert place in {id(one) for one in parts._known}
         del model
         gc.collect()
-    pytest.skip("no model was put where the other had been")
+        # So nothing is found there, whichever model comes next.
+        assert place not in {id(one) for one in parts._known}
 
 
 def test_nothing_of_a_model_stays_for_it():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 
 from ffjax.benchmark.inputs import first_tokens, random_model, started_cache
 from ffjax.benchmark.timing import rewind
-from ffjax.commands.formats import add_format_arguments, chosen_config
+from ffjax.commands.options import whole, wholes
+from ffjax.commands.sizes import add_size_arguments, chosen_sizes
 from ffjax.decode import resolve_implementation_config
+from ffjax.failures import sentence
 from ffjax.loop import BLOCK, decode_block, slots_for
 from ffjax.model import Transformer
 from ffjax.parts import Parts
@@ -140,22 +143,30 @@ def microseconds(ways: Mapping[str, Blocks], repetitions: int = 5) -> dict[str, 
     return times
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a table for each batch.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a table for each batch; returns the exit code.
 
     Args:
         arguments: of the command line.
     """
     parser = argparse.ArgumentParser(prog="python -m ffjax.benchmark.sampling", description=__doc__)
-    parser.add_argument("--config", required=True, help="a preset: llama3.2-1b")
-    parser.add_argument("--batches", default="1,8", help="default: %(default)s")
-    parser.add_argument("--position", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--repetitions", type=int, default=5, help="default: %(default)s")
-    add_format_arguments(parser)
+    add_size_arguments(parser)
+    parser.add_argument(
+        "--batches", metavar="B,..", type=wholes(1), default=(1, 8), help="default: 1,8"
+    )
+    for name, value in (("--position", 128), ("--repetitions", 5)):
+        parser.add_argument(
+            name, metavar="N", type=whole(1), default=value, help="default: %(default)s"
+        )
     asked = parser.parse_args(arguments)
-    model = random_model(chosen_config(asked))
-    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {asked.config}")
-    for batch in map(int, asked.batches.split(",")):
+    try:
+        config = chosen_sizes(asked, parser.prog)
+    except (ValueError, NotImplementedError, OSError) as error:
+        print(f"{parser.prog}: {sentence(error)}", file=sys.stderr)
+        return 2
+    model = random_model(config)
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {config.name}")
+    for batch in asked.batches:
         ways = {
             name: Blocks(model, batch, params, position=asked.position)
             for name, params in SAMPLERS.items()
@@ -168,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, each in times.items():
             more = statistics.median(each) - base
             print(f"| {name} | {more:.1f} | {more / base:.1%} |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
