@@ -222,31 +222,12 @@ def _why_not(
 def choose_kernel(
     config: ModelConfig, dtype: Any, batch: int, capacity: int, tokens: int = 1
 ) -> tuple[Kernel | None, str | None]:
-    """The fused kernel, if it can run here and is known to be right; or None, and why not.
+    """The fused kernel, if it can run here; or None, and why it cannot.
 
     Args: see `resolve_implementation_config`.
     """
     reason = why_not_fused_config(config, dtype, batch, capacity, tokens)
-    if reason is None and batch * tokens > 1:
-        reason = _why_not_trusted(config)
     return ("pallas", None) if reason is None else (None, reason)
-
-
-def _why_not_trusted(config: ModelConfig) -> str | None:
-    """Why several tokens a step are not given to the kernel unless it is asked for by name.
-
-    Of 24 models of 30 layers in such formats, one was further from the reference than rounding
-    explains (2 sequences, groups of 128, minima; keys and values 0.043 where 0.04 is allowed and
-    0.014 expected), twice with the same bits, on an H200. What it was is not known.
-    """
-    if all(each.offset is None for each in config.weights.quantized.values()):
-        return None
-    return (
-        f"The fused kernel is not chosen by itself for several tokens a step of weights with zero "
-        f"points or minima, since one of its tests was out of tolerance; these are "
-        f"{config.weights}. Ask for it by implementation='pallas', or convert the model with "
-        "--whole."
-    )
 
 
 @functools.lru_cache

@@ -1,5 +1,6 @@
 """The fused kernel on a GPU: at the sizes of real models, against the reference."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from quantize_cases import FOR_KERNELS, kernel_config
 from step_cases import CASES
 
 from checkpoints.store import SHIPPED_MODEL, load
+from ffjax import fidelity
 from ffjax.cache import KVCache
 from ffjax.config import PRESETS, ModelConfig, preset
 from ffjax.decode import DecodeOutput, Implementation, Kernel, decode_step
@@ -35,6 +37,7 @@ pytestmark = [
 ]
 
 CAPACITY = 16_384
+F32 = jnp.float32
 # The first; around the edge of a tile of keys; far; nearly full.
 POSITIONS = (1, 127, 128, 129, 4096, 16_000)
 STEPS = 1000
@@ -120,18 +123,41 @@ def maps_begin(config: ModelConfig, batch: int, capacity: int) -> int:
     return layout_of(make_stream_plan(dims_of(config, batch, capacity), gpu)).maps
 
 
-def run_both(kernel, config, graph, params, lengths, capacity):
+def exact(split: Split) -> Split:
+    """The reference in float32: its roundings are those of a test's tolerance no longer."""
+    model = fidelity.upcast(nnx.merge(split.graph, split.params))
+    return Split(model.config, *nnx.split(model))
+
+
+def run_both(kernel, config, graph, params, lengths, capacity, oracle: Split | None = None):
     """A step by the kernel, by the kernel again, and by the reference, each on a fresh cache.
+
+    Args:
+        kernel: that of the implementations.
+        config: the model's.
+        graph: its structure.
+        params: its arrays.
+        lengths: of the sequences in the cache.
+        capacity: of the cache.
+        oracle: the same model as the reference is to run it; None: as the kernel does.
 
     Yields of each: logits, token, the newest keys and values, lengths, and the counters but for
     the tensor maps, which say where the cache lies.
     """
     batch = len(lengths)
     tokens = jax.random.randint(jax.random.key(batch), (batch,), 0, config.vocab_size)
-    names: tuple[Implementation, ...] = (kernel, kernel, "xla")
-    for name in names:
+    ours = Split(config, graph, params)
+    runs: tuple[tuple[Implementation, Split], ...] = (
+        (kernel, ours),
+        (kernel, ours),
+        ("xla", oracle or ours),
+    )
+    for name, split in runs:
         cache = filled_cache(config, lengths, capacity)  # NaN where nobody may read
-        out = one_step(name, graph, params, cache, tokens)
+        if split is oracle:
+            cache = dataclasses.replace(cache, k=cache.k.astype(F32), v=cache.v.astype(F32))
+        with jax.default_matmul_precision("highest"):
+            out = one_step(name, split.graph, split.params, cache, tokens)
         counters = out.cache.counters[: maps_begin(config, batch, capacity)]
         small = out.logits, out.token, newest(out.cache), out.cache.lengths, counters
         seen = [np.asarray(x) for x in small]
@@ -140,8 +166,10 @@ def run_both(kernel, config, graph, params, lengths, capacity):
         yield seen
 
 
-def check_step(kernel, config, graph, params, lengths, capacity, tolerance):
-    got, again, want = run_both(kernel, config, graph, params, lengths, capacity)
+def check_step(
+    kernel, config, graph, params, lengths, capacity, tolerance, oracle: Split | None = None
+):
+    got, again, want = run_both(kernel, config, graph, params, lengths, capacity, oracle)
     assert [x.tobytes() for x in got] == [x.tobytes() for x in again], lengths
     logits, token, appended, new_lengths, _ = got
     assert_close(logits, want[0], tolerance)

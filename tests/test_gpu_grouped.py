@@ -8,7 +8,7 @@ import pytest
 from decode_cases import random_model, small_config
 from flax import nnx
 from quantize_cases import GROUPED, INT8_GROUPS, kernel_config
-from test_gpu import CAPACITY, Split, check_step, made_on_the_device, mixed_lengths
+from test_gpu import CAPACITY, Split, check_step, exact, made_on_the_device, mixed_lengths
 
 from ffjax.config import preset
 from ffjax.formats import WeightFormats, int4
@@ -47,13 +47,18 @@ def test_a_step_of_small_matrices_of_every_kind_matches_the_reference(name, batc
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_a_step_of_a_deep_narrow_model_matches_the_reference(name, batch):
-    """Thirty layers: a word that is taken for a later one, or a race, shows up."""
+    """Thirty layers: a word that is taken for a later one, or a race, shows up.
+
+    The reference in bfloat16 is no judge: after 30 layers it is up to 0.047 from float32 in some
+    head, where the kernel is 0.015.
+    """
     config = small_config(num_layers=30, model_dim=384, ffw_dim=1152, num_heads=6, num_kv_heads=2)
     config = quantized_config(config, of_all(name))
-    graph, params = nnx.split(random_model(config))
+    split = Split(config, *nnx.split(random_model(config)))
+    oracle = exact(split)
     for lengths in mixed_lengths(batch):
         some = [min(length, 400) for length in lengths]
-        check_step("pallas", config, graph, params, some, 512, "fused_vs_model_deep")
+        check_step("pallas", *split, some, 512, "fused_vs_float32_deep", oracle)
 
 
 @pytest.fixture(scope="module", params=ALL)

@@ -133,18 +133,6 @@ def test_the_kernel_is_chosen(formats, on_a_gpu):
         assert resolve_implementation_config(*asked, name) == "pallas"
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(2, 1), (1, 2)])
-def test_several_tokens_of_weights_with_offsets_have_to_be_asked_for(batch, tokens, on_a_gpu):
-    config = kernel_config(WeightFormats.of_layers(int4(offset="zero")))
-    asked = config, jnp.bfloat16, batch, 8
-    assert why_not_fused_config(*asked, tokens) is None
-    kernel, reason = choose_kernel(*asked, tokens)
-    assert kernel is None and reason is not None and "zero points or minima" in reason
-    assert resolve_implementation_config(*asked, None, tokens) == "xla"
-    assert resolve_implementation_config(*asked, "pallas", tokens) == "pallas"
-    assert choose_kernel(config, jnp.bfloat16, 1, 8) == ("pallas", None)
-
-
 def test_what_the_kernel_has_no_room_for_is_its_own_sentence(on_a_gpu, monkeypatch):
     monkeypatch.setattr(decode, "why_not_on", lambda *_: "There is no room.")
     decode._why_not.cache_clear()
