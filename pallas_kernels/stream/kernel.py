@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.stream import access
 from pallas_kernels.stream.cache import feed_cache, start_cache
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.operand import collect_operand, no_operand
@@ -105,7 +105,7 @@ def leave_segment(env: StreamEnv, place: Place, state: State) -> State:
 def _meet(env: StreamEnv) -> None:
     """Waits for the program's other threads."""
     if not env.interpret:
-        plgpu.debug_barrier()
+        access.meet()
 
 
 def tiles_ahead(env: StreamEnv, place: Place) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import DecodeWeights
 from pallas_kernels.launch import KERNEL_NAME, StepState, named_weights
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.kernel import stream_kernel
+from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
 from pallas_kernels.stream.mail import Layout, Mail, mail_words
 from pallas_kernels.stream.plan import Segment, StreamPlan
 from pallas_kernels.stream.product import products_shape
@@ -73,6 +74,8 @@ def run_stream(
             f"words; the cache has {state.counters.shape[0]}. Make it with KVCache.create for "
             "this model and batch."
         )
+    if plan.backend == "mosaic_gpu":  # it leaves shared memory to the kernel
+        plan = dataclasses.replace(plan, num_stages=1)
     given = state._asdict() | (updated or {})
     made = {
         "logits": jax.ShapeDtypeStruct((d.columns, d.vocab_size), jnp.float32),
@@ -102,17 +105,44 @@ def run_stream(
             )
         )
 
-    call = pl.pallas_call(
-        kernel,
-        grid=(plan.programs,),
-        out_shape=list(outputs.values()),
-        input_output_aliases=aliases,
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=plan.num_warps, num_stages=plan.num_stages),
-        name=KERNEL_NAME,
-    )
-    results = call(*inputs.values(), *given.values())
+    arrays, shapes = [*inputs.values(), *given.values()], list(outputs.values())
+    if interpret:
+        results = _interpret(kernel, plan.programs, arrays, shapes, aliases)
+    else:
+        results = _launch(kernel, plan, arrays, shapes, aliases)
     return dict(zip(outputs, results, strict=True))
+
+
+def _interpret(kernel: Any, programs: int, arrays: Any, shapes: Any, aliases: Any) -> Any:
+    """Runs the programs one after another, on a CPU."""
+    return pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        out_shape=shapes,
+        input_output_aliases=aliases,
+        interpret=True,
+        name=KERNEL_NAME,
+    )(*arrays)
+
+
+def _launch(kernel: Any, plan: StreamPlan, arrays: Any, shapes: Any, aliases: Any) -> Any:
+    """Runs the programs on a GPU, compiled by the plan's backend."""
+    options: dict[str, Any] = {
+        "programs": plan.programs,
+        "threads": plan.threads,
+        "arrays": arrays,
+        "out_shapes": shapes,
+        "aliases": aliases,
+        "name": KERNEL_NAME,
+    }
+    if plan.backend == "mosaic_gpu":
+        from pallas_kernels.mosaic_gpu.launch import launch
+
+        size = SharedLayout.of(plan).size + ALIGNMENT
+        return launch(kernel, shared_bytes=size, **options)
+    from pallas_kernels.triton.launch import launch
+
+    return launch(kernel, num_stages=plan.num_stages, **options)
 
 
 def stream_step(

@@ -47,10 +47,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import Dims, WeightBits, WeightGroups, ceil_div
-from pallas_kernels.stream import ptx
+from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.lanes import LOAD
 from pallas_kernels.stream.plan import (
     COLUMNS,
@@ -323,7 +322,7 @@ class Mail:
 
     def _look(self, offsets: Array, tag: Array, mask: Array) -> tuple[Array, ...]:
         """Interpreted: words as they are; NaN where one has another tag."""
-        word = plgpu.load(self.words.at[offsets], mask=mask, other=0)
+        word = access.load(self.words.at[offsets], mask=mask, other=0)
         there = (word ^ tag) & _TAG_BITS == 0
         value = lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32)
         return (jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0),)
@@ -332,7 +331,7 @@ class Mail:
         self, form: Format, offsets: Array, tag: Array, mask: Array
     ) -> tuple[Array, ...]:
         """The same of words of two."""
-        word = plgpu.load(self.words.at[offsets], mask=mask, other=0)
+        word = access.load(self.words.at[offsets], mask=mask, other=0)
         there = (word ^ twin_tag(tag)) & TWIN_TAG_BITS == 0
         return tuple(
             jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0) for value in parted(word, form)
@@ -354,8 +353,8 @@ class Mail:
         for offsets, mask in wanted:
             # What the mask hides is read too, from a place that is always there.
             at = jnp.where(mask, offsets, self.layout.best)
-            there = plgpu.load(self.words.at[at + 1]) == _of_pair(tag)
-            value = jnp.where(there, plgpu.load(self.words.at[at]), _NAN)
+            there = access.load(self.words.at[at + 1]) == _of_pair(tag)
+            value = jnp.where(there, access.load(self.words.at[at]), _NAN)
             found.append(jnp.where(mask, value, 0))
         return found
 
@@ -402,5 +401,5 @@ class Mail:
         if size < self.threads:
             # Of those who have the same element, one might be left behind when others have gone
             # so far that it is overwritten.
-            plgpu.debug_barrier()
+            access.meet()
         return words

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.stream import ptx
+from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import (
     column_of,
@@ -128,7 +127,7 @@ def _norm_weights(
         def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
             where = [(*index, jnp.minimum(x, size - 1)) for x in elements]
             return lambda: tuple(
-                plgpu.load(ref.at[at], mask=x < size, other=0.0).astype(jnp.float32)
+                access.load(ref.at[at], mask=x < size, other=0.0).astype(jnp.float32)
                 for at, x in zip(where, elements, strict=True)
             )
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from pallas_kernels.backends import Backend, default_backend
 from pallas_kernels.dims import Dims, Grouping, Stored, ceil_div, next_power_of_2
 from pallas_kernels.stream.tuning import Tuning
 
@@ -302,6 +303,11 @@ class StreamPlan:
 
     def __hash__(self) -> int:
         return hash((self.dims, self.programs, self.bulk, self.tuning))
+
+    @property
+    def backend(self) -> Backend:
+        """That of Pallas which compiles the kernel."""
+        return self.tuning.backend or default_backend()
 
     @property
     def why_no_room(self) -> str | None:

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import GROUP
-from pallas_kernels.stream import ptx
+from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import (
     first_input,
@@ -283,7 +282,7 @@ def sum_up(env: StreamEnv, segment: Segment, outputs: Outputs) -> Sums:
             inside = lax.div(row, jnp.int32(part.rows))
             tile, row = tile * part.run + inside, row - inside * part.rows
         if env.interpret:
-            return plgpu.load(env["products"].at[env.program, tile, row, outputs.column])
+            return access.load(env["products"].at[env.program, tile, row, outputs.column])
         at = products_address(env) + tile * plan.products_bytes(segment)
         if plan.chunked:
             at += 4 * row
@@ -311,4 +310,4 @@ def _interpreted(
     else:
         sums = products.reshape(part.rows, plan.num_warps, COLUMNS, 4).sum(axis=(1, 3))
     row, b = env.iota(sums.shape, 0), env.iota(sums.shape, 1)
-    plgpu.store(env["products"].at[env.program, place.slot, row, b], sums)
+    access.store(env["products"].at[env.program, place.slot, row, b], sums)

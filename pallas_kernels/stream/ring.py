@@ -19,10 +19,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.program import iota
-from pallas_kernels.stream import ptx
+from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import ALIGNMENT, FEED_WORDS, ROW_WORDS, SharedLayout
@@ -129,12 +128,12 @@ def _reserve(env: StreamEnv) -> None:
         vectors = jnp.ones((COLUMNS, depth), jnp.bfloat16)
 
         def step(i, total):
-            tile = plgpu.load(env["embed"].at[iota(shape, 0) + i, iota(shape, 1)])
+            tile = access.load(env["embed"].at[iota(shape, 0) + i, iota(shape, 1)])
             return total + env.dot(tile, vectors, transpose_b=True)
 
         total = jnp.zeros((shape[0], COLUMNS), jnp.float32)
         total = lax.fori_loop(jnp.int32(0), -rounds, step, total)
-        plgpu.store(env["logits"].at[iota(total.shape, 0) * 0, iota(total.shape, 1)], total)
+        access.store(env["logits"].at[iota(total.shape, 0) * 0, iota(total.shape, 1)], total)
 
 
 def start_ring(env: StreamEnv) -> Turn:
@@ -162,10 +161,10 @@ def start_ring(env: StreamEnv) -> Turn:
         place = jnp.full((1,), env.shared + at.control + 4 * ROW_WORDS * row)
         ptx.write_row(place, [first, *[nothing] * (ROW_WORDS - 1)], nothing == 0)
     # Behind what cleared them.
-    plgpu.debug_barrier()
+    access.meet()
     control = env.shared + at.control
     ptx.say_where(env.mail.words, env.mail.layout.fault, control, env.program)
-    plgpu.debug_barrier()
+    access.meet()
     if plan.box is not None:
         place = env.shared + at.control + ptx.MAP_IN_CONTROL
         # In the first slot, and by the feeding warp, which alone needs it.
@@ -299,16 +298,16 @@ def _dequantized(env: StreamEnv, segment: Segment, layer: Array, at: Array, ther
     before = () if len(ref.shape) == 2 else (jnp.clip(layer, 0, ref.shape[0] - 1),)
     row, column = lax.div(safe, inner), lax.rem(safe, inner)
     words = lax.div(column, jnp.int32(8)) if part.bits == 4 else column
-    weights = plgpu.load(ref.at[(*before, row, words)], mask=there, other=0)
+    weights = access.load(ref.at[(*before, row, words)], mask=there, other=0)
     if part.bits == 16:
         return weights.astype(jnp.float32)
     scales = scales_of(env, segment)
     if (groups := part.grouping) is None:
-        return weights.astype(jnp.float32) * plgpu.load(scales.at[(*before, row)])
+        return weights.astype(jnp.float32) * access.load(scales.at[(*before, row)])
     at_group = (*before, row, lax.div(column, jnp.int32(groups.size)))
 
     def number(*which: int) -> Array:
-        return plgpu.load(scales.at[(*at_group, *which)]).astype(jnp.float32)
+        return access.load(scales.at[(*at_group, *which)]).astype(jnp.float32)
 
     if part.bits == 8:
         return jnp.where(there, weights.astype(jnp.float32) * number(), 0.0)

@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
-from pallas_kernels.stream import ptx
+from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, pick
 from pallas_kernels.stream.layout import ROW_WORDS, route_rows, route_words
 from pallas_kernels.stream.plan import READ, Segment, SegmentPlan, StreamPlan, is_paired
@@ -190,12 +189,12 @@ def make_route(env: StreamEnv, table: Array) -> None:
         words += _scale_words(env, parts, beyond, begin_row, second, there, words[5])
     if env.interpret:
         for number, word in enumerate(words):
-            plgpu.store(env["route"].at[env.program, entry, number], word, mask=entry < rows)
+            access.store(env["route"].at[env.program, entry, number], word, mask=entry < rows)
         return
     for first in range(0, len(words), ROW_WORDS):
         at = table + 4 * (entry * len(words) + first)
         ptx.write_row(at, words[first : first + ROW_WORDS], entry < rows)
-    plgpu.debug_barrier()
+    access.meet()
 
 
 def _box_word(plan: StreamPlan, is_box: Array, row: Array, column: Array) -> Array:

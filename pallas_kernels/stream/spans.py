@@ -18,11 +18,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
-from pallas_kernels.stream import ptx
+from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.layout import ROW_WORDS, spans_rows
 from pallas_kernels.stream.plan import LOT
@@ -229,7 +228,7 @@ def make_spans(env: StreamEnv, table: Array) -> None:
         there = (row == 0) | (row <= env.share(total, _turn(env)))
         at = table + 4 * ROW_WORDS * (kind * spans_rows(plan) + row)
         ptx.write_row(at, words, there & (row < spans_rows(plan)))
-    plgpu.debug_barrier()
+    access.meet()
 
 
 def share_of(env: StreamEnv, layer: Array, table: Array | None) -> Share:

@@ -18,6 +18,7 @@ import json
 from importlib import resources
 from typing import Any
 
+from pallas_kernels.backends import BACKENDS, Backend
 from pallas_kernels.dims import Dims, next_power_of_2
 
 __all__ = ["TILE_BYTES", "Tuning", "row_key", "tuning_for"]
@@ -52,6 +53,8 @@ class Tuning:
         hidden_copies: of the hidden activations, 1 or 2: a program reads one of them.
         cache_tile_bytes: bytes of a tile of keys and values, 8, 16 or 32 KiB.
         cache_tiles: such tiles that shared memory holds, 2 to 6.
+        backend: that of Pallas which compiles the kernel, "triton" or "mosaic_gpu"; None: see
+            `backends.default_backend`.
 
     Raises:
         ValueError: a value is none of these.
@@ -68,6 +71,7 @@ class Tuning:
     hidden_copies: int = 1
     cache_tile_bytes: int = 32 * 1024
     cache_tiles: int = 2
+    backend: Backend | None = None
 
     def __post_init__(self):
         for name, allowed in {
@@ -81,6 +85,7 @@ class Tuning:
             "hidden_copies": [1, 2],
             "cache_tile_bytes": [8 * 1024, 16 * 1024, 32 * 1024],
             "cache_tiles": list(range(2, 7)),
+            "backend": [None, *BACKENDS],
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(

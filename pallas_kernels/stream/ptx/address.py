@@ -8,10 +8,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core
-from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.lib.mlir.dialects import arith
-from jax._src.pallas.triton import lowering
-from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
 
@@ -43,30 +39,28 @@ def _(*args, strides, unit):
     return [core.ShapedArray(args[-1].shape, jnp.int32)] * 3, set()
 
 
-@lowering.register_lowering(_begin_words_p)
+@lowered.rule(_begin_words_p)
 def _(ctx, base, *args, strides, unit):
     *beyond, start = lowered.values(ctx, args[len(strides) :])
     shape = list(ctx.avals_out[0].shape)
     wide = lowered.like(shape, lowered.i64())
 
-    def constant(value: int, element: ir.Type) -> Any:
-        return lowering._bcast_to(arith.constant(element, value), shape)
+    def constant(value: int, element: Any) -> Any:
+        return lowered.spread(lowered.arith.constant(element, value), shape)
 
-    base, *addresses = (
-        tt_dialect.ptr_to_int(lowered.i64(), x) for x in (base, *args[: len(strides)])
-    )
-    chosen = lowering._bcast_to(arith.subi(addresses[0], base), shape)
+    base, *addresses = (lowered.pointer(x) for x in (base, *args[: len(strides)]))
+    chosen = lowered.spread(lowered.arith.subi(addresses[0], base), shape)
     stride = constant(strides[0], lowered.i32())
     for condition, address, size in zip(beyond, addresses[1:], strides[1:], strict=True):
-        distance = lowering._bcast_to(arith.subi(address, base), shape)
-        chosen = arith.select(condition, distance, chosen)
-        stride = arith.select(condition, constant(size, lowered.i32()), stride)
+        distance = lowered.spread(lowered.arith.subi(address, base), shape)
+        chosen = lowered.arith.select(condition, distance, chosen)
+        stride = lowered.arith.select(condition, constant(size, lowered.i32()), stride)
     # Arrays begin at multiples of a unit.
-    chosen = arith.shrsi(chosen, constant(unit.bit_length() - 1, lowered.i64()))
-    chosen = arith.addi(chosen, arith.extsi(wide, start))
-    low = arith.trunci(lowered.like(shape, lowered.i32()), chosen)
-    high = arith.trunci(
-        lowered.like(shape, lowered.i32()), arith.shrsi(chosen, constant(32, lowered.i64()))
+    chosen = lowered.arith.shrsi(chosen, constant(unit.bit_length() - 1, lowered.i64()))
+    chosen = lowered.arith.addi(chosen, lowered.arith.extsi(wide, start))
+    low = lowered.arith.trunci(lowered.like(shape, lowered.i32()), chosen)
+    high = lowered.arith.trunci(
+        lowered.like(shape, lowered.i32()), lowered.arith.shrsi(chosen, constant(32, lowered.i64()))
     )
     return [low, high, stride]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 
@@ -24,7 +23,7 @@ def _(x):
     return core.ShapedArray(x.shape, jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_anew_p)
+@lowered.rule(_anew_p)
 def _(ctx, x):
     shape = ctx.avals_out[0].shape
     result, arguments = lowered.like(shape, lowered.i32()), lowered.values(ctx, [x])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 
@@ -46,7 +45,7 @@ def _(barrier, phase, *, most, bulk):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_wait_copies_p)
+@lowered.rule(_wait_copies_p)
 def _(ctx, barrier, phase, *, most, bulk):
     lines = arrival_lines("$1", "$2", most, bulk)
     text = " ".join(["{ .reg .pred %p; .reg .b32 %looks;", *lines, "mov.u32 $0, 0; }"])

@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core, state
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import attend_lines
@@ -24,7 +23,7 @@ def _(keys, values, ring, parts, row, layer, *, feed, most):
     return core.ShapedArray((1,), jnp.int32), effects
 
 
-@lowering.register_lowering(_attend_p)
+@lowered.rule(_attend_p)
 def _(ctx, keys, values, *args, feed, most):
     lines = attend_lines(feed, "$3", "$1", "$2", "$4", "$5", "$6", most)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])

@@ -8,8 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core, state
-from jax._src.pallas.triton import lowering
-from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.plan import BOX_UNIT
 from pallas_kernels.stream.ptx import lowered
@@ -88,10 +86,10 @@ def _make_map_text(tensor: TensorMap) -> str:
     )
 
 
-@lowering.register_lowering(_make_map_p)
+@lowered.rule(_make_map_p)
 def _(ctx, words, weights, *args, tensor):
     offset, scratch, place = lowered.values(ctx, args)
-    pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), weights), [1])
+    pointer = lowered.spread(lowered.pointer(weights), [1])
     arguments = [lowered.addresses(words, offset, (1,)), pointer, scratch, place]
     result = lowered.like((1,), lowered.i32())
     return lowered.assembly([result], _make_map_text(tensor), "=r,l,l,r,r", arguments)[0]

@@ -8,8 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core, state
-from jax._src.pallas.triton import lowering
-from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.plan import BOX_UNIT
 from pallas_kernels.stream.ptx import async_copy, lowered
@@ -228,10 +226,10 @@ def _(keys, values, ring, parts, layer, *, feed):
 
 def pointers(refs: list[Any]) -> list[Any]:
     """Arrays' addresses."""
-    return [lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), x), [1]) for x in refs]
+    return [lowered.spread(lowered.pointer(x), [1]) for x in refs]
 
 
-@lowering.register_lowering(_feed_cache_p)
+@lowered.rule(_feed_cache_p)
 def _(ctx, keys, values, *args, feed):
     lines = cache_feed_lines(feed, "$3", "$1", "$2", "$4", "$5", 0)
     text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])

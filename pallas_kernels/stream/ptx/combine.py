@@ -7,9 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core, state
-from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.pallas.triton import lowering
-from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import LOWEST
@@ -93,14 +90,14 @@ def _(ref, weights, values, *args, count, lanes, step, most, feed):
     return core.ShapedArray(values.shape, jnp.float32), effects
 
 
-@lowering.register_lowering(_combine_p)
+@lowered.rule(_combine_p)
 def _(ctx, ref, weights, *args, count, lanes, step, most, feed):
     values, sums, there, tag, ring = lowered.values(ctx, args)
     shape = ctx.avals_out[0].shape
     text = _combine_text(count, lanes, step, most, feed)
-    pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), weights), list(shape))
+    pointer = lowered.spread(lowered.pointer(weights), list(shape))
     places = [lowered.addresses(ref, x, shape) for x in (values, sums)]
-    result = lowered.like(shape, ir.F32Type.get())
+    result = lowered.like(shape, lowered.f32())
     arguments = [*places, there, tag, pointer, ring]
     return lowered.assembly([result], text, "=&f,l,l,r,r,l,r", arguments)[0]
 

@@ -14,8 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax._src import core
-from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.program import iota
 from pallas_kernels.stream.ptx import lowered
@@ -90,12 +88,12 @@ def _pack_digits_text(count: int, order: Sequence[int], halved: bool) -> str:
     return " ".join([*lines, "}"])
 
 
-@lowering.register_lowering(_pack_digits_p)
+@lowered.rule(_pack_digits_p)
 def _(ctx, *args, order, halved):
     args = lowered.values(ctx, args)
     shape, words = ctx.avals_out[0].shape, len(args) // 2
     results = [lowered.like(shape, lowered.i32())] * words
-    results.append(lowered.like(shape, ir.F32Type.get()))
+    results.append(lowered.like(shape, lowered.f32()))
     constraints = ",".join(["=&r"] * words + ["=&f"] + ["f"] * len(args))
     text = _pack_digits_text(len(args), order, halved)
     return lowered.assembly(results, text, constraints, args)

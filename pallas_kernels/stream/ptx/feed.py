@@ -7,8 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core, state
-from jax._src.pallas.triton import lowering
-from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.ahead import ahead_lines
@@ -28,7 +26,7 @@ def _(address, *, count, sharing, alone):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_start_barriers_p)
+@lowered.rule(_start_barriers_p)
 def _(ctx, address, *, count, sharing, alone):
     [address] = lowered.values(ctx, [address])
     if alone:
@@ -232,10 +230,10 @@ def _(ref, ring, used, ahead, *, feed, store):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED, state.ReadEffect(0)}
 
 
-@lowering.register_lowering(_feed_p)
+@lowered.rule(_feed_p)
 def _(ctx, ref, *args, feed, store):
     args = lowered.values(ctx, args)
-    pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), [1])
+    pointer = lowered.spread(lowered.pointer(ref), [1])
     # By one thread, instructions for few copies are fewer than for a whole warp.
     together = store and not feed.matrix_rows and feed.bulk
     options: dict[str, Any] = {"used": "$3", "ahead": "$4"} if store else {}

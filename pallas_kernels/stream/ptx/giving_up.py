@@ -19,7 +19,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core, state
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed
@@ -134,7 +133,7 @@ def _(words, offset, control, program):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED, state.ReadEffect(0)}
 
 
-@lowering.register_lowering(_say_where_p)
+@lowered.rule(_say_where_p)
 def _(ctx, words, *args):
     offset, control, program = lowered.values(ctx, args)
     text = (

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 
@@ -85,7 +84,7 @@ def _(address, *words, sums):
     return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_sum_p)
+@lowered.rule(_sum_p)
 def _(ctx, *args, sums):
     args = lowered.values(ctx, args)
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())

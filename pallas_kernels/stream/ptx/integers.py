@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.groups import fine_text, scale_lines, scale_registers
@@ -374,7 +373,7 @@ def _(address, *args, tile):
     return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_multiply_p)
+@lowered.rule(_multiply_p)
 def _(ctx, *args, tile):
     args = lowered.values(ctx, args)
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())

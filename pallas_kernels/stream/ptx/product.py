@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core
-from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 
@@ -121,7 +119,7 @@ def _(address, pitch, where, *words, rows, step, chunked, threads, guarded):
     return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_multiply_p)
+@lowered.rule(_multiply_p)
 def _(ctx, *args, rows, step, chunked, threads, guarded):
     args = lowered.values(ctx, args)
     text = _multiply_text(rows, (len(args) - 3) // 4, step, chunked, threads, guarded)
@@ -177,7 +175,7 @@ def _(address, *, count, step):
     return core.ShapedArray(address.shape, jnp.float32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_sum_shared_p)
+@lowered.rule(_sum_shared_p)
 def _(ctx, address, *, count, step):
     [address] = lowered.values(ctx, [address])
     names = [f"%x{i}" for i in range(count)]
@@ -188,7 +186,7 @@ def _(ctx, address, *, count, step):
         lines.extend(f"add.f32 {a}, {a}, {b};" for a, b in pairs)
         names = names[::2]
     lines.append(f"mov.f32 $0, {names[0]}; }}")
-    result = lowered.like(ctx.avals_out[0].shape, ir.F32Type.get())
+    result = lowered.like(ctx.avals_out[0].shape, lowered.f32())
     return lowered.assembly([result], " ".join(lines), "=f,r", [address])[0]
 
 

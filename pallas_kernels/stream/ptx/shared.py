@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 from jax._src import core
-from jax._src.lib.mlir.dialects import arith
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 
@@ -22,15 +20,10 @@ def _(zero, *, size, alignment):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_ring_base_p)
+@lowered.rule(_ring_base_p)
 def _(ctx, zero, *, size, alignment):
     [zero] = lowered.values(ctx, [zero])
-    text = (
-        "{ .reg .b32 %s; mov.u32 %s, %dynamic_smem_size; mov.u32 $0, global_smem; "
-        f"add.u32 $0, $0, %s; sub.u32 $0, $0, {size}; "
-        f"add.u32 $0, $0, {alignment - 1}; and.b32 $0, $0, {-alignment}; }}"
-    )
-    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,r", [zero])[0]
+    return lowered.ring_base(zero, size, alignment)
 
 
 def ring_base(size: int, alignment: int) -> Array:
@@ -55,7 +48,7 @@ def _(address, *, size, threads):
     return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_clear_shared_p)
+@lowered.rule(_clear_shared_p)
 def _(ctx, address, *, size, threads):
     [address] = lowered.values(ctx, [address])
     text = (
@@ -86,11 +79,11 @@ def _(address, mask, *words):
     return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_write_row_p)
+@lowered.rule(_write_row_p)
 def _(ctx, *args):
     address, mask, *words = lowered.values(ctx, args)
     shape = ctx.avals_out[0].shape
-    mask = arith.extui(lowered.like(shape, lowered.i32()), mask)
+    mask = lowered.arith.extui(lowered.like(shape, lowered.i32()), mask)
     text = (
         "{ .reg .pred %p; setp.ne.s32 %p, $2, 0; "
         "@%p st.shared.v4.b32 [$1], {$3, $4, $5, $6}; "
@@ -122,7 +115,7 @@ def _(address):
     return [core.ShapedArray((1,), jnp.int32)] * 8, {lowered.ORDERED}
 
 
-@lowering.register_lowering(_read_row_p)
+@lowered.rule(_read_row_p)
 def _(ctx, address):
     [address] = lowered.values(ctx, [address])
     text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8]; ld.shared.v4.b32 {$4, $5, $6, $7}, [$8+16];"
@@ -150,11 +143,11 @@ def _(address, value, mask):
     return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_write_halves_p)
+@lowered.rule(_write_halves_p)
 def _(ctx, *args):
     address, value, mask = lowered.values(ctx, args)
     shape = ctx.avals_out[0].shape
-    mask = arith.extui(lowered.like(shape, lowered.i32()), mask)
+    mask = lowered.arith.extui(lowered.like(shape, lowered.i32()), mask)
     text = (
         "{ .reg .pred %p; .reg .b16 %x, %y; setp.ne.s32 %p, $3, 0; mov.b32 {%x, %y}, $2; "
         "@%p st.shared.b16 [$1], %x; mov.u32 $0, 0; }"

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core
-from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.plan import QUAD
 from pallas_kernels.stream.ptx import lowered
@@ -65,11 +63,11 @@ def _added(names: list[str]) -> list[str]:
     return lines
 
 
-@lowering.register_lowering(_sum_squares_p)
+@lowered.rule(_sum_squares_p)
 def _(ctx, *args, warps):
     args = lowered.values(ctx, args)
     text = _sum_squares_text(len(args) - 1, warps)
-    result = lowered.like(ctx.avals_out[0].shape, ir.F32Type.get())
+    result = lowered.like(ctx.avals_out[0].shape, lowered.f32())
     constraints = "=&f,r" + ",f" * (len(args) - 1)
     return lowered.assembly([result], text, constraints, args)[0]
 

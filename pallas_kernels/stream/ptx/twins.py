@@ -5,8 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core
-from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.twins import TWIN_TAG_BITS, Format
@@ -34,9 +32,9 @@ def _(word, *, form):
     return [core.ShapedArray(word.shape, jnp.float32)] * 2, {lowered.ORDERED}
 
 
-@lowering.register_lowering(_parted_p)
+@lowered.rule(_parted_p)
 def _(ctx, word, *, form):
-    result = lowered.like(ctx.avals_out[0].shape, ir.F32Type.get())
+    result = lowered.like(ctx.avals_out[0].shape, lowered.f32())
     text, arguments = _parted_text(form), lowered.values(ctx, [word])
     return lowered.assembly([result] * 2, text, "=&f,=&f,r", arguments)
 

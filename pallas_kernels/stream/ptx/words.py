@@ -8,11 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax._src import core, state
-from jax._src.lib.mlir.dialects import arith
-from jax._src.pallas.triton import lowering
-from jax._src.pallas.triton.lowering import tt_dialect
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.stream import access
 from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
@@ -38,7 +35,7 @@ def _(ref, weights, offset, tag, there, ring, *, places, size, bits, most, feed)
     }
 
 
-@lowering.register_lowering(_collect_p)
+@lowered.rule(_collect_p)
 def _(ctx, ref, weights, *args, places, size, bits, most, feed):
     offset, tag, there, ring = lowered.values(ctx, args)
     shape = ctx.avals_out[0].shape
@@ -97,7 +94,7 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
     addresses = lowered.addresses(ref, offset, shape)
     constraints = ",".join(["=&r"] * count + ["l", "r", "r", "l", "r"])
     word = lowered.like(shape, lowered.i32())
-    pointer = lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), weights), list(shape))
+    pointer = lowered.spread(lowered.pointer(weights), list(shape))
     arguments = [addresses, tag, there, pointer, ring]
     return lowered.assembly([word] * count, " ".join(lines), constraints, arguments)
 
@@ -185,7 +182,7 @@ def _collect_each_text(count: int, pairs: bool, together: int, most: int, feed: 
     return " ".join([*lines, "done: }"])
 
 
-@lowering.register_lowering(_collect_each_p)
+@lowered.rule(_collect_each_p)
 def _(ctx, ref, weights, *args, pairs, together, most, feed):
     tag, ring, *offsets = lowered.values(ctx, args)
     shape = list(ctx.avals_out[0].shape)
@@ -193,9 +190,7 @@ def _(ctx, ref, weights, *args, pairs, together, most, feed):
     text = _collect_each_text(count, pairs, together, most, feed)
     kinds = ["=&r"] * count + ["r"] * (count + together) + ["l"] * (2 * together)
     constraints = ",".join(kinds + ["r"] * together)
-    arrays = [
-        lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), x), shape) for x in (ref, weights)
-    ]
+    arrays = [lowered.spread(lowered.pointer(x), shape) for x in (ref, weights)]
     results = [lowered.like(shape, lowered.i32())] * len(offsets)
     return lowered.assembly(results, text, constraints, [*offsets, tag, *arrays, ring], together)
 
@@ -255,11 +250,11 @@ def _(ref, offsets, word, mask):
     return [core.ShapedArray(offsets.shape, jnp.int32)], {lowered.ORDERED, state.WriteEffect(0)}
 
 
-@lowering.register_lowering(_store_word_p)
+@lowered.rule(_store_word_p)
 def _(ctx, ref, *args):
     offsets, word, mask = lowered.values(ctx, args)
     shape = ctx.avals_out[0].shape
-    mask = arith.extui(lowered.like(shape, lowered.i32()), mask)
+    mask = lowered.arith.extui(lowered.like(shape, lowered.i32()), mask)
     return lowered.assembly(
         [lowered.like(shape, lowered.i32())],
         "{ .reg .pred %p; setp.ne.s32 %p, $3, 0; "
@@ -280,7 +275,7 @@ def store_word(ref: Any, offsets: Array, word: Array, mask: Array, *, interpret:
         interpret: whether the kernel is interpreted.
     """
     if interpret:
-        plgpu.store(ref.at[_spared(ref, offsets, mask)], word, mask=mask)
+        access.store(ref.at[_spared(ref, offsets, mask)], word, mask=mask)
     else:
         _store_word_p.bind(ref, offsets, word, mask)
 
@@ -294,11 +289,11 @@ def _(ref, offsets, first, second, mask):
     return [core.ShapedArray(offsets.shape, jnp.int32)], {lowered.ORDERED, state.WriteEffect(0)}
 
 
-@lowering.register_lowering(_store_pair_p)
+@lowered.rule(_store_pair_p)
 def _(ctx, ref, *args):
     offsets, first, second, mask = lowered.values(ctx, args)
     shape = ctx.avals_out[0].shape
-    mask = arith.extui(lowered.like(shape, lowered.i32()), mask)
+    mask = lowered.arith.extui(lowered.like(shape, lowered.i32()), mask)
     return lowered.assembly(
         [lowered.like(shape, lowered.i32())],
         "{ .reg .pred %p; .reg .b64 %w; setp.ne.s32 %p, $4, 0; mov.b64 %w, {$2, $3}; "
@@ -323,8 +318,8 @@ def store_pair(
     """
     if interpret:
         offsets = _spared(ref, offsets, mask)
-        plgpu.store(ref.at[offsets], first, mask=mask)
-        plgpu.store(ref.at[offsets + 1], second, mask=mask)
+        access.store(ref.at[offsets], first, mask=mask)
+        access.store(ref.at[offsets + 1], second, mask=mask)
     else:
         _store_pair_p.bind(ref, offsets, first, second, mask)
 
@@ -340,7 +335,7 @@ def _(*args, places, arrays):
     return words, {lowered.ORDERED, *reads}
 
 
-@lowering.register_lowering(_load_pieces_p)
+@lowered.rule(_load_pieces_p)
 def _(ctx, *args, places, arrays):
     refs = args[:arrays]
     *beyond, offset, there = lowered.values(ctx, args[arrays:])
@@ -355,7 +350,7 @@ def _(ctx, *args, places, arrays):
     lines.append("}")
     address = lowered.addresses(refs[0], offset, shape)
     for condition, ref in zip(beyond, refs[1:], strict=True):
-        address = arith.select(condition, lowered.addresses(ref, offset, shape), address)
+        address = lowered.arith.select(condition, lowered.addresses(ref, offset, shape), address)
     constraints = ",".join(["=&r"] * count + ["l", "r"])
     results = [lowered.like(shape, lowered.i32())] * count
     return lowered.assembly(results, " ".join(lines), constraints, [address, there])

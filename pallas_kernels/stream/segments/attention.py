@@ -17,10 +17,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import ceil_div, next_power_of_2
-from pallas_kernels.stream import ptx
+from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.cache import attend_span, layer_share
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import word_in_mail
@@ -130,7 +129,7 @@ def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) ->
             return nothing
 
         lax.fori_loop(jnp.int32(0), jnp.int32(0) + part.lots, put, jnp.int32(0))
-    plgpu.debug_barrier()
+    access.meet()
     attend_span(env, layer, share, j)
 
 
@@ -165,7 +164,7 @@ def _made_together(env: StreamEnv) -> _Made:
     """What all warps have made together of the same queries."""
     shape = (_rows(env), env.dims.head_dim)
     each = [_made_by(env, warp) for warp in range(env.plan.attention.warps)]
-    plgpu.debug_barrier()  # products will be put there, and the next part's queries
+    access.meet()  # products will be put there, and the next part's queries
     top = each[0].top
     for made in each[1:]:
         top = jnp.maximum(top, made.top)
@@ -183,8 +182,8 @@ def _load_tile(env: StreamEnv, layer: Array, part: Part, i: Array) -> tuple[Arra
     position = part.start + i * shape[0] + env.iota(shape, 0)
     live = position < part.stop
     where = (layer, part.sequence, part.head, position, env.iota(shape, 1))
-    keys = plgpu.load(env["k"].at[where], mask=live, other=0.0)
-    values = plgpu.load(env["v"].at[where], mask=live, other=0.0)
+    keys = access.load(env["k"].at[where], mask=live, other=0.0)
+    values = access.load(env["v"].at[where], mask=live, other=0.0)
     return keys, values
 
 
@@ -305,7 +304,7 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
             return nothing
 
         lax.fori_loop(jnp.int32(0), jnp.int32(0) + part.lots, of_lot, jnp.int32(0))
-        plgpu.debug_barrier()  # products will be put there, and the next part's queries
+        access.meet()  # products will be put there, and the next part's queries
         return carry
 
     def hand_over_made(part: Part, made: _Made, lot: Array | int = 0) -> None:

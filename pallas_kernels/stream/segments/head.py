@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
+from pallas_kernels.stream import access
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, Sums
@@ -31,7 +31,7 @@ def finish_head(env: StreamEnv, flush: Flush, outputs: Outputs, sums: Sums, stat
             logits = cap * jnp.tanh(logits / cap)
         logits = jnp.where(env.positions(column) < d.capacity, logits, jnp.nan)
         there = real & (token < d.vocab_size)
-        plgpu.store(env["logits"].at[column, token], logits, mask=there & (column < d.columns))
+        access.store(env["logits"].at[column, token], logits, mask=there & (column < d.columns))
         # As in jnp.argmax, a NaN wins. A program's tokens rise, so ">" keeps the lowest.
         logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)
         better = there & (logits > best_logit)
@@ -71,7 +71,7 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
         at = start + 4 * (program * d.columns + column)
         bits, token = env.mail.collect_pairs([(at, there), (at + 2, there)], tag)
         if not env.interpret:
-            plgpu.debug_barrier()  # each thread has heard its own alone
+            access.meet()  # each thread has heard its own alone
         logit = lax.bitcast_convert_type(bits, jnp.float32)
         logit = jnp.where(there, logit, -jnp.inf)
         # What no program said, since the wait for it ran out, wins as token -1.
@@ -80,10 +80,10 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
         # Every logit -inf leaves no winner; jnp.argmax then says 0.
         winner = jnp.where(winner == NO_TOKEN, 0, winner)
         column = env.iota((columns,), 0)
-        plgpu.store(env["token"].at[column], winner, mask=column < d.columns)
+        access.store(env["token"].at[column], winner, mask=column < d.columns)
         # Here a number is a sequence's.
         there = column < d.batch
-        plgpu.store(env["lengths"].at[column], env.length_of(column) + d.tokens, mask=there)
+        access.store(env["lengths"].at[column], env.length_of(column) + d.tokens, mask=there)
         env.mail.words[env.mail.layout.steps] = env.step + 1
 
     return state

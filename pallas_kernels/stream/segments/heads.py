@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
+from pallas_kernels.stream import access
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.segments.qkv import softmax_scale
@@ -169,7 +169,7 @@ def _store_keys(
         row = jnp.sum(jnp.where(mine, keys, 0.0), axis=0).astype(jnp.bfloat16)
         column, at = env.iota(row.shape, 0), position + token
         where = (layer, sequence, kv_head, jnp.minimum(at, d.capacity - 1), column)
-        plgpu.store(env["k"].at[where], row, mask=(column >= 0) & has_new & (at < d.capacity))
+        access.store(env["k"].at[where], row, mask=(column >= 0) & has_new & (at < d.capacity))
 
 
 def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> tuple[Array, Array]:
@@ -177,9 +177,9 @@ def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> 
     size = env.dims.head_dim
     column = env.iota((size,), 0)
     pair = lax.rem(column, jnp.int32(size // 2))
-    frequency = plgpu.load(env["inv_freq"].at[pair])
+    frequency = access.load(env["inv_freq"].at[pair])
     if env.features.local_rope:
-        local = plgpu.load(env["inv_freq_local"].at[pair])
+        local = access.load(env["inv_freq_local"].at[pair])
         frequency = jnp.where(env.is_local(layer), local, frequency)
     if position.ndim:
         angle = position.astype(jnp.float32) * frequency[None, :]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.stream import access
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of
@@ -50,7 +50,7 @@ def make_rotations(env: StreamEnv) -> Rotations:
     rotates = head < d.num_heads + d.num_kv_heads
 
     def both(name: str) -> tuple[Array, Array]:
-        angle = position * plgpu.load(env[name].at[pair])
+        angle = position * access.load(env[name].at[pair])
         return (
             jnp.where(rotates, jnp.cos(angle), 1.0),
             jnp.where(rotates, jnp.sin(angle), 0.0),
@@ -117,7 +117,7 @@ def finish_qkv(
         # it does not meet what the same store writes.
         position = jnp.where(mask, place, d.capacity) if env.interpret else place
         where = (flush.layer, sequence, kv_head, position, element)
-        plgpu.store(env[name].at[where], stored, mask=mask)
+        access.store(env[name].at[where], stored, mask=mask)
 
     for offset, value in ((0, first), (d.head_dim // 2, second)):
         # Attention multiplies the very numbers that the cache will hold.

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
+from pallas_kernels.stream import access
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.lanes import word_in_mail
 from pallas_kernels.stream.operand import collect_inputs, mean_squares
@@ -73,11 +73,11 @@ def leave_embed(env: StreamEnv, state: State) -> State:
     """x[c] = embed[tokens[c]]. Ids outside the vocabulary are clamped."""
     d, own = env.dims, _elements(env)
     column = jnp.minimum(own.column, d.columns - 1)
-    token = jnp.clip(plgpu.load(env["tokens"].at[column]), 0, d.vocab_size - 1)
+    token = jnp.clip(access.load(env["tokens"].at[column]), 0, d.vocab_size - 1)
 
     def of(element: Array) -> Array:
         row = env["embed"].at[token, jnp.minimum(element, d.model_dim - 1)]
-        x = plgpu.load(row, mask=element < d.model_dim, other=0.0).astype(jnp.float32)
+        x = access.load(row, mask=element < d.model_dim, other=0.0).astype(jnp.float32)
         return x if env.features.embed_scale == 1 else x * env.features.embed_scale
 
     residual = Sums(of(own.first), of(own.second))
@@ -111,7 +111,7 @@ def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
     values = collect_inputs(env, env.segment(Segment.QKV), start, width, tag, RESIDUAL)
     squares = mean_squares(env, values)
     if not (env.interpret or plan.chunked):
-        plgpu.debug_barrier()  # the next operand may be normed too
+        access.meet()  # the next operand may be normed too
     if plan.chunked:
         return (jnp.sum(squares) / plan.threads)[None]
     return squares.reshape(plan.num_warps, COLUMNS, 4).sum(axis=2).sum(axis=0) / (

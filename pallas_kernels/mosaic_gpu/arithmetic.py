@@ -1,0 +1,123 @@
+"""Operations on single numbers, by the names of JAX's primitives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax._src.lib.mlir.dialects import arith, math
+
+from pallas_kernels.mosaic_gpu.ir import constant, element_type, inline, is_float, width
+
+__all__ = ["BINARY", "UNARY", "bitcast", "convert", "integer_pow"]
+
+_LOG2_E = 1.4426950408889634
+
+
+def _either(of_floats: Any, of_integers: Any) -> Callable[[Any, Any], Any]:
+    return lambda a, b: (of_floats if is_float(a.type) else of_integers)(a, b)
+
+
+def _compare(of_floats: Any, of_integers: Any) -> Callable[[Any, Any], Any]:
+    return lambda a, b: (
+        arith.cmpf(of_floats, a, b) if is_float(a.type) else arith.cmpi(of_integers, a, b)
+    )
+
+
+def _divided(a: Any, b: Any) -> Any:
+    # As Triton divides: within 2 units in the last place.
+    return inline([a.type], "div.full.f32 $0, $1, $2;", "=f,f,f", [a, b], effects=False)[0]
+
+
+_F, _I = arith.CmpFPredicate, arith.CmpIPredicate
+BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "add": _either(arith.addf, arith.addi),
+    "sub": _either(arith.subf, arith.subi),
+    "mul": _either(arith.mulf, arith.muli),
+    "div": _either(_divided, arith.divsi),
+    "rem": _either(arith.remf, arith.remsi),
+    "and": arith.andi,
+    "or": arith.ori,
+    "xor": arith.xori,
+    "max": _either(arith.maximumf, arith.maxsi),
+    "min": _either(arith.minimumf, arith.minsi),
+    "shift_left": arith.shli,
+    "shift_right_logical": arith.shrui,
+    "shift_right_arithmetic": arith.shrsi,
+    "eq": _compare(_F.OEQ, _I.eq),
+    "ne": _compare(_F.UNE, _I.ne),
+    "lt": _compare(_F.OLT, _I.slt),
+    "le": _compare(_F.OLE, _I.sle),
+    "gt": _compare(_F.OGT, _I.sgt),
+    "ge": _compare(_F.OGE, _I.sge),
+}
+
+
+def _approximate(name: str) -> Callable[[Any], Any]:
+    def call(a: Any) -> Any:
+        return inline([a.type], f"{name} $0, $1;", "=f,f", [a], effects=False)[0]
+
+    return call
+
+
+_exp2 = _approximate("ex2.approx.ftz.f32")
+
+
+def _scaled_exp2(a: Any, by: float) -> Any:
+    return _exp2(arith.mulf(a, constant(a.type, by)))
+
+
+def _logistic(a: Any) -> Any:
+    one = constant(a.type, 1)
+    return _divided(one, arith.addf(one, _scaled_exp2(a, -_LOG2_E)))
+
+
+UNARY: dict[str, Callable[[Any], Any]] = {
+    "abs": lambda a: math.absf(a) if is_float(a.type) else math.absi(a),
+    "neg": lambda a: arith.negf(a) if is_float(a.type) else arith.subi(constant(a.type, 0), a),
+    "not": lambda a: arith.xori(a, constant(a.type, -1 if width(a.type) > 1 else 1)),
+    "exp": lambda a: _scaled_exp2(a, _LOG2_E),
+    "exp2": _exp2,
+    "rsqrt": _approximate("rsqrt.approx.ftz.f32"),
+    "sqrt": _approximate("sqrt.approx.ftz.f32"),
+    "cos": math.cos,
+    "sin": math.sin,
+    "tanh": math.tanh,
+    "logistic": _logistic,
+}
+
+
+def integer_pow(a: Any, power: int) -> Any:
+    """A power from 1 on."""
+    out = a
+    for _ in range(power - 1):
+        out = BINARY["mul"](out, a)
+    return out
+
+
+def bitcast(a: Any, dtype: Any) -> Any:
+    """The same bits as a number of another dtype."""
+    to = element_type(dtype)
+    return a if a.type == to else arith.bitcast(to, a)
+
+
+def convert(a: Any, from_dtype: Any, to_dtype: Any) -> Any:
+    """A number in another dtype, rounded to nearest; floats to integers towards 0."""
+    source, target = np.dtype(from_dtype).name, np.dtype(to_dtype).name
+    to, signed = element_type(to_dtype), not source.startswith(("u", "bool"))
+    if source == target:
+        return a
+    if is_float(a.type) and is_float(to):
+        if width(to) == width(a.type):  # the two of 16 bits
+            return arith.truncf(to, arith.extf(element_type(np.float32), a))
+        return (arith.extf if width(to) > width(a.type) else arith.truncf)(to, a)
+    if is_float(a.type):
+        return arith.fptosi(to, a)
+    if is_float(to):
+        return (arith.sitofp if signed else arith.uitofp)(to, a)
+    if target == "bool":
+        return arith.cmpi(_I.ne, a, constant(a.type, 0))
+    if width(to) > width(a.type):
+        return (arith.extsi if signed else arith.extui)(to, a)
+    return a if width(to) == width(a.type) else arith.trunci(to, a)
