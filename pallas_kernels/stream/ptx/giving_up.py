@@ -51,10 +51,11 @@ _RECORD, _PROGRAM, _USED = 48, 56, 20
 def leave_line(feed: Feed, to: str) -> str:
     """Leaves a look where %p says that the thread has what it looked for.
 
-    Where all threads of a warp feed the ring together, they leave together.
+    The threads of a warp leave together, when the last one has. Threads that come out one by one
+    are put together again at the next instruction of a warp, by code that stands far away, and
+    run what lies between once for each of them: half a microsecond in front of every product.
     """
-    agree = "" if feed.bulk else "vote.sync.all.pred %p, %p, 0xffffffff; "
-    return f"{agree}@%p bra {to};"
+    return f"vote.sync.all.pred %p, %p, 0xffffffff; @%p bra {to};"
 
 
 def look_again(label: str, ring: str, feed: Feed, most: int) -> list[str]:
@@ -70,14 +71,13 @@ def look_again(label: str, ring: str, feed: Feed, most: int) -> list[str]:
         most: how often to look, a power of two.
     """
     assert most & (most - 1) == 0, "Looks are counted by powers of two."
-    # A warp whose threads feed the ring together looks as long as any of them does.
-    agree = "" if feed.bulk else "vote.sync.any.pred %p, %p, 0xffffffff; "
     return [
         f"add.u32 %n, %n, 1; and.b32 %often, %n, {min(most, _OFTEN) - 1};",
         f"setp.ne.u32 %p, %often, 0; @%p bra {label};",
         f"ld.shared.b64 %record, [{ring}+{feed.control + _RECORD}];",
         "ld.relaxed.gpu.global.b64 %said, [%record]; setp.ne.b64 %p, %said, 0;",
-        f"{agree}@%p bra missing;",
+        # A warp looks as long as any of its threads does.
+        "vote.sync.any.pred %p, %p, 0xffffffff; @%p bra missing;",
         f"setp.lt.u32 %p, %n, {most}; @%p bra {label};",
     ]
 
@@ -91,10 +91,9 @@ def give_up(missing: str, ring: str, feed: Feed) -> list[str]:
         ring: the ring's address.
         feed: where everything lies.
     """
-    # Threads that miss nothing have looked on with others of their warp.
-    alone = [] if feed.bulk else ["setp.eq.u32 %p, %left, 0; @%p bra done;"]
     return [
-        *alone,
+        # Threads that miss nothing have looked on with others of their warp.
+        "setp.eq.u32 %p, %left, 0; @%p bra done;",
         f"sub.s64 %said, {missing}, %record; shr.s64 %said, %said, 2;",
         f"cvt.u32.u64 %often, %said; ld.shared.b32 %used, [{ring}+{feed.control + _USED}];",
         f"sub.u32 %used, {(1 << _TILE_BITS) - 1}, %used; shl.b32 %used, %used, {_PROGRAM_BITS};",

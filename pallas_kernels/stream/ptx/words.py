@@ -76,9 +76,8 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
         lines.append("early:")
         lines.append(f"and.b32 %w, %left, {1 << last}; setp.eq.u32 %p, %w, 0;")
         lines.append(leave_line(feed, "again"))
-        if not feed.bulk:
-            lines.append("setp.ne.u32 %p, %w, 0;")
-        lines += load(last, "" if feed.bulk else "@%p ")
+        lines.append("setp.ne.u32 %p, %w, 0;")
+        lines += load(last, "@%p ")
         lines += [*feeding, *check(last), leave_line(feed, "again")]
         lines += [*look_again("early", ring_of, feed, most), "bra missing;"]
     lines.append("again:")
