@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import warnings
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
 from ffjax.settings import own_settings
 from ffjax.transforms import launch_whole
+from pallas_kernels.backends import Backend, why_not_backend
 from pallas_kernels.dims import DecodeWeights, Dims
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState
@@ -37,24 +38,39 @@ __all__ = [
     "DecodeOutput",
     "Implementation",
     "Kernel",
+    "backend_of",
     "choose_kernel",
     "decode_step",
     "default_device",
     "device_of",
     "fused_step",
+    "is_fused",
     "resolve_implementation",
     "resolve_implementation_config",
     "step_fault",
     "why_not_fused",
     "why_not_fused_config",
+    "why_not_kernel",
 ]
 
-Kernel = Literal["pallas"]
+Kernel = Literal["pallas", "pallas_mosaic_gpu"]
 Implementation = Literal[Kernel, "xla"]
+# Which of Pallas's backends compiles the kernel; None: the faster one that there is.
+_BACKENDS: dict[Kernel, Backend | None] = {"pallas": None, "pallas_mosaic_gpu": "mosaic_gpu"}
 # What an implementation was called while there were two kernels.
 FORMER_NAMES: dict[str, Implementation] = {"pallas_stream": "pallas"}
 
 _log = logging.getLogger("ffjax")
+
+
+def is_fused(implementation: Implementation | None) -> TypeGuard[Kernel]:
+    """Whether an implementation is the fused kernel, whatever compiles it."""
+    return implementation in _BACKENDS
+
+
+def backend_of(kernel: Kernel) -> Backend | None:
+    """Which of Pallas's backends compiles it; None: the faster one that there is."""
+    return _BACKENDS[kernel]
 
 
 class DecodeOutput(NamedTuple):
@@ -219,6 +235,19 @@ def _why_not(
     return reason
 
 
+def why_not_kernel(
+    kernel: Kernel, config: ModelConfig, dtype: Any, batch: int, capacity: int, tokens: int = 1
+) -> str | None:
+    """Why the fused kernel, compiled as its name says, cannot run here; None: it can.
+
+    Args: see `resolve_implementation_config`.
+    """
+    reason = why_not_fused_config(config, dtype, batch, capacity, tokens)
+    if reason is None and (backend := backend_of(kernel)) is not None:
+        reason = why_not_backend(backend, Gpu.of(default_device()))
+    return reason
+
+
 def choose_kernel(
     config: ModelConfig, dtype: Any, batch: int, capacity: int, tokens: int = 1
 ) -> tuple[Kernel | None, str | None]:
@@ -301,7 +330,7 @@ def resolve_implementation_config(
     if implementation == "xla":
         return "xla"
     if implementation is not None:
-        reason = why_not_fused_config(config, dtype, batch, capacity, tokens)
+        reason = why_not_kernel(implementation, config, dtype, batch, capacity, tokens)
         if reason is not None:
             raise NotImplementedError(reason)
         return implementation
@@ -382,6 +411,7 @@ def fused_step(
     live: Array | None = None,
     *,
     tuning: Tuning | None = None,
+    backend: Backend | None = None,
     interpret: bool = False,
 ) -> DecodeOutput:
     """A decode step by the fused kernel, whatever the selector would say.
@@ -392,6 +422,8 @@ def fused_step(
         tokens: int `[B]`, or `[B, T]` with a cache made for as many.
         live: how many tokens of each sequence count: see `decode_step`.
         tuning: the kernel's tunables. None: what its table says, or what fits the device.
+        backend: that of Pallas which compiles the kernel, "triton" or "mosaic_gpu"; None: what the
+            tuning says, or the faster one that there is.
         interpret: run the kernel's body on a CPU, with one program, in Pallas's
             interpret mode: slow, for tests of its numerics.
 
@@ -414,6 +446,10 @@ def fused_step(
     state = StepState(cache.k, cache.v, cache.lengths, getattr(cache, name))
     step = decode_weights(model), state, tokens.astype(jnp.int32).reshape(-1)
     plan = _stream_plan(dims, gpu, tuning)
+    if backend is not None:
+        if (reason := why_not_backend(backend, gpu)) is not None and not interpret:
+            raise NotImplementedError(reason)
+        plan = plan.compiled_by(backend)
     launch = functools.partial(stream_step, plan, interpret=interpret)
     logits, token, state = launch_whole(launch, *step)
     lengths = state.lengths if live is None else jnp.maximum(cache.lengths, 0) + live
@@ -491,8 +527,9 @@ def decode_step(
         cache: the cache; each sequence's first token goes to position `lengths[b]`.
         tokens: int `[B]`, or `[B, T]`.
         live: int `[B]`, 0 to T; None: all count.
-        implementation: "pallas", the fused kernel; "xla", the reference; None: the first of these
-            that can run, said once by logging.
+        implementation: "pallas", the fused kernel; "pallas_mosaic_gpu", the same compiled by
+            Pallas's Mosaic GPU backend and not by Triton; "xla", the reference; None: "pallas"
+            where it can run, else "xla", said once by logging.
 
     Returns:
         Cache, logits and greedy token.
@@ -510,4 +547,4 @@ def decode_step(
     chosen = resolve_implementation(model, cache, implementation, _tokens_each(tokens))
     if chosen == "xla":
         return reference_step(model, cache, tokens, live)
-    return fused_step(model, cache, tokens, live)
+    return fused_step(model, cache, tokens, live, backend=backend_of(chosen))

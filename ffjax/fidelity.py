@@ -39,6 +39,7 @@ from ffjax.config import ModelConfig
 from ffjax.decode import (
     DecodeOutput,
     Implementation,
+    backend_of,
     choose_kernel,
     fused_step,
     reference_step,
@@ -409,7 +410,9 @@ def choose_candidate(
     name = resolve_implementation_config(*asked, implementation or kernel)
     if name == "xla":
         return Candidate(reference_step, name)
-    return Candidate(fused_step, name)
+    backend = backend_of(name)
+    step = fused_step if backend is None else functools.partial(fused_step, backend=backend)
+    return Candidate(step, name)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:

@@ -21,7 +21,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import (
     Implementation,
-    Kernel,
     decode_step,
+    is_fused,
     resolve_implementation_config,
     step_fault,
 )
@@ -341,7 +341,7 @@ class Loop:
                 of that name.
             NotImplementedError: a named implementation cannot run here.
         """
-        if implementation in get_args(Kernel) and request.batch > MAX_BATCH:
+        if is_fused(implementation) and request.batch > MAX_BATCH:
             raise ValueError(
                 f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are {request.batch} "
                 "prompts. Split them, or use implementation='xla'."
@@ -503,6 +503,6 @@ class Loop:
 
     def fault(self) -> str | None:
         """What a step that gave up waiting has said, a sentence; None if none did."""
-        if self.implementation != "pallas":
+        if not is_fused(self.implementation):
             return None
         return fault_in(self._model, self._cache, self._widest)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Literal
 
+from pallas_kernels.gpu import Gpu
+
 __all__ = ["BACKENDS", "Backend", "default_backend", "why_not_backend"]
 
 Backend = Literal["triton", "mosaic_gpu"]
@@ -17,22 +19,22 @@ _MODULES = {
 _NAMES = {"triton": "Pallas's Triton backend", "mosaic_gpu": "Pallas's Mosaic GPU backend"}
 
 
-def why_not_backend(backend: Backend, capability: tuple[int, int] | None = None) -> str | None:
+def why_not_backend(backend: Backend, gpu: Gpu | None = None) -> str | None:
     """Why a backend cannot compile the kernel here, as a sentence; None: it can.
 
     Args:
         backend: its name.
-        capability: of the GPU, as (9, 0); None: not known.
+        gpu: the device; None: any.
     """
     if importlib.util.find_spec(_MODULES[backend]) is None:
         return (
             f"{_NAMES[backend]} is not part of this version of JAX. Take the other one, or "
             "another JAX."
         )
-    if backend == "mosaic_gpu" and capability is not None and capability < (9, 0):
+    if backend == "mosaic_gpu" and gpu is not None and float(gpu.capability) < 9:
         return (
-            f"The kernel is compiled by Mosaic GPU for compute capability 9.0 and newer, got "
-            f"{capability[0]}.{capability[1]}. Take the Triton backend."
+            f"Mosaic GPU compiles the kernel for compute capability 9.0 and newer, got {gpu.name}, "
+            f"of {gpu.capability}. Use implementation='pallas'."
         )
     return None
 

@@ -180,7 +180,7 @@ def test_a_model_of_another_vocabulary_is_refused(capsys, tmp_path):
         (["generate"], "--prompt"),
         (
             ["generate", "--prompt", "x", "--implementation", "cuda"],
-            "--implementation: one of pallas, xla is needed, got 'cuda'.",
+            "--implementation: one of pallas, pallas_mosaic_gpu, xla is needed, got 'cuda'.",
         ),
         (
             ["generate", "--prompt", "x", "--max-new-tokens", "many"],

@@ -71,7 +71,7 @@ def test_a_named_kernel_that_cannot_run_raises_the_reason(model, cache, tokens):
 def test_a_device_that_can_takes_the_kernel(model, cache, tokens, caplog, monkeypatch):
     took = object()
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
-    monkeypatch.setattr(decode, "fused_step", lambda *arguments: took)
+    monkeypatch.setattr(decode, "fused_step", lambda *arguments, backend: took)
     decode._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="ffjax"):
         assert decode_step(model, cache, tokens) is took
@@ -83,7 +83,7 @@ def test_a_device_that_can_takes_the_kernel(model, cache, tokens, caplog, monkey
 def test_the_kernels_former_name_is_taken_with_a_warning(model, cache, tokens, monkeypatch):
     took, former = object(), "pallas_stream"
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
-    monkeypatch.setattr(decode, "fused_step", lambda *arguments: took)
+    monkeypatch.setattr(decode, "fused_step", lambda *arguments, backend: took)
     with pytest.warns(FutureWarning, match=f"implementation='{former}' is called 'pallas' now"):
         assert decode_step(model, cache, tokens, implementation=former) is took  # pyright: ignore[reportArgumentType]
 
@@ -126,7 +126,9 @@ def test_a_limit_of_the_kernel_is_raised_on_any_device(tokens):
 
 
 def test_an_unknown_name_is_refused(model, cache, tokens):
-    with pytest.raises(ValueError, match="one of 'pallas', 'xla' or None, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="one of 'pallas', 'pallas_mosaic_gpu', 'xla' or None, got 'cuda'"
+    ):
         decode_step(model, cache, tokens, implementation="cuda")  # pyright: ignore[reportArgumentType]
 
 

@@ -83,7 +83,7 @@ def test_a_sound_model_has_a_report_and_exit_code_0(capsys):
     assert report["devices"][0]["platform"] == jax.devices()[0].platform
     assert report["model"]["name"] == "python-bytes-3m"
     assert [choice["batch"] for choice in report["choices"]] == [1, 8]
-    assert set(report["choices"][0]["why_not"]) == {"pallas"}
+    assert set(report["choices"][0]["why_not"]) == {"pallas", "pallas_mosaic_gpu"}
     assert report["weights"] == []
     assert report["activations"]["first_bad"] is None
     tensors = [one["tensor"] for one in report["activations"]["largest"]]

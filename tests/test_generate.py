@@ -484,7 +484,7 @@ BAD = {
     "name": (
         (
             ValueError,
-            "implementation is one of 'pallas', 'xla' or None, got 'cuda'",
+            "implementation is one of 'pallas', 'pallas_mosaic_gpu', 'xla' or None, got 'cuda'",
         ),
         [SHORT, 4, {"implementation": "cuda"}],
     ),

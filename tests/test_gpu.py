@@ -214,31 +214,34 @@ def test_a_step_matches_the_reference(model, batch, kernel):
         check_step(kernel, *parts, lengths, CAPACITY, "fused_vs_model_deep")
 
 
+@every_kernel
 @pytest.mark.parametrize("batch", [1, 8])
-def test_a_step_of_quantized_weights_matches_the_reference(quantized, batch):
+def test_a_step_of_quantized_weights_matches_the_reference(quantized, batch, kernel):
     for lengths in mixed_lengths(batch):
         parts = quantized.config, quantized.graph, quantized.params
-        check_step("pallas", *parts, lengths, CAPACITY, "fused_vs_model_deep")
+        check_step(kernel, *parts, lengths, CAPACITY, "fused_vs_model_deep")
 
 
+@every_kernel
 @pytest.mark.parametrize("name", FOR_KERNELS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_step_of_small_quantized_weights_matches_the_reference(name, batch):
+def test_a_step_of_small_quantized_weights_matches_the_reference(name, batch, kernel):
     config = kernel_config(FOR_KERNELS[name])
     graph, params = nnx.split(random_model(config))
     lengths = [65, 0, 129][:batch]
-    check_step("pallas", config, graph, params, lengths, 150, "fused_vs_model")
+    check_step(kernel, config, graph, params, lengths, 150, "fused_vs_model")
 
 
+@every_kernel
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_step_of_every_family_matches_the_reference(family, batch):
+def test_a_step_of_every_family_matches_the_reference(family, batch, kernel):
     """Before the window, at its edge, and beyond it, where the model has one."""
     window = family.config.window or 512
     ends = (1, 127, window - 1, window, window + 900)
     lengths = [[ends[(i + b) % len(ends)] for b in range(batch)] for i in range(len(ends))]
     for some in lengths:
         parts = family.config, family.graph, family.params
-        check_step("pallas", *parts, some, window + 1024, "fused_vs_model_deep")
+        check_step(kernel, *parts, some, window + 1024, "fused_vs_model_deep")
 
 
 @every_kernel

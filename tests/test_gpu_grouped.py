@@ -8,7 +8,15 @@ import pytest
 from decode_cases import random_model, small_config
 from flax import nnx
 from quantize_cases import GROUPED, INT8_GROUPS, kernel_config
-from test_gpu import CAPACITY, Split, check_step, exact, made_on_the_device, mixed_lengths
+from test_gpu import (
+    CAPACITY,
+    Split,
+    check_step,
+    every_kernel,
+    exact,
+    made_on_the_device,
+    mixed_lengths,
+)
 
 from ffjax.config import preset
 from ffjax.formats import WeightFormats, int4
@@ -35,13 +43,14 @@ def of_all(name: str) -> WeightFormats:
     return WeightFormats.of_layers(ALL[name], ALL[name])
 
 
+@every_kernel
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("batch", [1, 2, 8])
-def test_a_step_of_small_matrices_of_every_kind_matches_the_reference(name, batch):
+def test_a_step_of_small_matrices_of_every_kind_matches_the_reference(name, batch, kernel):
     config = kernel_config(GROUPED[name])
     graph, params = nnx.split(random_model(config))
     lengths = [65, 0, 129, 1, 64, 128, 7, 100][:batch]
-    check_step("pallas", config, graph, params, lengths, 150, "fused_vs_model")
+    check_step(kernel, config, graph, params, lengths, 150, "fused_vs_model")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from stream_cases import FAMILIES
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig, preset
-from ffjax.decode import DecodeOutput, Implementation, decode_step
+from ffjax.decode import DecodeOutput, Implementation, Kernel, decode_step
 from ffjax.formats import INT8, WeightFormats, int4
 from ffjax.quantization import quantized_config
 
@@ -76,7 +76,14 @@ def stored(cache: KVCache, lengths: list[int], tokens: int) -> np.ndarray:
     return np.asarray(jnp.stack([x[:, b, :, at] for x in (cache.k, cache.v)]).astype(jnp.float32))
 
 
-def check(parts: Split, lengths: list[int], tokens: int, capacity: int, tolerance: str) -> None:
+def check(
+    parts: Split,
+    lengths: list[int],
+    tokens: int,
+    capacity: int,
+    tolerance: str,
+    kernel: Kernel = "pallas",
+) -> None:
     """Two steps, of which the first one's last token does not count."""
     some = jax.random.randint(
         jax.random.key(7), (2, len(lengths), tokens), 0, parts.config.vocab_size
@@ -84,7 +91,7 @@ def check(parts: Split, lengths: list[int], tokens: int, capacity: int, toleranc
     live = jnp.full((len(lengths),), tokens - 1)
     after = [n + tokens - 1 for n in lengths]
     seen = []
-    names: tuple[Implementation, ...] = ("pallas", "pallas", "xla")
+    names: tuple[Implementation, ...] = (kernel, kernel, "xla")
     for name in names:
         cache = started(parts.config, lengths, tokens, capacity)
         first = step(name, parts.graph, parts.params, cache, some[0], live)
@@ -103,12 +110,13 @@ def check(parts: Split, lengths: list[int], tokens: int, capacity: int, toleranc
     assert got[4].tolist() == got[1].argmax(axis=-1).tolist()
 
 
+@pytest.mark.parametrize("kernel", get_args(Kernel))
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("name", ["llama", *FAMILIES])
-def test_several_tokens_of_every_family(name, tokens):
+def test_several_tokens_of_every_family(name, tokens, kernel):
     config = small_config(**FAMILIES.get(name, {"num_heads": 4, "num_kv_heads": 2}))
     for parts in split(config):
-        check(parts, TOKENS[tokens], tokens, 640, "fused_vs_model")
+        check(parts, TOKENS[tokens], tokens, 640, "fused_vs_model", kernel)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (8, 4), (12, 2), (16, 2), (16, 1)])
@@ -132,10 +140,11 @@ def test_several_tokens_of_quantized_weights(name, tokens):
     "formats", [WeightFormats(), WeightFormats.of_layers(INT8), WeightFormats(down=int4())]
 )
 @pytest.mark.parametrize("tokens", [2, 8])
-def test_several_tokens_of_a_deep_narrow_model(formats, tokens):
+@pytest.mark.parametrize("kernel", get_args(Kernel))
+def test_several_tokens_of_a_deep_narrow_model(formats, tokens, kernel):
     config = quantized_config(small_config(**DEEP), formats)
     for parts in split(config):
-        check(parts, [200], tokens, 300, "fused_vs_model_deep")
+        check(parts, [200], tokens, 300, "fused_vs_model_deep", kernel)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +168,7 @@ def test_steps_of_one_and_of_several_tokens_in_turn():
     for parts in split(config):
         some = jax.random.randint(jax.random.key(7), (60, 2, 4), 0, config.vocab_size)
         ended = []
-        names: tuple[Implementation, ...] = ("pallas", "pallas", "xla")
+        names: tuple[Implementation, ...] = (kernel, kernel, "xla")
         for name in names:
             cache, logits = started(config, [100, 37], 4, 400), []
             for i in range(60):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from ffjax.config import ModelConfig
-from ffjax.decode import Implementation, Kernel
+from ffjax.decode import Implementation, is_fused
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["MIN_REPETITIONS", "check_asked", "listed"]
@@ -48,7 +46,7 @@ def check_asked(
             f"A median and its spread need at least {MIN_REPETITIONS} repetitions, "
             f"got {repetitions}."
         )
-    if implementation in get_args(Kernel) and max(batches) > MAX_BATCH:
+    if is_fused(implementation) and max(batches) > MAX_BATCH:
         raise ValueError(
             f"The fused kernel takes 1 to {MAX_BATCH} sequences; there are "
             f"{max(batches)}. Ask for smaller batches, or time the reference, 'xla'."

@@ -20,7 +20,7 @@ from ffjax.decode import (
     Implementation,
     choose_kernel,
     decode_step,
-    why_not_fused_config,
+    why_not_kernel,
 )
 from ffjax.model import Transformer
 
@@ -79,7 +79,7 @@ def choose(
     if named == "xla":
         return "xla", None
     if named is not None:
-        reason = why_not_fused_config(config, jnp.bfloat16, batch, capacity, tokens)
+        reason = why_not_kernel(named, config, jnp.bfloat16, batch, capacity, tokens)
         if reason is not None:
             raise NotImplementedError(reason)
         return named, None

@@ -185,6 +185,7 @@ def _estimates(comparison: Comparison) -> list[tuple[str, Estimate]]:
 def _table(facts: dict[str, Any], result: Fidelity) -> str:
     kernel = {
         "pallas": "fused kernel",
+        "pallas_mosaic_gpu": "fused kernel by Mosaic GPU",
         "xla": "bfloat16 again",
     }[facts["implementation"]]
     if facts["interpreted"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from ffjax.config import ModelConfig
-from ffjax.decode import Kernel, choose_kernel, why_not_fused_config
+from ffjax.decode import Kernel, choose_kernel, why_not_kernel
 
 __all__ = ["BATCHES", "choices"]
 
@@ -31,7 +31,7 @@ def choices(config: ModelConfig, dtype: Any) -> list[dict[str, Any]]:
             {
                 "batch": batch,
                 "chosen": kernel or "xla",
-                "why_not": {name: why_not_fused_config(*asked) for name in get_args(Kernel)},
+                "why_not": {name: why_not_kernel(name, *asked) for name in get_args(Kernel)},
             }
         )
     return found

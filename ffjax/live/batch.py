@@ -7,14 +7,14 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ffjax.decode import (
     Implementation,
-    Kernel,
+    is_fused,
     resolve_implementation,
 )
 from ffjax.live.made import Block, Fed, Repeats
@@ -122,7 +122,7 @@ class LiveBatch:
                 f"{model.config.name} takes up to {model.config.max_context} tokens; a batch needs "
                 f"a capacity of 2 to that, got {capacity}."
             )
-        if implementation in get_args(Kernel) and rows > MAX_BATCH:
+        if is_fused(implementation) and rows > MAX_BATCH:
             raise ValueError(
                 f"The fused kernel takes 1 to {MAX_BATCH} sequences; got {rows}. "
                 "Ask for fewer, or use implementation='xla'."
@@ -154,7 +154,7 @@ class LiveBatch:
         self.implementation: Implementation = resolve_implementation(
             model, self._state.cache, implementation
         )
-        if self._tokens > 1 and self.implementation == "pallas":
+        if self._tokens > 1 and is_fused(self.implementation):
             check_fused(model, rows, self._slots, self._tokens)
         self._say = say
         self._decoders: dict[tuple[Stages, bool], Any] = {}
@@ -435,7 +435,7 @@ class LiveBatch:
 
     def fault(self) -> str | None:
         """What a step that gave up waiting has said, a sentence; None if none did."""
-        if self.implementation != "pallas":
+        if not is_fused(self.implementation):
             return None
         return fault_in(self._model, self._state.cache, self._tokens)
 

@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from ffjax.cache import KVCache
-from ffjax.decode import Implementation, resolve_implementation_config, why_not_fused_config
+from ffjax.decode import (
+    Implementation,
+    is_fused,
+    resolve_implementation_config,
+    why_not_fused_config,
+)
 from ffjax.loop import Made, slots_for
 from ffjax.model import Transformer
 from ffjax.parts import Parts
@@ -38,7 +43,7 @@ def _implementation(parts: Parts, request: Request, named: Implementation | None
         NotImplementedError: the named one cannot run here.
     """
     size = parts.config, parts.dtype, request.batch, slots_for(request.capacity)
-    chosen = resolve_implementation_config(*size, None if named == "pallas" else named)
+    chosen = resolve_implementation_config(*size, None if is_fused(named) else named)
     reasons = (why_not_fused_config(*size, tokens) for tokens in (1, FIRST_TOKENS))
     reason = next(filter(None, reasons), None)
     if reason is None or chosen == "xla" == named:

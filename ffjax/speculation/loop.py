@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ffjax.decode import Implementation
+from ffjax.decode import Implementation, is_fused
 from ffjax.loop import AHEAD, BLOCK, Loop, Made, Reader, Step, slots_for
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
@@ -93,7 +93,7 @@ class SpeculativeLoop(Loop):
     ) -> None:
         super()._prepare(model, request, implementation, prefill)
         batch, slots = request.batch, slots_for(request.capacity)
-        if self.implementation == "pallas":
+        if is_fused(self.implementation):
             check_fused(model, batch, slots, self.step_tokens)
         self._known: Any = _known(request, slots)
         self._quiet = False

@@ -56,8 +56,9 @@ class Body:
         def read(atom: Any) -> Value:
             if not isinstance(atom, core.Literal):
                 return known[atom]
-            kind = element_type(atom.aval.dtype)
-            return uniform(atom.aval.shape, constant(kind, np.asarray(atom.val).item()))
+            aval: Any = atom.aval
+            kind = element_type(aval.dtype)
+            return uniform(aval.shape, constant(kind, np.asarray(atom.val).item()))
 
         for eqn in jaxpr.eqns:
             outs = self._lower(eqn, [read(x) for x in eqn.invars])
@@ -255,7 +256,11 @@ class Body:
                 scf.yield_(self._flat(self.run(branches[first], operands)))
 
             self._threads.within(op.then_block, one)
-            self._threads.within(op.else_block, lambda: scf.yield_(choose(first + 1)))
+
+            def rest() -> None:
+                scf.yield_(choose(first + 1))
+
+            self._threads.within(op.else_block, rest)
             return list(op.results)
 
         return self._unflat(choose(0), shapes)

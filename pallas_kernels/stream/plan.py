@@ -304,6 +304,10 @@ class StreamPlan:
     def __hash__(self) -> int:
         return hash((self.dims, self.programs, self.bulk, self.tuning))
 
+    def compiled_by(self, backend: Backend) -> StreamPlan:
+        """The same plan for another backend."""
+        return dataclasses.replace(self, tuning=dataclasses.replace(self.tuning, backend=backend))
+
     @property
     def backend(self) -> Backend:
         """That of Pallas which compiles the kernel."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 from pallas_kernels.dims import Dims, Stored, WeightGroups, ceil_div, next_power_of_2
 from pallas_kernels.gpu import INTERPRETER, Gpu
@@ -356,7 +357,7 @@ def fitting(dims: Dims, gpu: Gpu) -> Tuning:
     """
     found, planned = None, DEFAULT
     # Without bulk copies a warp that multiplies has to ask for tiles, and does so less often.
-    others = {} if gpu.bulk_copies else {"in_flight": 3, "l2_tiles": 0}
+    others: dict[str, Any] = {} if gpu.bulk_copies else {"in_flight": 3, "l2_tiles": 0}
     for tile_bytes, cache_tile_bytes in _SHRINKING:
         tuning = Tuning(tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes, **others)
         if _why_not_planned(dims, gpu, tuning) is not None:
