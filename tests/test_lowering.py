@@ -32,9 +32,9 @@ from pallas_kernels.gpu import Gpu
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.planner import make_stream_plan
-from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.lowered import REJOIN
 from pallas_kernels.stream.tuning import Tuning
+from pallas_kernels.triton import backend
 
 pytestmark = pytest.mark.once(
     "A sample of shapes shows what a JAX makes of the interpreted kernel.",
@@ -98,13 +98,13 @@ def texts(
 ) -> list[str]:
     """The inline PTX of a whole step, as Triton is given it."""
     found: list[str] = []
-    emit = lowered.tt_dialect.elementwise_inline_asm
+    emit = backend.tt_dialect.elementwise_inline_asm
 
     def recorded(results: Any, text: str, **rest: Any) -> Any:
         found.append(text)
         return emit(results, text, **rest)
 
-    with mock.patch.object(lowered.tt_dialect, "elementwise_inline_asm", recorded):
+    with mock.patch.object(backend.tt_dialect, "elementwise_inline_asm", recorded):
         lower_step(config, batch, tokens, tuning, gpu)
     return found
 
