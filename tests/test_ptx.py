@@ -852,15 +852,35 @@ def each_text(ring: Ring, arrays: int, together: int, pairs: bool, most: int) ->
 
 
 def check_each(
-    arrays: int, together: int, pairs: bool, edit: Edit = None, order: Any = None, ring: Ring = TWO
+    arrays: int,
+    together: int,
+    pairs: bool,
+    edit: Edit = None,
+    order: Any = None,
+    ring: Ring = TWO,
+    late: int | None = None,
 ) -> None:
-    """Words or pairs of several arrays, anywhere, which another program writes meanwhile."""
+    """Words or pairs of several arrays, anywhere, which another program writes meanwhile.
+
+    Args:
+        arrays: that are waited for together.
+        together: elements of each, of a thread.
+        pairs: whether pairs are waited for.
+        edit: of the text.
+        order: of warps.
+        ring: that is fed meanwhile.
+        late: which of a thread's elements comes last, in one thread of each warp: the others look
+            on as long as it is missing. None: they come in any order.
+    """
     rng, fed = np.random.default_rng(arrays), Fed(ring, arrays)
     m, threads, count = fed.machine, ring.threads, arrays * together
     m.order = order
     places = rng.permutation(count * threads).reshape(count, threads)
     mask = rng.random(places.shape) < 0.8
     mask[:, fed.feed.thread] = True  # who feeds the ring waits as well
+    last = np.zeros_like(mask)
+    if late is not None:
+        last[late, 5::32] = mask[late, 5::32] = True
     mail, tag = m.memory_base + len(m.memory), 0x37 if not pairs else 0x1234_5637
     m.memory = np.concatenate([m.memory, np.zeros(4 * (1 + pairs) * places.size, np.uint8)])
     held = m.view(mail, (1 + pairs) * places.size, np.uint32).reshape(-1, 1 + pairs)
@@ -869,11 +889,14 @@ def check_each(
     if pairs:
         values[:, 1], held[:, 1] = tag, tag ^ (1 << rng.integers(0, 32, len(held)))
     else:
-        held ^= (1 << rng.integers(0, 8, held.shape)).astype(np.uint32)
+        bit = rng.integers(0, 8, held.shape)
+        bit[places[last]] = 0
+        held ^= (1 << bit).astype(np.uint32)
     stale, wanted = held.copy(), np.where(mask, values[places, 0], 0 if pairs else tag)
     # What is not waited for never comes.
     turn = np.full(len(held), 1 << 30)
-    turn[places[mask]] = rng.integers(0, 30, mask.sum())
+    turn[places[mask]] = rng.integers(0, 30, mask.sum()) if late is None else 0
+    turn[places[last]] = 29
 
     def write(number: int) -> None:
         held[turn == number] = values[turn == number]
@@ -1312,7 +1335,7 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("0xbe;", "0x3c;"),
             ("sub.u32 %left, %left, 1;", ""),
             ("@%p and.b32 %left", "and.b32 %left"),
-            ("setp.eq.u32 %p, %left, 0; @%p bra done;", "bra done;"),
+            ("vote.sync.all.pred %p, %p, 0xffffffff; @%p bra done;", "bra done;"),
         ],
     ),
     "collect odd twins": (
@@ -1327,24 +1350,32 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("{$4, $5, $6, $7}", "{$5, $4, $6, $7}"),
         ],
     ),
-    "words of arrays": (
-        lambda edit: check_each(3, 2, False, edit),
+    "words of arrays, one last": (
+        lambda edit: check_each(3, 2, False, edit, late=3),
         [
             ("and.b32 %left, %left, 255;", "and.b32 %left, %left, 254;"),
             ("xor.b32 %x, $3, $12;", "xor.b32 %x, $2, $12;"),
+        ],
+    ),
+    "words of arrays": (
+        lambda edit: check_each(3, 2, False, edit),
+        [
             ("setp.ge.s32 %p, $7, 0;", ""),
             ("mov.b32 $5, $12;", ""),
             ("mad.wide.s32 %a, $9, 4,", "mad.wide.s32 %a, $8, 4,"),
             ("mad.wide.s32 %a, $9, 4,", "mad.wide.s32 %a, $9, 8,"),
-            ("setp.eq.u32 %p, %left, 0; @%p bra done;", "bra done;"),
+            ("vote.sync.all.pred %p, %p, 0xffffffff; @%p bra done;", "bra done;"),
         ],
+    ),
+    "pairs of arrays, one last": (
+        lambda edit: check_each(3, 2, True, edit, late=4),
+        [("xor.b32 %x, %t4, $12; or.b32 %left, %left, %x;", "")],
     ),
     "pairs of arrays": (
         lambda edit: check_each(3, 2, True, edit),
         [
             ("mov.b64 {$2, %t2}", "mov.b64 {%t2, $2}"),
             ("mov.b32 %t1, $12;", ""),
-            ("xor.b32 %x, %t4, $12; or.b32 %left, %left, %x;", ""),
             ("mov.b32 $5, 0;", ""),
             ("ld.relaxed.gpu.global.b64 %w, [%a]; @%p mov", "mov"),
         ],
@@ -1383,7 +1414,7 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
     ),
     "collect many": (
         lambda edit: check_collect(6, "in any order", edit),
-        [("setp.eq.u32 %p, %w, 0; @%p bra again;", ""), ("{$40, $41", "{$41, $40")],
+        [("vote.sync.all.pred %p, %p, 0xffffffff; @%p bra again;", ""), ("{$40, $41", "{$41, $40")],
     ),
 }
 
