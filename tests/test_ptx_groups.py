@@ -18,6 +18,7 @@ from ffjax.packing import pack
 from pallas_kernels.dims import Grouping, Stored
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import (
+    distances,
     first_input,
     first_read,
     offset_of_use,
@@ -25,7 +26,7 @@ from pallas_kernels.stream.lanes import (
     place_of_offset,
 )
 from pallas_kernels.stream.layout import SPARE_BYTES
-from pallas_kernels.stream.plan import COLUMNS, grain_of
+from pallas_kernels.stream.plan import COLUMNS, PIECE, PRODUCT, grain_of
 from pallas_kernels.stream.product import integer_tile
 
 
@@ -86,6 +87,7 @@ class Tile(Planned):
             chunked=self.chunked,
             fine=self.stored.fine,
             threads=32 * self.product_warps,
+            products=self.size // PRODUCT,
         )
 
 
@@ -161,8 +163,7 @@ def check_product(
     thread = np.arange(plan.threads)
     column, mine = thread % 32 // 4, thread < 32 * tile.product_warps
     first = np.asarray(first_input(plan, part))
-    step = tile.line * part.grain
-    at = np.stack([first + q * step + j for q in range(tile.reads) for j in range(part.held)])
+    at = np.stack([first + x + j for x in distances(plan, part) for j in range(PIECE)])
     assert sorted(at[:, mine].ravel()) == sorted([*range(tile.span)] * sequences)
     held = np.where(mine, padded[0 if tile.chunked else column, at], 0).astype(np.float32)
     given, halved = [jnp.asarray(x) for x in held], tile.chunked
@@ -216,8 +217,13 @@ CHUNKED = [
     Tile(4, 32, 8, 2, True, "bfloat16", short=3 * 32),
     Tile(4, 64, 16, 2, True, "float16", "zero", short=7 * 64),
     Tile(4, 32, 2, 1, True, "float16", "minimum", warps=8),
-    Tile(4, 32, 4, 1, True, "bfloat16", "zero"),
+    Tile(4, 32, 4, 7, True, "bfloat16", "zero", short=9 * 32),
+    Tile(4, 64, 8, 1, True, "bfloat16", "minimum"),
+    Tile(4, 64, 4, 3, True, "float16", "zero"),
+    Tile(4, 64, 2, 1, True),
     Tile(8, 32, 16, 2, True, short=32),
+    Tile(8, 32, 8, 3, True, "bfloat16"),
+    Tile(8, 32, 4, 2, True, warps=8),
     Tile(8, 32, 2, 1, True, "bfloat16"),
 ]
 BATCHED = [
@@ -249,47 +255,65 @@ def test_warps_make_their_products_in_any_order(tile):
 
 
 _ONE = Tile(4, 32, 16, 1, True, "float16", "minimum")
+_FEW = Tile(4, 32, 4, 2, True, "float16", "zero")
+_WIDER = Tile(4, 64, 4, 1, True, "float16", "zero")
+_BYTES = Tile(8, 32, 8, 1, True)
 _MANY = Tile(4, 32, 16, 8, False, "float16", "zero")
 PRODUCT_EDITS = [
-    (_ONE, "setp.eq.u32 %p, %w, 1", "setp.eq.u32 %p, %w, 2"),
-    (_ONE, "and.b32 %d1, $8, %k3", "and.b32 %d1, $8, %k2"),
-    (_ONE, "xor.b32 %w, %w, %t", "xor.b32 %w, %w, 0"),
-    (_ONE, "shl.b32 %v, %t, 1", "shl.b32 %v, %t, 0"),
-    (_MANY, "0x4B400000", "0x4B000000"),
+    (_ONE, "xor.b32 %v, %v, %w", "xor.b32 %v, %v, 0"),
+    (_ONE, "xor.b32 %i, %g, %t", "xor.b32 %i, %g, 0"),
+    (_ONE, "%d3_1, %d2_1, %one", "%d3_1, %d2_1, %two"),
+    (_ONE, "{$9, $10}", "{$11, $12}"),
+    (_ONE, "[%b+16]", "[%b+32]"),
+    (_ONE, "{%xs2, %xs3}, [%c+32]", "{%xs2, %xs3}, [%c+8]"),
+    (_ONE, "%q1, %o, %v1", "%q0, %o, %v1"),
     (_ONE, "fma.rn.f32 %o, %s, 0f41000000, %o", "fma.rn.f32 %o, %s, 0f00000000, %o"),
-    (_MANY, "0f43800000", "0f43000000"),
-    (_ONE, "xor.b32 %v, %i, 96", "xor.b32 %v, %i, 32"),
-    (_ONE, "[$3+32]", "[$3+64]"),
     (_ONE, "{%h, %h2}, %xs0", "{%h2, %h}, %xs0"),
+    (_FEW, "%f, %v0, 8, 31", "%f, %v0, 4, 31"),
+    (_FEW, "mad.lo.u32 %v, %w, 3, %v", "mad.lo.u32 %v, %w, 2, %v"),
+    (_FEW, "mad.lo.u32 %z, %w, 4, %z", "mad.lo.u32 %z, %w, 0, %z"),
+    (_WIDER, "shl.b32 %v, %v, 4; add.u32 %a", "shl.b32 %v, %v, 5; add.u32 %a"),
+    (_WIDER, "{%d1_0, %d1_1, %d1_2, %d1_3};", "{%zero, %zero, %zero, %zero};"),
+    (_BYTES, "add.u32 %xa2, %xa2, 128", "add.u32 %xa2, %xa2, 64"),
+    (_BYTES, "xor.b32 %w, %v, 96", "xor.b32 %w, %v, 32"),
+    (_MANY, "0x4B400000", "0x4B000000"),
+    (_MANY, "0f43800000", "0f43000000"),
     (_MANY, "sub.rn.f32 %o, 0f41000000, %o", "sub.rn.f32 %o, 0f40E00000, %o"),
     (_MANY, "and.b32 %v, %g, 4", "and.b32 %v, %g, 2"),
     (_MANY, "shl.b32 %k3, %v, 4", "shl.b32 %k3, %v, 3"),
     (_MANY, "{%xs0, %xs1, %xs2, %xs3}, [%c+16]", "{%xs0, %xs1, %xs2, %xs3}, [%c+0]"),
     (_MANY, "%q1, %o, %v1", "%q0, %o, %v1"),
     (Tile(4, 32, 8, 7, False, "float16", short=96), "setp.ne.f32 %p, %f, 0f00000000; @%p", ""),
+    (Tile(4, 32, 4, 2, True, short=96), "setp.ne.f32 %p, %f, 0f00000000; @%p", ""),
 ]
 
 
 @pytest.mark.parametrize(("tile", "old", "new"), PRODUCT_EDITS)
 def test_an_edit_of_the_products_is_noticed(tile, old, new):
+    assert old in product_text(tile).text
     with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
         check_product(tile, (old, new))
 
 
 SUMS_EDITS = [
-    (_ONE, "shl.b32 %h, %s, 8", "shl.b32 %h, %s, 7"),
-    (_ONE, "selp.b32 %s, %s, %h, %odd", "selp.b32 %s, %h, %s, %odd"),
-    (_ONE, "%s, 4, 31", "%s, 2, 31"),
-    (_ONE, "shl.b32 %s, %s, 4", "shl.b32 %s, %s, 3"),
+    (_ONE, "0x10101010", "0x01010101"),
+    (_ONE, "%d0_2_0, 256", "%d0_2_0, 128"),
+    (_ONE, "{%f0_0, %f0_2, %f0_4, %f0_6}", "{%f0_0, %f0_4, %f0_2, %f0_6}"),
+    (_FEW, "[$1+64]", "[$1+0]"),
+    (_WIDER, "{$4, $5}", "{$2, $3}"),
     (_MANY, "%s, 2, 31", "%s, 4, 31"),
     (_MANY, "dp4a.s32.s32 %s, $5", "dp4a.s32.s32 %s, $4"),
     (_MANY, "[$1+32]", "[$1+64]"),
+    (Tile(4, 128, 4, 1, True, "float16", "zero"), "shl.b32 %h, %s, 8", "shl.b32 %h, %s, 7"),
     (Tile(4, 128, 4, 1, True, "float16", "zero"), "%s, 1, 31", "%s, 2, 31"),
+    (Tile(4, 128, 4, 1, True, "float16", "zero"), "shl.b32 %s, %s, 4", "shl.b32 %s, %s, 3"),
+    (Tile(4, 128, 4, 1, True, "float16", "zero"), "%s, %h, %odd", "%h, %s, %odd"),
 ]
 
 
 @pytest.mark.parametrize(("tile", "old", "new"), SUMS_EDITS)
 def test_an_edit_of_the_sums_of_groups_is_noticed(tile, old, new):
+    assert old in sums_text(tile).text
     with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
         check_product(tile, sums_edit=(old, new))
 

@@ -38,6 +38,8 @@ __all__ = [
 COLUMNS = 8
 # Activations that a thread waits for at once.
 PIECE = 8
+# Inputs of one product of tensor cores, of integers.
+PRODUCT = 32
 # Bytes of weights that a thread reads at once.
 READ = 16
 # Bytes of an element of a box, and elements of one of its dimensions at most.

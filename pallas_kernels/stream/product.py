@@ -18,9 +18,9 @@ from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import (
+    distances,
     first_input,
     first_read,
-    next_input,
     offset_of_use,
     place_aside,
 )
@@ -300,8 +300,8 @@ def _interpreted(
 ) -> None:
     """Puts a tile's sums where `sum_up` finds them."""
     plan = env.plan
-    first, step = first_input(plan, part), next_input(plan, part)
-    inputs = jnp.stack([first + q * step + j for q in range(part.reads) for j in range(part.held)])
+    first = first_input(plan, part)
+    inputs = jnp.stack([first + x + j for x in distances(plan, part) for j in range(PIECE)])
     values = jnp.stack(inputs_of(part, operand))  # [inputs, T]
     rows = jnp.arange(part.rows)[:, None, None] * pitch
     weights = read_tile(env, index, part, rows + lax.div(inputs * part.bits, 8)[None], inputs)
