@@ -286,7 +286,8 @@ def test_the_scales_of_every_row_come_with_it(name):
             # They lie where those of the tile's rows are looked for.
             rows = rows_of(plan, segment, program, tile)
             there = rows < matrix_rows
-            behind = place + tile % part.run * part.rows * bytes_of_row
+            before = tile % part.run * part.rows if part.scaled_rows > part.rows else 0
+            behind = place + before * bytes_of_row
             found = held[behind:][: part.rows * bytes_of_row].reshape(part.rows, -1)
             wanted = rows[:, None] * bytes_of_row + np.arange(bytes_of_row)
             np.testing.assert_array_equal(found[there], wanted[there])
@@ -450,7 +451,7 @@ def test_the_ring_fits_shared_memory(name, bits):
             least = 2 if part.bits == 16 else 16
             assert part.rows <= least or part.rows * span_bytes <= tile_bytes
             # Scales are copied by 16 bytes.
-            copied = part.run_rows // 2 if is_paired(segment) else part.run_rows
+            copied = part.scaled_rows // 2 if is_paired(segment) else part.scaled_rows
             assert copied * part.scale_bytes % 16 == 0
     assert planned or bits == INT4
 

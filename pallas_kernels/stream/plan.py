@@ -139,6 +139,7 @@ class SegmentPlan:
         teams: programs, or teams of them, that groups are dealt out to in turn.
         run: neighbouring groups that are dealt out together.
         tiles: tiles of a program; its last ones may lie beyond the groups, and are then empty.
+        scaled_rows: rows whose scales come with a tile: its own, or those of all of its run.
     """
 
     out: int
@@ -154,6 +155,7 @@ class SegmentPlan:
     teams: int
     run: int
     tiles: int
+    scaled_rows: int
 
     @property
     def run_rows(self) -> int:
@@ -208,8 +210,8 @@ class SegmentPlan:
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes of a tile, with the scales of its run's rows."""
-        return self.rows * self.row_bytes + self.run_rows * self.scale_bytes
+        """Bytes of a tile, with the scales that come with it."""
+        return self.rows * self.row_bytes + self.scaled_rows * self.scale_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -224,7 +224,7 @@ def why_not(
         )
     segments = _segments(dims, programs, geometry)
     for name, (segment, part) in zip(_inputs(dims), segments.items(), strict=True):
-        rows = part.run_rows // 2 if is_paired(segment) else part.run_rows
+        rows = part.scaled_rows // 2 if is_paired(segment) else part.scaled_rows
         if rows * part.scale_bytes % unit:
             return (
                 f"The fused kernel copies scales by whole {unit} bytes; those of {rows} rows "
@@ -307,6 +307,7 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
             teams=programs,
             run=1,
             tiles=ceil_div(groups, programs),
+            scaled_rows=rows,
         )
 
     # Whoever computes whole rows of the down projection owns them: it has a group's tiles in
@@ -316,7 +317,9 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
     groups = ceil_div(d.model_dim, g.down_rows) if g.splits > 1 else whole * a_group
     teams = programs // g.splits
     tiles = ceil_div(groups, teams) if g.splits > 1 else ceil_div(whole, programs) * a_group
-    of_down = d.stored("down")
+    of_down, run = d.stored("down"), a_group if g.splits == 1 else 1
+    # Scales of small groups are many, and those of few rows whole units.
+    own = of_down.fine and g.down_rows * of_down.scale_bytes(d.ffw_dim) % g.scale_unit == 0
     down = SegmentPlan(
         out=d.model_dim,
         inner=d.ffw_dim,
@@ -329,8 +332,9 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
         splits=g.splits,
         width=g.width,
         teams=teams,
-        run=a_group if g.splits == 1 else 1,
+        run=run,
         tiles=tiles,
+        scaled_rows=g.down_rows * (1 if own else run),
     )
     return {
         Segment.QKV: segment(d.qkv_dim, d.model_dim, Segment.QKV),

@@ -169,7 +169,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
             )
         assert operand.scale is not None
         scales = slot + part.rows * pitch
-        if part.run > 1:  # they are those of the whole run
+        if part.scaled_rows > part.rows:  # they are those of the whole run
             scales += (place.number & (part.run - 1)) * (part.rows * part.scale_bytes)
         size = GROUP if part.grouping is None else part.grouping.size
         # Groups of a row that others have.

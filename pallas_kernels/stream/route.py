@@ -14,7 +14,8 @@ the up projection: those come in two pieces.
 Where the inputs are split, every row is a piece of its own, or all are one *box*: see `plan.Box`.
 
 Scales of quantized weights come to the tile's slot too, behind its rows, by copies of their own: of
-all the rows that are dealt out together, so that they begin at whole 16 bytes.
+all the rows that are dealt out together, so that they begin at whole 16 bytes; of small groups, of
+the tile's own rows, where those do.
 """
 
 from __future__ import annotations
@@ -257,9 +258,11 @@ def _scale_words(
         quantized = env.segment(segment).bits != 16
         return scales_of(env, segment) if quantized else env[_WEIGHTS[segment]]
 
-    # All tiles of a run have the scales of all its rows.
-    row = row - lax.rem(row, of([p.run_rows if p.run > 1 else 1 for p in parts]))
-    there = of([p.run_rows if p.run > 1 else there for p in parts])
+    # All tiles of a run have the scales of all its rows, or each those of its own.
+    shared = [p.scaled_rows > p.rows for p in parts]
+    each = [p.scaled_rows if more else 1 for p, more in zip(parts, shared, strict=True)]
+    row = row - lax.rem(row, of(each))
+    there = of([p.scaled_rows if more else there for p, more in zip(parts, shared, strict=True)])
     arrays, sizes = [array_of(segment) for segment in names], of([p.scale_bytes for p in parts])
     start, base = lax.div(row * sizes, unit), weights_of(env)[0]
     head = parts[Segment.HEAD]
