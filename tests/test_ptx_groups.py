@@ -46,6 +46,11 @@ class Tile(Planned):
     short: int = 0  # inputs that a row lacks of the span
 
     @property
+    def gap(self) -> int:
+        """As the planner has it."""
+        return 16 if self.chunked and self.stored.fine and self.bits == 4 else 0
+
+    @property
     def stored(self) -> Stored:
         return Stored(self.bits, Grouping(size=self.size, scales=self.scales, offset=self.offset))
 
@@ -64,6 +69,8 @@ class Tile(Planned):
             row_bytes=self.inner * self.bits // 8,
             scale_bytes=self.stored.scale_bytes(self.inner),
             splits=1,
+            gap=self.gap,
+            weight_bytes=self.rows * self.inner * self.bits // 8 + self.gap,
         )
 
     @property
@@ -141,13 +148,16 @@ def check_product(
     edit: Edit = None,
     order: np.random.Generator | None = None,
     sums_edit: Edit = None,
-) -> None:
+) -> Machine:
     """A tile in shared memory times an operand in registers, against float64."""
     rng, plan, part = np.random.default_rng(0), tile.plan, tile.part
     weights, data, scales = weights_of(tile, rng)
     floats = tile.columns * tile.product_warps * tile.rows
     beyond = -(-2 * tile.span // 16) * 16  # that a whole span of the last row reaches
     beyond += -(data.size + scales.size) % 16
+    half = data.size // 2
+    behind = data.size + tile.gap  # where scales begin
+    beyond += tile.gap
     pitch = tile.sums.pitch * tile.reads
     sizes = [data.size + scales.size + beyond, 4 * floats + 256]
     sizes += [tile.product_warps * pitch, SPARE_BYTES * tile.warps]
@@ -155,8 +165,9 @@ def check_product(
     ring = machine.shared_base
     products, offsets, spare = (ring + x for x in np.cumsum(sizes)[:3].tolist())
     # Beyond rows lies anything, of which many are no numbers.
-    machine.view(ring, data.size, np.uint8)[:] = data.ravel()
-    machine.view(ring + data.size, scales.size, np.uint8)[:] = scales.ravel()
+    machine.view(ring, half, np.uint8)[:] = data.ravel()[:half]
+    machine.view(ring + half + tile.gap, half, np.uint8)[:] = data.ravel()[half:]
+    machine.view(ring + behind, scales.size, np.uint8)[:] = scales.ravel()
     sequences = 1 if tile.chunked else COLUMNS
     inputs = rng.standard_normal((sequences, tile.inner)).astype(np.float32)
     padded = np.pad(inputs, ((0, 0), (0, tile.short)))
@@ -182,7 +193,7 @@ def check_product(
         ring + part.read_bytes * read,
         data.shape[1],
         np.asarray(place_aside(plan, part, products, spare)),
-        ring + data.size,
+        ring + behind,
         np.asarray(scale).view(np.uint32),
         own * part.grain // tile.size,
         *bits,
@@ -207,6 +218,7 @@ def check_product(
     assert (np.abs(got - wanted) <= tolerance * bound).all()
     close = weights @ inputs.T.astype(np.float64)
     assert np.linalg.norm(got - close) <= 4e-4 * np.linalg.norm(bound) / tile.inner**0.5
+    return machine
 
 
 CHUNKED = [
@@ -323,3 +335,9 @@ def test_scales_are_loaded_as_many_at_once_as_lie_side_by_side():
     assert Tile(4, 32, 16, 4, False).ptx.scales_at_once == 8
     assert Tile(4, 32, 16, 7, False).ptx.scales_at_once == 2
     assert Tile(4, 32, 16, 7, False, offset="zero").ptx.scales_at_once == 4
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8, 16])
+@pytest.mark.parametrize("size", [32, 64])
+def test_of_one_sequence_weights_are_read_without_conflicts_of_banks(rows, size):
+    assert check_product(Tile(4, size, rows, 2, True)).conflicts == 0

@@ -226,8 +226,10 @@ def test_every_weight_is_read_once(name):
             assert (count - 1) * pitch + size <= plan.slot_bytes
             # They lie where the tile's rows are looked for.
             width = min(part.width, part.inner - program % part.splits * part.width)
-            slot_row, there = pitch * copies // part.row_bytes, length // width
-            assert (slot_row * part.row_bytes == pitch * copies).all()
+            places = (pitch - part.gap) * copies
+            slot_row, there = places // part.row_bytes, length // width
+            assert (slot_row * part.row_bytes == places).all()
+            assert part.gap == 0 or (slot_row == copies * (part.rows // 2)).all()
             wanted = rows_of(plan, segment, program, tile)[slot_row[:, None] + np.arange(there)]
             row, column = np.divmod(start, part.inner)
             assert (wanted == row[:, None] + np.arange(there)).all()
@@ -275,7 +277,7 @@ def test_the_scales_of_every_row_come_with_it(name):
             assert (which, layer_stride) == (segment, units)
             # Copies are of whole units, begin at such, and lie in the slot.
             assert size % unit == place % unit == pitch % unit == 0
-            assert place >= part.rows * part.row_bytes
+            assert place >= part.weight_bytes
             assert place + (count - 1) * pitch + size <= plan.slot_bytes
             # Which byte of the scales lies in each of the slot.
             held = np.full(plan.slot_bytes, -1)

@@ -150,7 +150,7 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
     if part.fine:  # `ptx.chunk_groups` says of which rows a thread's sums are, and of which groups
         chunk, half = thread & 3, lax.shift_right_logical(column, 2)
         product, fours = (column ^ chunk) & 3, max(1, part.rows // 4)
-        rows = 4 * (product & (fours - 1)) + 2 * half if part.rows > 2 else half
+        rows = part.rows // 2 * half + 2 * (product & (fours - 1))
         where = start + (warp * plan.columns(part) + chunk) * (4 * part.rows) + 4 * rows
         return jnp.where(product < fours, where, spare + SPARE_BYTES * warp)
     if part.bits == 16:

@@ -140,6 +140,7 @@ class SegmentPlan:
         run: neighbouring groups that are dealt out together.
         tiles: tiles of a program; its last ones may lie beyond the groups, and are then empty.
         scaled_rows: rows whose scales come with a tile: its own, or those of all of its run.
+        gap: bytes in a slot between the two halves of a tile's rows.
     """
 
     out: int
@@ -156,6 +157,7 @@ class SegmentPlan:
     run: int
     tiles: int
     scaled_rows: int
+    gap: int
 
     @property
     def run_rows(self) -> int:
@@ -209,9 +211,14 @@ class SegmentPlan:
         return self.stored.scale_bytes(self.inner)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of a tile's weights, and of what lies between them."""
+        return self.rows * self.row_bytes + self.gap
+
+    @property
     def tile_bytes(self) -> int:
         """Bytes of a tile, with the scales that come with it."""
-        return self.rows * self.row_bytes + self.scaled_rows * self.scale_bytes
+        return self.weight_bytes + self.scaled_rows * self.scale_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,9 +403,9 @@ class StreamPlan:
     @property
     def kinds(self) -> list[list[Segment]]:
         """The segments with weights, those together whose tiles are multiplied alike."""
-        kinds: dict[tuple[bool, Stored, int, int], list[Segment]] = {}
+        kinds: dict[tuple[bool, Stored, int, int, int], list[Segment]] = {}
         for segment, part in sorted(self.segments.items()):
-            kind = segment == Segment.DOWN, part.stored, part.scale_bytes, part.rows
+            kind = segment == Segment.DOWN, part.stored, part.scale_bytes, part.rows, part.gap
             kinds.setdefault(kind, []).append(segment)
         return list(kinds.values())
 

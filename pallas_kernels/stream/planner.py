@@ -112,6 +112,20 @@ class _Geometry:
             rows *= 2
         return rows
 
+    def gap(self, stored: Stored, rows: int, *, whole: bool) -> int:
+        """Bytes between the halves of a tile's rows.
+
+        Rows begin in the same bank; where threads read those of both halves at once, half a read
+        lies between them. See `ptx.chunk_groups`.
+
+        Args:
+            stored: how the matrix is.
+            rows: of a tile.
+            whole: whether all tiles have as many, and inputs are not split.
+        """
+        apart = self.columns == 1 and stored.fine and stored.bits == 4
+        return READ if apart and whole and rows > 1 else 0
+
     def _cut_down(self) -> None:
         """The down projection's inputs are split where threads, or tiles, have no room."""
         stored, size = self.dims.stored("down"), self.dims.ffw_dim
@@ -292,7 +306,8 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
         if kind == Segment.GATE_UP:
             rows = g.most_rows(stored, g.reads(stored), rows)
         # A group of gate and up holds half its rows of each.
-        groups = ceil_div(out, rows // 2 if kind == Segment.GATE_UP else rows)
+        of_each = rows // 2 if kind == Segment.GATE_UP else rows
+        groups = ceil_div(out, of_each)
         return SegmentPlan(
             out=out,
             inner=inner,
@@ -308,6 +323,7 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
             run=1,
             tiles=ceil_div(groups, programs),
             scaled_rows=rows,
+            gap=g.gap(stored, rows, whole=out % of_each == 0),
         )
 
     # Whoever computes whole rows of the down projection owns them: it has a group's tiles in
@@ -335,6 +351,7 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
         run=run,
         tiles=tiles,
         scaled_rows=g.down_rows * (1 if own else run),
+        gap=g.gap(of_down, g.down_rows, whole=g.splits == 1 and d.model_dim % g.down_rows == 0),
     )
     return {
         Segment.QKV: segment(d.qkv_dim, d.model_dim, Segment.QKV),

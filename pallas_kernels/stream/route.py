@@ -9,7 +9,8 @@ shorter, or empty, has a row of its own.
 A tile is copied in one piece where its rows are neighbours. In a group of queries, keys and
 values the first half of the rows holds elements of the first half of a head and the second half
 those that RoPE rotates them with; in one of gate and up, rows of the gate and the same ones of
-the up projection: those come in two pieces.
+the up projection: those come in two pieces. So do others between whose halves of rows there is a
+gap in the slot, against conflicts of banks.
 
 Where the inputs are split, every row is a piece of its own, or all are one *box*: see `plan.Box`.
 
@@ -169,19 +170,35 @@ def make_route(env: StreamEnv, table: Array) -> None:
     width = jnp.minimum(of([p.width for p in parts]), of([p.inner for p in parts]) - column)
     paired = of([int(is_paired(s)) for s in order]) != 0
     split = of([int(p.splits > 1) for p in parts]) != 0
-    second = of([d.head_dim // 2, 0, d.ffw_dim, 0, 0])
+    # Others come in two pieces where there is to be a gap between these.
+    halved = [int(p.gap > 0 and not is_paired(s)) for s, p in zip(order, parts, strict=True)]
+    second = of(
+        [
+            d.head_dim // 2,
+            parts[Segment.ATTN_OUT].rows // 2,
+            d.ffw_dim,
+            parts[Segment.DOWN].rows // 2,
+            parts[Segment.HEAD].rows // 2,
+        ]
+        if any(halved)
+        else [d.head_dim // 2, 0, d.ffw_dim, 0, 0]
+    )
     busy = (number >= 0) & (number < of([busy_tiles(env, part) for part in parts]))
     count = jnp.where(split, there, jnp.where(paired, 2, 1))
     pitch = of(
         [
-            p.row_bytes * (p.rows // 2 if is_paired(s) else 1)
+            p.row_bytes * (p.rows // 2 if is_paired(s) or p.gap else 1) + p.gap
             for s, p in zip(order, parts, strict=True)
         ]
     )
+    of_copy = there
+    if any(halved):
+        count = jnp.where(of(halved) != 0, 2, count)
+        of_copy = jnp.where(of(halved) != 0, lax.div(there, jnp.int32(2)), there)
     words = [
         *begin,
         jnp.where(split, inner, second * inner),
-        lax.div(width * of([p.bits for p in parts]), jnp.int32(8)) * jnp.where(split, 1, there),
+        lax.div(width * of([p.bits for p in parts]), jnp.int32(8)) * jnp.where(split, 1, of_copy),
         jnp.where(busy & (there > 0), count, 0),
         pitch,
     ]
@@ -272,7 +289,7 @@ def _scale_words(
     # Whole units: one that holds a scale lies in the array.
     size = lax.div(there * sizes + (whole - 1), unit) * whole
     most = of([(1 + is_paired(s)) * (p.bits != 16) for s, p in zip(names, parts, strict=True)])
-    place = of([p.rows * p.row_bytes for p in parts])
+    place = of([p.weight_bytes for p in parts])
     stride = lax.div(second * sizes, unit)
     return [*begin, stride, size, jnp.minimum(copies, most), place, size]
 

@@ -14,7 +14,9 @@ Where a tile has fewer rows than four products, they are of different groups, an
 are added up across threads in the end.
 
 Weights of int4 come by `ldmatrix`, which deals out 16 bytes to four threads; those of int8, 32
-bytes of a group, by loads of 8 bytes.
+bytes of a group, by loads of 8 bytes. A matrix has 16 bytes of each of 4 chunks of two rows. Rows
+begin in the same bank, so a gap of 16 bytes lies between the two halves of a tile's rows, and the
+two rows of a matrix are of different halves. What int8 loads at once is of one row.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class _Chunks:
         self.steps = self.groups // self.of_groups
         # Of a row of a product, by a thread.
         self.words = self.pieces if tile.bits == 4 else 2
-        # A product's rows g and g + 8 are neighbours in the tile.
+        # A product's rows from 4 on are of the tile's second half; rows g and g + 8 are neighbours.
+        self.half = tile.rows // 2
         self.rows = "xy" if tile.rows > 2 else "x"
 
     def text(self) -> str:
@@ -106,11 +109,9 @@ class _Chunks:
         # Row g of the i-th product is of chunk g ^ i.
         lines = [
             f".reg .b32 {', '.join(f'%{n}a{i}' for n in self.rows for i in range(self.abreast))};",
-            "shr.u32 %v, %g, 2; "
-            + ("shl.b32 %v, %v, 1; " if self.t.rows > 2 else "")
-            + "mad.lo.u32 %a, %v, $2, $1;",
+            f"shr.u32 %v, %g, 2; mul.lo.u32 %v, %v, {self.half}; mad.lo.u32 %a, %v, $2, $1;",
             "shl.b32 %v, %t, 3; add.u32 %a, %a, %v; and.b32 %v, %g, 3; shl.b32 %v, %v, 5;",
-            "shl.b32 %b, $2, 2;",
+            "shl.b32 %b, $2, 1;",
         ]
         for i in range(self.abreast):
             four, group = i % self.fours, i // self.fours
@@ -130,13 +131,14 @@ class _Chunks:
         """
         fours = self.fours.bit_length() - 1
         lines = [
-            "shr.u32 %i, %l, 3; and.b32 %v, %l, 7;",
-            "shr.u32 %w, %v, 2; " + ("shl.b32 %w, %w, 1;" if self.t.rows > 2 else ""),
+            "shr.u32 %i, %l, 3; and.b32 %v, %l, 7; shr.u32 %b, %v, 2;",
+            f"mul.lo.u32 %w, %b, {self.half};",
         ]
         if self.fours > 1:
-            lines.append(f"and.b32 %a, %i, {self.fours - 1}; shl.b32 %a, %a, 2;")
-            lines.append("add.u32 %w, %w, %a;")
+            lines.append(f"and.b32 %a, %i, {self.fours - 1}; mad.lo.u32 %w, %a, 2, %w;")
         lines.append("mad.lo.u32 %a, %w, $2, $1;")
+        if self.t.gap:
+            lines.append(f"mad.lo.u32 %a, %b, {self.t.gap}, %a;")
         # Of two products the chunk has the lowest bit of i alone.
         chunk = f"and.b32 %w, %i, {self.abreast - 1}; xor.b32 %v, %v, %w;"
         lines.append(f"{chunk} and.b32 %v, %v, 3; shl.b32 %v, %v, 5; add.u32 %a, %a, %v;")
@@ -179,9 +181,9 @@ class _Chunks:
     def scale_addresses(self) -> list[str]:
         """Makes %c, where the scales of a thread's first row begin; and %z, its groups' sums."""
         t, fours = self.t, self.fours.bit_length() - 1
-        lines = ["shr.u32 %w, %g, 2; " + ("shl.b32 %w, %w, 1;" if t.rows > 2 else "")]
+        lines = [f"shr.u32 %w, %g, 2; mul.lo.u32 %w, %w, {self.half};"]
         if self.fours > 1:
-            lines.append(f"and.b32 %v, %i, {self.fours - 1}; mad.lo.u32 %w, %v, 4, %w;")
+            lines.append(f"and.b32 %v, %i, {self.fours - 1}; mad.lo.u32 %w, %v, 2, %w;")
         lines.append(f"mad.lo.u32 %c, %w, {t.scale_bytes}, $4; add.u32 %v, $6, %t;")
         if self.groups == 4:
             lines.append("add.u32 %v, %v, %t;")

@@ -41,6 +41,7 @@ class IntegerTile:
         fine: whether groups are: see `groups`. Of one sequence, `step` is that of its reads of the
             same line.
         scales_at_once: bytes of groups that are fine that may be loaded at once.
+        gap: bytes between the two halves of the rows; where groups are fine, of one sequence.
     """
 
     bits: int
@@ -56,6 +57,7 @@ class IntegerTile:
     offset: str | None = None
     fine: bool = False
     scales_at_once: int = 2
+    gap: int = 0
 
     @property
     def read_bytes(self) -> int:
