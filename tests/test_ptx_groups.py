@@ -46,6 +46,12 @@ class Tile(Planned):
     short: int = 0  # inputs that a row lacks of the span
 
     @property
+    def scale_gap(self) -> int:
+        """As the planner has it."""
+        apart = self.chunked and self.stored.fine and self.rows == 16 and self.offset is None
+        return 16 if apart else 0
+
+    @property
     def gap(self) -> int:
         """As the planner has it."""
         return 16 if self.chunked and self.stored.fine and self.bits == 4 else 0
@@ -70,6 +76,7 @@ class Tile(Planned):
             scale_bytes=self.stored.scale_bytes(self.inner),
             splits=1,
             gap=self.gap,
+            scale_gap=self.scale_gap,
             weight_bytes=self.rows * self.inner * self.bits // 8 + self.gap,
         )
 
@@ -157,7 +164,8 @@ def check_product(
     beyond += -(data.size + scales.size) % 16
     half = data.size // 2
     behind = data.size + tile.gap  # where scales begin
-    beyond += tile.gap
+    beyond += tile.gap + tile.scale_gap
+    half_scales = scales.size // 2
     pitch = tile.sums.pitch * tile.reads
     sizes = [data.size + scales.size + beyond, 4 * floats + 256]
     sizes += [tile.product_warps * pitch, SPARE_BYTES * tile.warps]
@@ -167,7 +175,9 @@ def check_product(
     # Beyond rows lies anything, of which many are no numbers.
     machine.view(ring, half, np.uint8)[:] = data.ravel()[:half]
     machine.view(ring + half + tile.gap, half, np.uint8)[:] = data.ravel()[half:]
-    machine.view(ring + behind, scales.size, np.uint8)[:] = scales.ravel()
+    machine.view(ring + behind, half_scales, np.uint8)[:] = scales.ravel()[:half_scales]
+    at = ring + behind + half_scales + tile.scale_gap
+    machine.view(at, half_scales, np.uint8)[:] = scales.ravel()[half_scales:]
     sequences = 1 if tile.chunked else COLUMNS
     inputs = rng.standard_normal((sequences, tile.inner)).astype(np.float32)
     padded = np.pad(inputs, ((0, 0), (0, tile.short)))

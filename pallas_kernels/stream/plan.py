@@ -141,6 +141,7 @@ class SegmentPlan:
         tiles: tiles of a program; its last ones may lie beyond the groups, and are then empty.
         scaled_rows: rows whose scales come with a tile: its own, or those of all of its run.
         gap: bytes in a slot between the two halves of a tile's rows.
+        scale_gap: between the scales of these.
     """
 
     out: int
@@ -158,6 +159,7 @@ class SegmentPlan:
     tiles: int
     scaled_rows: int
     gap: int
+    scale_gap: int
 
     @property
     def run_rows(self) -> int:
@@ -218,7 +220,7 @@ class SegmentPlan:
     @property
     def tile_bytes(self) -> int:
         """Bytes of a tile, with the scales that come with it."""
-        return self.weight_bytes + self.scaled_rows * self.scale_bytes
+        return self.weight_bytes + self.scaled_rows * self.scale_bytes + self.scale_gap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,9 +405,10 @@ class StreamPlan:
     @property
     def kinds(self) -> list[list[Segment]]:
         """The segments with weights, those together whose tiles are multiplied alike."""
-        kinds: dict[tuple[bool, Stored, int, int, int], list[Segment]] = {}
+        kinds: dict[tuple[bool, Stored, int, int, int, int], list[Segment]] = {}
         for segment, part in sorted(self.segments.items()):
-            kind = segment == Segment.DOWN, part.stored, part.scale_bytes, part.rows, part.gap
+            gaps = part.gap, part.scale_gap
+            kind = segment == Segment.DOWN, part.stored, part.scale_bytes, part.rows, *gaps
             kinds.setdefault(kind, []).append(segment)
         return list(kinds.values())
 

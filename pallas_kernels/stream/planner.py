@@ -126,6 +126,24 @@ class _Geometry:
         apart = self.columns == 1 and stored.fine and stored.bits == 4
         return READ if apart and whole and rows > 1 else 0
 
+    def scale_gap(self, stored: Stored, rows: int, size: int, *, whole: bool) -> int:
+        """Bytes between the scales of the halves of a tile's rows.
+
+        Of 16 rows threads read those of 8 at once, which begin in the same bank. Pairs of numbers
+        are read by half of the threads at a time, those of 4 rows.
+
+        Args:
+            stored: how the matrix is.
+            rows: of a tile.
+            size: inputs of a row.
+            whole: as of `gap`.
+        """
+        if self.columns > 1 or not (whole and stored.fine and rows == MAX_ROWS):
+            return 0
+        assert stored.groups is not None
+        units = rows // 2 * stored.scale_bytes(size) % self.scale_unit == 0
+        return READ if units and stored.groups.offset is None else 0
+
     def _cut_down(self) -> None:
         """The down projection's inputs are split where threads, or tiles, have no room."""
         stored, size = self.dims.stored("down"), self.dims.ffw_dim
@@ -324,6 +342,7 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
             tiles=ceil_div(groups, programs),
             scaled_rows=rows,
             gap=g.gap(stored, rows, whole=out % of_each == 0),
+            scale_gap=g.scale_gap(stored, rows, inner, whole=out % of_each == 0),
         )
 
     # Whoever computes whole rows of the down projection owns them: it has a group's tiles in
@@ -352,6 +371,7 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
         tiles=tiles,
         scaled_rows=g.down_rows * (1 if own else run),
         gap=g.gap(of_down, g.down_rows, whole=g.splits == 1 and d.model_dim % g.down_rows == 0),
+        scale_gap=0,
     )
     return {
         Segment.QKV: segment(d.qkv_dim, d.model_dim, Segment.QKV),

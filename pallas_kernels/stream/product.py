@@ -207,6 +207,7 @@ def integer_tile(plan: StreamPlan, part: SegmentPlan, *, ragged: bool) -> ptx.In
             "fine": part.fine,
             "scales_at_once": scales_at_once(plan, part),
             "gap": part.gap,
+            "scale_gap": part.scale_gap,
         }
     return ptx.IntegerTile(
         bits=part.bits,

@@ -172,6 +172,7 @@ def make_route(env: StreamEnv, table: Array) -> None:
     split = of([int(p.splits > 1) for p in parts]) != 0
     # Others come in two pieces where there is to be a gap between these.
     halved = [int(p.gap > 0 and not is_paired(s)) for s, p in zip(order, parts, strict=True)]
+    apart_scales = [p.scale_gap > 0 and not is_paired(s) for s, p in zip(order, parts, strict=True)]
     second = of(
         [
             d.head_dim // 2,
@@ -180,7 +181,7 @@ def make_route(env: StreamEnv, table: Array) -> None:
             parts[Segment.DOWN].rows // 2,
             parts[Segment.HEAD].rows // 2,
         ]
-        if any(halved)
+        if any(halved) or any(apart_scales)
         else [d.head_dim // 2, 0, d.ffw_dim, 0, 0]
     )
     busy = (number >= 0) & (number < of([busy_tiles(env, part) for part in parts]))
@@ -205,6 +206,9 @@ def make_route(env: StreamEnv, table: Array) -> None:
     words.append(_box_word(plan, split & (words[5] > 0), row, column))
     assert len(words) == ROW_WORDS
     if plan.quantized:
+        if any(apart_scales):
+            halves = lax.div(there, jnp.int32(2))
+            there = jnp.where(of([int(x) for x in apart_scales]) != 0, halves, there)
         words += _scale_words(env, parts, beyond, begin_row, second, there, words[5])
     if env.interpret:
         for number, word in enumerate(words):
@@ -288,10 +292,21 @@ def _scale_words(
     begin = ptx.begin_words(base, arrays, strides, beyond, start, unit=whole, interpret=interpret)
     # Whole units: one that holds a scale lies in the array.
     size = lax.div(there * sizes + (whole - 1), unit) * whole
-    most = of([(1 + is_paired(s)) * (p.bits != 16) for s, p in zip(names, parts, strict=True)])
+    most = of(
+        [
+            (1 + (is_paired(s) or p.scale_gap > 0)) * (p.bits != 16)
+            for s, p in zip(names, parts, strict=True)
+        ]
+    )
+    # Where weights come in one copy, scales may come in two.
+    if any(p.scale_gap and not (p.gap or is_paired(s)) for s, p in zip(names, parts, strict=True)):
+        copies = jnp.where(copies > 0, jnp.maximum(copies, most), 0)
+    pitch = size
+    if any(p.scale_gap for p in parts):
+        pitch = size + of([p.scale_gap for p in parts])
     place = of([p.weight_bytes for p in parts])
     stride = lax.div(second * sizes, unit)
-    return [*begin, stride, size, jnp.minimum(copies, most), place, size]
+    return [*begin, stride, size, jnp.minimum(copies, most), place, pitch]
 
 
 def read_route(env: StreamEnv, index: Array) -> tuple[Source, Array]:

@@ -181,10 +181,15 @@ class _Chunks:
     def scale_addresses(self) -> list[str]:
         """Makes %c, where the scales of a thread's first row begin; and %z, its groups' sums."""
         t, fours = self.t, self.fours.bit_length() - 1
-        lines = [f"shr.u32 %w, %g, 2; mul.lo.u32 %w, %w, {self.half};"]
+        lines = [f"shr.u32 %c, %g, 2; mul.lo.u32 %w, %c, {self.half};"]
         if self.fours > 1:
             lines.append(f"and.b32 %v, %i, {self.fours - 1}; mad.lo.u32 %w, %v, 2, %w;")
-        lines.append(f"mad.lo.u32 %c, %w, {t.scale_bytes}, $4; add.u32 %v, $6, %t;")
+        # Halves of 16 rows' scales have a gap between them, too.
+        base = "$4"
+        if t.scale_gap:
+            lines.append(f"mad.lo.u32 %v, %c, {t.scale_gap}, $4;")
+            base = "%v"
+        lines.append(f"mad.lo.u32 %c, %w, {t.scale_bytes}, {base}; add.u32 %v, $6, %t;")
         if self.groups == 4:
             lines.append("add.u32 %v, %v, %t;")
         if t.offset is not None:

@@ -42,6 +42,7 @@ class IntegerTile:
             same line.
         scales_at_once: bytes of groups that are fine that may be loaded at once.
         gap: bytes between the two halves of the rows; where groups are fine, of one sequence.
+        scale_gap: likewise between those of their scales.
     """
 
     bits: int
@@ -58,6 +59,7 @@ class IntegerTile:
     fine: bool = False
     scales_at_once: int = 2
     gap: int = 0
+    scale_gap: int = 0
 
     @property
     def read_bytes(self) -> int:
