@@ -16,7 +16,7 @@ from step_cases import bits, newest, untouched
 from ffjax.cache import KVCache
 from ffjax.config import preset
 from ffjax.decode import DecodeOutput
-from pallas_kernels.dims import Dims, WeightBits
+from pallas_kernels.dims import Dims, Grouping, WeightBits, WeightGroups
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.env import StreamEnv
@@ -38,6 +38,7 @@ __all__ = [
     "check",
     "check_several",
     "env_of",
+    "in_groups",
     "machine",
     "preset_dims",
     "run_stages",
@@ -59,6 +60,13 @@ def machine(programs: int) -> Gpu:
 
 def preset_dims(name: str, batch: int, bits: WeightBits = BFLOAT16) -> Dims:
     return dataclasses.replace(dims_of(preset(name), batch, 1024), weight_bits=bits)
+
+
+def in_groups(dims: Dims, size: int, offset: str | None = None) -> Dims:
+    """The same sizes, all matrices in groups with float16 scales."""
+    grouping = Grouping(size=size, scales="float16", offset=offset)
+    groups = WeightGroups(**dict.fromkeys(dataclasses.asdict(dims.weight_bits), grouping))
+    return dataclasses.replace(dims, weight_groups=groups)
 
 
 def env_of(plan: StreamPlan, program: int) -> StreamEnv:
@@ -102,6 +110,12 @@ PLANS = {
     "8B, int8, on an RTX 4090": lambda: make_stream_plan(preset_dims("llama3.1-8b", 1, INT8), RTX),
     "8B, int8 in tiles of 8 KiB": lambda: make_stream_plan(
         preset_dims("llama3.1-8b", 1, INT8), H200, Tuning(tile_bytes=8192)
+    ),
+    "8B, int4 in groups of 32": lambda: make_stream_plan(
+        in_groups(preset_dims("llama3.1-8b", 1, INT4), 32), H200
+    ),
+    "1B, int8 in groups of 32, on an RTX 4090": lambda: make_stream_plan(
+        in_groups(preset_dims("llama3.2-1b", 1, INT8), 32), RTX
     ),
     "mixed, groups of the down projection in several tiles": lambda: make_stream_plan(
         preset_dims("qwen2.5-1.5b", 2, WeightBits(qkv=8, attn_out=4, down=8, head=4)), H200

@@ -17,17 +17,18 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("format", "batch"),
+    ("name", "format", "batch"),
     [
-        (int4(32, "float16"), 1),
-        (int4(32, "float16", "minimum"), 8),
-        (int4(128, "float16", "zero"), 1),
-        (INT8_GROUPS, 8),
+        ("llama3.2-1b", int4(32, "float16"), 1),
+        ("llama3.2-1b", int4(32, "float16", "minimum"), 8),
+        ("llama3.2-1b", int4(128, "float16", "zero"), 1),
+        ("llama3.2-1b", INT8_GROUPS, 8),
+        ("llama3.1-8b", int4(32, "float16", "zero"), 1),
     ],
     ids=str,
 )
-def test_a_step_is_one_kernel_that_spills_nothing(format, batch):
-    config = quantized_config(preset("llama3.2-1b"), WeightFormats.of_layers(format, format))
+def test_a_step_is_one_kernel_that_spills_nothing(name, format, batch):
+    config = quantized_config(preset(name), WeightFormats.of_layers(format, format))
     report = compile_for("h200", dims_of(config, batch, 16_384))
     assert (report.kernels, report.spill_bytes) == (1, 0)
 

@@ -18,6 +18,7 @@ from ffjax.packing import pack
 from pallas_kernels.dims import Grouping, Stored
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.lanes import (
+    distances,
     first_input,
     first_read,
     offset_of_use,
@@ -25,7 +26,7 @@ from pallas_kernels.stream.lanes import (
     place_of_offset,
 )
 from pallas_kernels.stream.layout import SPARE_BYTES
-from pallas_kernels.stream.plan import COLUMNS, grain_of
+from pallas_kernels.stream.plan import COLUMNS, PIECE, PRODUCT, grain_of
 from pallas_kernels.stream.product import integer_tile
 
 
@@ -43,6 +44,17 @@ class Tile(Planned):
     product_warps: int = 4
     warps: int = 4
     short: int = 0  # inputs that a row lacks of the span
+
+    @property
+    def scale_gap(self) -> int:
+        """As the planner has it."""
+        apart = self.chunked and self.stored.fine and self.rows == 16 and self.offset is None
+        return 16 if apart else 0
+
+    @property
+    def gap(self) -> int:
+        """As the planner has it."""
+        return 16 if self.chunked and self.stored.fine and self.bits == 4 else 0
 
     @property
     def stored(self) -> Stored:
@@ -63,6 +75,9 @@ class Tile(Planned):
             row_bytes=self.inner * self.bits // 8,
             scale_bytes=self.stored.scale_bytes(self.inner),
             splits=1,
+            gap=self.gap,
+            scale_gap=self.scale_gap,
+            weight_bytes=self.rows * self.inner * self.bits // 8 + self.gap,
         )
 
     @property
@@ -86,6 +101,7 @@ class Tile(Planned):
             chunked=self.chunked,
             fine=self.stored.fine,
             threads=32 * self.product_warps,
+            products=self.size // PRODUCT,
         )
 
 
@@ -139,13 +155,17 @@ def check_product(
     edit: Edit = None,
     order: np.random.Generator | None = None,
     sums_edit: Edit = None,
-) -> None:
+) -> Machine:
     """A tile in shared memory times an operand in registers, against float64."""
     rng, plan, part = np.random.default_rng(0), tile.plan, tile.part
     weights, data, scales = weights_of(tile, rng)
     floats = tile.columns * tile.product_warps * tile.rows
     beyond = -(-2 * tile.span // 16) * 16  # that a whole span of the last row reaches
     beyond += -(data.size + scales.size) % 16
+    half = data.size // 2
+    behind = data.size + tile.gap  # where scales begin
+    beyond += tile.gap + tile.scale_gap
+    half_scales = scales.size // 2
     pitch = tile.sums.pitch * tile.reads
     sizes = [data.size + scales.size + beyond, 4 * floats + 256]
     sizes += [tile.product_warps * pitch, SPARE_BYTES * tile.warps]
@@ -153,16 +173,18 @@ def check_product(
     ring = machine.shared_base
     products, offsets, spare = (ring + x for x in np.cumsum(sizes)[:3].tolist())
     # Beyond rows lies anything, of which many are no numbers.
-    machine.view(ring, data.size, np.uint8)[:] = data.ravel()
-    machine.view(ring + data.size, scales.size, np.uint8)[:] = scales.ravel()
+    machine.view(ring, half, np.uint8)[:] = data.ravel()[:half]
+    machine.view(ring + half + tile.gap, half, np.uint8)[:] = data.ravel()[half:]
+    machine.view(ring + behind, half_scales, np.uint8)[:] = scales.ravel()[:half_scales]
+    at = ring + behind + half_scales + tile.scale_gap
+    machine.view(at, half_scales, np.uint8)[:] = scales.ravel()[half_scales:]
     sequences = 1 if tile.chunked else COLUMNS
     inputs = rng.standard_normal((sequences, tile.inner)).astype(np.float32)
     padded = np.pad(inputs, ((0, 0), (0, tile.short)))
     thread = np.arange(plan.threads)
     column, mine = thread % 32 // 4, thread < 32 * tile.product_warps
     first = np.asarray(first_input(plan, part))
-    step = tile.line * part.grain
-    at = np.stack([first + q * step + j for q in range(tile.reads) for j in range(part.held)])
+    at = np.stack([first + x + j for x in distances(plan, part) for j in range(PIECE)])
     assert sorted(at[:, mine].ravel()) == sorted([*range(tile.span)] * sequences)
     held = np.where(mine, padded[0 if tile.chunked else column, at], 0).astype(np.float32)
     given, halved = [jnp.asarray(x) for x in held], tile.chunked
@@ -181,7 +203,7 @@ def check_product(
         ring + part.read_bytes * read,
         data.shape[1],
         np.asarray(place_aside(plan, part, products, spare)),
-        ring + data.size,
+        ring + behind,
         np.asarray(scale).view(np.uint32),
         own * part.grain // tile.size,
         *bits,
@@ -206,6 +228,7 @@ def check_product(
     assert (np.abs(got - wanted) <= tolerance * bound).all()
     close = weights @ inputs.T.astype(np.float64)
     assert np.linalg.norm(got - close) <= 4e-4 * np.linalg.norm(bound) / tile.inner**0.5
+    return machine
 
 
 CHUNKED = [
@@ -216,8 +239,13 @@ CHUNKED = [
     Tile(4, 32, 8, 2, True, "bfloat16", short=3 * 32),
     Tile(4, 64, 16, 2, True, "float16", "zero", short=7 * 64),
     Tile(4, 32, 2, 1, True, "float16", "minimum", warps=8),
-    Tile(4, 32, 4, 1, True, "bfloat16", "zero"),
+    Tile(4, 32, 4, 7, True, "bfloat16", "zero", short=9 * 32),
+    Tile(4, 64, 8, 1, True, "bfloat16", "minimum"),
+    Tile(4, 64, 4, 3, True, "float16", "zero"),
+    Tile(4, 64, 2, 1, True),
     Tile(8, 32, 16, 2, True, short=32),
+    Tile(8, 32, 8, 3, True, "bfloat16"),
+    Tile(8, 32, 4, 2, True, warps=8),
     Tile(8, 32, 2, 1, True, "bfloat16"),
 ]
 BATCHED = [
@@ -249,47 +277,65 @@ def test_warps_make_their_products_in_any_order(tile):
 
 
 _ONE = Tile(4, 32, 16, 1, True, "float16", "minimum")
+_FEW = Tile(4, 32, 4, 2, True, "float16", "zero")
+_WIDER = Tile(4, 64, 4, 1, True, "float16", "zero")
+_BYTES = Tile(8, 32, 8, 1, True)
 _MANY = Tile(4, 32, 16, 8, False, "float16", "zero")
 PRODUCT_EDITS = [
-    (_ONE, "setp.eq.u32 %p, %w, 1", "setp.eq.u32 %p, %w, 2"),
-    (_ONE, "and.b32 %d1, $8, %k3", "and.b32 %d1, $8, %k2"),
-    (_ONE, "xor.b32 %w, %w, %t", "xor.b32 %w, %w, 0"),
-    (_ONE, "shl.b32 %v, %t, 1", "shl.b32 %v, %t, 0"),
-    (_MANY, "0x4B400000", "0x4B000000"),
+    (_ONE, "xor.b32 %v, %v, %w", "xor.b32 %v, %v, 0"),
+    (_ONE, "xor.b32 %i, %g, %t", "xor.b32 %i, %g, 0"),
+    (_ONE, "%d3_1, %d2_1, %one", "%d3_1, %d2_1, %two"),
+    (_ONE, "{$9, $10}", "{$11, $12}"),
+    (_ONE, "[%b+16]", "[%b+32]"),
+    (_ONE, "{%xs2, %xs3}, [%c+32]", "{%xs2, %xs3}, [%c+8]"),
+    (_ONE, "%q1, %o, %v1", "%q0, %o, %v1"),
     (_ONE, "fma.rn.f32 %o, %s, 0f41000000, %o", "fma.rn.f32 %o, %s, 0f00000000, %o"),
-    (_MANY, "0f43800000", "0f43000000"),
-    (_ONE, "xor.b32 %v, %i, 96", "xor.b32 %v, %i, 32"),
-    (_ONE, "[$3+32]", "[$3+64]"),
     (_ONE, "{%h, %h2}, %xs0", "{%h2, %h}, %xs0"),
+    (_FEW, "%f, %v0, 8, 31", "%f, %v0, 4, 31"),
+    (_FEW, "mad.lo.u32 %v, %w, 3, %v", "mad.lo.u32 %v, %w, 2, %v"),
+    (_FEW, "mad.lo.u32 %z, %w, 4, %z", "mad.lo.u32 %z, %w, 0, %z"),
+    (_WIDER, "shl.b32 %v, %v, 4; add.u32 %a", "shl.b32 %v, %v, 5; add.u32 %a"),
+    (_WIDER, "{%d1_0, %d1_1, %d1_2, %d1_3};", "{%zero, %zero, %zero, %zero};"),
+    (_BYTES, "add.u32 %xa2, %xa2, 128", "add.u32 %xa2, %xa2, 64"),
+    (_BYTES, "xor.b32 %w, %v, 96", "xor.b32 %w, %v, 32"),
+    (_MANY, "0x4B400000", "0x4B000000"),
+    (_MANY, "0f43800000", "0f43000000"),
     (_MANY, "sub.rn.f32 %o, 0f41000000, %o", "sub.rn.f32 %o, 0f40E00000, %o"),
     (_MANY, "and.b32 %v, %g, 4", "and.b32 %v, %g, 2"),
     (_MANY, "shl.b32 %k3, %v, 4", "shl.b32 %k3, %v, 3"),
     (_MANY, "{%xs0, %xs1, %xs2, %xs3}, [%c+16]", "{%xs0, %xs1, %xs2, %xs3}, [%c+0]"),
     (_MANY, "%q1, %o, %v1", "%q0, %o, %v1"),
     (Tile(4, 32, 8, 7, False, "float16", short=96), "setp.ne.f32 %p, %f, 0f00000000; @%p", ""),
+    (Tile(4, 32, 4, 2, True, short=96), "setp.ne.f32 %p, %f, 0f00000000; @%p", ""),
 ]
 
 
 @pytest.mark.parametrize(("tile", "old", "new"), PRODUCT_EDITS)
 def test_an_edit_of_the_products_is_noticed(tile, old, new):
+    assert old in product_text(tile).text
     with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
         check_product(tile, (old, new))
 
 
 SUMS_EDITS = [
-    (_ONE, "shl.b32 %h, %s, 8", "shl.b32 %h, %s, 7"),
-    (_ONE, "selp.b32 %s, %s, %h, %odd", "selp.b32 %s, %h, %s, %odd"),
-    (_ONE, "%s, 4, 31", "%s, 2, 31"),
-    (_ONE, "shl.b32 %s, %s, 4", "shl.b32 %s, %s, 3"),
+    (_ONE, "0x10101010", "0x01010101"),
+    (_ONE, "%d0_2_0, 256", "%d0_2_0, 128"),
+    (_ONE, "{%f0_0, %f0_2, %f0_4, %f0_6}", "{%f0_0, %f0_4, %f0_2, %f0_6}"),
+    (_FEW, "[$1+64]", "[$1+0]"),
+    (_WIDER, "{$4, $5}", "{$2, $3}"),
     (_MANY, "%s, 2, 31", "%s, 4, 31"),
     (_MANY, "dp4a.s32.s32 %s, $5", "dp4a.s32.s32 %s, $4"),
     (_MANY, "[$1+32]", "[$1+64]"),
+    (Tile(4, 128, 4, 1, True, "float16", "zero"), "shl.b32 %h, %s, 8", "shl.b32 %h, %s, 7"),
     (Tile(4, 128, 4, 1, True, "float16", "zero"), "%s, 1, 31", "%s, 2, 31"),
+    (Tile(4, 128, 4, 1, True, "float16", "zero"), "shl.b32 %s, %s, 4", "shl.b32 %s, %s, 3"),
+    (Tile(4, 128, 4, 1, True, "float16", "zero"), "%s, %h, %odd", "%h, %s, %odd"),
 ]
 
 
 @pytest.mark.parametrize(("tile", "old", "new"), SUMS_EDITS)
 def test_an_edit_of_the_sums_of_groups_is_noticed(tile, old, new):
+    assert old in sums_text(tile).text
     with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
         check_product(tile, sums_edit=(old, new))
 
@@ -299,3 +345,9 @@ def test_scales_are_loaded_as_many_at_once_as_lie_side_by_side():
     assert Tile(4, 32, 16, 4, False).ptx.scales_at_once == 8
     assert Tile(4, 32, 16, 7, False).ptx.scales_at_once == 2
     assert Tile(4, 32, 16, 7, False, offset="zero").ptx.scales_at_once == 4
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8, 16])
+@pytest.mark.parametrize("size", [32, 64])
+def test_of_one_sequence_weights_are_read_without_conflicts_of_banks(rows, size):
+    assert check_product(Tile(4, size, rows, 2, True)).conflicts == 0

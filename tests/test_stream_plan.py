@@ -20,7 +20,17 @@ from decode_cases import (
     small_config,
 )
 from jax.experimental import pallas as pl
-from stream_cases import BFLOAT16, H200, INT4, INT8, PLANS, env_of, machine, preset_dims
+from stream_cases import (
+    BFLOAT16,
+    H200,
+    INT4,
+    INT8,
+    PLANS,
+    env_of,
+    in_groups,
+    machine,
+    preset_dims,
+)
 
 from ffjax.cache import KVCache
 from ffjax.config import PRESETS
@@ -29,7 +39,14 @@ from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
 from pallas_kernels.stream import ptx, ring
 from pallas_kernels.stream.kernel import leaves_time, tiles_ahead
-from pallas_kernels.stream.lanes import LOAD, column_of, first_input, next_input, word_in_mail
+from pallas_kernels.stream.lanes import (
+    LOAD,
+    column_of,
+    distances,
+    first_input,
+    next_input,
+    word_in_mail,
+)
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
 from pallas_kernels.stream.mail import MAP_WORDS, Mail, mail_words
@@ -67,12 +84,13 @@ pytestmark = [
 # Who holds what
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(("bits", "size"), [(16, 0), (8, 0), (8, 32), (4, 0), (4, 32), (4, 64)])
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("name", ["llama3.2-1b", "llama3.1-8b", "gemma2-2b", "qwen2.5-1.5b"])
-def test_every_input_is_waited_for_where_it_was_put(name, batch, bits):
+def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
     all_bits = WeightBits(qkv=bits, attn_out=bits, gate_up=bits, down=bits, head=bits)
-    plan = make_stream_plan(preset_dims(name, batch, all_bits), H200)
+    sizes = preset_dims(name, batch, all_bits)
+    plan = make_stream_plan(in_groups(sizes, size) if size else sizes, H200)
     at, twins = layout_of(plan), 2 if plan.twins else 1
     assert plan.twins == (batch > 1)
     rooms = {
@@ -90,13 +108,9 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits):
         assert len(set(words.ravel())) == words.size
         assert words.max() < room
         first = np.asarray(first_input(plan, part))
-        distances = [
-            q * next_input(plan, part) + i
-            for q in range(part.reads)
-            for i in range(0, part.held, PIECE)
-        ]
+        apart = distances(plan, part)
         # Of one sequence each thread has inputs of its own, of several those of a column.
-        seen = first[:, None, None] + np.array(distances)[:, None] + np.arange(PIECE)
+        seen = first[:, None, None] + np.array(apart)[:, None] + np.arange(PIECE)
         mine = slice(None) if plan.chunked else column_of(plan) == 0
         assert sorted(seen[mine].ravel()) == list(range(plan.span(segment)))
         # Pieces lie where their threads look for them: in loads of 4 words, and those of a warp's
@@ -106,12 +120,12 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits):
         within = word // LOAD * 32 * LOAD + word % LOAD
         for before in range(0, part.inner, part.width):
             place = np.asarray(word_in_mail(plan, part, sequence, before + first))[:, None]
-            place = place + [word_in_mail(plan, part, 0, x) for x in distances]
+            place = place + [word_in_mail(plan, part, 0, x) for x in apart]
             there = before + seen[..., -1] < min(before + part.width, part.inner)
             owner = np.broadcast_to(sequence[:, None], there.shape)[there]
             wanted = put[owner[:, None], before + seen[there]]
             assert (wanted == place[there][:, None] + within).all()
-            loads = np.sort(place.reshape(-1, 32, len(distances)), axis=1)
+            loads = np.sort(place.reshape(-1, 32, len(apart)), axis=1)
             assert (loads - loads[:, :1] == LOAD * np.arange(32)[:, None]).all()
             assert (loads[:, 0] % (32 * LOAD) == 0).all()
 
@@ -212,8 +226,10 @@ def test_every_weight_is_read_once(name):
             assert (count - 1) * pitch + size <= plan.slot_bytes
             # They lie where the tile's rows are looked for.
             width = min(part.width, part.inner - program % part.splits * part.width)
-            slot_row, there = pitch * copies // part.row_bytes, length // width
-            assert (slot_row * part.row_bytes == pitch * copies).all()
+            places = (pitch - part.gap) * copies
+            slot_row, there = places // part.row_bytes, length // width
+            assert (slot_row * part.row_bytes == places).all()
+            assert part.gap == 0 or (slot_row == copies * (part.rows // 2)).all()
             wanted = rows_of(plan, segment, program, tile)[slot_row[:, None] + np.arange(there)]
             row, column = np.divmod(start, part.inner)
             assert (wanted == row[:, None] + np.arange(there)).all()
@@ -261,7 +277,7 @@ def test_the_scales_of_every_row_come_with_it(name):
             assert (which, layer_stride) == (segment, units)
             # Copies are of whole units, begin at such, and lie in the slot.
             assert size % unit == place % unit == pitch % unit == 0
-            assert place >= part.rows * part.row_bytes
+            assert place >= part.weight_bytes
             assert place + (count - 1) * pitch + size <= plan.slot_bytes
             # Which byte of the scales lies in each of the slot.
             held = np.full(plan.slot_bytes, -1)
@@ -272,8 +288,14 @@ def test_the_scales_of_every_row_come_with_it(name):
             # They lie where those of the tile's rows are looked for.
             rows = rows_of(plan, segment, program, tile)
             there = rows < matrix_rows
-            behind = place + tile % part.run * part.rows * bytes_of_row
-            found = held[behind:][: part.rows * bytes_of_row].reshape(part.rows, -1)
+            before = tile % part.run * part.rows if part.scaled_rows > part.rows else 0
+            behind = place + before * bytes_of_row
+            size_of_all = part.rows * bytes_of_row + part.scale_gap
+            found = held[behind:][:size_of_all]
+            if part.scale_gap:
+                half = part.rows // 2 * bytes_of_row
+                found = np.delete(found, np.arange(half, half + part.scale_gap))
+            found = found.reshape(part.rows, -1)
             wanted = rows[:, None] * bytes_of_row + np.arange(bytes_of_row)
             np.testing.assert_array_equal(found[there], wanted[there])
             seen += rows[there].tolist()
@@ -436,7 +458,7 @@ def test_the_ring_fits_shared_memory(name, bits):
             least = 2 if part.bits == 16 else 16
             assert part.rows <= least or part.rows * span_bytes <= tile_bytes
             # Scales are copied by 16 bytes.
-            copied = part.run_rows // 2 if is_paired(segment) else part.run_rows
+            copied = part.scaled_rows // 2 if is_paired(segment) else part.scaled_rows
             assert copied * part.scale_bytes % 16 == 0
     assert planned or bits == INT4
 

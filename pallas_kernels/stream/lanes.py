@@ -9,11 +9,10 @@ Where a single sequence meets integers, its activations are two digits, and each
 columns, one a digit: of the 16 rows of weights that a product takes, 4 are then the same chunk of
 different rows. The threads of both columns wait for half of the inputs each.
 
-Where groups of scales are fine, each read of 16 bytes needs a sum of its own. A product takes four
-reads of 16 different rows then, one for each of the four threads of a row, and each column must
-have inputs of one of these alone. Chunk c is the reads 2 * c, 2 * c + 1 and those 8 further on, of
-16 neighbouring ones. In step s of four, thread i of a row takes a read of chunk i ^ s; so thread i
-of chunk c's columns holds the one of step c ^ i. See `ptx.groups`.
+Where groups of scales are fine, all that a product adds up for a row must be of one group. So the
+four threads of a column hold a fourth of each group's inputs; `ptx.chunk_groups` has the weights
+come that way. Of the line that a warp reads at once, each half is dealt out to the chunks: two
+neighbouring groups of 32 int4 weights each, or one of 64, or one of 32 of int8.
 
 Warps that do not multiply hold zeros.
 """
@@ -27,18 +26,20 @@ from jax import Array, lax
 
 from pallas_kernels.program import iota
 from pallas_kernels.stream.layout import SPARE_BYTES
-from pallas_kernels.stream.plan import COLUMNS, QUAD, SegmentPlan, StreamPlan
+from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, SegmentPlan, StreamPlan
 from pallas_kernels.stream.ptx.anew import anew
 
 __all__ = [
     "LOAD",
     "column_of",
+    "distances",
     "feeding_thread",
     "first_input",
     "first_read",
     "multiplies",
     "next_input",
     "offset_of_use",
+    "piece_step",
     "place_aside",
     "place_of_offset",
     "waits",
@@ -89,11 +90,8 @@ def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
         return _first(plan, part, column) * part.grain
     pair = lax.shift_right_logical(column, 1)
     if part.fine:
-        fourth = _lane(plan) & 3
-        step = pair ^ fourth
-        read = lax.shift_right_logical(step, 1) * COLUMNS + 2 * pair + (step & 1)
-        first = first_read(plan, part) + read
-        return first * part.grain + (column & 1) * part.held
+        within = (column & 1) * (2 * COLUMNS) + pair * QUAD  # in units of what a thread waits for
+        return first_read(plan, part) * part.grain + within * part.held + (_lane(plan) & 3) * PIECE
     return _first(plan, part, pair) * part.grain + (column & 1) * part.held
 
 
@@ -120,6 +118,18 @@ def next_input(plan: StreamPlan, part: SegmentPlan) -> int:
     return plan.line(part) * part.grain
 
 
+def piece_step(plan: StreamPlan, part: SegmentPlan) -> int:
+    """Inputs from a thread's piece of a read to the next one of the same read."""
+    return QUAD * PIECE if plan.chunked and part.fine and part.held > PIECE else PIECE
+
+
+def distances(plan: StreamPlan, part: SegmentPlan) -> list[int]:
+    """Inputs from a thread's first piece to each of its pieces."""
+    step, pieces = next_input(plan, part), part.held // PIECE
+    more = piece_step(plan, part)
+    return [q * step + i * more for q in range(part.reads) for i in range(pieces)]
+
+
 def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> Array:
     """Where each thread puts aside what it makes of a tile: addresses, int32 `[T]`.
 
@@ -137,8 +147,12 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
     warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
     if not plan.chunked:
         return start + (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
-    if part.fine:  # each thread has the sums of a row, and of one 8 rows below it
-        return start + (warp * plan.columns(part) + (thread & 3)) * (4 * part.rows) + column * 4
+    if part.fine:  # `ptx.chunk_groups` says of which rows a thread's sums are, and of which groups
+        chunk, half = thread & 3, lax.shift_right_logical(column, 2)
+        product, fours = (column ^ chunk) & 3, max(1, part.rows // 4)
+        rows = part.rows // 2 * half + 2 * (product & (fours - 1))
+        where = start + (warp * plan.columns(part) + chunk) * (4 * part.rows) + 4 * rows
+        return jnp.where(product < fours, where, spare + SPARE_BYTES * warp)
     if part.bits == 16:
         chunk, of_use = column, lax.shift_right_logical(column, 1)
         where = (warp * plan.columns(part) + chunk) * (4 * part.rows)
@@ -159,11 +173,11 @@ def place_of_offset(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) 
         start: address where such sums begin: int32 scalar, or int.
         size: bytes from a warp's to the next one's.
     """
+    if plan.chunked and part.fine:  # whoever makes use of a sum could have made it
+        return offset_of_use(plan, part, start, size)
     warp, column = lax.shift_right_logical(_threads(plan), 5), column_of(plan)
     if plan.chunked:
         column = lax.shift_right_logical(column, 1)
-        if part.fine:  # by chunk, then by line
-            column = column * QUAD + (column ^ (_lane(plan) & 3))
     return start + warp * size + 4 * column
 
 
@@ -194,7 +208,14 @@ def word_in_mail(plan: StreamPlan, part: SegmentPlan, column: Any, element: Any)
     """
     held = part.held
     line, within = _divided(element, next_input(plan, part))  # what a warp reads at once
-    thread, word = _divided(within, held)
+    if (step := piece_step(plan, part)) > PIECE:
+        # The pieces of a read lie `step` apart, and those of other threads between them.
+        thread, within = _divided(within, held * step // PIECE)
+        piece, within = _divided(within, step)
+        fourth, word = _divided(within, PIECE)
+        thread, word = thread * QUAD + fourth, piece * PIECE + word
+    else:
+        thread, word = _divided(within, held)
     if not plan.chunked:
         thread = thread + column * QUAD
     twins = 2 if plan.twins else 1

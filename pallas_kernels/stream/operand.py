@@ -13,15 +13,17 @@ from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import (
     column_of,
+    distances,
     first_input,
     multiplies,
     next_input,
+    piece_step,
     place_of_offset,
     waits,
     word_in_mail,
 )
 from pallas_kernels.stream.layout import SharedLayout, offset_pitch
-from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, SegmentPlan, StreamPlan
+from pallas_kernels.stream.plan import COLUMNS, PIECE, PRODUCT, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.ring import fed_otherwise
 from pallas_kernels.stream.tiles import Place
 from pallas_kernels.stream.twins import PLAIN, RESIDUAL, Format
@@ -102,7 +104,8 @@ def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
     left = jnp.maximum(left, 0)
     lines = lax.div(left, jnp.int32(step))
     a_read = part.held // PIECE
-    rest = lax.div(left - lines * step + (PIECE - 1), jnp.int32(PIECE))
+    size = piece_step(plan, part)
+    rest = lax.div(left - lines * step + (size - 1), jnp.int32(size))
     return jnp.minimum(lines * a_read + jnp.minimum(rest, a_read), part.pieces)
 
 
@@ -114,15 +117,14 @@ def _norm_weights(
     Two bfloat16 a word; 0 beyond the row; of a single sequence, ones where it is not normed.
     """
     plan, d = env.plan, env.dims
-    first = first_input(plan, part)
-    step, size = next_input(plan, part), d.model_dim
+    first, size = first_input(plan, part), d.model_dim
     is_head, before = segment == Segment.HEAD, env.features.pre_norm
     is_normed = is_head
     if before:
         is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
     refs = [env["attn_norm"], env["mlp_norm"], env["final_norm"]] if before else [env["final_norm"]]
     if env.interpret:
-        elements = [first + q * step + j for q in range(part.reads) for j in range(part.held)]
+        elements = [first + x + j for x in distances(plan, part) for j in range(PIECE)]
 
         def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
             where = [(*index, jnp.minimum(x, size - 1)) for x in elements]
@@ -141,7 +143,7 @@ def _norm_weights(
         there = pieces_there(plan, part, size - first)
         beyond = [segment != Segment.QKV, is_head] if before else []
         conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]
-        words = ptx.load_pieces(refs, conditions, row + first, _places(plan, part), there)
+        words = ptx.load_pieces(refs, conditions, row + first, distances(plan, part), there)
     if not plan.chunked:  # attention's output is collected elsewhere
         return words, None if before else is_head
     return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed
@@ -178,12 +180,6 @@ def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
     return total / count
 
 
-def _places(plan: StreamPlan, part: SegmentPlan) -> list[int]:
-    """Inputs from a thread's first piece to each of its pieces."""
-    step = next_input(plan, part)
-    return [q * step + i for q in range(part.reads) for i in range(0, part.held, PIECE)]
-
-
 def collect_inputs(
     env: StreamEnv,
     part: SegmentPlan,
@@ -216,7 +212,7 @@ def collect_inputs(
         own = jnp.minimum(column, plan.dims.columns - 1)
     there = pieces_there(plan, part, left)
     offset = start + word_in_mail(plan, part, own, before + first)
-    places = [word_in_mail(plan, part, 0, place) for place in _places(plan, part)]
+    places = [word_in_mail(plan, part, 0, place) for place in distances(plan, part)]
     twins = form if plan.twins else None
     collect = functools.partial(env.mail.collect_pieces, offset, places, tag, twins=twins)
     if plan.product_warps == plan.num_warps:
@@ -258,6 +254,7 @@ def _sum_groups(env: StreamEnv, part: SegmentPlan, words: list[Array]) -> None:
             chunked=plan.chunked,
             fine=part.fine,
             threads=32 * plan.product_warps,
+            products=part.grouping.size // PRODUCT,
         ),
     )
 

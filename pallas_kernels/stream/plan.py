@@ -39,6 +39,8 @@ __all__ = [
 COLUMNS = 8
 # Activations that a thread waits for at once.
 PIECE = 8
+# Inputs of one product of tensor cores, of integers.
+PRODUCT = 32
 # Bytes of weights that a thread reads at once.
 READ = 16
 # Bytes of an element of a box, and elements of one of its dimensions at most.
@@ -138,6 +140,9 @@ class SegmentPlan:
         teams: programs, or teams of them, that groups are dealt out to in turn.
         run: neighbouring groups that are dealt out together.
         tiles: tiles of a program; its last ones may lie beyond the groups, and are then empty.
+        scaled_rows: rows whose scales come with a tile: its own, or those of all of its run.
+        gap: bytes in a slot between the two halves of a tile's rows.
+        scale_gap: between the scales of these.
     """
 
     out: int
@@ -153,6 +158,9 @@ class SegmentPlan:
     teams: int
     run: int
     tiles: int
+    scaled_rows: int
+    gap: int
+    scale_gap: int
 
     @property
     def run_rows(self) -> int:
@@ -206,9 +214,14 @@ class SegmentPlan:
         return self.stored.scale_bytes(self.inner)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of a tile's weights, and of what lies between them."""
+        return self.rows * self.row_bytes + self.gap
+
+    @property
     def tile_bytes(self) -> int:
-        """Bytes of a tile, with the scales of its run's rows."""
-        return self.rows * self.row_bytes + self.run_rows * self.scale_bytes
+        """Bytes of a tile, with the scales that come with it."""
+        return self.weight_bytes + self.scaled_rows * self.scale_bytes + self.scale_gap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,9 +415,10 @@ class StreamPlan:
     @property
     def kinds(self) -> list[list[Segment]]:
         """The segments with weights, those together whose tiles are multiplied alike."""
-        kinds: dict[tuple[bool, Stored, int, int], list[Segment]] = {}
+        kinds: dict[tuple[bool, Stored, int, int, int, int], list[Segment]] = {}
         for segment, part in sorted(self.segments.items()):
-            kind = segment == Segment.DOWN, part.stored, part.scale_bytes, part.rows
+            gaps = part.gap, part.scale_gap
+            kind = segment == Segment.DOWN, part.stored, part.scale_bytes, part.rows, *gaps
             kinds.setdefault(kind, []).append(segment)
         return list(kinds.values())
 

@@ -113,6 +113,38 @@ class _Geometry:
             rows *= 2
         return rows
 
+    def gap(self, stored: Stored, rows: int, *, whole: bool) -> int:
+        """Bytes between the halves of a tile's rows.
+
+        Rows begin in the same bank; where threads read those of both halves at once, half a read
+        lies between them. See `ptx.chunk_groups`.
+
+        Args:
+            stored: how the matrix is.
+            rows: of a tile.
+            whole: whether all tiles have as many, and inputs are not split.
+        """
+        apart = self.columns == 1 and stored.fine and stored.bits == 4
+        return READ if apart and whole and rows > 1 else 0
+
+    def scale_gap(self, stored: Stored, rows: int, size: int, *, whole: bool) -> int:
+        """Bytes between the scales of the halves of a tile's rows.
+
+        Of 16 rows threads read those of 8 at once, which begin in the same bank. Pairs of numbers
+        are read by half of the threads at a time, those of 4 rows.
+
+        Args:
+            stored: how the matrix is.
+            rows: of a tile.
+            size: inputs of a row.
+            whole: as of `gap`.
+        """
+        if self.columns > 1 or not (whole and stored.fine and rows == MAX_ROWS):
+            return 0
+        assert stored.groups is not None
+        units = rows // 2 * stored.scale_bytes(size) % self.scale_unit == 0
+        return READ if units and stored.groups.offset is None else 0
+
     def _cut_down(self) -> None:
         """The down projection's inputs are split where threads, or tiles, have no room."""
         stored, size = self.dims.stored("down"), self.dims.ffw_dim
@@ -225,7 +257,7 @@ def why_not(
         )
     segments = _segments(dims, programs, geometry)
     for name, (segment, part) in zip(_inputs(dims), segments.items(), strict=True):
-        rows = part.run_rows // 2 if is_paired(segment) else part.run_rows
+        rows = part.scaled_rows // 2 if is_paired(segment) else part.scaled_rows
         if rows * part.scale_bytes % unit:
             return (
                 f"The fused kernel copies scales by whole {unit} bytes; those of {rows} rows "
@@ -293,7 +325,8 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
         if kind == Segment.GATE_UP:
             rows = g.most_rows(stored, g.reads(stored), rows)
         # A group of gate and up holds half its rows of each.
-        groups = ceil_div(out, rows // 2 if kind == Segment.GATE_UP else rows)
+        of_each = rows // 2 if kind == Segment.GATE_UP else rows
+        groups = ceil_div(out, of_each)
         return SegmentPlan(
             out=out,
             inner=inner,
@@ -308,6 +341,9 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
             teams=programs,
             run=1,
             tiles=ceil_div(groups, programs),
+            scaled_rows=rows,
+            gap=g.gap(stored, rows, whole=out % of_each == 0),
+            scale_gap=g.scale_gap(stored, rows, inner, whole=out % of_each == 0),
         )
 
     # Whoever computes whole rows of the down projection owns them: it has a group's tiles in
@@ -317,7 +353,9 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
     groups = ceil_div(d.model_dim, g.down_rows) if g.splits > 1 else whole * a_group
     teams = programs // g.splits
     tiles = ceil_div(groups, teams) if g.splits > 1 else ceil_div(whole, programs) * a_group
-    of_down = d.stored("down")
+    of_down, run = d.stored("down"), a_group if g.splits == 1 else 1
+    # Scales of small groups are many, and those of few rows whole units.
+    own = of_down.fine and g.down_rows * of_down.scale_bytes(d.ffw_dim) % g.scale_unit == 0
     down = SegmentPlan(
         out=d.model_dim,
         inner=d.ffw_dim,
@@ -330,8 +368,11 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
         splits=g.splits,
         width=g.width,
         teams=teams,
-        run=a_group if g.splits == 1 else 1,
+        run=run,
         tiles=tiles,
+        scaled_rows=g.down_rows * (1 if own else run),
+        gap=g.gap(of_down, g.down_rows, whole=g.splits == 1 and d.model_dim % g.down_rows == 0),
+        scale_gap=0,
     )
     return {
         Segment.QKV: segment(d.qkv_dim, d.model_dim, Segment.QKV),

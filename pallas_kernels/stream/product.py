@@ -17,9 +17,9 @@ from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.lanes import (
+    distances,
     first_input,
     first_read,
-    next_input,
     offset_of_use,
     place_aside,
 )
@@ -167,8 +167,8 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
                 threads=threads,
             )
         assert operand.scale is not None
-        scales = slot + part.rows * pitch
-        if part.run > 1:  # they are those of the whole run
+        scales = slot + part.rows * pitch + part.gap
+        if part.scaled_rows > part.rows:  # they are those of the whole run
             scales += (place.number & (part.run - 1)) * (part.rows * part.scale_bytes)
         size = GROUP if part.grouping is None else part.grouping.size
         # Groups of a row that others have.
@@ -205,6 +205,8 @@ def integer_tile(plan: StreamPlan, part: SegmentPlan, *, ragged: bool) -> ptx.In
             "offset": groups.offset,
             "fine": part.fine,
             "scales_at_once": scales_at_once(plan, part),
+            "gap": part.gap,
+            "scale_gap": part.scale_gap,
         }
     return ptx.IntegerTile(
         bits=part.bits,
@@ -227,7 +229,7 @@ def scales_at_once(plan: StreamPlan, part: SegmentPlan) -> int:
     assert part.grouping is not None
     each = part.grouping.bytes
     of_warp = each * (part.reads * plan.line(part) * part.grain // part.grouping.size)
-    sizes = [READ, part.scale_bytes, of_warp, part.rows * part.row_bytes]
+    sizes = [READ, part.scale_bytes, of_warp, part.weight_bytes]
     if part.splits > 1:
         sizes.append(each * (part.width // part.grouping.size))
     return math.gcd(*sizes)
@@ -299,10 +301,11 @@ def _interpreted(
 ) -> None:
     """Puts a tile's sums where `sum_up` finds them."""
     plan = env.plan
-    first, step = first_input(plan, part), next_input(plan, part)
-    inputs = jnp.stack([first + q * step + j for q in range(part.reads) for j in range(part.held)])
+    first = first_input(plan, part)
+    inputs = jnp.stack([first + x + j for x in distances(plan, part) for j in range(PIECE)])
     values = jnp.stack(inputs_of(part, operand))  # [inputs, T]
-    rows = jnp.arange(part.rows)[:, None, None] * pitch
+    rows = jnp.arange(part.rows)[:, None, None]
+    rows = rows * pitch + jnp.where(rows < part.rows // 2, 0, part.gap)
     weights = read_tile(env, index, part, rows + lax.div(inputs * part.bits, 8)[None], inputs)
     products = (weights * values).sum(axis=1)  # [rows, T]
     if plan.chunked:

@@ -9,12 +9,14 @@ shorter, or empty, has a row of its own.
 A tile is copied in one piece where its rows are neighbours. In a group of queries, keys and
 values the first half of the rows holds elements of the first half of a head and the second half
 those that RoPE rotates them with; in one of gate and up, rows of the gate and the same ones of
-the up projection: those come in two pieces.
+the up projection: those come in two pieces. So do others between whose halves of rows there is a
+gap in the slot, against conflicts of banks.
 
 Where the inputs are split, every row is a piece of its own, or all are one *box*: see `plan.Box`.
 
 Scales of quantized weights come to the tile's slot too, behind its rows, by copies of their own: of
-all the rows that are dealt out together, so that they begin at whole 16 bytes.
+all the rows that are dealt out together, so that they begin at whole 16 bytes; of small groups, of
+the tile's own rows, where those do.
 """
 
 from __future__ import annotations
@@ -167,25 +169,45 @@ def make_route(env: StreamEnv, table: Array) -> None:
     width = jnp.minimum(of([p.width for p in parts]), of([p.inner for p in parts]) - column)
     paired = of([int(is_paired(s)) for s in order]) != 0
     split = of([int(p.splits > 1) for p in parts]) != 0
-    second = of([d.head_dim // 2, 0, d.ffw_dim, 0, 0])
+    # Others come in two pieces where there is to be a gap between these.
+    halved = [int(p.gap > 0 and not is_paired(s)) for s, p in zip(order, parts, strict=True)]
+    apart_scales = [p.scale_gap > 0 and not is_paired(s) for s, p in zip(order, parts, strict=True)]
+    second = of(
+        [
+            d.head_dim // 2,
+            parts[Segment.ATTN_OUT].rows // 2,
+            d.ffw_dim,
+            parts[Segment.DOWN].rows // 2,
+            parts[Segment.HEAD].rows // 2,
+        ]
+        if any(halved) or any(apart_scales)
+        else [d.head_dim // 2, 0, d.ffw_dim, 0, 0]
+    )
     busy = (number >= 0) & (number < of([busy_tiles(env, part) for part in parts]))
     count = jnp.where(split, there, jnp.where(paired, 2, 1))
     pitch = of(
         [
-            p.row_bytes * (p.rows // 2 if is_paired(s) else 1)
+            p.row_bytes * (p.rows // 2 if is_paired(s) or p.gap else 1) + p.gap
             for s, p in zip(order, parts, strict=True)
         ]
     )
+    of_copy = there
+    if any(halved):
+        count = jnp.where(of(halved) != 0, 2, count)
+        of_copy = jnp.where(of(halved) != 0, lax.div(there, jnp.int32(2)), there)
     words = [
         *begin,
         jnp.where(split, inner, second * inner),
-        lax.div(width * of([p.bits for p in parts]), jnp.int32(8)) * jnp.where(split, 1, there),
+        lax.div(width * of([p.bits for p in parts]), jnp.int32(8)) * jnp.where(split, 1, of_copy),
         jnp.where(busy & (there > 0), count, 0),
         pitch,
     ]
     words.append(_box_word(plan, split & (words[5] > 0), row, column))
     assert len(words) == ROW_WORDS
     if plan.quantized:
+        if any(apart_scales):
+            halves = lax.div(there, jnp.int32(2))
+            there = jnp.where(of([int(x) for x in apart_scales]) != 0, halves, there)
         words += _scale_words(env, parts, beyond, begin_row, second, there, words[5])
     if env.interpret:
         for number, word in enumerate(words):
@@ -256,9 +278,11 @@ def _scale_words(
         quantized = env.segment(segment).bits != 16
         return scales_of(env, segment) if quantized else env[_WEIGHTS[segment]]
 
-    # All tiles of a run have the scales of all its rows.
-    row = row - lax.rem(row, of([p.run_rows if p.run > 1 else 1 for p in parts]))
-    there = of([p.run_rows if p.run > 1 else there for p in parts])
+    # All tiles of a run have the scales of all its rows, or each those of its own.
+    shared = [p.scaled_rows > p.rows for p in parts]
+    each = [p.scaled_rows if more else 1 for p, more in zip(parts, shared, strict=True)]
+    row = row - lax.rem(row, of(each))
+    there = of([p.scaled_rows if more else there for p, more in zip(parts, shared, strict=True)])
     arrays, sizes = [array_of(segment) for segment in names], of([p.scale_bytes for p in parts])
     start, base = lax.div(row * sizes, unit), weights_of(env)[0]
     head = parts[Segment.HEAD]
@@ -267,10 +291,21 @@ def _scale_words(
     begin = ptx.begin_words(base, arrays, strides, beyond, start, unit=whole, interpret=interpret)
     # Whole units: one that holds a scale lies in the array.
     size = lax.div(there * sizes + (whole - 1), unit) * whole
-    most = of([(1 + is_paired(s)) * (p.bits != 16) for s, p in zip(names, parts, strict=True)])
-    place = of([p.rows * p.row_bytes for p in parts])
+    most = of(
+        [
+            (1 + (is_paired(s) or p.scale_gap > 0)) * (p.bits != 16)
+            for s, p in zip(names, parts, strict=True)
+        ]
+    )
+    # Where weights come in one copy, scales may come in two.
+    if any(p.scale_gap and not (p.gap or is_paired(s)) for s, p in zip(names, parts, strict=True)):
+        copies = jnp.where(copies > 0, jnp.maximum(copies, most), 0)
+    pitch = size
+    if any(p.scale_gap for p in parts):
+        pitch = size + of([p.scale_gap for p in parts])
+    place = of([p.weight_bytes for p in parts])
     stride = lax.div(second * sizes, unit)
-    return [*begin, stride, size, jnp.minimum(copies, most), place, size]
+    return [*begin, stride, size, jnp.minimum(copies, most), place, pitch]
 
 
 def read_route(env: StreamEnv, index: Array) -> tuple[Source, Array]:

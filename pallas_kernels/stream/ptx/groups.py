@@ -1,88 +1,43 @@
-"""A tile of integer weights whose groups are fine, times an operand of digits.
+"""A tile of integer weights whose groups are fine, times an operand of digits of several sequences.
 
 A product of tensor cores adds up what the four threads of a column hold. Where these have inputs of
-different groups, whose scales differ, the sums must be kept apart:
+different groups, whose scales differ, the sums must be kept apart. So threads read a fourth of a
+group at once instead of 16 bytes, and a product is of one group. Rows begin in the same bank: the
+threads of each row read its groups in an order of their own, and put the words in order afterwards.
+Of one sequence, see `chunk_groups`.
 
-- Of several sequences, threads read a fourth of a group at once instead of 16 bytes, so that a
-  product is of one group. Rows begin in the same bank: the threads of each row read its groups in
-  an order of their own, and put the words in order afterwards.
-- Of one sequence, threads read 16 bytes, and the operand's columns are made such that each has
-  inputs of one thread alone; see `lanes`. What a column lacks is zero.
-
-Of several sequences sums are many, and small: a product that begins with 1.5 * 2^23 as a float's
-bits leaves a float that shows the sum, and a subtraction makes it the sum itself. That is faster
-than a conversion, which a single sequence with its few sums has: there registers are scarce.
+Sums are many, and small: a product that begins with 1.5 * 2^23 as a float's bits leaves a float
+that shows the sum, and a subtraction makes it the sum itself. That is faster than a conversion.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pallas_kernels.stream.ptx.scales import SIXTEENTH, scale_lines, scale_registers, widened
+
 if TYPE_CHECKING:
     from pallas_kernels.stream.ptx.integers import IntegerTile
 
-__all__ = ["fine_text", "scale_lines", "scale_registers"]
+__all__ = ["sequences_text"]
 
-# 1.5 * 2^23, its negative, and 256; and what int4's products, 16 times what they should be, are
-# multiplied by.
+# 1.5 * 2^23, its negative, and 256.
 _MAGIC, _LESS, _HIGH = "0x4B400000", "0fCB400000", "0f43800000"
-_SIXTEENTH = "0f3D800000"
-_EIGHT = "0f41000000"
 _BLOCK = 16
 
 
-def scale_registers(tile: IntegerTile) -> str:
-    """Declares what `scale_lines` needs besides %s, %v and %w."""
-    made = ""
-    if tile.scales == "float16":
-        made += ".reg .b16 %h, %h2; "
-    if tile.offset is not None:
-        made += ".reg .f32 %o; "
-    return made
-
-
-def scale_lines(tile: IntegerTile, word: str, high: bool = False) -> list[str]:
-    """Puts a group's scale into %s, and its offset into %o, if there is one.
-
-    The offset is what is added to s * (n - 8): s * (8 - z), or m + 8 * s.
-
-    Args:
-        tile: the tile.
-        word: the register that holds the scale, in its low half, or where high in its high one; and
-            where there is an offset what that is made of in its high half.
-        high: see above.
-    """
-    if tile.offset is None:
-        if tile.scales == "float16":
-            halves = "{%h2, %h}" if high else "{%h, %h2}"
-            return [f"mov.b32 {halves}, {word}; cvt.f32.f16 %s, %h;"]
-        made = f"and.b32 %v, {word}, 0xFFFF0000;" if high else f"shl.b32 %v, {word}, 16;"
-        return [f"{made} mov.b32 %s, %v;"]
-    if tile.scales == "float16":
-        lines = [f"mov.b32 {{%h, %h2}}, {word}; cvt.f32.f16 %s, %h; cvt.f32.f16 %o, %h2;"]
-    else:
-        lines = [
-            f"shl.b32 %v, {word}, 16; mov.b32 %s, %v;",
-            f"and.b32 %v, {word}, 0xFFFF0000; mov.b32 %o, %v;",
-        ]
-    if tile.offset == "zero":
-        return [*lines, f"sub.rn.f32 %o, {_EIGHT}, %o; mul.rn.f32 %o, %o, %s;"]
-    return [*lines, f"fma.rn.f32 %o, %s, {_EIGHT}, %o;"]
-
-
-def fine_text(tile: IntegerTile) -> str:
+def sequences_text(tile: IntegerTile) -> str:
     """The whole text: operands as those of `integers`; behind them where sums of groups begin."""
-    return (_OfChunks if tile.chunked else _OfSequences)(tile).text()
+    return _Sequences(tile).text()
 
 
-class _Fine:
-    """What both kinds of columns share."""
+class _Sequences:
+    """The text: columns are sequences, and every read of the four threads of a row is a group."""
 
     def __init__(self, tile: IntegerTile):
         self.t = tile
-        digits = 1 if tile.chunked else 2
         self.words = tile.words  # of bytes, of a read
-        self.offsets = f"${7 + tile.reads * digits * self.words}"
+        self.offsets = f"${7 + tile.reads * 2 * self.words}"
         # A thread has sums of two rows of a product.
         self.names = ["x", "y"] if tile.rows > 8 else ["x"]
         self.whole = tile.rows % 8 == 0
@@ -120,19 +75,13 @@ class _Fine:
         """Of int4 weights n, words of bytes 16 * (n - 8); of int8 ones themselves."""
         if self.t.bits == 8:
             return [f"mov.b32 {to}, {word};" for to, word in zip(names, raw, strict=True)]
-        lines = []
-        for i, word in enumerate(raw):
-            low, high = names[2 * i : 2 * i + 2]
-            lines.append(f"shl.b32 {low}, {word}, 4;")
-            for to, x in ((low, low), (high, word)):
-                lines.append(f"lop3.b32 {to}, {x}, 0x88888888, 0xF0F0F0F0, 0x28;")
-        return lines
+        return widened(names, raw)
 
     def product(self, sums: list[str], word: int, names: list[str], b: list[str]) -> str:
         """Of the words of both rows from a number on, added to sums; the first one begins them."""
         rows = ("x", "y") if len(self.names) == 2 else ("x", None)
         a = [f"%{n}{names[i]}" if n else "%zero" for i in range(2) for n in rows]
-        before = ["%zero" if self.t.chunked else "%m"] * 4 if word == 0 else sums
+        before = ["%m"] * 4 if word == 0 else sums
         return (
             "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
             f"{{{', '.join(sums)}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, "
@@ -142,13 +91,10 @@ class _Fine:
     def added(self, value: str, high: str, low: str, total: str) -> list[str]:
         """Adds a group's products to a value: %s times the digits, and %o times their total."""
         t = self.t
-        if t.chunked:
-            lines = [f"mad.lo.s32 %v, {high}, 256, {low}; cvt.rn.f32.s32 %f, %v;"]
-        else:
-            lines = [
-                f"add.rn.f32 %f, {high}, {_LESS}; add.rn.f32 %e, {low}, {_LESS};",
-                f"fma.rn.f32 %f, %f, {_HIGH}, %e;",
-            ]
+        lines = [
+            f"add.rn.f32 %f, {high}, {_LESS}; add.rn.f32 %e, {low}, {_LESS};",
+            f"fma.rn.f32 %f, %f, {_HIGH}, %e;",
+        ]
         # Beyond a row, sums are 0, and in the place of scales may lie anything.
         guard = "setp.ne.f32 %p, {}, 0f00000000; @%p " if t.ragged else ""
         lines.append(f"{guard.format('%f')}fma.rn.f32 {value}, %f, %s, {value};")
@@ -160,118 +106,8 @@ class _Fine:
         """Puts the operand's scale into %own, of the column that lane %l has inputs of."""
         lines = ["shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff;"]
         if self.t.bits == 4:
-            lines.append(f"mul.rn.f32 %own, %own, {_SIXTEENTH};")
+            lines.append(f"mul.rn.f32 %own, %own, {SIXTEENTH};")
         return lines
-
-
-class _OfChunks(_Fine):
-    """One sequence: columns are both digits of 4 chunks.
-
-    Of 16 neighbouring reads of a row, chunk c has the reads 2 * c, 2 * c + 1 and those 8 further
-    on. They are multiplied in four steps: of the threads of a row the i-th has in step s the read
-    of chunk i ^ s, and only the operand of that chunk's columns is no zero there.
-
-    Two rows that are read at once lie in the same banks, and each of their reads takes twice as
-    long for it. To have every other row read another step's first takes so many registers that
-    some are kept in memory.
-    """
-
-    def text(self) -> str:
-        t = self.t
-        values = [f"%v{i}" for i in range(len(self.names))]
-        # A group may be that of neighbouring reads.
-        self.shift = (t.group * t.bits // 128).bit_length() - 1
-        masks = [f"%k{step}" for step in range(4)]
-        lines = [
-            *self.head(values),
-            f".reg .b32 %i, {', '.join(masks)};",
-            "shr.u32 %w, %g, 1; xor.b32 %w, %w, %t; shl.b32 %i, %t, 5;",
-            *(
-                f"setp.eq.u32 %p, %w, {step}; selp.b32 {mask}, -1, 0, %p;"
-                for step, mask in enumerate(masks)
-            ),
-            f"shl.b32 %v, %t, 1; shr.u32 %v, %v, {self.shift};",
-            f"mad.lo.u32 %c, %v, {t.group_bytes}, %c;",
-        ]
-        if len(self.names) == 2:
-            lines.append("shl.b32 %b, $2, 3; add.u32 %b, %a, %b;")
-        for q in range(t.reads):
-            for first in (0, 2):
-                lines += ["{", *self.steps(q, first, values), "}"]
-        lines += ["shl.b32 %l, %t, 3;", *self.own()]
-        lines += [f"mul.rn.f32 {value}, {value}, %own;" for value in values]
-        lines += [
-            f"{self.guard()}st.shared.f32 [$3+{32 * i}], {value};" for i, value in enumerate(values)
-        ]
-        return " ".join([*lines, "idle: }"])
-
-    def steps(self, q: int, first: int, values: list[str]) -> list[str]:
-        """Two of the four steps of a thread's q-th read."""
-        t, lines = self.t, []
-        for n, row in zip(self.names, ("%a", "%b"), strict=False):
-            x, y = ([f"%{k}{n}_{i}" for i in range(4)] for k in "xy")
-            lines.append(f".reg .b32 {', '.join(x + y)};")
-            for i, to in enumerate((x, y)):
-                # Bits 5 and 6 are those of the chunk.
-                lines.append(f"xor.b32 %v, %i, {32 * (first + i)}; add.u32 %v, {row}, %v;")
-                lines += self.loaded(to, f"%v+{256 * q + 64 * first + 16 * i}")
-        wide = [f"w{i}" for i in range(self.words)]
-        names = [f"%{n}{w}" for n in self.names for w in wide]
-        digits, sums = [f"%d{i}" for i in range(self.words)], [f"%h_{i}" for i in range(4)]
-        lines.append(f".reg .b32 {', '.join(names + digits + sums)};")
-        if t.offset is not None:
-            at = f"[{self.offsets}+{64 * q + 4 * first}]"
-            lines.append(f".reg .f32 %q0, %q1; ld.shared.v2.f32 {{%q0, %q1}}, {at};")
-        lines.append(f".reg .b32 {', '.join(f'%{n}s{i}' for n in self.names for i in range(2))};")
-        for half, n in enumerate(self.names):
-            lines += self.scales(n, q, first, half)
-        each = 2 if t.bits == 4 else 1  # words of bytes that a word becomes
-        for i, which in enumerate("xy"):
-            for word in range(0, self.words, 2):
-                # One product after the other: as few registers as may be.
-                for n in self.names:
-                    raw = [f"%{which}{n}_{j}" for j in range(word // each, (word + 2) // each)]
-                    lines += self.widened([f"%{n}{w}" for w in wide[word : word + 2]], raw)
-                b = digits[word : word + 2]
-                for j, digit in enumerate(b, 7 + q * self.words + word):
-                    lines.append(f"and.b32 {digit}, ${j}, %k{first + i};")
-                lines.append(self.product(sums, word, wide[word : word + 2], b))
-            for half, n in enumerate(self.names):
-                if self.shift:  # both have the same
-                    lines += scale_lines(t, f"%{n}s0")
-                elif self.pairs and t.group_bytes == 2:
-                    lines += scale_lines(t, f"%{n}s0", high=i == 1)
-                else:
-                    lines += scale_lines(t, f"%{n}s{i}")
-                high, low = sums[2 * half : 2 * half + 2]
-                lines += self.added(values[half], high, low, f"%q{i}")
-        return lines
-
-    @property
-    def pairs(self) -> bool:
-        """Whether two groups' scales may be loaded at once."""
-        return self.t.scales_at_once >= 2 * self.t.group_bytes
-
-    def scales(self, name: str, q: int, first: int, half: int) -> list[str]:
-        """Loads the scales of a row's groups of two steps: words %{name}s0 and perhaps s1."""
-        t, words = self.t, [f"%{name}s{i}" for i in range(2)]
-        place = ((16 * q + 4 * first) >> self.shift) * t.group_bytes
-        at = place + 8 * half * t.scale_bytes
-        kind = "u16" if t.group_bytes == 2 else "b32"
-        if self.shift:
-            return [f"ld.shared.{kind} {words[0]}, [%c+{at}];"]
-        if not self.pairs:
-            return [
-                f"ld.shared.{kind} {word}, [%c+{at + i * t.group_bytes}];"
-                for i, word in enumerate(words)
-            ]
-        if t.group_bytes == 2:
-            return [f"ld.shared.b32 {words[0]}, [%c+{at}];"]
-        return [f"ld.shared.v2.b32 {{{', '.join(words)}}}, [%c+{at}];"]
-
-
-class _OfSequences(_Fine):
-    """Columns are sequences; every read of the four threads of a row is a group."""
 
     def text(self) -> str:
         t = self.t

@@ -10,12 +10,12 @@ from jax import Array
 from jax._src import core
 
 from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.groups import fine_text, scale_lines, scale_registers
+from pallas_kernels.stream.ptx.chunk_groups import chunk_text
+from pallas_kernels.stream.ptx.groups import sequences_text
+from pallas_kernels.stream.ptx.scales import SIXTEENTH, scale_lines, scale_registers
 
 __all__ = ["IntegerTile", "multiply_integers"]
 
-# int4 weights are multiplied as 16 times what they stand for.
-_SIXTEENTH = "0f3D800000"
 # Rows of a product.
 _BLOCK = 16
 
@@ -40,6 +40,8 @@ class IntegerTile:
         fine: whether groups are: see `groups`. Of one sequence, `step` is that of its reads of the
             same line.
         scales_at_once: bytes of groups that are fine that may be loaded at once.
+        gap: bytes between the two halves of the rows; where groups are fine, of one sequence.
+        scale_gap: likewise between those of their scales.
     """
 
     bits: int
@@ -55,6 +57,8 @@ class IntegerTile:
     offset: str | None = None
     fine: bool = False
     scales_at_once: int = 2
+    gap: int = 0
+    scale_gap: int = 0
 
     @property
     def read_bytes(self) -> int:
@@ -246,7 +250,7 @@ class _Multiply:
         # The scale of a chunk is with the threads that hold its inputs.
         lines.append("shl.b32 %l, %t, 3; shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff;")
         if t.bits == 4:
-            lines.append(f"mul.rn.f32 %own, %own, {_SIXTEENTH};")
+            lines.append(f"mul.rn.f32 %own, %own, {SIXTEENTH};")
         names = "xy" if self.both else "x"
         for r in range(0, half, len(names)):
             # A scope of its own for the names of what is loaded.
@@ -302,7 +306,7 @@ class _Multiply:
         for n in range(2):
             lines.append("shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff; add.u32 %l, %l, 4;")
             if t.bits == 4:
-                lines.append(f"mul.rn.f32 %own, %own, {_SIXTEENTH};")
+                lines.append(f"mul.rn.f32 %own, %own, {SIXTEENTH};")
             for value in values[n::2]:
                 lines.append(f"mul.rn.f32 {value}, {value}, %own;")
         for i in range(len(values) // 2):
@@ -378,7 +382,10 @@ def _(ctx, *args, tile):
     args = lowered.values(ctx, args)
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
     constraints = "=&r,r,r,r,r,f,r" + ",r" * (len(args) - 6)
-    text = fine_text(tile) if tile.fine else _Multiply(tile).text()
+    if tile.fine:
+        text = (chunk_text if tile.chunked else sequences_text)(tile)
+    else:
+        text = _Multiply(tile).text()
     return lowered.assembly([result], text, constraints, args, by_warps=True)[0]
 
 

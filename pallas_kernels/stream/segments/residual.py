@@ -15,7 +15,7 @@ from jax import Array, lax
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream import access
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import word_in_mail
+from pallas_kernels.stream.lanes import piece_step, word_in_mail
 from pallas_kernels.stream.operand import collect_inputs, mean_squares
 from pallas_kernels.stream.plan import COLUMNS, Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of, rows_of
@@ -54,7 +54,7 @@ def _publish(
     def word_of(element: Array) -> Array:
         parts = [env.segment(segment) for _, segment in readers]
         word = word_in_mail(env.plan, parts[0], own.column, element)
-        if len({part.held for part in parts}) > 1:
+        if len({(part.held, piece_step(env.plan, part)) for part in parts}) > 1:
             for (condition, _), part in zip(readers[1:], parts[1:], strict=True):
                 other = word_in_mail(env.plan, part, own.column, element)
                 word = jnp.where(condition, other, word)
