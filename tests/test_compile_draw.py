@@ -22,7 +22,7 @@ from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.compile import why_no_compiler
-from pallas_kernels.draw import draw_tokens, make_draw_plan, no_board
+from pallas_kernels.draw import Before, draw_tokens, make_draw_plan, no_board
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.targets import target
 
@@ -46,12 +46,13 @@ def there(name: str) -> tuple[Mesh, NamedSharding]:
     return mesh, NamedSharding(mesh, PartitionSpec())
 
 
+@pytest.mark.parametrize("penalizes", [False, True])
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("name", ["h200", "a100", "l4"])
-def test_it_compiles_to_one_launch(name, batch):
+def test_it_compiles_to_one_launch(name, batch, penalizes):
     vocab = 49152
     mesh, place = there(name)
-    plan = make_draw_plan(batch, vocab, target(name).gpu)
+    plan = make_draw_plan(batch, vocab, target(name).gpu, penalizes=penalizes)
     assert plan is not None
 
     def array(shape, dtype):
@@ -66,10 +67,29 @@ def test_it_compiles_to_one_launch(name, batch):
         array((batch,), jnp.int32),
         array((batch, 2), jnp.float32),
     ]
-    step = jax.jit(lambda *args: draw_tokens(plan, *args), donate_argnums=3)
+    before = None
+    if penalizes:
+        before = Before(
+            penalties=array((batch, 3), jnp.float32),
+            prompt=array((batch, vocab), bool),
+            counts=array((batch, vocab), jnp.int32),
+            fed=array((batch,), jnp.int32),
+            running=array((batch,), bool),
+        )
+
+    def draw(board, counts, before, *args):
+        if before is not None:
+            before = before._replace(counts=counts)
+        return draw_tokens(plan, *args[:3], board, *args[3:], before=before)
+
+    step = jax.jit(draw, donate_argnums=(0, 1))
+    board = args.pop(3)
+    counts = None if before is None else before.counts
+    rest = None if before is None else before._replace(counts=None)
     with jax.set_mesh(mesh):
-        text = step.trace(*args).lower().compile().as_text()
-    assert text is not None and text.count("custom-call(") == 1
+        text = step.trace(board, counts, rest, *args).lower().compile().as_text()
+    # No copy of what is donated either.
+    assert text is not None and text.count("custom-call(") == 1 and "copy(" not in text
 
 
 def test_no_copy_of_logits_keeps_a_block_of_steps_from_being_a_graph():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from draw_cases import DRAWS, check
+from draw_cases import DRAWS, check, check_penalties
 from flax import nnx
 from generate_cases import TINY
 
@@ -51,6 +51,12 @@ def test_its_noise_is_jaxs():
 @pytest.mark.parametrize("draws", DRAWS)
 def test_it_takes_the_tokens_that_sampling_of_filtered_logits_takes(draws, batch):
     check(draws, batch, 700, INTERPRETER, seeds=4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("draws", [None, "temperature", "all"])
+def test_it_puts_the_penalties_on_logits_that_xla_does(draws, batch):
+    check_penalties(draws, batch, 257 + 100 * batch, INTERPRETER, seeds=6)
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0, 6.0])

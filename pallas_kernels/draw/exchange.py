@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.dims import ceil_div
 from pallas_kernels.draw import ptx
 from pallas_kernels.draw.mass import halves, mass_bits, whole
 from pallas_kernels.draw.plan import DrawPlan
@@ -38,12 +39,14 @@ _BUFFERS = 2
 # Programs of a row poll lines of their own row: 32 words of 4 bytes.
 _LINE = 32
 _WORD = 4
+# Words that a program keeps from launch to launch.
+_OWN = 3
 
 
 class Best(NamedTuple):
     """Tokens of which the one that is ahead is told, `[1, W]`: logits with noise, and ids.
 
-    Of equals the lowest id is ahead.
+    Of equals the lowest id is ahead; a NaN is ahead of all else.
     """
 
     noisy: Array
@@ -68,14 +71,19 @@ class Told(NamedTuple):
 def board_shape(plan: DrawPlan) -> jax.ShapeDtypeStruct:
     """What launches hand on, int32 `[B, words]`; zeros to begin with.
 
-    The first line of a row holds how many meetings and launches it has had, and the rest what was
-    told.
+    A row begins with three words of each of its programs: how many meetings and launches there
+    were, and which token the last one has drawn. The rest is what was told.
 
     Args:
         plan: the launch.
     """
     told = _BUFFERS * plan.parts * 2 * SLOTS
-    return jax.ShapeDtypeStruct((plan.batch, _LINE + told), jnp.int32)
+    return jax.ShapeDtypeStruct((plan.batch, _counted(plan) + told), jnp.int32)
+
+
+def _counted(plan: DrawPlan) -> int:
+    """Words that programs keep for themselves, in whole lines."""
+    return ceil_div(_OWN * plan.parts, _LINE) * _LINE
 
 
 def meeting_tag(meeting: Array) -> Array:
@@ -103,27 +111,31 @@ class Exchange:
     part: Array
     shared: Array | None
 
-    def before(self) -> tuple[Array, Array]:
-        """How many meetings the row has had in all launches before, and how many these were."""
-        first, second = (plgpu.load(self.board.at[self.row, jnp.int32(i)]) for i in range(2))
-        return first, second
+    def before(self) -> tuple[Array, Array, Array]:
+        """What `leave` said in the launch before; zeros in the first one."""
+        at = _OWN * self.part
+        one, other, third = (plgpu.load(self.board.at[self.row, at + i]) for i in range(_OWN))
+        return one, other, third
 
-    def leave(self, meetings: Array, launches: Array) -> None:
-        """Says how many there are now; all have read the former numbers before they met.
+    def leave(self, meetings: Array, launches: Array, token: Array) -> None:
+        """Says what the next launch is to know, in words that this program alone reads.
 
-        Where there was no meeting, some may not have: the first number is the same then, and the
-        second is read by who meets alone.
+        A row may have had no meeting, so that some of its programs come later than others leave.
+
+        Args:
+            meetings: of the row, in all launches.
+            launches: how many there were.
+            token: that was drawn.
         """
-        first = jnp.full((1,), self.part == 0)
-        for i, number in enumerate((meetings, launches)):
-            place = jnp.full((1,), self.row), jnp.full((1,), i)
-            plgpu.store(self.board.at[place], jnp.full((1,), number), mask=first)
+        for i, number in enumerate((meetings, launches, token)):
+            place = jnp.full((1,), self.row), jnp.full((1,), _OWN * self.part + i)
+            plgpu.store(self.board.at[place], jnp.full((1,), number))
 
     def _place(self, meeting: Array, part: Array | int) -> Array:
         """Where on the board a part's words of a meeting begin, in bytes."""
         words = board_shape(self.plan).shape[1]
         at = (meeting % _BUFFERS * self.plan.parts + part) * 2 * SLOTS
-        return (self.row * words + _LINE + at) * _WORD
+        return (self.row * words + _counted(self.plan) + at) * _WORD
 
     def tell(
         self, meeting: Array, logits: Array, mass: Array, places: list[Array], best: Best | None
@@ -175,7 +187,7 @@ class Exchange:
         one, high, low = (jnp.sum(jnp.where(there, x, 0), axis=1) for x in (1, high, low))
         token = jnp.int32(0)
         if best is not None:
-            ahead = best.noisy == jnp.max(best.noisy)
+            ahead = (best.noisy == jnp.max(best.noisy)) | jnp.isnan(best.noisy)
             token = jnp.min(jnp.where(ahead, best.token, jnp.iinfo(jnp.int32).max))
         return Told(one, whole(high, low, bits), token)
 
