@@ -24,6 +24,7 @@ from ffjax.settings import program_settings
 from pallas_kernels.compile import why_no_compiler
 from pallas_kernels.draw import Before, draw_tokens, make_draw_plan, no_board
 from pallas_kernels.gpu import Gpu
+from pallas_kernels.logprobs import likeliest
 from pallas_kernels.targets import target
 
 pytestmark = [
@@ -90,6 +91,17 @@ def test_it_compiles_to_one_launch(name, batch, penalizes):
         text = step.trace(board, counts, rest, *args).lower().compile().as_text()
     # No copy of what is donated either.
     assert text is not None and text.count("custom-call(") == 1 and "copy(" not in text
+
+
+@pytest.mark.parametrize("name", ["h200", "a100", "l4"])
+def test_log_probabilities_compile_to_two_launches(name):
+    mesh, place = there(name)
+    logits = jax.ShapeDtypeStruct((16, 49152), jnp.int32, sharding=place)
+    token = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=place)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(lambda *args: likeliest(*args, 5)).trace(logits, token).lower()
+        text = lowered.compile().as_text()
+    assert text is not None and text.count("custom-call(") == 2 and "fusion(" not in text
 
 
 def test_no_copy_of_logits_keeps_a_block_of_steps_from_being_a_graph():
