@@ -234,7 +234,9 @@ def decode_block(
 
     first, board = token, empty_board(*shape, stages)
     start = cache, token, history, board, kept
-    out, tokens = lax.scan(step, start, (np.arange(BLOCK, dtype=np.int32), indices, keys), length=BLOCK)
+    out, tokens = lax.scan(
+        step, start, (np.arange(BLOCK, dtype=np.int32), indices, keys), length=BLOCK
+    )
     cache, token, history, _, kept = out
     told = None
     if stages.logprobs is not None and kept is not None:
@@ -247,7 +249,11 @@ def decode_block(
 
 def _room(shape: tuple[int, ...], gpu: Gpu | None) -> Array:
     """Where logits are kept, int32: each step writes its own."""
-    return jnp.zeros(shape, jnp.int32) if gpu is None else room(shape, jnp.int32, interpret=gpu == INTERPRETER)
+    return (
+        jnp.zeros(shape, jnp.int32)
+        if gpu is None
+        else room(shape, jnp.int32, interpret=gpu == INTERPRETER)
+    )
 
 
 def slots_for(capacity: int) -> int:

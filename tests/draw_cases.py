@@ -125,7 +125,9 @@ def check_penalties(draws: str | None, batch: int, vocab: int, gpu: Gpu, *, seed
         rows = Rows(penalties=jnp.asarray(kinds, jnp.float32))
         if draws is not None:
             temperatures, *rest = DRAWS[draws]
-            rows = rows._replace(temperature=jnp.asarray(rng.choice(temperatures, batch), jnp.float32))
+            rows = rows._replace(
+                temperature=jnp.asarray(rng.choice(temperatures, batch), jnp.float32)
+            )
             if filters:
                 top_k = jnp.asarray(rng.choice(rest[0], batch), jnp.int32)
                 nucleus = np.stack([rng.choice(each, batch) for each in rest[1:]], axis=1)

@@ -1,4 +1,4 @@
-"""The likeliest tokens, found group by group, are those that a stable sort finds; by a kernel too."""
+"""The likeliest tokens, found group by group, are those of a stable sort; by a kernel, too."""
 
 import jax.numpy as jnp
 import numpy as np

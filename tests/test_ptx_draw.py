@@ -25,7 +25,7 @@ TAG = 2
 
 
 @functools.cache
-def texts(places: int, best: bool, warps: int, parts: int) -> list[Inline]:
+def texts(places: int, best: bool, winners: int, warps: int, parts: int) -> list[Inline]:
     """Of look, tell and told."""
     width = 32 * warps * TOGETHER
 
@@ -34,9 +34,10 @@ def texts(places: int, best: bool, warps: int, parts: int) -> list[Inline]:
         ints = jnp.zeros((1, width), jnp.int32)
         shared, zero = jnp.zeros((1,), jnp.int32), jnp.int32(0)
         pair = (row, ints) if best else None
-        ptx.look(row, ints, [jnp.float32(0)] * places, pair, shared, TOGETHER)
-        ptx.tell(board, shared, zero, zero, warps, best)
-        ptx.told(board, shared, zero, zero, warps, parts, best, 50)
+        ptx.look(row, ints, [jnp.float32(0)] * places, pair, winners, shared, TOGETHER)
+        slots = max(int(best), winners)
+        ptx.tell(board, shared, zero, zero, warps, slots)
+        ptx.told(board, shared, zero, zero, warps, parts, slots, 50)
 
     return inlines(body, shape(1024))
 
@@ -49,13 +50,14 @@ def meet(
     edits: tuple = (),
     seed: int = 0,
     missing: bool = False,
+    winners: int = 0,
 ) -> None:
     """Has the programs of a row meet, and compares what each is told with what there is.
 
     `missing`: one word of the last program has not come.
     """
     rng = np.random.default_rng(seed)
-    look, tell, told = texts(len(places), best, warps, parts)
+    look, tell, told = texts(len(places), best, winners, warps, parts)
     for old, new in edits:
         whole = [one for one in (look, tell, told) if old in one.text]
         assert whole, f"{old} does not occur."
@@ -106,8 +108,11 @@ def meet(
         for slot in range(len(places)):
             assert set(count[slots == slot].view(np.int32)) == {counts[slot]}
             assert set(total[slots == slot].view(np.float32)) == {np.float32(sums[slot])}
-        if best:
-            assert set(ahead.view(np.int32)) == {token}
+        if best and not winners:
+            assert set(ahead[slots == SLOTS - 1].view(np.int32)) == {token}
+        for slot, place in zip(range(SLOTS - winners, SLOTS), range(-winners, 0), strict=True):
+            among = np.where(above[place], noisy, -np.inf)
+            assert set(ahead[slots == slot].view(np.int32)) == {np.argmax(among)}
 
 
 def noise_texts(together: int) -> Inline:
@@ -187,6 +192,12 @@ PLACES = np.array([2.0, 1.5, 1.0, 0.3, 0.0, -0.4, -2.5, -np.inf], np.float32)
 def test_programs_are_told_what_all_have_found(parts, warps, best):
     meet(parts, PLACES[best:], best, warps)
     meet(parts, PLACES[:4], best, warps)
+
+
+@pytest.mark.parametrize(("parts", "warps"), [(2, 8), (16, 4)])
+def test_programs_are_told_which_token_is_ahead_above_each_of_some_places(parts, warps):
+    for places in ([1.0, -2.5, 0.3, 0.0, -0.4], [0.3, 2.0, 0.0, -0.4, -2.5]):
+        meet(parts, np.array(places, np.float32), True, warps, winners=3)
 
 
 def test_a_program_waits_for_the_words_of_this_meeting():

@@ -128,7 +128,7 @@ def empty_board(batch: int, vocab: int, stages: Stages) -> Array | None:
 
 
 def kept_by_kernel(batch: int, vocab: int, stages: Stages) -> bool:
-    """Whether the kernel that draws can write down the model's own logits: no stage is before it."""
+    """Whether the kernel that draws is given the model's own logits, and can write them down."""
     if stages.edits or stages.forbids_stops or stages.processors:
         return False
     return _draw_plan(batch, vocab, stages) is not None
@@ -196,13 +196,15 @@ def choose(
         kept: int32 `[n, B, V]`, where the kernel writes the logits of the i-th choice with a board;
             if `kept_by_kernel`.
     """
-    plan = _draw_plan(*logits.shape, stages)
+    batch, vocab = logits.shape
+    plan = _draw_plan(batch, vocab, stages)
     edited = _edited(logits, rows, index, stages)
     likeliest = None if stages.edits or stages.forbids_stops else greedy
     if plan is not None and plan.penalizes:
         assert history is not None
-        how = (None, None) if fed is None else (fed.first, fed.running)
-        before = DrawnBefore(rows.penalties, *history, *how)
+        before = DrawnBefore(rows.penalties, history.prompt, history.counts)
+        if fed is not None:
+            before = before._replace(fed=fed.first, running=fed.running)
         out = _by_kernel(plan, edited, likeliest, rows, keys, before, board, kept, stages)
         token, board, kept = out.token, out.board, out.kept
         assert out.logit is not None

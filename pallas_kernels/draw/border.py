@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["Border", "first_places", "out_of_reach"]
+__all__ = ["WINNERS", "Border", "first_places", "out_of_reach"]
 
 # Gumbel noise of float32 lies between -4.5 and 16: what lies further behind than this many
 # temperatures never overtakes the likeliest.
@@ -20,7 +20,22 @@ _FURTHEST = 22.0
 _NEAREST, _LAST = 0.6, 12.0
 # Looks after which the tokens between which the k-th likeliest lies are taken as equal to it: they
 # lie within a millionth of a temperature.
-_MOST_LOOKS = 12
+_MOST_LOOKS = 16
+# Where a look behind the first one looks, about the place where the border should lie: in widths
+# that an estimate may be wrong by.
+_ABOUT = 1.5, 0.5, -0.5, -1.5
+# That width for the border of `top_p`, in parts of what is not known. Estimates were wrong by up to
+# a twelfth, of normal logits of all spreads.
+_WRONG = 1 / 15
+# Of the k-th token it follows from how many tokens are between what is known; within these parts.
+_LEAST_WRONG, _MOST_WRONG = 1 / 60, 1 / 5
+# The least part of a mass that an estimate goes by.
+_LEAST_PART = 1e-3
+# Of what is less there is no logarithm worth going by.
+_SOME = 0.5
+
+WINNERS = 3
+"""The last so many places of `Border.places` are those that may turn out to be the border."""
 
 
 def first_places(number: int, most: Array, scale: Array) -> list[Array]:
@@ -49,14 +64,23 @@ def out_of_reach(most: Array, scale: Array) -> Array:
     return most - _FURTHEST * scale
 
 
+def _part(x: Array) -> Array:
+    """x within 0 to 1; a half where nothing can be said."""
+    return jnp.where(jnp.abs(x) < jnp.inf, jnp.clip(x, 0.0, 1.0), 0.5)
+
+
 class Border(NamedTuple):
     """What is known; all are scalars, float32 but for the last.
 
     Attributes:
         inside: tokens with this logit or more are kept.
         outside: tokens with this logit or less are not, or cannot be drawn.
+        mass_inside: what lies above the first sums up to.
+        mass_outside: what lies above the second does; infinite as long as it is not known.
         few: less than k tokens lie above this.
         many: k or more do.
+        count_few: as many as lie above the first.
+        count_many: above the second.
         least: what `top_k` keeps sums up to this or more.
         most: and to this or less.
         looks: int32, how many there were.
@@ -64,8 +88,12 @@ class Border(NamedTuple):
 
     inside: Array
     outside: Array
+    mass_inside: Array
+    mass_outside: Array
     few: Array
     many: Array
+    count_few: Array
+    count_many: Array
     least: Array
     most: Array
     looks: Array
@@ -80,35 +108,105 @@ class Border(NamedTuple):
         """
         beyond = out_of_reach(most, scale)
         nothing = jnp.zeros_like(most)
-        return cls(most, beyond, most, beyond, nothing, nothing + jnp.inf, jnp.int32(0))
+        endless = nothing + jnp.inf
+        masses = counts = nothing, endless
+        return cls(most, beyond, *masses, most, beyond, *counts, nothing, endless, jnp.int32(0))
 
-    def places(self, number: int, candidate: Array, top_p: Array) -> list[Array]:
-        """Where to look next, float32 scalars: at a candidate, and between what is known.
+    def _kth(self, top_k: Array) -> tuple[Array, Array]:
+        """Where the k-th likeliest should lie between `few` and `many`, from 0 to 1.
 
-        Half of the places lie about the k-th token where the mass of what `top_k` keeps matters.
+        As if the logarithm of the number grew evenly; and by how much that may be wrong, if tokens
+        lie at random.
+        """
+        k = top_k.astype(jnp.float32)
+        few, many = (jnp.maximum(x, _SOME) for x in (self.count_few, self.count_many))
+        grows = jnp.log(many / few)
+        share = _part((k - self.count_few) / (self.count_many - self.count_few))
+        wobble = jnp.sqrt((self.count_many - self.count_few) * share * (1 - share) + 1) / k
+        wrong = jnp.clip(1.5 * wobble / grows, _LEAST_WRONG, _MOST_WRONG)
+        return _part(jnp.log((k - 0.5) / few) / grows), wrong
+
+    def _mass(self, whole: Array, wanted: Array) -> Array:
+        """Where so much should lie above, between `inside` and `outside`, from 0 to 1.
+
+        As if the logarithm of the mass above, divided by the mass beneath, grew evenly.
 
         Args:
-            number: of places.
-            candidate: float32, a token's logit.
+            whole: float32, what `top_k` keeps sums up to.
+            wanted: float32.
+        """
+
+        def ratio(mass: Array) -> Array:
+            behind = jnp.maximum(whole - mass, _LEAST_PART * whole)
+            return jnp.log(jnp.maximum(mass, _SOME) / behind)
+
+        start = ratio(self.mass_inside)
+        return _part((ratio(wanted) - start) / (ratio(self.mass_outside) - start))
+
+    def places(self, beneath: Array, top_k: Array, top_p: Array) -> list[Array]:
+        """Where to look next, float32 scalars: five, of which the last ones are `WINNERS`.
+
+        They lie about where the border should be, and in some looks evenly, so that what is not
+        known shrinks whatever the logits are. Where the mass of what `top_k` keeps matters and is
+        not known, two or three lie about the k-th token, and two on either side of the border.
+
+        Args:
+            beneath: float32, what lies beneath it is out. May be a token's logit, of which the look
+                tells whether it is kept.
+            top_k: int32.
             top_p: float32.
         """
-        both = (top_p < 1) & (self.least < self.most)
-        here = number - number // 2
-        share = 1 / number + (1 / here - 1 / number) * both.astype(jnp.float32)
-        among = (self.inside - self.outside) * share
-        about = (self.few - self.many) * (1 / (number - here + 1))
-        # The first place is the candidate's.
-        places = [candidate, *(self.inside - among * i for i in range(1, here))]
-        for i in range(here, number):
-            near = self.few - about * (i - here + 1)
-            places.append(jnp.where(both, near, self.inside - among * i))
-        # Where all tokens are kept there is no border to look for, and nothing lies above infinity.
-        return [jnp.where(place == place, place, jnp.inf) for place in places]
+        by_mass = top_p < 1
+        both = by_mass & (self.least < self.most)
+        kth, wrong = self._kth(top_k)
+        some = jnp.maximum(self.least, _SOME)
+        spread = jnp.where(both, jnp.log(self.most / some), 0.0)
+        whole = some * jnp.exp(kth * spread)
+        guess = jnp.where(by_mass, self._mass(whole, top_p * whole), kth)
+        width = jnp.where(by_mass, _WRONG, wrong)
+        by_guess = jnp.where(both, self.looks == 1, self.looks % 3 != 0)
+
+        def at(first: Array, last: Array, guess: Array, even: float) -> Array:
+            part = jnp.where(by_guess, jnp.clip(guess, 0.0, 1.0), even)
+            return first - (first - last) * part
+
+        four = [
+            at(self.inside, self.outside, guess - offset * width, (i + 1) / 5)
+            for i, offset in enumerate(_ABOUT)
+        ]
+        number = [
+            at(self.few, self.many, kth - offset * wrong, (i + 1) / 3)
+            for i, offset in enumerate((_ABOUT[0], _ABOUT[-1]))
+        ]
+        # On either side of what may be the border for all that is known of the whole by then.
+        off = _ABOUT[0] * wrong * spread + 0.5 / jnp.sqrt(top_k.astype(jnp.float32))
+
+        def about(by: Array, even: float) -> Array:
+            wanted = top_p * whole * jnp.exp(by)
+            nearer = wanted <= self.least
+            first = jnp.where(nearer, self.inside, self.few)
+            last = jnp.where(nearer, self.few, self.many)
+            start = jnp.where(nearer, self.mass_inside, self.least)
+            end = jnp.where(nearer, self.least, self.most)
+            start, end = jnp.maximum(start, _SOME), jnp.maximum(end, _SOME)
+            guess = first - (first - last) * _part(jnp.log(wanted / start) / jnp.log(end / start))
+            return jnp.where(by_guess, guess, at(self.inside, self.outside, guess, even))
+
+        border = [about(-off, 1 / 3), about(off, 2 / 3)]
+        # Where no token is to be asked about, what is beneath is known.
+        third = at(self.few, self.many, kth, 1 / 2)
+        fifth = jnp.where(beneath > self.outside, beneath, third)
+        apart = [number[0], border[0], border[1], fifth, number[1]]
+        together = [four[0], beneath, *four[1:]]
+        places = [jnp.where(both, x, y) for x, y in zip(apart, together, strict=True)]
+        # Where it is known of all tokens there is no border to look for.
+        unknown = self.outside < self.inside
+        return [jnp.where(unknown & (place == place), place, beneath) for place in places]
 
     def narrowed(
         self, places: Array, counts: Array, masses: Array, top_k: Array, top_p: Array
-    ) -> Border:
-        """With what lies above some places.
+    ) -> tuple[Border, Array]:
+        """With what lies above some places; and which of these are outside, bool `[places]`.
 
         Args:
             places: float32 `[places]`.
@@ -132,12 +230,18 @@ class Border(NamedTuple):
         # Of equal tokens all are kept, so that the likeliest always is.
         out = enough | ((top_p < 1) & (masses > 0) & (masses >= top_p * most))
         kept = ~enough & ((top_p >= 1) | (masses == 0) | (masses < top_p * least))
-        return Border(
+        numbers = counts.astype(jnp.float32)
+        border = Border(
             inside=lowest(kept, places, self.inside),
             outside=highest(out, places, self.outside),
+            mass_inside=highest(kept, masses, self.mass_inside),
+            mass_outside=lowest(out, masses, self.mass_outside),
             few=lowest(~enough, places, self.few),
             many=highest(enough, places, self.many),
+            count_few=highest(~enough, numbers, self.count_few),
+            count_many=lowest(enough, numbers, self.count_many),
             least=least,
             most=most,
             looks=self.looks + 1,
         )
+        return border, out | (places <= self.outside)

@@ -44,28 +44,44 @@ _OWN = 3
 
 
 class Best(NamedTuple):
-    """Tokens of which the one that is ahead is told, `[1, W]`: logits with noise, and ids.
+    """Tokens of which the one that is ahead is told; of equals that with the lowest id.
 
-    Of equals the lowest id is ahead; a NaN is ahead of all else.
+    Attributes:
+        noisy: float32 `[1, W]`, logits with noise; a NaN is ahead of all else.
+        token: int32 `[1, W]`, their ids.
+        places: 0: of all tokens. Else, of those above each of the last so many places; then none is
+            NaN.
     """
 
     noisy: Array
     token: Array
+    places: int = 0
+
+    @property
+    def slots(self) -> int:
+        """That tell a token: the last ones."""
+        return max(1, self.places)
 
 
 class Told(NamedTuple):
     """What the row's programs have found together.
 
     Attributes:
-        counts: int32 `[SLOTS]`, how many tokens lie above each place.
-        masses: float32 `[SLOTS]`, what they sum up to, in units of the likeliest's.
-        token: int32 scalar, the one that is ahead, if it was asked for. The last slot is its own:
-            there, a count and a mass mean nothing then.
+        counts: int32 `[SLOTS]`, how many tokens lie above each place. It means nothing in slots
+            that hold a token.
+        masses: float32 `[SLOTS]`, what they sum up to, in units of the likeliest's; likewise.
+        tokens: int32 `[SLOTS]`, the ids of those that are ahead, in the last slots, if they were
+            asked for. Where no token lies above a place, it is of no matter which.
     """
 
     counts: Array
     masses: Array
-    token: Array
+    tokens: Array
+
+    @property
+    def token(self) -> Array:
+        """The token of the last slot, int32 scalar."""
+        return jnp.max(jnp.where(iota((SLOTS,), 0) == SLOTS - 1, self.tokens, -1))
 
 
 def board_shape(plan: DrawPlan) -> jax.ShapeDtypeStruct:
@@ -146,7 +162,7 @@ class Exchange:
             meeting: int32, how many came before; of the row, in all launches.
             logits: float32 `[1, W]`.
             mass: int32 `[1, W]`.
-            places: float32 scalars, as many as there are slots; one less with `best`.
+            places: float32 scalars, one for each slot, or less; `best` has slots of its own.
             best: which tokens may be ahead; None: that is not asked.
 
         Returns:
@@ -156,10 +172,13 @@ class Exchange:
             return self._alone(logits, mass, places, best)
         warps = self.plan.num_warps
         together = self.plan.width // (32 * warps)
-        ptx.look(logits, mass, places, best, self.shared, together)
+        pair = None if best is None else (best.noisy, best.token)
+        winners = 0 if best is None else best.places
+        ptx.look(logits, mass, places, pair, winners, self.shared, together)
         own, tag = self._place(meeting, self.part), meeting_tag(meeting)
-        ptx.tell(self.board, self.shared, own, tag, warps, best is not None)
-        return meeting, best is not None
+        told = 0 if best is None else best.slots
+        ptx.tell(self.board, self.shared, own, tag, warps, told)
+        return meeting, told
 
     def told(self, telling: Any) -> Told:
         """What all programs of the row have told, whatever each has to say.
@@ -172,11 +191,12 @@ class Exchange:
         meeting, best = telling
         place, tag = self._place(meeting, 0), meeting_tag(meeting)
         warps, parts = self.plan.num_warps, self.plan.parts
-        counts, masses, token = ptx.told(
+        counts, masses, tokens = ptx.told(
             self.board, self.shared, place, tag, warps, parts, best, MAX_POLLS
         )
         bits = mass_bits(self.plan.vocab_size)
-        return Told(counts, masses * 2.0 ** (-2 * bits), jnp.max(token))
+        tokens = jnp.minimum(tokens, self.plan.vocab_size - 1)
+        return Told(counts, masses * 2.0 ** (-2 * bits), tokens)
 
     def _alone(self, logits: Array, mass: Array, places: list[Array], best: Best | None) -> Told:
         """What a program finds that has the whole row."""
@@ -185,11 +205,15 @@ class Exchange:
         there = logits > each[:, None]
         high, low = halves(mass, bits)
         one, high, low = (jnp.sum(jnp.where(there, x, 0), axis=1) for x in (1, high, low))
-        token = jnp.int32(0)
+        tokens = [jnp.int32(0)] * SLOTS
         if best is not None:
-            ahead = (best.noisy == jnp.max(best.noisy)) | jnp.isnan(best.noisy)
-            token = jnp.min(jnp.where(ahead, best.token, jnp.iinfo(jnp.int32).max))
-        return Told(one, whole(high, low, bits), token)
+            above = [logits > place for place in places[len(places) - best.places :]]
+            for i, among in enumerate(above or [jnp.full(logits.shape, True)]):
+                noisy = jnp.where(among, best.noisy, -jnp.inf)
+                ahead = (noisy == jnp.max(noisy)) | jnp.isnan(noisy)
+                token = jnp.min(jnp.where(ahead, best.token, jnp.iinfo(jnp.int32).max))
+                tokens[SLOTS - best.slots + i] = token
+        return Told(one, whole(high, low, bits), in_slots(tokens))
 
 
 def in_slots(values: list[Array]) -> Array:

@@ -8,11 +8,14 @@ A program has a part of one row in its registers. The token that is ahead, noise
 - `top_p`: the likelier tokens do not sum up to this share of what `top_k` keeps.
 
 What those two keep lies above a border (`pallas_kernels.draw.border`), and each meeting of a row's
-programs looks at some places for it. Tokens that are known to lie beneath are out, and the one that
-is ahead of the others is told at the same meeting. That is the token which would be ahead if all
-had been left out from the start, for the noise is the same. If it lies above the border for certain
-it is drawn. If that is not known the next meeting looks for it, and tells at once which token comes
-in its place: the one that is ahead of all that are likelier, since its like would be out with it.
+programs looks at some places for it. Tokens that are known to lie beneath are out. A meeting also
+tells which token is ahead of all that lie above some of its places, those that may turn out to be
+the border. That is the token which would be ahead if all beneath had been left out from the start,
+for the noise is the same. If it lies above the border for certain it is drawn. If that is not known
+the next meeting asks whether it does.
+
+Penalties are put on the logits as they are loaded (`pallas_kernels.draw.penalties`). Where one may
+have changed which token is the likeliest, a meeting of its own looks for that.
 
 Nothing is sorted: tokens are told apart by their logits, as XLA's filters do. All that is summed is
 integers (`pallas_kernels.draw.mass`), which add up to the same in any order: a row draws the same
@@ -31,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.draw import ptx
-from pallas_kernels.draw.border import Border, first_places, out_of_reach
+from pallas_kernels.draw.border import WINNERS, Border, first_places, out_of_reach
 from pallas_kernels.draw.exchange import SLOTS, Best, Exchange, Told, board_shape, in_slots
 from pallas_kernels.draw.mass import mass_bits, masses
 from pallas_kernels.draw.noise import noisy
@@ -70,19 +73,37 @@ class _Row(NamedTuple):
     top_k: Array
     top_p: Array
 
-    def narrowed(self, border: Border, places: list[Array], told: Told) -> Border:
-        """What is known of the border behind a meeting.
+    def narrowed(
+        self, border: Border, places: list[Array], told: Told
+    ) -> tuple[Border, Array, Array]:
+        """What is known of the border behind a meeting, and which token is ahead of what is left.
 
         Args:
             border: what was known before.
             places: where the meeting looked. Above the place of a slot that held a token, there is
                 nothing.
-            told: what it found.
+            told: what it found: in the last slots, tokens that are ahead above the last places.
+
+        Returns:
+            What is known, a token, int32, and whether the meeting has told it.
         """
         each = in_slots([*places, *[jnp.float32(jnp.inf)] * (SLOTS - len(places))])
         there = iota((SLOTS,), 0) < len(places)
         counts, sums = (jnp.where(there, x, 0) for x in (told.counts, told.masses))
-        return border.narrowed(each, counts, sums, self.top_k, self.top_p)
+        border, out = border.narrowed(each, counts, sums, self.top_k, self.top_p)
+        # What lies above the highest place that is out are the fewest. By places it could not be
+        # told for certain: where the kernel is interpreted, two uses of one may round differently.
+        fewest = jnp.min(jnp.where(out & there, counts, _NOBODY))
+        ahead = [
+            jnp.max(jnp.where(iota((SLOTS,), 0) == SLOTS - 1 - i, told.tokens, -1))
+            for i in range(WINNERS)
+        ]
+        token = jnp.int32(-1)
+        for i, one in enumerate(ahead):
+            place = iota((SLOTS,), 0) == len(places) - 1 - i
+            highest = place & out & (counts == fewest)
+            token = jnp.where(jnp.max(highest.astype(jnp.int32)) > 0, one, token)
+        return border, token, token >= 0
 
 
 class _State(NamedTuple):
@@ -145,7 +166,7 @@ def _choose(
     made = noise(known.outside) if early else None
     best = None if made is None else Best(made, row.token)
     told = exchange.told(exchange.tell(before, row.logits, row.mass, places, best))
-    border = row.narrowed(known, places, told)
+    border, *_ = row.narrowed(known, places, told)
     first = _State(before + 1, border, told.token, jnp.full_like(most, -jnp.inf), jnp.bool_(False))
     if made is None:
         # Most tokens are out by now, unless nearly all are kept.
@@ -157,13 +178,14 @@ def _choose(
     def meet(state: _State) -> _State:
         # Of a token that is out, what the border was last known to be.
         beneath = jnp.maximum(state.logit, state.border.outside)
-        places = state.border.places(SLOTS - 1, beneath, row.top_p)
-        best = Best(jnp.where(row.logits > beneath, made, -jnp.inf), row.token)
+        places = state.border.places(beneath, row.top_k, row.top_p)
+        best = Best(made, row.token, WINNERS)
         told = exchange.told(exchange.tell(state.meetings, row.logits, row.mass, places, best))
-        border = row.narrowed(state.border, places, told)
+        border, ahead, known = row.narrowed(state.border, places, told)
         is_out = state.logit <= border.outside
-        token = jnp.where(is_out, told.token, state.token)
-        logit = jnp.where(is_out, logit_of(told.token), state.logit)
+        asked = is_out & known
+        token = jnp.where(asked, ahead, state.token)
+        logit = jnp.where(asked, logit_of(token), jnp.where(is_out, -jnp.inf, state.logit))
         return _State(state.meetings + 1, border, token, logit, logit >= border.inside)
 
     def unsettled(state: _State) -> Array:
@@ -344,8 +366,8 @@ def draw_tokens(
         first: int32 `[B]`, 0 or more, what the first launch with a board folds into the keys, as
             `jax.random.fold_in` does; each later one folds in 1 more. None: the keys are of this
             draw.
-        before: which tokens came before; None where the plan has no penalties. Where a token is fed,
-            its `counts` are used up.
+        before: which tokens came before; None where the plan has no penalties. Where a token is
+            fed, its `counts` are used up.
         kept: int32 `[n, B, V]`, where the i-th launch with a board, from 0, writes its logits, as
             `pallas_kernels.logprobs.ordered` has them. It is used up. There are up to n launches.
         interpret: run on a CPU, where each row is one part.

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.logprobs.order import GREATEST, LEAST, unordered
-from pallas_kernels.logprobs.survey import GROUP, Survey, as_numbers, finite_or_0, survey
+from pallas_kernels.logprobs.survey import GROUP, as_numbers, finite_or_0, survey
 from pallas_kernels.program import iota
 
 __all__ = ["MOST_TOKENS", "likeliest"]
