@@ -6,10 +6,11 @@ places, which are logits too: how many tokens lie above each, and what they sum 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 __all__ = ["WINNERS", "Border", "first_places", "out_of_reach"]
 
@@ -29,10 +30,12 @@ _ABOUT = 1.5, 0.5, -0.5, -1.5
 _WRONG = 1 / 15
 # Of the k-th token it follows from how many tokens are between what is known; within these parts.
 _LEAST_WRONG, _MOST_WRONG = 1 / 60, 1 / 5
+# In binary logarithms: what a number of tokens is wrong by, and what a mass is, by 1 / sqrt(k).
+_PER_LOG, _LOOSE = 1.5 * math.log2(math.e), 0.5 * math.log2(math.e)
 # The least part of a mass that an estimate goes by.
 _LEAST_PART = 1e-3
 # Of what is less there is no logarithm worth going by.
-_SOME = 0.5
+_SOME = 2.0**-10
 
 WINNERS = 3
 """The last so many places of `Border.places` are those that may turn out to be the border."""
@@ -62,6 +65,19 @@ def out_of_reach(most: Array, scale: Array) -> Array:
         scale: the temperature.
     """
     return most - _FURTHEST * scale
+
+
+def _log(x: Array) -> Array:
+    """A binary logarithm, to a hundredth: enough for a guess, and a tenth of the instructions.
+
+    Args:
+        x: float32; what is less than `_SOME`, or infinite, is taken for a number next to it.
+    """
+    bits = lax.bitcast_convert_type(jnp.maximum(x, _SOME), jnp.int32)
+    one_to_two = lax.bitcast_convert_type(bits & 0x7FFFFF | 0x3F800000, jnp.float32)
+    beyond = one_to_two - 1
+    exponent = lax.shift_right_arithmetic(bits, jnp.full_like(bits, 23)) - 127
+    return exponent.astype(jnp.float32) + beyond + 0.3466 * beyond * (1 - beyond)
 
 
 def _part(x: Array) -> Array:
@@ -112,37 +128,6 @@ class Border(NamedTuple):
         masses = counts = nothing, endless
         return cls(most, beyond, *masses, most, beyond, *counts, nothing, endless, jnp.int32(0))
 
-    def _kth(self, top_k: Array) -> tuple[Array, Array]:
-        """Where the k-th likeliest should lie between `few` and `many`, from 0 to 1.
-
-        As if the logarithm of the number grew evenly; and by how much that may be wrong, if tokens
-        lie at random.
-        """
-        k = top_k.astype(jnp.float32)
-        few, many = (jnp.maximum(x, _SOME) for x in (self.count_few, self.count_many))
-        grows = jnp.log(many / few)
-        share = _part((k - self.count_few) / (self.count_many - self.count_few))
-        wobble = jnp.sqrt((self.count_many - self.count_few) * share * (1 - share) + 1) / k
-        wrong = jnp.clip(1.5 * wobble / grows, _LEAST_WRONG, _MOST_WRONG)
-        return _part(jnp.log((k - 0.5) / few) / grows), wrong
-
-    def _mass(self, whole: Array, wanted: Array) -> Array:
-        """Where so much should lie above, between `inside` and `outside`, from 0 to 1.
-
-        As if the logarithm of the mass above, divided by the mass beneath, grew evenly.
-
-        Args:
-            whole: float32, what `top_k` keeps sums up to.
-            wanted: float32.
-        """
-
-        def ratio(mass: Array) -> Array:
-            behind = jnp.maximum(whole - mass, _LEAST_PART * whole)
-            return jnp.log(jnp.maximum(mass, _SOME) / behind)
-
-        start = ratio(self.mass_inside)
-        return _part((ratio(wanted) - start) / (ratio(self.mass_outside) - start))
-
     def places(self, beneath: Array, top_k: Array, top_p: Array) -> list[Array]:
         """Where to look next, float32 scalars: five, of which the last ones are `WINNERS`.
 
@@ -158,13 +143,31 @@ class Border(NamedTuple):
         """
         by_mass = top_p < 1
         both = by_mass & (self.least < self.most)
-        kth, wrong = self._kth(top_k)
-        some = jnp.maximum(self.least, _SOME)
-        spread = jnp.where(both, jnp.log(self.most / some), 0.0)
-        whole = some * jnp.exp(kth * spread)
-        guess = jnp.where(by_mass, self._mass(whole, top_p * whole), kth)
-        width = jnp.where(by_mass, _WRONG, wrong)
         by_guess = jnp.where(both, self.looks == 1, self.looks % 3 != 0)
+        k = top_k.astype(jnp.float32)
+        few, many, inside = map(_log, (self.count_few, self.count_many, self.mass_inside))
+        least, most = _log(self.least), _log(self.most)
+        # The k-th token lies where it should if the logarithm of the number grows evenly. That is
+        # wrong by as much as a number of tokens is that lie at random.
+        kth = _part((_log(k - 0.5) - few) / (many - few))
+        number = self.count_many - self.count_few
+        share = _part((k - self.count_few) / number)
+        wobble = jnp.exp2(0.5 * _log(number * share * (1 - share) + 1))
+        wrong = jnp.clip(_PER_LOG * wobble / (k * (many - few)), _LEAST_WRONG, _MOST_WRONG)
+        # So it is with the mass of what `top_k` keeps.
+        spread = jnp.where(both, most - least, 0.0)
+        whole = least + kth * spread
+        # The border of `top_p` lies where it should if the same is true of mass above by beneath.
+        all_ = jnp.where(both, jnp.exp2(whole), self.most)
+
+        def beneath_log(mass: Array) -> Array:
+            return _log(jnp.maximum(all_ - mass, _LEAST_PART * all_))
+
+        start = inside - beneath_log(self.mass_inside)
+        end = _log(self.mass_outside) - beneath_log(self.mass_outside)
+        ratio = _log(top_p) - _log(1 - top_p)
+        guess = jnp.where(by_mass, _part((ratio - start) / (end - start)), kth)
+        width = jnp.where(by_mass, _WRONG, wrong)
 
         def at(first: Array, last: Array, guess: Array, even: float) -> Array:
             part = jnp.where(by_guess, jnp.clip(guess, 0.0, 1.0), even)
@@ -174,29 +177,27 @@ class Border(NamedTuple):
             at(self.inside, self.outside, guess - offset * width, (i + 1) / 5)
             for i, offset in enumerate(_ABOUT)
         ]
-        number = [
+        about_kth = [
             at(self.few, self.many, kth - offset * wrong, (i + 1) / 3)
             for i, offset in enumerate((_ABOUT[0], _ABOUT[-1]))
         ]
         # On either side of what may be the border for all that is known of the whole by then.
-        off = _ABOUT[0] * wrong * spread + 0.5 / jnp.sqrt(top_k.astype(jnp.float32))
+        off = _ABOUT[0] * wrong * spread + _LOOSE * jnp.exp2(-0.5 * _log(k))
 
         def about(by: Array, even: float) -> Array:
-            wanted = top_p * whole * jnp.exp(by)
-            nearer = wanted <= self.least
+            wanted = _log(top_p) + whole + by
+            nearer = wanted <= least
             first = jnp.where(nearer, self.inside, self.few)
             last = jnp.where(nearer, self.few, self.many)
-            start = jnp.where(nearer, self.mass_inside, self.least)
-            end = jnp.where(nearer, self.least, self.most)
-            start, end = jnp.maximum(start, _SOME), jnp.maximum(end, _SOME)
-            guess = first - (first - last) * _part(jnp.log(wanted / start) / jnp.log(end / start))
+            start, end = jnp.where(nearer, inside, least), jnp.where(nearer, least, most)
+            guess = first - (first - last) * _part((wanted - start) / (end - start))
             return jnp.where(by_guess, guess, at(self.inside, self.outside, guess, even))
 
         border = [about(-off, 1 / 3), about(off, 2 / 3)]
         # Where no token is to be asked about, what is beneath is known.
         third = at(self.few, self.many, kth, 1 / 2)
         fifth = jnp.where(beneath > self.outside, beneath, third)
-        apart = [number[0], border[0], border[1], fifth, number[1]]
+        apart = [about_kth[0], *border, fifth, about_kth[1]]
         together = [four[0], beneath, *four[1:]]
         places = [jnp.where(both, x, y) for x, y in zip(apart, together, strict=True)]
         # Where it is known of all tokens there is no border to look for.
