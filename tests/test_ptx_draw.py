@@ -13,6 +13,7 @@ from ptx_machine import Machine, PtxError
 from pallas_kernels.draw import ptx
 from pallas_kernels.draw.border import out_of_reach
 from pallas_kernels.draw.noise import noisy
+from pallas_kernels.draw.penalties import by_ptx, penalized
 from pallas_kernels.draw.ptx import SLOTS
 from pallas_kernels.draw.threefry import gumbel, random_bits
 
@@ -216,6 +217,22 @@ FAULTS = {
 }
 
 
+# The same of tokens that are ahead above some places.
+WINNER_FAULTS = [
+    ("setp.gt.and.s32 %q, %o, %w3, %p;", "setp.gt.s32 %q, %o, %w3;"),
+    ("@%q mov.b32 %i4,", "@!%q mov.b32 %i4,"),
+    ("setp.ge.u32 %last, %a, 5;", "setp.ge.u32 %last, %a, 6;"),
+]
+
+
+@pytest.mark.parametrize("edit", WINNER_FAULTS)
+def test_a_fault_in_what_is_ahead_is_seen(edit):
+    places = np.array([1.0, -2.5, 0.3, 0.0, -0.4], np.float32)
+    with pytest.raises((AssertionError, PtxError)):
+        for seed in range(3):
+            meet(2, places, True, 8, (edit,), seed, winners=3)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(fault):
     *edit, best = FAULTS[fault]
@@ -237,3 +254,47 @@ def test_a_fault_in_noise_is_seen(edit):
     with pytest.raises((AssertionError, PtxError)):
         for temperature in (0.7, 1.0):
             check_noise(4, temperature, edit)
+
+
+def penalties_text() -> Inline:
+    def body(out):
+        row, ints = jnp.zeros((1, 64)), jnp.zeros((1, 64), jnp.int32)
+        edited = by_ptx(row, ints, ints > 0, *[jnp.float32(1)] * 3)
+        out[0] = jnp.max(edited).astype(jnp.int32)
+
+    return inlines(body, shape(1))[0]
+
+
+def put_penalties(edit: tuple[str, str] | None = None) -> None:
+    """Compares logits of every kind, with the penalties that its formula puts on them."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=64).astype(np.float32) * 3
+    logits[:6] = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-30]
+    counts = rng.integers(0, 4, 64).astype(np.int32)
+    counts[:6] = 2
+    prompt = rng.random(64) < 0.3
+    for kinds in ((1.3, 0.5, 0.25), (0.7, -1.5, 0.0), (1.0, 0.0, 0.0)):
+        each = [np.float32(x) for x in kinds]
+        with np.errstate(invalid="ignore"):
+            want = penalized(*map(jnp.asarray, (logits, counts, prompt)), *each)
+        operands = logits, counts, prompt.astype(np.int32), *each
+        [got] = penalties_text().edited(edit).run(Machine(64, 0, 16), *operands)
+        np.testing.assert_allclose(got.view(np.float32), want, rtol=1e-6, atol=1e-6)
+
+
+def test_penalties_are_those_of_the_formula():
+    put_penalties()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("or.pred %held, %held, %said;", ""),
+        ("selp.f32 %a, %a, %b, %p;", "selp.f32 %a, %b, %a, %p;"),
+        ("selp.f32 %l, %a, %l, %said;", "selp.f32 %l, %a, %l, %held;"),
+        ("mov.b32 %b, $6;", "mov.b32 %b, $5;"),
+    ],
+)
+def test_a_fault_in_penalties_is_seen(edit):
+    with pytest.raises(AssertionError):
+        put_penalties(edit)

@@ -186,7 +186,9 @@ def _choose(
         asked = is_out & known
         token = jnp.where(asked, ahead, state.token)
         logit = jnp.where(asked, logit_of(token), jnp.where(is_out, -jnp.inf, state.logit))
-        return _State(state.meetings + 1, border, token, logit, logit >= border.inside)
+        # Where all tokens are kept, a logit of -inf is none.
+        settled = (logit >= border.inside) & (logit > -jnp.inf)
+        return _State(state.meetings + 1, border, token, logit, settled)
 
     def unsettled(state: _State) -> Array:
         return ~state.settled & (state.meetings - before < _MOST_MEETINGS)

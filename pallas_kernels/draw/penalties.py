@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["Before", "Penalties", "penalized"]
+__all__ = ["Before", "Penalties", "by_ptx", "penalized"]
 
 # XLA's division may err by two units in the last place. A repetition penalty between 1 and this
 # could let a token overtake one that it equals.
@@ -100,7 +100,8 @@ def _(ctx, *args):
     return lowered.assembly([result], _text(), "=r,r,r,r,r,r,r", arguments)[0]
 
 
-def _by_ptx(logits: Array, counts: Array, prompt: Array, *penalties: Array) -> Array:
+def by_ptx(logits: Array, counts: Array, prompt: Array, *penalties: Array) -> Array:
+    """The same as `penalized`, of arrays of one dimension or more, in PTX."""
     floats = logits, *(jnp.broadcast_to(x, logits.shape) for x in penalties)
     bits, *rest = (lax.bitcast_convert_type(x, jnp.int32) for x in floats)
     out = _penalized_p.bind(bits, counts, prompt.astype(jnp.int32), *rest)
@@ -136,7 +137,7 @@ class Penalties:
             interpret: by jnp, on a CPU.
         """
         self._refs, self._row = refs, row
-        self._formula = penalized if interpret else _by_ptx
+        self._formula = penalized if interpret else by_ptx
         self._kinds = [plgpu.load(refs["penalties"].at[row, jnp.int32(i)]) for i in range(3)]
         repetition, presence, frequency = self._kinds
         self.lowers = (
