@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from unittest import mock
 
 import jax
@@ -18,6 +19,7 @@ from ffjax.loop import decode_block
 from ffjax.model import Transformer
 from ffjax.parts import taken_apart
 from ffjax.sampling.draw import words_of
+from ffjax.sampling.history import History
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, rows_of
 from ffjax.settings import program_settings
@@ -103,23 +105,37 @@ def test_log_probabilities_compile_to_two_launches(name):
     assert text is not None and text.count("custom-call(") == 2 and "fusion(" not in text
 
 
-def test_no_copy_of_logits_keeps_a_block_of_steps_from_being_a_graph():
-    """Logits are kept for their log-probabilities; XLA takes asynchronous copies into no graph."""
-    config, gpu = small_config(vocab_size=4096), target("h200").gpu
+def compiled_block(params: SamplingParams, vocab: int) -> str:
+    """A block of steps of one sequence, for an H200: HLO."""
+    config, gpu = small_config(vocab_size=vocab), target("h200").gpu
     mesh, place = there("h200")
-    params = [SamplingParams(logprobs=2)]
-    stages = Stages.of(params, (), gpu)
+    stages = Stages.of([params], (), gpu)
 
     def abstract():
         model, cache = Transformer(config, rngs=nnx.Rngs(0)), KVCache.create(config, 1, 256)
         return taken_apart(model)[1], cache, *[jnp.zeros((1,), jnp.int32)] * 2
 
     graphdef = taken_apart(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
-    args = *jax.eval_shape(abstract), rows_of(params, [[]], words_of(0, 1), stages), None
+    history = jax.eval_shape(lambda: History.empty(1, vocab)) if stages.remembers else None
+    args = *jax.eval_shape(abstract), rows_of([params], [[]], words_of(0, 1), stages), history
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
     block = functools.partial(decode_block, graphdef, stages=stages, implementation="pallas")
     options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     with jax.set_mesh(mesh), mock.patch.object(Gpu, "of", lambda _: gpu), program_settings():
-        step = jax.jit(block, donate_argnums=1, compiler_options=options)
+        step = jax.jit(block, donate_argnums=(1, 5), compiler_options=options)
         text = step.trace(*args).lower().compile().as_text()
-    assert text is not None and "ffjax_decode_step" in text and "-start" not in text
+    assert text is not None and "ffjax_decode_step" in text
+    return text
+
+
+def test_no_copy_of_logits_keeps_a_block_of_steps_from_being_a_graph():
+    """Logits are kept for their log-probabilities; XLA takes asynchronous copies into no graph."""
+    assert "-start" not in compiled_block(SamplingParams(logprobs=2), 4096)
+
+
+def test_xla_does_nothing_to_logits_that_the_kernel_draws_from():
+    every = SamplingParams(temperature=1, top_k=5, frequency_penalty=0.1, logprobs=2)
+    text = compiled_block(every, 4096)
+    kernels = ("ffjax_draw", "ffjax_room", "ffjax_survey", "ffjax_likeliest")
+    assert all(kernel in text for kernel in kernels)
+    assert not re.findall(r"= .*\b4096\].* (?:fusion|copy)\(", text)
