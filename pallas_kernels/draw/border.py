@@ -143,66 +143,89 @@ class Border(NamedTuple):
         """
         by_mass = top_p < 1
         both = by_mass & (self.least < self.most)
-        by_guess = jnp.where(both, self.looks == 1, self.looks % 3 != 0)
+        # A row takes one of three ways, whose instructions the others do without.
+        places = lax.cond(
+            both,
+            lambda: self._about_both(beneath, top_k, top_p),
+            lambda: self._about_one(
+                beneath,
+                *lax.cond(by_mass, lambda: self._by_mass(top_p), lambda: self._kth(top_k)),
+            ),
+        )
+        # Where it is known of all tokens there is no border to look for.
+        unknown = self.outside < self.inside
+        return [jnp.where(unknown & (place == place), place, beneath) for place in places]
+
+    def _kth(self, top_k: Array) -> tuple[Array, Array]:
+        """Where the k-th likeliest should lie between `few` and `many`, from 0 to 1.
+
+        As if the logarithm of the number grew evenly; and by how much that may be wrong, if tokens
+        lie at random.
+        """
         k = top_k.astype(jnp.float32)
-        few, many, inside = map(_log, (self.count_few, self.count_many, self.mass_inside))
-        least, most = _log(self.least), _log(self.most)
-        # The k-th token lies where it should if the logarithm of the number grows evenly. That is
-        # wrong by as much as a number of tokens is that lie at random.
-        kth = _part((_log(k - 0.5) - few) / (many - few))
+        few, many = _log(self.count_few), _log(self.count_many)
         number = self.count_many - self.count_few
         share = _part((k - self.count_few) / number)
         wobble = jnp.exp2(0.5 * _log(number * share * (1 - share) + 1))
         wrong = jnp.clip(_PER_LOG * wobble / (k * (many - few)), _LEAST_WRONG, _MOST_WRONG)
-        # So it is with the mass of what `top_k` keeps.
-        spread = jnp.where(both, most - least, 0.0)
-        whole = least + kth * spread
-        # The border of `top_p` lies where it should if the same is true of mass above by beneath.
-        all_ = jnp.where(both, jnp.exp2(whole), self.most)
+        return _part((_log(k - 0.5) - few) / (many - few)), wrong
 
-        def beneath_log(mass: Array) -> Array:
-            return _log(jnp.maximum(all_ - mass, _LEAST_PART * all_))
+    def _by_mass(self, top_p: Array) -> tuple[Array, Array]:
+        """Where the border of `top_p` should lie between `inside` and `outside`, from 0 to 1.
 
-        start = inside - beneath_log(self.mass_inside)
-        end = _log(self.mass_outside) - beneath_log(self.mass_outside)
-        ratio = _log(top_p) - _log(1 - top_p)
-        guess = jnp.where(by_mass, _part((ratio - start) / (end - start)), kth)
-        width = jnp.where(by_mass, _WRONG, wrong)
+        As if the logarithm of the mass above, divided by the mass beneath, grew evenly; and by how
+        much that may be wrong. The whole is known.
+        """
+        whole = self.most
 
-        def at(first: Array, last: Array, guess: Array, even: float) -> Array:
-            part = jnp.where(by_guess, jnp.clip(guess, 0.0, 1.0), even)
-            return first - (first - last) * part
+        def ratio(mass: Array) -> Array:
+            return _log(mass) - _log(jnp.maximum(whole - mass, _LEAST_PART * whole))
 
-        four = [
-            at(self.inside, self.outside, guess - offset * width, (i + 1) / 5)
-            for i, offset in enumerate(_ABOUT)
-        ]
+        start, end = ratio(self.mass_inside), ratio(self.mass_outside)
+        wanted = _log(top_p) - _log(1 - top_p)
+        # Triton's branches return no constants.
+        return _part((wanted - start) / (end - start)), 0.0 * top_p + _WRONG
+
+    def _about_one(self, beneath: Array, guess: Array, wrong: Array) -> tuple[Array, ...]:
+        """Four places about the border, and what is beneath."""
+        by_guess = self.looks % 3 != 0
+        width = self.inside - self.outside
+        first, *others = (
+            self.inside
+            - width * jnp.where(by_guess, jnp.clip(guess - by * wrong, 0.0, 1.0), (i + 1) / 5)
+            for i, by in enumerate(_ABOUT)
+        )
+        return first, beneath, *others
+
+    def _about_both(self, beneath: Array, top_k: Array, top_p: Array) -> tuple[Array, ...]:
+        """Places about the k-th token and about the border, by what the first look has found."""
+        by_guess = self.looks == 1
+        kth, wrong = self._kth(top_k)
+        width = self.few - self.many
         about_kth = [
-            at(self.few, self.many, kth - offset * wrong, (i + 1) / 3)
-            for i, offset in enumerate((_ABOUT[0], _ABOUT[-1]))
+            self.few - width * jnp.where(by_guess, jnp.clip(kth - by * wrong, 0.0, 1.0), even)
+            for by, even in ((_ABOUT[0], 1 / 3), (_ABOUT[-1], 2 / 3))
         ]
-        # On either side of what may be the border for all that is known of the whole by then.
-        off = _ABOUT[0] * wrong * spread + _LOOSE * jnp.exp2(-0.5 * _log(k))
+        # The mass of what `top_k` keeps as if its logarithm grew evenly, too.
+        inside, least, most = map(_log, (self.mass_inside, self.least, self.most))
+        wanted = _log(top_p) + least + kth * (most - least)
+        # On either side of what may be the border for all that is known of that mass by then.
+        off = _ABOUT[0] * wrong * (most - least)
+        off += _LOOSE * jnp.exp2(-0.5 * _log(top_k.astype(jnp.float32)))
 
-        def about(by: Array, even: float) -> Array:
-            wanted = _log(top_p) + whole + by
+        def about(wanted: Array, even: float) -> Array:
             nearer = wanted <= least
             first = jnp.where(nearer, self.inside, self.few)
             last = jnp.where(nearer, self.few, self.many)
             start, end = jnp.where(nearer, inside, least), jnp.where(nearer, least, most)
             guess = first - (first - last) * _part((wanted - start) / (end - start))
-            return jnp.where(by_guess, guess, at(self.inside, self.outside, guess, even))
+            return jnp.where(by_guess, guess, self.inside - (self.inside - self.outside) * even)
 
-        border = [about(-off, 1 / 3), about(off, 2 / 3)]
         # Where no token is to be asked about, what is beneath is known.
-        third = at(self.few, self.many, kth, 1 / 2)
+        third = self.few - width * jnp.where(by_guess, kth, 1 / 2)
         fifth = jnp.where(beneath > self.outside, beneath, third)
-        apart = [about_kth[0], *border, fifth, about_kth[1]]
-        together = [four[0], beneath, *four[1:]]
-        places = [jnp.where(both, x, y) for x, y in zip(apart, together, strict=True)]
-        # Where it is known of all tokens there is no border to look for.
-        unknown = self.outside < self.inside
-        return [jnp.where(unknown & (place == place), place, beneath) for place in places]
+        border = about(wanted - off, 1 / 3), about(wanted + off, 2 / 3)
+        return about_kth[0], *border, fifth, about_kth[1]
 
     def narrowed(
         self, places: Array, counts: Array, masses: Array, top_k: Array, top_p: Array
