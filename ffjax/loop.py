@@ -51,13 +51,16 @@ from ffjax.sampling.choose import (
     choose,
     draws_by_kernel,
     empty_board,
+    kept_by_kernel,
 )
 from ffjax.sampling.draw import KeysFrom, sequence_keys, step_keys
-from ffjax.sampling.history import History, said
-from ffjax.sampling.logprobs import LogProbs, log_probs, ordered, unordered
-from ffjax.sampling.rows import EVERY_TOKEN, Rows, Stages, drawing_gpu, rows_of
+from ffjax.sampling.history import Fed, History
+from ffjax.sampling.logprobs import LogProbs, log_probs
+from ffjax.sampling.rows import Rows, Stages, drawing_gpu, rows_of
 from ffjax.settings import program_settings
 from pallas_kernels.dims import ceil_div
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.logprobs import ordered, room
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = [
@@ -210,34 +213,47 @@ def decode_block(
             keys = jax.vmap(lambda at: step_keys(own, at))(indices)
 
     untold = dataclasses.replace(stages, logprobs=None)
+    shape = token.shape[0], model.config.vocab_size
+    kept = None if stages.logprobs is None else _room((BLOCK, *shape), stages.gpu)
+    mine = kept is not None and not kept_by_kernel(*shape, untold)
 
     def step(carry, each):
-        cache, token, history, board = carry
-        index, keys = each
-        if history is not None:
-            # A token that is none is dropped.
-            fed = token if running is None else jnp.where(running, token, EVERY_TOKEN)
-            history = said(history, fed)
+        cache, token, history, board, kept = carry
+        at, index, keys = each
+        fed = Fed(token, first, running) if stages.remembers else None
         out = decode_step(model, cache, token, implementation=implementation)
         keys = keys if by_kernel is None else by_kernel
-        choice = choose(out.logits, out.token, rows, keys, history, index, untold, board)
-        # As they are, XLA would copy them by a launch that it takes into no graph of launches.
-        logits = None if stages.logprobs is None else ordered(out.logits)
-        return (out.cache, choice.token, history, choice.board), (choice.told, logits)
+        how = keys, history, index, untold, board, fed, None if mine else kept
+        choice = choose(out.logits, out.token, rows, *how)
+        if mine:
+            # As they are, XLA would copy them by a launch that it takes into no graph of launches.
+            kept = lax.dynamic_update_index_in_dim(kept, ordered(out.logits), at, 0)
+        else:
+            kept = choice.kept
+        return (out.cache, choice.token, choice.history, choice.board, kept), choice.told
 
-    board = empty_board(token.shape[0], model.config.vocab_size, stages)
-    start = cache, token, history, board
-    out, (tokens, logits) = lax.scan(step, start, (indices, keys), length=BLOCK)
-    cache, token, history, _ = out
+    first, board = token, empty_board(*shape, stages)
+    start = cache, token, history, board, kept
+    out, tokens = lax.scan(
+        step, start, (np.arange(BLOCK, dtype=np.int32), indices, keys), length=BLOCK
+    )
+    cache, token, history, _, kept = out
     told = None
-    if stages.logprobs is not None and logits is not None:
+    if stages.logprobs is not None and kept is not None:
         # Of all steps at once: step by step, each launch that they take would be one a token.
-        rows_ = unordered(logits).reshape(-1, logits.shape[-1])
-        # What stands for a token that is none has no log-probability that anybody reads.
-        chosen = jnp.maximum(tokens, 0).reshape(-1)
-        found = log_probs(rows_, chosen, stages.logprobs)
+        kept = kept.reshape(-1, kept.shape[-1])
+        found = log_probs(kept, tokens.reshape(-1), stages.logprobs, stages.gpu)
         told = LogProbs(*(x.reshape(*tokens.shape, *x.shape[1:]) for x in found))
     return cache, token, index + BLOCK, history, Made(tokens, told)
+
+
+def _room(shape: tuple[int, ...], gpu: Gpu | None) -> Array:
+    """Where logits are kept, int32: each step writes its own."""
+    return (
+        jnp.zeros(shape, jnp.int32)
+        if gpu is None
+        else room(shape, jnp.int32, interpret=gpu == INTERPRETER)
+    )
 
 
 def slots_for(capacity: int) -> int:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from draw_cases import DRAWS, check
+from draw_cases import DRAWS, check, check_penalties
 from flax import nnx
 from generate_cases import TINY
 
@@ -51,6 +51,12 @@ def test_its_noise_is_jaxs():
 @pytest.mark.parametrize("draws", DRAWS)
 def test_it_takes_the_tokens_that_sampling_of_filtered_logits_takes(draws, batch):
     check(draws, batch, 700, INTERPRETER, seeds=4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("draws", [None, "temperature", "all"])
+def test_it_puts_the_penalties_on_logits_that_xla_does(draws, batch):
+    check_penalties(draws, batch, 257 + 100 * batch, INTERPRETER, seeds=6)
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0, 6.0])
@@ -111,13 +117,18 @@ def test_a_generation_that_it_draws_is_the_one_that_xla_draws(monkeypatch):
     model = Transformer(TINY, rngs=nnx.Rngs(1), dtype=jnp.float32)
     params = [
         SamplingParams(temperature=1.0, top_k=20, top_p=0.8, seed=1),
-        SamplingParams(temperature=0.7, min_p=0.05, repetition_penalty=1.2, seed=2),
-        SamplingParams(),
+        SamplingParams(temperature=0.7, min_p=0.05, repetition_penalty=1.2, seed=2, logprobs=2),
+        SamplingParams(frequency_penalty=0.3),
     ]
     prompts = [[1, 2, 3], [9] * 20, [250]]
-    want = generate(model, prompts, 20, sampling=params).tokens
+    before = generate(model, prompts, 20, sampling=params)
+    want, told = before.tokens, before.logprobs[1]
     monkeypatch.setattr("ffjax.loop.drawing_gpu", lambda *_: INTERPRETER)
-    assert generate(model, prompts, 20, sampling=params).tokens == want
+    out = generate(model, prompts, 20, sampling=params)
+    assert out.tokens == want
+    for one, other in zip(out.logprobs[1], told, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+        assert [token for token, _ in one.top] == [token for token, _ in other.top]
     # The keys of drafts and of what is kept of them are not those of one draw after another.
     how = {"sampling": params, "speculation": "lookup"}
     assert generate(model, prompts, 20, **how).tokens == want

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from draw_cases import DRAWS, check
+from draw_cases import DRAWS, check, check_penalties
 from live_cases import KINDS, Request, prompt, serve
-from logprob_cases import check_likeliest
+from logprob_cases import check_likeliest, check_log_probs
 
 from ffjax.benchmark.inputs import random_model
 from ffjax.config import ModelConfig
@@ -46,6 +46,39 @@ def test_a_large_vocabulary_and_many_launches():
     gpu = Gpu.of(jax.devices()[0])
     assert gpu is not None
     check("all", 8, 262144, gpu, seeds=200)
+
+
+@pytest.mark.parametrize(("batch", "vocab"), [(1, 128256), (3, 257), (8, 49152)])
+@pytest.mark.parametrize("draws", [None, "temperature", "all"])
+def test_it_puts_the_penalties_on_logits_that_xla_does(draws, batch, vocab):
+    gpu = Gpu.of(jax.devices()[0])
+    assert gpu is not None
+    check_penalties(draws, batch, vocab, gpu, seeds=8)
+
+
+@pytest.mark.parametrize(("vocab", "best"), [(41, 20), (49152, 0), (128256, 5), (262144, 20)])
+def test_the_kernel_tells_log_probabilities_of_every_row(vocab, best):
+    gpu = Gpu.of(jax.devices()[0])
+    assert gpu is not None
+    check_log_probs(vocab, best, gpu)
+
+
+def test_log_probabilities_are_those_that_xla_tells(model, monkeypatch):
+    """Of a whole generation, with penalties; of greedy and drawn tokens."""
+    params = [
+        SamplingParams(logprobs=5),
+        SamplingParams(temperature=0.9, top_k=40, repetition_penalty=1.2, logprobs=3, seed=1),
+        SamplingParams(frequency_penalty=0.4, logprobs=0),
+    ]
+    prompts = [[5, 6, 7], [9] * 90, [300, 200, 100]]
+    first = generate(model, prompts, 60, sampling=params)
+    monkeypatch.setattr("ffjax.sampling.rows.DRAW_BY_KERNEL", False)
+    second = generate(model, prompts, 60, sampling=params)
+    assert first.tokens == second.tokens
+    for mine, theirs in zip(first.logprobs, second.logprobs, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
 @pytest.mark.parametrize(("vocab", "best"), [(128256, 5), (128256, 20), (49152, 5)])

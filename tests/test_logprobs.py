@@ -1,11 +1,12 @@
-"""The likeliest tokens, found group by group, are those that a stable sort finds."""
+"""The likeliest tokens, found group by group, are those of a stable sort; by a kernel, too."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from logprob_cases import check_likeliest
+from logprob_cases import check_likeliest, check_log_probs
 
-from ffjax.sampling.logprobs import ordered, unordered
+from pallas_kernels.gpu import INTERPRETER
+from pallas_kernels.logprobs import ordered, unordered
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -20,6 +21,11 @@ def test_the_likeliest_tokens_are_those_of_a_stable_sort(vocab, best):
 @pytest.mark.parametrize("best", [70, 140])
 def test_as_many_as_there_are_groups_and_more_than_a_group_holds(best):
     check_likeliest(70 * 128 - 3, best)
+
+
+@pytest.mark.parametrize(("vocab", "best"), [(41, 20), (257, 0), (4097, 1), (9000, 5), (32000, 20)])
+def test_the_kernel_tells_log_probabilities_of_every_row(vocab, best):
+    check_log_probs(vocab, best, INTERPRETER)
 
 
 def test_logits_come_back_from_the_numbers_that_they_are_ordered_by():

@@ -13,6 +13,7 @@ from ptx_machine import Machine, PtxError
 from pallas_kernels.draw import ptx
 from pallas_kernels.draw.border import out_of_reach
 from pallas_kernels.draw.noise import noisy
+from pallas_kernels.draw.penalties import by_ptx, penalized
 from pallas_kernels.draw.ptx import SLOTS
 from pallas_kernels.draw.threefry import gumbel, random_bits
 
@@ -25,7 +26,7 @@ TAG = 2
 
 
 @functools.cache
-def texts(places: int, best: bool, warps: int, parts: int) -> list[Inline]:
+def texts(places: int, best: bool, winners: int, warps: int, parts: int) -> list[Inline]:
     """Of look, tell and told."""
     width = 32 * warps * TOGETHER
 
@@ -34,9 +35,10 @@ def texts(places: int, best: bool, warps: int, parts: int) -> list[Inline]:
         ints = jnp.zeros((1, width), jnp.int32)
         shared, zero = jnp.zeros((1,), jnp.int32), jnp.int32(0)
         pair = (row, ints) if best else None
-        ptx.look(row, ints, [jnp.float32(0)] * places, pair, shared, TOGETHER)
-        ptx.tell(board, shared, zero, zero, warps, best)
-        ptx.told(board, shared, zero, zero, warps, parts, best, 50)
+        ptx.look(row, ints, [jnp.float32(0)] * places, pair, winners, shared, TOGETHER)
+        slots = max(int(best), winners)
+        ptx.tell(board, shared, zero, zero, warps, slots)
+        ptx.told(board, shared, zero, zero, warps, parts, slots, 50)
 
     return inlines(body, shape(1024))
 
@@ -49,13 +51,14 @@ def meet(
     edits: tuple = (),
     seed: int = 0,
     missing: bool = False,
+    winners: int = 0,
 ) -> None:
     """Has the programs of a row meet, and compares what each is told with what there is.
 
     `missing`: one word of the last program has not come.
     """
     rng = np.random.default_rng(seed)
-    look, tell, told = texts(len(places), best, warps, parts)
+    look, tell, told = texts(len(places), best, winners, warps, parts)
     for old, new in edits:
         whole = [one for one in (look, tell, told) if old in one.text]
         assert whole, f"{old} does not occur."
@@ -106,8 +109,11 @@ def meet(
         for slot in range(len(places)):
             assert set(count[slots == slot].view(np.int32)) == {counts[slot]}
             assert set(total[slots == slot].view(np.float32)) == {np.float32(sums[slot])}
-        if best:
-            assert set(ahead.view(np.int32)) == {token}
+        if best and not winners:
+            assert set(ahead[slots == SLOTS - 1].view(np.int32)) == {token}
+        for slot, place in zip(range(SLOTS - winners, SLOTS), range(-winners, 0), strict=True):
+            among = np.where(above[place], noisy, -np.inf)
+            assert set(ahead[slots == slot].view(np.int32)) == {np.argmax(among)}
 
 
 def noise_texts(together: int) -> Inline:
@@ -189,6 +195,12 @@ def test_programs_are_told_what_all_have_found(parts, warps, best):
     meet(parts, PLACES[:4], best, warps)
 
 
+@pytest.mark.parametrize(("parts", "warps"), [(2, 8), (16, 4)])
+def test_programs_are_told_which_token_is_ahead_above_each_of_some_places(parts, warps):
+    for places in ([1.0, -2.5, 0.3, 0.0, -0.4], [0.3, 2.0, 0.0, -0.4, -2.5]):
+        meet(parts, np.array(places, np.float32), True, warps, winners=3)
+
+
 def test_a_program_waits_for_the_words_of_this_meeting():
     with pytest.raises(PtxError, match="trap"):
         meet(2, PLACES, False, 8, missing=True)
@@ -203,6 +215,22 @@ FAULTS = {
     "sums are read before all have written": ("bar.sync 0; add.u32 %b", "add.u32 %b", False),
     "tokens are added up": ("@%last mov.u64 %x, %z;", "", True),
 }
+
+
+# The same of tokens that are ahead above some places.
+WINNER_FAULTS = [
+    ("setp.gt.and.s32 %q, %o, %w3, %p;", "setp.gt.s32 %q, %o, %w3;"),
+    ("@%q mov.b32 %i4,", "@!%q mov.b32 %i4,"),
+    ("setp.ge.u32 %last, %a, 5;", "setp.ge.u32 %last, %a, 6;"),
+]
+
+
+@pytest.mark.parametrize("edit", WINNER_FAULTS)
+def test_a_fault_in_what_is_ahead_is_seen(edit):
+    places = np.array([1.0, -2.5, 0.3, 0.0, -0.4], np.float32)
+    with pytest.raises((AssertionError, PtxError)):
+        for seed in range(3):
+            meet(2, places, True, 8, (edit,), seed, winners=3)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -226,3 +254,47 @@ def test_a_fault_in_noise_is_seen(edit):
     with pytest.raises((AssertionError, PtxError)):
         for temperature in (0.7, 1.0):
             check_noise(4, temperature, edit)
+
+
+def penalties_text() -> Inline:
+    def body(out):
+        row, ints = jnp.zeros((1, 64)), jnp.zeros((1, 64), jnp.int32)
+        edited = by_ptx(row, ints, ints > 0, *[jnp.float32(1)] * 3)
+        out[0] = jnp.max(edited).astype(jnp.int32)
+
+    return inlines(body, shape(1))[0]
+
+
+def put_penalties(edit: tuple[str, str] | None = None) -> None:
+    """Compares logits of every kind, with the penalties that its formula puts on them."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=64).astype(np.float32) * 3
+    logits[:6] = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-30]
+    counts = rng.integers(0, 4, 64).astype(np.int32)
+    counts[:6] = 2
+    prompt = rng.random(64) < 0.3
+    for kinds in ((1.3, 0.5, 0.25), (0.7, -1.5, 0.0), (1.0, 0.0, 0.0)):
+        each = [np.float32(x) for x in kinds]
+        with np.errstate(invalid="ignore"):
+            want = penalized(*map(jnp.asarray, (logits, counts, prompt)), *each)
+        operands = logits, counts, prompt.astype(np.int32), *each
+        [got] = penalties_text().edited(edit).run(Machine(64, 0, 16), *operands)
+        np.testing.assert_allclose(got.view(np.float32), want, rtol=1e-6, atol=1e-6)
+
+
+def test_penalties_are_those_of_the_formula():
+    put_penalties()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("or.pred %held, %held, %said;", ""),
+        ("selp.f32 %a, %a, %b, %p;", "selp.f32 %a, %b, %a, %p;"),
+        ("selp.f32 %l, %a, %l, %said;", "selp.f32 %l, %a, %l, %held;"),
+        ("mov.b32 %b, $6;", "mov.b32 %b, $5;"),
+    ],
+)
+def test_a_fault_in_penalties_is_seen(edit):
+    with pytest.raises(AssertionError):
+        put_penalties(edit)

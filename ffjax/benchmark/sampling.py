@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,7 @@ SAMPLERS = {
     "and top-k 50": replace(_DRAWN, top_k=50),
     "and top-k 50, top-p 0.9, min-p 0.02": _ALL,
     "all that, and a repetition penalty": replace(_ALL, repetition_penalty=1.1),
+    "a repetition penalty, greedy": SamplingParams(repetition_penalty=1.1),
     "5 log-probabilities, greedy": SamplingParams(logprobs=5),
     "20 log-probabilities, greedy": SamplingParams(logprobs=20),
     "top-k 50, top-p 0.9, 5 log-probabilities": replace(_FILTERED, logprobs=5),
@@ -171,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name: Blocks(model, batch, params, position=asked.position)
             for name, params in SAMPLERS.items()
         }
-        for way in ways.values():
-            way.compile()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Blocks.compile, ways.values()))
         times = microseconds(ways, asked.repetitions)
         base = statistics.median(times.pop("greedy"))
         print(f"\n| batch {batch}, greedy step {base:.1f} us | more, us | |\n| --- | ---: | ---: |")

@@ -11,13 +11,23 @@ from jax import Array
 from ffjax.sampling import edits
 from ffjax.sampling.draw import KeysFrom, sample
 from ffjax.sampling.filters import filtered
-from ffjax.sampling.history import History
+from ffjax.sampling.history import Fed, History, with_fed
 from ffjax.sampling.logprobs import LogProbs, log_probs
 from ffjax.sampling.rows import Rows, Stages
-from pallas_kernels.draw import DrawPlan, draw_tokens, make_draw_plan, no_board
+from pallas_kernels.draw import Before as DrawnBefore
+from pallas_kernels.draw import Drawn, DrawPlan, draw_tokens, make_draw_plan, no_board
 from pallas_kernels.gpu import INTERPRETER
 
-__all__ = ["NOT_FINITE", "Before", "Choice", "choose", "draws_by_kernel", "empty_board", "marked"]
+__all__ = [
+    "NOT_FINITE",
+    "Before",
+    "Choice",
+    "choose",
+    "draws_by_kernel",
+    "empty_board",
+    "kept_by_kernel",
+    "marked",
+]
 
 # Of more sequences XLA draws at a temperature alone faster: on an H200, a text of the kernel before
 # this one took 4.7 us and XLA 7.4 for 1 sequence, 14.6 and 5.7 for 8.
@@ -49,12 +59,16 @@ class Choice(NamedTuple):
         told: int32 `[B]`, the same, NOT_FINITE where the logit is.
         logprobs: None where nobody asked.
         board: what the kernel that draws is given next time; None where none draws.
+        history: with the token that was fed; None where no stage asks.
+        kept: what was given as such, with these logits.
     """
 
     token: Array
     told: Array
     logprobs: LogProbs | None
     board: Array | None
+    history: History | None
+    kept: Array | None
 
 
 def marked(logits: Array, token: Array) -> Array:
@@ -62,38 +76,49 @@ def marked(logits: Array, token: Array) -> Array:
 
     A NaN wins every choice of a token, as in `jnp.argmax`, so one among the logits is seen.
     """
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return _told(jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0], token)
+
+
+def _told(chosen: Array, token: Array) -> Array:
+    """The same, by the logits `[B]` of the tokens."""
     return jnp.where(jnp.isfinite(chosen), token, NOT_FINITE)
 
 
-def _edited(
-    logits: Array, rows: Rows, history: History | None, index: Array, stages: Stages
-) -> Array:
+def _edited(logits: Array, rows: Rows, index: Array, stages: Stages) -> Array:
+    """Behind the stages that ask for no history."""
     if stages.edits:
         logits = edits.biased(logits, rows.edit_ids, rows.edit_values)
     if stages.forbids_stops:
         logits = edits.without_stops(logits, rows.stop_ids, index < rows.min_tokens)
-    if stages.remembers:
-        assert history is not None
-        if stages.penalizes:
-            logits = edits.penalized(logits, history, rows.penalties)
-        for processor in stages.processors:
-            logits = processor(logits, Before(index, *history))
+    return logits
+
+
+def _remembering(
+    logits: Array, rows: Rows, history: History, index: Array, stages: Stages
+) -> Array:
+    """Behind the stages that do."""
+    if stages.penalizes:
+        logits = edits.penalized(logits, history, rows.penalties)
+    for processor in stages.processors:
+        logits = processor(logits, Before(index, *history))
     return logits
 
 
 def _draw_plan(batch: int, vocab: int, stages: Stages) -> DrawPlan | None:
     """How the kernel draws; None where XLA does."""
-    if stages.gpu is None or not stages.draws:
+    # Processors come behind penalties.
+    penalizes = stages.penalizes and not stages.processors
+    if stages.gpu is None or not (stages.draws or penalizes):
         return None
-    if not stages.filters and batch > _MOST_WITHOUT_FILTERS:
+    if stages.draws and not stages.filters and batch > _MOST_WITHOUT_FILTERS:
         return None
-    return make_draw_plan(batch, vocab, stages.gpu, filters=stages.filters)
+    how = {"filters": stages.filters, "draws": stages.draws, "penalizes": penalizes}
+    return make_draw_plan(batch, vocab, stages.gpu, **how)
 
 
 def draws_by_kernel(batch: int, vocab: int, stages: Stages) -> bool:
     """Whether a kernel draws, which makes the keys of a draw itself."""
-    return _draw_plan(batch, vocab, stages) is not None
+    return stages.draws and _draw_plan(batch, vocab, stages) is not None
 
 
 def empty_board(batch: int, vocab: int, stages: Stages) -> Array | None:
@@ -102,35 +127,44 @@ def empty_board(batch: int, vocab: int, stages: Stages) -> Array | None:
     return None if plan is None else no_board(plan)
 
 
-def _drawn(
+def kept_by_kernel(batch: int, vocab: int, stages: Stages) -> bool:
+    """Whether the kernel that draws is given the model's own logits, and can write them down."""
+    if stages.edits or stages.forbids_stops or stages.processors:
+        return False
+    return _draw_plan(batch, vocab, stages) is not None
+
+
+def _by_kernel(
+    plan: DrawPlan,
     logits: Array,
-    likeliest: Array,
+    likeliest: Array | None,
     rows: Rows,
-    keys: Array | KeysFrom,
+    keys: Array | KeysFrom | None,
+    before: DrawnBefore | None,
     board: Array | None,
+    kept: Array | None,
     stages: Stages,
-) -> tuple[Array, Array | None]:
-    """Draws a token of each sequence, int32 `[B]`, by the kernel or, to the same effect, by XLA."""
-    batch, vocab = logits.shape
-    plan = _draw_plan(batch, vocab, stages)
-    if plan is not None:
-        own, first = keys if isinstance(keys, KeysFrom) else (keys, None)
-        return draw_tokens(
-            plan,
-            logits,
-            likeliest,
-            jax.random.key_data(own),
-            no_board(plan) if board is None else board,
-            rows.temperature,
-            rows.top_k,
-            rows.nucleus,
-            first,
-            interpret=stages.gpu == INTERPRETER,
-        )
-    if stages.filters:
-        logits = filtered(logits, rows.temperature, rows.top_k, rows.nucleus)
-    assert not isinstance(keys, KeysFrom), "XLA knows no board that counts draws."
-    return sample(logits, keys, rows.temperature), board
+) -> Drawn:
+    """Draws a token of each sequence by the kernel."""
+    own, first = keys if isinstance(keys, KeysFrom) else (keys, None)
+    return draw_tokens(
+        plan,
+        logits,
+        likeliest,
+        None if own is None else jax.random.key_data(own),
+        no_board(plan) if board is None else board,
+        rows.temperature,
+        rows.top_k,
+        rows.nucleus,
+        first,
+        before=before,
+        kept=kept,
+        interpret=stages.gpu == INTERPRETER,
+    )
+
+
+def _likeliest(logits: Array) -> Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def choose(
@@ -142,6 +176,8 @@ def choose(
     index: Array,
     stages: Stages,
     board: Array | None = None,
+    fed: Fed | None = None,
+    kept: Array | None = None,
 ) -> Choice:
     """Chooses a token of each sequence.
 
@@ -155,15 +191,45 @@ def choose(
         index: int32 `[B]`, how many tokens each answer holds.
         stages: which stages there are.
         board: of the choice before, in this program; None: there was none.
+        fed: a token of each answer that `history` does not hold yet, and that counts, too; None
+            where there is none, or nobody asks.
+        kept: int32 `[n, B, V]`, where the kernel writes the logits of the i-th choice with a board;
+            if `kept_by_kernel`.
     """
-    edited = _edited(logits, rows, history, index, stages)
-    if greedy is not None and not stages.changes_logits:
-        likeliest = greedy
+    batch, vocab = logits.shape
+    plan = _draw_plan(batch, vocab, stages)
+    edited = _edited(logits, rows, index, stages)
+    likeliest = None if stages.edits or stages.forbids_stops else greedy
+    if plan is not None and plan.penalizes:
+        assert history is not None
+        before = DrawnBefore(rows.penalties, history.prompt, history.counts)
+        if fed is not None:
+            before = before._replace(fed=fed.first, running=fed.running)
+        out = _by_kernel(plan, edited, likeliest, rows, keys, before, board, kept, stages)
+        token, board, kept = out.token, out.board, out.kept
+        assert out.logit is not None
+        told = _told(out.logit, token)
+        if out.counts is not None:
+            history = history._replace(counts=out.counts)
     else:
-        likeliest = jnp.argmax(edited, axis=-1).astype(jnp.int32)
-    token = likeliest
-    if stages.draws:
-        assert keys is not None
-        token, board = _drawn(edited, likeliest, rows, keys, board, stages)
-    told = None if stages.logprobs is None else log_probs(logits, token, stages.logprobs)
-    return Choice(token, marked(edited, token), told, board)
+        if history is not None and fed is not None:
+            history = with_fed(history, fed)
+        if stages.remembers:
+            assert history is not None
+            edited, likeliest = _remembering(edited, rows, history, index, stages), None
+        token = likeliest = _likeliest(edited) if likeliest is None else likeliest
+        if plan is not None:
+            out = _by_kernel(plan, edited, likeliest, rows, keys, None, board, kept, stages)
+            token, board, kept = out.token, out.board, out.kept
+        elif stages.draws:
+            assert keys is not None
+            assert not isinstance(keys, KeysFrom), "XLA knows no board that counts draws."
+            left = edited
+            if stages.filters:
+                left = filtered(edited, rows.temperature, rows.top_k, rows.nucleus)
+            token = sample(left, keys, rows.temperature)
+        told = marked(edited, token)
+    logprobs = None
+    if stages.logprobs is not None:
+        logprobs = log_probs(logits, token, stages.logprobs, stages.gpu)
+    return Choice(token, told, logprobs, board, history, kept)

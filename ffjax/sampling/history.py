@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["History", "fed", "fed_side_by_side", "said"]
+__all__ = ["Fed", "History", "fed", "fed_side_by_side", "said", "with_fed"]
 
 
 class History(NamedTuple):
@@ -26,6 +26,21 @@ class History(NamedTuple):
         """Of sequences that hold nothing yet."""
         shape = batch, vocab_size
         return cls(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
+
+
+class Fed(NamedTuple):
+    """A token of each answer that a history does not hold yet.
+
+    Attributes:
+        tokens: int32 `[B]`; one that is none is dropped.
+        first: int32 `[B]`, those of the first choice with a board, for the kernel that draws: it
+            knows itself which tokens it has drawn since.
+        running: bool `[B]`, whose are to be held; None: all.
+    """
+
+    tokens: Array
+    first: Array
+    running: Array | None = None
 
 
 def fed(history: History, rows: Array, tokens: Array) -> History:
@@ -62,3 +77,10 @@ def said(history: History, tokens: Array) -> History:
     vocab = history.counts.shape[-1]
     here = jnp.arange(vocab, dtype=jnp.int32) == tokens[:, None]
     return history._replace(counts=history.counts + here)
+
+
+def with_fed(history: History, new: Fed) -> History:
+    """With one more token in each answer, of those that run."""
+    if new.running is None:
+        return said(history, new.tokens)
+    return said(history, jnp.where(new.running, new.tokens, history.counts.shape[-1]))

@@ -6,17 +6,18 @@ import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-__all__ = ["LogProbs", "TokenLogprobs", "likeliest_ids", "log_probs", "ordered", "unordered"]
+from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.logprobs import LEAST, MOST_TOKENS, likeliest, ordered, unordered
+
+__all__ = ["LogProbs", "TokenLogprobs", "by_kernel", "likeliest_ids", "log_probs"]
 
 # Tokens of a group, falling: each is a multiple of the next. All groups are compared with each
 # other, and then what the best ones hold: of a vocabulary of 128 thousand, with 20 alternatives,
 # 251 groups, then 320, then 640 tokens.
 _SIZES = 512, 32
 _FEWEST_GROUPS = 32
-_LEAST, _GREATEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
 class TokenLogprobs(NamedTuple):
@@ -48,18 +49,6 @@ class LogProbs(NamedTuple):
         """Of one sequence and so many alternatives; the arrays are numpy's."""
         pairs = zip(self.top_ids[row, :best].tolist(), self.top[row, :best].tolist(), strict=True)
         return TokenLogprobs(float(self.chosen[row]), tuple(pairs))
-
-
-def ordered(logits: Array) -> Array:
-    """int32 that are ordered as `lax.top_k` orders float32: -0 is less than 0, NaN is most."""
-    bits = lax.bitcast_convert_type(logits, jnp.int32)
-    return jnp.where(jnp.isnan(logits), _GREATEST, jnp.where(bits < 0, bits ^ _GREATEST, bits))
-
-
-def unordered(numbers: Array) -> Array:
-    """The float32 that `ordered` has made numbers of."""
-    bits = jnp.where(numbers < 0, numbers ^ _GREATEST, numbers)
-    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _best_ids(values: Array, ids: Array, best: int) -> Array:
@@ -99,7 +88,7 @@ def likeliest_ids(logits: Array, best: int) -> Array:
         return lax.top_k(logits, best)[1]
     room = (0, 0), (0, -vocab % sizes[0])
     # What fills the last group up is behind every logit.
-    values = [jnp.pad(ordered(logits), room, constant_values=_LEAST)]
+    values = [jnp.pad(ordered(logits), room, constant_values=LEAST)]
     # Of each size, from tokens up, what the groups' likeliest are.
     for inner, size in itertools.pairwise([1, *sizes[::-1]]):
         values.append(jnp.max(values[-1].reshape(batch, -1, size // inner), axis=-1))
@@ -113,14 +102,27 @@ def likeliest_ids(logits: Array, best: int) -> Array:
     return _best_ids(near, ids, best)
 
 
-def log_probs(logits: Array, tokens: Array, best: int) -> LogProbs:
+def by_kernel(vocab_size: int, gpu: Gpu | None) -> bool:
+    """Whether a kernel finds log-probabilities on a device; None: XLA does."""
+    return gpu is not None and vocab_size <= MOST_TOKENS
+
+
+def log_probs(logits: Array, tokens: Array, best: int, gpu: Gpu | None = None) -> LogProbs:
     """Log-probabilities by the model's own logits.
 
     Args:
-        logits: float32 `[B, V]`.
-        tokens: int32 `[B]`, those chosen.
+        logits: float32 `[B, V]`; or int32, as `pallas_kernels.logprobs.ordered` has them.
+        tokens: int32 `[B]`, those chosen. What stands for a token that is none, less than 0, has
+            a log-probability that means nothing.
         best: how many alternatives.
+        gpu: the device, where a kernel is to find them; None: XLA does.
     """
+    if by_kernel(logits.shape[-1], gpu):
+        chosen, ids, top = likeliest(logits, tokens, best, interpret=gpu == INTERPRETER)
+        return LogProbs(chosen, ids, top)
+    if logits.dtype == jnp.int32:
+        logits = unordered(logits)
+    tokens = jnp.maximum(tokens, 0)
     if best:
         ids = likeliest_ids(logits, best)
         most = jnp.take_along_axis(logits, ids[:, :1], axis=-1)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.dims import ceil_div
 from pallas_kernels.draw import ptx
 from pallas_kernels.draw.mass import halves, mass_bits, whole
 from pallas_kernels.draw.plan import DrawPlan
@@ -38,44 +39,67 @@ _BUFFERS = 2
 # Programs of a row poll lines of their own row: 32 words of 4 bytes.
 _LINE = 32
 _WORD = 4
+# Words that a program keeps from launch to launch.
+_OWN = 3
 
 
 class Best(NamedTuple):
-    """Tokens of which the one that is ahead is told, `[1, W]`: logits with noise, and ids.
+    """Tokens of which the one that is ahead is told; of equals that with the lowest id.
 
-    Of equals the lowest id is ahead.
+    Attributes:
+        noisy: float32 `[1, W]`, logits with noise; a NaN is ahead of all else.
+        token: int32 `[1, W]`, their ids.
+        places: 0: of all tokens. Else, of those above each of the last so many places; then none is
+            NaN.
     """
 
     noisy: Array
     token: Array
+    places: int = 0
+
+    @property
+    def slots(self) -> int:
+        """That tell a token: the last ones."""
+        return max(1, self.places)
 
 
 class Told(NamedTuple):
     """What the row's programs have found together.
 
     Attributes:
-        counts: int32 `[SLOTS]`, how many tokens lie above each place.
-        masses: float32 `[SLOTS]`, what they sum up to, in units of the likeliest's.
-        token: int32 scalar, the one that is ahead, if it was asked for. The last slot is its own:
-            there, a count and a mass mean nothing then.
+        counts: int32 `[SLOTS]`, how many tokens lie above each place. It means nothing in slots
+            that hold a token.
+        masses: float32 `[SLOTS]`, what they sum up to, in units of the likeliest's; likewise.
+        tokens: int32 `[SLOTS]`, the ids of those that are ahead, in the last slots, if they were
+            asked for. Where no token lies above a place, it is of no matter which.
     """
 
     counts: Array
     masses: Array
-    token: Array
+    tokens: Array
+
+    @property
+    def token(self) -> Array:
+        """The token of the last slot, int32 scalar."""
+        return jnp.max(jnp.where(iota((SLOTS,), 0) == SLOTS - 1, self.tokens, -1))
 
 
 def board_shape(plan: DrawPlan) -> jax.ShapeDtypeStruct:
     """What launches hand on, int32 `[B, words]`; zeros to begin with.
 
-    The first line of a row holds how many meetings and launches it has had, and the rest what was
-    told.
+    A row begins with three words of each of its programs: how many meetings and launches there
+    were, and which token the last one has drawn. The rest is what was told.
 
     Args:
         plan: the launch.
     """
     told = _BUFFERS * plan.parts * 2 * SLOTS
-    return jax.ShapeDtypeStruct((plan.batch, _LINE + told), jnp.int32)
+    return jax.ShapeDtypeStruct((plan.batch, _counted(plan) + told), jnp.int32)
+
+
+def _counted(plan: DrawPlan) -> int:
+    """Words that programs keep for themselves, in whole lines."""
+    return ceil_div(_OWN * plan.parts, _LINE) * _LINE
 
 
 def meeting_tag(meeting: Array) -> Array:
@@ -103,27 +127,31 @@ class Exchange:
     part: Array
     shared: Array | None
 
-    def before(self) -> tuple[Array, Array]:
-        """How many meetings the row has had in all launches before, and how many these were."""
-        first, second = (plgpu.load(self.board.at[self.row, jnp.int32(i)]) for i in range(2))
-        return first, second
+    def before(self) -> tuple[Array, Array, Array]:
+        """What `leave` said in the launch before; zeros in the first one."""
+        at = _OWN * self.part
+        one, other, third = (plgpu.load(self.board.at[self.row, at + i]) for i in range(_OWN))
+        return one, other, third
 
-    def leave(self, meetings: Array, launches: Array) -> None:
-        """Says how many there are now; all have read the former numbers before they met.
+    def leave(self, meetings: Array, launches: Array, token: Array) -> None:
+        """Says what the next launch is to know, in words that this program alone reads.
 
-        Where there was no meeting, some may not have: the first number is the same then, and the
-        second is read by who meets alone.
+        A row may have had no meeting, so that some of its programs come later than others leave.
+
+        Args:
+            meetings: of the row, in all launches.
+            launches: how many there were.
+            token: that was drawn.
         """
-        first = jnp.full((1,), self.part == 0)
-        for i, number in enumerate((meetings, launches)):
-            place = jnp.full((1,), self.row), jnp.full((1,), i)
-            plgpu.store(self.board.at[place], jnp.full((1,), number), mask=first)
+        for i, number in enumerate((meetings, launches, token)):
+            place = jnp.full((1,), self.row), jnp.full((1,), _OWN * self.part + i)
+            plgpu.store(self.board.at[place], jnp.full((1,), number))
 
     def _place(self, meeting: Array, part: Array | int) -> Array:
         """Where on the board a part's words of a meeting begin, in bytes."""
         words = board_shape(self.plan).shape[1]
         at = (meeting % _BUFFERS * self.plan.parts + part) * 2 * SLOTS
-        return (self.row * words + _LINE + at) * _WORD
+        return (self.row * words + _counted(self.plan) + at) * _WORD
 
     def tell(
         self, meeting: Array, logits: Array, mass: Array, places: list[Array], best: Best | None
@@ -134,7 +162,7 @@ class Exchange:
             meeting: int32, how many came before; of the row, in all launches.
             logits: float32 `[1, W]`.
             mass: int32 `[1, W]`.
-            places: float32 scalars, as many as there are slots; one less with `best`.
+            places: float32 scalars, one for each slot, or less; `best` has slots of its own.
             best: which tokens may be ahead; None: that is not asked.
 
         Returns:
@@ -144,10 +172,13 @@ class Exchange:
             return self._alone(logits, mass, places, best)
         warps = self.plan.num_warps
         together = self.plan.width // (32 * warps)
-        ptx.look(logits, mass, places, best, self.shared, together)
+        pair = None if best is None else (best.noisy, best.token)
+        winners = 0 if best is None else best.places
+        ptx.look(logits, mass, places, pair, winners, self.shared, together)
         own, tag = self._place(meeting, self.part), meeting_tag(meeting)
-        ptx.tell(self.board, self.shared, own, tag, warps, best is not None)
-        return meeting, best is not None
+        told = 0 if best is None else best.slots
+        ptx.tell(self.board, self.shared, own, tag, warps, told)
+        return meeting, told
 
     def told(self, telling: Any) -> Told:
         """What all programs of the row have told, whatever each has to say.
@@ -160,11 +191,12 @@ class Exchange:
         meeting, best = telling
         place, tag = self._place(meeting, 0), meeting_tag(meeting)
         warps, parts = self.plan.num_warps, self.plan.parts
-        counts, masses, token = ptx.told(
+        counts, masses, tokens = ptx.told(
             self.board, self.shared, place, tag, warps, parts, best, MAX_POLLS
         )
         bits = mass_bits(self.plan.vocab_size)
-        return Told(counts, masses * 2.0 ** (-2 * bits), jnp.max(token))
+        tokens = jnp.minimum(tokens, self.plan.vocab_size - 1)
+        return Told(counts, masses * 2.0 ** (-2 * bits), tokens)
 
     def _alone(self, logits: Array, mass: Array, places: list[Array], best: Best | None) -> Told:
         """What a program finds that has the whole row."""
@@ -173,11 +205,15 @@ class Exchange:
         there = logits > each[:, None]
         high, low = halves(mass, bits)
         one, high, low = (jnp.sum(jnp.where(there, x, 0), axis=1) for x in (1, high, low))
-        token = jnp.int32(0)
+        tokens = [jnp.int32(0)] * SLOTS
         if best is not None:
-            ahead = best.noisy == jnp.max(best.noisy)
-            token = jnp.min(jnp.where(ahead, best.token, jnp.iinfo(jnp.int32).max))
-        return Told(one, whole(high, low, bits), token)
+            above = [logits > place for place in places[len(places) - best.places :]]
+            for i, among in enumerate(above or [jnp.full(logits.shape, True)]):
+                noisy = jnp.where(among, best.noisy, -jnp.inf)
+                ahead = (noisy == jnp.max(noisy)) | jnp.isnan(noisy)
+                token = jnp.min(jnp.where(ahead, best.token, jnp.iinfo(jnp.int32).max))
+                tokens[SLOTS - best.slots + i] = token
+        return Told(one, whole(high, low, bits), in_slots(tokens))
 
 
 def in_slots(values: list[Array]) -> Array:

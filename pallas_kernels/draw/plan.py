@@ -36,6 +36,8 @@ class DrawPlan:
         num_warps: of a program.
         early: whether the first meeting tells which token is ahead, or noise is made meanwhile.
         filters: whether tokens may be left out.
+        draws: whether any token is drawn; else the likeliest ones are taken.
+        penalizes: whether logits are changed by which tokens came before, by the kernel.
     """
 
     batch: int
@@ -45,6 +47,8 @@ class DrawPlan:
     num_warps: int
     early: bool
     filters: bool
+    draws: bool = True
+    penalizes: bool = False
 
     @property
     def programs(self) -> int:
@@ -53,7 +57,13 @@ class DrawPlan:
 
 
 def make_draw_plan(
-    batch: int, vocab_size: int, gpu: Gpu, *, filters: bool = True
+    batch: int,
+    vocab_size: int,
+    gpu: Gpu,
+    *,
+    filters: bool = True,
+    draws: bool = True,
+    penalizes: bool = False,
 ) -> DrawPlan | None:
     """The plan for a device; None where a program would have more than its registers hold.
 
@@ -62,8 +72,15 @@ def make_draw_plan(
         vocab_size: V.
         gpu: the device. On one core, which the interpreter is, each row is one part.
         filters: whether tokens may be left out.
+        draws: whether any token is drawn.
+        penalizes: whether the kernel changes logits by which tokens came before.
     """
-    how = {"early": not filters or batch <= _EARLY, "filters": filters}
+    how = {
+        "early": not filters or batch <= _EARLY,
+        "filters": filters,
+        "draws": draws,
+        "penalizes": penalizes,
+    }
     if gpu.cores == 1:
         return DrawPlan(batch, vocab_size, next_power_of_2(vocab_size), 1, _LEAST_WARPS, **how)
     if batch > gpu.cores or vocab_size > _MOST_TOKENS:

@@ -5,6 +5,7 @@ each, and a meeting would need a dozen. Here it has two barriers in all.
 
 A meeting has `SLOTS` slots. A slot holds 62 bits: how many tokens lie above a place and what they
 sum up to (`COUNT_AT`), which are added up, or a token with its noise, of which the greatest stays.
+The last slots hold tokens.
 """
 
 from __future__ import annotations
@@ -69,12 +70,24 @@ _look_p = core.Primitive("ffjax_draw_look")
 
 
 @_look_p.def_effectful_abstract_eval
-def _(logits, *args, places, best, together):
+def _(logits, *args, places, best, winners, together):
     return core.ShapedArray(logits.shape, jnp.int32), {lowered.ORDERED}
 
 
-def _look_text(places: int, best: bool, k: int) -> str:
+def _ahead_lines(slot: int) -> list[str]:
+    """%v of a slot: of a warp's numbers with noise, %o, the greatest, and its token, %m."""
+    return [
+        f"redux.sync.max.u32 %t, %o, {_ALL};",
+        "setp.eq.u32 %p, %t, %o; selp.u32 %m, %m, 0, %p;",
+        f"redux.sync.max.u32 %m, %m, {_ALL};",
+        f"cvt.u64.u32 %x, %t; shl.b64 %x, %x, {TOKEN_BITS}; cvt.u64.u32 %y, %m;",
+        f"or.b64 %v{slot}, %x, %y;",
+    ]
+
+
+def _look_text(places: int, best: bool, winners: int, k: int) -> str:
     """Operands: k results, k of each: logits, masses, places, noisy logits, tokens, the address."""
+    ahead = range(places - winners, places)
 
     def of(argument: int, i: int = 0) -> str:
         return f"${(1 + argument) * k + i}"
@@ -83,7 +96,9 @@ def _look_text(places: int, best: bool, k: int) -> str:
         "{ .reg .pred %p; .reg .b32 %low, %high, %at, %t, %n, %o, %m; .reg .f32 %f, %least;",
         f".reg .b32 %s<{SLOTS}>, %c<{SLOTS}>; .reg .b64 %x, %y, %best, %v<{SLOTS}>;",
         *(f"mov.u32 ${i}, 0;" for i in range(k)),
+        f".reg .pred %q; .reg .b32 %w<{SLOTS}>, %i<{SLOTS}>;",
         *(f"mov.u32 %s{place}, 0; mov.u32 %c{place}, 0;" for place in range(places)),
+        *(f"mov.u32 %w{place}, {1 << 31}; mov.u32 %i{place}, 0;" for place in ahead),
         "mov.u64 %best, 0;",
     ]
     if places:
@@ -94,17 +109,24 @@ def _look_text(places: int, best: bool, k: int) -> str:
             # A warp of which no token lies above any place goes on to its next ones.
             lines.append(f"setp.gt.f32 %p, {of(0, i)}, %least;")
             lines.append(f"vote.sync.any.pred %p, %p, {_ALL}; @!%p bra over{i};")
+        noisy, token = 2 + places, 3 + places
+        if best:
+            # As an integer that is ordered alike; -0 is 0.
+            lines += [
+                f"mov.b32 %f, {of(noisy, i)}; add.f32 %f, %f, 0f00000000; mov.b32 %o, %f;",
+                "shr.s32 %m, %o, 31; and.b32 %m, %m, 0x7fffffff; xor.b32 %o, %o, %m;",
+            ]
         for place in range(places):
             lines.append(f"setp.gt.f32 %p, {of(0, i)}, {of(2 + place)};")
             lines.append(f"@%p add.u32 %s{place}, %s{place}, {of(1, i)};")
             lines.append(f"@%p add.u32 %c{place}, %c{place}, 1;")
-        if best:
-            noisy, token = 2 + places, 3 + places
+            if place in ahead:
+                # Of equals the first one stays: a thread's tokens come by their numbers.
+                lines.append(f"setp.gt.and.s32 %q, %o, %w{place}, %p;")
+                lines.append(f"@%q mov.b32 %w{place}, %o; @%q mov.b32 %i{place}, {of(token, i)};")
+        if best and not winners:
             lines += [
-                # As an integer that is ordered alike; -0 is 0.
-                f"mov.b32 %f, {of(noisy, i)}; add.f32 %f, %f, 0f00000000; mov.b32 %o, %f;",
-                "shr.s32 %m, %o, 31; or.b32 %m, %m, 0x80000000; xor.b32 %o, %o, %m;",
-                f"sub.u32 %m, {2**TOKEN_BITS - 1}, {of(token, i)};",
+                f"xor.b32 %o, %o, 0x80000000; sub.u32 %m, {2**TOKEN_BITS - 1}, {of(token, i)};",
                 "mov.b64 %y, {%m, %o}; max.u64 %best, %best, %y;",
             ]
         lines.append(f"over{i}:")
@@ -119,13 +141,12 @@ def _look_text(places: int, best: bool, k: int) -> str:
             f"cvt.u64.u32 %y, %n; shl.b64 %y, %y, {COUNT_AT}; add.u64 %v{place}, %x, %y;",
         ]
     lines += [f"mov.u64 %v{place}, 0;" for place in range(places, SLOTS)]
-    if best:
+    if best and not winners:
+        lines += ["mov.b64 {%m, %o}, %best;", *_ahead_lines(SLOTS - 1)]
+    for slot, place in zip(range(SLOTS - winners, SLOTS), ahead, strict=True):
         lines += [
-            f"mov.b64 {{%m, %o}}, %best; redux.sync.max.u32 %t, %o, {_ALL};",
-            "setp.eq.u32 %p, %t, %o; selp.u32 %m, %m, 0, %p;",
-            f"redux.sync.max.u32 %m, %m, {_ALL};",
-            f"cvt.u64.u32 %x, %t; shl.b64 %x, %x, {TOKEN_BITS}; cvt.u64.u32 %y, %m;",
-            f"or.b64 %v{SLOTS - 1}, %x, %y;",
+            f"xor.b32 %o, %w{place}, 0x80000000; sub.u32 %m, {2**TOKEN_BITS - 1}, %i{place};",
+            *_ahead_lines(slot),
         ]
     address = 2 + places + 2 * best
     lines += [
@@ -141,9 +162,9 @@ def _look_text(places: int, best: bool, k: int) -> str:
 
 
 @lowering.register_lowering(_look_p)
-def _(ctx, *args, places, best, together):
+def _(ctx, *args, places, best, winners, together):
     arguments = lowered.values(ctx, args)
-    text = _look_text(places, best, together)
+    text = _look_text(places, best, winners, together)
     constraints = ",".join(["=&r"] * together + ["r"] * (together * len(arguments)))
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
     # Whole warps jump.
@@ -159,6 +180,7 @@ def look(
     mass: Array,
     places: list[Array],
     best: tuple[Array, Array] | None,
+    winners: int,
     shared: Array,
     together: int,
 ) -> None:
@@ -168,21 +190,24 @@ def look(
         logits: float32 `[1, W]`.
         mass: int32 `[1, W]`: what a thread's sum up to has 32 bits.
         places: float32 scalars, at most `SLOTS`: their slots are the first ones.
-        best: logits with noise, float32 `[1, W]`, none NaN, and tokens, int32 `[1, W]`, of which
-            the greatest goes to the last slot. Where there are places, those whose logits lie
-            beneath all of them may be left out.
+        best: logits with noise, float32 `[1, W]`, and tokens, int32 `[1, W]`; of the greatest the
+            token goes to the last slot, a NaN being greater than all else. Where there are places,
+            those whose logits lie beneath all of them may be left out.
+        winners: 0; or of how many of the last places the greatest above each is wanted, which go to
+            as many slots. Then none is NaN.
         shared: from `reserve`.
         together: tokens that a thread has.
     """
     shape = logits.shape
     arrays = [logits, mass, *places, *(best or ()), jnp.sum(shared)]
     arrays = [_bits(jnp.broadcast_to(x, shape)) for x in arrays]
-    options = {"places": len(places), "best": best is not None, "together": together}
+    options = {"places": len(places), "best": best is not None, "winners": winners}
+    options["together"] = together
     _look_p.bind(*arrays, **options)
 
 
-def _joined_lines(value: str, best: bool) -> list[str]:
-    """Sums `value` up over lanes that hold the same slot, or takes the greatest in the last."""
+def _joined_lines(value: str, best: int) -> list[str]:
+    """Sums `value` up over lanes that hold the same slot; in the last ones, the greatest stays."""
     lines = []
     for by in (8, 16):
         lines += [
@@ -195,7 +220,7 @@ def _joined_lines(value: str, best: bool) -> list[str]:
     return lines
 
 
-def _join_lines(value: str, other: str, best: bool) -> list[str]:
+def _join_lines(value: str, other: str, best: int) -> list[str]:
     if not best:
         return [f"add.u64 {value}, {value}, {other};"]
     return [
@@ -204,7 +229,7 @@ def _join_lines(value: str, other: str, best: bool) -> list[str]:
     ]
 
 
-def _of_warps_lines(address: str, warps: int, best: bool) -> list[str]:
+def _of_warps_lines(address: str, warps: int, best: int) -> list[str]:
     """What so many warps have put at `address`, joined: %x, of each lane's slot."""
     lines = [
         "mov.u64 %x, 0;",
@@ -221,11 +246,16 @@ def _of_warps_lines(address: str, warps: int, best: bool) -> list[str]:
     return lines + _joined_lines("%x", best)
 
 
+def _registers(best: int) -> str:
+    """What `tell` and `told` begin with; `best` slots, the last ones, hold a token."""
+    return _REGISTERS + f" setp.ge.u32 %last, %a, {SLOTS - best};"
+
+
 _REGISTERS = (
     ".reg .pred %p, %last, %q; .reg .b32 %a, %b, %t, %lane, %warp, %at, %n;"
     " .reg .b64 %x, %y, %z, %w;"
     " mov.u32 %t, %tid.x; and.b32 %lane, %t, 31; shr.u32 %warp, %t, 5;"
-    f" and.b32 %a, %lane, {SLOTS - 1}; setp.eq.u32 %last, %a, {SLOTS - 1};"
+    f" and.b32 %a, %lane, {SLOTS - 1};"
 )
 
 _tell_p = core.Primitive("ffjax_draw_tell")
@@ -236,10 +266,10 @@ def _(ref, *args, warps, best):
     return core.ShapedArray(args[0].shape, jnp.int32), {lowered.ORDERED, state.WriteEffect(0)}
 
 
-def _tell_text(warps: int, best: bool) -> str:
+def _tell_text(warps: int, best: int) -> str:
     """Operands: a result; the shared address, the board's, where the program's words lie, a tag."""
     lines = [
-        f"{{ {_REGISTERS} mov.u32 $0, 0; bar.sync 0;",
+        f"{{ {_registers(best)} mov.u32 $0, 0; bar.sync 0;",
         "setp.ne.u32 %p, %warp, 0; @%p bra idle;",
         *_of_warps_lines("$1", warps, best),
         f"shl.b64 %x, %x, {TAG_BITS}; cvt.u64.u32 %y, $4; or.b64 %x, %x, %y;",
@@ -265,7 +295,7 @@ def _(ctx, ref, *args, warps, best):
     return lowered.assembly([result], text, "=&r,r,l,r,r", arguments, by_warps=True)[0]
 
 
-def tell(board: Any, shared: Array, place: Array, tag: Array, warps: int, best: bool) -> None:
+def tell(board: Any, shared: Array, place: Array, tag: Array, warps: int, best: int) -> None:
     """Writes what `look` has found to the board.
 
     Args:
@@ -274,7 +304,7 @@ def tell(board: Any, shared: Array, place: Array, tag: Array, warps: int, best: 
         place: int32 scalar, bytes from the board's beginning to this program's words.
         tag: int32 scalar, of this meeting; not 0.
         warps: of the program.
-        best: whether the last slot holds a token.
+        best: slots that hold a token, the last ones.
     """
     one = (jnp.full((1,), x) for x in (place, tag))
     _tell_p.bind(board, shared, *one, warps=warps, best=best)
@@ -289,13 +319,14 @@ def _(ref, *args, warps, parts, best, most):
     return [core.ShapedArray((SLOTS,), jnp.int32)] * 3, {lowered.ORDERED, state.ReadEffect(0)}
 
 
-def _told_text(warps: int, parts: int, best: bool, most: int) -> str:
+def _told_text(warps: int, parts: int, best: int, most: int) -> str:
     """Operands: 3 results; the slot, the shared address, the board's, the row's words, a tag."""
     threads, words = warps * _LANES, parts * SLOTS
     rounds = -(-words // threads)
     first = warps * SLOTS * _SLOT_BYTES
     lines = [
-        f"{{ {_REGISTERS} .reg .b64 %got<{rounds}>; .reg .f32 %f; mov.u32 %n, 0; mov.u32 %b, $7;",
+        f"{{ {_registers(best)} .reg .b64 %got<{rounds}>; .reg .f32 %f;",
+        "mov.u32 %n, 0; mov.u32 %b, $7;",
         f"mad.lo.u32 %a, %t, {_SLOT_BYTES}, $6; cvt.u64.u32 %w, %a; add.u64 %w, %w, $5;",
         "cvt.u64.u32 %z, $7;",
         *(f"mov.u64 %got{j}, %z;" for j in range(rounds)),
@@ -324,9 +355,9 @@ def _told_text(warps: int, parts: int, best: bool, most: int) -> str:
         f"bar.sync 0; add.u32 %b, $4, {first};",
         *_of_warps_lines("%b", reading, best),
         # From the lane that has it to each that asks.
-        f"mov.b64 {{%a, %b}}, %x; shfl.sync.idx.b32 %n, %a, {SLOTS - 1}, 31, {_ALL};",
-        f"and.b32 %n, %n, {2**TOKEN_BITS - 1}; sub.u32 $2, {2**TOKEN_BITS - 1}, %n;",
+        "mov.b64 {%a, %b}, %x;",
         f"shfl.sync.idx.b32 %a, %a, $3, 31, {_ALL}; shfl.sync.idx.b32 %b, %b, $3, 31, {_ALL};",
+        f"and.b32 %n, %a, {2**TOKEN_BITS - 1}; sub.u32 $2, {2**TOKEN_BITS - 1}, %n;",
         f"mov.b64 %x, {{%a, %b}}; shr.u64 %y, %x, {COUNT_AT}; cvt.u32.u64 $0, %y;",
         f"and.b64 %x, %x, {2**COUNT_AT - 1}; cvt.rn.f32.u64 %f, %x; mov.b32 $1, %f;",
         "}",
@@ -350,7 +381,7 @@ def told(
     tag: Array,
     warps: int,
     parts: int,
-    best: bool,
+    best: int,
     most: int,
 ) -> tuple[Array, Array, Array]:
     """What all programs of the row have told, joined.
@@ -362,12 +393,12 @@ def told(
         tag: int32 scalar, of this meeting; not 0.
         warps: of the program.
         parts: of the row.
-        best: whether the last slot holds a token.
+        best: slots that hold a token, the last ones.
         most: how often to look before the launch ends in an error.
 
     Returns:
-        Counts, int32 `[SLOTS]`; sums of masses, in their units, float32 `[SLOTS]`; the best token,
-        int32 `[SLOTS]`, all the same.
+        Counts, int32 `[SLOTS]`; sums of masses, in their units, float32 `[SLOTS]`; tokens, int32
+        `[SLOTS]`. Each means something in its own slots.
     """
     shape = (SLOTS,)
     slot = lax.broadcasted_iota(jnp.int32, shape, 0)
