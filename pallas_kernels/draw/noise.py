@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax._src import core
-from jax._src.pallas.triton import lowering
 
 from pallas_kernels.draw.threefry import PARITY, ROTATIONS, TINY
 from pallas_kernels.stream.ptx import lowered
@@ -145,7 +144,7 @@ def _(logits, *args, together):
     return core.ShapedArray(logits.shape, jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_noisy_p)
+@lowered.rule(_noisy_p)
 def _(ctx, *args, together):
     arguments = lowered.values(ctx, args)
     constraints = ",".join(["=&r"] * together + ["r"] * (together * len(arguments)))

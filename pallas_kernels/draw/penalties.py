@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax._src import core
-from jax._src.pallas.triton import lowering
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.stream.ptx import lowered
@@ -93,7 +92,7 @@ def _(logits, *_):
     return core.ShapedArray(logits.shape, jnp.int32)
 
 
-@lowering.register_lowering(_penalized_p)
+@lowered.rule(_penalized_p)
 def _(ctx, *args):
     arguments = lowered.values(ctx, args)
     result = lowered.like(ctx.avals_out[0].shape, lowered.i32())

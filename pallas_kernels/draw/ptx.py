@@ -15,8 +15,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax._src import core, state
-from jax._src.pallas.triton import lowering
-from jax._src.pallas.triton.lowering import tt_dialect
 
 from pallas_kernels.stream.ptx import lowered
 
@@ -45,7 +43,7 @@ def _(x, *, size):
     return core.ShapedArray(x.shape, jnp.int32), {lowered.ORDERED}
 
 
-@lowering.register_lowering(_reserve_p)
+@lowered.rule(_reserve_p)
 def _(ctx, x, *, size):
     text = f".shared .align 16 .b8 ffjax_draw_slots[{size}]; mov.u32 $0, ffjax_draw_slots;"
     result, arguments = (
@@ -161,7 +159,7 @@ def _look_text(places: int, best: bool, winners: int, k: int) -> str:
     return " ".join(lines)
 
 
-@lowering.register_lowering(_look_p)
+@lowered.rule(_look_p)
 def _(ctx, *args, places, best, winners, together):
     arguments = lowered.values(ctx, args)
     text = _look_text(places, best, winners, together)
@@ -281,10 +279,10 @@ def _tell_text(warps: int, best: int) -> str:
 
 
 def _base(ref: Any, shape: tuple[int, ...]) -> Any:
-    return lowering._bcast_to(tt_dialect.ptr_to_int(lowered.i64(), ref), list(shape))
+    return lowered.spread(lowered.pointer(ref), list(shape))
 
 
-@lowering.register_lowering(_tell_p)
+@lowered.rule(_tell_p)
 def _(ctx, ref, *args, warps, best):
     shared, place, tag = lowered.values(ctx, args)
     shape = ctx.avals_out[0].shape
@@ -365,7 +363,7 @@ def _told_text(warps: int, parts: int, best: int, most: int) -> str:
     return " ".join(lines)
 
 
-@lowering.register_lowering(_told_p)
+@lowered.rule(_told_p)
 def _(ctx, ref, *args, warps, parts, best, most):
     slot, shared, place, tag = lowered.values(ctx, args)
     text = _told_text(warps, parts, best, most)
