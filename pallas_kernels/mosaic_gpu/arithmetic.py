@@ -10,7 +10,7 @@ from jax._src.lib.mlir.dialects import arith, math
 
 from pallas_kernels.mosaic_gpu.ir import constant, element_type, inline, is_float, width
 
-__all__ = ["BINARY", "UNARY", "bitcast", "convert", "integer_pow"]
+__all__ = ["BINARY", "UNARY", "binary", "bitcast", "convert", "integer_pow"]
 
 _LOG2_E = 1.4426950408889634
 
@@ -65,6 +65,26 @@ _exp2 = _approximate("ex2.approx.ftz.f32")
 
 
 def _scaled_exp2(a: Any, by: float) -> Any:
+# What is otherwise where no number is negative.
+_UNSIGNED: dict[str, Callable[[Any, Any], Any]] = {
+    "div": arith.divui,
+    "rem": arith.remui,
+    "max": arith.maxui,
+    "min": arith.minui,
+    "lt": _compare(None, _I.ult),
+    "le": _compare(None, _I.ule),
+    "gt": _compare(None, _I.ugt),
+    "ge": _compare(None, _I.uge),
+}
+
+
+def _is_unsigned(dtype: Any) -> bool:
+    return np.dtype(dtype).name.startswith(("u", "bool"))
+
+
+def binary(name: str, dtype: Any) -> Callable[[Any, Any], Any]:
+    """What is done to two numbers of a dtype."""
+    return (_UNSIGNED if _is_unsigned(dtype) and name in _UNSIGNED else BINARY)[name]
     return _exp2(arith.mulf(a, constant(a.type, by)))
 
 
@@ -105,7 +125,7 @@ def bitcast(a: Any, dtype: Any) -> Any:
 def convert(a: Any, from_dtype: Any, to_dtype: Any) -> Any:
     """A number in another dtype, rounded to nearest; floats to integers towards 0."""
     source, target = np.dtype(from_dtype).name, np.dtype(to_dtype).name
-    to, signed = element_type(to_dtype), not source.startswith(("u", "bool"))
+    to, signed = element_type(to_dtype), not _is_unsigned(from_dtype)
     if source == target:
         return a
     if is_float(a.type) and is_float(to):
@@ -113,7 +133,9 @@ def convert(a: Any, from_dtype: Any, to_dtype: Any) -> Any:
             return arith.truncf(to, arith.extf(element_type(np.float32), a))
         return (arith.extf if width(to) > width(a.type) else arith.truncf)(to, a)
     if is_float(a.type):
-        return arith.fptosi(to, a)
+        if target == "bool":
+            return arith.cmpf(_F.UNE, a, constant(a.type, 0))
+        return (arith.fptoui if _is_unsigned(to_dtype) else arith.fptosi)(to, a)
     if is_float(to):
         return (arith.sitofp if signed else arith.uitofp)(to, a)
     if target == "bool":
