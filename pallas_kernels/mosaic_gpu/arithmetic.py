@@ -25,6 +25,19 @@ def _compare(of_floats: Any, of_integers: Any) -> Callable[[Any, Any], Any]:
     )
 
 
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of float32, which PTX has alone, for floats of 16 bits too."""
+
+    def call(*args: Any) -> Any:
+        kind, wide = args[0].type, element_type(np.float32)
+        if kind == wide:
+            return function(*args)
+        return arith.truncf(kind, function(*(arith.extf(wide, x) for x in args)))
+
+    return call
+
+
+@_in_float32
 def _divided(a: Any, b: Any) -> Any:
     # As Triton divides: within 2 units in the last place.
     return inline([a.type], "div.full.f32 $0, $1, $2;", "=f,f,f", [a, b], effects=False)[0]
@@ -52,19 +65,6 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "gt": _compare(_F.OGT, _I.sgt),
     "ge": _compare(_F.OGE, _I.sge),
 }
-
-
-def _approximate(name: str) -> Callable[[Any], Any]:
-    def call(a: Any) -> Any:
-        return inline([a.type], f"{name} $0, $1;", "=f,f", [a], effects=False)[0]
-
-    return call
-
-
-_exp2 = _approximate("ex2.approx.ftz.f32")
-
-
-def _scaled_exp2(a: Any, by: float) -> Any:
 # What is otherwise where no number is negative.
 _UNSIGNED: dict[str, Callable[[Any, Any], Any]] = {
     "div": arith.divui,
@@ -85,9 +85,29 @@ def _is_unsigned(dtype: Any) -> bool:
 def binary(name: str, dtype: Any) -> Callable[[Any, Any], Any]:
     """What is done to two numbers of a dtype."""
     return (_UNSIGNED if _is_unsigned(dtype) and name in _UNSIGNED else BINARY)[name]
+
+
+def _approximate(name: str) -> Callable[[Any], Any]:
+    @_in_float32
+    def call(a: Any) -> Any:
+        return inline([a.type], f"{name} $0, $1;", "=f,f", [a], effects=False)[0]
+
+    return call
+
+
+_exp2 = _approximate("ex2.approx.ftz.f32")
+
+
+@_in_float32
+def _exp(a: Any) -> Any:
+    return _scaled_exp2(a, _LOG2_E)
+
+
+def _scaled_exp2(a: Any, by: float) -> Any:
     return _exp2(arith.mulf(a, constant(a.type, by)))
 
 
+@_in_float32
 def _logistic(a: Any) -> Any:
     one = constant(a.type, 1)
     return _divided(one, arith.addf(one, _scaled_exp2(a, -_LOG2_E)))
@@ -97,7 +117,7 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "abs": lambda a: math.absf(a) if is_float(a.type) else math.absi(a),
     "neg": lambda a: arith.negf(a) if is_float(a.type) else arith.subi(constant(a.type, 0), a),
     "not": lambda a: arith.xori(a, constant(a.type, -1 if width(a.type) > 1 else 1)),
-    "exp": lambda a: _scaled_exp2(a, _LOG2_E),
+    "exp": _exp,
     "exp2": _exp2,
     "rsqrt": _approximate("rsqrt.approx.ftz.f32"),
     "sqrt": _approximate("sqrt.approx.ftz.f32"),
