@@ -62,8 +62,9 @@ class Body:
         def read(atom: Any) -> Value:
             if not isinstance(atom, core.Literal):
                 return known[atom]
-            kind = element_type(atom.aval.dtype)
-            return uniform(atom.aval.shape, constant(kind, np.asarray(atom.val).item()))
+            aval: Any = atom.aval
+            kind = element_type(aval.dtype)
+            return uniform(aval.shape, constant(kind, np.asarray(atom.val).item()))
 
         for eqn in jaxpr.eqns:
             outs = self._lower(eqn, [read(x) for x in eqn.invars])
@@ -260,8 +261,11 @@ class Body:
             def one() -> None:
                 scf.yield_(self._flat(self.run(branches[first], operands)))
 
+            def another() -> None:
+                scf.yield_(choose(first + 1))
+
             self._threads.within(op.then_block, one)
-            self._threads.within(op.else_block, lambda: scf.yield_(choose(first + 1)))
+            self._threads.within(op.else_block, another)
             return list(op.results)
 
         return self._unflat(choose(0), shapes)
