@@ -6,7 +6,7 @@ program that go different ways, words of shared memory that one thread writes an
 writes without a barrier between, or that nobody has written, addresses outside of the arrays,
 and elements that are stored more than once.
 
-    [out] = run(kernel, threads=128, arrays=[x], out_shapes=[spec])
+    [out], _ = run(kernel, threads=128, arrays=[x], out_shapes=[spec])
 """
 
 from __future__ import annotations
@@ -482,7 +482,11 @@ def lowered_function(
 
 
 def lowered_kernel(
-    jaxpr: Any, arrays: Sequence[Any], threads: int, scratch_bytes: int = SCRATCH_BYTES
+    jaxpr: Any,
+    arrays: Sequence[Any],
+    threads: int,
+    scratch_bytes: int = SCRATCH_BYTES,
+    order: Sequence[int] | None = None,
 ) -> Any:
     """A kernel as Mosaic GPU is given it, within a context: see `lowered_function`.
 
@@ -491,13 +495,14 @@ def lowered_kernel(
         arrays: arrays, or their shapes.
         threads: T.
         scratch_bytes: of shared memory, for what goes from thread to thread.
+        order: the arrays' numbers, one a ref; None: each once.
     """
 
     def write(own: Threads, ring: Any, bases: list[Any]) -> None:
         pairs = zip(bases, arrays, strict=True)
         pointers = [Pointer(base, np.dtype(x.dtype).itemsize) for base, x in pairs]
         with lowered.by_backend(MosaicGpu(own, ring)):
-            Body(own).run(jaxpr, pointers)
+            Body(own).run(jaxpr, [pointers[i] for i in order or range(len(pointers))])
 
     return lowered_function(write, len(arrays), threads, scratch_bytes)
 
@@ -519,10 +524,12 @@ def run(
     threads: int,
     arrays: Sequence[Any],
     out_shapes: Sequence[Any],
+    aliases: dict[int, int] | None = None,
     ring_bytes: int = 0,
     once: bool = True,
     record: bool = False,
     scratch_bytes: int = SCRATCH_BYTES,
+    prepare: Callable[[MosaicMachine], None] = lambda machine: None,
 ) -> tuple[list[np.ndarray], MosaicMachine]:
     """Traces, lowers and runs a kernel of one program.
 
@@ -531,27 +538,32 @@ def run(
         threads: T.
         arrays: inputs.
         out_shapes: of the results, which start as bits that are all set.
+        aliases: inputs, by number, that are results as well, and are updated in place.
         ring_bytes: of shared memory that the kernel lays out itself.
         once: whether an element must not be stored more than once.
         record: whether the machine keeps the inline PTX that it ran.
         scratch_bytes: of shared memory, for what goes from thread to thread.
+        prepare: what is done to the machine before.
 
     Returns:
         The results, and the machine.
     """
-    arrays = [np.asarray(x) for x in arrays]
-    results = [
-        np.full(x.nbytes, 0xFF, np.uint8).view(x.dtype).reshape(x.shape)
-        for x in (np.empty(x.shape, x.dtype) for x in out_shapes)
-    ]
-    memory = [*arrays, *results]
-    jaxpr = traced(kernel, arrays, out_shapes)
+    aliases = aliases or {}
+    given = [np.asarray(x) for x in arrays]
+    memory, place = [*given], {out: i for i, out in aliases.items()}
+    for number, x in enumerate(out_shapes):
+        if number not in place:
+            place[number] = len(memory)
+            size = int(np.prod(x.shape, dtype=np.int64)) * np.dtype(x.dtype).itemsize
+            memory.append(np.full(size, 0xFF, np.uint8).view(x.dtype).reshape(x.shape))
+    jaxpr = traced(kernel, given, out_shapes, aliases)
+    order = [*range(len(given)), *(place[i] for i in range(len(out_shapes)))]
     machine = MosaicMachine(
         threads, memory, ring_bytes=ring_bytes, scratch_bytes=scratch_bytes, record=record
     )
-    with lowered_kernel(jaxpr, memory, threads, scratch_bytes) as function:
+    prepare(machine)
+    with lowered_kernel(jaxpr, memory, threads, scratch_bytes, order) as function:
         run_lowered(function, machine)
     if once and machine.stored.max() > 1:
         raise MosaicError("An element is stored more than once.")
-    count = len(arrays)
-    return [machine.array(count + i, x) for i, x in enumerate(out_shapes)], machine
+    return [machine.array(place[i], x) for i, x in enumerate(out_shapes)], machine
