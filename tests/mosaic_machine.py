@@ -96,6 +96,7 @@ class MosaicMachine(Machine):
             starts.append(size)
             size += -(-array.nbytes // 256) * 256 + _GAP
         super().__init__(threads, scratch_bytes + ring_bytes, size, blocks=blocks)
+        self.is_within_kernel = True
         self.scratch, self.ring = self.shared_base, self.shared_base + scratch_bytes
         self.arrays = [self.memory_base + start for start in starts]
         self._allowed = np.zeros(size, bool)
@@ -132,6 +133,7 @@ class MosaicMachine(Machine):
         """A barrier of the compiler's."""
         self.barriers += 1
         self._writer[:] = self._reader[:] = _NOBODY
+        self.races.meet(np.arange(self.threads // 32))
 
     def load(self, name: str, at: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         """See `Machine`."""

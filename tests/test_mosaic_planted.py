@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
-import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax.numpy as jnp
 import pytest
@@ -17,6 +12,7 @@ import test_mosaic_layout as of_layouts
 import test_mosaic_lowering as of_lowering
 import test_mosaic_rules as of_rules
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
+from mosaic_edits import edited
 from mosaic_machine import MosaicError
 from ptx_machine import PtxError
 
@@ -34,19 +30,6 @@ pytestmark = pytest.mark.once(
 )
 
 NOTICED = (AssertionError, MosaicError, PtxError, ir.MLIRError)
-
-
-@contextlib.contextmanager
-def edited(owner: Any, name: str, old: str, new: str) -> Iterator[None]:
-    """Has a function, of a class or of a module, another text."""
-    text = textwrap.dedent(inspect.getsource(getattr(owner, name)))
-    assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times in\n{text}"
-    module = owner if inspect.ismodule(owner) else sys.modules[owner.__module__]
-    made: dict[str, Any] = {}
-    flags = "from __future__ import annotations\n"
-    exec(flags + text.replace(old, new), vars(module), made)
-    with mock.patch.object(owner, name, made[name]):
-        yield
 
 
 # Quick ones first: that which notices an error is the last one to run.

@@ -16,7 +16,9 @@ from decode_cases import (
     random_tokens,
     small_config,
 )
-from mosaic_machine import MosaicMachine, run
+from mosaic_edits import edited
+from mosaic_machine import MosaicError, MosaicMachine, run
+from ptx_machine import PtxError
 from quantize_cases import FOR_KERNELS, kernel_config
 from step_cases import reference
 from stream_cases import check, machine
@@ -24,6 +26,8 @@ from stream_cases import check, machine
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from pallas_kernels.mosaic_gpu import launch as launching
+from pallas_kernels.mosaic_gpu.backend import MosaicGpu
+from pallas_kernels.mosaic_gpu.threads import Threads
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
 from pallas_kernels.stream.planner import make_stream_plan
@@ -71,3 +75,20 @@ def test_a_step_matches_the_model(name):
     check(
         config, stepped(model, cache, tokens, num_warps), reference(model, cache, tokens), lengths
     )
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "old", "new"),
+    [
+        # The kernel's own barriers, and those of what is summed across warps.
+        (MosaicGpu, "barrier", "self._threads.meet()", "pass"),
+        (Threads, "_put", "if self._in_use:", "if False:"),
+        (MosaicGpu, "assembly", "for x in args for k in some", "for k in some for x in args"),
+        (Threads, "reduced", "if 0 <= places", "if 0 < places"),
+    ],
+    ids=["no barriers", "a barrier too few", "operands", "a lane"],
+)
+def test_a_planted_error_is_noticed(owner, name, old, new):
+    noticed = (AssertionError, MosaicError, PtxError)
+    with edited(owner, name, old, new), pytest.raises(noticed):
+        test_a_step_matches_the_model("one sequence")
