@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.compile --config llama3.2-1b --gpu h200 --batch 1 --json
     python -m pallas_kernels.compile --config llama3.2-1b --weights int8 --json
+    python -m pallas_kernels.compile --config llama3.2-1b --backend mosaic_gpu --json
 
 XLA's CUDA plugin compiles for a GPU that it only knows from a description (`gpus/`), down
 to PTX, without a driver; `ptxas` then says what a kernel costs: registers, spills, shared
@@ -26,6 +27,7 @@ import tempfile
 from typing import Any
 
 from pallas_kernels import compile_worker
+from pallas_kernels.backends import BACKENDS, Backend, default_backend, why_not_backend
 from pallas_kernels.dims import Dims
 from pallas_kernels.launch import KERNEL_NAME
 from pallas_kernels.stream.planner import why_not_on
@@ -49,6 +51,8 @@ _PLUGINS = {
 }
 # Thunks that only hold others; whatever else is in the list runs on the GPU.
 _CONTAINERS = {"kSequential", "kConditional", "kWhile", "kCommandBuffer"}
+# Below a folder of XLA's dumps, that of Mosaic GPU's own.
+_MOSAIC = "mosaic_gpu"
 
 
 class CompileError(RuntimeError):
@@ -61,6 +65,7 @@ class CompileReport:
 
     Attributes:
         gpu: name of the target.
+        backend: that of Pallas which compiled the kernel.
         kernels: launches of the step: everything XLA runs on the GPU for it, also
             copies and fills.
         thunks: XLA's kind of each of them.
@@ -77,6 +82,7 @@ class CompileReport:
     """
 
     gpu: str
+    backend: Backend
     kernels: int
     thunks: list[str]
     registers: int
@@ -122,6 +128,7 @@ def compile_for(
     num_warps: int | None = None,
     num_stages: int | None = None,
     tuned: bool = False,
+    backend: Backend | None = None,
 ) -> CompileReport:
     """Compiles the decode step of these sizes and reports what it became.
 
@@ -131,20 +138,26 @@ def compile_for(
         num_warps: overrides the plan's.
         num_stages: overrides the plan's.
         tuned: with the tuning of the table, as on the device itself; else with the defaults.
+        backend: that of Pallas which compiles the kernel; None: see `backends.default_backend`.
 
     Raises:
-        ValueError: no target has that name, or the fused kernel cannot run these sizes.
+        ValueError: no target has that name, the fused kernel cannot run these sizes, or the
+            backend cannot compile it for this target.
         CompileError: the compiler is not installed, or it failed.
     """
     wanted = target(gpu)
+    backend = backend or default_backend()
+    major, minor = map(int, wanted.gpu.capability.split("."))
     reason = why_not(dims, "bfloat16", wanted.gpu)
     if reason is None:
         reason = why_not_on(wanted.gpu, dims)
+    if reason is None:
+        reason = why_not_backend(backend, (major, minor))
     if reason is not None:
         raise ValueError(reason)
     if (reason := why_no_compiler()) is not None:
         raise CompileError(reason)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "backend": backend}
     request = {
         "gpu": gpu,
         "dims": dataclasses.asdict(dims),
@@ -153,18 +166,25 @@ def compile_for(
     }
     with tempfile.TemporaryDirectory(prefix="ffjax_compile_") as name:
         folder = pathlib.Path(name)
+        (folder / _MOSAIC).mkdir()
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         _run_worker(folder)
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         thunks, shared_memory = _read_thunks(folder)
-        ptx = _find_ptx(folder)
+        ptx = _dump(folder, "*.ptx")
+        if backend == "mosaic_gpu":
+            shared_memory = _mosaic_shared_memory(folder)
+            ptx = sorted((folder / _MOSAIC).glob("*.ptx"))
+        if shared_memory is None:
+            raise CompileError(f"The compiled step launches no kernel called {KERNEL_NAME}.")
         return CompileReport(
             gpu=gpu,
+            backend=backend,
             kernels=len(thunks),
             thunks=thunks,
             shared_memory_bytes=shared_memory,
             versions=_versions(),
-            **_read_ptx(ptx),
+            **_read_ptx(_with_kernel(ptx)),
             **result,
         )
 
@@ -182,6 +202,7 @@ def _run_worker(folder: pathlib.Path) -> None:
     environment = {
         **os.environ,
         "XLA_FLAGS": " ".join(filter(None, flags)),
+        "MOSAIC_GPU_DUMP_TO": str(folder / _MOSAIC),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "JAX_PLATFORMS": "cpu",
         # A step found in the cache of compiled programs would leave no dump.
@@ -198,8 +219,11 @@ def _dump(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
     return sorted(folder.glob(f"module_*.{compile_worker.MODULE}.{pattern}"))
 
 
-def _read_thunks(folder: pathlib.Path) -> tuple[list[str], int]:
-    """The kinds of the step's launches, and the decode kernel's shared memory in bytes."""
+def _read_thunks(folder: pathlib.Path) -> tuple[list[str], int | None]:
+    """The kinds of the step's launches, and the decode kernel's shared memory in bytes, if known.
+
+    XLA knows nothing of a kernel of Mosaic GPU's, a call of what Mosaic GPU has compiled.
+    """
     files = _dump(folder, "thunk_sequence.txt")
     if len(files) != 1:
         raise CompileError(
@@ -213,17 +237,26 @@ def _read_thunks(folder: pathlib.Path) -> tuple[list[str], int]:
             thunks.append(found[1])
         if KERNEL_NAME in line and (found := re.search(r"shared_memory: (\d+) bytes", line)):
             shared_memory = int(found[1])
-    if shared_memory is None:
-        raise CompileError(f"The compiled step launches no kernel called {KERNEL_NAME}.")
     return thunks, shared_memory
 
 
-def _find_ptx(folder: pathlib.Path) -> pathlib.Path:
+def _mosaic_shared_memory(folder: pathlib.Path) -> int | None:
+    """Bytes of shared memory that Mosaic GPU launches the decode kernel with; None: unknown."""
+    for path in sorted((folder / _MOSAIC).glob(f"{KERNEL_NAME}*.mlir-passes.log")):
+        found = re.search(
+            r"dynamic_shared_memory_size %c(\d+)_i32", path.read_text(encoding="utf-8")
+        )
+        if found:
+            return int(found[1])
+    return None
+
+
+def _with_kernel(dumped: list[pathlib.Path]) -> pathlib.Path:
     """The dumped PTX that holds the decode kernel."""
-    for path in _dump(folder, "*.ptx"):
+    for path in dumped:
         if f".entry {KERNEL_NAME}" in path.read_text(encoding="utf-8"):
             return path
-    raise CompileError(f"XLA left no PTX of a kernel called {KERNEL_NAME}.")
+    raise CompileError(f"The compiler left no PTX of a kernel called {KERNEL_NAME}.")
 
 
 def _read_ptx(ptx: pathlib.Path) -> dict[str, Any]:
@@ -291,6 +324,11 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
     parser.add_argument("--tokens", type=int, default=1, help="of each sequence (default 1)")
     parser.add_argument("--capacity", type=int, default=16_384, help="cache slots (default 16384)")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="of Pallas, which compiles the kernel; default: triton where JAX has it",
+    )
     parser.add_argument("--num-warps", type=int, help="overrides the plan's")
     parser.add_argument("--num-stages", type=int, help="overrides the plan's")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -309,6 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
             dims_of(asked),
             num_warps=asked.num_warps,
             num_stages=asked.num_stages,
+            backend=asked.backend,
         )
     except (ValueError, OSError, NotImplementedError, CompileError) as error:
         print(error, file=sys.stderr)

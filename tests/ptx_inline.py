@@ -141,6 +141,8 @@ def _number(value: Any, pointers: Sequence[int]) -> np.ndarray:
     if op.name == "tt.addptr":
         size = next(n for kind, n in (("bf16", 2), ("i32", 4)) if f"ptr<{kind}>" in str(value.type))
         return inputs[0] + size * inputs[1]
+    if op.name == "arith.extui":
+        return inputs[0].astype(np.int64)
     if op.name == "arith.select":
         return np.where(*inputs)
     if op.name == "arith.cmpi":

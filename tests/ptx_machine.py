@@ -103,6 +103,8 @@ class Machine:
         prefetched: address and size of what was asked for into the L2 cache.
         conflicts: turns that reads of 16 bytes a thread took, beyond one for each 8 threads, since
             different places lie in the same bank.
+        is_within_kernel: whether texts follow each other as they do in a kernel: no warp waits for
+            the others between two of them.
         spare: addresses of shared memory where threads store what nobody reads, whoever is last.
     """
 
@@ -140,6 +142,7 @@ class Machine:
         self.copies: list[Copy] = []
         self.prefetched: list[tuple[int, int]] = []
         self.conflicts = 0
+        self.is_within_kernel = False
         self.spare = range(0)
         # Tensor maps: fields so far, by address; those that are whole; which warps know of which.
         self.drafts: dict[int, dict[tuple[str, int], int]] = {}
@@ -365,7 +368,8 @@ class Machine:
         """
         program = parse(text, constraints)
         run = Run(self, program, operands)
-        self.races.meet(np.arange(self.threads // WARP))
+        if not self.is_within_kernel:
+            self.races.meet(np.arange(self.threads // WARP))
         end = self.clock + limit
         with np.errstate(all="ignore"):
             while run.step():

@@ -41,7 +41,7 @@ def _(t: Threads) -> None:
 @instruction("st", also=f"{' '.join(_SPACES)} {_ORDERS} v2 v4")
 def _(t: Threads) -> None:
     space, parts = _space(t), _vector(t, 1)
-    values = np.stack([t.get(x, t.kind) for x in parts], axis=1)
+    values = np.stack([t.get(x, t.kind, wider=True) for x in parts], axis=1)
     t.machine.store(space, t.address(0, space), values.view(np.uint8), t.threads)
 
 

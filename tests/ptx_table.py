@@ -84,12 +84,14 @@ class Threads:
     def __setitem__(self, number: int, values: np.ndarray) -> None:
         self.put(self.operands[number], self.kind, values)
 
-    def get(self, operand: Operand, kind: str) -> np.ndarray:
-        """An operand's value as a type, `[n]`."""
+    def get(self, operand: Operand, kind: str, *, wider: bool = False) -> np.ndarray:
+        """An operand's value as a type, `[n]`; of a register that may be wider, the low bits."""
         if isinstance(operand, Register):
-            if not _fits(operand.kind, kind, wider=False):
+            if not _fits(operand.kind, kind, wider):
                 raise PtxError(f"A register of .{operand.kind} is read as .{kind}.")
             bits = self.run.read(operand, self.threads)
+            if wider:
+                bits = bits.astype(storage(kind))
             return bits ^ operand.negated if kind == "pred" else bits.view(DTYPES[kind])
         if isinstance(operand, Constant):
             return np.full(len(self.threads), _number(operand.text, kind))

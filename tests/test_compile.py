@@ -209,6 +209,7 @@ def test_a_target_agrees_with_the_table_of_gpus(name):
 def test_the_table_says_why_a_step_is_left_to_xla(monkeypatch):
     made = CompileReport(
         gpu="",
+        backend="triton",
         kernels=1,
         thunks=[],
         registers=168,

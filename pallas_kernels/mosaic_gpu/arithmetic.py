@@ -10,7 +10,7 @@ from jax._src.lib.mlir.dialects import arith, math
 
 from pallas_kernels.mosaic_gpu.ir import constant, element_type, inline, is_float, width
 
-__all__ = ["BINARY", "UNARY", "bitcast", "convert", "integer_pow"]
+__all__ = ["BINARY", "UNARY", "binary", "bitcast", "convert", "integer_pow"]
 
 _LOG2_E = 1.4426950408889634
 
@@ -25,6 +25,19 @@ def _compare(of_floats: Any, of_integers: Any) -> Callable[[Any, Any], Any]:
     )
 
 
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of float32, which PTX has alone, for floats of 16 bits too."""
+
+    def call(*args: Any) -> Any:
+        kind, wide = args[0].type, element_type(np.float32)
+        if kind == wide:
+            return function(*args)
+        return arith.truncf(kind, function(*(arith.extf(wide, x) for x in args)))
+
+    return call
+
+
+@_in_float32
 def _divided(a: Any, b: Any) -> Any:
     # As Triton divides: within 2 units in the last place.
     return inline([a.type], "div.full.f32 $0, $1, $2;", "=f,f,f", [a, b], effects=False)[0]
@@ -52,9 +65,30 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "gt": _compare(_F.OGT, _I.sgt),
     "ge": _compare(_F.OGE, _I.sge),
 }
+# What is otherwise where no number is negative.
+_UNSIGNED: dict[str, Callable[[Any, Any], Any]] = {
+    "div": arith.divui,
+    "rem": arith.remui,
+    "max": arith.maxui,
+    "min": arith.minui,
+    "lt": _compare(None, _I.ult),
+    "le": _compare(None, _I.ule),
+    "gt": _compare(None, _I.ugt),
+    "ge": _compare(None, _I.uge),
+}
+
+
+def _is_unsigned(dtype: Any) -> bool:
+    return np.dtype(dtype).name.startswith(("u", "bool"))
+
+
+def binary(name: str, dtype: Any) -> Callable[[Any, Any], Any]:
+    """What is done to two numbers of a dtype."""
+    return (_UNSIGNED if _is_unsigned(dtype) and name in _UNSIGNED else BINARY)[name]
 
 
 def _approximate(name: str) -> Callable[[Any], Any]:
+    @_in_float32
     def call(a: Any) -> Any:
         return inline([a.type], f"{name} $0, $1;", "=f,f", [a], effects=False)[0]
 
@@ -64,10 +98,16 @@ def _approximate(name: str) -> Callable[[Any], Any]:
 _exp2 = _approximate("ex2.approx.ftz.f32")
 
 
+@_in_float32
+def _exp(a: Any) -> Any:
+    return _scaled_exp2(a, _LOG2_E)
+
+
 def _scaled_exp2(a: Any, by: float) -> Any:
     return _exp2(arith.mulf(a, constant(a.type, by)))
 
 
+@_in_float32
 def _logistic(a: Any) -> Any:
     one = constant(a.type, 1)
     return _divided(one, arith.addf(one, _scaled_exp2(a, -_LOG2_E)))
@@ -77,7 +117,7 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "abs": lambda a: math.absf(a) if is_float(a.type) else math.absi(a),
     "neg": lambda a: arith.negf(a) if is_float(a.type) else arith.subi(constant(a.type, 0), a),
     "not": lambda a: arith.xori(a, constant(a.type, -1 if width(a.type) > 1 else 1)),
-    "exp": lambda a: _scaled_exp2(a, _LOG2_E),
+    "exp": _exp,
     "exp2": _exp2,
     "rsqrt": _approximate("rsqrt.approx.ftz.f32"),
     "sqrt": _approximate("sqrt.approx.ftz.f32"),
@@ -105,7 +145,7 @@ def bitcast(a: Any, dtype: Any) -> Any:
 def convert(a: Any, from_dtype: Any, to_dtype: Any) -> Any:
     """A number in another dtype, rounded to nearest; floats to integers towards 0."""
     source, target = np.dtype(from_dtype).name, np.dtype(to_dtype).name
-    to, signed = element_type(to_dtype), not source.startswith(("u", "bool"))
+    to, signed = element_type(to_dtype), not _is_unsigned(from_dtype)
     if source == target:
         return a
     if is_float(a.type) and is_float(to):
@@ -113,7 +153,9 @@ def convert(a: Any, from_dtype: Any, to_dtype: Any) -> Any:
             return arith.truncf(to, arith.extf(element_type(np.float32), a))
         return (arith.extf if width(to) > width(a.type) else arith.truncf)(to, a)
     if is_float(a.type):
-        return arith.fptosi(to, a)
+        if target == "bool":
+            return arith.cmpf(_F.UNE, a, constant(a.type, 0))
+        return (arith.fptoui if _is_unsigned(to_dtype) else arith.fptosi)(to, a)
     if is_float(to):
         return (arith.sitofp if signed else arith.uitofp)(to, a)
     if target == "bool":

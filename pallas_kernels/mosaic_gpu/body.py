@@ -24,7 +24,13 @@ __all__ = ["Body"]
 
 _Numbers = Registers | Lazy
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
-_REDUCTIONS = {"reduce_sum": "add", "reduce_max": "max", "reduce_min": "min"}
+_REDUCTIONS = {
+    "reduce_sum": "add",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "reduce_or": "or",
+    "reduce_and": "and",
+}
 # A program of one device has nothing to shard.
 _SAME_ORDER = {"reshape", "squeeze", "expand_dims", "reshard", "sharding_constraint"}
 
@@ -92,7 +98,7 @@ class Body:
         if name == "iota":
             return [self._iota(aval.shape, eqn.params["dimension"])]
         if name in _REDUCTIONS:
-            combine = arithmetic.BINARY[_REDUCTIONS[name]]
+            combine = arithmetic.binary(_REDUCTIONS[name], aval.dtype)
             return [self._threads.reduced(ins[0], eqn.params["axes"], combine)]
         operation = self._operation(eqn)
         return [self._each(operation, [self._spread(x, aval.shape) for x in ins], aval.shape)]
@@ -101,7 +107,7 @@ class Body:
         """What is done to each element."""
         name, params = eqn.primitive.name, eqn.params
         if name in arithmetic.BINARY:
-            return arithmetic.BINARY[name]
+            return arithmetic.binary(name, eqn.invars[0].aval.dtype)
         if name in arithmetic.UNARY:
             return arithmetic.UNARY[name]
         if name == "integer_pow" and params["y"] >= 1:
@@ -114,8 +120,8 @@ class Body:
         if name == "select_n" and len(eqn.invars) == 3:
             return lambda which, no, yes: arith.select(which, yes, no)
         if name == "clamp":
-            least, most = arithmetic.BINARY["max"], arithmetic.BINARY["min"]
-            return lambda low, x, high: most(least(low, x), high)
+            bound = [arithmetic.binary(x, eqn.invars[1].aval.dtype) for x in ("max", "min")]
+            return lambda low, x, high: bound[1](bound[0](low, x), high)
         raise NotImplementedError(
             f"The kernel's operation {name} is not lowered for Mosaic GPU; use the Triton backend."
         )
@@ -255,12 +261,11 @@ class Body:
             def one() -> None:
                 scf.yield_(self._flat(self.run(branches[first], operands)))
 
-            self._threads.within(op.then_block, one)
-
-            def rest() -> None:
+            def another() -> None:
                 scf.yield_(choose(first + 1))
 
-            self._threads.within(op.else_block, rest)
+            self._threads.within(op.then_block, one)
+            self._threads.within(op.else_block, another)
             return list(op.results)
 
         return self._unflat(choose(0), shapes)

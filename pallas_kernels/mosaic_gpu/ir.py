@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,12 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, llvm
 
 __all__ = ["constant", "element_type", "f32", "i32", "inline", "integer", "is_float", "width"]
+
+# What waits for other threads must neither be copied into branches nor moved there by LLVM.
+# JAX before 0.11 cannot say so.
+_CONVERGENT: dict[str, Any] = (
+    {"convergent": True} if "convergent" in inspect.signature(llvm.inline_asm).parameters else {}
+)
 
 
 def integer(bits: int) -> ir.Type:
@@ -80,13 +87,15 @@ def inline(
         text: with $0 and so on, results first.
         constraints: one for each of them.
         args: the operands.
-        effects: whether it does more than compute; what does not may be moved and merged.
+        effects: whether it does more than compute, or needs all threads of a warp; what does not
+            may be moved and merged.
     """
     one = len(results) == 1
     inner = ", ".join(str(result) for result in results)
     kind = results[0] if one else ir.Type.parse(f"!llvm.struct<({inner})>")
+    together: dict[str, Any] = _CONVERGENT if effects else {}
     out = llvm.inline_asm(
-        kind, list(args), text, constraints, has_side_effects=effects, asm_dialect=0
+        kind, list(args), text, constraints, has_side_effects=effects, asm_dialect=0, **together
     )
     if one:
         return [out]

@@ -156,7 +156,7 @@ def _load(kind: Any, address: Any, mask: Any, other: Any) -> Any:
 
 def _store(address: Any, value: Any, mask: Any) -> None:
     letter, bound = _register(value.type)
-    store = f"st.global.b{width(value.type)}"
+    store = f"st.global.b{max(8, width(value.type))}"
     number = _to_bound(value, bound)
     if mask is None:
         text, more, constraints = f"{store} [$1], $2; mov.u32 $0, 0;", [], f"=r,l,{letter}"
@@ -169,7 +169,10 @@ def _store(address: Any, value: Any, mask: Any) -> None:
 def _to_bound(value: Any, bound: Any) -> Any:
     if is_float(value.type) and value.type != bound:
         value = arith.bitcast(integer(width(value.type)), value)
-    return value if value.type == bound else arith.extsi(bound, value)
+    if value.type == bound:
+        return value
+    # A bit has a byte of its own, 0 or 1.
+    return (arith.extui if width(value.type) == 1 else arith.extsi)(bound, value)
 
 
 def _from_bound(value: Any, kind: Any) -> Any:

@@ -1,0 +1,94 @@
+"""Whole steps of one program as Mosaic GPU is given them, run on a CPU with all of their PTX."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+from unittest import mock
+
+import jax.numpy as jnp
+import pytest
+from decode_cases import (
+    dims_of,
+    filled_cache,
+    kernel_inputs,
+    random_model,
+    random_tokens,
+    small_config,
+)
+from mosaic_edits import edited
+from mosaic_machine import MosaicError, MosaicMachine, run
+from ptx_machine import PtxError
+from quantize_cases import FOR_KERNELS, kernel_config
+from step_cases import reference
+from stream_cases import check, machine
+
+from ffjax.cache import KVCache
+from ffjax.config import ModelConfig
+from pallas_kernels.mosaic_gpu import launch as launching
+from pallas_kernels.mosaic_gpu.backend import MosaicGpu
+from pallas_kernels.mosaic_gpu.threads import Threads
+from pallas_kernels.stream.launch import stream_step
+from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
+from pallas_kernels.stream.planner import make_stream_plan
+from pallas_kernels.stream.tuning import Tuning
+
+pytestmark = pytest.mark.once(
+    "The machine takes long; a sample shows that a step is lowered with every JAX.",
+    sample=["test_a_step_matches_the_model[one sequence]"],
+)
+
+# Each with the sequences' lengths, and the program's warps.
+STEPS: dict[str, tuple[ModelConfig, list[int], int]] = {
+    "one sequence": (small_config(num_layers=1), [5], 4),
+    "three sequences, an empty one": (small_config(num_layers=1, post_norm=True), [0, 64, 9], 8),
+    "integers": (kernel_config(FOR_KERNELS["mixed"]), [7], 4),
+    "integers of two": (kernel_config(FOR_KERNELS["mixed otherwise"]), [3, 30], 4),
+}
+
+
+def stepped(model: Any, cache: KVCache, tokens: Any, num_warps: int) -> tuple[Any, Any, KVCache]:
+    """A step of one program, of tokens `[B]`: logits, token and cache."""
+    dims = dims_of(model.config, cache.batch, cache.capacity)
+    plan = make_stream_plan(dims, machine(1), Tuning(backend="mosaic_gpu", num_warps=num_warps))
+    layout = SharedLayout.of(plan)
+
+    def prepare(of: MosaicMachine) -> None:
+        base = -(-of.ring // ALIGNMENT) * ALIGNMENT
+        of.spare = range(base + layout.spare, base + layout.sums)
+
+    def launch(kernel: Any, *, shared_bytes: int, programs: int, name: str, **how: Any) -> Any:
+        assert programs == 1 and name
+        return run(kernel, ring_bytes=shared_bytes, once=False, prepare=prepare, **how)[0]
+
+    with mock.patch.object(launching, "launch", launch):
+        logits, token, state = stream_step(plan, *kernel_inputs(model, cache), tokens)
+    state = {name: jnp.asarray(x) for name, x in state._asdict().items()}
+    return logits, token, dataclasses.replace(cache, **state)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_matches_the_model(name):
+    config, lengths, num_warps = STEPS[name]
+    model, cache = random_model(config), filled_cache(config, lengths, 66)
+    tokens = random_tokens(config, len(lengths))
+    check(
+        config, stepped(model, cache, tokens, num_warps), reference(model, cache, tokens), lengths
+    )
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "old", "new"),
+    [
+        # The kernel's own barriers, and those of what is summed across warps.
+        (MosaicGpu, "barrier", "self._threads.meet()", "pass"),
+        (Threads, "_put", "if self._in_use:", "if False:"),
+        (MosaicGpu, "assembly", "for x in args for k in some", "for k in some for x in args"),
+        (Threads, "reduced", "if 0 <= places", "if 0 < places"),
+    ],
+    ids=["no barriers", "a barrier too few", "operands", "a lane"],
+)
+def test_a_planted_error_is_noticed(owner, name, old, new):
+    noticed = (AssertionError, MosaicError, PtxError)
+    with edited(owner, name, old, new), pytest.raises(noticed):
+        test_a_step_matches_the_model("one sequence")
