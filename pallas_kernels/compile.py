@@ -147,12 +147,11 @@ def compile_for(
     """
     wanted = target(gpu)
     backend = backend or default_backend()
-    major, minor = map(int, wanted.gpu.capability.split("."))
     reason = why_not(dims, "bfloat16", wanted.gpu)
     if reason is None:
         reason = why_not_on(wanted.gpu, dims)
     if reason is None:
-        reason = why_not_backend(backend, (major, minor))
+        reason = why_not_backend(backend, wanted.gpu)
     if reason is not None:
         raise ValueError(reason)
     if (reason := why_no_compiler()) is not None:

@@ -162,7 +162,7 @@ def told(monkeypatch, plan, lengths: list[int]) -> np.ndarray:
     """The rows of all programs' tables, for each of these lengths: [lengths, P, kinds, rows, 8]."""
     written = []
     monkeypatch.setattr(spans.ptx, "write_row", lambda at, words, there: written.append(words))
-    monkeypatch.setattr(spans.plgpu, "debug_barrier", lambda: None)
+    monkeypatch.setattr(spans.access, "meet", lambda: None)
 
     def rows(length, program):
         written.clear()

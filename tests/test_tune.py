@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,12 @@ def test_a_gpu_that_streams_nothing_has_no_candidates():
 
 
 def test_a_line_says_how_a_plan_keeps_its_tiles():
-    options = {"in_flight": 3, "l2_tiles": 4, "operand_tiles": 1, "hidden_copies": 2}
+    options: dict[str, Any] = {
+        "in_flight": 3,
+        "l2_tiles": 4,
+        "operand_tiles": 1,
+        "hidden_copies": 2,
+    }
     tuning = Tuning(tile_bytes=16384, slots=5, **options)
     plan = make_stream_plan(dims_of(preset("llama3.2-1b"), 1, 1024), H200, tuning)
     trial = Trial(tuning, plan, tune_module.Timing(1, (1e-3,), 0.0), 0.004, True, None)
