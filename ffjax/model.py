@@ -32,7 +32,7 @@ from ffjax.cache import KVCache
 from ffjax.config import Activation, ModelConfig
 from ffjax.formats import WeightFormat
 from ffjax.inputs import checked_inputs, checked_store, checked_tokens
-from ffjax.rope import apply_rope, inverse_frequencies
+from ffjax.rope import Rope, apply_rope, rope_of
 from ffjax.rounding import expand, random_matrix
 from ffjax.settings import own_settings
 
@@ -431,7 +431,8 @@ class Transformer(nnx.Module):
         lengths = cache.lengths + (count if num_tokens is None else num_tokens)
         positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, T]
         attend = self.attention_over(cache, positions)
-        x, (k, v), notes = self.run_layers(x, positions, attend, (cache.k, cache.v), summary)
+        caches = cache.k, cache.v
+        x, (k, v), notes = self.run_layers(x, positions, cache.capacity, attend, caches, summary)
         if last_only:
             last = jnp.maximum(lengths - cache.lengths - 1, 0)[:, None]  # [B, 1]
             x = jnp.take_along_axis(x, last[..., None], axis=1)  # [B, 1, D]
@@ -493,6 +494,7 @@ class Transformer(nnx.Module):
         self,
         x: Array,
         positions: Array,
+        capacity: int,
         attend: Attend,
         state: Any,
         summary: Callable[[Array], Any] | None = None,
@@ -503,6 +505,7 @@ class Transformer(nnx.Module):
         Args:
             x: float32 `[B, T, D]`.
             positions: int32 `[B, T]`.
+            capacity: S, slots of the cache: see `ffjax.rope.inverse_frequencies`.
             attend: attention, which keeps keys and values in a state of its own.
             state: what the first layer's `attend` is given.
             summary: see `observe`; or None.
@@ -512,24 +515,25 @@ class Transformer(nnx.Module):
             float32 `[B, T, D]`, the last layer's state, and the summaries.
         """
         c = self.config
-        inv_freq = inverse_frequencies(c)
-        local_inv_freq = inverse_frequencies(c, local=True)
+        rope, other_rope = (rope_of(c, capacity, other=other) for other in (False, True))
 
         def layer(carry, per_layer):
             x, state, index = carry
-            weights, is_local = per_layer
-            frequencies = inv_freq
-            if c.window is not None and c.rope_theta_local is not None:
-                frequencies = jnp.where(is_local, local_inv_freq, inv_freq)
+            weights, is_local, is_other = per_layer
+            here = rope
+            if is_other is not None:
+                here = jax.tree.map(lambda a, b: jnp.where(is_other, b, a), rope, other_rope)
             notes: dict[str, Any] = {}
             at = LayerAt(index, is_local, weights)
-            how = frequencies, attend, state, product, _noting(summary, notes)
+            how = here, attend, state, product, _noting(summary, notes)
             x, state = self.layer(at, x, positions, *how)
             return (x, state, index + 1), notes
 
         is_local = None if c.window is None else jnp.array(c.local_layers)  # [L]
+        is_other = jnp.array(c.other_rope_layers) if any(c.other_rope_layers) else None  # [L]
         carry = (x, state, jnp.int32(0))
-        (x, state, _), notes = lax.scan(layer, carry, (self.stacked_weights(), is_local))
+        each = self.stacked_weights(), is_local, is_other
+        (x, state, _), notes = lax.scan(layer, carry, each)
         return x, state, notes
 
     def stacked_weights(self) -> dict[str, Array]:
@@ -561,7 +565,7 @@ class Transformer(nnx.Module):
         at: LayerAt,
         x: Array,
         positions: Array,
-        inv_freq: Array | np.ndarray,
+        rope: Rope,
         attend: Attend,
         state: Any,
         product: Product | None = None,
@@ -573,7 +577,7 @@ class Transformer(nnx.Module):
             at: which layer.
             x: float32 `[B, T, D]`.
             positions: int32 `[B, T]`.
-            inv_freq: RoPE's frequencies, float32 `[H/2]`.
+            rope: how it rotates.
             attend: attention.
             state: of the layer before.
             product: products.
@@ -594,8 +598,8 @@ class Transformer(nnx.Module):
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
         if c.qk_norm is not None:
             q, k = self._norm_heads(q, w["q_norm"]), self._norm_heads(k, w["k_norm"])
-        q = apply_rope(q, positions, inv_freq).astype(self.dtype)
-        k = apply_rope(k, positions, inv_freq).astype(self.dtype)
+        q = apply_rope(q, positions, *rope).astype(self.dtype)
+        k = apply_rope(k, positions, *rope).astype(self.dtype)
         for name, heads in (("q", q), ("k", k), ("v", v)):
             note(name, heads)
         attended, state = attend(at, q, k, v, state)

@@ -25,7 +25,7 @@ _WEIGHT_NAMES = (
     "final_norm",
     "w_head",
     "inv_freq",
-    "inv_freq_local",
+    "inv_freq_other",
     "qkv_bias",
     "q_norm",
     "k_norm",

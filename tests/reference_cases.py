@@ -13,7 +13,13 @@ import numpy as np
 from flax import nnx
 from oracle import LayerWeights, Weights
 
-from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling
+from ffjax.config import (
+    LinearRopeScaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnRopeScaling,
+)
 from ffjax.model import Transformer
 
 __all__ = [
@@ -85,6 +91,49 @@ CONFIGS: dict[str, ModelConfig] = {
         logit_softcap=1.5,
         window=5,
         window_pattern=(True, False),
+    ),
+    # A quarter of every head is rotated, and made longer; by the factors of short texts.
+    "part of a head rotated, LongRoPE": _config(
+        rotary_pairs=2,
+        rope_scaling=LongRopeScaling(
+            short_factors=(1.5, 2.0),
+            long_factors=(30.0, 4.0),
+            original_context=64,
+            attention_factor=1.75,
+        ),
+        window=5,
+    ),
+    "LongRoPE beyond its context": _config(
+        rope_scaling=LongRopeScaling(
+            short_factors=(1.0,) * 7,
+            long_factors=(1.25, 2.0, 2.5, 3.0, 4.0, 5.0, 2.0),
+            original_context=1,
+            attention_factor=0.8,
+        ),
+    ),
+    "every second layer without positions, YaRN": _config(
+        rope_pattern=(True, False),
+        rope_theta=40.0,
+        rope_scaling=YarnRopeScaling(
+            factor=4.0, original_context=40, beta_fast=4.0, attention_factor=1.5
+        ),
+    ),
+    "two ropes, one by YaRN, projections normed": _config(
+        qk_norm="full",
+        pre_norm=False,
+        post_norm=True,
+        rope_theta=40.0,
+        rope_theta_local=40.0,
+        rope_scaling=YarnRopeScaling(
+            factor=4.0,
+            original_context=40,
+            beta_fast=4.0,
+            beta_slow=0.5,
+            truncate=False,
+            attention_factor=0.75,
+        ),
+        window=4,
+        window_pattern=(True, True, False),
     ),
     "two ropes, one stretched": _config(
         norm_offset=1.0,

@@ -14,7 +14,7 @@ from numerics import assert_close
 from step_cases import bits, newest, untouched
 
 from ffjax.cache import KVCache
-from ffjax.config import preset
+from ffjax.config import LongRopeScaling, YarnRopeScaling, preset
 from ffjax.decode import DecodeOutput
 from pallas_kernels.dims import Dims, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
@@ -209,6 +209,29 @@ FAMILIES = {
         "window_pattern": (True, True, False),
         "num_layers": 3,
         "rope_theta_local": 100.0,
+    },
+    # A cache of more than 64 slots takes the long factors.
+    "phi3": {
+        "rotary_pairs": 20,
+        "rope_scaling": LongRopeScaling(
+            short_factors=(1.0,) * 20,
+            long_factors=tuple(1 + i / 4 for i in range(20)),
+            original_context=64,
+            attention_factor=1.3,
+        ),
+    },
+    "smollm3": {"rope_pattern": (True, True, True, False), "num_layers": 8},
+    "olmo3": {
+        "qk_norm": "full",
+        "pre_norm": False,
+        "post_norm": True,
+        "window": 40,
+        "window_pattern": (True, True, True, False),
+        "num_layers": 8,
+        "rope_theta_local": 10_000.0,
+        "rope_scaling": YarnRopeScaling(factor=8.0, original_context=64, attention_factor=1.3),
+        "num_heads": 4,
+        "num_kv_heads": 2,
     },
 }
 

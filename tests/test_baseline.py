@@ -68,7 +68,7 @@ def _poisoned(config: ModelConfig, cache: LayerCaches) -> LayerCaches:
         pairs = zip(layers, config.local_layers, strict=True)
         return tuple(poisoned(layer, local, poison) for layer, local in pairs)
 
-    return LayerCaches(each(cache.k, jnp.nan), each(cache.v, 1e4), cache.lengths)
+    return LayerCaches(each(cache.k, jnp.nan), each(cache.v, 1e4), cache.lengths, cache.capacity)
 
 
 # Before, at and beyond every window, and where a ring begins again.

@@ -252,7 +252,7 @@ def test_a_negative_length_that_is_traced_counts_as_zero(model, tokens, name):
 )
 def test_the_kernels_read_the_models_own_buffers(fields):
     model = random_model(small_config(**fields))
-    weights = decode_weights(model)
+    weights = decode_weights(model, 16)
     own = {name: p for name, p in vars(model.layers).items() if isinstance(p, nnx.Param)}
     own |= {"embed": model.embed, "final_norm": model.final_norm}
     own["head"] = model.embed if model.head is None else model.head

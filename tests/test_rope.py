@@ -90,7 +90,7 @@ def test_an_even_stretching_divides_every_frequency():
 def test_local_layers_have_their_own_base_and_are_not_stretched(scaling):
     c = config(22, 10_000.0, scaling, rope_theta_local=300.0, window=2)
     plain = inverse_frequencies(config(22, 300.0, None))
-    np.testing.assert_array_equal(inverse_frequencies(c, local=True), plain)
+    np.testing.assert_array_equal(inverse_frequencies(c, other=True), plain)
     np.testing.assert_array_equal(
         inverse_frequencies(c), inverse_frequencies(config(22, 10_000.0, scaling))
     )
@@ -102,7 +102,7 @@ def test_local_layers_have_their_own_base_and_are_not_stretched(scaling):
 @every_config
 def test_without_a_base_of_their_own_local_layers_rotate_as_all_do(name):
     c = dataclasses.replace(CONFIGS[name], window=2)
-    np.testing.assert_array_equal(inverse_frequencies(c, local=True), inverse_frequencies(c))
+    np.testing.assert_array_equal(inverse_frequencies(c, other=True), inverse_frequencies(c))
 
 
 @pytest.mark.parametrize(

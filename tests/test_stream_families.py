@@ -51,7 +51,10 @@ FIELDS = {
     "mistral": ("window",),
     "granite": ("embed_scale", "residual_scale", "attn_scale", "logit_scale"),
     "gemma2": ("norm_offset", "activation", "attn_softcap", "logit_softcap"),
-    "gemma3": ("local_rope",),
+    "gemma3": ("other_rope",),
+    "phi3": ("rope_scale", "rotary_pairs"),
+    "smollm3": ("other_rope",),
+    "olmo3": ("rope_scale",),
 }
 
 

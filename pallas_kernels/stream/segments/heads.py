@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.plan import LOT
-from pallas_kernels.stream.segments.qkv import softmax_scale
+from pallas_kernels.stream.segments.qkv import scaled_rotation, softmax_scale
 
 __all__ = ["Heads", "collect_heads"]
 
@@ -178,16 +178,20 @@ def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> 
     column = env.iota((size,), 0)
     pair = lax.rem(column, jnp.int32(size // 2))
     frequency = plgpu.load(env["inv_freq"].at[pair])
-    if env.features.local_rope:
-        local = plgpu.load(env["inv_freq_local"].at[pair])
-        frequency = jnp.where(env.is_local(layer), local, frequency)
+    scale: float | Array = env.features.rope_scale
+    if env.features.other_rope:
+        other = plgpu.load(env["inv_freq_other"].at[pair])
+        frequency = jnp.where(env.rotates_otherwise(layer), other, frequency)
+        if env.features.rope_scale != 1:
+            scale = jnp.where(env.rotates_otherwise(layer), 1.0, env.features.rope_scale)
     if position.ndim:
-        angle = position.astype(jnp.float32) * frequency[None, :]
-        return jnp.cos(angle), jnp.sin(angle)
+        angle, pair = position.astype(jnp.float32) * frequency[None, :], pair[None, :]
+        return scaled_rotation(env, jnp.cos(angle), jnp.sin(angle), pair, scale)
     angle = position.astype(jnp.float32) * frequency
+    cos, sin = scaled_rotation(env, jnp.cos(angle), jnp.sin(angle), pair, scale)
     return (
-        jnp.broadcast_to(jnp.cos(angle)[None, :], element.shape),
-        jnp.broadcast_to(jnp.sin(angle)[None, :], element.shape),
+        jnp.broadcast_to(cos[None, :], element.shape),
+        jnp.broadcast_to(sin[None, :], element.shape),
     )
 
 
