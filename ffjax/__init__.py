@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     )
     from ffjax.broken import NotFiniteError
     from ffjax.cache import KVCache
-    from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
+    from ffjax.config import (
+        PRESETS,
+        LinearRopeScaling,
+        LongRopeScaling,
+        ModelConfig,
+        RopeScaling,
+        YarnRopeScaling,
+        preset,
+    )
     from ffjax.decode import DecodeOutput, decode_step
     from ffjax.formats import WeightFormat, WeightFormats
     from ffjax.generation import GenerateOutput, generate
@@ -47,6 +55,7 @@ __all__ = [
     "HFFolderWarning",
     "KVCache",
     "LinearRopeScaling",
+    "LongRopeScaling",
     "Lookup",
     "ModelConfig",
     "NotFiniteError",
@@ -58,6 +67,7 @@ __all__ = [
     "Transformer",
     "WeightFormat",
     "WeightFormats",
+    "YarnRopeScaling",
     "convert_gguf",
     "convert_hf",
     "decode_step",
@@ -82,7 +92,10 @@ _HOME = {
     ),
     "ffjax.broken": ("NotFiniteError",),
     "ffjax.cache": ("KVCache",),
-    "ffjax.config": ("PRESETS", "LinearRopeScaling", "ModelConfig", "RopeScaling", "preset"),
+    "ffjax.config": (
+        *("PRESETS", "LinearRopeScaling", "LongRopeScaling", "ModelConfig", "RopeScaling"),
+        *("YarnRopeScaling", "preset"),
+    ),
     "ffjax.decode": ("DecodeOutput", "decode_step"),
     "ffjax.formats": ("WeightFormat", "WeightFormats"),
     "ffjax.generation": ("GenerateOutput", "generate"),

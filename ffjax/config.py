@@ -104,8 +104,7 @@ class YarnRopeScaling:
             )
         if not 0 < self.beta_slow <= self.beta_fast:
             raise ValueError(
-                "YaRN needs 0 < beta_slow <= beta_fast, got "
-                f"{self.beta_slow} and {self.beta_fast}."
+                f"YaRN needs 0 < beta_slow <= beta_fast, got {self.beta_slow} and {self.beta_fast}."
             )
         _check_original(self.original_context, self.attention_factor)
 

@@ -139,9 +139,7 @@ def rope_angles(config: ModelConfig, local: bool = False) -> list[float]:
     return angles
 
 
-def rotate(
-    head: np.ndarray, position: int, angles: list[float], length: float = 1.0
-) -> np.ndarray:
+def rotate(head: np.ndarray, position: int, angles: list[float], length: float = 1.0) -> np.ndarray:
     """RoPE of one head `[H]`: elements i and i + H/2 are a complex number that turns.
 
     There may be fewer angles than pairs: the others stay. What turns is made `length` as long

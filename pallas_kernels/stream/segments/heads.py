@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.plan import LOT
-from pallas_kernels.stream.segments.qkv import scaled_rotation, softmax_scale
+from pallas_kernels.stream.segments.qkv import scaled, softmax_scale
 
 __all__ = ["Heads", "collect_heads"]
 
@@ -186,12 +186,11 @@ def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> 
             scale = jnp.where(env.rotates_otherwise(layer), 1.0, env.features.rope_scale)
     if position.ndim:
         angle, pair = position.astype(jnp.float32) * frequency[None, :], pair[None, :]
-        return scaled_rotation(env, jnp.cos(angle), jnp.sin(angle), pair, scale)
+        return scaled(env, jnp.cos(angle), pair, scale), scaled(env, jnp.sin(angle), pair, scale)
     angle = position.astype(jnp.float32) * frequency
-    cos, sin = scaled_rotation(env, jnp.cos(angle), jnp.sin(angle), pair, scale)
     return (
-        jnp.broadcast_to(cos[None, :], element.shape),
-        jnp.broadcast_to(sin[None, :], element.shape),
+        jnp.broadcast_to(scaled(env, jnp.cos(angle), pair, scale)[None, :], element.shape),
+        jnp.broadcast_to(scaled(env, jnp.sin(angle), pair, scale)[None, :], element.shape),
     )
 
 

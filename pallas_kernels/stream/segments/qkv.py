@@ -19,7 +19,7 @@ from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of
 from pallas_kernels.stream.tiles import Flush
 
-__all__ = ["Rotations", "finish_qkv", "make_rotations", "scaled_rotation", "softmax_scale"]
+__all__ = ["Rotations", "finish_qkv", "make_rotations", "scaled", "softmax_scale"]
 
 
 class Rotations(NamedTuple):
@@ -51,22 +51,22 @@ def make_rotations(env: StreamEnv) -> Rotations:
 
     def both(name: str, scale: float = 1.0) -> tuple[Array, Array]:
         angle = position * plgpu.load(env[name].at[pair])
-        cos, sin = scaled_rotation(env, jnp.cos(angle), jnp.sin(angle), pair, scale)
-        return jnp.where(rotates, cos, 1.0), jnp.where(rotates, sin, 0.0)
+        return (
+            jnp.where(rotates, scaled(env, jnp.cos(angle), pair, scale), 1.0),
+            jnp.where(rotates, scaled(env, jnp.sin(angle), pair, scale), 0.0),
+        )
 
     other = both("inv_freq_other") if env.features.other_rope else (None, None)
     return Rotations(*both("inv_freq", env.features.rope_scale), *other)
 
 
-def scaled_rotation(
-    env: StreamEnv, cos: Array, sin: Array, pair: Array, scale: float | Array
-) -> tuple[Array, Array]:
-    """Cosines and sines multiplied, as far as the pairs are rotated."""
+def scaled(env: StreamEnv, x: Array, pair: Array, scale: float | Array) -> Array:
+    """Cosines or sines multiplied, as far as the pairs are rotated."""
     if isinstance(scale, float) and scale == 1:
-        return cos, sin
+        return x
     if (pairs := env.features.rotary_pairs) is not None:
         scale = jnp.where(pair < pairs, scale, 1.0)
-    return cos * scale, sin * scale
+    return x * scale
 
 
 def softmax_scale(env: StreamEnv) -> float:
