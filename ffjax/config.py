@@ -111,7 +111,7 @@ class YarnRopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRopeScaling:
-    """LongRoPE (Ding et al., arXiv 2402.13753): every wave has a factor of its own, found by search.
+    """LongRoPE (Ding et al., arXiv 2402.13753): each wave has a factor of its own, from a search.
 
     There are two sets. A cache says which: one of at most `original_context` slots takes
     `short_factors`, a larger one `long_factors`. transformers looks at the length that a text has
@@ -309,8 +309,8 @@ class ModelConfig:
             )
         if self.rope_theta_local is not None and not all(self.rotating_layers):
             raise ValueError(
-                f"Layers rotate in two ways at most: rope_theta_local={self.rope_theta_local} and a "
-                f"rope_pattern {self.rope_pattern} make three. Leave out one of them."
+                f"Layers rotate in two ways at most: rope_theta_local={self.rope_theta_local} and "
+                f"a rope_pattern {self.rope_pattern} make three. Leave out one of them."
             )
         if isinstance(scaling := self.rope_scaling, LongRopeScaling):
             rotated = self.head_dim // 2 if pairs is None else pairs

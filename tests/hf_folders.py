@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 __all__ = [
     "ARCHITECTURES",
+    "FOLDERS",
     "config_json",
     "edit_json",
     "every_model",
@@ -24,7 +25,8 @@ __all__ = [
 ]
 
 # A stretching by length is left out with a warning: test_hf_config.py has a test of its own.
-every_model = pytest.mark.parametrize("name", [name for name in MODELS if name != "dynamic"])
+FOLDERS = [name for name in MODELS if name != "dynamic"]
+every_model = pytest.mark.parametrize("name", FOLDERS)
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

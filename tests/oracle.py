@@ -202,8 +202,9 @@ def layer(
 ) -> LayerOutput:
     """One layer over a whole sequence: `x` is the residual stream `[T, D]` before it.
 
-    A layer that does not rotate knows no positions: Kazemnejad et al., arXiv 2305.19466. A local layer's queries see `config.window` positions, the last of them their own: Beltagy
-    et al., arXiv 2004.05150, section 3.1, of which a decoder has the half behind it.
+    A layer that does not rotate knows no positions: Kazemnejad et al., arXiv 2305.19466. A local
+    layer's queries see `config.window` positions, the last of them their own: Beltagy et al.,
+    arXiv 2004.05150, section 3.1, of which a decoder has the half behind it.
     """
     positions = x.shape[0]
     angles = rope_angles(config, local) if rotates else []

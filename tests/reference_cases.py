@@ -104,9 +104,10 @@ CONFIGS: dict[str, ModelConfig] = {
         window=5,
     ),
     "LongRoPE beyond its context": _config(
+        rotary_pairs=6,
         rope_scaling=LongRopeScaling(
-            short_factors=(1.0,) * 7,
-            long_factors=(1.25, 2.0, 2.5, 3.0, 4.0, 5.0, 2.0),
+            short_factors=(1.0,) * 6,
+            long_factors=(1.25, 2.0, 2.5, 3.0, 4.0, 5.0),
             original_context=1,
             attention_factor=0.8,
         ),

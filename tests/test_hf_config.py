@@ -463,7 +463,7 @@ def test_a_llama3_table_without_its_context_means_the_models():
 
 
 def test_yarn_is_read_as_transformers_reads_it():
-    """Its `_compute_yarn_parameters`: attention_factor, or mscale and mscale_all_dim, or neither."""
+    """Its `_compute_yarn_parameters`: attention_factor, or two mscales, or neither."""
     table = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     wanted = YarnRopeScaling(
         factor=4.0, original_context=32768, attention_factor=0.1 * math.log(4) + 1
@@ -637,7 +637,7 @@ def test_a_stretching_we_do_not_have(kind):
         (
             _PHI4_MINI,
             {"rope_scaling": {"type": "su", "long_factor": [1.0] * 47, "short_factor": []}},
-            r"rope_scaling with short_factor \[\] is not .* 48 positive numbers, one a rotated pair",
+            r"rope_scaling with short_factor \[\] is not .* 48 positive numbers, one a rot",
         ),
         (_SMOLLM3, {"no_rope_layers": [1, 0]}, r"no_rope_layers \[1, 0\] is not .* 36 layers"),
         (_SMOLLM3, {"no_rope_layers": [2] * 36}, "no_rope_layers .* null, or 1 or 0 for each"),
