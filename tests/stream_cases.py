@@ -212,10 +212,10 @@ FAMILIES = {
     },
     # A cache of more than 64 slots takes the long factors.
     "phi3": {
-        "rotary_pairs": 20,
+        "rotary_pairs": 10,
         "rope_scaling": LongRopeScaling(
-            short_factors=(1.0,) * 20,
-            long_factors=tuple(1 + i / 4 for i in range(20)),
+            short_factors=(1.0,) * 10,
+            long_factors=tuple(1 + i / 2 for i in range(10)),
             original_context=64,
             attention_factor=1.3,
         ),

@@ -178,19 +178,25 @@ def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> 
     column = env.iota((size,), 0)
     pair = lax.rem(column, jnp.int32(size // 2))
     frequency = plgpu.load(env["inv_freq"].at[pair])
-    scale: float | Array = env.features.rope_scale
     if env.features.other_rope:
         other = plgpu.load(env["inv_freq_other"].at[pair])
         frequency = jnp.where(env.rotates_otherwise(layer), other, frequency)
-        if env.features.rope_scale != 1:
-            scale = jnp.where(env.rotates_otherwise(layer), 1.0, env.features.rope_scale)
     if position.ndim:
-        angle, pair = position.astype(jnp.float32) * frequency[None, :], pair[None, :]
-        return scaled(env, jnp.cos(angle), pair, scale), scaled(env, jnp.sin(angle), pair, scale)
+        pair = jnp.broadcast_to(pair[None, :], element.shape)
+
+    def here(x: Array) -> Array:
+        made = scaled(env, x, pair, env.features.rope_scale)
+        if made is x or not env.features.other_rope:
+            return made
+        return jnp.where(env.rotates_otherwise(layer), x, made)
+
+    if position.ndim:
+        angle = position.astype(jnp.float32) * frequency[None, :]
+        return here(jnp.cos(angle)), here(jnp.sin(angle))
     angle = position.astype(jnp.float32) * frequency
     return (
-        jnp.broadcast_to(scaled(env, jnp.cos(angle), pair, scale)[None, :], element.shape),
-        jnp.broadcast_to(scaled(env, jnp.sin(angle), pair, scale)[None, :], element.shape),
+        jnp.broadcast_to(here(jnp.cos(angle))[None, :], element.shape),
+        jnp.broadcast_to(here(jnp.sin(angle))[None, :], element.shape),
     )
 
 

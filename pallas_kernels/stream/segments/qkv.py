@@ -60,13 +60,13 @@ def make_rotations(env: StreamEnv) -> Rotations:
     return Rotations(*both("inv_freq", env.features.rope_scale), *other)
 
 
-def scaled(env: StreamEnv, x: Array, pair: Array, scale: float | Array) -> Array:
+def scaled(env: StreamEnv, x: Array, pair: Array, scale: float) -> Array:
     """Cosines or sines multiplied, as far as the pairs are rotated."""
-    if isinstance(scale, float) and scale == 1:
+    if scale == 1:
         return x
-    if (pairs := env.features.rotary_pairs) is not None:
-        scale = jnp.where(pair < pairs, scale, 1.0)
-    return x * scale
+    if (pairs := env.features.rotary_pairs) is None:
+        return x * scale
+    return jnp.where(pair < pairs, x * scale, x)
 
 
 def softmax_scale(env: StreamEnv) -> float:
