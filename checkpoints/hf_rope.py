@@ -33,6 +33,8 @@ _TYPES = {
     "longrope": ("short_factor", "long_factor", "factor", "attention_factor", _ORIGINAL),
     "dynamic": ("factor",),
 }
+# Of YaRN's table; 0 is as good as none.
+_WEIGHTS = ("mscale", "mscale_all_dim")
 # Of Phi 3, and what its older files call LongRoPE.
 _PHI3_TYPES = ("default", "longrope")
 _PHI3_NAMES = {"su": "longrope", "yarn": "longrope"}
@@ -160,16 +162,15 @@ def _read_table(fields: Fields, table: Any, theta: float, sizes: _Sizes) -> _Tab
     if (part := table.get(_PART)) not in (None, 1) and not partial:
         raise fields.unsupported(_PART, part, 1.0)
     original = sizes.max_context if sizes.original is None else sizes.original
-    inner = Fields(
-        {name: value for name, value in table.items() if value is not None},
-        {"rope_theta": theta, _ORIGINAL: original, _PART: sizes.part},
-        fields.where,
-    )
+    said = {name: value for name, value in table.items() if value is not None}
+    if sizes.original is not None:
+        # transformers takes the one beside the table, whatever the table says.
+        said[_ORIGINAL] = original
+    said = {name: value for name, value in said.items() if value or name not in _WEIGHTS}
+    usual = {"rope_theta": theta, _ORIGINAL: original, _PART: sizes.part}
+    inner = Fields(said, usual, fields.where)
     theta = inner.number("rope_theta", "float")
     pairs = _pairs(fields, inner.number(_PART, "float"), sizes.head_dim)
-    if sizes.original is not None and _ORIGINAL in _TYPES[kind]:
-        # transformers takes the one beside the table, whatever the table says.
-        inner = Fields({**table, _ORIGINAL: sizes.original}, {}, fields.where)
     scaling = _scaling(fields, kind, inner, sizes, pairs or sizes.head_dim // 2)
     return _Table(theta, scaling, pairs)
 

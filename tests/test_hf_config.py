@@ -476,7 +476,7 @@ def test_yarn_is_read_as_transformers_reads_it():
         assert isinstance(got, YarnRopeScaling)
         return got.attention_factor
 
-    assert factor(mscale=1.0) == wanted.attention_factor
+    assert factor(mscale=1.0) == factor(mscale=2.0, mscale_all_dim=0.0) == wanted.attention_factor
     assert factor(mscale=2.0, mscale_all_dim=1.0) == (0.2 * math.log(4) + 1) / (
         0.1 * math.log(4) + 1
     )
