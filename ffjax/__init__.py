@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ffjax.decode import DecodeOutput, decode_step
     from ffjax.formats import WeightFormat, WeightFormats
     from ffjax.generation import GenerateOutput, generate
+    from ffjax.heads import widen_heads
     from ffjax.model import Transformer
     from ffjax.quantization import dequantize, quantize
     from ffjax.sampling.logprobs import TokenLogprobs
@@ -80,6 +81,7 @@ __all__ = [
     "quantize",
     "save",
     "stream",
+    "widen_heads",
 ]
 
 # Names are imported when they are first asked for. `checkpoints` imports this package for the
@@ -99,6 +101,7 @@ _HOME = {
     "ffjax.decode": ("DecodeOutput", "decode_step"),
     "ffjax.formats": ("WeightFormat", "WeightFormats"),
     "ffjax.generation": ("GenerateOutput", "generate"),
+    "ffjax.heads": ("widen_heads",),
     "ffjax.model": ("Transformer",),
     "ffjax.quantization": ("dequantize", "quantize"),
     "ffjax.sampling.logprobs": ("TokenLogprobs",),
