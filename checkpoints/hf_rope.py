@@ -155,7 +155,7 @@ def _read_table(fields: Fields, table: Any, theta: float, sizes: _Sizes) -> _Tab
     if partial:
         kind = _PHI3_NAMES.get(kind, kind)
     supported = _PHI3_TYPES if partial else tuple(_TYPES)
-    if kind not in supported:
+    if not isinstance(kind, str) or kind not in supported:
         raise fields.unsupported("rope_scaling type", kind, *supported)
     known = ("rope_type", "type", "rope_theta", _PART, *_TYPES[kind])
     table = _table(fields, f"rope_scaling of type {kind!r}", table, known)

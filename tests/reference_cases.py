@@ -98,7 +98,7 @@ CONFIGS: dict[str, ModelConfig] = {
         rope_scaling=LongRopeScaling(
             short_factors=(1.5, 2.0),
             long_factors=(30.0, 4.0),
-            original_context=64,
+            original_context=30,
             attention_factor=1.75,
         ),
         window=5,

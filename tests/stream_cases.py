@@ -210,13 +210,13 @@ FAMILIES = {
         "num_layers": 3,
         "rope_theta_local": 100.0,
     },
-    # A cache of more than 64 slots takes the long factors.
+    # A cache of more than 16 slots takes the long factors.
     "phi3": {
         "rotary_pairs": 10,
         "rope_scaling": LongRopeScaling(
             short_factors=(1.0,) * 10,
             long_factors=tuple(1 + i / 2 for i in range(10)),
-            original_context=64,
+            original_context=16,
             attention_factor=1.3,
         ),
     },

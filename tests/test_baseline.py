@@ -39,6 +39,8 @@ FAMILIES = (
     "every scale",
     "caps, norms on both sides, GELU",
     "two ropes, one stretched",
+    "part of a head rotated, LongRoPE",  # beyond its context, which a ring is not
+    "every second layer without positions, YaRN",
 )
 
 

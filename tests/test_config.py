@@ -194,8 +194,8 @@ def test_every_stretching_as_plain_data_and_back(scaling):
 
 
 def test_long_factors_are_those_of_rotated_pairs():
-    factors = {"short_factors": (1.0,) * 7, "long_factors": (2.0,) * 7}
-    scaling = LongRopeScaling(**factors, original_context=9)
+    short, long = (1.0,) * 7, (2.0,) * 7
+    scaling = LongRopeScaling(short_factors=short, long_factors=long, original_context=9)
     with pytest.raises(ValueError, match=r"each rotated pair of a head, here 5; .* has 7\.$"):
         ModelConfig(**SIZES, rope_scaling=scaling, rotary_pairs=5)
 

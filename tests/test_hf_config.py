@@ -17,7 +17,6 @@ import checkpoints
 from checkpoints import CheckpointError
 from checkpoints.hf_config import config_from_hf, config_to_hf
 from ffjax.config import (
-    PRESETS,
     LinearRopeScaling,
     LongRopeScaling,
     ModelConfig,
@@ -25,6 +24,7 @@ from ffjax.config import (
     YarnRopeScaling,
     preset,
 )
+from ffjax.presets import RELEASED as RELEASED_SIZES
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -251,7 +251,7 @@ _PHI4_MINI: dict[str, Any] = {
     "resid_pdrop": 0.0,
     "rms_norm_eps": 1e-05,
     "rope_scaling": {
-        "long_factor": list(PRESETS["phi4-mini"].rope_scaling.long_factors),
+        "long_factor": list(RELEASED_SIZES["phi4-mini"]["rope_scaling"]["long_factors"]),
         "short_factor": [1.0] * 48,
         "type": "longrope",
     },

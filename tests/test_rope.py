@@ -10,6 +10,7 @@ import pytest
 from numerics import assert_close
 
 from ffjax.config import (
+    AnyRopeScaling,
     LinearRopeScaling,
     LongRopeScaling,
     ModelConfig,
@@ -25,9 +26,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 
 
-def config(
-    head_dim: int, theta: float, scaling: RopeScaling | LinearRopeScaling | None, **fields
-) -> ModelConfig:
+def config(head_dim: int, theta: float, scaling: AnyRopeScaling | None, **fields) -> ModelConfig:
     return ModelConfig(
         vocab_size=11,
         **{"num_layers": 1, **fields},
