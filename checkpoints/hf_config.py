@@ -128,6 +128,9 @@ def config_from_hf(
     made["head_dim"] = fields.number("head_dim", "int?") or _even_share(width, heads, where)
     made["activation"] = _activation(fields, family)
     made["tied_embeddings"] = fields.flag("tie_word_embeddings")
+    if family.says_biases:
+        made["qkv_bias"] = made["attn_out_bias"] = fields.flag("attention_bias")
+        made["mlp_bias"] = fields.flag("mlp_bias")
     if family.scales_embedding:
         made["embed_scale"] = math.sqrt(width)
     rotating = read_rotating(fields, family, made["num_layers"])
@@ -226,6 +229,8 @@ def config_to_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
         value = number.theirs_of(getattr(config, number.ours))
         if value is not None or number.kind.endswith("?"):
             data[number.theirs] = value
+    if family.says_biases:
+        data |= {"attention_bias": config.attn_out_bias, "mlp_bias": config.mlp_bias}
     data.update(write_rope(config, family))
     data.update(write_window(config, family))
     data.update(write_rotating(config, family))

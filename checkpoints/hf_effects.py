@@ -293,6 +293,8 @@ def understood(family: str) -> frozenset[str]:
         names.add("original_max_position_embeddings")
     if this.partial_rope:
         names.add("partial_rotary_factor")
+    if this.says_biases:
+        names |= {"attention_bias", "mlp_bias"}
     if this.names_unrotated:
         names |= {"no_rope_layers", "no_rope_layer_interval"}
     return frozenset(names)

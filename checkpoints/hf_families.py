@@ -62,6 +62,7 @@ class Family(NamedTuple):
         partial_rope: whether a part of each head may rotate; then the types of RoPE are those that
             transformers has for Phi 3.
         names_unrotated: whether `no_rope_layers` says which layers do not rotate.
+        says_biases: whether `attention_bias` and `mlp_bias` say what has a bias.
     """
 
     architecture: str
@@ -76,6 +77,7 @@ class Family(NamedTuple):
     local_rope: str = ""
     partial_rope: bool = False
     names_unrotated: bool = False
+    says_biases: bool = False
 
 
 # Their names and ours.
@@ -89,6 +91,8 @@ _DEFAULTS: dict[str, Any] = {
     "rope_theta": 10_000.0,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
 }
 
 _WINDOW = {"sliding_window": 4096}
@@ -129,7 +133,7 @@ NUMBERS = (
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", "llama", _DEFAULTS),
+    "llama": Family("LlamaForCausalLM", "llama", _DEFAULTS, says_biases=True),
     "mistral": Family(
         "MistralForCausalLM",
         "mistral",
@@ -197,6 +201,7 @@ FAMILIES: dict[str, Family] = {
             # It divides; ours multiplies.
             Number("logits_scaling", "logit_scale", "float", lambda x: 1 / x, lambda x: 1 / x),
         ),
+        says_biases=True,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -276,6 +281,7 @@ FAMILIES: dict[str, Family] = {
         },
         windows="unrotated",
         names_unrotated=True,
+        says_biases=True,
     ),
 }
 

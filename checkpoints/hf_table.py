@@ -113,6 +113,13 @@ _QKV_BIAS = _layer(
     ("self_attn.v_proj.bias", "qkv_bias", "K*H"),
 )
 
+_OTHER_BIASES = _layer(
+    ("self_attn.o_proj.bias", "attn_out_bias"),
+    ("mlp.gate_proj.bias", "gate_up_bias", "F"),
+    ("mlp.up_proj.bias", "gate_up_bias", "F"),
+    ("mlp.down_proj.bias", "down_bias"),
+)
+
 # A weight for one head, or one for all heads at once: `ModelConfig.qk_norm` says which.
 _QK_NORMS = _layer(
     ("self_attn.q_norm.weight", "q_norm"),
@@ -120,16 +127,16 @@ _QK_NORMS = _layer(
 )
 
 TABLES: dict[str, tuple[Entry, ...]] = {
-    "llama": (*_EVERY_FAMILY, *_NORMS_BEFORE),
+    "llama": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QKV_BIAS, *_OTHER_BIASES),
     "mistral": (*_EVERY_FAMILY, *_NORMS_BEFORE),
     "qwen2": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QKV_BIAS),
     "qwen3": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QK_NORMS),
     "olmo2": (*_EVERY_FAMILY, *_NORMS_BEHIND, *_QK_NORMS),
     "olmo3": (*_EVERY_FAMILY, *_NORMS_BEHIND, *_QK_NORMS),
-    "granite": (*_EVERY_FAMILY, *_NORMS_BEFORE),
+    "granite": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QKV_BIAS, *_OTHER_BIASES),
     "gemma2": (*_EVERY_FAMILY, *_NORMS_BEFORE_AND_BEHIND),
     "gemma3": (*_EVERY_FAMILY, *_NORMS_BEFORE_AND_BEHIND, *_QK_NORMS),
-    "smollm3": (*_EVERY_FAMILY, *_NORMS_BEFORE),
+    "smollm3": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QKV_BIAS, *_OTHER_BIASES),
     "phi3": (*_BEYOND_LAYERS, *_FUSED_PROJECTIONS, *_NORMS_BEFORE),
 }
 

@@ -193,6 +193,8 @@ class ModelConfig:
         qk_norm: RMSNorm of queries and keys, before RoPE: "head", each head by itself (one
             weight for all); "full", the whole projection at once; None, none.
         qkv_bias: whether the projections to queries, keys and values have a bias.
+        attn_out_bias: whether the projection of attention's output has one.
+        mlp_bias: whether the three projections of the feed-forward block have one.
         activation: of the feed-forward gate: "silu", or "gelu_tanh", GELU by its tanh formula.
         embed_scale: multiplies the embedding of a token, rounded to the weights' dtype.
         residual_scale: multiplies a block's output before it is added to the stream.
@@ -227,6 +229,8 @@ class ModelConfig:
     post_norm: bool = False
     qk_norm: QkNorm | None = None
     qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
     activation: Activation = "silu"
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -268,7 +272,8 @@ class ModelConfig:
         def refuse(name: str, rule: str) -> None:
             raise ValueError(f"ModelConfig.{name} must be {rule}, got {getattr(self, name)!r}.")
 
-        for name in ("pre_norm", "post_norm", "qkv_bias", "tied_embeddings"):
+        flags = ("pre_norm", "post_norm", "qkv_bias", "attn_out_bias", "mlp_bias")
+        for name in (*flags, "tied_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "true or false")
         for name, choices in (("qk_norm", QkNorm), ("activation", Activation)):
@@ -349,6 +354,13 @@ class ModelConfig:
         }
 
     @property
+    def biased(self) -> frozenset[str]:
+        """Names of the layers' matrices whose products have a bias added."""
+        mlp = ("gate_up", "down") if self.mlp_bias else ()
+        attn = ("qkv",) * self.qkv_bias + ("attn_out",) * self.attn_out_bias
+        return frozenset((*attn, *mlp))
+
+    @property
     def local_layers(self) -> tuple[bool, ...]:
         """For each of the L layers, whether it is local: sees no further back than `window`."""
         pattern = self.window_pattern if self.window is not None else (False,)
@@ -386,7 +398,7 @@ class ModelConfig:
             + 3 * self.model_dim * self.ffw_dim
             + 2 * (self.pre_norm + self.post_norm) * self.model_dim
             + qk_norms[self.qk_norm]
-            + self.qkv_bias * qkv
+            + sum(self.matrices[name][0] for name in self.biased)
         )
         tables = 1 if self.tied_embeddings else 2
         vocab = tables * self.vocab_size * self.model_dim

@@ -26,6 +26,8 @@ def step_features(config: ModelConfig) -> Features:
         post_norm=c.post_norm,
         qk_norm=c.qk_norm,
         qkv_bias=c.qkv_bias,
+        attn_out_bias=c.attn_out_bias,
+        mlp_bias=c.mlp_bias,
         activation=c.activation,
         # As the reference rounds it, in the only dtype that the kernels take.
         embed_scale=float(np.asarray(c.embed_scale, jnp.bfloat16)),

@@ -52,6 +52,8 @@ class Features:
         qk_norm: RMSNorm of queries and keys before RoPE: "head", each by itself; "full", the
             whole projection at once; or None.
         qkv_bias: whether queries, keys and values have a bias.
+        attn_out_bias: whether attention's output has one, behind its projection.
+        mlp_bias: whether the gate, the up and the down projection have one.
         activation: of the gate: "silu" or "gelu_tanh".
         embed_scale: multiplies a token's embedding; as rounded to the weights' dtype.
         residual_scale: multiplies a block's output before it is added to the residual.
@@ -71,6 +73,8 @@ class Features:
     post_norm: bool = False
     qk_norm: str | None = None
     qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
     activation: str = "silu"
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -187,6 +191,9 @@ class DecodeWeights(NamedTuple):
         inv_freq: float32 `[H/2]`, radians a position.
         inv_freq_other: the same for the layers of `Features.other_rope`.
         qkv_bias: `[L, (N + 2K) * H]`.
+        attn_out_bias: `[L, D]`.
+        gate_up_bias: `[L, 2F]`.
+        down_bias: `[L, D]`.
         q_norm: `[L, H]`, or `[L, N * H]` where the whole projection is normed at once.
         k_norm: `[L, H]` or `[L, K * H]`.
         attn_post_norm: `[L, D]`.
@@ -207,6 +214,9 @@ class DecodeWeights(NamedTuple):
     inv_freq: Array
     inv_freq_other: Array | None = None
     qkv_bias: Array | None = None
+    attn_out_bias: Array | None = None
+    gate_up_bias: Array | None = None
+    down_bias: Array | None = None
     q_norm: Array | None = None
     k_norm: Array | None = None
     attn_post_norm: Array | None = None
@@ -356,6 +366,9 @@ class Dims:
             inv_freq=frequencies(True),
             inv_freq_other=frequencies(bool(features.other_rope)),
             qkv_bias=norm(self.qkv_dim, features.qkv_bias),
+            attn_out_bias=norm(d, features.attn_out_bias),
+            gate_up_bias=norm(2 * f, features.mlp_bias),
+            down_bias=norm(d, features.mlp_bias),
             q_norm=norm(self.attn_dim if full else self.head_dim, normed),
             k_norm=norm(kv_dim if full else self.head_dim, normed),
             attn_post_norm=norm(d, features.post_norm),

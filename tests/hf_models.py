@@ -85,9 +85,14 @@ class HFModel:
                     "input_layernorm.weight": (width,),
                     "post_attention_layernorm.weight": (width,),
                 }
-            if self.family == "qwen2":
+            if self.family == "qwen2" or s.get("attention_bias"):
                 for name, out in (("q", queries), ("k", kvs), ("v", kvs)):
                     layer[f"self_attn.{name}_proj.bias"] = (out,)
+            if s.get("attention_bias"):
+                layer["self_attn.o_proj.bias"] = (width,)
+            if s.get("mlp_bias"):
+                for name, out in (("gate", inner), ("up", inner), ("down", width)):
+                    layer[f"mlp.{name}_proj.bias"] = (out,)
             if self.family in ("qwen3", "olmo2", "olmo3", "gemma3_text"):
                 full = self.is_olmo
                 layer["self_attn.q_norm.weight"] = (queries if full else size,)
@@ -542,6 +547,24 @@ MODELS: dict[str, HFModel] = {
             "tie_word_embeddings": False,
         },
         "qwen3",
+    ),
+    # As Granite's models of code, which are Llamas.
+    "biases": HFModel(
+        242,
+        {
+            "vocab_size": 59,
+            "num_hidden_layers": 3,
+            "hidden_size": 45,
+            "intermediate_size": 37,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 14,
+            "rope_parameters": _rope(300.0),
+            "rms_norm_eps": 1e-2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
     ),
     # Its frequencies change beyond 29 tokens.
     "dynamic": HFModel(

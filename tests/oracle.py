@@ -50,6 +50,10 @@ class LayerWeights(NamedTuple):
     query_bias: np.ndarray | None = None  # [N * H]
     key_bias: np.ndarray | None = None  # [K * H]
     value_bias: np.ndarray | None = None  # [K * H]
+    output_bias: np.ndarray | float = 0.0  # [D]
+    gate_bias: np.ndarray | float = 0.0  # [F]
+    up_bias: np.ndarray | float = 0.0  # [F]
+    down_bias: np.ndarray | float = 0.0  # [D]
     query_norm: np.ndarray | None = None  # [H] for each head, or [N * H] for all at once
     key_norm: np.ndarray | None = None  # [H], or [K * H]
 
@@ -232,11 +236,13 @@ def layer(
             shared = n // group  # Ainslie et al., 2305.13245: G neighbours share a KV head
             query = rotate(head, t, angles, length)
             attended.append(_attended(query, keys[seen, shared], values[seen, shared], config))
-        block = _normalised(w.output @ np.concatenate(attended), w.attn_post_norm, config)
+        out_of_heads = w.output @ np.concatenate(attended) + w.output_bias
+        block = _normalised(out_of_heads, w.attn_post_norm, config)
         middle = x[t] + config.residual_scale * block
         h = _normalised(middle, w.mlp_norm, config)
-        # Gated linear units: Shazeer, 2002.05202, equation 6 (no biases).
-        block = w.down @ (_activated(w.gate @ h, config) * (w.up @ h))
+        # Gated linear units: Shazeer, 2002.05202, equation 5, in most models without biases.
+        gate, up = w.gate @ h + w.gate_bias, w.up @ h + w.up_bias
+        block = w.down @ (_activated(gate, config) * up) + w.down_bias
         out[t] = middle + config.residual_scale * _normalised(block, w.mlp_post_norm, config)
     return LayerOutput(out, keys, values)
 

@@ -69,6 +69,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "biases, the second layer local": _config(
         qkv_bias=True, window=3, window_pattern=(False, True), tied_embeddings=True
     ),
+    "every bias": _config(qkv_bias=True, attn_out_bias=True, mlp_bias=True, post_norm=True),
     "heads normed": _config(qk_norm="head"),
     "norms behind the blocks, projections normed": _config(
         qk_norm="full", pre_norm=False, post_norm=True
@@ -217,8 +218,8 @@ def random_model(
         full = c.qk_norm == "full"
         weights["layers.q_norm"] = norm(c.num_layers, queries if full else c.head_dim)
         weights["layers.k_norm"] = norm(c.num_layers, kvs if full else c.head_dim)
-    if c.qkv_bias:
-        weights["layers.qkv_bias"] = norm(c.num_layers, queries + 2 * kvs) - np.float32(1)
+    for name in sorted(c.biased):
+        weights[f"layers.{name}_bias"] = norm(c.num_layers, c.matrices[name][0]) - np.float32(1)
     if not c.tied_embeddings:
         weights["head"] = matrix(c.vocab_size, c.model_dim)
     return filled_model(c, weights, dtype)
@@ -260,6 +261,10 @@ def oracle_weights(model: Transformer) -> Weights:
                 query_bias=None if bias is None else bias[of_q],
                 key_bias=None if bias is None else bias[of_k],
                 value_bias=None if bias is None else bias[of_v],
+                output_bias=w.get("attn_out_bias", 0.0),
+                gate_bias=w["gate_up_bias"][: c.ffw_dim] if c.mlp_bias else 0.0,
+                up_bias=w["gate_up_bias"][c.ffw_dim :] if c.mlp_bias else 0.0,
+                down_bias=w.get("down_bias", 0.0),
                 query_norm=w.get("q_norm"),
                 key_norm=w.get("k_norm"),
             )

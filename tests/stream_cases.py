@@ -220,6 +220,7 @@ FAMILIES = {
             attention_factor=1.3,
         ),
     },
+    "granite_code": {"qkv_bias": True, "attn_out_bias": True, "mlp_bias": True},
     "smollm3": {"rope_pattern": (True, True, True, False), "num_layers": 8},
     "olmo3": {
         "qk_norm": "full",

@@ -34,6 +34,7 @@ CAPACITY, RING, STEPS = 40, 16, 4
 FAMILIES = (
     "every layer local",
     "biases, the second layer local",
+    "every bias",
     "heads normed",
     "norms behind the blocks, projections normed",
     "every scale",

@@ -107,6 +107,8 @@ def test_family_weights_count():
     llama = ModelConfig(**SIZES).num_params
     more: list[tuple[dict[str, Any], int]] = [
         ({"qkv_bias": True}, (6 + 2 + 2) * 14),
+        ({"attn_out_bias": True}, 37),
+        ({"mlp_bias": True}, 2 * 53 + 37),
         ({"qk_norm": "head"}, 2 * 14),
         ({"qk_norm": "full"}, (6 + 2) * 14),
         ({"post_norm": True}, 2 * 37),
@@ -138,6 +140,8 @@ FAMILY_FIELDS: dict[str, Any] = {
     "post_norm": True,
     "qk_norm": "head",
     "qkv_bias": True,
+    "attn_out_bias": True,
+    "mlp_bias": True,
     "activation": "gelu_tanh",
     "embed_scale": 3.0,
     "residual_scale": 0.5,
@@ -289,7 +293,7 @@ def test_a_configuration_is_frozen():
 
 
 def test_unknown_and_missing_fields_are_named():
-    match = r"has no field bias, rotary; its fields are activation, attn_scale, "
+    match = r"has no field bias, rotary; its fields are activation, attn_out_bias, "
     with pytest.raises(ValueError, match=match):
         ModelConfig.from_dict(SIZES | {"rotary": 4, "bias": True})
     with pytest.raises(ValueError, match=r"A model configuration needs head_dim, num_layers\."):
@@ -323,6 +327,7 @@ def test_sizes_are_positive_integers(field, value):
         ({"rope_theta": 0.0}, "rope_theta and norm_eps must be positive, got 0.0 and 1e-05."),
         ({"norm_eps": -1e-5}, "rope_theta and norm_eps must be positive, got 10000.0 and -1e-05."),
         ({"qkv_bias": 1}, "ModelConfig.qkv_bias must be true or false, got 1."),
+        ({"mlp_bias": "no"}, "ModelConfig.mlp_bias must be true or false, got 'no'."),
         ({"pre_norm": None}, "ModelConfig.pre_norm must be true or false, got None."),
         ({"post_norm": "yes"}, "ModelConfig.post_norm must be true or false, got 'yes'."),
         ({"tied_embeddings": 0}, "ModelConfig.tied_embeddings must be true or false, got 0."),

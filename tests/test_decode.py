@@ -245,7 +245,10 @@ def test_a_negative_length_that_is_traced_counts_as_zero(model, tokens, name):
     [
         {"tied_embeddings": False},
         {"tied_embeddings": True},
-        {"qkv_bias": True, "qk_norm": "head", "post_norm": True},
+        {
+            **{"qkv_bias": True, "attn_out_bias": True, "mlp_bias": True},
+            **{"qk_norm": "head", "post_norm": True},
+        },
         {"qk_norm": "full", "post_norm": True, "pre_norm": False},
     ],
     ids=["untied", "tied", "all there is", "norms behind alone"],

@@ -76,7 +76,7 @@ def file(written, tmp_path) -> Path:
 # Architectures and fields that are not read from such files.
 _NO_GGUF = {
     *("qwen2_window", "phi3", "phi3_long", "smollm3", "smollm3_window", "olmo3"),
-    *("yarn", "qwen3_yarn", "dynamic"),
+    *("yarn", "qwen3_yarn", "dynamic", "biases"),
 }
 
 

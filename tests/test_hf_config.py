@@ -519,6 +519,14 @@ def test_a_stretching_by_length_is_left_out_within_the_models_positions():
     assert (got.rope_scaling, got.max_context) == (None, 999)
 
 
+@pytest.mark.parametrize("data", [_LLAMA_32_1B, _GRANITE, _SMOLLM3])
+def test_biases(data):
+    got = read(data, attention_bias=True, mlp_bias=None)
+    assert (got.qkv_bias, got.attn_out_bias, got.mlp_bias) == (True, True, False)
+    got = read(data, attention_bias=..., mlp_bias=True)
+    assert got.biased == {"gate_up", "down"}
+
+
 def test_layers_that_do_not_rotate():
     every_third = {"no_rope_layers": None, "no_rope_layer_interval": 3}
     assert read(_SMOLLM3, **every_third).rope_pattern == (True, True, False)
@@ -566,12 +574,12 @@ def test_a_stretching_we_do_not_have(kind):
     ("data", "changes", "match"),
     [
         (
-            _LLAMA_32_1B,
+            _QWEN_3,
             {"attention_bias": True},
             r"attention_bias \(true: biases; supported: false",
         ),
-        (_LLAMA_32_1B, {"mlp_bias": True}, r"mlp_bias \(true: biases"),
-        (_QWEN_3, {"attention_bias": True}, r"attention_bias \(true: biases"),
+        (_QWEN_3, {"mlp_bias": True}, r"mlp_bias \(true: biases"),
+        (_LLAMA_32_1B, {"mlp_bias": 1}, "mlp_bias is true or false, got 1"),
         (_LLAMA_32_1B, {"hidden_act": "relu"}, "hidden_act 'relu' is not .* silu, gelu_pytorch"),
         (_GEMMA_2, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: gelu_p"),
         (

@@ -157,7 +157,8 @@ def family_fields(family: str, settings: dict[str, Any]) -> dict[str, Any]:
             "rotary_pairs": None if rotated == width else rotated // 2,
         }
     assert family == "llama"
-    return {}
+    attention, mlp = settings.get("attention_bias", False), settings.get("mlp_bias", False)
+    return {"qkv_bias": attention, "attn_out_bias": attention, "mlp_bias": mlp}
 
 
 def config_of(model: HFModel) -> ModelConfig:
@@ -220,8 +221,10 @@ def build(name: str, dtype: str) -> Transformer:
         "layers.down": stacked("mlp.down_proj"),
         "final_norm": weights.pop("model.norm.weight"),
     }
-    if config.qkv_bias:
-        ours["layers.qkv_bias"] = stacked(*projections, of="bias")
+    parts = {"qkv": projections, "attn_out": ["self_attn.o_proj"]}
+    parts |= {"gate_up": gate_up, "down": ["mlp.down_proj"]}
+    for matrix in config.biased:
+        ours[f"layers.{matrix}_bias"] = stacked(*parts[matrix], of="bias")
     if config.qk_norm:
         ours["layers.q_norm"] = stacked("self_attn.q_norm")
         ours["layers.k_norm"] = stacked("self_attn.k_norm")

@@ -58,6 +58,7 @@ STEPS: dict[str, tuple[ModelConfig, int, int]] = {
     "2 tokens of several": (small_config(), 4, 2),
     "two ropes, one of them scaled": (small_config(**FAMILIES["olmo3"]), 1, 1),
     "two ropes, 2 tokens": (small_config(**FAMILIES["olmo3"] | {"rotary_pairs": 10}), 1, 2),
+    "every bias": (small_config(**FAMILIES["granite_code"]), 2, 1),
     "a part rotated": (small_config(**FAMILIES["phi3"]), 1, 1),
 }
 

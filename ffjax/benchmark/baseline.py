@@ -55,6 +55,9 @@ class LayerWeights(NamedTuple):
         gate_up: `[2F, D]`.
         down: `[D, F]`.
         qkv_bias: `[(N + 2K) * H]`.
+        attn_out_bias: `[D]`.
+        gate_up_bias: `[2F]`.
+        down_bias: `[D]`.
         q_norm: `[H]` or `[N * H]`.
         k_norm: `[H]` or `[K * H]`.
         attn_post_norm: `[D]`.
@@ -70,6 +73,9 @@ class LayerWeights(NamedTuple):
     gate_up: Array
     down: Array
     qkv_bias: Array | None
+    attn_out_bias: Array | None
+    gate_up_bias: Array | None
+    down_bias: Array | None
     q_norm: Array | None
     k_norm: Array | None
     attn_post_norm: Array | None
@@ -269,8 +275,8 @@ def baseline_step(
     slots = {local: k.shape[2] for local, k in zip(c.local_layers, cache.k, strict=True)}
     reaches = {local: _reach(c, positions, count, local) for local, count in slots.items()}
 
-    def linear(x: Array, w: LayerWeights, name: str, bias: Array | None = None) -> Array:
-        weight, scale = getattr(w, name), getattr(w, f"{name}_scale")
+    def linear(x: Array, w: LayerWeights, name: str) -> Array:
+        weight, scale, bias = (getattr(w, f"{name}{part}") for part in ("", "_scale", "_bias"))
         out = _product(x, weight, scale, getattr(c.weights, name), dtype)
         return (out if bias is None else out + bias.astype(jnp.float32)).astype(dtype)
 
@@ -301,7 +307,7 @@ def baseline_step(
         weights.layers, cache.k, cache.v, *kinds, strict=True
     ):
         reach, rope = reaches[local], ropes[other]
-        qkv = linear(norm(x, w.attn_norm), w, "qkv", w.qkv_bias).reshape(batch, -1, c.head_dim)
+        qkv = linear(norm(x, w.attn_norm), w, "qkv").reshape(batch, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1)
         q, k = norm_heads(q, w.q_norm), norm_heads(k, w.k_norm)
         keys.append(_append(k_cache, rotate(k, rope), reach.slot))
