@@ -238,11 +238,13 @@ class Layers(nnx.Module):
             full = c.qk_norm == "full"
             self.q_norm = norm(c.num_heads * c.head_dim if full else c.head_dim)
             self.k_norm = norm(c.num_kv_heads * c.head_dim if full else c.head_dim)
-        for name in ("qkv", "attn_out", "gate_up", "down"):
-            setattr(self, name, weight(name))
-            if name in c.biased:
-                zeros = jnp.zeros((c.num_layers, c.matrices[name][0]), dtype)
-                setattr(self, f"{name}_bias", nnx.Param(zeros))
+        self.qkv = weight("qkv")
+        self.attn_out = weight("attn_out")
+        self.gate_up = weight("gate_up")
+        self.down = weight("down")
+        for name in sorted(c.biased):
+            zeros = jnp.zeros((c.num_layers, c.matrices[name][0]), dtype)
+            setattr(self, f"{name}_bias", nnx.Param(zeros))
 
 
 def _quantized(
@@ -589,14 +591,14 @@ class Transformer(nnx.Module):
         c, w = self.config, at.weights
         multiply = self._product if product is None else product
 
-        def product(x: Array, name: str) -> Array:
+        def projected(x: Array, name: str) -> Array:
             out = multiply(at, x, name)
             return out + w[f"{name}_bias"].astype(jnp.float32) if name in c.biased else out
 
         batch, count, _ = x.shape
         note("residual_in", x)
         h = self._norm(x, w["attn_norm"]) if c.pre_norm else x
-        qkv = product(h, "qkv").astype(self.dtype).reshape(batch, count, -1, c.head_dim)
+        qkv = projected(h, "qkv").astype(self.dtype).reshape(batch, count, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
         if c.qk_norm is not None:
             q, k = self._norm_heads(q, w["q_norm"]), self._norm_heads(k, w["k_norm"])
@@ -605,15 +607,15 @@ class Transformer(nnx.Module):
         for name, heads in (("q", q), ("k", k), ("v", v)):
             note(name, heads)
         attended, state = attend(at, q, k, v, state)
-        attn_out = product(attended, "attn_out").astype(self.dtype)
+        attn_out = projected(attended, "attn_out").astype(self.dtype)
         note("attended", attended)
         note("attention_out", attn_out)
         x = self._add(x, attn_out, w.get("attn_post_norm"))
         note("residual_mid", x)
         h = self._norm(x, w["mlp_norm"]) if c.pre_norm else x
-        gate, up = jnp.split(product(h, "gate_up").astype(self.dtype), 2, axis=-1)
+        gate, up = jnp.split(projected(h, "gate_up").astype(self.dtype), 2, axis=-1)
         hidden = gated(gate, up, c.activation)
-        down = product(hidden, "down").astype(self.dtype)
+        down = projected(hidden, "down").astype(self.dtype)
         x = self._add(x, down, w.get("mlp_post_norm"))
         for name, value in (("hidden", hidden), ("ffw_out", down), ("residual_out", x)):
             note(name, value)
