@@ -205,9 +205,9 @@ def test_an_array_that_a_family_has_not(tmp_path):
     checkpoints.save(build(), tmp_path / "ours")
     file = tmp_path / "ours" / "manifest.json"
     data = json.loads(file.read_text())
-    data["config"] |= {"qkv_bias": True}
+    data["config"] |= {"post_norm": True}
     file.write_text(json.dumps(data))
-    with pytest.raises(checkpoints.CheckpointError, match=r"'llama' have no layers.qkv_bias"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"'llama' have no layers.attn_post_norm"):
         checkpoints.export_hf(tmp_path / "ours", tmp_path / "out")
 
 
