@@ -15,8 +15,15 @@ from checkpoints.hf_effects import understood
 from checkpoints.hf_families import ACTIVATIONS, FAMILIES, NESTED, NUMBERS, Family
 from checkpoints.hf_fields import CONFIG, Fields
 from checkpoints.hf_files import broken_link, downloaded_json
-from checkpoints.hf_rope import Rope, read_rope, write_rope
-from checkpoints.hf_windows import normal_pattern, read_window, write_window
+from checkpoints.hf_rope import read_rope, write_rope
+from checkpoints.hf_windows import (
+    normal_pattern,
+    read_rotating,
+    read_window,
+    shortest,
+    write_rotating,
+    write_window,
+)
 from checkpoints.manifest import MANIFEST, CheckpointError, a_gguf_file
 from ffjax.config import ModelConfig
 
@@ -121,11 +128,18 @@ def config_from_hf(
     made["head_dim"] = fields.number("head_dim", "int?") or _even_share(width, heads, where)
     made["activation"] = _activation(fields, family)
     made["tied_embeddings"] = fields.flag("tie_word_embeddings")
+    if family.says_biases:
+        made["qkv_bias"] = made["attn_out_bias"] = fields.flag("attention_bias")
+        made["mlp_bias"] = fields.flag("mlp_bias")
     if family.scales_embedding:
         made["embed_scale"] = math.sqrt(width)
-    made["window"], made["window_pattern"] = read_window(fields, family, made["num_layers"])
-    rope = read_rope(fields, made["max_context"], local="rope_local_base_freq" in family.defaults)
+    rotating = read_rotating(fields, family, made["num_layers"])
+    made["rope_pattern"] = shortest(rotating)
+    made["window"], made["window_pattern"] = read_window(fields, family, rotating)
+    sizes = {name: made[name] for name in ("head_dim", "max_context")}
+    rope = read_rope(fields, family, **sizes)
     made["rope_theta"], made["rope_scaling"] = rope.theta, rope.scaling
+    made["rotary_pairs"] = rope.pairs
     made["rope_theta_local"] = rope.theta_local if made["window"] is not None else None
     fields.finish(family_name, shadowed)
     try:
@@ -215,9 +229,11 @@ def config_to_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
         value = number.theirs_of(getattr(config, number.ours))
         if value is not None or number.kind.endswith("?"):
             data[number.theirs] = value
-    rope = Rope(config.rope_theta, config.rope_theta_local, config.rope_scaling)
-    data.update(write_rope(rope))
+    if family.says_biases:
+        data |= {"attention_bias": config.attn_out_bias, "mlp_bias": config.mlp_bias}
+    data.update(write_rope(config, family))
     data.update(write_window(config, family))
+    data.update(write_rotating(config, family))
     _check_says_all(config, data)
     return data
 
@@ -225,7 +241,11 @@ def config_to_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
 def _check_says_all(config: ModelConfig, data: dict[str, Any]) -> None:
     """Whether the config.json, read back, gives the configuration it was made from."""
     back = config_from_hf(data, Path("the export"), name=config.name)
-    wanted = dataclasses.replace(config, window_pattern=normal_pattern(config))
+    patterns = {
+        "window_pattern": normal_pattern(config),
+        "rope_pattern": shortest(list(config.rotating_layers)),
+    }
+    wanted = dataclasses.replace(config, **patterns)
     differing = [
         f"{field.name}={getattr(wanted, field.name)!r}"
         for field in dataclasses.fields(config)

@@ -211,6 +211,8 @@ GUARDS: dict[str, Guard] = {
     **_guards(_NONE, "a base of rotation under another name", "rope_base rotary_emb_base"),
     **_guards(_NONE, "a base of rotation of local layers", "rope_local_base_freq"),
     **_guards(_NONE, "attention within a window", "local_attention_window sliding_window"),
+    **_guards((1, None), "attention within a window in some layers", "full_attn_mod"),
+    **_guards((1, None), "other rotary frequencies", "interpolate_factor"),
     **_guards(_NONE, "attention within chunks", "attention_chunk_size"),
     **_guards(_OFF, "queries that grow with the position", "attn_temperature_tuning"),
     **_guards(_EMPTY, "layers that share keys and values", "kv_sharing_modes"),
@@ -282,10 +284,19 @@ def understood(family: str) -> frozenset[str]:
             "always": ("sliding_window",),
             "from": ("sliding_window", "use_sliding_window", "max_window_layers"),
             "pattern": ("sliding_window", "sliding_window_pattern", "_sliding_window_pattern"),
+            "unrotated": ("sliding_window", "use_sliding_window"),
         }[this.windows],
     }
-    if "rope_local_base_freq" in this.defaults:
+    if this.local_rope == "own":
         names.add("rope_local_base_freq")
+    if not this.local_rope:
+        names.add("original_max_position_embeddings")
+    if this.partial_rope:
+        names.add("partial_rotary_factor")
+    if this.says_biases:
+        names |= {"attention_bias", "mlp_bias"}
+    if this.names_unrotated:
+        names |= {"no_rope_layers", "no_rope_layer_interval"}
     return frozenset(names)
 
 

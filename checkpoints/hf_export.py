@@ -20,6 +20,7 @@ from checkpoints.hf_import import companions_in, copy_companions, is_hf_folder
 from checkpoints.hf_table import Slot, slots_of
 from checkpoints.manifest import HF_FILES, WEIGHTS, CheckpointError, Manifest
 from checkpoints.places import check_apart, model_path, real_path
+from checkpoints.reordered import in_their_order
 from checkpoints.skeleton import array_shapes
 
 __all__ = ["SHARD_BYTES", "Export", "export_hf"]
@@ -180,7 +181,7 @@ def _write_tensors(
                 if slot.ours != name:
                     del array  # before the next is read
                     name, array = slot.ours, read_array(checkpoint / WEIGHTS, slot.ours)
-                writer.write(slot.theirs, array[slot.place])
+                writer.write(slot.theirs, in_their_order(array[slot.place], slot.order))
                 written += _nbytes(slot, itemsize)
                 if progress is not None:
                     progress(written, total)

@@ -53,9 +53,16 @@ class Family(NamedTuple):
         activation: the name of the field that names the activation.
         windows: which layers are local: "never"; "always", where there is a window; "from", all
             after the first `max_window_layers`, where `use_sliding_window`; "pattern", all
-            but every so many-th.
+            but every so many-th; "unrotated", those that do not rotate, where
+            `use_sliding_window`.
         reads_pattern: whether transformers reads sliding_window_pattern; Gemma 2's is fixed.
         scales_embedding: whether the embedding is multiplied by sqrt(D).
+        local_rope: how local layers rotate: "" as all do; "own", by a base of their own; "plain",
+            by the base of all, not stretched.
+        partial_rope: whether a part of each head may rotate; then the types of RoPE are those that
+            transformers has for Phi 3.
+        names_unrotated: whether `no_rope_layers` says which layers do not rotate.
+        says_biases: whether `attention_bias` and `mlp_bias` say what has a bias.
     """
 
     architecture: str
@@ -67,6 +74,10 @@ class Family(NamedTuple):
     windows: str = "never"
     reads_pattern: bool = False
     scales_embedding: bool = False
+    local_rope: str = ""
+    partial_rope: bool = False
+    names_unrotated: bool = False
+    says_biases: bool = False
 
 
 # Their names and ours.
@@ -80,6 +91,8 @@ _DEFAULTS: dict[str, Any] = {
     "rope_theta": 10_000.0,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
 }
 
 _WINDOW = {"sliding_window": 4096}
@@ -120,7 +133,7 @@ NUMBERS = (
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", "llama", _DEFAULTS),
+    "llama": Family("LlamaForCausalLM", "llama", _DEFAULTS, says_biases=True),
     "mistral": Family(
         "MistralForCausalLM",
         "mistral",
@@ -152,6 +165,25 @@ FAMILIES: dict[str, Family] = {
         {**_DEFAULTS, "rms_norm_eps": 1e-5},
         {"qk_norm": "full", "pre_norm": False, "post_norm": True},
     ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        "olmo3",
+        {
+            **_DEFAULTS,
+            "vocab_size": 50_304,
+            "hidden_size": 4096,
+            "intermediate_size": 11_008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            **_WINDOW,
+            "sliding_window_pattern": 4,
+        },
+        {"qk_norm": "full", "pre_norm": False, "post_norm": True},
+        windows="pattern",
+        local_rope="plain",
+    ),
     "granite": Family(
         "GraniteForCausalLM",
         "granite",
@@ -169,6 +201,7 @@ FAMILIES: dict[str, Family] = {
             # It divides; ours multiplies.
             Number("logits_scaling", "logit_scale", "float", lambda x: 1 / x, lambda x: 1 / x),
         ),
+        says_biases=True,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -209,6 +242,46 @@ FAMILIES: dict[str, Family] = {
         windows="pattern",
         reads_pattern=True,
         scales_embedding=True,
+        local_rope="own",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        "phi3",
+        {
+            **_DEFAULTS,
+            "vocab_size": 32_064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+        },
+        windows="always",
+        partial_rope=True,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        {
+            **_DEFAULTS,
+            "vocab_size": 128_256,
+            "hidden_size": 2048,
+            "intermediate_size": 11_008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "no_rope_layer_interval": 4,
+        },
+        windows="unrotated",
+        names_unrotated=True,
+        says_biases=True,
     ),
 }
 

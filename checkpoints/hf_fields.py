@@ -79,8 +79,9 @@ class Fields:
         return value if whole else float(value)
 
     def flag(self, name: str) -> bool:
-        """True or false."""
+        """True or false; null is what the family assumes."""
         value = self.take(name)
+        value = self._defaults.get(name) if value is None else value
         if not isinstance(value, bool):
             raise CheckpointError(
                 f"{CONFIG} of {self.where}: {name} is true or false, got {value!r}."

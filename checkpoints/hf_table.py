@@ -17,6 +17,10 @@ __all__ = ["EMBED", "HEAD", "TABLES", "Entry", "NameRules", "Slot", "slots_of"]
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
+# Arrays whose rows are heads' elements, of queries, keys and values in turn.
+_ROTATED = ("layers.qkv", "layers.qkv_bias")
+
+
 class Entry(NamedTuple):
     """A line of a table.
 
@@ -41,12 +45,14 @@ class Slot(NamedTuple):
         ours: the dotted name of the array.
         place: what of the array the tensor is: `array[place]`.
         shape: the tensor's shape.
+        order: which of the tensor's rows each row of the place is; None: they are in our order.
     """
 
     theirs: str
     ours: str
     place: tuple[int | slice, ...]
     shape: tuple[int, ...]
+    order: tuple[int, ...] | None = None
 
 
 def _layer(*lines: tuple[str, str] | tuple[str, str, str]) -> tuple[Entry, ...]:
@@ -56,20 +62,31 @@ def _layer(*lines: tuple[str, str] | tuple[str, str, str]) -> tuple[Entry, ...]:
     )
 
 
-_EVERY_FAMILY = (
+_BEYOND_LAYERS = (
     Entry(EMBED, "embed"),
-    *_layer(
-        ("self_attn.q_proj.weight", "qkv", "N*H"),
-        ("self_attn.k_proj.weight", "qkv", "K*H"),
-        ("self_attn.v_proj.weight", "qkv", "K*H"),
-        ("self_attn.o_proj.weight", "attn_out"),
-        ("mlp.gate_proj.weight", "gate_up", "F"),
-        ("mlp.up_proj.weight", "gate_up", "F"),
-        ("mlp.down_proj.weight", "down"),
-    ),
     Entry("model.norm.weight", "final_norm"),
     Entry(HEAD, "head"),
 )
+
+_PROJECTIONS = _layer(
+    ("self_attn.q_proj.weight", "qkv", "N*H"),
+    ("self_attn.k_proj.weight", "qkv", "K*H"),
+    ("self_attn.v_proj.weight", "qkv", "K*H"),
+    ("self_attn.o_proj.weight", "attn_out"),
+    ("mlp.gate_proj.weight", "gate_up", "F"),
+    ("mlp.up_proj.weight", "gate_up", "F"),
+    ("mlp.down_proj.weight", "down"),
+)
+
+# Their rows are in our order.
+_FUSED_PROJECTIONS = _layer(
+    ("self_attn.qkv_proj.weight", "qkv"),
+    ("self_attn.o_proj.weight", "attn_out"),
+    ("mlp.gate_up_proj.weight", "gate_up"),
+    ("mlp.down_proj.weight", "down"),
+)
+
+_EVERY_FAMILY = (*_BEYOND_LAYERS, *_PROJECTIONS)
 
 _NORMS_BEFORE = _layer(
     ("input_layernorm.weight", "attn_norm"),
@@ -96,6 +113,13 @@ _QKV_BIAS = _layer(
     ("self_attn.v_proj.bias", "qkv_bias", "K*H"),
 )
 
+_OTHER_BIASES = _layer(
+    ("self_attn.o_proj.bias", "attn_out_bias"),
+    ("mlp.gate_proj.bias", "gate_up_bias", "F"),
+    ("mlp.up_proj.bias", "gate_up_bias", "F"),
+    ("mlp.down_proj.bias", "down_bias"),
+)
+
 # A weight for one head, or one for all heads at once: `ModelConfig.qk_norm` says which.
 _QK_NORMS = _layer(
     ("self_attn.q_norm.weight", "q_norm"),
@@ -103,14 +127,17 @@ _QK_NORMS = _layer(
 )
 
 TABLES: dict[str, tuple[Entry, ...]] = {
-    "llama": (*_EVERY_FAMILY, *_NORMS_BEFORE),
+    "llama": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QKV_BIAS, *_OTHER_BIASES),
     "mistral": (*_EVERY_FAMILY, *_NORMS_BEFORE),
     "qwen2": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QKV_BIAS),
     "qwen3": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QK_NORMS),
     "olmo2": (*_EVERY_FAMILY, *_NORMS_BEHIND, *_QK_NORMS),
-    "granite": (*_EVERY_FAMILY, *_NORMS_BEFORE),
+    "olmo3": (*_EVERY_FAMILY, *_NORMS_BEHIND, *_QK_NORMS),
+    "granite": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QKV_BIAS, *_OTHER_BIASES),
     "gemma2": (*_EVERY_FAMILY, *_NORMS_BEFORE_AND_BEHIND),
     "gemma3": (*_EVERY_FAMILY, *_NORMS_BEFORE_AND_BEHIND, *_QK_NORMS),
+    "smollm3": (*_EVERY_FAMILY, *_NORMS_BEFORE, *_QKV_BIAS, *_OTHER_BIASES),
+    "phi3": (*_BEYOND_LAYERS, *_FUSED_PROJECTIONS, *_NORMS_BEFORE),
 }
 
 
@@ -170,6 +197,26 @@ _RULES = {
 }
 
 
+def _rotated_order(config: ModelConfig, start: int, count: int) -> tuple[int, ...] | None:
+    """The order of rows of the fused projection, from one on, where parts of heads are rotated.
+
+    Theirs has the R rotated elements of a head first, of which i and i + R/2 are a pair, then the
+    others. Ours pairs i with i + H/2 for all: the first R/2 of each half are the rotated ones.
+    """
+    if (pairs := config.rotary_pairs) is None:
+        return None
+    size, rest = config.head_dim, config.head_dim // 2 - config.rotary_pairs
+    first, second = range(pairs), range(pairs, 2 * pairs)
+    still = range(2 * pairs, size)
+    head = (*first, *still[:rest], *second, *still[rest:])
+    rotated = (config.num_heads + config.num_kv_heads) * size
+
+    def of(row: int) -> int:
+        return row if row >= rotated else row // size * size + head[row % size]
+
+    return tuple(of(row) - start for row in range(start, start + count))
+
+
 def _row_counts(config: ModelConfig) -> dict[str, int]:
     return {
         "N*H": config.num_heads * config.head_dim,
@@ -219,6 +266,7 @@ def slots_of(config: ModelConfig, shapes: Mapping[str, Any]) -> dict[str, list[S
                 if stacked
                 else (slice(start, start + count),),
                 shape=(count, *inner[1:]),
+                order=_rotated_order(config, start, count) if name in _ROTATED else None,
             )
             for i in range(shape[0] if stacked else 1)
             for entry, start, count in zip(mine, starts, rows, strict=True)

@@ -27,6 +27,7 @@ from checkpoints.host_arrays import empty
 from checkpoints.integers import Kept
 from checkpoints.manifest import WEIGHTS, CheckpointError, Manifest
 from checkpoints.places import check_free
+from checkpoints.reordered import Reordered
 from checkpoints.skeleton import array_shapes, nested, skeleton
 from checkpoints.stored import Stored
 from ffjax.config import ModelConfig
@@ -197,6 +198,8 @@ class Incoming(abc.ABC):
         """Of every tensor of one of our arrays: where it goes, and its parts."""
         for slot in self.slots[name]:
             tensor = self.tensors[slot.theirs]
+            if slot.order is not None:
+                tensor = Reordered(tensor, slot.order)
             yield tensor, array[slot.place], tensor.parts()
 
 

@@ -242,7 +242,7 @@ def keep_integers(
             made[slot.theirs], made[called] = Kept(matrix, common), _Scales(matrix, common)
             out, inputs = slot.shape
             shape = common.shape_of_scales(out, inputs)
-            scales.append(Slot(called, f"{place}_scale", slot.place, shape))
+            scales.append(slot._replace(theirs=called, ours=f"{place}_scale", shape=shape))
         places[f"{place}_scale"] = scales
     for name, matrix in wholes(matrices).items():
         made.setdefault(name, matrix)

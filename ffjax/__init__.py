@@ -17,10 +17,19 @@ if TYPE_CHECKING:
     )
     from ffjax.broken import NotFiniteError
     from ffjax.cache import KVCache
-    from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
+    from ffjax.config import (
+        PRESETS,
+        LinearRopeScaling,
+        LongRopeScaling,
+        ModelConfig,
+        RopeScaling,
+        YarnRopeScaling,
+        preset,
+    )
     from ffjax.decode import DecodeOutput, decode_step
     from ffjax.formats import WeightFormat, WeightFormats
     from ffjax.generation import GenerateOutput, generate
+    from ffjax.heads import widen_heads
     from ffjax.model import Transformer
     from ffjax.quantization import dequantize, quantize
     from ffjax.sampling.logprobs import TokenLogprobs
@@ -47,6 +56,7 @@ __all__ = [
     "HFFolderWarning",
     "KVCache",
     "LinearRopeScaling",
+    "LongRopeScaling",
     "Lookup",
     "ModelConfig",
     "NotFiniteError",
@@ -58,6 +68,7 @@ __all__ = [
     "Transformer",
     "WeightFormat",
     "WeightFormats",
+    "YarnRopeScaling",
     "convert_gguf",
     "convert_hf",
     "decode_step",
@@ -70,6 +81,7 @@ __all__ = [
     "quantize",
     "save",
     "stream",
+    "widen_heads",
 ]
 
 # Names are imported when they are first asked for. `checkpoints` imports this package for the
@@ -82,10 +94,14 @@ _HOME = {
     ),
     "ffjax.broken": ("NotFiniteError",),
     "ffjax.cache": ("KVCache",),
-    "ffjax.config": ("PRESETS", "LinearRopeScaling", "ModelConfig", "RopeScaling", "preset"),
+    "ffjax.config": (
+        *("PRESETS", "LinearRopeScaling", "LongRopeScaling", "ModelConfig", "RopeScaling"),
+        *("YarnRopeScaling", "preset"),
+    ),
     "ffjax.decode": ("DecodeOutput", "decode_step"),
     "ffjax.formats": ("WeightFormat", "WeightFormats"),
     "ffjax.generation": ("GenerateOutput", "generate"),
+    "ffjax.heads": ("widen_heads",),
     "ffjax.model": ("Transformer",),
     "ffjax.quantization": ("dequantize", "quantize"),
     "ffjax.sampling.logprobs": ("TokenLogprobs",),

@@ -12,10 +12,13 @@ from ffjax.presets import RELEASED
 __all__ = [
     "PRESETS",
     "Activation",
+    "AnyRopeScaling",
     "LinearRopeScaling",
+    "LongRopeScaling",
     "ModelConfig",
     "QkNorm",
     "RopeScaling",
+    "YarnRopeScaling",
     "preset",
 ]
 
@@ -71,6 +74,93 @@ class LinearRopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnRopeScaling:
+    """YaRN (Peng et al., arXiv 2309.00071): long waves are stretched, short ones kept.
+
+    Waves that turn `beta_fast` times or more in the original context are kept, those that turn
+    `beta_slow` times or less are `factor` as long. Between those two, by the number of the pair,
+    frequencies are interpolated (its section 3.2, in transformers' form).
+
+    Attributes:
+        factor: how much longer the longest waves become.
+        original_context: positions of pretraining.
+        beta_fast: turns in the original context from which on a wave is kept.
+        beta_slow: turns up to which it is stretched in full.
+        truncate: whether these two bounds are rounded outwards to whole pairs.
+        attention_factor: multiplies cosines and sines (its section 3.4).
+    """
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ValueError(
+                f"RoPE scaling stretches: factor must be at least 1, got {self.factor}."
+            )
+        if not 0 < self.beta_slow <= self.beta_fast:
+            raise ValueError(
+                f"YaRN needs 0 < beta_slow <= beta_fast, got {self.beta_slow} and {self.beta_fast}."
+            )
+        _check_original(self.original_context, self.attention_factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """LongRoPE (Ding et al., arXiv 2402.13753): each wave has a factor of its own, from a search.
+
+    There are two sets. A cache says which: one of at most `original_context` slots takes
+    `short_factors`, a larger one `long_factors`. transformers looks at the length that a text has
+    so far, so both agree where the whole text fits the original context, or does not; of a text
+    that outgrows it transformers computes all keys anew.
+
+    Attributes:
+        short_factors: how much longer each rotated pair's wave becomes, from the shortest on.
+        long_factors: the same beyond the original context.
+        original_context: positions of pretraining.
+        attention_factor: multiplies cosines and sines, whichever set is taken.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_context: int
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self, name)
+            good = isinstance(factors, tuple) and all(map(_positive, factors))
+            if not good or not factors:
+                raise ValueError(
+                    f"LongRoPE needs {name} that are a tuple of positive numbers, got {factors!r}."
+                )
+        if len(self.short_factors) != len(self.long_factors):
+            raise ValueError(
+                "LongRoPE needs as many short_factors as long_factors, got "
+                f"{len(self.short_factors)} and {len(self.long_factors)}."
+            )
+        _check_original(self.original_context, self.attention_factor)
+
+
+def _check_original(original_context: Any, attention_factor: Any) -> None:
+    if type(original_context) is not int or original_context < 1:
+        raise ValueError(
+            f"RoPE scaling needs a positive original_context, got {original_context!r}."
+        )
+    if not _positive(attention_factor):
+        raise ValueError(
+            f"RoPE scaling needs a positive attention_factor, got {attention_factor!r}."
+        )
+
+
+AnyRopeScaling = RopeScaling | LinearRopeScaling | YarnRopeScaling | LongRopeScaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and constants of a model. The letters are those of every shape in ffjax.
 
@@ -79,8 +169,8 @@ class ModelConfig:
     Attributes:
         name: what the model is called in messages.
         family: the family it belongs to, a label for reports and for export: "llama",
-            "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma2", "gemma3". No number
-            depends on it.
+            "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma2", "gemma3", "phi3". No
+            number depends on it.
         vocab_size: V, rows of the embedding and of the head.
         num_layers: L.
         model_dim: D, the width of the residual stream.
@@ -92,6 +182,10 @@ class ModelConfig:
         rope_theta_local: that base in local layers, which are then not stretched; None: all
             layers rotate alike.
         rope_scaling: how the frequencies are stretched, or None.
+        rotary_pairs: how many of a head's H/2 pairs of elements (i, i + H/2) are rotated, the
+            first ones; None: all.
+        rope_pattern: which layers rotate queries and keys, repeated over the layers; the others
+            know no positions (Yang et al., arXiv 2501.18795).
         norm_eps: added to the mean square inside every RMSNorm.
         norm_offset: added to the weights of every RMSNorm (Gemma: 1).
         pre_norm: whether a block (attention, feed-forward) reads the normed stream.
@@ -99,6 +193,8 @@ class ModelConfig:
         qk_norm: RMSNorm of queries and keys, before RoPE: "head", each head by itself (one
             weight for all); "full", the whole projection at once; None, none.
         qkv_bias: whether the projections to queries, keys and values have a bias.
+        attn_out_bias: whether the projection of attention's output has one.
+        mlp_bias: whether the three projections of the feed-forward block have one.
         activation: of the feed-forward gate: "silu", or "gelu_tanh", GELU by its tanh formula.
         embed_scale: multiplies the embedding of a token, rounded to the weights' dtype.
         residual_scale: multiplies a block's output before it is added to the stream.
@@ -124,13 +220,17 @@ class ModelConfig:
     head_dim: int
     rope_theta: float = 10_000.0
     rope_theta_local: float | None = None
-    rope_scaling: RopeScaling | LinearRopeScaling | None = None
+    rope_scaling: AnyRopeScaling | None = None
+    rotary_pairs: int | None = None
+    rope_pattern: tuple[bool, ...] = (True,)
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
     pre_norm: bool = True
     post_norm: bool = False
     qk_norm: QkNorm | None = None
     qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
     activation: Activation = "silu"
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -172,7 +272,8 @@ class ModelConfig:
         def refuse(name: str, rule: str) -> None:
             raise ValueError(f"ModelConfig.{name} must be {rule}, got {getattr(self, name)!r}.")
 
-        for name in ("pre_norm", "post_norm", "qkv_bias", "tied_embeddings"):
+        flags = ("pre_norm", "post_norm", "qkv_bias", "attn_out_bias", "mlp_bias")
+        for name in (*flags, "tied_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "true or false")
         for name, choices in (("qk_norm", QkNorm), ("activation", Activation)):
@@ -190,8 +291,13 @@ class ModelConfig:
         window, pattern = self.window, self.window_pattern
         if window is not None and (type(window) is not int or window < 1):
             refuse("window", "a positive integer or None")
-        if not isinstance(pattern, tuple) or not pattern or {type(x) for x in pattern} != {bool}:
-            refuse("window_pattern", "a tuple of one or more booleans")
+        for name in ("window_pattern", "rope_pattern"):
+            flags = getattr(self, name)
+            if not isinstance(flags, tuple) or not flags or {type(x) for x in flags} != {bool}:
+                refuse(name, "a tuple of one or more booleans")
+        pairs = self.rotary_pairs
+        if pairs is not None and (type(pairs) is not int or not 0 < pairs < self.head_dim // 2):
+            refuse("rotary_pairs", f"None, or 1 to {self.head_dim // 2 - 1}")
         if not (self.pre_norm or self.post_norm):
             raise ValueError(
                 "A block is normed before it or after it, or both: pre_norm and post_norm are "
@@ -206,6 +312,18 @@ class ModelConfig:
                 f"rope_theta_local={self.rope_theta_local} is for local layers: it needs a window "
                 "and a window_pattern that makes one of the layers local."
             )
+        if self.rope_theta_local is not None and not all(self.rotating_layers):
+            raise ValueError(
+                f"Layers rotate in two ways at most: rope_theta_local={self.rope_theta_local} and "
+                f"a rope_pattern {self.rope_pattern} make three. Leave out one of them."
+            )
+        if isinstance(scaling := self.rope_scaling, LongRopeScaling):
+            rotated = self.head_dim // 2 if pairs is None else pairs
+            if len(scaling.short_factors) != rotated:
+                raise ValueError(
+                    f"LongRoPE has a factor for each rotated pair of a head, here {rotated}; "
+                    f"rope_scaling has {len(scaling.short_factors)}."
+                )
 
     def _check_weights(self) -> None:
         """Raises a sentence for formats that the matrices cannot have."""
@@ -236,10 +354,33 @@ class ModelConfig:
         }
 
     @property
+    def biased(self) -> frozenset[str]:
+        """Names of the layers' matrices whose products have a bias added."""
+        mlp = ("gate_up", "down") if self.mlp_bias else ()
+        attn = ("qkv",) * self.qkv_bias + ("attn_out",) * self.attn_out_bias
+        return frozenset((*attn, *mlp))
+
+    @property
     def local_layers(self) -> tuple[bool, ...]:
         """For each of the L layers, whether it is local: sees no further back than `window`."""
         pattern = self.window_pattern if self.window is not None else (False,)
         return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
+
+    @property
+    def rotating_layers(self) -> tuple[bool, ...]:
+        """For each of the L layers, whether it rotates queries and keys by their positions."""
+        pattern = self.rope_pattern
+        return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
+
+    @property
+    def other_rope_layers(self) -> tuple[bool, ...]:
+        """For each of the L layers, whether its rotation differs from that of most layers.
+
+        Local layers may have a base of their own, and layers that do not rotate have angles of 0.
+        """
+        if self.rope_theta_local is not None:
+            return self.local_layers
+        return tuple(not rotates for rotates in self.rotating_layers)
 
     @property
     def q_per_kv(self) -> int:
@@ -257,7 +398,7 @@ class ModelConfig:
             + 3 * self.model_dim * self.ffw_dim
             + 2 * (self.pre_norm + self.post_norm) * self.model_dim
             + qk_norms[self.qk_norm]
-            + self.qkv_bias * qkv
+            + sum(self.matrices[name][0] for name in self.biased)
         )
         tables = 1 if self.tied_embeddings else 2
         vocab = tables * self.vocab_size * self.model_dim
@@ -292,8 +433,9 @@ class ModelConfig:
         made = dict(data)
         if (scaling := data.get("rope_scaling")) is not None:
             made["rope_scaling"] = _rope_scaling(scaling)
-        if isinstance(pattern := data.get("window_pattern"), list):  # JSON has no tuples
-            made["window_pattern"] = tuple(pattern)
+        for name in ("window_pattern", "rope_pattern"):
+            if isinstance(pattern := data.get(name), list):  # JSON has no tuples
+                made[name] = tuple(pattern)
         if "weights" in data:
             made["weights"] = WeightFormats.from_dict(data["weights"])
         return cls(**made)
@@ -307,20 +449,20 @@ def _positive(value: Any) -> bool:
     return _is_number(value) and 0 < value < math.inf
 
 
-def _rope_scaling(data: Any) -> RopeScaling | LinearRopeScaling:
+def _rope_scaling(data: Any) -> AnyRopeScaling:
     """The scaling whose fields the table has: no two kinds share all of theirs."""
     if not isinstance(data, dict):
         raise ValueError(f"rope_scaling is a table of fields or null, got {data!r}.")
     kinds = {
         frozenset(field.name for field in dataclasses.fields(kind)): kind
-        for kind in (RopeScaling, LinearRopeScaling)
+        for kind in get_args(AnyRopeScaling)
     }
     if (kind := kinds.get(frozenset(data))) is None:
         known = "; or ".join(", ".join(sorted(names)) for names in kinds)
         raise ValueError(
             f"rope_scaling has the fields {known}; got {', '.join(sorted(data)) or 'none'}."
         )
-    return kind(**data)
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
 PRESETS: dict[str, ModelConfig] = {

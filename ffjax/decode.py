@@ -123,10 +123,14 @@ class DecodeOutput(NamedTuple):
             raise NotFiniteError(int(wrong.argmax()), None, None if fault is None else str(fault))
 
 
-def decode_weights(model: Transformer) -> DecodeWeights:
+def decode_weights(model: Transformer, capacity: int) -> DecodeWeights:
     """The model's own arrays, as the fused kernel takes them: no copy.
 
     Of quantized matrices these are the integers, and the scales beside them.
+
+    Args:
+        model: the model.
+        capacity: S, slots of the cache: see `ffjax.rope.inverse_frequencies`.
     """
     config, layers = model.config, model.layers
 
@@ -136,9 +140,9 @@ def decode_weights(model: Transformer) -> DecodeWeights:
 
     head_scale = getattr(model, "head_scale", None)
 
-    local = None
-    if step_features(config).local_rope:
-        local = jnp.asarray(inverse_frequencies(config, local=True))
+    other = None
+    if step_features(config).other_rope:
+        other = jnp.asarray(inverse_frequencies(config, capacity, other=True))
     return DecodeWeights(
         embed=model.embed[...],
         attn_norm=stacked("attn_norm"),
@@ -149,9 +153,12 @@ def decode_weights(model: Transformer) -> DecodeWeights:
         down=layers.down[...],
         final_norm=model.final_norm[...],
         head=model.head_weight,
-        inv_freq=jnp.asarray(inverse_frequencies(config)),
-        inv_freq_local=local,
+        inv_freq=jnp.asarray(inverse_frequencies(config, capacity)),
+        inv_freq_other=other,
         qkv_bias=stacked("qkv_bias"),
+        attn_out_bias=stacked("attn_out_bias"),
+        gate_up_bias=stacked("gate_up_bias"),
+        down_bias=stacked("down_bias"),
         q_norm=stacked("q_norm"),
         k_norm=stacked("k_norm"),
         attn_post_norm=stacked("attn_post_norm"),
@@ -444,7 +451,7 @@ def fused_step(
     dims = step_dims(model.config, cache.batch, cache.capacity, each)
     name = "counters" if each == 1 else "wide_counters"
     state = StepState(cache.k, cache.v, cache.lengths, getattr(cache, name))
-    step = decode_weights(model), state, tokens.astype(jnp.int32).reshape(-1)
+    step = decode_weights(model, cache.capacity), state, tokens.astype(jnp.int32).reshape(-1)
     plan = _stream_plan(dims, gpu, tuning)
     if backend is not None:
         if (reason := why_not_backend(backend, gpu)) is not None and not interpret:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ffjax.config import ModelConfig
+from ffjax.rope import rope_scale
 from pallas_kernels.dims import Dims, Features, Grouping, WeightBits, WeightGroups
 
 __all__ = ["step_dims", "step_features", "weight_bits", "weight_groups"]
@@ -25,6 +26,8 @@ def step_features(config: ModelConfig) -> Features:
         post_norm=c.post_norm,
         qk_norm=c.qk_norm,
         qkv_bias=c.qkv_bias,
+        attn_out_bias=c.attn_out_bias,
+        mlp_bias=c.mlp_bias,
         activation=c.activation,
         # As the reference rounds it, in the only dtype that the kernels take.
         embed_scale=float(np.asarray(c.embed_scale, jnp.bfloat16)),
@@ -35,7 +38,9 @@ def step_features(config: ModelConfig) -> Features:
         logit_softcap=c.logit_softcap,
         window=c.window if any(local) else None,
         local_layers=tuple(local) if any(local) else (),
-        local_rope=any(local) and c.rope_theta_local is not None,
+        other_rope=c.other_rope_layers if any(c.other_rope_layers) else (),
+        rope_scale=(scale := rope_scale(c)),
+        rotary_pairs=None if scale == 1 else c.rotary_pairs,
     )
 
 

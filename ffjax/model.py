@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 
@@ -32,7 +31,7 @@ from ffjax.cache import KVCache
 from ffjax.config import Activation, ModelConfig
 from ffjax.formats import WeightFormat
 from ffjax.inputs import checked_inputs, checked_store, checked_tokens
-from ffjax.rope import apply_rope, inverse_frequencies
+from ffjax.rope import Rope, apply_rope, rope_of
 from ffjax.rounding import expand, random_matrix
 from ffjax.settings import own_settings
 
@@ -208,6 +207,8 @@ class Layers(nnx.Module):
         attn_post_norm, mlp_post_norm: `[L, D]`, behind each block. Where `config.post_norm`.
         qkv: `[L, (N + 2K) * H, D]`, rows of queries, then keys, then values.
         qkv_bias: `[L, (N + 2K) * H]`. Where `config.qkv_bias`.
+        attn_out_bias: `[L, D]`. Where `config.attn_out_bias`.
+        gate_up_bias, down_bias: `[L, 2F]` and `[L, D]`. Where `config.mlp_bias`.
         q_norm, k_norm: `[L, H]` each where `config.qk_norm` is "head"; `[L, N * H]` and
             `[L, K * H]` where it is "full".
         attn_out: `[L, D, N * H]`.
@@ -238,11 +239,12 @@ class Layers(nnx.Module):
             self.q_norm = norm(c.num_heads * c.head_dim if full else c.head_dim)
             self.k_norm = norm(c.num_kv_heads * c.head_dim if full else c.head_dim)
         self.qkv = weight("qkv")
-        if c.qkv_bias:
-            self.qkv_bias = nnx.Param(jnp.zeros((c.num_layers, c.matrices["qkv"][0]), dtype))
         self.attn_out = weight("attn_out")
         self.gate_up = weight("gate_up")
         self.down = weight("down")
+        for name in sorted(c.biased):
+            zeros = jnp.zeros((c.num_layers, c.matrices[name][0]), dtype)
+            setattr(self, f"{name}_bias", nnx.Param(zeros))
 
 
 def _quantized(
@@ -431,7 +433,8 @@ class Transformer(nnx.Module):
         lengths = cache.lengths + (count if num_tokens is None else num_tokens)
         positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, T]
         attend = self.attention_over(cache, positions)
-        x, (k, v), notes = self.run_layers(x, positions, attend, (cache.k, cache.v), summary)
+        caches = cache.k, cache.v
+        x, (k, v), notes = self.run_layers(x, positions, cache.capacity, attend, caches, summary)
         if last_only:
             last = jnp.maximum(lengths - cache.lengths - 1, 0)[:, None]  # [B, 1]
             x = jnp.take_along_axis(x, last[..., None], axis=1)  # [B, 1, D]
@@ -493,6 +496,7 @@ class Transformer(nnx.Module):
         self,
         x: Array,
         positions: Array,
+        capacity: int,
         attend: Attend,
         state: Any,
         summary: Callable[[Array], Any] | None = None,
@@ -503,6 +507,7 @@ class Transformer(nnx.Module):
         Args:
             x: float32 `[B, T, D]`.
             positions: int32 `[B, T]`.
+            capacity: S, slots of the cache: see `ffjax.rope.inverse_frequencies`.
             attend: attention, which keeps keys and values in a state of its own.
             state: what the first layer's `attend` is given.
             summary: see `observe`; or None.
@@ -512,24 +517,25 @@ class Transformer(nnx.Module):
             float32 `[B, T, D]`, the last layer's state, and the summaries.
         """
         c = self.config
-        inv_freq = inverse_frequencies(c)
-        local_inv_freq = inverse_frequencies(c, local=True)
+        rope, other_rope = (rope_of(c, capacity, other=other) for other in (False, True))
 
         def layer(carry, per_layer):
             x, state, index = carry
-            weights, is_local = per_layer
-            frequencies = inv_freq
-            if c.window is not None and c.rope_theta_local is not None:
-                frequencies = jnp.where(is_local, local_inv_freq, inv_freq)
+            weights, is_local, is_other = per_layer
+            here = rope
+            if is_other is not None:
+                here = jax.tree.map(lambda a, b: jnp.where(is_other, b, a), rope, other_rope)
             notes: dict[str, Any] = {}
             at = LayerAt(index, is_local, weights)
-            how = frequencies, attend, state, product, _noting(summary, notes)
+            how = here, attend, state, product, _noting(summary, notes)
             x, state = self.layer(at, x, positions, *how)
             return (x, state, index + 1), notes
 
         is_local = None if c.window is None else jnp.array(c.local_layers)  # [L]
+        is_other = jnp.array(c.other_rope_layers) if any(c.other_rope_layers) else None  # [L]
         carry = (x, state, jnp.int32(0))
-        (x, state, _), notes = lax.scan(layer, carry, (self.stacked_weights(), is_local))
+        each = self.stacked_weights(), is_local, is_other
+        (x, state, _), notes = lax.scan(layer, carry, each)
         return x, state, notes
 
     def stacked_weights(self) -> dict[str, Array]:
@@ -561,7 +567,7 @@ class Transformer(nnx.Module):
         at: LayerAt,
         x: Array,
         positions: Array,
-        inv_freq: Array | np.ndarray,
+        rope: Rope,
         attend: Attend,
         state: Any,
         product: Product | None = None,
@@ -573,7 +579,7 @@ class Transformer(nnx.Module):
             at: which layer.
             x: float32 `[B, T, D]`.
             positions: int32 `[B, T]`.
-            inv_freq: RoPE's frequencies, float32 `[H/2]`.
+            rope: how it rotates.
             attend: attention.
             state: of the layer before.
             product: products.
@@ -583,31 +589,33 @@ class Transformer(nnx.Module):
             float32 `[B, T, D]`, and the state.
         """
         c, w = self.config, at.weights
-        product = self._product if product is None else product
+        multiply = self._product if product is None else product
+
+        def projected(x: Array, name: str) -> Array:
+            out = multiply(at, x, name)
+            return out + w[f"{name}_bias"].astype(jnp.float32) if name in c.biased else out
+
         batch, count, _ = x.shape
         note("residual_in", x)
         h = self._norm(x, w["attn_norm"]) if c.pre_norm else x
-        qkv = product(at, h, "qkv")
-        if c.qkv_bias:
-            qkv = qkv + w["qkv_bias"].astype(jnp.float32)
-        qkv = qkv.astype(self.dtype).reshape(batch, count, -1, c.head_dim)
+        qkv = projected(h, "qkv").astype(self.dtype).reshape(batch, count, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
         if c.qk_norm is not None:
             q, k = self._norm_heads(q, w["q_norm"]), self._norm_heads(k, w["k_norm"])
-        q = apply_rope(q, positions, inv_freq).astype(self.dtype)
-        k = apply_rope(k, positions, inv_freq).astype(self.dtype)
+        q = apply_rope(q, positions, *rope).astype(self.dtype)
+        k = apply_rope(k, positions, *rope).astype(self.dtype)
         for name, heads in (("q", q), ("k", k), ("v", v)):
             note(name, heads)
         attended, state = attend(at, q, k, v, state)
-        attn_out = product(at, attended, "attn_out").astype(self.dtype)
+        attn_out = projected(attended, "attn_out").astype(self.dtype)
         note("attended", attended)
         note("attention_out", attn_out)
         x = self._add(x, attn_out, w.get("attn_post_norm"))
         note("residual_mid", x)
         h = self._norm(x, w["mlp_norm"]) if c.pre_norm else x
-        gate, up = jnp.split(product(at, h, "gate_up").astype(self.dtype), 2, axis=-1)
+        gate, up = jnp.split(projected(h, "gate_up").astype(self.dtype), 2, axis=-1)
         hidden = gated(gate, up, c.activation)
-        down = product(at, hidden, "down").astype(self.dtype)
+        down = projected(hidden, "down").astype(self.dtype)
         x = self._add(x, down, w.get("mlp_post_norm"))
         for name, value in (("hidden", hidden), ("ffw_out", down), ("residual_out", x)):
             note(name, value)

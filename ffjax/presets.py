@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 __all__ = ["RELEASED"]
@@ -46,6 +47,41 @@ _GEMMA: dict[str, Any] = {
     "activation": "gelu_tanh",
     "attn_scale": 256**-0.5,
     "tied_embeddings": True,
+}
+
+# Phi 4 mini's factors of texts of more than 4096 tokens.
+_PHI4_MINI_LONG = (
+    *(1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817),
+    *(2.187582649, 2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023),
+    *(4.785517845, 5.351743533, 5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372),
+    *(10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283, 20.47818807),
+    *(22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64),
+    *(32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77),
+)
+
+# What the larger models of Mistral share.
+_MISTRAL_LARGER: dict[str, Any] = {
+    "family": "mistral",
+    "vocab_size": 131_072,
+    "num_layers": 40,
+    "model_dim": 5120,
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+}
+
+# What the larger models of Gemma 3 share.
+_GEMMA3_LARGER: dict[str, Any] = {
+    **_GEMMA,
+    "family": "gemma3",
+    "vocab_size": 262_208,
+    "rope_theta": 1_000_000.0,
+    "rope_theta_local": 10_000.0,
+    "rope_scaling": {"factor": 8.0},
+    "qk_norm": "head",
+    "window": 1024,
+    "window_pattern": (True, True, True, True, True, False),
+    "max_context": 131_072,
 }
 
 RELEASED: dict[str, dict[str, Any]] = {
@@ -131,6 +167,19 @@ RELEASED: dict[str, dict[str, Any]] = {
         "window": 4096,
         "max_context": 32_768,
     },
+    "mistral-nemo-12b": {
+        **_MISTRAL_LARGER,
+        "ffw_dim": 14_336,
+        "rope_theta": 1_000_000.0,
+        "max_context": 131_072,
+    },
+    # Mistral Small 3.
+    "mistral-small-24b": {
+        **_MISTRAL_LARGER,
+        "ffw_dim": 32_768,
+        "rope_theta": 100_000_000.0,
+        "max_context": 32_768,
+    },
     "qwen2.5-1.5b": {
         "family": "qwen2",
         "vocab_size": 151_936,
@@ -193,6 +242,80 @@ RELEASED: dict[str, dict[str, Any]] = {
         "qk_norm": "full",
         "max_context": 4096,
     },
+    "olmo3-7b": {
+        "family": "olmo3",
+        "vocab_size": 100_278,
+        "num_layers": 32,
+        "model_dim": 4096,
+        "ffw_dim": 11_008,
+        "num_heads": 32,
+        "num_kv_heads": 32,
+        "head_dim": 128,
+        "rope_theta": 500_000.0,
+        "rope_theta_local": 500_000.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "original_context": 8192,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": True,
+            "attention_factor": 1.2079441541679836,
+        },
+        "norm_eps": 1e-6,
+        "pre_norm": False,
+        "post_norm": True,
+        "qk_norm": "full",
+        "window": 4096,
+        "window_pattern": (True, True, True, False),
+        "max_context": 65_536,
+    },
+    "smollm3-3b": {
+        "family": "smollm3",
+        "vocab_size": 128_256,
+        "num_layers": 36,
+        "model_dim": 2048,
+        "ffw_dim": 11_008,
+        "num_heads": 16,
+        "num_kv_heads": 4,
+        "head_dim": 128,
+        "rope_theta": 5_000_000.0,
+        "rope_pattern": (True, True, True, False),
+        "norm_eps": 1e-6,
+        "tied_embeddings": True,
+        "max_context": 65_536,
+    },
+    "phi4-mini": {
+        "family": "phi3",
+        "vocab_size": 200_064,
+        "num_layers": 32,
+        "model_dim": 3072,
+        "ffw_dim": 8192,
+        "num_heads": 24,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "rotary_pairs": 48,
+        "rope_scaling": {
+            "short_factors": (1.0,) * 48,
+            "long_factors": _PHI4_MINI_LONG,
+            "original_context": 4096,
+            "attention_factor": math.sqrt(1 + math.log(32) / math.log(4096)),
+        },
+        "window": 262_144,
+        "tied_embeddings": True,
+        "max_context": 131_072,
+    },
+    "phi4-14b": {
+        "family": "phi3",
+        "vocab_size": 100_352,
+        "num_layers": 40,
+        "model_dim": 5120,
+        "ffw_dim": 17_920,
+        "num_heads": 40,
+        "num_kv_heads": 10,
+        "head_dim": 128,
+        "rope_theta": 250_000.0,
+        "max_context": 16_384,
+    },
     "granite3.1-2b": {
         "family": "granite",
         "vocab_size": 49_152,  # of the base model; the instruct models add three
@@ -240,6 +363,25 @@ RELEASED: dict[str, dict[str, Any]] = {
         "window": 512,
         "window_pattern": (True, True, True, True, True, False),
         "max_context": 32_768,
+    },
+    # The text models within Gemma 3 4B and 12B.
+    "gemma3-4b": {
+        **_GEMMA3_LARGER,
+        "num_layers": 34,
+        "model_dim": 2560,
+        "ffw_dim": 10_240,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "embed_scale": 2560**0.5,
+    },
+    "gemma3-12b": {
+        **_GEMMA3_LARGER,
+        "num_layers": 48,
+        "model_dim": 3840,
+        "ffw_dim": 15_360,
+        "num_heads": 16,
+        "num_kv_heads": 8,
+        "embed_scale": 3840**0.5,
     },
     # The model shipped with the package (see checkpoints/MODEL_CARD.md):
     # 256 bytes and one end-of-text token.

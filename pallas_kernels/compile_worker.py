@@ -72,7 +72,8 @@ def main(directory: str) -> None:
     gpu = target(request["gpu"])
     options, sizes = request["options"], request["dims"]
     features = sizes.pop("features")
-    features["local_layers"] = tuple(features["local_layers"])  # JSON has lists alone
+    for name in ("local_layers", "other_rope"):
+        features[name] = tuple(features[name])  # JSON has lists alone
     bits = WeightBits(**sizes.pop("weight_bits"))
     groups = {
         name: None if value is None else Grouping(**value)

@@ -52,6 +52,8 @@ class Features:
         qk_norm: RMSNorm of queries and keys before RoPE: "head", each by itself; "full", the
             whole projection at once; or None.
         qkv_bias: whether queries, keys and values have a bias.
+        attn_out_bias: whether attention's output has one, behind its projection.
+        mlp_bias: whether the gate, the up and the down projection have one.
         activation: of the gate: "silu" or "gelu_tanh".
         embed_scale: multiplies a token's embedding; as rounded to the weights' dtype.
         residual_scale: multiplies a block's output before it is added to the residual.
@@ -61,7 +63,9 @@ class Features:
         logit_softcap: the same of the logits, after logit_scale.
         window: positions that a query of a local layer sees, its own included, or None.
         local_layers: which of the L layers are local; empty without a window.
-        local_rope: whether local layers have rotary frequencies of their own.
+        other_rope: which of the L layers have rotary frequencies of their own; empty: none.
+        rope_scale: multiplies cosines and sines, but not those of layers of `other_rope`.
+        rotary_pairs: of a head's H/2 pairs, the first that it multiplies; None: all.
     """
 
     norm_offset: float = 0.0
@@ -69,6 +73,8 @@ class Features:
     post_norm: bool = False
     qk_norm: str | None = None
     qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
     activation: str = "silu"
     embed_scale: float = 1.0
     residual_scale: float = 1.0
@@ -78,7 +84,9 @@ class Features:
     logit_softcap: float | None = None
     window: int | None = None
     local_layers: tuple[bool, ...] = ()
-    local_rope: bool = False
+    other_rope: tuple[bool, ...] = ()
+    rope_scale: float = 1.0
+    rotary_pairs: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,8 +189,11 @@ class DecodeWeights(NamedTuple):
         final_norm: `[D]`.
         head: `[V, D]`.
         inv_freq: float32 `[H/2]`, radians a position.
-        inv_freq_local: the same for local layers, where they differ.
+        inv_freq_other: the same for the layers of `Features.other_rope`.
         qkv_bias: `[L, (N + 2K) * H]`.
+        attn_out_bias: `[L, D]`.
+        gate_up_bias: `[L, 2F]`.
+        down_bias: `[L, D]`.
         q_norm: `[L, H]`, or `[L, N * H]` where the whole projection is normed at once.
         k_norm: `[L, H]` or `[L, K * H]`.
         attn_post_norm: `[L, D]`.
@@ -201,8 +212,11 @@ class DecodeWeights(NamedTuple):
     final_norm: Array
     head: Array
     inv_freq: Array
-    inv_freq_local: Array | None = None
+    inv_freq_other: Array | None = None
     qkv_bias: Array | None = None
+    attn_out_bias: Array | None = None
+    gate_up_bias: Array | None = None
+    down_bias: Array | None = None
     q_norm: Array | None = None
     k_norm: Array | None = None
     attn_post_norm: Array | None = None
@@ -290,7 +304,7 @@ class Dims:
     @property
     def step_weight_bytes(self) -> int:
         """Bytes of weights a step reads: each once, one embedding row a token."""
-        weights = self.abstract_weights()._replace(embed=None, inv_freq=None, inv_freq_local=None)
+        weights = self.abstract_weights()._replace(embed=None, inv_freq=None, inv_freq_other=None)
         read = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights))
         return read + 2 * self.columns * self.model_dim
 
@@ -350,8 +364,11 @@ class Dims:
             final_norm=spec(d),
             **matrix("head", self.vocab_size, d),
             inv_freq=frequencies(True),
-            inv_freq_local=frequencies(features.local_rope),
+            inv_freq_other=frequencies(bool(features.other_rope)),
             qkv_bias=norm(self.qkv_dim, features.qkv_bias),
+            attn_out_bias=norm(d, features.attn_out_bias),
+            gate_up_bias=norm(2 * f, features.mlp_bias),
+            down_bias=norm(d, features.mlp_bias),
             q_norm=norm(self.attn_dim if full else self.head_dim, normed),
             k_norm=norm(kv_dim if full else self.head_dim, normed),
             attn_post_norm=norm(d, features.post_norm),

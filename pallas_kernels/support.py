@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from pallas_kernels.dims import Dims
 from pallas_kernels.gpu import Gpu
 
-__all__ = ["MAX_BATCH", "why_not"]
+__all__ = ["HEAD_DIMS", "MAX_BATCH", "why_not"]
 
 MAX_BATCH = 8
-_HEAD_DIMS = (32, 64, 128, 256)
+HEAD_DIMS = (32, 64, 128, 256)
 _MAX_GROUP = 16
 _MAX_MODEL_DIM = 16_384
 
@@ -48,10 +48,11 @@ def why_not(dims: Dims, dtype: Any, gpu: Gpu | None, found: str = "") -> str | N
             f"there are {d.batch} sequences of {d.tokens}. Feed fewer at a time, or use "
             "implementation='xla'."
         )
-    if d.head_dim not in _HEAD_DIMS:
+    if d.head_dim not in HEAD_DIMS:
         return (
-            f"The fused kernel's heads have {', '.join(map(str, _HEAD_DIMS))} elements; "
-            f"these have {d.head_dim}. Use implementation='xla'."
+            f"The fused kernel's heads have {', '.join(map(str, HEAD_DIMS))} elements; "
+            f"these have {d.head_dim}. Make them wider (ffjax.widen_heads), or use "
+            "implementation='xla'."
         )
     if d.q_per_kv > _MAX_GROUP:
         return (

@@ -115,4 +115,6 @@ def kernel_inputs(model: Transformer, cache: KVCache, tokens: int = 1):
     """Weights and state as `stream_step` takes them."""
     counters = cache.counters if tokens == 1 else cache.wide_counters
     assert counters is not None
-    return decode_weights(model), StepState(cache.k, cache.v, cache.lengths, counters)
+    return decode_weights(model, cache.capacity), StepState(
+        cache.k, cache.v, cache.lengths, counters
+    )

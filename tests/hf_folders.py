@@ -8,11 +8,25 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hf_models import MODELS, HFModel
 from lora_cases import matrix
 from safetensors.numpy import save_file
 
-__all__ = ["ARCHITECTURES", "config_json", "edit_json", "tensors_of", "write_folder", "write_lora"]
+__all__ = [
+    "ARCHITECTURES",
+    "FOLDERS",
+    "config_json",
+    "edit_json",
+    "every_model",
+    "tensors_of",
+    "write_folder",
+    "write_lora",
+]
+
+# A stretching by length is left out with a warning: test_hf_config.py has a test of its own.
+FOLDERS = [name for name in MODELS if name != "dynamic"]
+every_model = pytest.mark.parametrize("name", FOLDERS)
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -23,6 +37,9 @@ ARCHITECTURES = {
     "granite": "GraniteForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
 }
 
 

@@ -33,9 +33,23 @@ class HFModel:
     family: str = "llama"
 
     @property
+    def fed_first(self) -> int:
+        """How many tokens are fed together, before the rest is fed step by step.
+
+        Longer texts have other frequencies in LongRoPE: keys from before would be of both kinds.
+        """
+        original = self.settings.get("original_max_position_embeddings")
+        return 1 if original is None or original > 29 else original + 1
+
+    @property
     def is_gemma(self) -> bool:
         """Whether it is of a family that adds 1 to the weights of its norms."""
         return self.family.startswith("gemma")
+
+    @property
+    def is_olmo(self) -> bool:
+        """Whether it is of a family that norms behind the blocks alone, and whole projections."""
+        return self.family in ("olmo2", "olmo3")
 
     def weights(self) -> dict[str, np.ndarray]:
         """Weights by Hugging Face name, float32, each of them exact in bfloat16.
@@ -62,18 +76,32 @@ class HFModel:
                 "mlp.up_proj.weight": (inner, width),
                 "mlp.down_proj.weight": (width, inner),
             }
-            if self.family == "qwen2":
+            if self.family == "phi3":
+                layer = {
+                    "self_attn.qkv_proj.weight": (queries + 2 * kvs, width),
+                    "self_attn.o_proj.weight": (width, queries),
+                    "mlp.gate_up_proj.weight": (2 * inner, width),
+                    "mlp.down_proj.weight": (width, inner),
+                    "input_layernorm.weight": (width,),
+                    "post_attention_layernorm.weight": (width,),
+                }
+            if self.family == "qwen2" or s.get("attention_bias"):
                 for name, out in (("q", queries), ("k", kvs), ("v", kvs)):
                     layer[f"self_attn.{name}_proj.bias"] = (out,)
-            if self.family in ("qwen3", "olmo2", "gemma3_text"):
-                full = self.family == "olmo2"
+            if s.get("attention_bias"):
+                layer["self_attn.o_proj.bias"] = (width,)
+            if s.get("mlp_bias"):
+                for name, out in (("gate", inner), ("up", inner), ("down", width)):
+                    layer[f"mlp.{name}_proj.bias"] = (out,)
+            if self.family in ("qwen3", "olmo2", "olmo3", "gemma3_text"):
+                full = self.is_olmo
                 layer["self_attn.q_norm.weight"] = (queries if full else size,)
                 layer["self_attn.k_norm.weight"] = (kvs if full else size,)
-            if self.family == "olmo2":
+            if self.is_olmo:
                 del layer["input_layernorm.weight"]
             if self.is_gemma:
                 layer["pre_feedforward_layernorm.weight"] = (width,)
-            if self.is_gemma or self.family == "olmo2":
+            if self.is_gemma or self.is_olmo:
                 layer["post_feedforward_layernorm.weight"] = (width,)
             shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes["model.norm.weight"] = (width,)
@@ -350,6 +378,210 @@ MODELS: dict[str, HFModel] = {
             "tie_word_embeddings": True,
         },
         "gemma3_text",
+    ),
+    # As Phi 4 mini: 16 of the 22 elements of a head are rotated. Its texts fit the original
+    # context.
+    "phi3": HFModel(
+        154,
+        {
+            "vocab_size": 83,
+            "num_hidden_layers": 3,
+            "hidden_size": 66,
+            "intermediate_size": 47,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0],
+                "long_factor": [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0],
+            },
+            "rms_norm_eps": 1e-2,
+            "sliding_window": 7,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+        "phi3",
+    ),
+    # As Phi 3.5: beyond the original context.
+    "phi3_long": HFModel(
+        165,
+        {
+            "vocab_size": 73,
+            "num_hidden_layers": 3,
+            "hidden_size": 40,
+            "intermediate_size": 43,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 300.0,
+                "partial_rotary_factor": 1.0,
+                "short_factor": [9.0, 7.0, 5.0, 3.0, 1.0],
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0],
+            },
+            "rms_norm_eps": 1e-2,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+        "phi3",
+    ),
+    # Every third layer knows no positions.
+    "smollm3": HFModel(
+        176,
+        {
+            "vocab_size": 61,
+            "num_hidden_layers": 7,
+            "hidden_size": 44,
+            "intermediate_size": 37,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": _rope(500.0),
+            "rms_norm_eps": 1e-2,
+            "no_rope_layer_interval": 3,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+        "smollm3",
+    ),
+    # Layers are named one by one, and those that do not rotate are local.
+    "smollm3_window": HFModel(
+        187,
+        {
+            "vocab_size": 59,
+            "num_hidden_layers": 6,
+            "hidden_size": 42,
+            "intermediate_size": 31,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "rope_parameters": _rope(300.0),
+            "rms_norm_eps": 1e-2,
+            "no_rope_layers": [1, 0, 1, 1, 0, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+        "smollm3",
+    ),
+    # Every fourth layer sees everything, and has waves by YaRN.
+    "olmo3": HFModel(
+        198,
+        {
+            "vocab_size": 67,
+            "num_hidden_layers": 6,
+            "hidden_size": 60,
+            "intermediate_size": 41,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 256,
+            "rope_parameters": _two_ropes(
+                {
+                    "rope_type": "yarn",
+                    "rope_theta": 500_000.0,
+                    "factor": 6.0,
+                    "original_max_position_embeddings": 32,
+                    "beta_fast": 4.0,
+                    "attention_factor": 1.4,
+                },
+                _rope(500_000.0),
+            ),
+            "rms_norm_eps": 1e-2,
+            "sliding_window": 6,
+            "tie_word_embeddings": False,
+        },
+        "olmo3",
+    ),
+    # The factor of cosines and sines follows from the waves' and two weights.
+    "yarn": HFModel(
+        209,
+        {
+            "vocab_size": 71,
+            "num_hidden_layers": 3,
+            "hidden_size": 54,
+            "intermediate_size": 43,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 18,
+            "max_position_embeddings": 512,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 40.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 3.0,
+                "beta_slow": 0.75,
+                "mscale": 2.0,
+                "mscale_all_dim": 0.5,
+                "truncate": False,
+            },
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # As released Qwen 3 models are stretched.
+    "qwen3_yarn": HFModel(
+        220,
+        {
+            "vocab_size": 61,
+            "num_hidden_layers": 3,
+            "hidden_size": 47,
+            "intermediate_size": 37,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 20,
+            "max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 30.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": False,
+        },
+        "qwen3",
+    ),
+    # As Granite's models of code, which are Llamas.
+    "biases": HFModel(
+        242,
+        {
+            "vocab_size": 59,
+            "num_hidden_layers": 3,
+            "hidden_size": 45,
+            "intermediate_size": 37,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 14,
+            "rope_parameters": _rope(300.0),
+            "rms_norm_eps": 1e-2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # Its frequencies change beyond 29 tokens.
+    "dynamic": HFModel(
+        231,
+        {
+            "vocab_size": 53,
+            "num_hidden_layers": 2,
+            "hidden_size": 38,
+            "intermediate_size": 31,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 18,
+            "max_position_embeddings": 29,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 300.0, "factor": 4.0},
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,
+        },
     ),
 }
 

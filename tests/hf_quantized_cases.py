@@ -66,6 +66,7 @@ def write_quantized(
     path: Path,
     layout: str,
     *,
+    model: HFModel = MODEL,
     group: int | None = 128,
     symmetric: bool = False,
     dtype: Any = np.float16,
@@ -79,6 +80,7 @@ def write_quantized(
     Args:
         path: the folder to make.
         layout: "gptq", "gptq_v2", "awq", "packed", "int8" or "fp8".
+        model: its sizes and names.
         group: inputs that share a scale; None, a row.
         symmetric: whether 8 stands for 0 everywhere.
         dtype: of scales.
@@ -89,7 +91,7 @@ def write_quantized(
     """
     rng, made = np.random.default_rng(3), Folder(path)
     tensors: dict[str, np.ndarray] = {}
-    for name, array in tensors_of(MODEL).items():
+    for name, array in tensors_of(model).items():
         stem = name.removesuffix(".weight")
         if array.ndim != 2 or not stem.startswith("model.layers."):
             tensors[name] = array
@@ -143,7 +145,7 @@ def write_quantized(
     kind = {"gptq_v2": "gptq", "packed": "compressed", "int8": "compressed"}.get(layout, layout)
     config = said[kind] | ({"checkpoint_format": "gptq_v2"} if layout == "gptq_v2" else {}) | fields
     path.mkdir(parents=True)
-    data = config_json(MODEL, quantization_config=config)
+    data = config_json(model, quantization_config=config)
     (path / "config.json").write_text(json.dumps(data))
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return made

@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling
+from ffjax.config import (
+    LinearRopeScaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnRopeScaling,
+)
 
 __all__ = [
     "LayerWeights",
@@ -44,6 +50,10 @@ class LayerWeights(NamedTuple):
     query_bias: np.ndarray | None = None  # [N * H]
     key_bias: np.ndarray | None = None  # [K * H]
     value_bias: np.ndarray | None = None  # [K * H]
+    output_bias: np.ndarray | float = 0.0  # [D]
+    gate_bias: np.ndarray | float = 0.0  # [F]
+    up_bias: np.ndarray | float = 0.0  # [F]
+    down_bias: np.ndarray | float = 0.0  # [D]
     query_norm: np.ndarray | None = None  # [H] for each head, or [N * H] for all at once
     key_norm: np.ndarray | None = None  # [H], or [K * H]
 
@@ -89,26 +99,59 @@ def _stretched(angle: float, scaling: RopeScaling | LinearRopeScaling) -> float:
     return (1 - smooth) * angle / scaling.factor + smooth * angle
 
 
+def _by_parts(pair: int, size: int, base: float, scaling: YarnRopeScaling) -> float:
+    """One angle of YaRN's: Peng et al., arXiv 2309.00071, section 3.2, with a ramp over pairs.
+
+    Equation 13 has the ramp over turns; released models have it over the numbers of pairs.
+    """
+    angle = math.pow(base, -2 * pair / size)
+
+    def where_turns(turns: float) -> float:  # the angle whose wave turns so often, as a pair
+        return math.log(scaling.original_context / (2 * math.pi * turns), base) * size / 2
+
+    fast, slow = where_turns(scaling.beta_fast), where_turns(scaling.beta_slow)
+    if scaling.truncate:
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, size - 1)
+    ramp = min(max((pair - fast) / (slow - fast), 0.0), 1.0)
+    return angle * (1 - ramp) + angle / scaling.factor * ramp
+
+
 def rope_angles(config: ModelConfig, local: bool = False) -> list[float]:
-    """Radians per position of each of the H/2 pairs: Su et al., arXiv 2104.09864, section 3.4.
+    """Radians per position of each rotated pair: Su et al., arXiv 2104.09864, section 3.4.
 
     Local layers may have a base of their own, and are then not stretched: Gemma 3's report,
-    arXiv 2503.19786, section 2.
+    arXiv 2503.19786, section 2. LongRoPE (Ding et al., arXiv 2402.13753) has two sets of factors:
+    an original context of 1 stands for one that every cache outgrows, any other for one that
+    none does.
     """
     base, scaling = config.rope_theta, config.rope_scaling
     if local and config.rope_theta_local is not None:
         base, scaling = config.rope_theta_local, None
+    size = config.head_dim if config.rotary_pairs is None else 2 * config.rotary_pairs
     angles = []
-    for i in range(config.head_dim // 2):
-        angle = 1.0 / math.pow(base, 2 * i / config.head_dim)
-        angles.append(angle if scaling is None else _stretched(angle, scaling))
+    for i in range(size // 2):
+        angle = 1.0 / math.pow(base, 2 * i / size)
+        if isinstance(scaling, YarnRopeScaling):
+            angle = _by_parts(i, size, base, scaling)
+        elif isinstance(scaling, LongRopeScaling):
+            long = scaling.original_context == 1
+            angle /= (scaling.long_factors if long else scaling.short_factors)[i]
+        elif scaling is not None:
+            angle = _stretched(angle, scaling)
+        angles.append(angle)
     return angles
 
 
-def rotate(head: np.ndarray, position: int, angles: list[float]) -> np.ndarray:
-    """RoPE of one head `[H]`: elements i and i + H/2 are a complex number that turns."""
-    half = head.size // 2
-    turned = (head[:half] + 1j * head[half:]) * np.exp(1j * position * np.array(angles))
+def rotate(head: np.ndarray, position: int, angles: list[float], length: float = 1.0) -> np.ndarray:
+    """RoPE of one head `[H]`: elements i and i + H/2 are a complex number that turns.
+
+    There may be fewer angles than pairs: the others stay. What turns is made `length` as long
+    (YaRN, section 3.4).
+    """
+    half, turning = head.size // 2, len(angles)
+    turned = head[:half] + 1j * head[half:]
+    turned[:turning] *= length * np.exp(1j * position * np.array(angles))
     return np.concatenate([turned.real, turned.imag])
 
 
@@ -154,21 +197,32 @@ def _activated(gate: np.ndarray, config: ModelConfig) -> np.ndarray:
     return 0.5 * gate * (1 + np.tanh(cubic))
 
 
-def layer(x: np.ndarray, w: LayerWeights, config: ModelConfig, local: bool = False) -> LayerOutput:
+def layer(
+    x: np.ndarray,
+    w: LayerWeights,
+    config: ModelConfig,
+    local: bool = False,
+    rotates: bool = True,
+) -> LayerOutput:
     """One layer over a whole sequence: `x` is the residual stream `[T, D]` before it.
 
-    A local layer's queries see `config.window` positions, the last of them their own: Beltagy
-    et al., arXiv 2004.05150, section 3.1, of which a decoder has the half behind it.
+    A layer that does not rotate knows no positions: Kazemnejad et al., arXiv 2305.19466. A local
+    layer's queries see `config.window` positions, the last of them their own: Beltagy et al.,
+    arXiv 2004.05150, section 3.1, of which a decoder has the half behind it.
     """
     positions = x.shape[0]
-    angles = rope_angles(config, local)
+    angles = rope_angles(config, local) if rotates else []
+    own = local and config.rope_theta_local is not None
+    scaling = None if own else config.rope_scaling
+    stretched = isinstance(scaling, YarnRopeScaling | LongRopeScaling)
+    length = scaling.attention_factor if stretched else 1.0
     group = config.num_heads // config.num_kv_heads
     normed = [_normalised(row, w.attn_norm, config) for row in x]
     keys = np.empty((positions, config.num_kv_heads, config.head_dim))
     values = np.empty_like(keys)
     for t in range(positions):
         heads = _heads(normed[t], w.key, w.key_bias, w.key_norm, config)
-        keys[t] = [rotate(head, t, angles) for head in heads]
+        keys[t] = [rotate(head, t, angles, length) for head in heads]
         bias = 0 if w.value_bias is None else w.value_bias
         values[t] = (w.value @ normed[t] + bias).reshape(keys[t].shape)
     out = np.empty_like(x)
@@ -180,13 +234,15 @@ def layer(x: np.ndarray, w: LayerWeights, config: ModelConfig, local: bool = Fal
         attended = []
         for n, head in enumerate(queries):
             shared = n // group  # Ainslie et al., 2305.13245: G neighbours share a KV head
-            query = rotate(head, t, angles)
+            query = rotate(head, t, angles, length)
             attended.append(_attended(query, keys[seen, shared], values[seen, shared], config))
-        block = _normalised(w.output @ np.concatenate(attended), w.attn_post_norm, config)
+        out_of_heads = w.output @ np.concatenate(attended) + w.output_bias
+        block = _normalised(out_of_heads, w.attn_post_norm, config)
         middle = x[t] + config.residual_scale * block
         h = _normalised(middle, w.mlp_norm, config)
-        # Gated linear units: Shazeer, 2002.05202, equation 6 (no biases).
-        block = w.down @ (_activated(w.gate @ h, config) * (w.up @ h))
+        # Gated linear units: Shazeer, 2002.05202, equation 5, in most models without biases.
+        gate, up = w.gate @ h + w.gate_bias, w.up @ h + w.up_bias
+        block = w.down @ (_activated(gate, config) * up) + w.down_bias
         out[t] = middle + config.residual_scale * _normalised(block, w.mlp_post_norm, config)
     return LayerOutput(out, keys, values)
 
@@ -210,7 +266,8 @@ def through_layers(
     for i, w in enumerate(weights.layers):
         pattern = config.window_pattern
         local = config.window is not None and pattern[i % len(pattern)]
-        outputs.append(layer(x, w, config, local))
+        rotates = config.rope_pattern[i % len(config.rope_pattern)]
+        outputs.append(layer(x, w, config, local, rotates))
         x = outputs[-1].x
     return np.stack([_normalised(row, weights.final_norm, config) for row in x]), outputs
 

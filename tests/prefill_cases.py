@@ -50,7 +50,8 @@ CONFIGS: dict[str, ModelConfig] = {
 @functools.cache
 def model_of(name: str, dtype: str) -> Transformer:
     model = Transformer(CONFIGS[name], rngs=nnx.Rngs(3), dtype=jnp.dtype(dtype))
-    if (bias := getattr(model.layers, "qkv_bias", None)) is not None:
+    for name in sorted(model.config.biased):
+        bias = getattr(model.layers, f"{name}_bias")
         bias[...] = jax.random.normal(jax.random.key(5), bias.shape, bias.dtype)
     return model
 

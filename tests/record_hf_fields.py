@@ -16,7 +16,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma2", "gemma3")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3", "granite", "gemma2", "gemma3"),
+    *("phi3", "smollm3"),
+)
 SHARED = ("masking_utils.py", "cache_utils.py", "modeling_rope_utils.py")
 GOLDEN = Path(__file__).parent / "goldens" / "hf_fields.json"
 

@@ -57,7 +57,8 @@ def logits(model: HFModel) -> np.ndarray:
     built, tokens = build(model), torch.from_numpy(model.tokens()).long()
     whole = built(tokens, use_cache=False).logits
     cache, steps = None, []
-    for column in tokens.split(1, dim=1):
+    count = tokens.shape[1]
+    for column in tokens.split([model.fed_first] + [1] * (count - model.fed_first), dim=1):
         out = built(column, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         steps.append(out.logits)

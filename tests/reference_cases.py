@@ -13,7 +13,13 @@ import numpy as np
 from flax import nnx
 from oracle import LayerWeights, Weights
 
-from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling
+from ffjax.config import (
+    LinearRopeScaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnRopeScaling,
+)
 from ffjax.model import Transformer
 
 __all__ = [
@@ -63,6 +69,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "biases, the second layer local": _config(
         qkv_bias=True, window=3, window_pattern=(False, True), tied_embeddings=True
     ),
+    "every bias": _config(qkv_bias=True, attn_out_bias=True, mlp_bias=True, post_norm=True),
     "heads normed": _config(qk_norm="head"),
     "norms behind the blocks, projections normed": _config(
         qk_norm="full", pre_norm=False, post_norm=True
@@ -85,6 +92,50 @@ CONFIGS: dict[str, ModelConfig] = {
         logit_softcap=1.5,
         window=5,
         window_pattern=(True, False),
+    ),
+    # A quarter of every head is rotated, and made longer; by the factors of short texts.
+    "part of a head rotated, LongRoPE": _config(
+        rotary_pairs=2,
+        rope_scaling=LongRopeScaling(
+            short_factors=(1.5, 2.0),
+            long_factors=(30.0, 4.0),
+            original_context=30,
+            attention_factor=1.75,
+        ),
+        window=5,
+    ),
+    "LongRoPE beyond its context": _config(
+        rotary_pairs=6,
+        rope_scaling=LongRopeScaling(
+            short_factors=(1.0,) * 6,
+            long_factors=(1.25, 2.0, 2.5, 3.0, 4.0, 5.0),
+            original_context=1,
+            attention_factor=0.8,
+        ),
+    ),
+    "every second layer without positions, YaRN": _config(
+        rope_pattern=(True, False),
+        rope_theta=40.0,
+        rope_scaling=YarnRopeScaling(
+            factor=4.0, original_context=40, beta_fast=4.0, attention_factor=1.5
+        ),
+    ),
+    "two ropes, one by YaRN, projections normed": _config(
+        qk_norm="full",
+        pre_norm=False,
+        post_norm=True,
+        rope_theta=40.0,
+        rope_theta_local=40.0,
+        rope_scaling=YarnRopeScaling(
+            factor=4.0,
+            original_context=40,
+            beta_fast=4.0,
+            beta_slow=0.5,
+            truncate=False,
+            attention_factor=0.75,
+        ),
+        window=4,
+        window_pattern=(True, True, False),
     ),
     "two ropes, one stretched": _config(
         norm_offset=1.0,
@@ -167,8 +218,8 @@ def random_model(
         full = c.qk_norm == "full"
         weights["layers.q_norm"] = norm(c.num_layers, queries if full else c.head_dim)
         weights["layers.k_norm"] = norm(c.num_layers, kvs if full else c.head_dim)
-    if c.qkv_bias:
-        weights["layers.qkv_bias"] = norm(c.num_layers, queries + 2 * kvs) - np.float32(1)
+    for name in sorted(c.biased):
+        weights[f"layers.{name}_bias"] = norm(c.num_layers, c.matrices[name][0]) - np.float32(1)
     if not c.tied_embeddings:
         weights["head"] = matrix(c.vocab_size, c.model_dim)
     return filled_model(c, weights, dtype)
@@ -210,6 +261,10 @@ def oracle_weights(model: Transformer) -> Weights:
                 query_bias=None if bias is None else bias[of_q],
                 key_bias=None if bias is None else bias[of_k],
                 value_bias=None if bias is None else bias[of_v],
+                output_bias=w.get("attn_out_bias", 0.0),
+                gate_bias=w["gate_up_bias"][: c.ffw_dim] if c.mlp_bias else 0.0,
+                up_bias=w["gate_up_bias"][c.ffw_dim :] if c.mlp_bias else 0.0,
+                down_bias=w.get("down_bias", 0.0),
                 query_norm=w.get("q_norm"),
                 key_norm=w.get("k_norm"),
             )

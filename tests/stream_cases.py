@@ -14,7 +14,7 @@ from numerics import assert_close
 from step_cases import bits, newest, untouched
 
 from ffjax.cache import KVCache
-from ffjax.config import preset
+from ffjax.config import LongRopeScaling, YarnRopeScaling, preset
 from ffjax.decode import DecodeOutput
 from pallas_kernels.dims import Dims, Grouping, WeightBits, WeightGroups
 from pallas_kernels.gpu import INTERPRETER, Gpu
@@ -223,6 +223,30 @@ FAMILIES = {
         "window_pattern": (True, True, False),
         "num_layers": 3,
         "rope_theta_local": 100.0,
+    },
+    # A cache of more than 16 slots takes the long factors.
+    "phi3": {
+        "rotary_pairs": 10,
+        "rope_scaling": LongRopeScaling(
+            short_factors=(1.0,) * 10,
+            long_factors=tuple(1 + i / 2 for i in range(10)),
+            original_context=16,
+            attention_factor=1.3,
+        ),
+    },
+    "granite_code": {"qkv_bias": True, "attn_out_bias": True, "mlp_bias": True},
+    "smollm3": {"rope_pattern": (True, True, True, False), "num_layers": 8},
+    "olmo3": {
+        "qk_norm": "full",
+        "pre_norm": False,
+        "post_norm": True,
+        "window": 40,
+        "window_pattern": (True, True, True, False),
+        "num_layers": 8,
+        "rope_theta_local": 10_000.0,
+        "rope_scaling": YarnRopeScaling(factor=8.0, original_context=64, attention_factor=1.3),
+        "num_heads": 4,
+        "num_kv_heads": 2,
     },
 }
 

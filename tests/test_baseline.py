@@ -34,11 +34,14 @@ CAPACITY, RING, STEPS = 40, 16, 4
 FAMILIES = (
     "every layer local",
     "biases, the second layer local",
+    "every bias",
     "heads normed",
     "norms behind the blocks, projections normed",
     "every scale",
     "caps, norms on both sides, GELU",
     "two ropes, one stretched",
+    "part of a head rotated, LongRoPE",  # beyond its context, which a ring is not
+    "every second layer without positions, YaRN",
 )
 
 
@@ -68,7 +71,7 @@ def _poisoned(config: ModelConfig, cache: LayerCaches) -> LayerCaches:
         pairs = zip(layers, config.local_layers, strict=True)
         return tuple(poisoned(layer, local, poison) for layer, local in pairs)
 
-    return LayerCaches(each(cache.k, jnp.nan), each(cache.v, 1e4), cache.lengths)
+    return LayerCaches(each(cache.k, jnp.nan), each(cache.v, 1e4), cache.lengths, cache.capacity)
 
 
 # Before, at and beyond every window, and where a ring begins again.

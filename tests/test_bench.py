@@ -360,7 +360,7 @@ def _poisoned(cache: LayerCaches, lengths: list[int]) -> LayerCaches:
     live = (jnp.arange(CAPACITY) < jnp.array(lengths)[:, None])[:, None, :, None]
     keys = tuple(jnp.where(live, k, jnp.nan) for k in cache.k)
     values = tuple(jnp.where(live, v, 1e4) for v in cache.v)
-    return LayerCaches(keys, values, cache.lengths)
+    return LayerCaches(keys, values, cache.lengths, cache.capacity)
 
 
 @pytest.mark.parametrize("lengths", [[0], [7], [CAPACITY - 4, 3, 0]])

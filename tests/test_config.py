@@ -10,7 +10,15 @@ import jax
 import pytest
 from flax import nnx
 
-from ffjax.config import PRESETS, LinearRopeScaling, ModelConfig, RopeScaling, preset
+from ffjax.config import (
+    PRESETS,
+    LinearRopeScaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnRopeScaling,
+    preset,
+)
 from ffjax.model import Transformer
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -53,6 +61,12 @@ SCALING: dict[str, Any] = {
         ("qwen3-14b", 14_768_307_200),
         ("qwen3-32b", 32_762_123_264),
         ("olmo2-1b", 1_484_916_736),  # allenai/OLMo-2-0425-1B
+        ("olmo3-7b", 7_298_011_136),  # allenai/Olmo-3-1025-7B
+        ("smollm3-3b", 3_075_098_624),  # HuggingFaceTB/SmolLM3-3B
+        ("phi4-mini", 3_836_021_760),  # microsoft/Phi-4-mini-instruct
+        ("phi4-14b", 14_659_507_200),  # microsoft/phi-4
+        ("mistral-nemo-12b", 12_247_782_400),  # mistralai/Mistral-Nemo-Instruct-2407
+        ("mistral-small-24b", 23_572_403_200),  # mistralai/Mistral-Small-24B-Instruct-2501
         ("granite3.1-2b", 2_533_525_504),  # ibm-granite/granite-3.1-2b-base
         ("gemma2-2b", 2_614_341_888),  # google/gemma-2-2b
         ("gemma3-1b", 999_885_952),  # google/gemma-3-1b-pt
@@ -93,6 +107,8 @@ def test_family_weights_count():
     llama = ModelConfig(**SIZES).num_params
     more: list[tuple[dict[str, Any], int]] = [
         ({"qkv_bias": True}, (6 + 2 + 2) * 14),
+        ({"attn_out_bias": True}, 37),
+        ({"mlp_bias": True}, 2 * 53 + 37),
         ({"qk_norm": "head"}, 2 * 14),
         ({"qk_norm": "full"}, (6 + 2) * 14),
         ({"post_norm": True}, 2 * 37),
@@ -117,11 +133,15 @@ def test_which_layers_are_local():
 FAMILY_FIELDS: dict[str, Any] = {
     "family": "gemma3",
     "rope_theta_local": 50.0,
+    "rotary_pairs": 5,
+    "rope_pattern": (True, True, True),
     "norm_offset": 1.0,
     "pre_norm": False,
     "post_norm": True,
     "qk_norm": "head",
     "qkv_bias": True,
+    "attn_out_bias": True,
+    "mlp_bias": True,
     "activation": "gelu_tanh",
     "embed_scale": 3.0,
     "residual_scale": 0.5,
@@ -145,6 +165,85 @@ def test_a_family_as_plain_data_and_back():
     assert hash(again) == hash(config)
     for name, value in FAMILY_FIELDS.items():
         assert getattr(again, name) == value
+
+
+def test_which_layers_rotate():
+    def config(**fields: Any) -> ModelConfig:
+        return ModelConfig(**{**SIZES, "num_layers": 5, **fields})
+
+    assert config().rotating_layers == (True,) * 5
+    assert config().other_rope_layers == (False,) * 5
+    some = config(rope_pattern=(True, False))
+    assert some.rotating_layers == (True, False, True, False, True)
+    assert some.other_rope_layers == (False, True, False, True, False)
+    assert config(rope_pattern=(True,) * 5 + (False,)).other_rope_layers == (False,) * 5
+    two = config(rope_theta_local=50.0, window=3, window_pattern=(False, True))
+    assert two.other_rope_layers == two.local_layers
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LinearRopeScaling(factor=3.0),
+        RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64),
+        YarnRopeScaling(factor=8.0, original_context=64, truncate=False, attention_factor=1.25),
+        LongRopeScaling(short_factors=(1.0,) * 7, long_factors=(2.5,) * 7, original_context=64),
+    ],
+)
+def test_every_stretching_as_plain_data_and_back(scaling):
+    config = ModelConfig(**SIZES, rope_scaling=scaling)
+    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+def test_long_factors_are_those_of_rotated_pairs():
+    short, long = (1.0,) * 7, (2.0,) * 7
+    scaling = LongRopeScaling(short_factors=short, long_factors=long, original_context=9)
+    with pytest.raises(ValueError, match=r"each rotated pair of a head, here 5; .* has 7\.$"):
+        ModelConfig(**SIZES, rope_scaling=scaling, rotary_pairs=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: YarnRopeScaling(factor=0.5, original_context=64),
+            "RoPE scaling stretches: factor must be at least 1, got 0.5.",
+        ),
+        (
+            lambda: YarnRopeScaling(factor=2.0, original_context=64, beta_slow=40.0),
+            "YaRN needs 0 < beta_slow <= beta_fast, got 40.0 and 32.0.",
+        ),
+        (
+            lambda: YarnRopeScaling(factor=2.0, original_context=0),
+            "RoPE scaling needs a positive original_context, got 0.",
+        ),
+        (
+            lambda: YarnRopeScaling(factor=2.0, original_context=64, attention_factor=-1.0),
+            "RoPE scaling needs a positive attention_factor, got -1.0.",
+        ),
+        (
+            lambda: LongRopeScaling(short_factors=(), long_factors=(), original_context=64),
+            "LongRoPE needs short_factors that are a tuple of positive numbers, got ().",
+        ),
+        (
+            lambda: LongRopeScaling(
+                short_factors=(1.0,), long_factors=(1.0, 0.0), original_context=64
+            ),
+            "LongRoPE needs long_factors that are a tuple of positive numbers, got (1.0, 0.0).",
+        ),
+        (
+            lambda: LongRopeScaling(
+                short_factors=(1.0,), long_factors=(1.0, 2.0), original_context=64
+            ),
+            "LongRoPE needs as many short_factors as long_factors, got 1 and 2.",
+        ),
+    ],
+)
+def test_stretchings_that_cannot_be_get_a_sentence(make, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        make()
 
 
 def test_data_from_before_the_families_is_llama():
@@ -194,7 +293,7 @@ def test_a_configuration_is_frozen():
 
 
 def test_unknown_and_missing_fields_are_named():
-    match = r"has no field bias, rotary; its fields are activation, attn_scale, "
+    match = r"has no field bias, rotary; its fields are activation, attn_out_bias, "
     with pytest.raises(ValueError, match=match):
         ModelConfig.from_dict(SIZES | {"rotary": 4, "bias": True})
     with pytest.raises(ValueError, match=r"A model configuration needs head_dim, num_layers\."):
@@ -228,6 +327,7 @@ def test_sizes_are_positive_integers(field, value):
         ({"rope_theta": 0.0}, "rope_theta and norm_eps must be positive, got 0.0 and 1e-05."),
         ({"norm_eps": -1e-5}, "rope_theta and norm_eps must be positive, got 10000.0 and -1e-05."),
         ({"qkv_bias": 1}, "ModelConfig.qkv_bias must be true or false, got 1."),
+        ({"mlp_bias": "no"}, "ModelConfig.mlp_bias must be true or false, got 'no'."),
         ({"pre_norm": None}, "ModelConfig.pre_norm must be true or false, got None."),
         ({"post_norm": "yes"}, "ModelConfig.post_norm must be true or false, got 'yes'."),
         ({"tied_embeddings": 0}, "ModelConfig.tied_embeddings must be true or false, got 0."),
@@ -297,6 +397,17 @@ def test_sizes_are_positive_integers(field, value):
             "rope_theta_local=50.0 is for local layers: it needs a window and a window_pattern "
             "that makes one of the layers local.",
         ),
+        (
+            {"rope_pattern": (1, 0)},
+            "ModelConfig.rope_pattern must be a tuple of one or more booleans, got (1, 0).",
+        ),
+        ({"rotary_pairs": 7}, "ModelConfig.rotary_pairs must be None, or 1 to 6, got 7."),
+        ({"rotary_pairs": True}, "ModelConfig.rotary_pairs must be None, or 1 to 6, got True."),
+        (
+            {"rope_theta_local": 50.0, "window": 2, "rope_pattern": (True, False)},
+            "Layers rotate in two ways at most: rope_theta_local=50.0 and a rope_pattern (True, "
+            "False) make three. Leave out one of them.",
+        ),
     ],
 )
 def test_impossible_sizes_get_a_sentence(fields, sentence):
@@ -342,7 +453,9 @@ def test_an_even_stretching_shortens_no_wave():
         (
             {"rope_type": "yarn", "factor": 2.0},
             "rope_scaling has the fields factor, high_freq_factor, low_freq_factor, "
-            "original_context; or factor; got factor, rope_type.",
+            "original_context; or factor; or attention_factor, beta_fast, beta_slow, factor, "
+            "original_context, truncate; or attention_factor, long_factors, original_context, "
+            "short_factors; got factor, rope_type.",
         ),
         ({}, "rope_scaling has the fields factor, .*; got none."),
         ("llama3", "rope_scaling is a table of fields or null, got 'llama3'."),

@@ -247,14 +247,17 @@ def test_a_negative_length_that_is_traced_counts_as_zero(model, tokens, name):
     [
         {"tied_embeddings": False},
         {"tied_embeddings": True},
-        {"qkv_bias": True, "qk_norm": "head", "post_norm": True},
+        {
+            **{"qkv_bias": True, "attn_out_bias": True, "mlp_bias": True},
+            **{"qk_norm": "head", "post_norm": True},
+        },
         {"qk_norm": "full", "post_norm": True, "pre_norm": False},
     ],
     ids=["untied", "tied", "all there is", "norms behind alone"],
 )
 def test_the_kernels_read_the_models_own_buffers(fields):
     model = random_model(small_config(**fields))
-    weights = decode_weights(model)
+    weights = decode_weights(model, 16)
     own = {name: p for name, p in vars(model.layers).items() if isinstance(p, nnx.Param)}
     own |= {"embed": model.embed, "final_norm": model.final_norm}
     own["head"] = model.embed if model.head is None else model.head

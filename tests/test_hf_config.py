@@ -4,17 +4,27 @@ What the other fields do is in test_hf_fields.py.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_folders import config_json
+from hf_folders import config_json, every_model
 from hf_models import MODELS
 from test_hf_goldens import config_of
 
+import checkpoints
 from checkpoints import CheckpointError
 from checkpoints.hf_config import config_from_hf, config_to_hf
-from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling, preset
+from ffjax.config import (
+    LinearRopeScaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnRopeScaling,
+    preset,
+)
+from ffjax.presets import RELEASED as RELEASED_SIZES
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -215,7 +225,117 @@ _GEMMA_3: dict[str, Any] = {
     "sliding_window_pattern": 6,
     "vocab_size": 262144,
 }
+_PHI4_MINI: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 199999,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 199999,
+    "full_attn_mod": 1,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "phi3",
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": 199999,
+    "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "long_factor": list(RELEASED_SIZES["phi4-mini"]["rope_scaling"]["long_factors"]),
+        "short_factor": [1.0] * 48,
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 200064,
+}
+_SMOLLM3: dict[str, Any] = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": 128012,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
+_OLMO_3: dict[str, Any] = {
+    "architectures": ["Olmo3ForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "max_position_embeddings": 65536,
+    "model_type": "olmo3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500000,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 100278,
+}
+_MISTRAL_NEMO: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 131072,
+}
 RELEASED = {
+    "mistral-nemo-12b": _MISTRAL_NEMO,
+    "phi4-mini": _PHI4_MINI,
+    "smollm3-3b": _SMOLLM3,
+    "olmo3-7b": _OLMO_3,
     "llama3.2-1b": _LLAMA_32_1B,
     "mistral-7b-v0.1": _MISTRAL_7B,
     "smollm2-1.7b": _SMOLLM2,
@@ -250,24 +370,27 @@ def test_files_of_released_models_give_our_presets(name):
     assert config_from_hf(RELEASED[name], WHERE, name=name) == preset(name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_the_layout_of_transformers_5_gives_the_models_of_the_records(name):
     """`config_of` is another reading of the same fields, held against recorded logits."""
     wanted = config_of(MODELS[name])
     got = read(config_json(MODELS[name]))
     for field in dataclasses.fields(ModelConfig):
-        if field.name not in ("name", "family", "window_pattern", "max_context"):
+        if field.name not in ("name", "family", "window_pattern", "rope_pattern", "max_context"):
             assert getattr(got, field.name) == getattr(wanted, field.name), field.name
     assert got.local_layers == wanted.local_layers
+    assert got.rotating_layers == wanted.rotating_layers
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_both_layouts_of_rope_mean_the_same(name):
     data = dict(RELEASED[name])
-    table = {"rope_type": "default", **(data.pop("rope_scaling", None) or {})}
+    table = data.pop("rope_scaling", None) or {}
+    table = {"rope_type": table.get("type", "default"), **table}
     table["rope_theta"] = data.pop("rope_theta", 10_000.0)
-    if name == "gemma3-1b":
-        local = {"rope_type": "default", "rope_theta": data.pop("rope_local_base_freq")}
+    if name in ("gemma3-1b", "olmo3-7b"):
+        theta = data.pop("rope_local_base_freq", table["rope_theta"])
+        local = {"rope_type": "default", "rope_theta": theta}
         table = {"full_attention": table, "sliding_attention": local}
     data["rope_parameters"] = table
     assert config_from_hf(data, WHERE, name=name) == preset(name)
@@ -339,12 +462,107 @@ def test_a_llama3_table_without_its_context_means_the_models():
     assert got.original_context == 999
 
 
+def test_yarn_is_read_as_transformers_reads_it():
+    """Its `_compute_yarn_parameters`: attention_factor, or two mscales, or neither."""
+    table = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    wanted = YarnRopeScaling(
+        factor=4.0, original_context=32768, attention_factor=0.1 * math.log(4) + 1
+    )
+    assert read(_QWEN_3, rope_scaling=table).rope_scaling == wanted
+    assert read(_LLAMA_32_1B, rope_scaling=table).rope_scaling == wanted
+
+    def factor(**more: Any) -> float:
+        got = read(_QWEN_3, rope_scaling={**table, **more}).rope_scaling
+        assert isinstance(got, YarnRopeScaling)
+        return got.attention_factor
+
+    assert factor(mscale=1.0) == factor(mscale=2.0, mscale_all_dim=0.0) == wanted.attention_factor
+    assert factor(mscale=2.0, mscale_all_dim=1.0) == (0.2 * math.log(4) + 1) / (
+        0.1 * math.log(4) + 1
+    )
+    assert factor(attention_factor=1.5, mscale=2.0, mscale_all_dim=1.0) == 1.5
+    # What stands beside the table is taken first, and the model's own positions last.
+    for changes, original in (
+        ({"original_max_position_embeddings": 999}, 999),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 40960),
+    ):
+        got = read(_QWEN_3, **{"rope_scaling": table, **changes}).rope_scaling
+        assert isinstance(got, YarnRopeScaling)
+        assert got.original_context == original
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_phi_3_calls_one_stretching_by_three_names(kind):
+    table = {**_PHI4_MINI["rope_scaling"], "type": kind}
+    assert read(_PHI4_MINI, rope_scaling=table) == read(_PHI4_MINI)
+    assert read(_PHI4_MINI, rope_scaling=None).rope_scaling is None
+
+
+def test_long_factors_of_other_families():
+    table = {
+        **{"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 512},
+        **{"short_factor": [1.0] * 32, "long_factor": [2] * 32},
+    }
+    assert read(_LLAMA_32_1B, rope_scaling=table).rope_scaling == LongRopeScaling(
+        short_factors=(1.0,) * 32,
+        long_factors=(2.0,) * 32,
+        original_context=512,
+        attention_factor=math.sqrt(1 + math.log(4) / math.log(512)),
+    )
+
+
+def test_a_stretching_by_length_is_left_out_within_the_models_positions():
+    table = {"rope_type": "dynamic", "factor": 2.0}
+    match = r"type 'dynamic' \(factor 2\) of some/folder .* more than 999 tokens"
+    with pytest.warns(checkpoints.HFFolderWarning, match=match):
+        got = read(_LLAMA_32_1B, rope_scaling=table, max_position_embeddings=999)
+    assert (got.rope_scaling, got.max_context) == (None, 999)
+
+
+@pytest.mark.parametrize("data", [_LLAMA_32_1B, _GRANITE, _SMOLLM3])
+def test_biases(data):
+    got = read(data, attention_bias=True, mlp_bias=None)
+    assert (got.qkv_bias, got.attn_out_bias, got.mlp_bias) == (True, True, False)
+    got = read(data, attention_bias=..., mlp_bias=True)
+    assert got.biased == {"gate_up", "down"}
+
+
+def test_layers_that_do_not_rotate():
+    every_third = {"no_rope_layers": None, "no_rope_layer_interval": 3}
+    assert read(_SMOLLM3, **every_third).rope_pattern == (True, True, False)
+    got = read(_SMOLLM3, no_rope_layers=[0, 1, 1, 0], layer_types=None, num_hidden_layers=3)
+    assert got.rotating_layers == (False, True, True)
+    windows = {"use_sliding_window": True, "sliding_window": 9, "layer_types": None}
+    got = read(_SMOLLM3, **windows)
+    assert (got.window, got.window_pattern) == (9, (False, False, False, True))
+    assert read(_SMOLLM3, **{**windows, "use_sliding_window": False}).window is None
+
+
+def test_granite_3_3():
+    """Its fields are those of 3.1, with other values."""
+    got = read(
+        _GRANITE,
+        hidden_size=4096,
+        intermediate_size=12800,
+        attention_multiplier=0.0078125,
+        logits_scaling=16.0,
+        rope_theta=10000000.0,
+        vocab_size=49159,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        use_cache=True,
+        torch_dtype="bfloat16",
+    )
+    assert (got.attn_scale, got.logit_scale, got.rope_theta) == (1 / 128, 1 / 16, 1e7)
+
+
 # What is refused
 
 
-@pytest.mark.parametrize("kind", ["longrope", "yarn", "dynamic", "mrope"])
+@pytest.mark.parametrize("kind", ["proportional", "mrope"])
 def test_a_stretching_we_do_not_have(kind):
-    match = f"rope_scaling type '{kind}' is not supported; supported: default, linear, llama3"
+    match = f"rope_scaling type '{kind}' is not supported; supported: default, linear, llama3, yarn"
     table = {"type": kind, "factor": 4.0}
     refused(_LLAMA_32_1B, match, rope_scaling=table)
     refused(_LLAMA_32_1B, match, rope_scaling=None, rope_parameters=table)
@@ -356,12 +574,12 @@ def test_a_stretching_we_do_not_have(kind):
     ("data", "changes", "match"),
     [
         (
-            _LLAMA_32_1B,
+            _QWEN_3,
             {"attention_bias": True},
             r"attention_bias \(true: biases; supported: false",
         ),
-        (_LLAMA_32_1B, {"mlp_bias": True}, r"mlp_bias \(true: biases"),
-        (_QWEN_3, {"attention_bias": True}, r"attention_bias \(true: biases"),
+        (_QWEN_3, {"mlp_bias": True}, r"mlp_bias \(true: biases"),
+        (_LLAMA_32_1B, {"mlp_bias": 1}, "mlp_bias is true or false, got 1"),
         (_LLAMA_32_1B, {"hidden_act": "relu"}, "hidden_act 'relu' is not .* silu, gelu_pytorch"),
         (_GEMMA_2, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: gelu_p"),
         (
@@ -418,6 +636,26 @@ def test_a_stretching_we_do_not_have(kind):
         (_LLAMA_32_1B, {"head_dim": None, "hidden_size": 2049}, "2049 does not divide among 32"),
         (_LLAMA_32_1B, {"num_key_value_heads": 7}, "describes no possible model: .*multiple of"),
         (_GEMMA_3, {"architectures": ["Gemma3ForConditionalGeneration"]}, "lacks text_config"),
+        (
+            _PHI4_MINI,
+            {"partial_rotary_factor": 0.12},
+            "partial_rotary_factor 0.12 is not .* even number of the 128 elements",
+        ),
+        (_PHI4_MINI, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "default, longrope"),
+        (
+            _PHI4_MINI,
+            {"rope_scaling": {"type": "su", "long_factor": [1.0] * 47, "short_factor": []}},
+            r"rope_scaling with short_factor \[\] is not .* 48 positive numbers, one a rot",
+        ),
+        (_SMOLLM3, {"no_rope_layers": [1, 0]}, r"no_rope_layers \[1, 0\] is not .* 36 layers"),
+        (_SMOLLM3, {"no_rope_layers": [2] * 36}, "no_rope_layers .* null, or 1 or 0 for each"),
+        (_SMOLLM3, {"layer_types": ["sliding_attention"] * 36}, "with no sliding_window"),
+        (_OLMO_3, {"rope_theta": 1e6}, "rope_theta outside of rope_parameters 1000000.0 is not"),
+        (
+            _OLMO_3,
+            {"rope_scaling": {**_OLMO_3["rope_scaling"], "truncate": False}},
+            "rope_scaling with truncate False is not supported; supported: True",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(data, changes, match):
@@ -441,7 +679,7 @@ def test_the_way_back_gives_the_same_configuration(name):
             assert data[field] == value, field
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_the_way_back_of_every_setting(name):
     config = read(config_json(MODELS[name]))
     assert config_from_hf(config_to_hf(config, "float32", {}), WHERE, name="it") == config

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_folders import config_json, tensors_of, write_folder
+from hf_folders import config_json, every_model, tensors_of, write_folder
 from hf_models import MODELS
 from safetensors import safe_open
 from test_checkpoints import CONFIG, assert_same, build
@@ -61,7 +61,7 @@ def converted(tmp_path_factory) -> Path:
 # What goes out
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_what_came_in_goes_out_under_the_same_names_bit_by_bit(name, dtype, tmp_path):
     folder = write_folder(tmp_path / "hf", name, dtype=dtype, shards=2)
@@ -205,9 +205,9 @@ def test_an_array_that_a_family_has_not(tmp_path):
     checkpoints.save(build(), tmp_path / "ours")
     file = tmp_path / "ours" / "manifest.json"
     data = json.loads(file.read_text())
-    data["config"] |= {"qkv_bias": True}
+    data["config"] |= {"post_norm": True}
     file.write_text(json.dumps(data))
-    with pytest.raises(checkpoints.CheckpointError, match=r"'llama' have no layers.qkv_bias"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"'llama' have no layers.attn_post_norm"):
         checkpoints.export_hf(tmp_path / "ours", tmp_path / "out")
 
 

@@ -82,10 +82,10 @@ def test_what_is_called_understood_is_what_is_read(family, monkeypatch):
 
     monkeypatch.setattr(hf_config, "Fields", Spy)
     every = dict(FILES[family])
-    if family.startswith("gemma"):
-        pattern = every.get("sliding_window_pattern", 2)
-        every |= {"hidden_act": "gelu_pytorch_tanh", "_sliding_window_pattern": pattern}
-        every["sliding_window_pattern"] = pattern
+    if FAMILIES[family].windows == "pattern":
+        pattern = FAMILIES[family].defaults["sliding_window_pattern"]
+        every |= dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), pattern)
+        every.setdefault("hidden_act", "gelu_pytorch_tanh")
     read(every)
     elsewhere = {"architectures", "eos_token_id"}
     assert made[0].taken | elsewhere == understood(family)

@@ -6,6 +6,7 @@
 import ast
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +18,15 @@ from numerics import TOLERANCES, assert_close, relative_error
 from reference_cases import DTYPES, filled_model, quick_jit
 
 from ffjax.cache import KVCache
-from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling, preset
+from ffjax.config import (
+    AnyRopeScaling,
+    LinearRopeScaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnRopeScaling,
+    preset,
+)
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
 
@@ -42,8 +51,29 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-def rope_scaling_of(rope: dict[str, Any]) -> RopeScaling | LinearRopeScaling | None:
+def rope_scaling_of(rope: dict[str, Any], settings: dict[str, Any]) -> AnyRopeScaling | None:
     """Hugging Face's table of rotary settings as our scaling."""
+    if rope["rope_type"] == "longrope":
+        original = settings["original_max_position_embeddings"]
+        longer = settings["max_position_embeddings"] / original
+        return LongRopeScaling(
+            short_factors=tuple(rope["short_factor"]),
+            long_factors=tuple(rope["long_factor"]),
+            original_context=original,
+            attention_factor=(1 + math.log(longer, original)) ** 0.5,
+        )
+    if rope["rope_type"] == "yarn":
+        factor = rope["factor"]
+        weights = rope.get("mscale", 1.0), rope.get("mscale_all_dim", 0.0)
+        above, below = (1 + 0.1 * weight * math.log(factor) for weight in weights)
+        return YarnRopeScaling(
+            factor=factor,
+            original_context=rope["original_max_position_embeddings"],
+            beta_fast=rope.get("beta_fast", 32.0),
+            beta_slow=rope.get("beta_slow", 1.0),
+            truncate=rope.get("truncate", True),
+            attention_factor=rope.get("attention_factor", above / below),
+        )
     if rope["rope_type"] == "linear":
         return LinearRopeScaling(factor=rope["factor"])
     if rope["rope_type"] == "llama3":
@@ -53,7 +83,7 @@ def rope_scaling_of(rope: dict[str, Any]) -> RopeScaling | LinearRopeScaling | N
             high_freq_factor=rope["high_freq_factor"],
             original_context=rope["original_max_position_embeddings"],
         )
-    assert rope["rope_type"] == "default"
+    assert rope["rope_type"] in ("default", "dynamic")  # which changes longer texts alone
     return None
 
 
@@ -70,6 +100,25 @@ def family_fields(family: str, settings: dict[str, Any]) -> dict[str, Any]:
         return fields
     if family == "qwen3":
         return {"qk_norm": "head"}
+    if family == "olmo3":
+        return {
+            "qk_norm": "full",
+            "pre_norm": False,
+            "post_norm": True,
+            "window": settings["sliding_window"],
+            "window_pattern": (True, True, True, False),
+            "rope_theta_local": settings["rope_parameters"]["sliding_attention"]["rope_theta"],
+        }
+    if family == "smollm3":
+        layers = range(settings["num_hidden_layers"])
+        rotates = settings.get("no_rope_layers") or [
+            (i + 1) % settings["no_rope_layer_interval"] for i in layers
+        ]
+        fields = {"rope_pattern": tuple(map(bool, rotates))}
+        if settings.get("use_sliding_window"):
+            fields["window"] = settings["sliding_window"]
+            fields["window_pattern"] = tuple(not one for one in rotates)
+        return fields
     if family == "olmo2":
         return {"qk_norm": "full", "pre_norm": False, "post_norm": True}
     if family == "granite":
@@ -100,8 +149,16 @@ def family_fields(family: str, settings: dict[str, Any]) -> dict[str, Any]:
             "window_pattern": local,
             "rope_theta_local": settings["rope_parameters"]["sliding_attention"]["rope_theta"],
         }
+    if family == "phi3":
+        width = settings["hidden_size"] // settings["num_attention_heads"]
+        rotated = int(width * settings["rope_parameters"]["partial_rotary_factor"])
+        return {
+            "window": settings["sliding_window"],
+            "rotary_pairs": None if rotated == width else rotated // 2,
+        }
     assert family == "llama"
-    return {}
+    attention, mlp = settings.get("attention_bias", False), settings.get("mlp_bias", False)
+    return {"qkv_bias": attention, "attn_out_bias": attention, "mlp_bias": mlp}
 
 
 def config_of(model: HFModel) -> ModelConfig:
@@ -119,11 +176,24 @@ def config_of(model: HFModel) -> ModelConfig:
         num_kv_heads=settings["num_key_value_heads"],
         head_dim=settings.get("head_dim", width // heads),
         rope_theta=rope["rope_theta"],
-        rope_scaling=rope_scaling_of(rope),
+        rope_scaling=rope_scaling_of(rope, settings),
         norm_eps=settings["rms_norm_eps"],
         tied_embeddings=settings["tie_word_embeddings"],
         **family_fields(model.family, settings),
     )
+
+
+def by_halves(qkv: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Rows of heads whose rotated elements come first, so that each half begins with its own."""
+    if (pairs := config.rotary_pairs) is None:
+        return qkv
+    heads = qkv.reshape(config.num_layers, -1, config.head_dim, qkv.shape[-1])
+    first, second, still = np.split(heads, [pairs, 2 * pairs], axis=2)
+    near, far = np.split(still, 2, axis=2)
+    turned = np.concatenate([first, near, second, far], axis=2)
+    values = config.num_heads + config.num_kv_heads
+    turned[:, values:] = heads[:, values:]
+    return turned.reshape(qkv.shape)
 
 
 @functools.cache
@@ -140,16 +210,21 @@ def build(name: str, dtype: str) -> Transformer:
         )
 
     projections = [f"self_attn.{x}_proj" for x in "qkv"]
+    gate_up = ["mlp.gate_proj", "mlp.up_proj"]
+    if MODELS[name].family == "phi3":
+        projections, gate_up = ["self_attn.qkv_proj"], ["mlp.gate_up_proj"]
     ours = {
         "embed": weights.pop("model.embed_tokens.weight"),
-        "layers.qkv": stacked(*projections),
+        "layers.qkv": by_halves(stacked(*projections), config),
         "layers.attn_out": stacked("self_attn.o_proj"),
-        "layers.gate_up": stacked("mlp.gate_proj", "mlp.up_proj"),
+        "layers.gate_up": stacked(*gate_up),
         "layers.down": stacked("mlp.down_proj"),
         "final_norm": weights.pop("model.norm.weight"),
     }
-    if config.qkv_bias:
-        ours["layers.qkv_bias"] = stacked(*projections, of="bias")
+    parts = {"qkv": projections, "attn_out": ["self_attn.o_proj"]}
+    parts |= {"gate_up": gate_up, "down": ["mlp.down_proj"]}
+    for matrix in config.biased:
+        ours[f"layers.{matrix}_bias"] = stacked(*parts[matrix], of="bias")
     if config.qk_norm:
         ours["layers.q_norm"] = stacked("self_attn.q_norm")
         ours["layers.k_norm"] = stacked("self_attn.k_norm")
@@ -211,7 +286,7 @@ def test_prefill_and_steps_match_hugging_face(name, dtype):
 _NUMBERS = (
     *("norm_offset", "activation", "embed_scale", "residual_scale", "attn_scale", "logit_scale"),
     *("attn_softcap", "logit_softcap", "rope_scaling", "rope_theta_local", "window"),
-    "window_pattern",
+    *("window_pattern", "rope_pattern"),
 )
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 _SET = [

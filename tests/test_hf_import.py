@@ -15,7 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_folders import config_json, edit_json, tensors_of, write_folder
+from hf_folders import config_json, edit_json, every_model, tensors_of, write_folder
 from hf_models import GOLDENS, MODELS
 from numerics import assert_close
 from reference_cases import quick_jit
@@ -66,7 +66,7 @@ def _logits(model, tokens):
     return model(tokens)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_every_family_comes_in_as_the_model_that_transformers_computes(name, tmp_path):
     folder = write_folder(tmp_path / name, name, shards=2)
     model = checkpoints.load(folder, dtype=jnp.float32)

@@ -11,11 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hf_folders import config_json, tensors_of
+from hf_models import MODELS, HFModel
 from hf_quantized_cases import MODEL, PARTS, Folder, write_quantized
 from numerics import assert_close
 from quantize_cases import named_arrays, numbers_of
 from reference_cases import quick_jit
 from safetensors.numpy import save_file
+from test_hf_goldens import by_halves
 
 import checkpoints
 from ffjax.cli import main
@@ -92,6 +94,47 @@ def test_int8_with_a_scale_a_row(tmp_path):
         n, scale = (folder.fused(ours, 1, what) for what in ("numbers", "scales"))
         assert arrays[f"layers.{ours}"][1].tobytes() == n.tobytes()
         assert (arrays[f"layers.{ours}_scale"][1] == scale[:, 0].astype(np.float32)).all()
+
+
+PARTLY = HFModel(
+    8,
+    {
+        **MODELS["phi3"].settings,
+        "num_hidden_layers": 2,
+        "vocab_size": 40,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            **MODELS["phi3"].settings["rope_parameters"],
+            **{"short_factor": [1.0] * 24, "long_factor": [2.0] * 24},
+        },
+    },
+    "phi3",
+)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "int8"])
+def test_heads_of_which_a_part_is_rotated_are_put_in_our_order(layout, tmp_path):
+    """Integers, scales and zero points alike."""
+    group = None if layout == "int8" else 64
+    folder = write_quantized(tmp_path / "m", layout, model=PARTLY, group=group)
+    model = checkpoints.load(folder.path)
+    arrays, name = named_arrays(model), "model.layers.{}.self_attn.qkv_proj"
+    n, z, s = (
+        by_halves(np.stack([getattr(folder, what)[name.format(i)] for i in range(2)]), model.config)
+        for what in ("numbers", "zeros", "scales")
+    )
+    assert not (n == np.stack([folder.numbers[name.format(i)] for i in range(2)])).all()
+    kept = arrays["layers.qkv_scale"]
+    if layout == "int8":
+        assert (arrays["layers.qkv"] == n).all()
+        assert (kept == s[..., 0].astype(np.float32)).all()
+        return
+    assert (np.stack([numbers_of(words) for words in arrays["layers.qkv"]]) == n).all()
+    assert (kept[..., 0] == s).all()
+    assert (kept[..., 1] == z).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

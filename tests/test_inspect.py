@@ -7,7 +7,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from hf_folders import write_folder
+from hf_folders import FOLDERS, write_folder
 from hf_models import MODELS
 from test_checkpoints import CONFIG, build
 
@@ -51,7 +51,7 @@ def test_a_hugging_face_folder(tmp_path):
 
 
 def test_weights_are_counted_as_the_model_has_them(tmp_path):
-    for name in MODELS:
+    for name in FOLDERS:
         report = inspect(write_folder(tmp_path / name, name))
         assert report["weight_bytes"] == 2 * report["weights"], name
 

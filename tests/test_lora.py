@@ -182,6 +182,23 @@ def test_names_of_the_text_model_of_one_that_sees(tmp_path):
     refused(folder, both, "2 unknown tensors")
 
 
+def test_rows_of_the_file_are_merged_before_they_are_put_in_our_order(tmp_path):
+    """Phi 3's fused projection, of which a part of each head is rotated."""
+    name = "model.layers.1.self_attn.qkv_proj"
+    weights = MODELS["phi3"].weights()
+    weight = weights[f"{name}.weight"]
+    a, b = matrix(0, (2, weight.shape[1])), matrix(1, (weight.shape[0], 2))
+    adapter = write_lora(tmp_path / "lora", {name: weight}, target_modules=".*layers.1.*qkv_proj")
+    folder = write_folder(tmp_path / "base", "phi3", dtype=np.float32)
+    by_hand = {**weights, f"{name}.weight": weight + b @ a * 4}
+    wanted = write_folder(tmp_path / "by_hand", "phi3", tensors=by_hand)
+    got, expected = merged(folder, adapter), numbers(open_incoming(wanted), np.float32)
+    assert got.keys() == expected.keys()
+    for each, array in expected.items():
+        np.testing.assert_array_equal(got[each], array, each)
+    assert not np.array_equal(got[f"{name}.weight"], by_hand[f"{name}.weight"])  # another order
+
+
 def test_the_command_and_the_function(base, tmp_path, capsys):
     adapter = write_adapter(tmp_path / "my-lora", "every_matrix")
     out = tmp_path / "command"

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from ptx_inline import lower_for_gpu
 from quantize_cases import FOR_KERNELS, kernel_config
-from stream_cases import H200
+from stream_cases import FAMILIES, H200
 
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
@@ -56,6 +56,10 @@ STEPS: dict[str, tuple[ModelConfig, int, int]] = {
     "integers of several": (kernel_config(FOR_KERNELS["mixed otherwise"]), 2, 1),
     "several tokens": (small_config(num_heads=16, qk_norm="full", window=40), 1, 8),
     "2 tokens of several": (small_config(), 4, 2),
+    "two ropes, one of them scaled": (small_config(**FAMILIES["olmo3"]), 1, 1),
+    "two ropes, 2 tokens": (small_config(**FAMILIES["olmo3"] | {"rotary_pairs": 10}), 1, 2),
+    "every bias": (small_config(**FAMILIES["granite_code"]), 2, 1),
+    "a part rotated": (small_config(**FAMILIES["phi3"]), 1, 1),
 }
 
 # Of what a tuning may leave out, nothing is left out.

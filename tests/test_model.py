@@ -23,7 +23,7 @@ from reference_cases import (
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.model import LayerAt, Transformer, gated, rms_norm
-from ffjax.rope import inverse_frequencies
+from ffjax.rope import rope_of
 
 pytestmark = [
     pytest.mark.once(
@@ -94,9 +94,11 @@ def one_layer(model, index, x):
     local = jnp.array(c.local_layers)[index]
     at = LayerAt(index, None if c.window is None else local, weights)
     cache = empty_cache(model, count, jnp.nan)
-    frequencies = jnp.where(local, inverse_frequencies(c, local=True), inverse_frequencies(c))
+    ropes = (rope_of(c, count, other=other) for other in (False, True))
+    other = jnp.array(c.other_rope_layers)[index]
+    rope = jax.tree.map(lambda most, some: jnp.where(other, some, most), *ropes)
     attend, caches = model.attention_over(cache, positions), (cache.k, cache.v)
-    x, (k, v) = model.layer(at, x, positions, frequencies, attend, caches)
+    x, (k, v) = model.layer(at, x, positions, rope, attend, caches)
     return x, *(jnp.swapaxes(kept[index], 1, 2) for kept in (k, v))
 
 
@@ -111,7 +113,8 @@ def test_each_layer_matches_the_oracle(name, dtype):
     for index, w in enumerate(weights):
         got = [np.asarray(y) for y in one_layer(model, jnp.int32(index), x)]
         for b, sequence in enumerate(x.astype(np.float64)):
-            want = oracle.layer(sequence, w, model.config, model.config.local_layers[index])
+            c = model.config
+            want = oracle.layer(sequence, w, c, c.local_layers[index], c.rotating_layers[index])
             # What the layer adds, so that the stream passing through flatters nothing.
             assert_close(got[0][b] - x[b], want.x - sequence, f"model_vs_oracle_{dtype}")
             assert_close(got[1][b], want.keys, f"model_vs_oracle_{dtype}")

@@ -71,7 +71,7 @@ def test_bits_are_those_of_each_matrix():
 def test_the_kernels_are_given_the_models_own_integers_and_scales(name):
     formats = FOR_KERNELS[name]
     model = random_model(kernel_config(formats))
-    weights = decode_weights(model)
+    weights = decode_weights(model, 16)
     expected = dims_of(model.config, 2, 8).abstract_weights()
     for name, want in expected._asdict().items():
         got = getattr(weights, name)

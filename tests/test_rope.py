@@ -9,20 +9,27 @@ import oracle
 import pytest
 from numerics import assert_close
 
-from ffjax.config import LinearRopeScaling, ModelConfig, RopeScaling, preset
-from ffjax.rope import apply_rope, inverse_frequencies
+from ffjax.config import (
+    AnyRopeScaling,
+    LinearRopeScaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnRopeScaling,
+    preset,
+)
+from ffjax.loop import BLOCK, slots_for
+from ffjax.rope import apply_rope, inverse_frequencies, rope_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 
 
-def config(
-    head_dim: int, theta: float, scaling: RopeScaling | LinearRopeScaling | None, **fields
-) -> ModelConfig:
+def config(head_dim: int, theta: float, scaling: AnyRopeScaling | None, **fields) -> ModelConfig:
     return ModelConfig(
         vocab_size=11,
-        num_layers=1,
+        **{"num_layers": 1, **fields},
         model_dim=13,
         ffw_dim=17,
         num_heads=3,
@@ -30,7 +37,6 @@ def config(
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        **fields,
     )
 
 
@@ -39,6 +45,8 @@ CONFIGS = {
     "plain, small": config(14, 300.0, None),
     "stretched": config(22, 500.0, SCALING),
     "stretched evenly": config(26, 700.0, LinearRopeScaling(factor=8.0)),
+    "by YaRN": config(26, 40.0, YarnRopeScaling(factor=8.0, original_context=64, beta_fast=4.0)),
+    "a part": config(26, 700.0, None, rotary_pairs=5),
     "llama3.2-1b": preset("llama3.2-1b"),
     "llama3.1-8b": preset("llama3.1-8b"),
 }
@@ -52,9 +60,10 @@ def test_frequencies_are_the_formulas_rounded_once(name):
     assert got.dtype == np.float32
     assert got.shape == (CONFIGS[name].head_dim // 2,)
     # Within one unit in the last place: two ways to write a power in float64.
-    np.testing.assert_array_max_ulp(
-        got, np.array(oracle.rope_angles(CONFIGS[name]), np.float32), maxulp=1
-    )
+    wanted = np.zeros_like(got)  # what is not rotated
+    angles = oracle.rope_angles(CONFIGS[name])
+    wanted[: len(angles)] = angles
+    np.testing.assert_array_max_ulp(got, wanted, maxulp=1)
 
 
 def test_stretching_keeps_short_waves_and_stretches_long_ones():
@@ -90,7 +99,7 @@ def test_an_even_stretching_divides_every_frequency():
 def test_local_layers_have_their_own_base_and_are_not_stretched(scaling):
     c = config(22, 10_000.0, scaling, rope_theta_local=300.0, window=2)
     plain = inverse_frequencies(config(22, 300.0, None))
-    np.testing.assert_array_equal(inverse_frequencies(c, local=True), plain)
+    np.testing.assert_array_equal(inverse_frequencies(c, other=True), plain)
     np.testing.assert_array_equal(
         inverse_frequencies(c), inverse_frequencies(config(22, 10_000.0, scaling))
     )
@@ -102,7 +111,7 @@ def test_local_layers_have_their_own_base_and_are_not_stretched(scaling):
 @every_config
 def test_without_a_base_of_their_own_local_layers_rotate_as_all_do(name):
     c = dataclasses.replace(CONFIGS[name], window=2)
-    np.testing.assert_array_equal(inverse_frequencies(c, local=True), inverse_frequencies(c))
+    np.testing.assert_array_equal(inverse_frequencies(c, other=True), inverse_frequencies(c))
 
 
 @pytest.mark.parametrize(
@@ -161,3 +170,59 @@ def test_positions_beyond_256_are_told_apart_for_bfloat16_heads():
     for near, next_ in ((0, 1), (2, 3)):
         # The first pair turns by one radian a position.
         assert abs(got[near, 0] - got[next_, 0]) > 0.1
+
+
+LONG = LongRopeScaling(
+    short_factors=(1.0, 2.0, 4.0),
+    long_factors=(8.0, 16.0, 32.0),
+    original_context=64,
+    attention_factor=1.5,
+)
+
+
+def test_the_caches_size_says_which_factors_long_rope_takes():
+    c = config(8, 100.0, LONG, rotary_pairs=3)
+    plain = inverse_frequencies(config(8, 100.0, None, rotary_pairs=3))
+    for capacity, factors in ((1, LONG.short_factors), (64, LONG.short_factors)):
+        np.testing.assert_array_equal(inverse_frequencies(c, capacity)[:3], plain[:3] / factors)
+    np.testing.assert_array_equal(inverse_frequencies(c, 65)[:3], plain[:3] / LONG.long_factors)
+    with pytest.raises(ValueError, match=r"depend on the cache: .* Up to 64 slots have the short"):
+        inverse_frequencies(c)
+
+
+def test_what_is_not_rotated_is_not_scaled():
+    rope = rope_of(config(8, 100.0, LONG, rotary_pairs=3), 9)
+    assert rope.inv_freq[3] == 0
+    assert rope.scale is not None
+    assert rope.scale.tolist() == [1.5, 1.5, 1.5, 1.0]
+    x = np.random.default_rng(3).standard_normal((1, 1, 1, 8)).astype(np.float32)
+    got = np.asarray(rope_of_positions(x, rope))
+    np.testing.assert_array_equal(got[..., [3, 7]], x[..., [3, 7]])
+    norms = np.linalg.norm(got.reshape(2, 4), axis=0) / np.linalg.norm(x.reshape(2, 4), axis=0)
+    np.testing.assert_allclose(norms, rope.scale, rtol=1e-6)
+
+
+def rope_of_positions(x, how):
+    return rope(x, np.array([[7]], np.int32), *how)
+
+
+def test_layers_that_know_no_positions_turn_nothing():
+    c = config(8, 100.0, None, num_layers=4, rope_pattern=(True, False))
+    other = rope_of(c, 9, other=True)
+    x = np.random.default_rng(4).standard_normal((1, 1, 1, 8)).astype(np.float32)
+    np.testing.assert_array_equal(rope_of_positions(x, other), x)
+    assert (inverse_frequencies(c) > 0).all()
+
+
+def test_layers_of_another_rotation_are_not_scaled():
+    scaling = YarnRopeScaling(factor=4.0, original_context=64, attention_factor=1.5)
+    c = config(8, 100.0, scaling, window=3, rope_theta_local=9.0)
+    assert np.asarray(rope_of(c, 9).scale).tolist() == [1.5] * 4
+    assert np.asarray(rope_of(c, 9, other=True).scale).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("original", [4096, 8192])
+def test_what_fits_the_original_context_but_for_a_block_takes_the_short_factors(original):
+    """As docs/huggingface.md says: caches are larger than what is asked for."""
+    assert slots_for(original - BLOCK) == original
+    assert slots_for(original - BLOCK + 1) > original

@@ -51,7 +51,10 @@ FIELDS = {
     "mistral": ("window",),
     "granite": ("embed_scale", "residual_scale", "attn_scale", "logit_scale"),
     "gemma2": ("norm_offset", "activation", "attn_softcap", "logit_softcap"),
-    "gemma3": ("local_rope",),
+    "gemma3": ("other_rope",),
+    "phi3": ("rope_scale", "rotary_pairs"),
+    "smollm3": ("other_rope",),
+    "olmo3": ("rope_scale",),
 }
 
 
@@ -79,5 +82,6 @@ def test_what_is_beyond_llama_matters(name):
 
 def test_every_field_of_the_features_is_tried():
     names = {field.name for field in dataclasses.fields(Features)}
-    arrays = {"pre_norm", "post_norm", "qk_norm", "qkv_bias", "local_layers"}
+    arrays = {"pre_norm", "post_norm", "qk_norm", "local_layers"}
+    arrays |= {"qkv_bias", "attn_out_bias", "mlp_bias"}
     assert {field for fields in FIELDS.values() for field in fields} | arrays == names

@@ -447,7 +447,8 @@ def test_the_ring_fits_shared_memory(name, bits):
         assert plan.slots * plan.slot_bytes + plan.tail_bytes < size
         fits = size + COMPILER_BYTES <= taken
         # Of int8, eight rows of 8192 inputs are 64 KiB, whatever the tuning.
-        large = tile_bytes == 65536 or (name == "llama3.1-70b" and bits == INT8)
+        wide = name in ("llama3.1-70b", "mistral-small-24b")
+        large = tile_bytes == 65536 or (wide and bits == INT8)
         assert fits or (large and plan.why_no_room), (plan.slots, plan.slot_bytes)
         for segment, part in plan.segments.items():
             # All threads read a whole span of every row.
@@ -668,6 +669,17 @@ TOO_LARGE |= {
         ("qwen3-32b", "rtx3090", [(1, 16), (1, 8), (8, 16), (8, 8), (8, 4)]),
         ("qwen3-32b", "rtx4090", [(1, 16), (8, 16), (8, 8), (8, 4)]),
         ("qwen3-32b", "rtx5090", [(1, 16), (8, 16)]),
+        ("mistral-nemo-12b", "l4", [(1, 16), (1, 8), (8, 16), (8, 8)]),
+        ("mistral-nemo-12b", "rtx3090", [(8, 16), (8, 8)]),
+        ("mistral-small-24b", "l4", [(1, 16), (1, 8), (8, 16), (8, 8), (8, 4)]),
+        ("mistral-small-24b", "rtx3090", [(1, 16), (1, 8), (8, 16), (8, 8), (8, 4)]),
+        ("mistral-small-24b", "rtx4090", [(8, 16)]),
+        ("olmo3-7b", "l4", [(1, 16), (8, 16), (8, 8), (8, 4)]),
+        ("olmo3-7b", "rtx3090", [(1, 16), (8, 16), (8, 8), (8, 4)]),
+        ("phi4-14b", "l4", [(1, 16), (1, 8), (8, 16), (8, 8), (8, 4)]),
+        ("phi4-14b", "rtx3090", [(8, 16), (8, 8)]),
+        ("gemma3-12b", "l4", [(1, 16), (8, 16), (8, 8), (8, 4)]),
+        ("gemma3-12b", "rtx3090", [(8, 16), (8, 8)]),
     )
     for batch, bits in cases
 }

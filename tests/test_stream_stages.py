@@ -44,7 +44,10 @@ def test_inputs_wider_than_a_program_are_split():
 SPLIT = {1: (8208, 8), 2: (656, 1)}
 
 
-@pytest.mark.parametrize(("family", "batch", "copies"), [("llama", 1, 2), ("gemma3", 2, 1)])
+@pytest.mark.parametrize(
+    ("family", "batch", "copies"),
+    [("llama", 1, 2), ("gemma3", 2, 1), ("phi3", 1, 1), ("granite_code", 2, 1)],
+)
 def test_programs_hand_over_all_that_others_need(family, batch, copies):
     """Inputs of the down projection in parts, heads in parts, more programs than some groups.
 

@@ -60,7 +60,7 @@ def start(config: ModelConfig, lengths: list[int], tokens: int, capacity: int = 
 
 # With all columns in use, and with other numbers of tokens. `test_gpu_tokens.py` has all.
 BOTH = [(name, 8) for name in ("mistral", "olmo2", "gemma2", "gemma3")]
-BOTH += [("gemma3", 2), ("mistral", 2), ("qwen2", 3), ("granite", 3), ("qwen3", 4)]
+BOTH += [("gemma3", 2), ("mistral", 2), ("qwen2", 3), ("granite", 3), ("qwen3", 4), ("olmo3", 2)]
 
 
 @pytest.mark.parametrize(("name", "tokens"), BOTH)

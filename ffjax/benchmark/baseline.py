@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from ffjax.benchmark.inputs import capacity_for
@@ -32,7 +31,7 @@ from ffjax.config import ModelConfig
 from ffjax.decode import DecodeOutput
 from ffjax.formats import WeightFormat
 from ffjax.model import Transformer, capped, gated, rms_norm
-from ffjax.rope import apply_rope, inverse_frequencies
+from ffjax.rope import Rope, apply_rope, rope_of
 from ffjax.rounding import expand
 
 __all__ = [
@@ -56,6 +55,9 @@ class LayerWeights(NamedTuple):
         gate_up: `[2F, D]`.
         down: `[D, F]`.
         qkv_bias: `[(N + 2K) * H]`.
+        attn_out_bias: `[D]`.
+        gate_up_bias: `[2F]`.
+        down_bias: `[D]`.
         q_norm: `[H]` or `[N * H]`.
         k_norm: `[H]` or `[K * H]`.
         attn_post_norm: `[D]`.
@@ -71,6 +73,9 @@ class LayerWeights(NamedTuple):
     gate_up: Array
     down: Array
     qkv_bias: Array | None
+    attn_out_bias: Array | None
+    gate_up_bias: Array | None
+    down_bias: Array | None
     q_norm: Array | None
     k_norm: Array | None
     attn_post_norm: Array | None
@@ -110,11 +115,13 @@ class LayerCaches:
             zero: it may be anything finite. To hide NaN there, as the reference does, would
             cost the baseline time that its users do not spend.
         lengths: int32 `[B]`, live positions of each sequence.
+        capacity: S, slots of the cache that these are copies of.
     """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
     lengths: Array
+    capacity: int = dataclasses.field(metadata={"static": True})
 
 
 def split_weights(model: Transformer) -> BaselineWeights:
@@ -160,7 +167,7 @@ def split_cache(config: ModelConfig, cache: KVCache, steps: int) -> LayerCaches:
         return jnp.where((held >= 0)[:, None, :, None], rolled, 0)
 
     k, v = (tuple(map(split, stack, config.local_layers)) for stack in (cache.k, cache.v))
-    return LayerCaches(k, v, cache.lengths)
+    return LayerCaches(k, v, cache.lengths, cache.capacity)
 
 
 def _age(position: Array, slots: int) -> Array:
@@ -178,22 +185,19 @@ class _Reach(NamedTuple):
     Attributes:
         slot: int32 `[B]`, where new keys and values go.
         visible: bool `[B, S]`, the slots that a query sees.
-        inv_freq: float32 `[H/2]`, the angles of RoPE.
     """
 
     slot: Array
     visible: Array
-    inv_freq: np.ndarray
 
 
 def _reach(config: ModelConfig, positions: Array, slots: int, local: bool) -> _Reach:
-    inv_freq = inverse_frequencies(config, local=local)
     window = config.window if local else None
     if window is None:
-        return _Reach(positions, jnp.arange(slots) <= positions[:, None], inv_freq)
+        return _Reach(positions, jnp.arange(slots) <= positions[:, None])
     age = _age(positions, slots)
     visible = (age < window) & (age <= positions[:, None])
-    return _Reach(positions % slots, visible, inv_freq)
+    return _Reach(positions % slots, visible)
 
 
 def _einsum(spec: str, a: Array, b: Array) -> Array:
@@ -271,8 +275,8 @@ def baseline_step(
     slots = {local: k.shape[2] for local, k in zip(c.local_layers, cache.k, strict=True)}
     reaches = {local: _reach(c, positions, count, local) for local, count in slots.items()}
 
-    def linear(x: Array, w: LayerWeights, name: str, bias: Array | None = None) -> Array:
-        weight, scale = getattr(w, name), getattr(w, f"{name}_scale")
+    def linear(x: Array, w: LayerWeights, name: str) -> Array:
+        weight, scale, bias = (getattr(w, f"{name}{part}") for part in ("", "_scale", "_bias"))
         out = _product(x, weight, scale, getattr(c.weights, name), dtype)
         return (out if bias is None else out + bias.astype(jnp.float32)).astype(dtype)
 
@@ -283,8 +287,10 @@ def baseline_step(
         whole = c.qk_norm == "full"
         return norm(x.reshape(batch, -1), weight).reshape(x.shape) if whole else norm(x, weight)
 
-    def rotate(x: Array, reach: _Reach) -> Array:  # [B, heads, H]
-        return apply_rope(x[:, None], positions[:, None], reach.inv_freq)[:, 0].astype(dtype)
+    ropes = {other: rope_of(c, cache.capacity, other=other) for other in (False, True)}
+
+    def rotate(x: Array, rope: Rope) -> Array:  # [B, heads, H]
+        return apply_rope(x[:, None], positions[:, None], *rope)[:, 0].astype(dtype)
 
     def add(x: Array, block: Array, post_norm: Array | None) -> Array:  # [B, D]
         block = norm(block, post_norm)
@@ -296,15 +302,17 @@ def baseline_step(
     if c.embed_scale != 1:
         x = x * jnp.asarray(c.embed_scale, dtype).astype(jnp.float32)
     keys, values = [], []
-    layers = zip(weights.layers, cache.k, cache.v, c.local_layers, strict=True)
-    for w, k_cache, v_cache, local in layers:
-        reach = reaches[local]
-        qkv = linear(norm(x, w.attn_norm), w, "qkv", w.qkv_bias).reshape(batch, -1, c.head_dim)
+    kinds = c.local_layers, c.other_rope_layers
+    for w, k_cache, v_cache, local, other in zip(
+        weights.layers, cache.k, cache.v, *kinds, strict=True
+    ):
+        reach, rope = reaches[local], ropes[other]
+        qkv = linear(norm(x, w.attn_norm), w, "qkv").reshape(batch, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1)
         q, k = norm_heads(q, w.q_norm), norm_heads(k, w.k_norm)
-        keys.append(_append(k_cache, rotate(k, reach), reach.slot))
+        keys.append(_append(k_cache, rotate(k, rope), reach.slot))
         values.append(_append(v_cache, v, reach.slot))
-        attended = _attend(c, rotate(q, reach), keys[-1], values[-1], reach.visible)
+        attended = _attend(c, rotate(q, rope), keys[-1], values[-1], reach.visible)
         x = add(x, linear(attended, w, "attn_out"), w.attn_post_norm)
         gate, up = jnp.split(linear(norm(x, w.mlp_norm), w, "gate_up"), 2, axis=-1)
         x = add(x, linear(gated(gate, up, c.activation), w, "down"), w.mlp_post_norm)
@@ -314,6 +322,6 @@ def baseline_step(
         logits = logits * c.logit_scale
     logits = capped(logits, c.logit_softcap)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    grown = LayerCaches(tuple(keys), tuple(values), positions + 1)
+    grown = LayerCaches(tuple(keys), tuple(values), positions + 1, cache.capacity)
     # The tuple of a step, with a cache of another kind.
     return DecodeOutput(grown, logits, token)  # pyright: ignore[reportArgumentType]

@@ -98,7 +98,8 @@ def feed(
     stacked = model.stacked_weights()
     product = products_of(c, model.dtype, stacked, gpu)
     caches = cache.k, cache.v
-    x, (k, v), _ = model.run_layers(x, positions[None], attend, caches, product=product)
+    how = cache.capacity, attend, caches
+    x, (k, v), _ = model.run_layers(x, positions[None], *how, product=product)
     ended = ends < len(tokens)
     last = jnp.where(ended[:, None], x[0, jnp.where(ended, ends, 0)], last)
     return dataclasses.replace(cache, k=k, v=v, lengths=cache.lengths + counts), last

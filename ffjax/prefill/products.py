@@ -39,7 +39,7 @@ def products_of(config: ModelConfig, dtype: Any, stacked: dict[str, Array], gpu:
 
     def product(at: LayerAt, x: Array, name: str) -> Array:
         format = config.weights.quantized.get(name)
-        result = jnp.float32 if name == "qkv" and config.qkv_bias else dtype
+        result = jnp.float32 if name in config.biased else dtype
         if format is None:
             return _product(x, at.weights[name], dtype, result, interpret=interpret)
         scales, tokens = f"{name}_scale", x.shape[-2]

@@ -78,12 +78,19 @@ class StreamEnv(Program):
 
     def is_local(self, layer: Array) -> Array:
         """Whether the layer's attention sees a window alone; bool scalar."""
-        local = self.features.local_layers
-        if not any(local) or all(local):
-            return jnp.bool_(any(local))
+        return self._is_among(self.features.local_layers, layer)
+
+    def rotates_otherwise(self, layer: Array) -> Array:
+        """Whether the layer has rotary frequencies of its own; bool scalar."""
+        return self._is_among(self.features.other_rope, layer)
+
+    def _is_among(self, layers: Sequence[bool], layer: Array) -> Array:
+        """What a list of all layers says of one; bool scalar."""
+        if not any(layers) or all(layers):
+            return jnp.bool_(any(layers))
         words = [
-            sum(1 << bit for bit, one in enumerate(local[start : start + 31]) if one)
-            for start in range(0, len(local), 31)
+            sum(1 << bit for bit, one in enumerate(layers[start : start + 31]) if one)
+            for start in range(0, len(layers), 31)
         ]
         number = lax.div(layer, jnp.int32(31))
         word = select(number, words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.stream.env import StreamEnv
@@ -19,14 +20,14 @@ def finish_gate_up(env: StreamEnv, flush: Flush) -> None:
     """hidden[c] = silu(W_gate @ h) * (W_up @ h) with h = rmsnorm(x[c]); or with GELU."""
     twins = env.plan.twins
     outputs = outputs_of(env, Segment.GATE_UP, every=2 if twins else 1)
-    hidden = _hidden(env, outputs)
+    hidden = _hidden(env, flush, outputs)
     half, column = env.segment(Segment.GATE_UP).rows // 2, outputs.column
     element = flush.group(outputs.number) * half + outputs.pair
     real = flush.real(outputs.number) & (element < env.dims.ffw_dim)
     real &= column < env.dims.columns
     at, tag = env.mail.layout, env.tag(flush.layer)
     word = word_in_mail(env.plan, env.segment(Segment.DOWN), column, element)
-    neighbour = _hidden(env, outputs._replace(pair=outputs.pair + 1)) if twins else None
+    neighbour = _hidden(env, flush, outputs._replace(pair=outputs.pair + 1)) if twins else None
     for start in (at.ffw, at.ffw_copy)[: env.plan.tuning.hidden_copies]:
         if neighbour is None:
             env.mail.publish(start + word, hidden, tag, real)
@@ -34,9 +35,15 @@ def finish_gate_up(env: StreamEnv, flush: Flush) -> None:
             env.mail.publish_twins(start + word, hidden, neighbour, PLAIN, tag, real)
 
 
-def _hidden(env: StreamEnv, outputs: Outputs) -> Array:
+def _hidden(env: StreamEnv, flush: Flush, outputs: Outputs) -> Array:
     """The hidden activations of pairs of rows, float32 `[E]`."""
     gate, up = sum_up(env, Segment.GATE_UP, outputs)
+    if env.features.mlp_bias:
+        element = flush.group(outputs.number) * (env.segment(Segment.GATE_UP).rows // 2)
+        element = jnp.minimum(element + outputs.pair, env.dims.ffw_dim - 1)
+        bias = env["gate_up_bias"]
+        gate += bias[flush.layer, element].astype(jnp.float32)
+        up += bias[flush.layer, element + env.dims.ffw_dim].astype(jnp.float32)
     if env.features.activation == "silu":
         return gate * jax.nn.sigmoid(gate) * up
     return jax.nn.gelu(gate, approximate=True) * up

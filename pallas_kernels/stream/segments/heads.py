@@ -17,7 +17,7 @@ from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream import access
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.plan import LOT
-from pallas_kernels.stream.segments.qkv import softmax_scale
+from pallas_kernels.stream.segments.qkv import scaled, softmax_scale
 
 __all__ = ["Heads", "collect_heads"]
 
@@ -178,16 +178,25 @@ def _rotation(env: StreamEnv, layer: Array, position: Array, element: Array) -> 
     column = env.iota((size,), 0)
     pair = lax.rem(column, jnp.int32(size // 2))
     frequency = access.load(env["inv_freq"].at[pair])
-    if env.features.local_rope:
-        local = access.load(env["inv_freq_local"].at[pair])
-        frequency = jnp.where(env.is_local(layer), local, frequency)
+    if env.features.other_rope:
+        other = access.load(env["inv_freq_other"].at[pair])
+        frequency = jnp.where(env.rotates_otherwise(layer), other, frequency)
+    if position.ndim:
+        pair = jnp.broadcast_to(pair[None, :], element.shape)
+
+    def here(x: Array) -> Array:
+        made = scaled(env, x, pair, env.features.rope_scale)
+        if made is x or not env.features.other_rope:
+            return made
+        return jnp.where(env.rotates_otherwise(layer), x, made)
+
     if position.ndim:
         angle = position.astype(jnp.float32) * frequency[None, :]
-        return jnp.cos(angle), jnp.sin(angle)
+        return here(jnp.cos(angle)), here(jnp.sin(angle))
     angle = position.astype(jnp.float32) * frequency
     return (
-        jnp.broadcast_to(jnp.cos(angle)[None, :], element.shape),
-        jnp.broadcast_to(jnp.sin(angle)[None, :], element.shape),
+        jnp.broadcast_to(here(jnp.cos(angle))[None, :], element.shape),
+        jnp.broadcast_to(here(jnp.sin(angle))[None, :], element.shape),
     )
 
 

@@ -19,19 +19,19 @@ from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of
 from pallas_kernels.stream.tiles import Flush
 
-__all__ = ["Rotations", "finish_qkv", "make_rotations", "softmax_scale"]
+__all__ = ["Rotations", "finish_qkv", "make_rotations", "scaled", "softmax_scale"]
 
 
 class Rotations(NamedTuple):
     """Of each pair that this program rotates; float32 `[E]`.
 
-    The second two are those of local layers, where these have frequencies of their own.
+    The second two are those of layers that have frequencies of their own, where there are some.
     """
 
     cos: Array
     sin: Array
-    local_cos: Array | None
-    local_sin: Array | None
+    other_cos: Array | None
+    other_sin: Array | None
 
 
 def _head_and_pair(env: StreamEnv, pair: Array) -> tuple[Array, Array]:
@@ -49,15 +49,24 @@ def make_rotations(env: StreamEnv) -> Rotations:
     position = env.positions(outputs.column).astype(jnp.float32)
     rotates = head < d.num_heads + d.num_kv_heads
 
-    def both(name: str) -> tuple[Array, Array]:
+    def both(name: str, scale: float = 1.0) -> tuple[Array, Array]:
         angle = position * access.load(env[name].at[pair])
         return (
-            jnp.where(rotates, jnp.cos(angle), 1.0),
-            jnp.where(rotates, jnp.sin(angle), 0.0),
+            jnp.where(rotates, scaled(env, jnp.cos(angle), pair, scale), 1.0),
+            jnp.where(rotates, scaled(env, jnp.sin(angle), pair, scale), 0.0),
         )
 
-    local = both("inv_freq_local") if env.features.local_rope else (None, None)
-    return Rotations(*both("inv_freq"), *local)
+    other = both("inv_freq_other") if env.features.other_rope else (None, None)
+    return Rotations(*both("inv_freq", env.features.rope_scale), *other)
+
+
+def scaled(env: StreamEnv, x: Array, pair: Array, scale: float) -> Array:
+    """Cosines or sines multiplied, as far as the pairs are rotated."""
+    if scale == 1:
+        return x
+    if (pairs := env.features.rotary_pairs) is None:
+        return x * scale
+    return jnp.where(pair < pairs, x * scale, x)
 
 
 def softmax_scale(env: StreamEnv) -> float:
@@ -101,10 +110,10 @@ def finish_qkv(
         second += bias[layer, inside + d.head_dim // 2].astype(jnp.float32)
     if features.qk_norm is None:
         cos, sin = rotations.cos, rotations.sin
-        if rotations.local_cos is not None and rotations.local_sin is not None:
-            local = env.is_local(flush.layer)
-            cos = jnp.where(local, rotations.local_cos, cos)
-            sin = jnp.where(local, rotations.local_sin, sin)
+        if rotations.other_cos is not None and rotations.other_sin is not None:
+            other = env.rotates_otherwise(flush.layer)
+            cos = jnp.where(other, rotations.other_cos, cos)
+            sin = jnp.where(other, rotations.other_sin, sin)
         first, second = first * cos - second * sin, second * cos + first * sin
     scale = 1.0 if features.qk_norm is not None else softmax_scale(env)
     # What a full cache has no slot for is dropped.

@@ -142,10 +142,32 @@ def close_block(env: StreamEnv, place: Place, state: State) -> State:
     is_down = place.segment == Segment.DOWN
     if splits > 1:
         state = lax.cond(is_down, add_partial_sums, lambda: state)
+    if env.features.attn_out_bias or env.features.mlp_bias:
+        state = state._replace(block=_biased(env, place.layer, is_down, state.block))
     if env.features.post_norm:
         start = jnp.where(is_down, jnp.int32(layout.ffw_block), jnp.int32(layout.attn_block))
         _publish(env, state.block, start, tag, [(True, Segment.QKV)])
     return state
+
+
+def _biased(env: StreamEnv, layer: Array, is_down: Array, block: Sums) -> Sums:
+    """A block's output with the bias of its projection, where that has one."""
+    features, own = env.features, _elements(env)
+
+    def of(name: str, there: bool, element: Array) -> Array:
+        if not there:
+            return jnp.zeros(element.shape, jnp.float32)
+        return env[name][layer, element].astype(jnp.float32)
+
+    def bias(element: Array) -> Array:
+        element = jnp.minimum(element, env.dims.model_dim - 1)
+        return lax.cond(
+            is_down,
+            lambda: of("down_bias", features.mlp_bias, element),
+            lambda: of("attn_out_bias", features.attn_out_bias, element),
+        )
+
+    return Sums(block.first + bias(own.first), block.second + bias(own.second))
 
 
 def add_block(env: StreamEnv, place: Place, state: State) -> State:
