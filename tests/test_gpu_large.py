@@ -1,4 +1,4 @@
-"""The fused kernel on a GPU at the widths of large models: two layers of each, all else whole.
+"""The fused kernel on a GPU at the widths of large models: a few layers of each, all else whole.
 
 Their rows have 5120 and 8192 inputs, so that tiles are cut otherwise than those of smaller models.
 """
@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 from test_gpu import check_step, made_on_the_device
 
-from ffjax.config import preset
+from ffjax.config import PRESETS, preset
 from ffjax.formats import FLOATING, INT8, WeightFormats, int4
 from ffjax.quantization import quantized_config
 
@@ -32,13 +32,20 @@ MODELS = [
     ("qwen3-14b", "bfloat16"),
     ("qwen3-14b", "int8"),
     ("qwen3-14b", "int4"),
+    *(
+        (name, "bfloat16")
+        for name, config in PRESETS.items()
+        if config.family != "llama" and 3.5e9 <= config.num_params < 13e9
+    ),
 ]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda param: f"{param[0]}, {param[1]}")
 def large(request):
     name, formats = request.param
-    config = dataclasses.replace(preset(name), num_layers=2)
+    config = preset(name)
+    layers = max(2, len(config.window_pattern))  # of every kind
+    config = dataclasses.replace(config, num_layers=layers)
     if FORMATS[formats] != FLOATING:
         config = quantized_config(config, FORMATS[formats])
     yield from made_on_the_device(config)

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax._src import core
 from jax._src.lib.mlir.dialects import llvm
+from jax._src.state import discharge
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -92,10 +94,16 @@ def launch(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    refs = {i: jax.new_ref(arrays[i]) for i in aliases}
-    made = iter(call(*(refs.get(i, x) for i, x in enumerate(arrays))))
     inputs = {out: i for i, out in aliases.items()}
-    return [refs[inputs[i]][...] if i in inputs else next(made) for i in range(len(out_shapes))]
+
+    def stateful(*arrays: Array) -> list[Array]:
+        refs = {i: jax.new_ref(arrays[i]) for i in aliases}
+        made = iter(call(*(refs.get(i, x) for i, x in enumerate(arrays))))
+        return [refs[inputs[i]][...] if i in inputs else next(made) for i in range(len(out_shapes))]
+
+    # Derivatives and batching that a caller defines take no refs within: only values go in and out.
+    pure = discharge.discharge_state(jax.make_jaxpr(stateful)(*arrays))
+    return core.jaxpr_as_fun(pure)(*arrays)
 
 
 def _trace(
