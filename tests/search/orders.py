@@ -83,7 +83,8 @@ class _HandOver:
             if rows.min(initial=0) < 0:
                 return None
             clocks = [self.writes[row].clock for row in np.unique(rows)]
-        self.clocks[items.number] = np.max(clocks, axis=0)
+        # Who waits for nothing has heard of nobody.
+        self.clocks[items.number] = np.max(clocks, axis=0) if clocks else np.zeros((), np.int32)
         return self.clocks[items.number]
 
 
