@@ -110,8 +110,8 @@ def test_nested_vmap_is_a_nested_loop(kernel):
     tokens = stacked([t for _, t in some])
     inner = jax.vmap(step_of(kernel), (None, None, 0))
     want = [stacked([alone(kernel)(params, c, t) for _, t in some]) for c, _ in some]
-    # Of two loops XLA makes another program than of one: on some CPUs it multiplies and adds at once
-    # in other places.
+    # Of two loops XLA makes another program than of one: some CPUs multiply and add at once
+    # elsewhere then.
     args = params, caches, tokens
     check(kernel, jax.vmap(inner, (None, 1, None)), args, want, assert_near)
 
