@@ -17,10 +17,10 @@ import numpy as np
 from checkpoints.hf_files import StoredTensor
 from checkpoints.hf_integers import Settings, raw
 from checkpoints.manifest import CheckpointError
+from checkpoints.stored import ALL
 
 __all__ = ["FloatMatrix", "read_fp8"]
 
-_ALL = slice(None)
 _NOT_OURS = ("_scale", "_scale_inv")
 # Of activations: what they are multiplied with is not looked at.
 _BESIDE = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".activation_scale")
@@ -62,9 +62,9 @@ class FloatMatrix:
 
     def parts(self) -> list[slice]:
         """The matrix is read at once."""
-        return [_ALL]
+        return [ALL]
 
-    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+    def read_into(self, out: np.ndarray, part: slice = ALL) -> None:
         """Reads it: the products, computed in float32, rounded to the array's dtype."""
         scale = raw(self.scale).astype(np.float32)
         if self.square is not None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from checkpoints.hf_table import Slot
 from checkpoints.manifest import CheckpointError
-from checkpoints.stored import Described
+from checkpoints.stored import ALL, Described
 from ffjax.config import ModelConfig
 from ffjax.formats import WeightFormat, WeightFormats
 from ffjax.rounding import grouped_weights
@@ -34,7 +34,6 @@ __all__ = [
     "with_offset",
 ]
 
-_ALL = slice(None)
 _MATRICES = ("qkv", "attn_out", "gate_up", "down", "head")
 
 
@@ -120,13 +119,13 @@ class _Part:
 
     def parts(self) -> list[slice]:
         """The matrix is read at once."""
-        return [_ALL]
+        return [ALL]
 
 
 class WholeMatrix(_Part):
     """Whole numbers made of a matrix."""
 
-    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+    def read_into(self, out: np.ndarray, part: slice = ALL) -> None:
         """Reads it, rounding to the array's dtype."""
         whole = _whole(self.matrix.read(self.to), self.to)
         if (order := getattr(self.matrix, "order", None)) is None:
@@ -138,7 +137,7 @@ class WholeMatrix(_Part):
 class Kept(_Part):
     """The integers of a matrix."""
 
-    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+    def read_into(self, out: np.ndarray, part: slice = ALL) -> None:
         """Reads it: words of int4, or int8."""
         numbers = self.matrix.read(self.to).numbers
         out[part] = packed(numbers) if self.to.bits == 4 else numbers
@@ -155,7 +154,7 @@ class _Scales(_Part):
     def nbytes(self) -> int:
         return 0
 
-    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+    def read_into(self, out: np.ndarray, part: slice = ALL) -> None:
         """Reads them."""
         out[part] = self.matrix.read(self.to).scale
 

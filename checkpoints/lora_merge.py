@@ -11,13 +11,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from checkpoints.hf_files import StoredTensor
-from checkpoints.stored import Stored
+from checkpoints.stored import ALL, Derived
 
 __all__ = ["Factors", "MergedTensor"]
 
 # Numbers that are merged at a time: each takes some 16 bytes on the way.
 _BLOCK = 1 << 20
-_ALL = slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,42 +48,17 @@ class Factors:
 
 
 @dataclasses.dataclass(frozen=True)
-class MergedTensor:
+class MergedTensor(Derived):
     """A tensor W of a model as W + scaling * B @ A (LoRA, arXiv 2106.09685, equation 3).
 
     Attributes:
         base: the tensor W, not yet read, a matrix `[out, in]`.
-        factors: its adapter.
+        factors: its adapter, whose bytes are few beside W's.
     """
 
-    base: Stored
     factors: Factors
 
-    @property
-    def name(self) -> str:
-        """The name of the tensor W."""
-        return self.base.name
-
-    @property
-    def dtype(self) -> str:
-        """The dtype that W has in its file."""
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of W."""
-        return self.base.shape
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes W takes in its file; an adapter's are few."""
-        return self.base.nbytes
-
-    def parts(self) -> list[slice]:
-        """All of it: what one part is of W is W's own affair."""
-        return [_ALL]
-
-    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+    def read_into(self, out: np.ndarray, part: slice = ALL) -> None:
         """Reads W, rounds it to the array's dtype, and merges.
 
         The product and its scaling are float32. They are added in float32 and the sum is
@@ -97,8 +71,7 @@ class MergedTensor:
         Raises:
             CheckpointError: a file ends before a tensor does.
         """
-        for one in self.base.parts():
-            self.base.read_into(out, one)
+        self.read_base(out)
         left, right = self.factors.read()
         scaling = np.float32(self.factors.scaling)
         for rows in _blocks(*out.shape):

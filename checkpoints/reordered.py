@@ -6,15 +6,13 @@ import dataclasses
 
 import numpy as np
 
-from checkpoints.stored import Stored
+from checkpoints.stored import ALL, Derived
 
 __all__ = ["Reordered", "in_their_order"]
 
-_ALL = slice(None)
-
 
 @dataclasses.dataclass(frozen=True)
-class Reordered:
+class Reordered(Derived):
     """A tensor read into our order of rows; as `stored.Stored`.
 
     Attributes:
@@ -22,34 +20,9 @@ class Reordered:
         order: which of its rows each of ours is.
     """
 
-    base: Stored
     order: tuple[int, ...]
 
-    @property
-    def name(self) -> str:
-        """Its name in its file."""
-        return self.base.name
-
-    @property
-    def dtype(self) -> str:
-        """What its file calls its numbers."""
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.base.shape
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes of its file it takes."""
-        return self.base.nbytes
-
-    def parts(self) -> list[slice]:
-        """All of it: a row may go anywhere."""
-        return [_ALL]
-
-    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+    def read_into(self, out: np.ndarray, part: slice = ALL) -> None:
         """Reads it into an array of its shape, rounding to the array's dtype.
 
         Args:
@@ -60,8 +33,7 @@ class Reordered:
             CheckpointError: the file ends before the tensor does.
         """
         theirs = np.empty_like(out)
-        for one in self.base.parts():
-            self.base.read_into(theirs, one)
+        self.read_base(theirs)
         np.take(theirs, self.order, axis=0, out=out)
 
 

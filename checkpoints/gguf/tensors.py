@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints.hf_files import fill
+from checkpoints.stored import ALL
 
 __all__ = ["PLAIN", "SIZES", "GGUFTensor", "check_package", "type_name"]
 
@@ -58,7 +59,6 @@ _TYPES = {
 _BLOCK = 1 << 18
 # Numbers that a thread reads at a time.
 _PART = 16 << 20
-_ALL = slice(None)
 
 
 def type_name(number: int) -> str:
@@ -99,7 +99,7 @@ class GGUFTensor(NamedTuple):
         step = self._unit * max(1, _PART // (self._unit * self._columns))
         return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
-    def read_into(self, out: np.ndarray, part: slice = _ALL) -> None:
+    def read_into(self, out: np.ndarray, part: slice = ALL) -> None:
         """Reads rows into an array, rounding where the array's dtype is another.
 
         Args:

@@ -50,12 +50,12 @@ def _combine_text(count: int, lanes: int, step: int, most: int, feed: Feed) -> s
         lines.append(f"mov.b64 {{%y, %x}}, {pair}; xor.b32 %x, %x, {tag}; or.b32 %left, %left, %x;")
     lines += [
         "setp.eq.u32 %p, %left, 0;",
-        leave_line(feed, "done"),
+        leave_line("done"),
         *look_again("again", ring, feed, most),
     ]
     # The element is no number where the first span's sum of weights is none.
     lines += ["missing:", *give_up(sums, ring, feed), f"mov.b64 %a0, {{{LOST}, {LOST}}}; done:"]
-    # Threads come out of it one by one; what follows is done by whole warps, or takes far longer.
+    # Of those that give up, some come by another way; what follows is done by whole warps.
     lines.append(lowered.REJOIN)
     for q in range(count):
         for pair, number in (("a", "t"), ("b", "m"), ("c", "o")):

@@ -48,7 +48,7 @@ LOST = "0xFFFFFFFF"
 _RECORD, _PROGRAM, _USED = 48, 56, 20
 
 
-def leave_line(feed: Feed, to: str) -> str:
+def leave_line(to: str) -> str:
     """Leaves a look where %p says that the thread has what it looked for.
 
     The threads of a warp leave together, when the last one has. Threads that come out one by one

@@ -75,10 +75,10 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
         last = pieces - 1
         lines.append("early:")
         lines.append(f"and.b32 %w, %left, {1 << last}; setp.eq.u32 %p, %w, 0;")
-        lines.append(leave_line(feed, "again"))
+        lines.append(leave_line("again"))
         lines.append("setp.ne.u32 %p, %w, 0;")
         lines += load(last, "@%p ")
-        lines += [*feeding, *check(last), leave_line(feed, "again")]
+        lines += [*feeding, *check(last), leave_line("again")]
         lines += [*look_again("early", ring_of, feed, most), "bra missing;"]
     lines.append("again:")
     for q in range(pieces):
@@ -87,7 +87,7 @@ def _(ctx, ref, weights, *args, places, size, bits, most, feed):
     lines += feeding
     for q in range(pieces):
         lines += check(q)
-    lines += ["setp.eq.u32 %p, %left, 0;", leave_line(feed, "done")]
+    lines += ["setp.eq.u32 %p, %left, 0;", leave_line("done")]
     lines += look_again("again", ring_of, feed, most)
     lines += ["missing:", *give_up(address, ring_of, feed), f"mov.b32 $0, {LOST}; done: }}"]
     addresses = lowered.addresses(ref, offset, shape)
@@ -170,7 +170,7 @@ def _collect_each_text(count: int, pairs: bool, together: int, most: int, feed: 
     lines += [f"xor.b32 %x, {word}, {tag}; or.b32 %left, %left, %x;" for word in tags]
     if not pairs:
         lines.append("and.b32 %left, %left, 255;")
-    lines += ["setp.eq.u32 %p, %left, 0;", leave_line(feed, "done")]
+    lines += ["setp.eq.u32 %p, %left, 0;", leave_line("done")]
     lines += look_again("again", ring, feed, most)
     lines.append("missing:")
     for i, word in enumerate(tags):  # the last one that is missing
