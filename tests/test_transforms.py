@@ -70,14 +70,9 @@ def assert_same(got, want):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-def assert_near(got, want):
-    """But for the last bits, and the mail, which has activations with tags in their last bits."""
-    for one, other in zip(*(jax.tree.leaves(_without_mail(x)) for x in (got, want)), strict=True):
-        if jnp.issubdtype(one.dtype, jnp.floating):
-            numbers = (np.asarray(x.astype(jnp.float32)) for x in (one, other))
-            np.testing.assert_allclose(*numbers, rtol=1e-2, atol=1e-4)
-        else:
-            np.testing.assert_array_equal(one, other)
+def assert_same_but_mail(got, want):
+    """The mail has activations that were handed over, whose last bits need not be the same."""
+    assert_same(_without_mail(got), _without_mail(want))
 
 
 def _without_mail(out):
@@ -113,7 +108,7 @@ def test_nested_vmap_is_a_nested_loop(kernel):
     # Of two loops XLA makes another program than of one: some CPUs multiply and add at once
     # elsewhere then.
     args = params, caches, tokens
-    check(kernel, jax.vmap(inner, (None, 1, None)), args, want, assert_near)
+    check(kernel, jax.vmap(inner, (None, 1, None)), args, want, assert_same_but_mail)
 
 
 def launches(jaxpr):
