@@ -34,7 +34,7 @@ def why_not_backend(backend: Backend, gpu: Gpu | None = None) -> str | None:
     if backend == "mosaic_gpu" and gpu is not None and float(gpu.capability) < 9:
         return (
             f"Mosaic GPU compiles the kernel for compute capability 9.0 and newer, got {gpu.name}, "
-            f"of {gpu.capability}. Use implementation='pallas'."
+            f"of {gpu.capability}. Take Triton, which compiles it for 8.0 and newer."
         )
     return None
 

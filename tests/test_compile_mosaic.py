@@ -46,4 +46,5 @@ def test_an_older_gpu_is_left_to_triton(capsys):
     asked = ["--config", "llama3.2-1b", "--gpu", "a100", "--backend", "mosaic_gpu"]
     assert main(asked) == 1
     said = capsys.readouterr().err
-    assert "compute capability 9.0 and newer, got 8.0. Take the Triton backend." in said
+    assert "compute capability 9.0 and newer, got NVIDIA A100" in said
+    assert "of 8.0. Take Triton, which" in said

@@ -94,11 +94,14 @@ def launch(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
+    # Without its rule of batching, which JAX before 0.11 discharges no refs within. Callers of the
+    # step batch it by a rule of their own.
+    run = call.fun
     inputs = {out: i for i, out in aliases.items()}
 
     def stateful(*arrays: Array) -> list[Array]:
         refs = {i: jax.new_ref(arrays[i]) for i in aliases}
-        made = iter(call(*(refs.get(i, x) for i, x in enumerate(arrays))))
+        made = iter(run(*(refs.get(i, x) for i, x in enumerate(arrays))))
         return [refs[inputs[i]][...] if i in inputs else next(made) for i in range(len(out_shapes))]
 
     # Derivatives and batching that a caller defines take no refs within: only values go in and out.
