@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import jax
@@ -18,6 +19,7 @@ from ffjax.broken import NotFiniteError
 from ffjax.cache import KVCache, check_cache
 from ffjax.config import ModelConfig
 from ffjax.dims import step_dims, step_features
+from ffjax.inputs import checked_layers
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
 from ffjax.settings import own_settings
@@ -85,11 +87,14 @@ class DecodeOutput(NamedTuple):
         logits: float32 `[B, V]`; of a step of several tokens `[B, T, V]`.
         token: int32 `[B]`, or `[B, T]`: the greedy choice behind each token, the lowest id of equal
             logits. Where a logit is NaN it is that one's, or -1 where the kernel gave up.
+        hidden: float32 `[B, n, D]`, or `[B, T, n, D]`: the residual behind each of the n layers
+            that were asked for, in that order; None if none were.
     """
 
     cache: KVCache
     logits: Array
     token: Array
+    hidden: Array | None = None
 
     def check(self, model: Transformer) -> None:
         """Waits for the step; raises if it chose no token.
@@ -417,6 +422,7 @@ def fused_step(
     tokens: Array,
     live: Array | None = None,
     *,
+    hidden_layers: Sequence[int] = (),
     tuning: Tuning | None = None,
     backend: Backend | None = None,
     interpret: bool = False,
@@ -428,6 +434,7 @@ def fused_step(
         cache: the cache.
         tokens: int `[B]`, or `[B, T]` with a cache made for as many.
         live: how many tokens of each sequence count: see `decode_step`.
+        hidden_layers: whose hidden states to return: see `decode_step`.
         tuning: the kernel's tunables. None: what its table says, or what fits the device.
         backend: that of Pallas which compiles the kernel, "triton" or "mosaic_gpu"; None: what the
             tuning says, or the faster one that there is.
@@ -443,6 +450,7 @@ def fused_step(
     """
     tokens = _checked(model, cache, tokens)
     live, each = _checked_live(live, tokens), _tokens_each(tokens)
+    layers = checked_layers(hidden_layers, model.config) if len(hidden_layers) else ()
     gpu = INTERPRETER if interpret else Gpu.of(device_of(model))
     reason = _why_not(model.config, model.dtype, cache.batch, cache.capacity, each, gpu)
     if reason is not None or gpu is None:
@@ -457,16 +465,23 @@ def fused_step(
         if (reason := why_not_backend(backend, gpu)) is not None and not interpret:
             raise NotImplementedError(reason)
         plan = plan.compiled_by(backend)
-    launch = functools.partial(stream_step, plan, interpret=interpret)
-    logits, token, state = launch_whole(launch, *step)
+    launch = functools.partial(stream_step, plan, hidden_layers=layers, interpret=interpret)
+    logits, token, state, hidden = launch_whole(launch, *step)
     lengths = state.lengths if live is None else jnp.maximum(cache.lengths, 0) + live
     made = {"k": state.k, "v": state.v, "lengths": lengths, name: state.counters}
     logits, token = logits.reshape(*tokens.shape, -1), token.reshape(tokens.shape)
-    return DecodeOutput(dataclasses.replace(cache, **made), logits, token)
+    if hidden is not None:
+        hidden = hidden.reshape(*tokens.shape, *hidden.shape[1:])
+    return DecodeOutput(dataclasses.replace(cache, **made), logits, token, hidden)
 
 
 def reference_step(
-    model: Transformer, cache: KVCache, tokens: Array, live: Array | None = None
+    model: Transformer,
+    cache: KVCache,
+    tokens: Array,
+    live: Array | None = None,
+    *,
+    hidden_layers: Sequence[int] = (),
 ) -> DecodeOutput:
     """A decode step by the reference model.
 
@@ -475,22 +490,32 @@ def reference_step(
         cache: the cache.
         tokens: int `[B]` or `[B, T]`.
         live: how many tokens of each sequence count: see `decode_step`.
+        hidden_layers: whose hidden states to return: see `decode_step`.
 
     Raises:
-        ValueError: the cache is another model's, a length is negative, or the tokens are not
-            `[B]` or `[B, T]`.
-        TypeError: the tokens are no integers, or the cache has other dtypes.
+        ValueError: the cache is another model's, a length is negative, the tokens are not `[B]` or
+            `[B, T]`, or a layer is not one of the model's.
+        TypeError: the tokens or layers are no integers, or the cache has other dtypes.
     """
     tokens = _checked(model, cache, tokens)
     live = _checked_live(live, tokens)
+    layers = checked_layers(hidden_layers, model.config) if len(hidden_layers) else ()
     tokens = jnp.clip(tokens, 0, model.config.vocab_size - 1)
     cache = dataclasses.replace(cache, lengths=jnp.maximum(cache.lengths, 0))
     before = cache.lengths
-    logits, cache = model(tokens.reshape(len(tokens), -1), cache)
+    rows, hidden = tokens.reshape(len(tokens), -1), None
+    if layers:
+        last = model.config.num_layers
+        hidden, cache = model.hidden_states(rows, cache, layers=sorted({*layers, last}))
+        logits = model.logits_of(hidden[:, :, -1])
+        chosen = jnp.array([sorted({*layers, last}).index(layer) for layer in layers])
+        hidden = hidden[:, :, chosen].reshape(*tokens.shape, len(layers), -1)
+    else:
+        logits, cache = model(rows, cache)
     logits = logits.reshape(*tokens.shape, -1)
     if live is not None:
         cache = dataclasses.replace(cache, lengths=before + live)
-    return DecodeOutput(cache, logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return DecodeOutput(cache, logits, jnp.argmax(logits, axis=-1).astype(jnp.int32), hidden)
 
 
 @own_settings()
@@ -500,6 +525,7 @@ def decode_step(
     tokens: Array,
     live: Array | None = None,
     *,
+    hidden_layers: Sequence[int] = (),
     implementation: Implementation | None = None,
 ) -> DecodeOutput:
     """Feeds one token to each sequence, or T; returns logits and greedy choice of the next.
@@ -534,17 +560,20 @@ def decode_step(
         cache: the cache; each sequence's first token goes to position `lengths[b]`.
         tokens: int `[B]`, or `[B, T]`.
         live: int `[B]`, 0 to T; None: all count.
+        hidden_layers: n layers whose hidden states are returned too, each once, in any order, as
+            a draft head takes them: l is the residual behind layer l, 1 to L, and 0 the embedding
+            (see `Transformer.hidden_states`). They are static under jit.
         implementation: "pallas", the fused kernel; "pallas_mosaic_gpu", the same compiled by
             Pallas's Mosaic GPU backend and not by Triton; "xla", the reference; None: "pallas"
             where it can run, else "xla", said once by logging.
 
     Returns:
-        Cache, logits and greedy token.
+        Cache, logits, greedy token, and the hidden states that were asked for.
 
     Raises:
         ValueError: the implementation's name is unknown, the tokens are not `[B]` or `[B, T]`, the
-            cache is another model's or not for fused steps of T tokens, or, where it is no tracer,
-            a length is negative.
+            cache is another model's or not for fused steps of T tokens, a layer is not among 0 to
+            L or named twice, or, where it is no tracer, a length is negative.
         TypeError: the tokens are no integers (embeddings go into `Transformer.last_hidden_state`),
             or the cache has other dtypes.
         NotImplementedError: the named implementation cannot run here; a fused step is asked
@@ -552,6 +581,7 @@ def decode_step(
     """
     tokens = _checked(model, cache, tokens)
     chosen = resolve_implementation(model, cache, implementation, _tokens_each(tokens))
+    how: dict[str, Any] = {"hidden_layers": hidden_layers}
     if chosen == "xla":
-        return reference_step(model, cache, tokens, live)
-    return fused_step(model, cache, tokens, live, backend=backend_of(chosen))
+        return reference_step(model, cache, tokens, live, **how)
+    return fused_step(model, cache, tokens, live, backend=backend_of(chosen), **how)

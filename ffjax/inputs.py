@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import Array
 from ffjax.cache import KVCache, check_cache
 from ffjax.config import ModelConfig
 
-__all__ = ["checked_inputs", "checked_store", "checked_tokens"]
+__all__ = ["checked_inputs", "checked_layers", "checked_store", "checked_tokens"]
 
 
 def checked_tokens(tokens: Any) -> Array:
@@ -59,6 +60,29 @@ def checked_inputs(inputs: Any, config: ModelConfig) -> Array:
             "model.embedded(tokens) makes them of token ids."
         )
     return inputs.astype(jnp.float32)
+
+
+def checked_layers(layers: Any, config: ModelConfig) -> tuple[int, ...]:
+    """Layers whose hidden states are asked for.
+
+    Args:
+        layers: their numbers, 0 to L, each once; 0 is the embedding.
+        config: the model's.
+
+    Raises:
+        ValueError: there is no such layer, one is named twice, or none is named.
+        TypeError: they are no integers.
+    """
+    rule = f"Hidden states are those behind layers 1 to {config.num_layers} of {config.name}, or 0"
+    try:
+        chosen = tuple(operator.index(layer) for layer in layers)
+    except TypeError:
+        raise TypeError(f"{rule}, the embedding: a sequence of integers; got {layers!r}.") from None
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{rule}, the embedding, each named once; got {list(chosen)}.")
+    if wrong := [layer for layer in chosen if not 0 <= layer <= config.num_layers]:
+        raise ValueError(f"{rule}, the embedding; got {wrong[0]}.")
+    return chosen
 
 
 def checked_store(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from jax import Array, lax
 from ffjax.cache import KVCache
 from ffjax.config import Activation, ModelConfig
 from ffjax.formats import WeightFormat
-from ffjax.inputs import checked_inputs, checked_store, checked_tokens
+from ffjax.inputs import checked_inputs, checked_layers, checked_store, checked_tokens
 from ffjax.rope import Rope, apply_rope, rope_of
 from ffjax.rounding import expand, random_matrix
 from ffjax.settings import own_settings
@@ -373,6 +373,54 @@ class Transformer(nnx.Module):
                 model's, or, where it is no tracer, has a negative length.
             TypeError: embeddings are integers, or the cache has other dtypes.
         """
+        x, store = self._fed(inputs, cache, num_tokens)
+        x, store, _ = self._forward(x, store, num_tokens, last_only)
+        x = self._norm(x, self.final_norm[...])
+        return x if cache is None else (x, store)
+
+    @own_settings()
+    def hidden_states(
+        self,
+        inputs: Array,
+        cache: KVCache | None = None,
+        *,
+        layers: Sequence[int],
+        num_tokens: Array | None = None,
+    ) -> Array | tuple[Array, KVCache]:
+        """The residual behind chosen layers, of every token.
+
+        A draft head such as EAGLE-3's (arXiv 2503.01840) reads those of a low, a middle and a high
+        layer. `ffjax.decode_step(.., hidden_layers=..)` returns the same of the tokens of a step.
+
+        Args:
+            inputs: token ids int `[B, T]`, or embeddings `[B, T, D]`: see `last_hidden_state`.
+            cache: what came before, or None.
+            layers: n of them, each once, in any order: l is the residual behind layer l, 1 to L;
+                0 the embedding. They are the `hidden_states[l]` of transformers but for l = L,
+                which is before the final norm here.
+            num_tokens: int `[B]`, how many of each row's T inputs count; as in a call of the model.
+
+        Returns:
+            float32 `[B, T, n, D]`; with a cache, the pair of it and the new cache. A position that
+            the cache has no slot for gets NaN.
+
+        Raises:
+            ValueError: a layer is not among 0 to L, or named twice; the inputs have another shape;
+                the cache has another batch, is another model's, or, where it is no tracer, has a
+                negative length.
+            TypeError: a layer is no integer, embeddings are integers, or the cache has other
+                dtypes.
+        """
+        chosen = checked_layers(layers, self.config)
+        x, store = self._fed(inputs, cache, num_tokens)
+        _, store, notes = self._forward(x, store, num_tokens, False, hidden_layers=chosen)
+        hidden = notes["hidden_states"]
+        return hidden if cache is None else (hidden, store)
+
+    def _fed(
+        self, inputs: Any, cache: KVCache | None, num_tokens: Array | None
+    ) -> tuple[Array, KVCache]:
+        """What the first layer is given of ids or embeddings, float32 `[B, T, D]`; the cache."""
         inputs = checked_inputs(inputs, self.config)
         store = checked_store(inputs, cache, num_tokens, self.config, self.dtype)
         x = self.embedded(inputs) if inputs.ndim == 2 else inputs
@@ -380,9 +428,7 @@ class Transformer(nnx.Module):
             # Of padding, tokens are numbers; embeddings may be NaN, which 0 * NaN would spread.
             counts = jnp.arange(x.shape[1]) < jnp.asarray(num_tokens)[:, None]
             x = jnp.where(counts[..., None], x, 0)
-        x, store, _ = self._forward(x, store, num_tokens, last_only)
-        x = self._norm(x, self.final_norm[...])
-        return x if cache is None else (x, store)
+        return x, store
 
     @own_settings()
     def logits(self, hidden: Array) -> Array:
@@ -427,6 +473,7 @@ class Transformer(nnx.Module):
         num_tokens: Array | None,
         last_only: bool,
         summary: Callable[[Array], Any] | None = None,
+        hidden_layers: tuple[int, ...] = (),
     ) -> tuple[Array, KVCache, dict[str, Any]]:
         """All layers, and the cache grown: float32 `[B, T, D]`, or `[B, D]` where last_only."""
         count = x.shape[1]
@@ -434,7 +481,11 @@ class Transformer(nnx.Module):
         positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, T]
         attend = self.attention_over(cache, positions)
         caches = cache.k, cache.v
-        x, (k, v), notes = self.run_layers(x, positions, cache.capacity, attend, caches, summary)
+        how = attend, caches, summary, None, hidden_layers
+        x, (k, v), notes = self.run_layers(x, positions, cache.capacity, *how)
+        if hidden_layers:
+            there = (positions < cache.capacity)[..., None, None]
+            notes["hidden_states"] = jnp.where(there, notes["hidden_states"], jnp.nan)
         if last_only:
             last = jnp.maximum(lengths - cache.lengths - 1, 0)[:, None]  # [B, 1]
             x = jnp.take_along_axis(x, last[..., None], axis=1)  # [B, 1, D]
@@ -501,6 +552,7 @@ class Transformer(nnx.Module):
         state: Any,
         summary: Callable[[Array], Any] | None = None,
         product: Product | None = None,
+        hidden_layers: tuple[int, ...] = (),
     ) -> tuple[Array, Any, dict[str, Any]]:
         """All layers, whoever attends and multiplies: `ffjax.prefill` does in ways of its own.
 
@@ -512,15 +564,17 @@ class Transformer(nnx.Module):
             state: what the first layer's `attend` is given.
             summary: see `observe`; or None.
             product: products with the layers' matrices; None: the reference's.
+            hidden_layers: n layers, 0 to L, as `hidden_states` takes them.
 
         Returns:
-            float32 `[B, T, D]`, the last layer's state, and the summaries.
+            float32 `[B, T, D]`, the last layer's state, and the summaries. With layers chosen,
+            float32 `[B, T, n, D]` is among these, as "hidden_states".
         """
         c = self.config
         rope, other_rope = (rope_of(c, capacity, other=other) for other in (False, True))
 
         def layer(carry, per_layer):
-            x, state, index = carry
+            x, state, index, hidden = carry
             weights, is_local, is_other = per_layer
             here = rope
             if is_other is not None:
@@ -529,13 +583,22 @@ class Transformer(nnx.Module):
             at = LayerAt(index, is_local, weights)
             how = here, attend, state, product, _noting(summary, notes)
             x, state = self.layer(at, x, positions, *how)
-            return (x, state, index + 1), notes
+            if hidden is not None:
+                hidden = jnp.where(behind == index + 1, x[..., None, :], hidden)
+            return (x, state, index + 1, hidden), notes
 
         is_local = None if c.window is None else jnp.array(c.local_layers)  # [L]
         is_other = jnp.array(c.other_rope_layers) if any(c.other_rope_layers) else None  # [L]
-        carry = (x, state, jnp.int32(0))
+        hidden = None
+        if hidden_layers:
+            behind = jnp.array(hidden_layers, jnp.int32)[:, None]  # [n, 1]
+            # The embedding; what is behind layers takes its place.
+            hidden = jnp.repeat(x[..., None, :], len(hidden_layers), axis=-2)
+        carry = (x, state, jnp.int32(0), hidden)
         each = self.stacked_weights(), is_local, is_other
-        (x, state, _), notes = lax.scan(layer, carry, each)
+        (x, state, _, hidden), notes = lax.scan(layer, carry, each)
+        if hidden is not None:
+            notes["hidden_states"] = hidden
         return x, state, notes
 
     def stacked_weights(self) -> dict[str, Array]:

@@ -14,11 +14,12 @@ import jax
 
 from pallas_kernels.dims import DecodeWeights
 from pallas_kernels.launch import StepState
+from pallas_kernels.stream.launch import StepResult
 
 __all__ = ["NO_DERIVATIVE", "Launch", "launch_whole"]
 
-Launch = Callable[[DecodeWeights, StepState, jax.Array], tuple[jax.Array, jax.Array, StepState]]
-"""A step: weights, state and tokens int32 `[B]` to logits, tokens and the next state."""
+Launch = Callable[[DecodeWeights, StepState, jax.Array], StepResult]
+"""A step of weights, state and tokens int32 `[B * T]`."""
 
 NO_DERIVATIVE = (
     "A fused decode step has no derivative, got one asked for, as by jax.grad, jvp, vjp or "
@@ -34,7 +35,7 @@ _NO_VARYING = (
 
 def launch_whole(
     launch: Launch, weights: DecodeWeights, state: StepState, tokens: jax.Array
-) -> tuple[jax.Array, jax.Array, StepState]:
+) -> StepResult:
     """Launches a step such that transformations of JAX take it whole.
 
     Under `jax.vmap` the instances run one after another, each as a launch of its own; what is
@@ -45,7 +46,7 @@ def launch_whole(
         launch: the step.
         weights: the weights.
         state: what the step updates.
-        tokens: int32 `[B]`.
+        tokens: int32 `[B * T]`.
 
     Returns:
         What `launch` returns.

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels import compile_worker
@@ -129,6 +130,7 @@ def compile_for(
     num_stages: int | None = None,
     tuned: bool = False,
     backend: Backend | None = None,
+    hidden_layers: Sequence[int] = (),
 ) -> CompileReport:
     """Compiles the decode step of these sizes and reports what it became.
 
@@ -139,6 +141,7 @@ def compile_for(
         num_stages: overrides the plan's.
         tuned: with the tuning of the table, as on the device itself; else with the defaults.
         backend: that of Pallas which compiles the kernel; None: see `backends.default_backend`.
+        hidden_layers: whose hidden states the step returns, as of `stream_step`.
 
     Raises:
         ValueError: no target has that name, the fused kernel cannot run these sizes, or the
@@ -152,6 +155,11 @@ def compile_for(
         reason = why_not_on(wanted.gpu, dims)
     if reason is None:
         reason = why_not_backend(backend, wanted.gpu)
+    if reason is None and not all(0 <= layer <= dims.num_layers for layer in hidden_layers):
+        reason = (
+            f"Hidden states are those behind layers 1 to {dims.num_layers}, or 0, the embedding; "
+            f"got {', '.join(map(str, hidden_layers))}."
+        )
     if reason is not None:
         raise ValueError(reason)
     if (reason := why_no_compiler()) is not None:
@@ -161,6 +169,7 @@ def compile_for(
         "gpu": gpu,
         "dims": dataclasses.asdict(dims),
         "tuned": tuned,
+        "hidden_layers": list(hidden_layers),
         "options": {key: value for key, value in options.items() if value is not None},
     }
     with tempfile.TemporaryDirectory(prefix="ffjax_compile_") as name:
@@ -328,6 +337,14 @@ def command_line() -> argparse.ArgumentParser:
         choices=BACKENDS,
         help="of Pallas, which compiles the kernel; default: triton where JAX has it",
     )
+    parser.add_argument(
+        "--hidden-layers",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="layers whose hidden states the step returns (0: the embedding); default: none",
+    )
     parser.add_argument("--num-warps", type=int, help="overrides the plan's")
     parser.add_argument("--num-stages", type=int, help="overrides the plan's")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -347,12 +364,14 @@ def main(arguments: list[str] | None = None) -> int:
             num_warps=asked.num_warps,
             num_stages=asked.num_stages,
             backend=asked.backend,
+            hidden_layers=asked.hidden_layers,
         )
     except (ValueError, OSError, NotImplementedError, CompileError) as error:
         print(error, file=sys.stderr)
         return 1
     names = ["config", "model", "weights", "head", "batch", "tokens", "capacity"]
     names += [n for n in ("group_size", "scales", "offset") if getattr(asked, n) is not None]
+    names += ["hidden_layers"] if asked.hidden_layers else []
     asked_for = {name: getattr(asked, name) for name in names}
     if asked.config is not None:  # a model that is not a preset may be quantized as it is stored
         asked_for["weights"] = asked.weights or "bfloat16"

@@ -33,12 +33,13 @@ __all__ = ["MODULE", "compile_step", "main"]
 MODULE = "jit_decode_step"
 
 
-def compile_step(plan: StreamPlan, config: str) -> Any:
+def compile_step(plan: StreamPlan, config: str, hidden_layers: tuple[int, ...] = ()) -> Any:
     """Compiles the step as `ffjax.decode_step` under jit is, the cache donated.
 
     Args:
         plan: the step's plan.
         config: XLA's description of the GPU.
+        hidden_layers: whose hidden states the step returns.
 
     Returns:
         JAX's compiled function.
@@ -56,9 +57,10 @@ def compile_step(plan: StreamPlan, config: str) -> Any:
     weights = jax.tree.map(lambda x: spec(*x.shape, dtype=x.dtype), d.abstract_weights())
 
     def decode_step(weights, state, tokens):
-        logits, token, state = stream_step(plan, weights, state, tokens)
+        how = {"hidden_layers": hidden_layers}
+        logits, token, state, hidden = stream_step(plan, weights, state, tokens, **how)
         # The state first: a donated buffer becomes the first output of its shape.
-        return state, logits, token
+        return state, logits, token, hidden
 
     with jax.set_mesh(mesh):
         step = jax.jit(decode_step, donate_argnames="state")
@@ -90,7 +92,7 @@ def main(directory: str) -> None:
     tuning = tuning or fitting(dims, gpu.gpu)
     plan = make_stream_plan(dims, gpu.gpu, dataclasses.replace(tuning, **options))
     plan = dataclasses.replace(plan, **stages)
-    compiled = compile_step(plan, gpu.config)
+    compiled = compile_step(plan, gpu.config, tuple(request["hidden_layers"]))
     result = {
         "programs": plan.programs,
         "num_warps": plan.num_warps,

@@ -141,7 +141,7 @@ def streamed(model, cache: KVCache, tokens, tuning: Tuning | None = None):
     dims = dims_of(model.config, cache.batch, cache.capacity, each)
     plan = make_stream_plan(dims, INTERPRETER, tuning or Tuning())
     weights, state = kernel_inputs(model, cache, each)
-    logits, token, state = stream(plan)(weights, state, tokens.reshape(-1))
+    logits, token, state, _ = stream(plan)(weights, state, tokens.reshape(-1))
     return _like(tokens, logits, token, cache, state)
 
 

@@ -101,7 +101,7 @@ def exported_for_h200(disabled_checks):
     state = cache.k, cache.v, cache.lengths, cache.counters
 
     def step(weights, state, tokens):
-        logits, token, state = launch_whole(
+        logits, token, state, _ = launch_whole(
             launch, jax.tree.unflatten(tree, weights), StepState(*state), tokens
         )
         return tuple(state), logits, token

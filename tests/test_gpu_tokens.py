@@ -183,3 +183,28 @@ def test_steps_of_one_and_of_several_tokens_in_turn():
         assert got[1] == want[1]
         for ours, theirs in zip(got[0], want[0], strict=True):
             assert_close(ours, theirs, "fused_vs_model_deep")
+
+
+@pytest.mark.parametrize("kernel", get_args(Kernel))
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_hidden_states_of_a_deep_model(tokens, kernel):
+    """As a draft head reads them, low, middle and high; beside the embedding and the last one."""
+    config, layers = small_config(**DEEP), (2, 15, 27, 0, 30)
+    lengths = {1: [300], 2: [0, 39, 63, 300], 8: [505]}[tokens]
+    shape = (len(lengths), tokens) if tokens > 1 else (len(lengths),)
+    some = jax.random.randint(jax.random.key(7), shape, 0, config.vocab_size)
+    for parts in split(config):
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def seen(name, params, cache, graph=parts.graph):
+            model = nnx.merge(graph, params)
+            return decode_step(model, cache, some, hidden_layers=layers, implementation=name).hidden
+
+        cache = started(config, lengths, max(tokens, 2), 640)
+        got, again, want = (
+            np.asarray(seen(name, parts.params, cache)) for name in (kernel, kernel, "xla")
+        )
+        assert got.shape == (*shape, 5, config.model_dim)
+        assert got.tobytes() == again.tobytes()
+        for place in range(len(layers)):  # each on its own scale
+            assert_close(got[..., place, :], want[..., place, :], "fused_vs_model_deep")

@@ -62,7 +62,7 @@ def stepped(model: Any, cache: KVCache, tokens: Any, num_warps: int) -> tuple[An
         return run(kernel, ring_bytes=shared_bytes, once=False, prepare=prepare, **how)[0]
 
     with mock.patch.object(launching, "launch", launch):
-        logits, token, state = stream_step(plan, *kernel_inputs(model, cache), tokens)
+        logits, token, state, _ = stream_step(plan, *kernel_inputs(model, cache), tokens)
     state = {name: jnp.asarray(x) for name, x in state._asdict().items()}
     return logits, token, dataclasses.replace(cache, **state)
 

@@ -243,7 +243,9 @@ from pallas_kernels.targets import target
 
 gpu, dims = target("h200"), step_dims(preset("python-bytes-3m"), 2, 512)
 bare = worker.stream_step
-worker.stream_step = lambda plan, *step: launch_whole(functools.partial(bare, plan), *step)
+worker.stream_step = lambda plan, *step, **how: launch_whole(
+    functools.partial(bare, plan, **how), *step
+)
 compiled = worker.compile_step(make_stream_plan(dims, gpu.gpu), gpu.config)
 [entry] = re.findall(r"^ENTRY [^\\n]*\\{\\n(.*?)^\\}", compiled.as_text(), re.M | re.S)
 kinds = re.findall(r"^\\s+(?:ROOT )?\\S+ = (?:\\(.*?\\)|\\S+) ([\\w-]+)\\(", entry, re.M)

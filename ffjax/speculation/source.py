@@ -34,9 +34,9 @@ class Source(Protocol):
 
     A head that reads hidden states of the model (EAGLE-3 and others) has its place here, and is
     not there yet. It would name the layers that it reads, as `tokens` names T. The step of several
-    tokens would return those, `[B, T, layers, D]`: today a `DecodeOutput` has no hidden state. The
-    block would put those of the kept tokens into `state` before it asks for the next drafts, which
-    is where the tokens that are kept are known. The rest is as with a draft model.
+    tokens returns those, `[B, T, n, D]`: `decode_step(.., hidden_layers=..)`. The block would put
+    those of the kept tokens into `state` before it asks for the next drafts, which is where the
+    tokens that are kept are known. The rest is as with a draft model.
     """
 
     @property

@@ -51,12 +51,14 @@ class StreamEnv(Program):
         step: number of the step, int32: how many were finished before.
         mail: the mail.
         shared: int32 scalar, where the shared memory begins that the kernel lays out itself.
+        hidden_layers: whose residual the step returns: see `stream_step`.
     """
 
     plan: StreamPlan
     step: Array
     mail: Mail
     shared: Array
+    hidden_layers: tuple[int, ...] = ()
 
     def iota(self, shape: tuple[int, ...], axis: int) -> Array:
         """int32 indices along `axis`, which the compiler takes for new ones where it has to.

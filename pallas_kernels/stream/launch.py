@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,23 @@ from pallas_kernels.stream.plan import Segment, StreamPlan
 from pallas_kernels.stream.product import products_shape
 from pallas_kernels.stream.route import route_shape
 
-__all__ = ["layout_of", "run_stream", "stream_step"]
+__all__ = ["StepResult", "layout_of", "run_stream", "stream_step"]
+
+
+class StepResult(NamedTuple):
+    """What a step returns.
+
+    Attributes:
+        logits: float32 `[B * T, V]`.
+        token: int32 `[B * T]`, the greedy ones.
+        state: the cache.
+        hidden: float32 `[B * T, n, D]`, of n layers that were asked for; None if none were.
+    """
+
+    logits: Array
+    token: Array
+    state: StepState
+    hidden: Array | None
 
 
 def layout_of(plan: StreamPlan) -> Layout:
@@ -38,6 +54,7 @@ def run_stream(
     tokens: Array,
     *,
     updated: dict[str, Array] | None = None,
+    hidden_layers: tuple[int, ...] = (),
     interpret: bool = False,
 ) -> dict[str, Array]:
     """Runs `body` once on each of the plan's programs, as one launch.
@@ -50,10 +67,12 @@ def run_stream(
         tokens: int32 `[B * T]`, those of a sequence one after the other.
         updated: more arrays that the body knows by name and may update in place, logits
             and token among them. Those not given start as the allocator left them.
+        hidden_layers: see `stream_step`.
         interpret: run on a CPU, programs one after another.
 
     Returns:
-        The state, logits float32 `[B * T, V]`, token int32 `[B * T]` and `updated`, by name.
+        The state, logits float32 `[B * T, V]`, token int32 `[B * T]`, `updated` and, of n
+        layers, hidden float32 `[B * T, n, D]`, by name.
 
     Raises:
         ValueError: the programs cannot all be on the device at once, their tiles do not fit in
@@ -81,6 +100,9 @@ def run_stream(
         "logits": jax.ShapeDtypeStruct((d.columns, d.vocab_size), jnp.float32),
         "token": jax.ShapeDtypeStruct((d.columns,), jnp.int32),
     }
+    if hidden_layers:
+        shape = (d.columns, len(hidden_layers), d.model_dim)
+        made["hidden"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if interpret:  # else in shared memory
         made["route"] = jax.ShapeDtypeStruct(route_shape(plan), jnp.int32)
         made["products"] = jax.ShapeDtypeStruct(products_shape(plan), jnp.float32)
@@ -101,6 +123,7 @@ def run_stream(
                 step=named["counters"][layout.steps],
                 mail=Mail(named["counters"], layout, interpret, plan.threads),
                 shared=jnp.int32(0),  # see `ring.with_ring`
+                hidden_layers=hidden_layers,
                 interpret=interpret,
             )
         )
@@ -151,8 +174,9 @@ def stream_step(
     state: StepState,
     tokens: Array,
     *,
+    hidden_layers: tuple[int, ...] = (),
     interpret: bool = False,
-) -> tuple[Array, Array, StepState]:
+) -> StepResult:
     """One fused decode step: one kernel launch.
 
     Args:
@@ -160,10 +184,18 @@ def stream_step(
         weights: the weights, as the model stores them.
         state: the cache; donate it to the surrounding jit, or XLA copies it.
         tokens: int32 `[B * T]`.
+        hidden_layers: the layers behind which the residual is returned, each once: 0 is the
+            embedding, L what the final norm is given. Without any, the kernel has nothing of it.
         interpret: run on a CPU with one program.
-
-    Returns:
-        Logits float32 `[B * T, V]`, the greedy token int32 `[B * T]`, and the new state.
     """
-    results = run_stream(stream_kernel, plan, weights, state, tokens, interpret=interpret)
-    return results["logits"], results["token"], StepState(*(results[n] for n in StepState._fields))
+    results = run_stream(
+        stream_kernel,
+        plan,
+        weights,
+        state,
+        tokens,
+        hidden_layers=hidden_layers,
+        interpret=interpret,
+    )
+    state = StepState(*(results[name] for name in StepState._fields))
+    return StepResult(results["logits"], results["token"], state, results.get("hidden"))

@@ -82,7 +82,33 @@ def leave_embed(env: StreamEnv, state: State) -> State:
 
     residual = Sums(of(own.first), of(own.second))
     _publish(env, residual, env.mail.layout.x_in, env.tag(0), [(True, Segment.QKV)])
+    if 0 in env.hidden_layers:
+        _store_hidden(env, residual, env.hidden_layers.index(0))
     return state._replace(residual=residual)
+
+
+def _store_hidden(env: StreamEnv, residual: Sums, place: Array | int) -> None:
+    """Stores this program's elements of one of the hidden states that the step returns.
+
+    Args:
+        env: what every part is given.
+        residual: the elements.
+        place: which of `hidden_layers`.
+    """
+    d, own = env.dims, _elements(env)
+    fits = env.positions(own.column) < d.capacity
+    for element, values in zip(own[:2], residual, strict=True):
+        real = (element < d.model_dim) & (own.column < d.columns)
+        values = jnp.where(fits, values, jnp.nan)
+        access.store(env["hidden"].at[own.column, place, element], values, mask=real)
+
+
+def _keep_hidden(env: StreamEnv, residual: Sums, is_down: Array, layer: Array) -> None:
+    """Stores the residual behind a layer, if the step is to return it."""
+    place = jnp.int32(-1)
+    for number, behind in enumerate(env.hidden_layers):
+        place = jnp.where(is_down & (layer + 1 == behind), jnp.int32(number), place)
+    lax.cond(place >= 0, lambda: _store_hidden(env, residual, place), lambda: None)
 
 
 def finish_projection(
@@ -201,4 +227,6 @@ def add_block(env: StreamEnv, place: Place, state: State) -> State:
     tag = jnp.where(to_head, env.head_tag, jnp.where(is_down, tag + 1, tag))
     readers = [(True, Segment.GATE_UP), (is_down, Segment.QKV), (to_head, Segment.HEAD)]
     _publish(env, residual, start, tag, readers)
+    if env.hidden_layers:  # once others have what they wait for
+        _keep_hidden(env, residual, is_down, place.layer)
     return state._replace(residual=residual)
