@@ -71,7 +71,7 @@ def test_a_named_kernel_that_cannot_run_raises_the_reason(model, cache, tokens):
 def test_a_device_that_can_takes_the_kernel(model, cache, tokens, caplog, monkeypatch):
     took = object()
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
-    monkeypatch.setattr(decode, "fused_step", lambda *arguments, backend: took)
+    monkeypatch.setattr(decode, "fused_step", lambda *arguments, **how: took)
     decode._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="ffjax"):
         assert decode_step(model, cache, tokens) is took
@@ -83,7 +83,7 @@ def test_a_device_that_can_takes_the_kernel(model, cache, tokens, caplog, monkey
 def test_the_kernels_former_name_is_taken_with_a_warning(model, cache, tokens, monkeypatch):
     took, former = object(), "pallas_stream"
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
-    monkeypatch.setattr(decode, "fused_step", lambda *arguments, backend: took)
+    monkeypatch.setattr(decode, "fused_step", lambda *arguments, **how: took)
     with pytest.warns(FutureWarning, match=f"implementation='{former}' is called 'pallas' now"):
         assert decode_step(model, cache, tokens, implementation=former) is took  # pyright: ignore[reportArgumentType]
 
