@@ -251,19 +251,19 @@ AGED = {
 @pytest.mark.parametrize("name", AGED)
 def test_a_cache_has_the_tags_that_steps_leave(name, start):
     config, lengths, capacity, *each = AGED[name]
-    mail = "wide_counters" if each else "counters"
+    exchange = "wide_counters" if each else "counters"
     model, cache = random_model(config), filled_cache(config, lengths, capacity, math.nan, *each)
     plan = make_stream_plan(dims_of(config, len(lengths), capacity, *each), INTERPRETER)
-    layout, words = layout_of(plan), getattr(cache, mail).shape[0]
+    layout, words = layout_of(plan), getattr(cache, exchange).shape[0]
     begun = aged_counters(plan, layout, start, words)
-    cache = dataclasses.replace(cache, **{mail: jnp.asarray(begun)})
+    cache = dataclasses.replace(cache, **{exchange: jnp.asarray(begun)})
     tokens = random_tokens(config, plan.dims.columns).reshape(len(lengths), *each)
     _, _, cache = streamed(model, cache, tokens)
     before = cache.lengths.tolist()
     logits, _, cache = streamed(model, cache, tokens)
     assert np.isfinite(logits).all()
     want = aged_counters(plan, layout, start + 2, words, before)
-    same_tags(np.asarray(getattr(cache, mail)), want, poison_of(plan, layout, words))
+    same_tags(np.asarray(getattr(cache, exchange)), want, poison_of(plan, layout, words))
 
 
 # Of several programs: `test_stream_stages`.

@@ -292,8 +292,8 @@ def lower(case: Case) -> None:
     plan = plan_of(case)
     sizes = plan.dims.batch, plan.dims.capacity
     cache = jax.eval_shape(lambda: KVCache.create(case.config, *sizes, tokens=case.tokens))
-    mail = cache.counters if case.tokens == 1 else cache.wide_counters
-    state = StepState(cache.k, cache.v, cache.lengths, mail)
+    exchange = cache.counters if case.tokens == 1 else cache.wide_counters
+    state = StepState(cache.k, cache.v, cache.lengths, exchange)
     tokens = jax.ShapeDtypeStruct((plan.dims.columns,), jnp.int32)
     step = functools.partial(launch.stream_step, plan)
     lower_for_gpu(step, plan.dims.abstract_weights(), state, tokens)

@@ -21,7 +21,7 @@ from stream_cases import check, stream, streamed
 
 from ffjax.cache import KVCache
 from pallas_kernels.gpu import INTERPRETER
-from pallas_kernels.stream.lanes import word_in_mail
+from pallas_kernels.stream.exchange_order import word_in_exchange
 from pallas_kernels.stream.launch import layout_of
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan
@@ -58,7 +58,7 @@ def test_a_step_matches_the_model(name):
 
 
 def test_steps_in_a_row_match_the_model():
-    """Each step's tags differ from those that the step before has left in the mail."""
+    """Each step's tags differ from those that the step before has left in the exchange."""
     config = small_config(num_kv_heads=2)
     model = random_model(config)
     cache = filled_cache(config, [126, 0, 60], 135)
@@ -93,7 +93,7 @@ def check_tags(model, cache: KVCache, steps: int) -> None:
         if plan.twins:
             bits, wanted = TWIN_TAG_BITS, twin_tag(jnp.int32(tag))
         part = plan.segments[reader]
-        there = word_in_mail(plan, part, sequences, np.arange(part.inner))
+        there = word_in_exchange(plan, part, sequences, np.arange(part.inner))
         assert (words[start + there] & bits == wanted).all()
 
 

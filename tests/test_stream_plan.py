@@ -1,4 +1,4 @@
-"""The fused kernel's plan, and its mail."""
+"""The fused kernel's plan, and its exchange."""
 
 from __future__ import annotations
 
@@ -38,18 +38,13 @@ from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
 from pallas_kernels.stream import ptx, ring
+from pallas_kernels.stream.exchange import Exchange
+from pallas_kernels.stream.exchange_layout import MAP_WORDS, exchange_words
+from pallas_kernels.stream.exchange_order import LOAD, word_in_exchange
 from pallas_kernels.stream.kernel import leaves_time, tiles_ahead
-from pallas_kernels.stream.lanes import (
-    LOAD,
-    column_of,
-    distances,
-    first_input,
-    next_input,
-    word_in_mail,
-)
+from pallas_kernels.stream.lanes import column_of, distances, first_input, next_input
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
-from pallas_kernels.stream.mail import MAP_WORDS, Mail, mail_words
 from pallas_kernels.stream.operand import copy_of_hidden
 from pallas_kernels.stream.plan import (
     BOX_UNIT,
@@ -101,7 +96,7 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
     for segment, room in rooms.items():
         part = plan.segments[segment]
         sequences, inputs = np.arange(batch)[:, None], np.arange(part.inner)
-        put = np.asarray(word_in_mail(plan, part, sequences, inputs)).reshape(batch, -1)
+        put = np.asarray(word_in_exchange(plan, part, sequences, inputs)).reshape(batch, -1)
         # A word has neighbours of one sequence, and nothing else.
         words = put[:, ::twins]
         assert (put[:, twins - 1 :: twins] == words).all()
@@ -119,8 +114,8 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
         word = np.arange(PIECE) // twins
         within = word // LOAD * 32 * LOAD + word % LOAD
         for before in range(0, part.inner, part.width):
-            place = np.asarray(word_in_mail(plan, part, sequence, before + first))[:, None]
-            place = place + [word_in_mail(plan, part, 0, x) for x in apart]
+            place = np.asarray(word_in_exchange(plan, part, sequence, before + first))[:, None]
+            place = place + [word_in_exchange(plan, part, 0, x) for x in apart]
             there = before + seen[..., -1] < min(before + part.width, part.inner)
             owner = np.broadcast_to(sequence[:, None], there.shape)[there]
             wanted = put[owner[:, None], before + seen[there]]
@@ -737,12 +732,12 @@ def test_a_grid_that_does_not_fit_the_device_is_refused():
         stream_step(dataclasses.replace(plan, resident=6), weights, state, jnp.zeros(1, jnp.int32))
 
 
-# The mail
+# The exchange
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("batch", [1, 8])
-def test_the_mail_has_room_for_every_plan(name, batch):
+def test_the_exchange_has_room_for_every_plan(name, batch):
     """It is made with the cache, before anybody knows the device or the tuning."""
     dims = preset_dims(name, batch)
     planned = 0
@@ -750,12 +745,12 @@ def test_the_mail_has_room_for_every_plan(name, batch):
         for tuning in (Tuning(), Tuning(tile_bytes=8192), Tuning(num_warps=8)):
             if why_not(dims, cores, tuning) is None:
                 layout = layout_of(make_stream_plan(dims, machine(cores), tuning))
-                assert layout.words <= mail_words(dims) - 2
+                assert layout.words <= exchange_words(dims) - 2
                 planned += 1
     assert planned
 
 
-def test_more_programs_than_the_mail_has_places_are_refused():
+def test_more_programs_than_the_exchange_has_places_are_refused():
     with pytest.raises(ValueError, match="at most 320 places; this GPU has 321 multiprocessors"):
         make_stream_plan(preset_dims("llama3.2-1b", 1), machine(321))
 
@@ -778,12 +773,12 @@ def test_layers_of_a_kind_that_are_too_far_apart_are_refused(layers, globals_at,
         assert f"this model has up to {gap}." in reason
 
 
-def test_buffers_of_the_mail_do_not_overlap():
+def test_buffers_of_the_exchange_do_not_overlap():
     dims = preset_dims("llama3.1-8b", 8)
     plan = make_stream_plan(dims, H200)
     layout = dataclasses.astuple(layout_of(plan))
     assert sorted(layout) == list(layout)
-    assert layout[-1] <= mail_words(dims) - 2
+    assert layout[-1] <= exchange_words(dims) - 2
     at = layout_of(plan)
     assert at.x_head - at.x_in >= 8 * 4096
     assert at.x_mid - at.x_head >= 8 * 4096
@@ -792,12 +787,12 @@ def test_buffers_of_the_mail_do_not_overlap():
 
 
 def interpreted(body, *results: jax.ShapeDtypeStruct) -> list[np.ndarray]:
-    """Runs `body(mail, *results)` as an interpreted kernel; the mail's words, and the results."""
+    """Runs `body(exchange, *results)` as an interpreted kernel; its words, and the results."""
     layout = layout_of(PLANS["odd sizes, 1 program"]())
 
     def kernel(words, *out):
         words[...] = jnp.zeros((64,), jnp.int32)
-        body(Mail(words, layout, True, 128), *out)
+        body(Exchange(words, layout, True, 128), *out)
 
     shapes = [jax.ShapeDtypeStruct((64,), jnp.int32), *results]
     return [np.asarray(x) for x in pl.pallas_call(kernel, out_shape=shapes, interpret=True)()]
@@ -809,12 +804,12 @@ def test_a_word_holds_24_bits_of_a_number_and_a_tag():
     values = np.append(values, np.array([0x7FFFFFFF], np.int32).view(np.float32))
     for tag in (1, 255, 256, 300):
 
-        def body(mail, tag=tag):
+        def body(exchange, tag=tag):
             for i, value in enumerate(values):
                 at = jnp.full((1,), i)
                 number = jnp.full((1,), int(value.view(np.int32)), jnp.int32)
                 number = jax.lax.bitcast_convert_type(number, jnp.float32)
-                mail.publish(at, number, jnp.int32(tag), jnp.ones((1,), bool))
+                exchange.publish(at, number, jnp.int32(tag), jnp.ones((1,), bool))
 
         [words] = interpreted(body)
         words = words[: len(values)]
@@ -825,13 +820,13 @@ def test_a_word_holds_24_bits_of_a_number_and_a_tag():
 
 
 def test_interpreted_what_has_not_come_is_nan():
-    def body(mail, words, pairs):
+    def body(exchange, words, pairs):
         offsets = jax.lax.iota(jnp.int32, 8)
         ones, half = jnp.ones((8,), jnp.float32), offsets < 4
-        mail.publish(offsets, ones, jnp.int32(3), half)
-        words[...] = mail.collect(offsets, jnp.int32(3), offsets != 7)
-        mail.publish_pair(16 + 2 * offsets, ones, jnp.int32(3 + 256), half)
-        [got] = mail.collect_pairs([(16 + 2 * offsets, offsets != 7)], jnp.int32(3))
+        exchange.publish(offsets, ones, jnp.int32(3), half)
+        words[...] = exchange.collect(offsets, jnp.int32(3), offsets != 7)
+        exchange.publish_pair(16 + 2 * offsets, ones, jnp.int32(3 + 256), half)
+        [got] = exchange.collect_pairs([(16 + 2 * offsets, offsets != 7)], jnp.int32(3))
         pairs[...] = jax.lax.bitcast_convert_type(got, jnp.float32)
 
     result = jax.ShapeDtypeStruct((8,), jnp.float32)

@@ -66,7 +66,7 @@ def start_cache(env: StreamEnv) -> None:
             scratch = env.shared + at.tiles + ptx.MAP_BYTES * number
             place = env.shared + at.maps + 8 * number
             where = map_at(env, 1 + number)
-            ptx.make_map(env.mail.words, where, env[name], scratch, place, tensor)
+            ptx.make_map(env.exchange.words, where, env[name], scratch, place, tensor)
     feed_cache(env, jnp.int32(0))
 
 

@@ -30,7 +30,6 @@ from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, SegmentPlan, Stream
 from pallas_kernels.stream.ptx.anew import anew
 
 __all__ = [
-    "LOAD",
     "column_of",
     "distances",
     "feeding_thread",
@@ -43,11 +42,7 @@ __all__ = [
     "place_aside",
     "place_of_offset",
     "waits",
-    "word_in_mail",
 ]
-
-# Words of the mail that a thread loads at once; those of a warp's threads lie side by side.
-LOAD = 4
 
 
 def _threads(plan: StreamPlan) -> Array:
@@ -189,40 +184,3 @@ def offset_of_use(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) ->
     warp, fourth = lax.shift_right_logical(_threads(plan), 5), _lane(plan) & 3
     each = 8 if not plan.chunked else 4 * QUAD if part.fine else 4
     return start + warp * size + each * fourth
-
-
-def word_in_mail(plan: StreamPlan, part: SegmentPlan, column: Any, element: Any) -> Any:
-    """Which word of its buffer of the mail an input of the segment is in: int32, or int.
-
-    Whatever passes from the L2 cache to a multiprocessor does so by whole sectors of 32 bytes, and
-    what is polled passes through no cache that would keep the other half of one. So the words lie
-    in the order in which a warp loads them, 16 bytes a thread: side by side. Of several sequences
-    that means all of them, since each warp has all columns.
-
-    Args:
-        plan: the step's.
-        part: that of the segment that reads it.
-        column: of the step's tokens; 0 where there is one.
-        element: an input; or, with column 0, the distance from a thread's first one to the first
-            one of another of its pieces, whose words then are as far apart.
-    """
-    held = part.held
-    line, within = _divided(element, next_input(plan, part))  # what a warp reads at once
-    if (step := piece_step(plan, part)) > PIECE:
-        # The pieces of a read lie `step` apart, and those of other threads between them.
-        thread, within = _divided(within, held * step // PIECE)
-        piece, within = _divided(within, step)
-        fourth, word = _divided(within, PIECE)
-        thread, word = thread * QUAD + fourth, piece * PIECE + word
-    else:
-        thread, word = _divided(within, held)
-    if not plan.chunked:
-        thread = thread + column * QUAD
-    twins = 2 if plan.twins else 1
-    load, inside = _divided(_divided(word, twins)[0], LOAD)
-    return line * (32 * held // twins) + load * (32 * LOAD) + thread * LOAD + inside
-
-
-def _divided(number: Any, size: int) -> tuple[Any, Any]:
-    """Quotient and remainder by a power of two."""
-    return number >> (size.bit_length() - 1), number & (size - 1)

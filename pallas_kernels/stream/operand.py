@@ -1,4 +1,4 @@
-"""A segment's operand: collected from the mail, normalised where it is a residual."""
+"""A segment's operand: collected from the exchange, normalised where it is a residual."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, select
+from pallas_kernels.stream.exchange_order import word_in_exchange
 from pallas_kernels.stream.lanes import (
     column_of,
     distances,
@@ -20,7 +21,6 @@ from pallas_kernels.stream.lanes import (
     piece_step,
     place_of_offset,
     waits,
-    word_in_mail,
 )
 from pallas_kernels.stream.layout import SharedLayout, offset_pitch
 from pallas_kernels.stream.plan import COLUMNS, PIECE, PRODUCT, Segment, SegmentPlan, StreamPlan
@@ -194,7 +194,7 @@ def collect_inputs(
     Args:
         env: the program's view.
         part: a segment that has such an operand.
-        start: word of the mail with which the activations begin.
+        start: word of the exchange with which the activations begin.
         width: int32 scalar, inputs of the span; 0 to wait for none.
         tag: they carry.
         form: of the numbers, where a word has two.
@@ -211,10 +211,10 @@ def collect_inputs(
         left = jnp.where(column < plan.dims.columns, left, 0)
         own = jnp.minimum(column, plan.dims.columns - 1)
     there = pieces_there(plan, part, left)
-    offset = start + word_in_mail(plan, part, own, before + first)
-    places = [word_in_mail(plan, part, 0, place) for place in distances(plan, part)]
+    offset = start + word_in_exchange(plan, part, own, before + first)
+    places = [word_in_exchange(plan, part, 0, place) for place in distances(plan, part)]
     twins = form if plan.twins else None
-    collect = functools.partial(env.mail.collect_pieces, offset, places, tag, twins=twins)
+    collect = functools.partial(env.exchange.collect_pieces, offset, places, tag, twins=twins)
     if plan.product_warps == plan.num_warps:
         return collect(there)
     values = collect(jnp.where(waits(plan), there, 0))
@@ -283,7 +283,7 @@ def _wanted(env: StreamEnv, first: Place) -> _Wanted:
 
 def copy_of_hidden(env: StreamEnv) -> Array:
     """Where the hidden activations begin that this program reads, int32."""
-    at = env.mail.layout
+    at = env.exchange.layout
     if env.plan.tuning.hidden_copies == 1:
         return jnp.int32(at.ffw)
     return jnp.where(env.program & 1 == 0, jnp.int32(at.ffw), jnp.int32(at.ffw_copy))
@@ -293,7 +293,7 @@ def _of_attention(env: StreamEnv, wanted: _Wanted) -> Operand:
     """Attention's output."""
     attn = env.segment(Segment.ATTN_OUT)
     width = jnp.where(wanted.first.real, jnp.int32(attn.inner), 0)
-    start = env.mail.layout.attn
+    start = env.exchange.layout.attn
     return _pack(env, attn, collect_inputs(env, attn, start, width, wanted.tag, PLAIN))
 
 
@@ -309,7 +309,7 @@ def _of_hidden(env: StreamEnv, wanted: _Wanted) -> Operand:
 
 def _of_either(env: StreamEnv, wanted: _Wanted) -> Operand:
     """Attention's output or hidden activations, by the same code."""
-    at, is_down = env.mail.layout, wanted.is_down
+    at, is_down = env.exchange.layout, wanted.is_down
     attn, down = env.segment(Segment.ATTN_OUT), env.segment(Segment.DOWN)
     start = jnp.where(is_down, copy_of_hidden(env), jnp.int32(at.attn))
     inner = jnp.where(is_down, jnp.int32(down.inner), jnp.int32(attn.inner))
@@ -327,7 +327,7 @@ def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Operand:
         wanted: what is waited for.
         part: the segment's plan, or that of another with the same kind of operand.
     """
-    plan, d, at, segment = env.plan, env.dims, env.mail.layout, wanted.first.segment
+    plan, d, at, segment = env.plan, env.dims, env.exchange.layout, wanted.first.segment
     is_attn = segment == Segment.ATTN_OUT
     # Asked for before the residual is waited for.
     weights, is_normed = _norm_weights(env, part, segment, wanted.layer)

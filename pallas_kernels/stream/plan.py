@@ -54,7 +54,8 @@ MAX_ROWS = 16
 MAX_INTEGER_ROWS = 32
 MAX_SLOTS = 16
 MIN_FLUSH = 8
-# One on each of 320 multiprocessors: the mail, made before the device is known, has room for them.
+# One on each of 320 multiprocessors: the exchange is made before the device is
+# known, and has room for them.
 MAX_PROGRAMS = 320
 # Spans that attention over one head is cut into at most.
 MAX_SPLITS = 64

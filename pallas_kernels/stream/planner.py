@@ -157,7 +157,7 @@ class _Geometry:
         if self.whole:
             room = max(room, ceil_div(size, unit))
         self.splits = ceil_div(size, room * unit)
-        # The mail has the inputs that a warp reads at once in the order of its loads; and of int4
+        # Words of the inputs that a warp reads at once lie in the order of its loads; and of int4
         # weights there are whole groups.
         whole = PIECE if self.splits == 1 else unit // self.product_warps
         self.width = ceil_div(ceil_div(size, self.splits), whole) * whole

@@ -23,9 +23,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels.program import iota
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.exchange import Meanwhile
+from pallas_kernels.stream.exchange_layout import MAP_WORDS
 from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import ALIGNMENT, FEED_WORDS, ROW_WORDS, SharedLayout
-from pallas_kernels.stream.mail import MAP_WORDS, Meanwhile
 from pallas_kernels.stream.plan import (
     COLUMNS,
     RESERVED_TILE,
@@ -78,15 +79,17 @@ def most_looks(plan: StreamPlan) -> int:
 
 
 def with_ring(env: StreamEnv) -> StreamEnv:
-    """The program's view once it knows where its ring lies, which the mail feeds while it waits.
+    """The program's view once it knows where its ring lies, which is fed while it waits for words.
 
     Interpreted, there is no ring.
     """
     if env.interpret:
         return env
     base, feed = ptx.ring_base(SharedLayout.of(env.plan).size, ALIGNMENT), _feed_of(env.plan)
-    mail = dataclasses.replace(env.mail, meanwhile=Meanwhile(weights_of(env)[0], base, feed))
-    return dataclasses.replace(env, mail=mail, shared=base)
+    exchange = dataclasses.replace(
+        env.exchange, meanwhile=Meanwhile(weights_of(env)[0], base, feed)
+    )
+    return dataclasses.replace(env, exchange=exchange, shared=base)
 
 
 def next_turn(env: StreamEnv, turn: Turn) -> Turn:
@@ -163,21 +166,21 @@ def start_ring(env: StreamEnv) -> Turn:
     # Behind what cleared them.
     access.meet()
     control = env.shared + at.control
-    ptx.say_where(env.mail.words, env.mail.layout.fault, control, env.program)
+    ptx.say_where(env.exchange.words, env.exchange.layout.fault, control, env.program)
     access.meet()
     if plan.box is not None:
         place = env.shared + at.control + ptx.MAP_IN_CONTROL
         # In the first slot, and by the feeding warp, which alone needs it.
         matrix, tensor = weights_of(env)[Segment.DOWN], tensor_map_of(plan, plan.box)
-        ptx.make_map(env.mail.words, map_at(env, 0), matrix, env.shared, place, tensor)
+        ptx.make_map(env.exchange.words, map_at(env, 0), matrix, env.shared, place, tensor)
     for _ in range(_feed_of(plan).in_flight):
         feed_ring(env)
     return turn
 
 
 def map_at(env: StreamEnv, number: int) -> Array:
-    """Where one of the program's tensor maps lies in the mail, int32 scalar; 0 is the boxes'."""
-    return env.mail.layout.maps + MAP_WORDS * (number * env.plan.programs + env.program)
+    """Where one of the program's tensor maps lies in the exchange, int32; 0 is the boxes'."""
+    return env.exchange.layout.maps + MAP_WORDS * (number * env.plan.programs + env.program)
 
 
 def tensor_map_of(plan: StreamPlan, box: Box) -> ptx.TensorMap:
@@ -228,18 +231,18 @@ def feed_ring(env: StreamEnv, used: Array | None = None, ahead: Array | None = N
         ahead: int32 scalar, tiles beyond those that may have been asked for; None: as many as there
             are slots.
     """
-    if env.mail.meanwhile is not None:
-        ptx.feed_ring(*env.mail.meanwhile, used, ahead)
+    if env.exchange.meanwhile is not None:
+        ptx.feed_ring(*env.exchange.meanwhile, used, ahead)
 
 
 def fed_otherwise(env: StreamEnv, **changes: int) -> StreamEnv:
-    """The program's view, with a mail that feeds the ring with other numbers of `ptx.Feed`."""
-    mail = env.mail
-    if mail.meanwhile is None:
+    """The program's view, with other numbers of `ptx.Feed` for the ring to be fed with."""
+    exchange = env.exchange
+    if exchange.meanwhile is None:
         return env
-    feed = dataclasses.replace(mail.meanwhile.feed, **changes)
-    mail = dataclasses.replace(mail, meanwhile=mail.meanwhile._replace(feed=feed))
-    return dataclasses.replace(env, mail=mail)
+    feed = dataclasses.replace(exchange.meanwhile.feed, **changes)
+    exchange = dataclasses.replace(exchange, meanwhile=exchange.meanwhile._replace(feed=feed))
+    return dataclasses.replace(env, exchange=exchange)
 
 
 def feed_more(env: StreamEnv, tiles: int) -> None:

@@ -6,8 +6,8 @@ Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on
 asked for into the L2 cache while a program waits, and behind a segment of bfloat16 weights no more
 than one. Where shared memory is too small for that, tiles are smaller: see `planner.fitting`.
 
-A cache that a step with one tuning was made with goes on with that one: what words of the mail a
-tuning leaves alone have old tags.
+A cache that a step with one tuning was made with goes on with that one: words of the exchange
+that a tuning leaves alone have old tags.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ The tag costs a float16 one of its 11 significant bits. A `Format` says what the
 Each number has an exponent of its own: a trained model has channels that are thousands of times the
 others, and one exponent for both would leave the smaller one no bits.
 
-Two bits are enough of a tag: see `mail`.
+Two bits are enough of a tag: see `exchange`.
 """
 
 from __future__ import annotations

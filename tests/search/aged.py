@@ -1,4 +1,4 @@
-"""A cache's mail in the midst of its life: as it is after so many steps, but for what words say.
+"""A cache's exchange after so many steps, but for what its words say.
 
 Tags are what the last hand-over left. What words say is no number, so that whoever takes a stale
 one for a fresh one is found out.
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.stream.lanes import word_in_mail
-from pallas_kernels.stream.mail import Layout
+from pallas_kernels.stream.exchange_layout import Layout
+from pallas_kernels.stream.exchange_order import word_in_exchange
 from pallas_kernels.stream.plan import Segment, StreamPlan
 from pallas_kernels.stream.twins import TWIN_TAG_BITS, twin_tag
 
@@ -40,7 +40,7 @@ _READERS = {
 
 
 class Poison(NamedTuple):
-    """What is done to each word of the mail: `word & keep | set`, int32."""
+    """What is done to each word of the exchange: `word & keep | set`, int32."""
 
     keep: np.ndarray
     set: np.ndarray
@@ -50,7 +50,7 @@ def _activations(plan: StreamPlan, start: int, reader: Segment) -> np.ndarray:
     """Words of a buffer that all activations of all tokens are handed over in."""
     part = plan.segments[reader]
     column, e = np.mgrid[: plan.dims.columns, : part.inner]
-    return np.unique(start + word_in_mail(plan, part, column, e))
+    return np.unique(start + word_in_exchange(plan, part, column, e))
 
 
 def _words(plan: StreamPlan, layout: Layout, protocol: Protocol) -> dict[str, np.ndarray]:
@@ -91,11 +91,11 @@ def _parts(plan: StreamPlan, layout: Layout, lengths: Sequence[int]) -> dict[boo
 
 
 def poison_of(plan: StreamPlan, layout: Layout, words: int) -> Poison:
-    """Turns what every word of the mail says into no number, and leaves tags, and the rest, alone.
+    """Makes what every word of the exchange says NaN; leaves tags, and all the rest, alone.
 
     Args:
         plan: the step's.
-        layout: of its mail.
+        layout: of its exchange.
         words: of the cache's counters.
     """
     keep, put = np.full(words, -1, np.int32), np.zeros(words, np.int32)
@@ -125,7 +125,7 @@ def aged_counters(
 
     Args:
         plan: the step's.
-        layout: of its mail.
+        layout: of its exchange.
         step: how many steps were finished.
         words: of the counters.
         lengths: of the sequences before the last of them; what spans were handed over follows from

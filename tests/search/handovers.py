@@ -76,7 +76,7 @@ HEAD_APART = Protocol("head apart", head="x_head", head_counts_steps=True, odd_p
 TWINS = ("x_in", "x_head", "x_mid", "attn", "ffw", "ffw_copy", "attn_block", "ffw_block")
 WORDS = ("qkv",)
 PAIRS = ("partial", "parts", "best")
-# Read when a program begins, and written by the last one when all have ended: no mail.
+# Read when a program begins, and written by the last one when all have ended: not exchanged.
 CONTROL = "lengths"
 
 

@@ -22,7 +22,7 @@ from pallas_kernels.dims import ceil_div, next_power_of_2
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.cache import attend_span, layer_share
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import word_in_mail
+from pallas_kernels.stream.exchange_order import word_in_exchange
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.ring import feed_ring
@@ -252,13 +252,13 @@ def _publish_heads(
 ) -> None:
     """Hands finished heads to the output projection; neighbouring elements lie side by side."""
     element += query * env.dims.head_dim
-    word = word_in_mail(env.plan, env.segment(Segment.ATTN_OUT), column, element)
-    word += env.mail.layout.attn
+    word = word_in_exchange(env.plan, env.segment(Segment.ATTN_OUT), column, element)
+    word += env.exchange.layout.attn
     if not env.plan.twins:
-        env.mail.publish(word, out, tag, mask)
+        env.exchange.publish(word, out, tag, mask)
         return
     word, mask = (neighbours(x)[0] for x in (word, mask.astype(jnp.int32)))
-    env.mail.publish_twins(word, *neighbours(out), PLAIN, tag, mask != 0)
+    env.exchange.publish_twins(word, *neighbours(out), PLAIN, tag, mask != 0)
 
 
 def _pair_at(
@@ -267,7 +267,7 @@ def _pair_at(
     """Offset of a pair of `parts`; items 0 to H - 1 are values, then come sum and maximum."""
     d = env.dims
     row = (column * d.num_heads + query) * env.plan.attention.max_splits + number
-    return env.mail.layout.parts + 2 * (row * (d.head_dim + 2) + item)
+    return env.exchange.layout.parts + 2 * (row * (d.head_dim + 2) + item)
 
 
 def _hand_over_part(
@@ -278,7 +278,7 @@ def _hand_over_part(
 
     def hand_over(values: Array, item: Array | int, mask: Array) -> None:
         at = _pair_at(env, rows.column, rows.query, part.number, item)
-        env.mail.publish_pair(at, values, tag, mask)
+        env.exchange.publish_pair(at, values, tag, mask)
 
     hand_over(made.out, element, rows.there)
     hand_over(made.total, d.head_dim, rows.there & (element == 0))
@@ -401,7 +401,7 @@ def _combine(
     thread = env.iota((env.plan.threads,), 0)
     lanes, number, within = combining_threads(thread, width, splits, most)
     element = first + (within & (width - 1))
-    out = env.mail.combine(
+    out = env.exchange.combine(
         _pair_at(env, column, query, number, element),
         _pair_at(env, column, query, number, size),
         lax.div(spans - number + (lanes - 1), jnp.int32(lanes)),
@@ -432,7 +432,8 @@ def _combine_interpreted(
         for item in (number * 0 + (size + 1), number * 0 + size, element)
     ]
     top, total, out = (
-        lax.bitcast_convert_type(bits, jnp.float32) for bits in env.mail.collect_pairs(wanted, tag)
+        lax.bitcast_convert_type(bits, jnp.float32)
+        for bits in env.exchange.collect_pairs(wanted, tag)
     )
     top = jnp.where(there, top, LOWEST)
     weight = jnp.where(there, jnp.exp2(top - jnp.max(top, axis=0)[None, :]), 0.0)

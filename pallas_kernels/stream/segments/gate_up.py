@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import word_in_mail
+from pallas_kernels.stream.exchange_order import word_in_exchange
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, outputs_of, sum_up
 from pallas_kernels.stream.tiles import Flush
@@ -25,14 +25,14 @@ def finish_gate_up(env: StreamEnv, flush: Flush) -> None:
     element = flush.group(outputs.number) * half + outputs.pair
     real = flush.real(outputs.number) & (element < env.dims.ffw_dim)
     real &= column < env.dims.columns
-    at, tag = env.mail.layout, env.tag(flush.layer)
-    word = word_in_mail(env.plan, env.segment(Segment.DOWN), column, element)
+    at, tag = env.exchange.layout, env.tag(flush.layer)
+    word = word_in_exchange(env.plan, env.segment(Segment.DOWN), column, element)
     neighbour = _hidden(env, flush, outputs._replace(pair=outputs.pair + 1)) if twins else None
     for start in (at.ffw, at.ffw_copy)[: env.plan.tuning.hidden_copies]:
         if neighbour is None:
-            env.mail.publish(start + word, hidden, tag, real)
+            env.exchange.publish(start + word, hidden, tag, real)
         else:
-            env.mail.publish_twins(start + word, hidden, neighbour, PLAIN, tag, real)
+            env.exchange.publish_twins(start + word, hidden, neighbour, PLAIN, tag, real)
 
 
 def _hidden(env: StreamEnv, flush: Flush, outputs: Outputs) -> Array:

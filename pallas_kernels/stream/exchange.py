@@ -1,11 +1,12 @@
-"""How programs hand activations to each other: words that carry their own tags.
+"""The exchange: how programs hand activations to each other, in words that carry their own tags.
 
-A word is 32 bits: the upper 24 of a float32, and in the lowest 8 the tag of the hand-over it
-belongs to. A reader polls the very words it needs until all carry the tag it waits for; then
-it has them. A hand-over thus takes one store and one load, and no word depends on the order
-in which others become visible: each is an atomic message of its own ("relaxed" in the
-memory model of PTX). Where all 32 bits of a number matter, a *pair* holds the number and a
-tag of 32 bits, stored and loaded as one. Of several sequences, whatever every program reads
+As in NCCL's LL protocol, data and flag are stored as one; here the flag counts, and is called a
+*tag*. A *word* is 32 bits: the upper 24 of a float32, and in the lowest 8 the tag of the hand-over
+that it belongs to. A reader polls the very words it needs until all carry the tag it waits for;
+then it has them. A hand-over thus takes one store and one load, and no word depends on the order in
+which others become visible: each is an atomic message of its own ("relaxed" in the memory model of
+PTX). Where all 32 bits of a number matter, a *pair* holds the number and a tag of 32 bits, stored
+and loaded as one, which is LL itself. Of several sequences, whatever every program reads
 comes two activations a word, see `twins`.
 
 Why a word is never overwritten before its readers have read it. Every buffer is written once
@@ -33,7 +34,7 @@ finds, and that follows from what it has read before:
 
 `tests/search` holds a model of this, which looks at all orders in which programs can come.
 
-The mail lies in the cache and lives from step to step. It starts as zeros; the first tag
+The exchange lies in the cache and lives from step to step. It starts as zeros; the first tag
 is 1. Its first word counts the steps.
 """
 
@@ -48,140 +49,22 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.dims import Dims, WeightBits, WeightGroups, ceil_div
 from pallas_kernels.stream import access, ptx
-from pallas_kernels.stream.lanes import LOAD
-from pallas_kernels.stream.plan import (
-    COLUMNS,
-    MAX_PROGRAMS,
-    MAX_SPLITS,
-    PIECE,
-    READ,
-    line_of,
-)
-from pallas_kernels.stream.planner import splits_of
-from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
+from pallas_kernels.stream.exchange_layout import Layout
+from pallas_kernels.stream.exchange_order import within_piece
+from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.stream.twins import TWIN_TAG_BITS, Format, joined, parted, twin_tag
-from pallas_kernels.support import MAX_BATCH
 from pallas_kernels.sync import MAX_POLLS
 
-__all__ = ["MAP_WORDS", "Layout", "Mail", "Meanwhile", "mail_words"]
+__all__ = ["Exchange", "Meanwhile"]
 
 _TAG_BITS = 0xFF
 _NAN = 0x7FC00000
-# Keeps the buffers apart by whole lines of 128 bytes, which a tensor map begins at.
-_LINE = 32
-MAP_WORDS = ptx.MAP_BYTES // 4
-# Tensor maps of a program.
-MAPS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where each buffer of the mail begins in the cache's `counters`, in words.
-
-    Of buffers that a program awaits behind the same tile, the one it awaits first lies first: see
-    `ptx.giving_up`.
-
-    Attributes:
-        steps: the number of finished steps.
-        fault: the record of a wait that ran out, 2 words, 0 where none did: see `ptx.giving_up`.
-        x_in: residual that enters a layer, B * T * D elements. These, and all others that every
-            program reads, in the order of `lanes.word_in_mail`.
-        x_head: residual that enters the head, B * T * D elements.
-        x_mid: residual between attention and feed-forward, B * T * D elements.
-        qkv: queries, keys and values of the new positions, `[B * T, N + 2K, H]`.
-        attn: attention's output, B * T * N * H elements.
-        ffw: hidden activations, B * T * F elements.
-        ffw_copy: their copy, where the tuning has two: every other program reads it.
-        attn_block, ffw_block: outputs of the two blocks, B * T * D elements, where they are normed.
-        partial: pairs `[B * T, D, splits]`, partial sums of the down projection.
-        parts: pairs `[B * T * N, max_splits, H + 2]`: of one span of attention the weighted
-            values, the sum of the weights and their maximum.
-        best: pairs `[P, B * T, 2]`: each program's best logit and its token.
-        maps: `[MAPS, P, MAP_WORDS]`: each program's tensor maps of keys, of values, and of the
-            matrix that comes by boxes. They are no mail, but must lie in global memory.
-        words: length of the whole array.
-    """
-
-    steps: int
-    fault: int
-    partial: int
-    ffw_block: int
-    attn_block: int
-    x_in: int
-    x_head: int
-    x_mid: int
-    qkv: int
-    parts: int
-    attn: int
-    ffw: int
-    ffw_copy: int
-    best: int
-    maps: int
-    words: int
-
-    @classmethod
-    def of(cls, dims: Dims, splits: int, max_splits: int, programs: int) -> Layout:
-        """The layout for a step of these sizes."""
-        d, b = dims, dims.columns
-        residual, hidden = _words_for(b, d.model_dim), _words_for(b, d.ffw_dim)
-        sizes = {
-            "steps": 1,
-            "fault": 2,
-            "partial": 2 * b * d.model_dim * splits,
-            "ffw_block": residual * d.features.post_norm,
-            "attn_block": residual * d.features.post_norm,
-            "x_in": residual,
-            "x_head": residual,
-            "x_mid": residual,
-            "qkv": b * d.qkv_dim,
-            "parts": 2 * b * d.num_heads * max_splits * (d.head_dim + 2),
-            "attn": _words_for(b, d.attn_dim),
-            "ffw": hidden,
-            "ffw_copy": hidden,
-            "best": 2 * programs * b * 2,
-            "maps": MAPS * programs * MAP_WORDS,
-        }
-        starts, end = {}, 0
-        for name, size in sizes.items():
-            starts[name] = end
-            end += _LINE * ceil_div(size, _LINE)
-        return cls(**starts, words=end)
-
-
-def _words_for(columns: int, inputs: int) -> int:
-    """Words for so many inputs of each column: whole lines, of several always 8 columns.
-
-    A line is what a warp reads at once, most of int4: so many words are enough for all weights.
-    """
-    line = line_of(columns == 1, 4) * (8 * READ // 4)
-    return line * ceil_div(inputs, line) * (1 if columns == 1 else COLUMNS)
-
-
-def mail_words(dims: Dims) -> int:
-    """Words of the cache's `counters` for a step of these sizes, on any device.
-
-    A batch that no kernel takes has no mail.
-    """
-    if dims.columns > MAX_BATCH:
-        return 1
-    max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
-    # The smallest tiles of the largest weights split most.
-    largest = dataclasses.replace(dims, weight_bits=WeightBits(), weight_groups=WeightGroups())
-    splits = splits_of(largest, Tuning(tile_bytes=min(TILE_BYTES)))
-    words = Layout.of(dims, splits, max_splits, MAX_PROGRAMS).words
-    return words + _LINE  # spare: see `ptx`
 
 
 def _of_pair(tag: Array) -> Array:
     """A pair's tag, int32. It is odd: tags come round, and what nobody has written yet is 0."""
     return 2 * tag + 1
-
-
-def _within_piece(word: int) -> int:
-    """Words from a piece's first one to another."""
-    return word // LOAD * 32 * LOAD + word % LOAD
 
 
 class Meanwhile(NamedTuple):
@@ -193,8 +76,8 @@ class Meanwhile(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mail:
-    """One program's view of the mail while the kernel is traced.
+class Exchange:
+    """One program's view of the exchange while the kernel is traced.
 
     Attributes:
         words: ref of the int32 array.
@@ -308,7 +191,7 @@ class Mail:
                 value
                 for q, place in enumerate(places)
                 for j in range(size)
-                for value in look(offset + place + _within_piece(j), tag, q < there)
+                for value in look(offset + place + within_piece(j), tag, q < there)
             ]
         bits = TWIN_TAG_BITS if twins else _TAG_BITS
         tags = jnp.full(offset.shape, twin_tag(tag) if twins else tag & _TAG_BITS)
