@@ -47,6 +47,6 @@ def skipping(buffer: str, tag: int, program: int | None = None) -> Iterator[None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "MAX_POLLS", FEW_LOOKS)
-        for name in ("publish", "publish_twins", "publish_pair"):
+        for name in ("publish", "publish_half2", "publish_pair"):
             patch.setattr(Exchange, name, without(getattr(Exchange, name)))
         yield

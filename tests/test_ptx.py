@@ -20,12 +20,12 @@ from ptx_machine import Machine, PtxError
 from ptx_plans import Planned
 
 from pallas_kernels.stream import ptx
+from pallas_kernels.stream.half2 import HALF2_TAG_BITS
 from pallas_kernels.stream.lanes import first_input, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, PIECE, READ
 from pallas_kernels.stream.ptx.giving_up import record_of
 from pallas_kernels.stream.segments.attention import combining_threads
-from pallas_kernels.stream.twins import TWIN_TAG_BITS
 
 pytestmark = pytest.mark.once(
     "The machine and the texts are ours; a sample shows that they are traced.",
@@ -641,8 +641,8 @@ class Kind(NamedTuple):
 
 ONES = Kind(8, 0xFF, TAG, STALE)
 # Their tags differ from the one before in either bit, or in both.
-TWINS, ODD_TWINS, EVEN_TWINS = (
-    Kind(4, TWIN_TAG_BITS, 1, stale) for stale in (1 << 16, 1 << 16 | 1, 0)
+HALF2, ODD_HALF2, EVEN_HALF2 = (
+    Kind(4, HALF2_TAG_BITS, 1, stale) for stale in (1 << 16, 1 << 16 | 1, 0)
 )
 
 
@@ -737,7 +737,7 @@ def test_warps_wait_for_words_together(pieces, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", [TWINS, ODD_TWINS, EVEN_TWINS])
+@pytest.mark.parametrize("kind", [HALF2, ODD_HALF2, EVEN_HALF2])
 def test_words_of_two_activations_are_waited_for(kind, way):
     check_collect(8, way, kind=kind)
 
@@ -1338,12 +1338,12 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("vote.sync.all.pred %p, %p, 0xffffffff; @%p bra done;", "bra done;"),
         ],
     ),
-    "collect odd twins": (
-        lambda edit: check_collect(4, "one last", edit, kind=ODD_TWINS),
+    "collect odd half2": (
+        lambda edit: check_collect(4, "one last", edit, kind=ODD_HALF2),
         [("and.b32 %w, %w, 65537;", "and.b32 %w, %w, 1;")],
     ),
-    "collect even twins": (
-        lambda edit: check_collect(4, "one last", edit, kind=EVEN_TWINS),
+    "collect even half2": (
+        lambda edit: check_collect(4, "one last", edit, kind=EVEN_HALF2),
         [
             ("and.b32 %w, %w, 65537;", "and.b32 %w, %w, 65536;"),
             ("lop3.b32 %w, $7, $17, %w, 0xbe;", ""),

@@ -86,8 +86,8 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
     all_bits = WeightBits(qkv=bits, attn_out=bits, gate_up=bits, down=bits, head=bits)
     sizes = preset_dims(name, batch, all_bits)
     plan = make_stream_plan(in_groups(sizes, size) if size else sizes, H200)
-    at, twins = layout_of(plan), 2 if plan.twins else 1
-    assert plan.twins == (batch > 1)
+    at, per_word = layout_of(plan), 2 if plan.half2 else 1
+    assert plan.half2 == (batch > 1)
     rooms = {
         Segment.QKV: at.x_head - at.x_in,
         Segment.HEAD: at.x_mid - at.x_head,
@@ -98,8 +98,8 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
         sequences, inputs = np.arange(batch)[:, None], np.arange(part.inner)
         put = np.asarray(word_in_exchange(plan, part, sequences, inputs)).reshape(batch, -1)
         # A word has neighbours of one sequence, and nothing else.
-        words = put[:, ::twins]
-        assert (put[:, twins - 1 :: twins] == words).all()
+        words = put[:, ::per_word]
+        assert (put[:, per_word - 1 :: per_word] == words).all()
         assert len(set(words.ravel())) == words.size
         assert words.max() < room
         first = np.asarray(first_input(plan, part))
@@ -111,7 +111,7 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
         # Pieces lie where their threads look for them: in loads of 4 words, and those of a warp's
         # threads side by side.
         sequence = np.zeros_like(first) if plan.chunked else np.asarray(column_of(plan))
-        word = np.arange(PIECE) // twins
+        word = np.arange(PIECE) // per_word
         within = word // LOAD * 32 * LOAD + word % LOAD
         for before in range(0, part.inner, part.width):
             place = np.asarray(word_in_exchange(plan, part, sequence, before + first))[:, None]

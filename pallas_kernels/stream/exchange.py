@@ -7,7 +7,7 @@ then it has them. A hand-over thus takes one store and one load, and no word dep
 which others become visible: each is an atomic message of its own ("relaxed" in the memory model of
 PTX). Where all 32 bits of a number matter, a *pair* holds the number and a tag of 32 bits, stored
 and loaded as one, which is LL itself. Of several sequences, whatever every program reads
-comes two activations a word, see `twins`.
+comes two activations a word, see `half2`.
 
 Why a word is never overwritten before its readers have read it. Every buffer is written once
 a layer. What a program writes in layer l + 1 depends, through the hand-overs, on the whole
@@ -16,7 +16,7 @@ whoever reads a buffer in layer l contributes to such an output afterwards. (A p
 without work in a segment does not poll for it.) So at the time of the second writing every
 reader has finished with the first.
 
-Why a stale word is never taken for a fresh one. Tags count up and come round: 2 bits of twins after
+Why a stale word is never taken for a fresh one. Tags count up and come round: 2 bits of half2 after
 4 hand-overs, 8 bits of other words after 256. So a reader must know how old a word can be that it
 finds, and that follows from what it has read before:
 
@@ -52,8 +52,8 @@ from jax import Array, lax
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.exchange_layout import Layout
 from pallas_kernels.stream.exchange_order import within_piece
+from pallas_kernels.stream.half2 import HALF2_TAG_BITS, Format, half2_tag, pack_half2, unpack_half2
 from pallas_kernels.stream.plan import PIECE
-from pallas_kernels.stream.twins import TWIN_TAG_BITS, Format, joined, parted, twin_tag
 from pallas_kernels.sync import MAX_POLLS
 
 __all__ = ["Exchange", "Meanwhile"]
@@ -109,10 +109,10 @@ class Exchange:
         word = (bits & ~_TAG_BITS) | (tag & _TAG_BITS)
         ptx.store_word(self.words, offsets, word, mask, interpret=self.interpret)
 
-    def publish_twins(
+    def publish_half2(
         self, offsets: Array, first: Array, second: Array, form: Format, tag: Array, mask: Array
     ) -> None:
-        """Stores two activations a word: see `twins`.
+        """Stores two activations a word: see `half2`.
 
         Args:
             offsets: int32, any shape.
@@ -122,7 +122,7 @@ class Exchange:
             tag: int32 scalar.
             mask: bool, the same shape.
         """
-        word = joined(first, second, tag, form)
+        word = pack_half2(first, second, tag, form)
         ptx.store_word(self.words, offsets, word, mask, interpret=self.interpret)
 
     def publish_pair(self, offsets: Array, values: Array, tag: Array, mask: Array) -> None:
@@ -169,7 +169,7 @@ class Exchange:
         tag: Array,
         there: Array,
         *,
-        twins: Format | None,
+        half2: Format | None,
     ) -> list[Array]:
         """Waits for pieces of 8 neighbouring activations, each thread for its own.
 
@@ -179,28 +179,28 @@ class Exchange:
                 and a warp's threads' lie side by side: a piece's next 4 are 128 words further on.
             tag: int32 scalar they must carry.
             there: int32 `[T]`, how many pieces the thread has.
-            twins: the format of a word's two activations; None where it has one.
+            half2: the format of a word's two activations; None where it has one.
 
         Returns:
             Float32 `[T]`, 8 a piece; 0 where there is none.
         """
-        size = PIECE // 2 if twins else PIECE
+        size = PIECE // 2 if half2 else PIECE
         if self.interpret:
-            look = functools.partial(self._look_for_twins, twins) if twins else self._look
+            look = functools.partial(self._look_for_half2, half2) if half2 else self._look
             return [
                 value
                 for q, place in enumerate(places)
                 for j in range(size)
                 for value in look(offset + place + within_piece(j), tag, q < there)
             ]
-        bits = TWIN_TAG_BITS if twins else _TAG_BITS
-        tags = jnp.full(offset.shape, twin_tag(tag) if twins else tag & _TAG_BITS)
+        bits = HALF2_TAG_BITS if half2 else _TAG_BITS
+        tags = jnp.full(offset.shape, half2_tag(tag) if half2 else tag & _TAG_BITS)
         assert self.meanwhile is not None
         words = ptx.collect_words(
             self.words, offset, places, tags, there, size, bits, MAX_POLLS, *self.meanwhile
         )
-        if twins:
-            return [value for word in words for value in ptx.parted(word, twins)]
+        if half2:
+            return [value for word in words for value in ptx.unpack_half2(word, half2)]
         return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
 
     def _look(self, offsets: Array, tag: Array, mask: Array) -> tuple[Array, ...]:
@@ -210,14 +210,15 @@ class Exchange:
         value = lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32)
         return (jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0),)
 
-    def _look_for_twins(
+    def _look_for_half2(
         self, form: Format, offsets: Array, tag: Array, mask: Array
     ) -> tuple[Array, ...]:
         """The same of words of two."""
         word = access.load(self.words.at[offsets], mask=mask, other=0)
-        there = (word ^ twin_tag(tag)) & TWIN_TAG_BITS == 0
+        there = (word ^ half2_tag(tag)) & HALF2_TAG_BITS == 0
         return tuple(
-            jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0) for value in parted(word, form)
+            jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0)
+            for value in unpack_half2(word, form)
         )
 
     def collect_pairs(self, wanted: Sequence[tuple[Array, Array]], tag: Array) -> list[Array]:

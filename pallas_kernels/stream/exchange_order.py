@@ -45,9 +45,9 @@ def word_in_exchange(plan: StreamPlan, part: SegmentPlan, column: Any, element: 
         thread, word = _divided(within, held)
     if not plan.chunked:
         thread = thread + column * QUAD
-    twins = 2 if plan.twins else 1
-    load, inside = _divided(_divided(word, twins)[0], LOAD)
-    return line * (32 * held // twins) + load * (32 * LOAD) + thread * LOAD + inside
+    per_word = 2 if plan.half2 else 1
+    load, inside = _divided(_divided(word, per_word)[0], LOAD)
+    return line * (32 * held // per_word) + load * (32 * LOAD) + thread * LOAD + inside
 
 
 def _divided(number: Any, size: int) -> tuple[Any, Any]:

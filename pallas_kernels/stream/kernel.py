@@ -62,7 +62,7 @@ def finish_tiles(env: StreamEnv, rotations: Rotations, place: Place, state: Stat
                 return state
             sums = sum_up(env, segment, outputs_of(env, segment))
             # Of several sequences a program has no register left for addresses of all segments.
-            outputs = outputs_of(env, segment, anew=env.plan.twins)
+            outputs = outputs_of(env, segment, anew=env.plan.half2)
             if segment == Segment.HEAD:
                 return finish_head(env, flush, outputs, sums, state)
             if segment in (Segment.ATTN_OUT, Segment.DOWN):

@@ -12,6 +12,7 @@ from jax import Array, lax
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.half2 import PLAIN, RESIDUAL, Format
 from pallas_kernels.stream.lanes import (
     column_of,
     distances,
@@ -26,7 +27,6 @@ from pallas_kernels.stream.layout import SharedLayout, offset_pitch
 from pallas_kernels.stream.plan import COLUMNS, PIECE, PRODUCT, Segment, SegmentPlan, StreamPlan
 from pallas_kernels.stream.ring import fed_otherwise
 from pallas_kernels.stream.tiles import Place
-from pallas_kernels.stream.twins import PLAIN, RESIDUAL, Format
 
 __all__ = [
     "Operand",
@@ -151,7 +151,7 @@ def _norm_weights(
 
 def unit_of_residual(plan: StreamPlan) -> float:
     """What the residual is handed over in multiples of."""
-    return RESIDUAL.unit if plan.twins else 1.0
+    return RESIDUAL.unit if plan.half2 else 1.0
 
 
 def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
@@ -213,8 +213,8 @@ def collect_inputs(
     there = pieces_there(plan, part, left)
     offset = start + word_in_exchange(plan, part, own, before + first)
     places = [word_in_exchange(plan, part, 0, place) for place in distances(plan, part)]
-    twins = form if plan.twins else None
-    collect = functools.partial(env.exchange.collect_pieces, offset, places, tag, twins=twins)
+    half2 = form if plan.half2 else None
+    collect = functools.partial(env.exchange.collect_pieces, offset, places, tag, half2=half2)
     if plan.product_warps == plan.num_warps:
         return collect(there)
     values = collect(jnp.where(waits(plan), there, 0))

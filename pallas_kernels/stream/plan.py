@@ -373,7 +373,7 @@ class StreamPlan:
         return min(self.tuning.next_tiles or usual, self.slots)
 
     @property
-    def twins(self) -> bool:
+    def half2(self) -> bool:
         """Whether activations are handed over two a word: where a tile has two hidden ones."""
         return not self.chunked and self.segments[Segment.GATE_UP].rows >= 4
 

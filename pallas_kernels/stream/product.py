@@ -100,7 +100,7 @@ def rows_of(
     env: StreamEnv, segment: Segment, pair: Array, rows: int, group: Array | None = None
 ) -> Iterator[Array]:
     """Both rows of a pair, counted in its group of so many or, given that, in the matrix."""
-    if env.plan.twins and is_residual(segment):
+    if env.plan.half2 and is_residual(segment):
         both = 2 * pair, 2 * pair + 1
         if group is None:
             yield from both

@@ -16,10 +16,10 @@ import numpy as np
 
 from pallas_kernels.stream.exchange_layout import Layout
 from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.half2 import HALF2_TAG_BITS, half2_tag
 from pallas_kernels.stream.plan import Segment, StreamPlan
-from pallas_kernels.stream.twins import TWIN_TAG_BITS, twin_tag
 
-from .handovers import HEAD_APART, PAIRS, TWINS, WORDS, Protocol
+from .handovers import HALF2, HEAD_APART, PAIRS, WORDS, Protocol
 from .shares import Shares
 
 __all__ = ["Poison", "aged_counters", "poison_of"]
@@ -63,7 +63,7 @@ def _words(plan: StreamPlan, layout: Layout, protocol: Protocol) -> dict[str, np
         used |= {"attn_block", "ffw_block"}
     words = {
         name: _activations(plan, getattr(layout, name), _READERS[name])
-        for name in TWINS
+        for name in HALF2
         if name in used
     }
     words["qkv"] = layout.qkv + np.arange(d.columns * d.qkv_dim)
@@ -104,9 +104,9 @@ def poison_of(plan: StreamPlan, layout: Layout, words: int) -> Poison:
         begin, end = getattr(layout, name), getattr(layout, following)
         if name in PAIRS:
             keep[begin:end:2], put[begin:end:2] = 0, _NAN
-        elif name in TWINS and plan.twins:
-            keep[begin:end], put[begin:end] = TWIN_TAG_BITS, ~TWIN_TAG_BITS
-        elif name in TWINS or name in WORDS:
+        elif name in HALF2 and plan.half2:
+            keep[begin:end], put[begin:end] = HALF2_TAG_BITS, ~HALF2_TAG_BITS
+        elif name in HALF2 or name in WORDS:
             keep[begin:end], put[begin:end] = _TAG, _NAN
     return Poison(keep, put)
 
@@ -142,8 +142,8 @@ def aged_counters(
         bits = _int32(tag)
         if name in PAIRS:
             made[where], made[where + 1] = _NAN, _int32(protocol.pair_tag(tag))
-        elif name in TWINS and plan.twins:
-            made[where] = ~TWIN_TAG_BITS | int(twin_tag(jnp.int32(bits)))
+        elif name in HALF2 and plan.half2:
+            made[where] = ~HALF2_TAG_BITS | int(half2_tag(jnp.int32(bits)))
         else:
             made[where] = _NAN | (tag & _TAG)
 

@@ -72,8 +72,8 @@ F297B28 = Protocol("f297b28", head="x_in", head_counts_steps=False)
 HEAD_APART = Protocol("head apart", head="x_head", head_counts_steps=True, odd_pairs=True)
 
 
-# Buffers by what their words are. Twins have 2 bits of a tag, other words 8, pairs 32.
-TWINS = ("x_in", "x_head", "x_mid", "attn", "ffw", "ffw_copy", "attn_block", "ffw_block")
+# Buffers by what their words are. Those of half2 have 2 bits of a tag, other words 8, pairs 32.
+HALF2 = ("x_in", "x_head", "x_mid", "attn", "ffw", "ffw_copy", "attn_block", "ffw_block")
 WORDS = ("qkv",)
 PAIRS = ("partial", "parts", "best")
 # Read when a program begins, and written by the last one when all have ended: not exchanged.
@@ -84,7 +84,7 @@ def tag_bits(plan: StreamPlan, buffer: str) -> int:
     """Bits of a tag that a buffer's words carry."""
     if buffer in PAIRS or buffer == CONTROL:
         return 32
-    return 2 if plan.twins and buffer in TWINS else 8
+    return 2 if plan.half2 and buffer in HALF2 else 8
 
 
 # What stands for an item.

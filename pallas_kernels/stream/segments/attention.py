@@ -23,12 +23,12 @@ from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.cache import attend_span, layer_share
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.half2 import PLAIN, even_and_odd
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.ring import feed_ring
 from pallas_kernels.stream.segments.heads import Heads, collect_heads
 from pallas_kernels.stream.spans import Part, Share, part_of, spans_of
-from pallas_kernels.stream.twins import PLAIN, neighbours
 
 __all__ = ["attend_parts", "combine_parts", "combining_threads"]
 
@@ -254,11 +254,11 @@ def _publish_heads(
     element += query * env.dims.head_dim
     word = word_in_exchange(env.plan, env.segment(Segment.ATTN_OUT), column, element)
     word += env.exchange.layout.attn
-    if not env.plan.twins:
+    if not env.plan.half2:
         env.exchange.publish(word, out, tag, mask)
         return
-    word, mask = (neighbours(x)[0] for x in (word, mask.astype(jnp.int32)))
-    env.exchange.publish_twins(word, *neighbours(out), PLAIN, tag, mask != 0)
+    word, mask = (even_and_odd(x)[0] for x in (word, mask.astype(jnp.int32)))
+    env.exchange.publish_half2(word, *even_and_odd(out), PLAIN, tag, mask != 0)
 
 
 def _pair_at(
@@ -397,7 +397,7 @@ def _combine(
     beyond the elements have some of them again.
     """
     splits, size = env.plan.attention.max_splits, env.dims.head_dim
-    most = 16 if env.plan.twins else 32  # a warp has both of two neighbours
+    most = 16 if env.plan.half2 else 32  # a warp has both of two neighbours
     thread = env.iota((env.plan.threads,), 0)
     lanes, number, within = combining_threads(thread, width, splits, most)
     element = first + (within & (width - 1))

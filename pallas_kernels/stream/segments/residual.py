@@ -16,13 +16,13 @@ from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream import access
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.half2 import RESIDUAL
 from pallas_kernels.stream.lanes import piece_step
 from pallas_kernels.stream.operand import collect_inputs, mean_squares
 from pallas_kernels.stream.plan import COLUMNS, Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of, rows_of
 from pallas_kernels.stream.state import State
 from pallas_kernels.stream.tiles import Flush, Place
-from pallas_kernels.stream.twins import RESIDUAL
 
 __all__ = ["add_block", "close_block", "finish_projection", "leave_embed"]
 
@@ -61,9 +61,9 @@ def _publish(
                 word = jnp.where(condition, other, word)
         return start + word
 
-    if env.plan.twins:
+    if env.plan.half2:
         real = (own.first < d.model_dim) & (own.column < d.columns)
-        env.exchange.publish_twins(word_of(own.first), *residual, RESIDUAL, tag, real)
+        env.exchange.publish_half2(word_of(own.first), *residual, RESIDUAL, tag, real)
         return
     for element, values in zip(own[:2], residual, strict=True):
         real = (element < d.model_dim) & (own.column < d.columns)
