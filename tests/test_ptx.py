@@ -32,7 +32,7 @@ pytestmark = pytest.mark.once(
     sample=[
         "test_warps_wait_for_words_in_any_order",
         "test_an_instruction_does_what_the_manual_says",
-        "test_spans_are_combined_when_all_have_come",
+        "test_splits_are_combined_when_all_have_come",
         "test_a_row_is_read",
         "test_words_are_waited_for_until_all_carry_the_tag",
     ],
@@ -941,14 +941,14 @@ def test_who_waits_for_arrays_in_vain_says_so_and_takes_nan(pairs, bulk):
     assert (words == nothing).all()
 
 
-# Combining spans
+# Combining KV splits
 
 
 @functools.cache
 def combine_text(ring: Ring, count: int, lanes: int, step: int, most: int = 512) -> Inline:
     def body(exchange: Any, weights: Any) -> None:
         each, zero = jnp.zeros((ring.threads,), jnp.int32), jnp.int32(0)
-        out = ptx.combine_spans(
+        out = ptx.combine_splits(
             exchange, each, each, each, zero, count, lanes, step, most, weights, zero, ring.feed
         )
         # Of no use, it would be dropped.
@@ -960,32 +960,32 @@ def combine_text(ring: Ring, count: int, lanes: int, step: int, most: int = 512)
 def check_combine(
     splits: int, width: int, edit: Edit = None, order: Any = None, ring: Ring = TWO
 ) -> None:
-    """Elements of spans that other programs hand over meanwhile, more or fewer of them."""
+    """Elements of KV splits that other programs hand over meanwhile, more or fewer of them."""
     size, tag = 32, 0x7654_3210
     lanes, *split = combining_threads(jnp.arange(ring.threads), width, splits)
     number, within = (np.asarray(x, np.int64) for x in split)
     element = 16 + (within & (width - 1))
     rng, row = np.random.default_rng(splits), 2 * (size + 2)
-    for spans in {2, splits // 2 + 1, splits}:
+    for num_splits in {2, splits // 2 + 1, splits}:
         fed = Fed(ring, 0)
         m, exchange = fed.machine, fed.machine.memory_base + len(fed.machine.memory)
         m.order = order
         m.memory = np.concatenate([m.memory, np.full(4 * row * splits, 0xFF, np.uint8)])
         held = m.view(exchange, row * splits, np.uint32).reshape(splits, size + 2, 2)
-        out, top = rng.normal(size=(spans, size)), 30 * rng.normal(size=(spans, 1)) - 300
-        total = rng.uniform(1, 200, (spans, 1))
+        out, top = rng.normal(size=(num_splits, size)), 30 * rng.normal(size=(num_splits, 1)) - 300
+        total = rng.uniform(1, 200, (num_splits, 1))
         made = np.concatenate([out, total, top], axis=1).astype(np.float32)
         turn = rng.integers(0, 20, made.shape)
 
-        def write(now: int, held=held, made=made, turn=turn, spans=spans) -> None:
-            held[:spans, :, 0][turn == now] = made.view(np.uint32)[turn == now]
-            held[:spans, :, 1][turn == now] = tag
+        def write(now: int, held=held, made=made, turn=turn, num_splits=num_splits) -> None:
+            held[:num_splits, :, 0][turn == now] = made.view(np.uint32)[turn == now]
+            held[:num_splits, :, 1][turn == now] = tag
 
         for now in range(20):
             m.later(150 * now, functools.partial(write, now))
         text = combine_text(ring, splits // lanes, lanes, lanes * row).edited(edit)
         at = exchange + 4 * (number * row)
-        there = -((number - spans) // lanes)
+        there = -((number - num_splits) // lanes)
         operands = (at + 8 * element, at + 8 * size, there, tag, fed.pointer, fed.base)
         [got] = text.run(m, *operands, limit=60_000)
         made = made.astype(np.float64)
@@ -997,16 +997,16 @@ def check_combine(
 
 @pytest.mark.parametrize(("splits", "width"), [(16, 4), (4, 16), (2, 16), (32, 8)])
 @BOTH
-def test_spans_are_combined_when_all_have_come(splits, width, ring):
+def test_splits_are_combined_when_all_have_come(splits, width, ring):
     check_combine(splits, width, ring=ring)
 
 
 @pytest.mark.parametrize("bulk", [True, False])
-def test_who_combines_spans_in_vain_says_so_and_makes_nan(bulk):
+def test_who_combines_splits_in_vain_says_so_and_makes_nan(bulk):
     waiting = Waiting(bulk=bulk)
     m, fed, count = waiting.machine, waiting.fed, 4
     text = combine_text(fed.ring, count, 1, 64, 32)
-    # Threads of the second warp wait for a span each, and it has all but its value.
+    # Threads of the second warp wait for a KV split each, and it has all but its value.
     thread = np.arange(ONE.threads)
     m.view(waiting.exchange + 4 * 4096, 4, np.uint32)[:] = (0, TAG, 0, TAG)
     there, sums = np.where(thread == 40, 1, 0), waiting.exchange + 4 * 4096
@@ -1016,7 +1016,7 @@ def test_who_combines_spans_in_vain_says_so_and_makes_nan(bulk):
     assert waiting.missed == 4 * 4096
 
 
-def test_warps_combine_spans_in_any_order():
+def test_warps_combine_splits_in_any_order():
     check_combine(16, 8, order=np.random.default_rng(1))
 
 
@@ -1380,7 +1380,7 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("ld.relaxed.gpu.global.b64 %w, [%a]; @%p mov", "mov"),
         ],
     ),
-    "combined spans": (
+    "combined KV splits": (
         lambda edit: check_combine(16, 8, edit),
         [
             ("selp.f32 %m1, %m1, 0fF149F2CA, %p;", ""),

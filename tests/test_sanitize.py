@@ -276,7 +276,7 @@ def test_the_cases_are_of_every_kind():
     # Somewhere the ring comes round.
     assert any(plan.total_tiles > plan.slots for plan in plans.values())
     for name, case in CASES.items():
-        assert (max(case.lengths) >= 512) == ("several spans" in name)
+        assert (max(case.lengths) >= 512) == ("several KV splits" in name)
         assert max(case.lengths) + 3 * case.tokens <= case.capacity
     assert {len(case.lengths) for case in CASES.values()} == {1, 2, 3}
     assert {case.tokens for case in CASES.values()} == {1, 3, 4, 8}

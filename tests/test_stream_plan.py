@@ -42,6 +42,7 @@ from pallas_kernels.stream.exchange import Exchange
 from pallas_kernels.stream.exchange_layout import MAP_WORDS, exchange_words
 from pallas_kernels.stream.exchange_order import LOAD, word_in_exchange
 from pallas_kernels.stream.kernel import leaves_time, tiles_ahead
+from pallas_kernels.stream.kv_splits import part_of, share_of
 from pallas_kernels.stream.lanes import column_of, distances, first_input, next_input
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
@@ -65,7 +66,6 @@ from pallas_kernels.stream.planner import (
 from pallas_kernels.stream.product import pieces_of_tile
 from pallas_kernels.stream.ring import tensor_map_of
 from pallas_kernels.stream.route import make_route, route_shape
-from pallas_kernels.stream.spans import part_of, share_of
 from pallas_kernels.stream.tiles import first_place, next_place, next_segment
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.targets import target, target_names
@@ -497,19 +497,19 @@ def test_a_tunable_out_of_range_is_refused(options, match):
         Tuning(**options)
 
 
-@pytest.mark.parametrize(("length", "spans"), [(96, 1), (1000, 4), (16000, 16)])
-def test_attention_is_dealt_out_once_to_the_programs_with_the_fewest_tiles(length, spans):
+@pytest.mark.parametrize(("length", "num_splits"), [(96, 1), (1000, 4), (16000, 16)])
+def test_attention_is_dealt_out_once_to_the_programs_with_the_fewest_tiles(length, num_splits):
     plan = make_stream_plan(dims_of(PRESETS["llama3.2-1b"], 1, 16384), H200)
     seen, busy, tiles = [], [], []
     for program in range(plan.programs):
         env = dataclasses.replace(env_of(plan, program), lengths=(jnp.int32(length),))
         share = share_of(env, jnp.int32(0), None)
         parts = [part_of(env, jnp.int32(0), share, jnp.int32(j)) for j in range(int(share.parts))]
-        seen += [(int(part.head), int(part.number), int(part.spans)) for part in parts]
+        seen += [(int(part.head), int(part.split), int(part.num_splits)) for part in parts]
         busy.append(len(parts))
         tiles.append(sum(int(first_place(env, s, 0).busy) for s in LAYER_SEGMENTS))
     heads = plan.dims.num_kv_heads
-    assert sorted(seen) == [(h, n, spans) for h in range(heads) for n in range(spans)]
+    assert sorted(seen) == [(h, n, num_splits) for h in range(heads) for n in range(num_splits)]
     assert max(busy) == 1
     assert busy == sorted(busy)
     assert tiles == sorted(tiles, reverse=True)

@@ -29,7 +29,7 @@ finds, and that follows from what it has read before:
   the head's input has a buffer of its own, written once a step, and its tag counts steps.
 - Who attends may do so in global layers alone, or in local ones. Queries, keys and values are words
   with 8 bits, and models with more layers than that in between are refused: see `planner.why_not`.
-- Spans of attention are written as they are needed, perhaps after thousands of steps. They are
+- What KV splits of attention give is written as needed, perhaps after thousands of steps. They are
   pairs, whose tags have 32 bits and are odd, so that what was never written has none.
 
 `tests/search` holds a model of this, which looks at all orders in which programs can come.
@@ -252,9 +252,9 @@ class Exchange:
         lanes: int,
         step: int,
     ) -> Array:
-        """Waits for pairs of a head's spans, and combines them: see `ptx.combine_spans`."""
+        """Waits for pairs of a head's KV splits, and combines them: see `ptx.combine_splits`."""
         assert self.meanwhile is not None
-        return ptx.combine_spans(
+        return ptx.combine_splits(
             self.words,
             values,
             sums,

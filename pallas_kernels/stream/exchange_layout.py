@@ -40,7 +40,7 @@ class Layout:
         ffw_copy: their copy, where the tuning has two: every other program reads it.
         attn_block, ffw_block: outputs of the two blocks, B * T * D elements, where they are normed.
         partial: pairs `[B * T, D, splits]`, partial sums of the down projection.
-        parts: pairs `[B * T * N, max_splits, H + 2]`: of one span of attention the weighted
+        parts: pairs `[B * T * N, max_splits, H + 2]`: of one KV split the weighted
             values, the sum of the weights and their maximum.
         best: pairs `[P, B * T, 2]`: each program's best logit and its token.
         maps: `[MAPS, P, MAP_WORDS]`: each program's tensor maps of keys, of values, and of the

@@ -24,7 +24,7 @@ _HANDED = {
     "attn_block": ("attention's block", "its norm"),
     "ffw_block": ("the feed-forward block", "its norm"),
     "partial": ("partial sums of the down projection", "the residual's owner"),
-    "parts": ("a span's attention", "who combines a head's spans"),
+    "parts": ("a KV split's attention", "who combines a head's KV splits"),
     "best": ("a program's best logit", "the greedy token"),
 }
 

@@ -14,9 +14,9 @@ __all__ = [
     "SPARE_BYTES",
     "SharedLayout",
     "offset_pitch",
+    "part_table_rows",
     "route_rows",
     "route_words",
-    "spans_rows",
 ]
 
 ALIGNMENT = 128
@@ -43,7 +43,7 @@ def offset_pitch(plan: StreamPlan) -> int:
     return max(plan.offset_bytes(segment) for segment in plan.segments)
 
 
-def spans_rows(plan: StreamPlan) -> int:
+def part_table_rows(plan: StreamPlan) -> int:
     """Of a layer's attention: one for each part of a program, and one before them."""
     return 1 + plan.most_parts
 
@@ -66,7 +66,7 @@ class SharedLayout:
         new: the new positions' keys, and their values. Queries and these lie where `products` do:
             they are not wanted any more when something is put there.
         route: see `route`.
-        spans: see `spans`.
+        part_table: see `kv_splits`.
         slot_barriers: 8 bytes a slot.
         tile_barriers: 8 bytes a tile of keys and values.
         maps: addresses of the tensor maps of keys and of values, 8 bytes each.
@@ -88,7 +88,7 @@ class SharedLayout:
     queries: int
     new: int
     route: int
-    spans: int
+    part_table: int
     slot_barriers: int
     tile_barriers: int
     maps: int
@@ -124,7 +124,7 @@ class SharedLayout:
             "offsets": plan.product_warps * offset_pitch(plan),
             "squares": 0 if plan.chunked else 4 * COLUMNS * plan.num_warps,
             "route": 4 * route_words(plan) * route_rows(plan),
-            "spans": 4 * ROW_WORDS * kinds * spans_rows(plan),
+            "part_table": 4 * ROW_WORDS * kinds * part_table_rows(plan),
             "slot_barriers": 8 * plan.slots,
             "tile_barriers": 8 * cut.tiles,
             "maps": 16 if plan.bulk else 0,

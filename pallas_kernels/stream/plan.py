@@ -57,10 +57,10 @@ MIN_FLUSH = 8
 # One on each of 320 multiprocessors: the exchange is made before the device is
 # known, and has room for them.
 MAX_PROGRAMS = 320
-# Spans that attention over one head is cut into at most.
+# KV splits of one head at most.
 MAX_SPLITS = 64
-# Positions of a span at least: shorter ones would cost more to combine than they save.
-MIN_SPAN = 256
+# Positions of a KV split at least: shorter ones would cost more to combine than they save.
+MIN_SPLIT = 256
 # Query heads that share a key/value head and are multiplied together.
 LOT = 8
 # The compiler's own tile of the ring's stand-in, bytes: see `ring`.
@@ -245,13 +245,13 @@ class Box:
 class AttentionPlan:
     """How attention over the cache is cut.
 
-    A head's positions are split into at most `max_splits` equal spans, a multiple of `block`
+    A head's positions are cut into at most `max_splits` equal KV splits, a multiple of `block`
     each. The cut depends on the sequence's length alone, not on the batch.
 
     Attributes:
         block: positions of a tile of keys and values.
-        min_span: positions of a span at least.
-        max_splits: spans at most.
+        min_split: positions of a KV split at least.
+        max_splits: KV splits of a head at most.
         lots: parts, of at most `abreast * LOT`, of the queries that share a key/value head.
         abreast: of such a part's queries, how many times `LOT` different warps have.
         warps: of a program that attend; those with the same queries share a tile's positions.
@@ -259,7 +259,7 @@ class AttentionPlan:
     """
 
     block: int
-    min_span: int
+    min_split: int
     max_splits: int
     lots: int
     abreast: int

@@ -19,7 +19,7 @@ from pallas_kernels.stream.plan import (
     MAX_SLOTS,
     MAX_SPLITS,
     MIN_FLUSH,
-    MIN_SPAN,
+    MIN_SPLIT,
     PIECE,
     QUAD,
     READ,
@@ -498,7 +498,7 @@ def _attention(d: Dims, gpu: Gpu, num_warps: int, tuning: Tuning) -> AttentionPl
     splits = 1 << (splits.bit_length() - 1)
     return AttentionPlan(
         block=block,
-        min_span=MIN_SPAN,
+        min_split=MIN_SPLIT,
         max_splits=splits,
         lots=ceil_div(lots, abreast),
         abreast=abreast,

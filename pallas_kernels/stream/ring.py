@@ -25,6 +25,7 @@ from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.exchange import Meanwhile
 from pallas_kernels.stream.exchange_layout import MAP_WORDS
+from pallas_kernels.stream.kv_splits import make_part_table
 from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import ALIGNMENT, FEED_WORDS, ROW_WORDS, SharedLayout
 from pallas_kernels.stream.plan import (
@@ -42,7 +43,6 @@ from pallas_kernels.stream.route import (
     scales_of,
     weights_of,
 )
-from pallas_kernels.stream.spans import make_spans
 from pallas_kernels.stream.tuning import TILE_BYTES
 
 __all__ = [
@@ -151,7 +151,7 @@ def start_ring(env: StreamEnv) -> Turn:
     if plan.ragged:
         # What is multiplied by zeros must be numbers.
         ptx.clear_shared(env.shared, at.tiles, plan.threads)
-    make_spans(env, env.shared + at.spans)
+    make_part_table(env, env.shared + at.part_table)
     # Larger programs have registers for one alone.
     alone = plan.sharing > 0 or plan.threads <= 128
     barriers = (at.slot_barriers, plan.slots), (at.tile_barriers, plan.attention.tiles)

@@ -74,17 +74,17 @@ def _words(plan: StreamPlan, layout: Layout, protocol: Protocol) -> dict[str, np
 
 
 def _parts(plan: StreamPlan, layout: Layout, lengths: Sequence[int]) -> dict[bool, np.ndarray]:
-    """The pairs of spans that a layer hands over, local and other ones: where values lie."""
+    """The pairs of KV splits that a layer hands over, local and other ones: where values lie."""
     d, shares, made = plan.dims, Shares(plan, tuple(lengths)), {}
     for local in set(d.features.local_layers) or {False}:
         pairs = []
         for b, length in enumerate(lengths):
-            spans = shares.spans(length, local)
-            if spans > 1:
-                shape = d.tokens, d.num_heads, spans, d.head_dim + 2
-                token, q, span, item = np.indices(shape)
+            num_splits = shares.num_splits(length, local)
+            if num_splits > 1:
+                shape = d.tokens, d.num_heads, num_splits, d.head_dim + 2
+                token, q, split, item = np.indices(shape)
                 column = b * d.tokens + token
-                row = (column * d.num_heads + q) * plan.attention.max_splits + span
+                row = (column * d.num_heads + q) * plan.attention.max_splits + split
                 pairs.append((row * (d.head_dim + 2) + item).ravel())
         made[local] = layout.parts + 2 * np.concatenate(pairs or [np.zeros(0, int)])
     return made
@@ -128,8 +128,8 @@ def aged_counters(
         layout: of its exchange.
         step: how many steps were finished.
         words: of the counters.
-        lengths: of the sequences before the last of them; what spans were handed over follows from
-            it. None: there were none.
+        lengths: of the sequences before the last of them; what KV splits were handed over
+            follows from it. None: there were none.
         protocol: what hand-overs have in common.
     """
     layers = plan.dims.num_layers

@@ -7,10 +7,10 @@ others has a plain version for interpret mode; the ring and the products are onl
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
 from pallas_kernels.stream.ptx.anew import anew
 from pallas_kernels.stream.ptx.arrival import wait_copies
-from pallas_kernels.stream.ptx.attend import attend_span
+from pallas_kernels.stream.ptx.attend import attend_split
 from pallas_kernels.stream.ptx.boxes import MAP_BYTES, TensorMap, make_map
 from pallas_kernels.stream.ptx.cache import CacheFeed, feed_cache
-from pallas_kernels.stream.ptx.combine import combine_spans
+from pallas_kernels.stream.ptx.combine import combine_splits
 from pallas_kernels.stream.ptx.digits import pack_digits, unpack_digits
 from pallas_kernels.stream.ptx.feed import MAP_IN_CONTROL, Feed, feed_ring, start_barriers
 from pallas_kernels.stream.ptx.giving_up import said_by, say_where
@@ -47,12 +47,12 @@ __all__ = [
     "Lines",
     "TensorMap",
     "anew",
-    "attend_span",
+    "attend_split",
     "begin_words",
     "clear_shared",
     "collect_each",
     "collect_words",
-    "combine_spans",
+    "combine_splits",
     "feed_cache",
     "feed_ring",
     "load_pieces",
