@@ -22,11 +22,11 @@ from stream_cases import FAMILIES, H200, env_of, machine, streamed
 from tag_cases import same_tags
 
 from pallas_kernels.gpu import INTERPRETER
+from pallas_kernels.stream.descriptors import busy_tiles
 from pallas_kernels.stream.kv_splits import part_of, share_of
 from pallas_kernels.stream.launch import layout_of
 from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.planner import make_stream_plan, why_not_on
-from pallas_kernels.stream.route import busy_tiles
 from pallas_kernels.stream.segments.attention import _rows_of
 from pallas_kernels.stream.tuning import Tuning
 

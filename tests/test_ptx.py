@@ -193,12 +193,12 @@ class Ring:
 
     @property
     def row_words(self) -> int:
-        """Of the route."""
+        """Of a descriptor."""
         return 16 if self.scales else 8
 
     @property
     def copies(self) -> tuple[int, ...]:
-        """Of each row of the route; the embedding's comes first, and last the head's two."""
+        """Of each descriptor; the embedding's comes first, and last the head's two."""
         return (0, *self.layer_copies, self.head_copies[0], self.head_copies[-1])
 
     @property
@@ -215,12 +215,12 @@ class Ring:
 
     @property
     def feed(self) -> ptx.Feed:
-        route = self.slots * self.slot_bytes
-        barriers = route + 4 * self.row_words * len(self.copies)
+        table = self.slots * self.slot_bytes
+        barriers = table + 4 * self.row_words * len(self.copies)
         return ptx.Feed(
             slots=self.slots,
             slot_bytes=self.slot_bytes,
-            route=route,
+            route=table,
             barriers=barriers,
             control=barriers + 8 * (self.slots + self.slots % 2),
             layer_tiles=len(self.layer_copies),
@@ -249,7 +249,7 @@ class Ring:
 
     @property
     def order(self) -> list[tuple[int, int]]:
-        """Row of the route and layer of each tile."""
+        """Descriptor and layer of each tile."""
         within = [(1 + i, n) for n in range(self.layers) for i in range(len(self.layer_copies))]
         # All but the last one as if they were tiles of so many more layers.
         last, behind = len(self.head_copies) - 1, len(self.layer_copies) + 1
@@ -352,7 +352,7 @@ class Fed:
         return self.pointer + 16 * 128
 
     def _box(self, rng: np.random.Generator) -> list[int]:
-        """The row of the route of a tile that comes as a box, its rows as if they were copies."""
+        """The descriptor of a tile that comes as a box, its rows as if they were copies."""
         tensor = self.ring.tensor
         _, pieces, rows = tensor.box
         row, piece = int(rng.integers(4)) * rows, int(rng.integers(3)) * pieces

@@ -38,6 +38,7 @@ from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
 from pallas_kernels.stream import ptx, ring
+from pallas_kernels.stream.descriptors import descriptors_shape, make_descriptors
 from pallas_kernels.stream.exchange import Exchange
 from pallas_kernels.stream.exchange_layout import MAP_WORDS, exchange_words
 from pallas_kernels.stream.exchange_order import LOAD, word_in_exchange
@@ -65,7 +66,6 @@ from pallas_kernels.stream.planner import (
 )
 from pallas_kernels.stream.product import pieces_of_tile
 from pallas_kernels.stream.ring import tensor_map_of
-from pallas_kernels.stream.route import make_route, route_shape
 from pallas_kernels.stream.tiles import first_place, next_place, next_segment
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.targets import target, target_names
@@ -150,30 +150,30 @@ def test_nothing_beyond_a_tile_is_multiplied_where_it_may_be_no_number(batch):
 # Who computes what
 
 
-def route_of(plan: StreamPlan) -> np.ndarray:
-    """The route of every program, of weights that need not exist: `[P, rows, words]`."""
+def descriptors_of(plan: StreamPlan) -> np.ndarray:
+    """Copy descriptors of every program, of weights that need not exist: `[P, rows, words]`."""
     specs = named_weights(plan.dims.abstract_weights())
 
     def kernel(ref):
-        refs = {**specs, "route": ref}
+        refs = {**specs, "descriptors": ref}
         env = dataclasses.replace(env_of(plan, 0), program=pl.program_id(0), refs=refs)
-        make_route(env, jnp.int32(0))
+        make_descriptors(env, jnp.int32(0))
 
-    shape = jax.ShapeDtypeStruct(route_shape(plan), jnp.int32)
+    shape = jax.ShapeDtypeStruct(descriptors_shape(plan), jnp.int32)
     grid = (plan.programs,)
     return np.asarray(pl.pallas_call(kernel, grid=grid, out_shape=shape, interpret=True)())
 
 
 def row_of(
-    plan: StreamPlan, route: np.ndarray, segment: Segment, program: int, tile: int
+    plan: StreamPlan, descriptors: np.ndarray, segment: Segment, program: int, tile: int
 ) -> list[int]:
-    """What the route says of a tile; of the head as if every tile had a row of its own."""
+    """What a tile's descriptor says; of the head as if every tile had a row of its own."""
     order = sorted(plan.segments)
     first = 1 + sum(plan.segments[s].tiles for s in order[: order.index(segment)])
     if segment != Segment.HEAD:
-        return route[program, first + tile].tolist()
+        return descriptors[program, first + tile].tolist()
     last = plan.segments[segment].tiles - 1
-    words = route[program, first + (tile == last)].tolist()
+    words = descriptors[program, first + (tile == last)].tolist()
     for at in range(0, len(words), 8):  # of weights, and of scales
         words[at] += (plan.dims.num_layers + tile) * words[at + 2]
     return words
@@ -200,13 +200,13 @@ def rows_of(plan: StreamPlan, segment: Segment, program: int, tile: int) -> np.n
 @pytest.mark.parametrize("name", PLANS)
 def test_every_weight_is_read_once(name):
     plan = PLANS[name]()
-    route = route_of(plan)
-    assert not route[:, 0, 5].any()
+    descriptors = descriptors_of(plan)
+    assert not descriptors[:, 0, 5].any()
     for segment, part in plan.segments.items():
         matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
         seen = []  # where copies begin and end in the matrix, in elements
         for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
-            row = row_of(plan, route, segment, program, tile)[:8]
+            row = row_of(plan, descriptors, segment, program, tile)[:8]
             low, which, layer_stride, stride, size, count, pitch, box = row
             if not count:
                 continue
@@ -247,7 +247,7 @@ def test_every_weight_is_read_once(name):
         assert ends[-1] == matrix_rows * part.inner
         assert part.splits * part.width >= part.inner > (part.splits - 1) * part.width
         assert part.width <= plan.span(segment)
-    assert route.shape[1] == 1 + plan.layer_tiles + 2
+    assert descriptors.shape[1] == 1 + plan.layer_tiles + 2
 
 
 QUANTIZED = [name for name, plan in PLANS.items() if plan().quantized]
@@ -256,12 +256,12 @@ QUANTIZED = [name for name, plan in PLANS.items() if plan().quantized]
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_scales_of_every_row_come_with_it(name):
     plan = PLANS[name]()
-    route = route_of(plan)
+    descriptors = descriptors_of(plan)
     for segment, part in plan.segments.items():
         matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
         seen, bytes_of_row = [], part.scale_bytes
         for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
-            row = row_of(plan, route, segment, program, tile)
+            row = row_of(plan, descriptors, segment, program, tile)
             low, which, layer_stride, stride, size, count, place, pitch = row[8:]
             if part.bits == 16 or not row[5]:
                 assert not count

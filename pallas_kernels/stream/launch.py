@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.dims import DecodeWeights
 from pallas_kernels.launch import KERNEL_NAME, StepState, named_weights
+from pallas_kernels.stream.descriptors import descriptors_shape
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.exchange import Exchange
 from pallas_kernels.stream.exchange_layout import Layout, exchange_words
@@ -20,7 +21,6 @@ from pallas_kernels.stream.kernel import stream_kernel
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
 from pallas_kernels.stream.plan import Segment, StreamPlan
 from pallas_kernels.stream.product import products_shape
-from pallas_kernels.stream.route import route_shape
 
 __all__ = ["layout_of", "run_stream", "stream_step"]
 
@@ -83,7 +83,7 @@ def run_stream(
         "token": jax.ShapeDtypeStruct((d.columns,), jnp.int32),
     }
     if interpret:  # else in shared memory
-        made["route"] = jax.ShapeDtypeStruct(route_shape(plan), jnp.int32)
+        made["descriptors"] = jax.ShapeDtypeStruct(descriptors_shape(plan), jnp.int32)
         made["products"] = jax.ShapeDtypeStruct(products_shape(plan), jnp.float32)
     outputs: dict[str, Any] = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in given.items()}
     outputs |= {name: spec for name, spec in made.items() if name not in outputs}

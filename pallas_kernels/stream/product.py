@@ -16,6 +16,7 @@ from jax import Array, lax
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, select
+from pallas_kernels.stream.interpreted_tiles import read_tile
 from pallas_kernels.stream.lanes import (
     distances,
     first_input,
@@ -34,13 +35,7 @@ from pallas_kernels.stream.plan import (
     StreamPlan,
     is_residual,
 )
-from pallas_kernels.stream.ring import (
-    Turn,
-    products_address,
-    read_tile,
-    slot_address,
-    wait_for_tile,
-)
+from pallas_kernels.stream.ring import Turn, products_address, slot_address, wait_for_tile
 from pallas_kernels.stream.tiles import Place
 
 __all__ = [

@@ -13,7 +13,6 @@ beginning: the plan leaves room for both.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -22,6 +21,11 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.program import iota
 from pallas_kernels.stream import access, ptx
+from pallas_kernels.stream.descriptors import (
+    make_descriptors,
+    most_copies,
+    weights_of,
+)
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.exchange import Meanwhile
 from pallas_kernels.stream.exchange_layout import MAP_WORDS
@@ -33,15 +37,7 @@ from pallas_kernels.stream.plan import (
     RESERVED_TILE,
     Box,
     Segment,
-    SegmentPlan,
     StreamPlan,
-)
-from pallas_kernels.stream.route import (
-    make_route,
-    most_copies,
-    read_route,
-    scales_of,
-    weights_of,
 )
 from pallas_kernels.stream.tuning import TILE_BYTES
 
@@ -54,7 +50,6 @@ __all__ = [
     "most_looks",
     "next_turn",
     "products_address",
-    "read_tile",
     "slot_address",
     "start_ring",
     "tensor_map_of",
@@ -144,7 +139,7 @@ def start_ring(env: StreamEnv) -> Turn:
     plan, at = env.plan, SharedLayout.of(env.plan)
     # Pallas lets no plain constant out of a branch.
     turn = Turn(env.program * 0, env.program * 0)
-    make_route(env, env.shared + at.route)
+    make_descriptors(env, env.shared + at.descriptors)
     if env.interpret:
         return turn
     _reserve(env)
@@ -200,7 +195,7 @@ def _feed_of(plan: StreamPlan) -> ptx.Feed:
     return ptx.Feed(
         slots=plan.slots,
         slot_bytes=plan.slot_bytes,
-        route=at.route,
+        route=at.descriptors,
         barriers=at.slot_barriers,
         control=at.control,
         layer_tiles=plan.layer_tiles,
@@ -257,71 +252,3 @@ def wait_for_tile(env: StreamEnv, turn: Turn) -> None:
     if not env.interpret:
         most = most_looks(env.plan)
         ptx.wait_copies(_barrier(env, turn), turn.phase, most, env.plan.bulk)
-
-
-def read_tile(
-    env: StreamEnv, index: Array, part: SegmentPlan, places: Array, inputs: Array
-) -> Array:
-    """What would lie in the slot of the program's `index`-th tile, for interpret mode.
-
-    Args:
-        env: the program's view.
-        index: int32 scalar.
-        part: the segment's plan, or that of another of the same kind.
-        places: int32, bytes from the slot's beginning on.
-        inputs: int32, the same shape: inputs from the beginning of a tile's row.
-
-    Returns:
-        Weights, float32, times their scales, the same shape; 0 where no copy goes.
-    """
-    source, layer = read_route(env, index)
-    copy = jnp.minimum(lax.div(places, source.pitch), jnp.maximum(source.copies, 1) - 1)
-    within = places - copy * source.pitch
-    there = (within < source.size) & (source.copies > 0)
-    at = (source.begin.low + copy * source.stride) * part.copied + lax.div(8 * within, part.bits)
-    if part.bits == 4:  # a byte holds two
-        at += inputs & 1
-
-    def reader(segment: Segment) -> Callable[[], Array]:
-        def read():
-            if env.segment(segment).bits != part.bits:
-                return jnp.zeros(at.shape, jnp.float32)
-            return _dequantized(env, segment, layer, at, there)
-
-        return read
-
-    return lax.switch(source.begin.high, [reader(s) for s in sorted(env.plan.segments)])
-
-
-def _dequantized(env: StreamEnv, segment: Segment, layer: Array, at: Array, there: Array) -> Array:
-    """Elements of a layer's matrix, counted as if it were flat."""
-    part, ref = env.segment(segment), weights_of(env)[segment]
-    inner = jnp.int32(part.inner)
-    safe = jnp.clip(at, 0, ref.shape[-2] * part.inner - 1)
-    before = () if len(ref.shape) == 2 else (jnp.clip(layer, 0, ref.shape[0] - 1),)
-    row, column = lax.div(safe, inner), lax.rem(safe, inner)
-    words = lax.div(column, jnp.int32(8)) if part.bits == 4 else column
-    weights = access.load(ref.at[(*before, row, words)], mask=there, other=0)
-    if part.bits == 16:
-        return weights.astype(jnp.float32)
-    scales = scales_of(env, segment)
-    if (groups := part.grouping) is None:
-        return weights.astype(jnp.float32) * access.load(scales.at[(*before, row)])
-    at_group = (*before, row, lax.div(column, jnp.int32(groups.size)))
-
-    def number(*which: int) -> Array:
-        return access.load(scales.at[(*at_group, *which)]).astype(jnp.float32)
-
-    if part.bits == 8:
-        return jnp.where(there, weights.astype(jnp.float32) * number(), 0.0)
-    place = column & 7
-    # Where in a word of eight each lies: see `ffjax.packing`.
-    shift = 4 * (lax.shift_right_logical(place, 1) + 4 * (place & 1))
-    integers = (lax.shift_right_logical(weights, shift) & 15).astype(jnp.float32)
-    if groups.offset is None:
-        made = (integers - 8) * number()
-    elif groups.offset == "zero":
-        made = (integers - number(1)) * number(0)
-    else:
-        made = integers * number(0) + number(1)
-    return jnp.where(there, made, 0.0)

@@ -1,7 +1,7 @@
 """The stream: where in the step each tile of a program stands.
 
 A tile is asked for several iterations before it is used, so the loop knows it twice: where it
-lies in memory, from the program's `route`, and its `Place` in the step, which is counted up
+lies in memory, from its copy descriptor, and its `Place` in the step, which is counted up
 from tile to tile. A program has one warp for each of a multiprocessor's schedulers, so that
 every instruction of the loop costs its whole latency: both must be had with few.
 """
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.stream.descriptors import busy_tiles, team_of
 from pallas_kernels.stream.env import StreamEnv, pick
 from pallas_kernels.stream.plan import Segment
-from pallas_kernels.stream.route import busy_tiles, team_of
 
 __all__ = [
     "Flush",

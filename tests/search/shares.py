@@ -1,7 +1,7 @@
 """Who has what of a step: tiles, elements of the residual, parts of attention.
 
-This says again, in plain integers, what `route`, `tiles`, `kv_splits` and the segments trace, so
-that the model of the hand-overs owes them nothing.
+This says again, in plain integers, what `descriptors`, `tiles`, `kv_splits` and the segments trace,
+so that the model of the hand-overs owes them nothing.
 """
 
 from __future__ import annotations
