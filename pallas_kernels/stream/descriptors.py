@@ -59,8 +59,9 @@ _WEIGHTS = {
 class Descriptor(NamedTuple):
     """A tile's copies: where its weights lie, and where they go.
 
-    Int32 scalars, as they stand in the table. Behind them stands the box, see `_box_word`. Of scales the same follows; but before `pitch`
-    stands where in the slot the first copy goes, and there is no box.
+    Int32 scalars, as they stand in the table. Behind them stands the box, see `_box_word`. Of
+    scales the same follows; but before `pitch` stands where in the slot the first copy goes, and
+    there is no box.
 
     Attributes:
         begin: where the tile begins.
