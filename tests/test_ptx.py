@@ -20,8 +20,8 @@ from ptx_machine import Machine, PtxError
 from ptx_plans import Planned
 
 from pallas_kernels.stream import ptx
+from pallas_kernels.stream.fragment_layout import first_input, place_aside
 from pallas_kernels.stream.half2 import HALF2_TAG_BITS
-from pallas_kernels.stream.lanes import first_input, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, PIECE, READ
 from pallas_kernels.stream.ptx.giving_up import record_of

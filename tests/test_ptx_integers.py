@@ -17,7 +17,7 @@ from ptx_plans import Planned
 from ffjax.packing import pack
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.lanes import first_input, first_read, place_aside
+from pallas_kernels.stream.fragment_layout import first_input, first_read, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, READ
 

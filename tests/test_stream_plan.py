@@ -38,16 +38,16 @@ from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
 from pallas_kernels.stream import ptx, ring
+from pallas_kernels.stream.activations import copy_of_hidden
 from pallas_kernels.stream.descriptors import descriptors_shape, make_descriptors
 from pallas_kernels.stream.exchange import Exchange
 from pallas_kernels.stream.exchange_layout import MAP_WORDS, exchange_words
 from pallas_kernels.stream.exchange_order import LOAD, word_in_exchange
+from pallas_kernels.stream.fragment_layout import column_of, distances, first_input, next_input
 from pallas_kernels.stream.kernel import leaves_time, tiles_ahead
 from pallas_kernels.stream.kv_splits import part_of, share_of
-from pallas_kernels.stream.lanes import column_of, distances, first_input, next_input
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
-from pallas_kernels.stream.operand import copy_of_hidden
 from pallas_kernels.stream.plan import (
     BOX_UNIT,
     LAYER_SEGMENTS,

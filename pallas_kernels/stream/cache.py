@@ -12,8 +12,8 @@ from jax import Array, lax
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.fragment_layout import feeding_thread
 from pallas_kernels.stream.kv_splits import Share, row_of, share_of
-from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import FEED_WORDS, SharedLayout
 from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.ring import map_at, most_looks

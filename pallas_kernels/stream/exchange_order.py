@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pallas_kernels.stream.lanes import next_input, piece_step
+from pallas_kernels.stream.fragment_layout import next_input, piece_step
 from pallas_kernels.stream.plan import PIECE, QUAD, SegmentPlan, StreamPlan
 
 __all__ = ["LOAD", "within_piece", "word_in_exchange"]

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.stream import access
+from pallas_kernels.stream.activations import collect_activations
 from pallas_kernels.stream.cache import feed_cache, start_cache
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.operand import collect_operand, no_operand
+from pallas_kernels.stream.fragments import no_fragments
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import multiply, outputs_of, sum_up
 from pallas_kernels.stream.ring import feed_more, feed_ring, next_turn, start_ring, with_ring
@@ -119,7 +120,7 @@ def tiles_ahead(env: StreamEnv, place: Place) -> Array:
 
 
 def leaves_time(first: Place) -> Array:
-    """Whether memory has time for more tiles when a segment's operand has come: bool scalar.
+    """Whether memory has time for more tiles when a segment's activations have come: bool scalar.
 
     Whoever attended has asked for some before attention's output came; and the head's stream is
     never interrupted.
@@ -143,15 +144,17 @@ def stream_kernel(env: StreamEnv) -> None:
 
     def tile_step(index, carry):
         turn, place, state = carry
-        multiply(env, turn, index, place, state.operand)
+        multiply(env, turn, index, place, state.activations)
         _meet(env)
         feed_ring(env, index + 1, tiles_ahead(env, place))
 
         def change_segment(state):
             left = leave_segment(env, place, state)
             following = next_segment(env, place)
-            operand = lax.cond(
-                index < total - 1, lambda: collect_operand(env, following), lambda: no_operand(env)
+            activations = lax.cond(
+                index < total - 1,
+                lambda: collect_activations(env, following),
+                lambda: no_fragments(env),
             )
             # Nobody waits for long now: time for the next layer's keys and values, and for weights.
             lax.cond(
@@ -161,7 +164,7 @@ def stream_kernel(env: StreamEnv) -> None:
             )
             if (tiles := env.plan.tuning.operand_tiles) > 0:
                 lax.cond(leaves_time(following), lambda: feed_more(env, tiles), lambda: None)
-            return following, left._replace(operand=operand)
+            return following, left._replace(activations=activations)
 
         def flush():
             finished = finish_tiles(env, rotations, place, state)

@@ -4,7 +4,7 @@ A *tile* is some rows of a weight matrix by a *span* of their inputs. Its produc
 16 x 8 x 16 blocks on tensor cores. A single sequence has one column of activations: its span is
 cut into 8 *chunks*, which become the block's 8 columns and 8 of its rows, and of the product
 the entries where both mean the same chunk are summed. Several sequences are the columns
-themselves. The span's inputs are shared out among the threads of a program, see `lanes`.
+themselves. The span's inputs are shared out among the threads of a program, see `fragment_layout`.
 
 Matrices may be stored in different formats: what a tile has of rows and inputs follows from the
 bytes of a weight.
@@ -47,7 +47,7 @@ READ = 16
 BOX_UNIT, MAX_BOX = 8, 256
 # Threads that read one row's, or chunk's, inputs side by side.
 QUAD = 4
-# Pieces that a thread holds of the operand: half of its 255 registers, packed in pairs.
+# Pieces that a thread holds of the activations: half of its 255 registers, packed in pairs.
 MAX_PIECES = 16
 MAX_ROWS = 16
 # Of integers that meet several sequences, where a program has many tiles.
@@ -194,8 +194,8 @@ class SegmentPlan:
         return 8 * READ // self.bits
 
     @property
-    def operand(self) -> tuple[bool | int, ...]:
-        """What its operand depends on, besides its width."""
+    def fragment_kind(self) -> tuple[bool | int, ...]:
+        """What its activation fragments depend on, besides the width."""
         offset = self.grouping is not None and self.grouping.offset is not None
         return self.bits, self.grain, self.held, self.fine, offset
 

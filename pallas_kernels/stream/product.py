@@ -1,4 +1,4 @@
-"""A tile times its operand, and the sums of the products of some tiles.
+"""A tile times its activations, and the sums of the products of some tiles.
 
 Summing up takes a program's warps two meetings. So the products of a tile are put aside, and
 summed up for several tiles at once: of a segment that is short, for all.
@@ -16,16 +16,17 @@ from jax import Array, lax
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, select
-from pallas_kernels.stream.interpreted_tiles import read_tile
-from pallas_kernels.stream.lanes import (
+from pallas_kernels.stream.fragment_layout import (
     distances,
     first_input,
     first_read,
     offset_of_use,
+    pieces_there,
     place_aside,
 )
+from pallas_kernels.stream.fragments import Fragments, inputs_of
+from pallas_kernels.stream.interpreted_tiles import read_tile
 from pallas_kernels.stream.layout import SharedLayout, offset_pitch
-from pallas_kernels.stream.operand import Operand, inputs_of, pieces_there
 from pallas_kernels.stream.plan import (
     COLUMNS,
     PIECE,
@@ -120,7 +121,7 @@ def _of_segment(env: StreamEnv, segment: Array, kind: list[Segment], of: str) ->
     return select(segment, [values.get(s, values[kind[0]]) for s in sorted(env.plan.segments)])
 
 
-def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Operand) -> None:
+def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, fragments: Fragments) -> None:
     """Waits for the program's `index`-th tile, multiplies it, and puts the products aside.
 
     Args:
@@ -128,7 +129,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
         turn: the tile's turn.
         index: int32 scalar.
         place: the tile's.
-        operand: of its segment.
+        fragments: of its segment.
     """
     wait_for_tile(env, turn)
     plan = env.plan
@@ -136,9 +137,9 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
     def product(kind: list[Segment]) -> Array:
         segment, part = kind[0], env.segment(kind[0])
         pitch = _of_segment(env, place.segment, kind, "row_bytes")
-        words = operand.words[: part.pieces * PIECE // 2]
+        words = fragments.words[: part.pieces * PIECE // 2]
         if env.interpret:
-            _interpreted(env, index, place, pitch, part, operand)
+            _interpreted(env, index, place, pitch, part, fragments)
             return index
         start = products_address(env) + place.slot * plan.products_bytes(segment)
         where = place_aside(plan, part, start, env.shared + SharedLayout.of(plan).spare)
@@ -161,7 +162,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
                 chunked=plan.chunked,
                 threads=threads,
             )
-        assert operand.scale is not None
+        assert fragments.scale is not None
         scales = slot + part.rows * pitch + part.gap
         if part.scaled_rows > part.rows:  # they are those of the whole run
             scales += (place.number & (part.run - 1)) * (part.rows * part.scale_bytes)
@@ -174,7 +175,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
             pitches,
             where,
             jnp.full((plan.threads,), scales),
-            operand.scale,
+            fragments.scale,
             lax.div(own * part.grain, jnp.int32(size)) + before,
             words,
             integer_tile(plan, part, ragged=any(plan.is_ragged(s) for s in kind)),
@@ -292,13 +293,18 @@ def sum_up(env: StreamEnv, segment: Segment, outputs: Outputs) -> Sums:
 
 
 def _interpreted(
-    env: StreamEnv, index: Array, place: Place, pitch: Array, part: SegmentPlan, operand: Operand
+    env: StreamEnv,
+    index: Array,
+    place: Place,
+    pitch: Array,
+    part: SegmentPlan,
+    fragments: Fragments,
 ) -> None:
     """Puts a tile's sums where `sum_up` finds them."""
     plan = env.plan
     first = first_input(plan, part)
     inputs = jnp.stack([first + x + j for x in distances(plan, part) for j in range(PIECE)])
-    values = jnp.stack(inputs_of(part, operand))  # [inputs, T]
+    values = jnp.stack(inputs_of(part, fragments))  # [inputs, T]
     rows = jnp.arange(part.rows)[:, None, None]
     rows = rows * pitch + jnp.where(rows < part.rows // 2, 0, part.gap)
     weights = read_tile(env, index, part, rows + lax.div(inputs * part.bits, 8)[None], inputs)

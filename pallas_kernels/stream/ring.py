@@ -29,8 +29,8 @@ from pallas_kernels.stream.descriptors import (
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.exchange import Meanwhile
 from pallas_kernels.stream.exchange_layout import MAP_WORDS
+from pallas_kernels.stream.fragment_layout import feeding_thread
 from pallas_kernels.stream.kv_splits import make_part_table
-from pallas_kernels.stream.lanes import feeding_thread
 from pallas_kernels.stream.layout import ALIGNMENT, FEED_WORDS, ROW_WORDS, SharedLayout
 from pallas_kernels.stream.plan import (
     COLUMNS,

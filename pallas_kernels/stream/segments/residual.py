@@ -14,11 +14,12 @@ from jax import Array, lax
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream import access
+from pallas_kernels.stream.activations import collect_inputs
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.fragment_layout import piece_step
 from pallas_kernels.stream.half2 import RESIDUAL
-from pallas_kernels.stream.lanes import piece_step
-from pallas_kernels.stream.operand import collect_inputs, mean_squares
+from pallas_kernels.stream.norms import mean_squares
 from pallas_kernels.stream.plan import COLUMNS, Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of, rows_of
 from pallas_kernels.stream.state import State
@@ -112,7 +113,7 @@ def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
     values = collect_inputs(env, env.segment(Segment.QKV), start, width, tag, RESIDUAL)
     squares = mean_squares(env, values)
     if not (env.interpret or plan.chunked):
-        access.meet()  # the next operand may be normed too
+        access.meet()  # the next activations may be normed too
     if plan.chunked:
         return (jnp.sum(squares) / plan.threads)[None]
     return squares.reshape(plan.num_warps, COLUMNS, 4).sum(axis=2).sum(axis=0) / (

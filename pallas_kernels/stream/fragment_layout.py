@@ -1,9 +1,9 @@
-"""Which inputs of a span each thread of a program holds.
+"""The layout of activation fragments: which inputs each thread of a program holds.
 
-In a product of tensor cores, the threads of a warp hold the operand's 8 columns as 8 groups of
-4. Each thread *reads* 16 bytes of a row of weights at once, 8, 16 or 32 neighbouring inputs, as
-often as the warps share. A single sequence's columns are chunks, whose lines of 4 reads take turns;
-several sequences are columns themselves, and every column's threads hold the same inputs.
+In a product of tensor cores, the threads of a warp hold 8 columns of activations as 8 groups of 4.
+Each thread *reads* 16 bytes of a row of weights at once, 8, 16 or 32 neighbouring inputs, as often
+as the warps share. A single sequence's columns are chunks, whose lines of 4 reads take turns; several
+sequences are columns themselves, and every column's threads hold the same inputs.
 
 Where a single sequence meets integers, its activations are two digits, and each chunk has two
 columns, one a digit: of the 16 rows of weights that a product takes, 4 are then the same chunk of
@@ -39,6 +39,7 @@ __all__ = [
     "next_input",
     "offset_of_use",
     "piece_step",
+    "pieces_there",
     "place_aside",
     "place_of_offset",
     "waits",
@@ -123,6 +124,19 @@ def distances(plan: StreamPlan, part: SegmentPlan) -> list[int]:
     step, pieces = next_input(plan, part), part.held // PIECE
     more = piece_step(plan, part)
     return [q * step + i * more for q in range(part.reads) for i in range(pieces)]
+
+
+def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
+    """Of so many inputs from each thread's first on, the pieces that it has: int32."""
+    step = next_input(plan, part)
+    if part.grain == PIECE:  # a read is a piece
+        return jnp.clip(lax.div(left + (step - 1), jnp.int32(step)), 0, part.pieces)
+    left = jnp.maximum(left, 0)
+    lines = lax.div(left, jnp.int32(step))
+    a_read = part.held // PIECE
+    size = piece_step(plan, part)
+    rest = lax.div(left - lines * step + (size - 1), jnp.int32(size))
+    return jnp.minimum(lines * a_read + jnp.minimum(rest, a_read), part.pieces)
 
 
 def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> Array:
