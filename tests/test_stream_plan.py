@@ -37,7 +37,7 @@ from ffjax.config import PRESETS
 from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
-from pallas_kernels.stream import ptx, ring
+from pallas_kernels.stream import feeding, ptx
 from pallas_kernels.stream.activations import copy_of_hidden
 from pallas_kernels.stream.descriptors import descriptors_shape, make_descriptors
 from pallas_kernels.stream.exchange import Exchange
@@ -240,7 +240,7 @@ def test_every_weight_is_read_once(name):
             assert (box, rest) == (-(1 << 31) | piece << 16 | row[0], 0)
             tensor = tensor_map_of(plan, plan.box)
             assert BOX_UNIT * plan.box.units * tensor.pieces == part.inner * part.bits // 8
-            assert ring._feed_of(plan).matrix_rows == matrix_rows
+            assert feeding.feed_of(plan).matrix_rows == matrix_rows
         starts, ends = np.sort(np.array(seen), axis=0).T
         assert starts[0] == 0
         assert (starts[1:] == ends[:-1]).all(), segment

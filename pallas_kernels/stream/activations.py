@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from pallas_kernels.stream.env import StreamEnv, select
 from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.feeding import fed_otherwise
 from pallas_kernels.stream.fragment_layout import (
     column_of,
     distances,
@@ -22,7 +23,6 @@ from pallas_kernels.stream.fragments import Fragments, pack, unpacked
 from pallas_kernels.stream.half2 import PLAIN, RESIDUAL, Format
 from pallas_kernels.stream.norms import mean_squares, norm_weights, unit_of_residual
 from pallas_kernels.stream.plan import PIECE, Segment, SegmentPlan
-from pallas_kernels.stream.ring import fed_otherwise
 from pallas_kernels.stream.tiles import Place
 
 __all__ = ["collect_activations", "collect_inputs", "copy_of_hidden"]
@@ -52,7 +52,7 @@ def collect_inputs(
         before: activations of a sequence before the span.
 
     Returns:
-        Float32 `[T]`, 8 a piece; 0 beyond the span and for padding sequences.
+        Float32 `[threads]`, 8 a piece; 0 beyond the span and for padding sequences.
     """
     plan = env.plan
     first = first_input(plan, part)

@@ -174,15 +174,15 @@ class Exchange:
         """Waits for pieces of 8 neighbouring activations, each thread for its own.
 
         Args:
-            offset: int32 `[T]`, where the thread's first piece begins, words.
+            offset: int32 `[threads]`, where the thread's first piece begins, words.
             places: words from there to each of its pieces. What a thread loads at once are 4 words,
                 and a warp's threads' lie side by side: a piece's next 4 are 128 words further on.
             tag: int32 scalar they must carry.
-            there: int32 `[T]`, how many pieces the thread has.
+            there: int32 `[threads]`, how many pieces the thread has.
             half2: the format of a word's two activations; None where it has one.
 
         Returns:
-            Float32 `[T]`, 8 a piece; 0 where there is none.
+            Float32 `[threads]`, 8 a piece; 0 where there is none.
         """
         size = PIECE // 2 if half2 else PIECE
         if self.interpret:

@@ -2,8 +2,8 @@
 
 In a product of tensor cores, the threads of a warp hold 8 columns of activations as 8 groups of 4.
 Each thread *reads* 16 bytes of a row of weights at once, 8, 16 or 32 neighbouring inputs, as often
-as the warps share. A single sequence's columns are chunks, whose lines of 4 reads take turns; several
-sequences are columns themselves, and every column's threads hold the same inputs.
+as the warps share. A single sequence's columns are chunks, whose lines of 4 reads take turns;
+several sequences are columns themselves, and every column's threads hold the same inputs.
 
 Where a single sequence meets integers, its activations are two digits, and each chunk has two
 columns, one a digit: of the 16 rows of weights that a product takes, 4 are then the same chunk of
@@ -47,7 +47,7 @@ __all__ = [
 
 
 def _threads(plan: StreamPlan) -> Array:
-    """Each thread's number, int32 `[T]`; as `StreamEnv.iota`."""
+    """Each thread's number, int32 `[threads]`; as `StreamEnv.iota`."""
     threads = iota((plan.threads,), 0)
     return threads if plan.bulk else anew(threads)
 
@@ -57,12 +57,12 @@ def _lane(plan: StreamPlan) -> Array:
 
 
 def column_of(plan: StreamPlan) -> Array:
-    """The column that each thread holds inputs of, 0 to 7: int32 `[T]`."""
+    """The column that each thread holds inputs of, 0 to 7: int32 `[threads]`."""
     return lax.shift_right_logical(_lane(plan), 2)
 
 
 def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
-    """Reads of a row that come before each thread's first: int32 `[T]`.
+    """Reads of a row that come before each thread's first: int32 `[threads]`.
 
     Of one sequence and groups that are fine, before its warp's.
     """
@@ -80,7 +80,7 @@ def _first(plan: StreamPlan, part: SegmentPlan, chunk: Array | None) -> Array:
 
 
 def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
-    """The first input whose activation each thread waits for: int32 `[T]`."""
+    """The first input whose activation each thread waits for: int32 `[threads]`."""
     column = column_of(plan)
     if part.held == part.grain:
         return _first(plan, part, column) * part.grain
@@ -92,7 +92,7 @@ def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
 
 
 def multiplies(plan: StreamPlan) -> Array:
-    """Whether each thread is one of those that multiply: bool `[T]`."""
+    """Whether each thread is one of those that multiply: bool `[threads]`."""
     return _threads(plan) < 32 * plan.product_warps
 
 
@@ -104,7 +104,7 @@ def feeding_thread(plan: StreamPlan) -> int:
 def waits(plan: StreamPlan) -> Array:
     """Whether each thread waits for inputs: those that multiply, and the one that feeds the ring.
 
-    The last warp's do, so that its first one feeds the ring for as long. Bool `[T]`.
+    The last warp's do, so that its first one feeds the ring for as long. Bool `[threads]`.
     """
     return multiplies(plan) | (_threads(plan) >= feeding_thread(plan))
 
@@ -140,7 +140,7 @@ def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
 
 
 def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> Array:
-    """Where each thread puts aside what it makes of a tile: addresses, int32 `[T]`.
+    """Where each thread puts aside what it makes of a tile: addresses, int32 `[threads]`.
 
     Of a single sequence, what is of use is that whose row and column of a product are the same
     chunk's. A store that the other threads left out would part their warps, and to put them
@@ -174,7 +174,7 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
 
 
 def place_of_offset(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) -> Array:
-    """Where each thread puts what it sums up of a group's activations: addresses, int32 `[T]`.
+    """Where each thread puts its sums of a group's activations: addresses, int32 `[threads]`.
 
     Args:
         plan: the step's.
@@ -191,7 +191,7 @@ def place_of_offset(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) 
 
 
 def offset_of_use(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) -> Array:
-    """Where the sums begin that each thread makes use of: addresses, int32 `[T]`.
+    """Where the sums begin that each thread makes use of: addresses, int32 `[threads]`.
 
     Args: see `place_of_offset`.
     """

@@ -20,8 +20,8 @@ class Fragments(NamedTuple):
     """What each thread holds of a segment's activations.
 
     Attributes:
-        words: int32 `[T]` each: two bfloat16, or digits as `ptx.pack_digits` has them.
-        scale: of digits, float32 `[T]`; None where no matrix is quantized.
+        words: int32 `[threads]` each: two bfloat16, or digits as `ptx.pack_digits` has them.
+        scale: of digits, float32 `[threads]`; None where no matrix is quantized.
     """
 
     words: tuple[Array, ...]
@@ -40,7 +40,7 @@ def no_fragments(env: StreamEnv) -> Fragments:
 
 
 def packed(first: Array, second: Array) -> Array:
-    """Two float32 `[T]`, rounded to bfloat16, as one int32."""
+    """Two float32 `[threads]`, rounded to bfloat16, as one int32."""
     low, high = (
         lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.int16).astype(jnp.int32)
         for x in (first, second)
@@ -49,7 +49,7 @@ def packed(first: Array, second: Array) -> Array:
 
 
 def inputs_of(part: SegmentPlan, fragments: Fragments) -> list[Array]:
-    """A segment's fragments as numbers, for interpret mode: float32 `[T]`, inputs in order."""
+    """Fragments as numbers, for interpret mode: float32 `[threads]`, inputs in order."""
     words = fragments.words[: part.pieces * PIECE // 2]
     if part.bits == 16:
         return [x for word in words for x in unpacked(word)]

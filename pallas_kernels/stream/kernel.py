@@ -11,10 +11,11 @@ from pallas_kernels.stream import access
 from pallas_kernels.stream.activations import collect_activations
 from pallas_kernels.stream.cache import feed_cache, start_cache
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.feeding import feed_more, feed_ring, with_ring
 from pallas_kernels.stream.fragments import no_fragments
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import multiply, outputs_of, sum_up
-from pallas_kernels.stream.ring import feed_more, feed_ring, next_turn, start_ring, with_ring
+from pallas_kernels.stream.ring import next_turn, start_ring
 from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
 from pallas_kernels.stream.segments.gate_up import finish_gate_up
 from pallas_kernels.stream.segments.head import finish_head, leave_head
@@ -46,7 +47,7 @@ __all__ = [
 
 def is_due(env: StreamEnv, place: Place) -> Array:
     """Whether the tiles up to this one are to be summed up; bool scalar."""
-    is_full = place.slot == env.plan.flush - 1
+    is_full = place.flush_index == env.plan.flush - 1
     if env.segment(Segment.DOWN).run > 1:  # all of its groups' tiles belong together
         is_full &= place.segment != Segment.DOWN
     return place.last | is_full

@@ -101,7 +101,7 @@ def run_stream(
                 lengths=tuple(jnp.maximum(named["lengths"][b], 0) for b in range(d.batch)),
                 step=named["counters"][layout.steps],
                 exchange=Exchange(named["counters"], layout, interpret, plan.threads),
-                shared=jnp.int32(0),  # see `ring.with_ring`
+                shared=jnp.int32(0),  # see `feeding.with_ring`
                 interpret=interpret,
             )
         )

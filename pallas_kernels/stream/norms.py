@@ -68,13 +68,13 @@ def unit_of_residual(plan: StreamPlan) -> float:
 
 
 def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
-    """Mean square of each thread's own sequence, whose residual all threads hold: float32 `[T]`.
+    """Mean square of each thread's own sequence: float32 `[threads]`.
 
-    Before the next time, a barrier must stand.
+    All threads hold the residual. Before the next time, a barrier must stand.
 
     Args:
         env: the program's view.
-        values: float32 `[T]` each, as the residual was handed over.
+        values: float32 `[threads]` each, as the residual was handed over.
     """
     plan = env.plan
     count = plan.dims.model_dim / unit_of_residual(plan) ** 2

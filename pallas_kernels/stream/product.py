@@ -141,7 +141,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, fragments: 
         if env.interpret:
             _interpreted(env, index, place, pitch, part, fragments)
             return index
-        start = products_address(env) + place.slot * plan.products_bytes(segment)
+        start = products_address(env) + place.flush_index * plan.products_bytes(segment)
         where = place_aside(plan, part, start, env.shared + SharedLayout.of(plan).spare)
         first = first_read(plan, part)
         slot = slot_address(env, turn)
@@ -232,7 +232,7 @@ def scales_at_once(plan: StreamPlan, part: SegmentPlan) -> int:
 
 
 def _offsets(env: StreamEnv, part: SegmentPlan) -> Array | None:
-    """Where each thread's sums of its groups' activations begin: int32 `[T]`; None without any."""
+    """Where each thread's sums of groups' activations begin: int32 `[threads]`; None: no sums."""
     plan = env.plan
     if part.grouping is None or part.grouping.offset is None:
         return None
@@ -241,7 +241,7 @@ def _offsets(env: StreamEnv, part: SegmentPlan) -> Array | None:
 
 
 def pieces_of_tile(env: StreamEnv, place: Place, kind: list[Segment]) -> Array:
-    """Pieces of a tile's rows that each thread has: int32 `[T]`.
+    """Pieces of a tile's rows that each thread has: int32 `[threads]`.
 
     Args:
         env: the program's view.
@@ -304,14 +304,14 @@ def _interpreted(
     plan = env.plan
     first = first_input(plan, part)
     inputs = jnp.stack([first + x + j for x in distances(plan, part) for j in range(PIECE)])
-    values = jnp.stack(inputs_of(part, fragments))  # [inputs, T]
+    values = jnp.stack(inputs_of(part, fragments))  # [inputs, threads]
     rows = jnp.arange(part.rows)[:, None, None]
     rows = rows * pitch + jnp.where(rows < part.rows // 2, 0, part.gap)
     weights = read_tile(env, index, part, rows + lax.div(inputs * part.bits, 8)[None], inputs)
-    products = (weights * values).sum(axis=1)  # [rows, T]
+    products = (weights * values).sum(axis=1)  # [rows, threads]
     if plan.chunked:
         sums = products.sum(axis=1)[:, None]
     else:
         sums = products.reshape(part.rows, plan.num_warps, COLUMNS, 4).sum(axis=(1, 3))
     row, b = env.iota(sums.shape, 0), env.iota(sums.shape, 1)
-    access.store(env["products"].at[env.program, place.slot, row, b], sums)
+    access.store(env["products"].at[env.program, place.flush_index, row, b], sums)

@@ -49,7 +49,8 @@ class Tuning:
             are quantized, since then it is less.
         operand_tiles: tiles that are asked for when the operand of one of a layer's products, its
             activations, has come, but for attention's output, 0 to 4: where the ring is full, a
-            copy of a tile each, into the L2 cache. Then memory has nothing to do, and nobody waits for words.
+            copy of a tile each, into the L2 cache. Then memory has nothing to do, and nobody waits
+            for words.
         hidden_copies: of the hidden activations, 1 or 2: a program reads one of them.
         cache_tile_bytes: bytes of a tile of keys and values, 8, 16 or 32 KiB.
         cache_tiles: such tiles that shared memory holds, 2 to 6.

@@ -23,11 +23,11 @@ from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.cache import attend_split, layer_share
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.feeding import feed_ring
 from pallas_kernels.stream.half2 import PLAIN, even_and_odd
 from pallas_kernels.stream.kv_splits import Part, Share, num_splits_of, part_of
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import LOT, Segment
-from pallas_kernels.stream.ring import feed_ring
 from pallas_kernels.stream.segments.heads import Heads, collect_heads
 
 __all__ = ["attend_parts", "combine_parts", "combining_threads"]
@@ -367,7 +367,7 @@ def combining_threads(
     At most `most` threads have the same one.
 
     Args:
-        thread: int32 `[T]`, each thread's number.
+        thread: int32 `[threads]`, each thread's number.
         width: elements, a power of two.
         splits: the most KV splits of a head, a power of two.
         most: as above.

@@ -18,7 +18,7 @@ __all__ = ["finish_head", "leave_head"]
 
 
 def finish_head(env: StreamEnv, flush: Flush, outputs: Outputs, sums: Sums, state: State) -> State:
-    """logits[c] = W_head @ rmsnorm(x[c]); NaN for a token that the cache has no slot for."""
+    """logits[c] = W_head @ rmsnorm(x[c]); NaN for a token that the cache has no room for."""
     d, features, column = env.dims, env.features, outputs.column
     best_logit, best_token = state.best_logit, state.best_token
     rows = env.segment(Segment.HEAD).rows

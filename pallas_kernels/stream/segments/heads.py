@@ -162,7 +162,7 @@ def _store_keys(
     has_new: Array,
     keys: Array,
 ) -> None:
-    """Stores the new positions' keys, as `Heads` has them. A full cache has no slot."""
+    """Stores the new positions' keys, as `Heads` has them. A full cache has no room for them."""
     d = env.dims
     for token in range(d.tokens):
         mine = env.iota(keys.shape, 0) == token

@@ -116,7 +116,7 @@ def finish_qkv(
             sin = jnp.where(other, rotations.other_sin, sin)
         first, second = first * cos - second * sin, second * cos + first * sin
     scale = 1.0 if features.qk_norm is not None else softmax_scale(env)
-    # What a full cache has no slot for is dropped.
+    # What a full cache has no room for is dropped.
     new = real & (place < d.capacity)
     kv_head = lax.rem(jnp.maximum(head - d.num_heads, 0), jnp.int32(d.num_kv_heads))
     tag = env.tag(flush.layer)
