@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from pallas_kernels.dims import Dims, WeightBits, WeightGroups, ceil_div
-from pallas_kernels.stream import ptx
 from pallas_kernels.stream.plan import COLUMNS, MAX_PROGRAMS, MAX_SPLITS, READ, line_of
 from pallas_kernels.stream.planner import splits_of
 from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
@@ -15,7 +14,8 @@ __all__ = ["MAP_WORDS", "Layout", "exchange_words"]
 
 # Keeps the buffers apart by whole lines of 128 bytes, which a tensor map begins at.
 _LINE = 32
-MAP_WORDS = ptx.MAP_BYTES // 4
+# Of a tensor map, 128 bytes. Not from `ptx`: to size a cache, no Pallas is imported.
+MAP_WORDS = 32
 # Tensor maps of a program.
 MAPS = 3
 
