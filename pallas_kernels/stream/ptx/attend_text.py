@@ -23,7 +23,7 @@ def _float(x: float) -> str:
 
 
 class _Attend:
-    """The text of `attend_split`, piece by piece, in the order in which `attend_lines` has it."""
+    """The text of `attend_span`, piece by piece, in the order in which `attend_lines` has it."""
 
     def __init__(self, f: CacheFeed):
         self.f = f
@@ -431,7 +431,7 @@ class _Attend:
 def attend_lines(
     f: CacheFeed, ring: str, keys: str, values: str, parts: str, row: str, layer: str, most: int
 ) -> list[str]:
-    """Attention over a part: see `attend_split`."""
+    """Attention over a part: see `attend_span`."""
     text = _Attend(f)
     return [
         "{",
