@@ -15,7 +15,7 @@ from jax.core import Tracer
 from ffjax.config import ModelConfig
 from ffjax.dims import step_dims
 from ffjax.settings import own_settings
-from pallas_kernels.stream.mail import mail_words
+from pallas_kernels.stream.exchange_layout import exchange_words
 
 __all__ = ["KVCache", "check_cache"]
 
@@ -31,7 +31,7 @@ class KVCache:
         lengths: int32 `[B]`, live positions of each sequence. What lies beyond
             is never read, whatever it holds. They are 0 or more; in a jitted step, where
             nobody can look, a smaller one counts as 0.
-        counters: int32, what the fused kernel needs to know from step to step: its mail. All
+        counters: int32, what programs of the fused kernel exchange, from step to step. All
             zero to begin with; they belong to this batch, and the reference passes them through.
         wide_counters: the same for steps of several tokens a sequence; None where the cache was not
             made for any.
@@ -76,8 +76,8 @@ class KVCache:
         if tokens < 1:
             raise ValueError(f"A step takes 1 token of a sequence or more, got tokens={tokens}.")
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
-        words = mail_words(step_dims(config, batch, capacity))
-        wide = mail_words(step_dims(config, batch, capacity, tokens)) if tokens > 1 else None
+        words = exchange_words(step_dims(config, batch, capacity))
+        wide = exchange_words(step_dims(config, batch, capacity, tokens)) if tokens > 1 else None
         return _zeros(shape, jnp.dtype(dtype), words, wide)
 
     @property
@@ -141,13 +141,13 @@ def check_cache(cache: KVCache, config: ModelConfig, dtype: Any, tokens: int = 1
     for stored in (cache.k, cache.v):
         if (found := _dtype(stored)) != dtype:
             raise TypeError(f"Cache and weights share a dtype, got {found} and {dtype}. {_MAKE}")
-    batch, words = keys[1], mail_words(step_dims(c, keys[1], keys[3]))
+    batch, words = keys[1], exchange_words(step_dims(c, keys[1], keys[3]))
     arrays: list[tuple[str, Any, tuple[int, ...]]] = [
         ("lengths", cache.lengths, (batch,)),
         ("counters", cache.counters, (words,)),
     ]
     if tokens > 1:
-        wide = mail_words(step_dims(c, batch, keys[3], tokens))
+        wide = exchange_words(step_dims(c, batch, keys[3], tokens))
         found = None if cache.wide_counters is None else np.shape(cache.wide_counters)
         if found != (wide,):
             made = "for steps of one token" if found is None else "for another number of tokens"

@@ -269,7 +269,7 @@ def fault_in(model: Transformer, cache: KVCache, tokens: int) -> str | None:
         cache: the cache, as steps of one token and of T left it.
         tokens: T; 1 where there were none of several.
     """
-    # Steps of one token, and those of several, each have a mail of their own.
+    # Steps of one token, and those of several, each have an exchange of their own.
     for each in sorted({1, tokens}):
         if (fault := step_fault(model, cache, each)) is not None:
             return str(fault)

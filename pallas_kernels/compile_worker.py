@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.dims import Dims, Features, Grouping, WeightBits, WeightGroups
 from pallas_kernels.launch import StepState
+from pallas_kernels.stream.exchange_layout import exchange_words
 from pallas_kernels.stream.launch import stream_step
-from pallas_kernels.stream.mail import mail_words
 from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.planner import fitting, make_stream_plan, tuned
 from pallas_kernels.targets import target
@@ -53,7 +53,7 @@ def compile_step(plan: StreamPlan, config: str, hidden_layers: tuple[int, ...] =
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     cache = spec(d.num_layers, d.batch, d.num_kv_heads, d.capacity, d.head_dim, dtype=jnp.bfloat16)
-    state = StepState(cache, cache, spec(d.batch), spec(mail_words(d)))
+    state = StepState(cache, cache, spec(d.batch), spec(exchange_words(d)))
     weights = jax.tree.map(lambda x: spec(*x.shape, dtype=x.dtype), d.abstract_weights())
 
     def decode_step(weights, state, tokens):

@@ -49,7 +49,7 @@ class StepState(NamedTuple):
         k: `[L, B, K, S, H]`.
         v: `[L, B, K, S, H]`.
         lengths: int32 `[B]`.
-        counters: int32, the mail: see `pallas_kernels.stream.mail`.
+        counters: int32, the exchange: see `pallas_kernels.stream.exchange`.
     """
 
     k: Array

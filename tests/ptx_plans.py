@@ -1,4 +1,4 @@
-"""As much of a `StreamPlan` as `lanes` looks at, for tests of a tile's product."""
+"""As much of a `StreamPlan` as `fragment_layout` looks at, for tests of a tile's product."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from jax.experimental import pallas as pl
 
-from pallas_kernels.stream import mail
-from pallas_kernels.stream.mail import Layout, Mail
+from pallas_kernels.stream import exchange
+from pallas_kernels.stream.exchange import Exchange
+from pallas_kernels.stream.exchange_layout import Layout
 
 __all__ = ["FEW_LOOKS", "skipping"]
 
@@ -28,7 +29,7 @@ def skipping(buffer: str, tag: int, program: int | None = None) -> Iterator[None
         program: whose words are lacking; None: everybody's.
     """
 
-    def hidden(words: Mail, at: Any, this: Any, mask: Any) -> Any:
+    def hidden(words: Exchange, at: Any, this: Any, mask: Any) -> Any:
         starts = sorted(getattr(words.layout, name) for name in Layout.__dataclass_fields__)
         first = getattr(words.layout, buffer)
         end = next(start for start in starts if start > first)
@@ -38,14 +39,14 @@ def skipping(buffer: str, tag: int, program: int | None = None) -> Iterator[None
         return mask & ~lacking
 
     def without(method: Any) -> Any:
-        def publish(self: Mail, offsets: Any, *values: Any) -> None:
+        def publish(self: Exchange, offsets: Any, *values: Any) -> None:
             *numbers, this, mask = values
             method(self, offsets, *numbers, this, hidden(self, offsets, this, mask))
 
         return publish
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mail, "MAX_POLLS", FEW_LOOKS)
-        for name in ("publish", "publish_twins", "publish_pair"):
-            patch.setattr(Mail, name, without(getattr(Mail, name)))
+        patch.setattr(exchange, "MAX_POLLS", FEW_LOOKS)
+        for name in ("publish", "publish_half2", "publish_pair"):
+            patch.setattr(Exchange, name, without(getattr(Exchange, name)))
         yield

@@ -20,8 +20,8 @@ from pallas_kernels.dims import Dims, Grouping, WeightBits, WeightGroups
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.exchange import Exchange
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
-from pallas_kernels.stream.mail import Mail
 from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.stages import run_stage, stages_of, state_shapes
@@ -79,7 +79,7 @@ def env_of(plan: StreamPlan, program: int) -> StreamEnv:
         lengths=(),
         interpret=True,
         step=jnp.int32(0),
-        mail=Mail(nothing, layout_of(plan), True, plan.threads),
+        exchange=Exchange(nothing, layout_of(plan), True, plan.threads),
         shared=nothing,
     )
 

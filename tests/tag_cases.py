@@ -1,4 +1,4 @@
-"""The tags that steps leave in a cache's mail, beside those of the model of the hand-overs."""
+"""The tags that steps leave in a cache's exchange, beside those of the model of the hand-overs."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_a_step_is_one_kernel_that_fits(capsys, monkeypatch, tmp_path, config, g
     assert 32 <= report["registers"] <= min(255, 65_536 // (32 * report["num_warps"]))
     assert report["spill_bytes"] == 0
     assert report["num_stages"] >= 2
-    assert report["temp_bytes"] == 0  # the mail is part of the cache
+    assert report["temp_bytes"] == 0  # the exchange is part of the cache
     # The compiler is made to take shared memory for the ring, of which it knows nothing.
     plan = make_stream_plan(dims_of(preset(config), batch, 16_384), wanted)
     assert report["num_stages"] == plan.num_stages

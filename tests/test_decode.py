@@ -152,7 +152,7 @@ def test_a_list_is_no_array_of_a_cache(model, cache, tokens):
         decode_step(model, listed, tokens)
 
 
-# Each with what the mail's length, which the fused kernel compares, does not tell.
+# Each with what the length of `counters`, which the fused kernel compares, does not tell.
 OTHER_CACHES = {
     "fewer layers": (
         lambda c: dataclasses.replace(c, k=c.k[:1], v=c.v[:1]),

@@ -39,7 +39,7 @@ POST_NORM = small_config(**{**FAMILIES["olmo2"], "num_layers": 3})
 # A down projection of so many inputs is split, of one sequence too.
 SPLIT = small_config(ffw_dim=16384, num_layers=3)
 SPLIT_INTEGERS = kernel_config(WeightFormats.of_layers(INT8), ffw_dim=4096, num_layers=3)
-LONG = [1200, 700]  # positions: some spans a head
+LONG = [1200, 700]  # positions: some KV splits a head
 
 # The buffer, the layer, and a step that hands something over there.
 CASES: dict[str, tuple[str, int, ModelConfig, list[int]]] = {
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, int, ModelConfig, list[int]]] = {
     "the head's residual": ("x_head", 6, DEEP, [40]),
     "the head's residual of 2": ("x_head", 6, DEEP, [40, 7]),
     "best": ("best", 6, DEEP, [40]),
-    "spans": ("parts", 2, DEEP, LONG),
+    "KV splits": ("parts", 2, DEEP, LONG),
     "a normed attention block": ("attn_block", 1, POST_NORM, [40, 7]),
     "a normed feed-forward block": ("ffw_block", 2, POST_NORM, [40]),
     "partial sums": ("partial", 1, SPLIT, [40]),

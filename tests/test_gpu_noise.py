@@ -30,9 +30,9 @@ SMALL: dict[str, tuple[ModelConfig, int, list[int]]] = {
     **{name: (config, capacity, some[0]) for name, (config, capacity, some) in CASES.items()},
     **{name: (kernel_config(formats), 150, [65]) for name, formats in FOR_KERNELS.items()},
     "mixed, several": (kernel_config(FOR_KERNELS["mixed"]), 150, [65, 0, 129]),
-    # Heads of several spans, which all programs combine.
-    "spans": (small_config(num_heads=4, num_kv_heads=2, num_layers=5), 2048, [1700]),
-    "spans of several": (
+    # Heads of several KV splits, which all programs combine.
+    "KV splits": (small_config(num_heads=4, num_kv_heads=2, num_layers=5), 2048, [1700]),
+    "KV splits of several": (
         small_config(num_heads=4, num_kv_heads=2, num_layers=5),
         2048,
         [1700, 3, 600],
@@ -48,7 +48,7 @@ SMALL: dict[str, tuple[ModelConfig, int, list[int]]] = {
 SEVERAL: dict[str, tuple[ModelConfig, int, list[int], int]] = {
     "8 tokens": (small_config(num_heads=4, num_kv_heads=2, num_layers=5), 150, [65], 8),
     "4 tokens of two": (kernel_config(FOR_KERNELS["int4 and its head"]), 150, [65, 0], 4),
-    "8 tokens, spans": (small_config(num_heads=8, num_kv_heads=2), 2048, [1700], 8),
+    "8 tokens, KV splits": (small_config(num_heads=8, num_kv_heads=2), 2048, [1700], 8),
     "3 tokens, normed heads": (small_config(**FAMILIES["qwen3"]), 150, [61, 3], 3),
 }
 ALL = {**{name: (*case, 1) for name, case in SMALL.items()}, **SEVERAL}

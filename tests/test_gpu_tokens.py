@@ -164,7 +164,7 @@ def test_several_tokens_of_quantized_real_shapes(weights):
 
 
 def test_steps_of_one_and_of_several_tokens_in_turn():
-    """Each kind has its own mail, whose tags go on from where its last step left them."""
+    """Each kind has its own exchange, whose tags go on from where its last step left them."""
     config = small_config(**DEEP)
     for parts in split(config):
         some = jax.random.randint(jax.random.key(7), (60, 2, 4), 0, config.vocab_size)

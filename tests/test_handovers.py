@@ -22,12 +22,12 @@ from stream_cases import FAMILIES, H200, env_of, machine, streamed
 from tag_cases import same_tags
 
 from pallas_kernels.gpu import INTERPRETER
+from pallas_kernels.stream.descriptors import busy_tiles
+from pallas_kernels.stream.kv_splits import part_of, share_of
 from pallas_kernels.stream.launch import layout_of
 from pallas_kernels.stream.plan import LOT, Segment
 from pallas_kernels.stream.planner import make_stream_plan, why_not_on
-from pallas_kernels.stream.route import busy_tiles
 from pallas_kernels.stream.segments.attention import _rows_of
-from pallas_kernels.stream.spans import part_of, share_of
 from pallas_kernels.stream.tuning import Tuning
 
 pytestmark = pytest.mark.once(
@@ -92,7 +92,7 @@ def test_what_was_right_then_is_found_right():
 
 
 def test_pairs_that_nobody_wrote_would_pass_where_a_tag_of_32_bits_is_0():
-    """After 2^32 hand-overs; whoever then first needs several spans finds zeros."""
+    """After 2^32 hand-overs; whoever then first needs several KV splits finds zeros."""
     case = Case(layers=2, heads=2, kv_heads=2, lengths=(600,), capacity=700)
     step = (2**32 - 1) // 3
     plan = plan_of(case, machine(7))
@@ -228,11 +228,11 @@ def test_parts_of_attention_are_those_of_the_kernel(lengths, local, tokens):
         share = share_of(env, layer, None)
         theirs = [part_of(env, layer, share, jnp.int32(j)) for j in range(int(share.parts))]
         found = [
-            (int(p.sequence), int(p.head), int(p.first_query), int(p.number), int(p.spans))
+            (int(p.sequence), int(p.head), int(p.first_query), int(p.split), int(p.num_splits))
             for p in theirs
         ]
         mine = parts[program]
-        assert [(p.sequence, p.kv_head, most * p.lot, p.span, p.spans) for p in mine] == found
+        assert [(p.sequence, p.kv_head, most * p.lot, p.split, p.num_splits) for p in mine] == found
         for part, one in zip(mine, theirs, strict=True):
             column, query, there = (np.asarray(x) for x in _rows_of(env, one, jnp.arange(most)))
             of_them = np.broadcast_arrays(column, query)
@@ -251,19 +251,19 @@ AGED = {
 @pytest.mark.parametrize("name", AGED)
 def test_a_cache_has_the_tags_that_steps_leave(name, start):
     config, lengths, capacity, *each = AGED[name]
-    mail = "wide_counters" if each else "counters"
+    exchange = "wide_counters" if each else "counters"
     model, cache = random_model(config), filled_cache(config, lengths, capacity, math.nan, *each)
     plan = make_stream_plan(dims_of(config, len(lengths), capacity, *each), INTERPRETER)
-    layout, words = layout_of(plan), getattr(cache, mail).shape[0]
+    layout, words = layout_of(plan), getattr(cache, exchange).shape[0]
     begun = aged_counters(plan, layout, start, words)
-    cache = dataclasses.replace(cache, **{mail: jnp.asarray(begun)})
+    cache = dataclasses.replace(cache, **{exchange: jnp.asarray(begun)})
     tokens = random_tokens(config, plan.dims.columns).reshape(len(lengths), *each)
     _, _, cache = streamed(model, cache, tokens)
     before = cache.lengths.tolist()
     logits, _, cache = streamed(model, cache, tokens)
     assert np.isfinite(logits).all()
     want = aged_counters(plan, layout, start + 2, words, before)
-    same_tags(np.asarray(getattr(cache, mail)), want, poison_of(plan, layout, words))
+    same_tags(np.asarray(getattr(cache, exchange)), want, poison_of(plan, layout, words))
 
 
 # Of several programs: `test_stream_stages`.

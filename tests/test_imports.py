@@ -39,6 +39,22 @@ def test_importing_ffjax_imports_no_jax():
     assert not {"jax", "flax", "numpy"} & set(done.stdout.split())
 
 
+def test_a_cache_is_sized_without_pallas():
+    """A cache is made for the reference too, which must not need the kernel's backends."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import ffjax.cache, sys; print(*sys.modules)"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
+    assert "pallas_kernels.stream.exchange_layout" in found
+    assert not [name for name in found if "pallas" in name and name.startswith("jax")]
+
+
 @pytest.mark.parametrize("name", ffjax.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(ffjax, name) is not None

@@ -45,8 +45,8 @@ pytestmark = pytest.mark.once(
     ],
 )
 
-# Every text there is, between them: feeds of few and of many copies, early looks, spans that are
-# combined, blocks that are normed behind, digits of one sequence and of several.
+# Every text there is, between them: feeds of few and of many copies, early looks, KV splits that
+# are combined, blocks that are normed behind, digits of one sequence and of several.
 STEPS: dict[str, tuple[ModelConfig, int, int]] = {
     "one sequence": (small_config(), 1, 1),
     "several": (small_config(num_layers=3, post_norm=True, pre_norm=False), 3, 1),

@@ -41,40 +41,40 @@ def count(size: int, step: int = 1, first: int = 0) -> jax.Array:
     return lax.iota(jnp.int32, size) * step + first
 
 
-def words(mail: Any, weights: Any) -> None:
+def words(exchange: Any, weights: Any) -> None:
     there, ring = count(THREADS) & 1, jnp.int32(0x1800)
     how = 8, 0xFF, 64, weights, ring, FEED
-    ptx.collect_words(mail, count(THREADS, 4), [0, 256], count(THREADS, 0, 55), there, *how)
+    ptx.collect_words(exchange, count(THREADS, 4), [0, 256], count(THREADS, 0, 55), there, *how)
 
 
 def each(together: int, pairs: bool) -> Callable[..., None]:
-    def body(mail: Any, weights: Any) -> None:
+    def body(exchange: Any, weights: Any) -> None:
         offsets = [count(THREADS * together, 2, first) for first in (100, 700, 1400)]
         how = pairs, together, 64, weights, jnp.int32(0x1800), FEED
-        ptx.collect_each(mail, offsets, jnp.int32(77), *how)
+        ptx.collect_each(exchange, offsets, jnp.int32(77), *how)
 
     return body
 
 
 def word(size: int) -> Callable[..., None]:
-    def body(mail: Any, _weights: Any) -> None:
+    def body(exchange: Any, _weights: Any) -> None:
         mask = (count(size) & 3) < 2
-        ptx.store_word(mail, count(size, 3, -6), count(size, 5, -9), mask, interpret=False)
+        ptx.store_word(exchange, count(size, 3, -6), count(size, 5, -9), mask, interpret=False)
 
     return body
 
 
-def pair(mail: Any, _weights: Any) -> None:
+def pair(exchange: Any, _weights: Any) -> None:
     numbers = count(THREADS, 5, -9), count(THREADS, 7)
-    ptx.store_pair(mail, count(THREADS, 2), *numbers, count(THREADS) > 3, interpret=False)
+    ptx.store_pair(exchange, count(THREADS, 2), *numbers, count(THREADS) > 3, interpret=False)
 
 
-def row(_mail: Any, _weights: Any) -> None:
+def row(_exchange: Any, _weights: Any) -> None:
     numbers = [count(THREADS, 3, i) for i in range(8)]
     ptx.write_row(count(THREADS, 32, 0x1400), numbers, (count(THREADS) & 1) < 1)
 
 
-def read(_mail: Any, _weights: Any) -> None:
+def read(_exchange: Any, _weights: Any) -> None:
     ptx.read_row(jnp.int32(0x1420))
 
 
@@ -112,8 +112,8 @@ def bound_by_mosaic(
 ) -> tuple[list[np.ndarray], list[int]]:
     """Elements of each operand, in order, and where the arrays lie."""
 
-    def kernel(mail: Any, weights: Any, _out: Any) -> None:
-        body(mail, weights)
+    def kernel(exchange: Any, weights: Any, _out: Any) -> None:
+        body(exchange, weights)
 
     jaxpr = traced(kernel, arrays, [shape(1)])
     memory = [*arrays, np.zeros(1, np.int32)]
@@ -150,10 +150,10 @@ def test_results_are_those_of_the_elements_that_were_bound(together):
     arrays = [np.zeros(4096, np.int32), np.zeros(64, jnp.bfloat16)]
     size = THREADS * together
 
-    def kernel(mail: Any, weights: Any, out: Any) -> None:
+    def kernel(exchange: Any, weights: Any, out: Any) -> None:
         offsets = [count(size, 3, first) for first in (100, 700)]
         how = False, together, 64, weights, jnp.int32(0x1800), FEED
-        for i, found in enumerate(ptx.collect_each(mail, offsets, jnp.int32(77), *how)):
+        for i, found in enumerate(ptx.collect_each(exchange, offsets, jnp.int32(77), *how)):
             put(out, found, room=i * size)
 
     spec = shape(2 * size)

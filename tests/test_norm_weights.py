@@ -11,7 +11,7 @@ import pytest
 from decode_cases import dims_of, small_config
 from stream_cases import FAMILIES, H200
 
-from pallas_kernels.stream import operand
+from pallas_kernels.stream import norms
 from pallas_kernels.stream.plan import PIECE, Segment
 from pallas_kernels.stream.planner import make_stream_plan
 
@@ -59,7 +59,7 @@ def test_weights_of_norms_are_read_within_their_rows(monkeypatch, family, batch)
         read.append(Read(refs, beyond, offset, places, there))
         return [jnp.zeros(offset.shape, jnp.int32)] * (4 * len(places))
 
-    monkeypatch.setattr(operand.ptx, "load_pieces", record)
+    monkeypatch.setattr(norms.ptx, "load_pieces", record)
     layered, once = np.zeros((LAYERS, d.model_dim)), np.zeros(d.model_dim)
     arrays = {"attn_norm": layered, "mlp_norm": layered.copy(), "final_norm": once}
 
@@ -71,7 +71,7 @@ def test_weights_of_norms_are_read_within_their_rows(monkeypatch, family, batch)
     for segment in plan.segments:
         part = plan.segments[segment]
         for layer in range(LAYERS):
-            operand._norm_weights(env, part, jnp.int32(segment), jnp.int32(layer))  # type: ignore[arg-type]
+            norms.norm_weights(env, part, jnp.int32(segment), jnp.int32(layer))  # type: ignore[arg-type]
             [one] = read
             array, elements = one.array(), one.elements()
             assert 0 <= elements.min() <= elements.max() < array.size, (segment, layer)

@@ -20,19 +20,19 @@ from ptx_machine import Machine, PtxError
 from ptx_plans import Planned
 
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.lanes import first_input, place_aside
+from pallas_kernels.stream.fragment_layout import first_input, place_aside
+from pallas_kernels.stream.half2 import HALF2_TAG_BITS
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, PIECE, READ
 from pallas_kernels.stream.ptx.giving_up import record_of
 from pallas_kernels.stream.segments.attention import combining_threads
-from pallas_kernels.stream.twins import TWIN_TAG_BITS
 
 pytestmark = pytest.mark.once(
     "The machine and the texts are ours; a sample shows that they are traced.",
     sample=[
         "test_warps_wait_for_words_in_any_order",
         "test_an_instruction_does_what_the_manual_says",
-        "test_spans_are_combined_when_all_have_come",
+        "test_splits_are_combined_when_all_have_come",
         "test_a_row_is_read",
         "test_words_are_waited_for_until_all_carry_the_tag",
     ],
@@ -193,12 +193,12 @@ class Ring:
 
     @property
     def row_words(self) -> int:
-        """Of the route."""
+        """Of a descriptor."""
         return 16 if self.scales else 8
 
     @property
     def copies(self) -> tuple[int, ...]:
-        """Of each row of the route; the embedding's comes first, and last the head's two."""
+        """Of each descriptor; the embedding's comes first, and last the head's two."""
         return (0, *self.layer_copies, self.head_copies[0], self.head_copies[-1])
 
     @property
@@ -215,12 +215,12 @@ class Ring:
 
     @property
     def feed(self) -> ptx.Feed:
-        route = self.slots * self.slot_bytes
-        barriers = route + 4 * self.row_words * len(self.copies)
+        table = self.slots * self.slot_bytes
+        barriers = table + 4 * self.row_words * len(self.copies)
         return ptx.Feed(
             slots=self.slots,
             slot_bytes=self.slot_bytes,
-            route=route,
+            route=table,
             barriers=barriers,
             control=barriers + 8 * (self.slots + self.slots % 2),
             layer_tiles=len(self.layer_copies),
@@ -249,7 +249,7 @@ class Ring:
 
     @property
     def order(self) -> list[tuple[int, int]]:
-        """Row of the route and layer of each tile."""
+        """Descriptor and layer of each tile."""
         within = [(1 + i, n) for n in range(self.layers) for i in range(len(self.layer_copies))]
         # All but the last one as if they were tiles of so many more layers.
         last, behind = len(self.head_copies) - 1, len(self.layer_copies) + 1
@@ -352,7 +352,7 @@ class Fed:
         return self.pointer + 16 * 128
 
     def _box(self, rng: np.random.Generator) -> list[int]:
-        """The row of the route of a tile that comes as a box, its rows as if they were copies."""
+        """The descriptor of a tile that comes as a box, its rows as if they were copies."""
         tensor = self.ring.tensor
         _, pieces, rows = tensor.box
         row, piece = int(rng.integers(4)) * rows, int(rng.integers(3)) * pieces
@@ -641,8 +641,8 @@ class Kind(NamedTuple):
 
 ONES = Kind(8, 0xFF, TAG, STALE)
 # Their tags differ from the one before in either bit, or in both.
-TWINS, ODD_TWINS, EVEN_TWINS = (
-    Kind(4, TWIN_TAG_BITS, 1, stale) for stale in (1 << 16, 1 << 16 | 1, 0)
+HALF2, ODD_HALF2, EVEN_HALF2 = (
+    Kind(4, HALF2_TAG_BITS, 1, stale) for stale in (1 << 16, 1 << 16 | 1, 0)
 )
 
 
@@ -650,10 +650,10 @@ TWINS, ODD_TWINS, EVEN_TWINS = (
 def collect_text(ring: Ring, pieces: int, step: int, most: int, kind: Kind = ONES) -> Inline:
     places = [q * step for q in range(pieces)]
 
-    def body(mail: Any, weights: Any) -> None:
+    def body(exchange: Any, weights: Any) -> None:
         each, zero = jnp.zeros((ring.threads,), jnp.int32), jnp.int32(0)
         how = kind.size, kind.bits, most, weights, zero, ring.feed
-        ptx.collect_words(mail, each, places, each, each, *how)
+        ptx.collect_words(exchange, each, places, each, each, *how)
 
     return inline(body, shape(1024), shape(16, jnp.bfloat16))
 
@@ -684,13 +684,13 @@ def check_collect(
     there[fed.feed.thread] = pieces
     if way == "one last":
         there[:] = pieces
-    # The mail lies behind the weights: each thread's pieces stand apart. What the threads of a
+    # The exchange lies behind the weights: each thread's pieces stand apart. What the threads of a
     # warp load at once, 4 words each, lies side by side.
-    mail = m.memory_base + len(m.memory)
+    exchange = m.memory_base + len(m.memory)
     m.memory = np.concatenate([m.memory, np.zeros(4 * words, np.uint8)])
     by_loads = np.arange(words).reshape(pieces, threads // 32, size // 4, 32, 4)
     by_thread = by_loads.swapaxes(2, 3).reshape(pieces, threads, size)
-    held = m.view(mail, words, np.uint32)
+    held = m.view(exchange, words, np.uint32)
     values = rng.integers(0, 1 << 32, words) & ~kind.bits | kind.tag
     held[:] = rng.integers(0, 1 << 32, words) & ~kind.bits | kind.stale
     is_there = np.arange(pieces)[:, None] < there  # [pieces, threads]
@@ -710,7 +710,7 @@ def check_collect(
     for number in range(turn.max() + 1):
         m.later(70 * number, functools.partial(write, number))
     text = collect_text(fed.ring, pieces, size * threads, 512, kind).edited(edit)
-    operands = (mail + 4 * by_thread[0, :, 0], kind.tag, there, fed.pointer, fed.base)
+    operands = (exchange + 4 * by_thread[0, :, 0], kind.tag, there, fed.pointer, fed.base)
     got = np.stack(text.run(m, *operands)).reshape(pieces, size, threads)
     wanted = values[by_thread].swapaxes(1, 2)
     np.testing.assert_array_equal(got, np.where(is_there[:, None], wanted, kind.tag))
@@ -737,7 +737,7 @@ def test_warps_wait_for_words_together(pieces, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", [TWINS, ODD_TWINS, EVEN_TWINS])
+@pytest.mark.parametrize("kind", [HALF2, ODD_HALF2, EVEN_HALF2])
 def test_words_of_two_activations_are_waited_for(kind, way):
     check_collect(8, way, kind=kind)
 
@@ -758,7 +758,7 @@ def test_tiles_are_asked_for_ahead_while_words_are_waited_for(seed):
 
 
 class Waiting:
-    """A program that waits for words of a mail, of which no other program writes any."""
+    """A program that waits for words of an exchange, of which no other program writes any."""
 
     def __init__(self, program: int = 5, used: int = 77, bulk: bool = True):
         self.fed = Fed(dataclasses.replace(ONE, bulk=bulk), 0)
@@ -769,8 +769,8 @@ class Waiting:
         m.view(control + 20, 1, np.uint32)[:] = used
         self.said = used, program
         m.memory = np.concatenate([m.memory, np.zeros(1 << 16, np.uint8)])
-        self.mail = m.memory_base + len(m.memory) - (1 << 16)
-        m.view(self.mail, 1 << 14, np.uint32)[:] = STALE
+        self.exchange = m.memory_base + len(m.memory) - (1 << 16)
+        m.view(self.exchange, 1 << 14, np.uint32)[:] = STALE
 
     @property
     def record(self) -> np.ndarray:
@@ -778,10 +778,10 @@ class Waiting:
 
     @property
     def missed(self) -> int:
-        """Bytes from the mail's beginning to the word that the record says is missing."""
+        """Bytes from the exchange's beginning to the word that the record says is missing."""
         used, distance, program = ptx.said_by(int(self.record[0]))
         assert (used, program) == self.said
-        return self.fed.record + 4 * distance - self.mail
+        return self.fed.record + 4 * distance - self.exchange
 
 
 @pytest.mark.parametrize("bulk", [True, False])
@@ -791,7 +791,7 @@ def test_who_waits_for_words_in_vain_says_so_and_takes_nan(pieces, bulk):
     text = collect_text(waiting.fed.ring, pieces, 64, 32)
     m, fed = waiting.machine, waiting.fed
     there = np.where(np.arange(ONE.threads) == 40, pieces, 0)
-    at = waiting.mail + 32 * np.arange(ONE.threads)
+    at = waiting.exchange + 32 * np.arange(ONE.threads)
     words = np.stack(text.run(m, at, TAG, there, fed.pointer, fed.base))
     assert waiting.missed == 32 * 40
     assert words[0].tolist() == [0xFFFFFFFF if n else TAG for n in there]
@@ -809,7 +809,7 @@ def test_who_waits_leaves_when_another_has_given_up(used, bulk):
     text = collect_text(fed.ring, 2, 64, 1 << 20)  # more looks than it could make here
     other = record_of(used, distance=1 << 20, program=3)
     m.later(3000, lambda: record.__setitem__(0, other))
-    words = text.run(m, waiting.mail, TAG, 2, fed.pointer, fed.base, limit=200_000)
+    words = text.run(m, waiting.exchange, TAG, 2, fed.pointer, fed.base, limit=200_000)
     assert (words[0] == 0xFFFFFFFF).all()
     if used < 77:
         assert record[0] == other
@@ -820,7 +820,7 @@ def test_who_waits_leaves_when_another_has_given_up(used, bulk):
 def test_of_words_awaited_together_the_first_one_is_named():
     waiting = Waiting()
     m, fed = waiting.machine, waiting.fed
-    at = waiting.mail + 32 * np.arange(ONE.threads)[::-1]
+    at = waiting.exchange + 32 * np.arange(ONE.threads)[::-1]
     collect_text(ONE, 2, 64, 32).run(m, at, TAG, 2, fed.pointer, fed.base)
     assert waiting.missed == 0
 
@@ -835,18 +835,18 @@ def test_a_program_that_hears_of_a_fault_still_takes_what_is_there():
     waiting = Waiting()
     m, fed = waiting.machine, waiting.fed
     waiting.record[:] = 3
-    m.view(waiting.mail, 1 << 14, np.uint32)[:] = 0x100 | TAG
-    words = collect_text(ONE, 2, 64, 32).run(m, waiting.mail, TAG, 2, fed.pointer, fed.base)
+    m.view(waiting.exchange, 1 << 14, np.uint32)[:] = 0x100 | TAG
+    words = collect_text(ONE, 2, 64, 32).run(m, waiting.exchange, TAG, 2, fed.pointer, fed.base)
     assert (np.stack(words) == 0x100 | TAG).all()
     assert waiting.record[0] == 3
 
 
 @functools.cache
 def each_text(ring: Ring, arrays: int, together: int, pairs: bool, most: int) -> Inline:
-    def body(mail: Any, weights: Any) -> None:
+    def body(exchange: Any, weights: Any) -> None:
         each = [jnp.zeros((ring.threads * together,), jnp.int32)] * arrays
         zero = jnp.int32(0)
-        ptx.collect_each(mail, each, zero, pairs, together, most, weights, zero, ring.feed)
+        ptx.collect_each(exchange, each, zero, pairs, together, most, weights, zero, ring.feed)
 
     return inline(body, shape(1024), shape(16, jnp.bfloat16))
 
@@ -881,9 +881,9 @@ def check_each(
     last = np.zeros_like(mask)
     if late is not None:
         last[late, 5::32] = mask[late, 5::32] = True
-    mail, tag = m.memory_base + len(m.memory), 0x37 if not pairs else 0x1234_5637
+    exchange, tag = m.memory_base + len(m.memory), 0x37 if not pairs else 0x1234_5637
     m.memory = np.concatenate([m.memory, np.zeros(4 * (1 + pairs) * places.size, np.uint8)])
-    held = m.view(mail, (1 + pairs) * places.size, np.uint32).reshape(-1, 1 + pairs)
+    held = m.view(exchange, (1 + pairs) * places.size, np.uint32).reshape(-1, 1 + pairs)
     values = rng.integers(0, 1 << 24, held.shape) << 8 | 0x37
     held[:] = values ^ 0x100  # of others
     if pairs:
@@ -905,7 +905,7 @@ def check_each(
         m.later(90 * number, functools.partial(write, number))
     text = each_text(ring, arrays, together, pairs, 512).edited(edit)
     offsets = np.where(mask, (1 + pairs) * places, -1 - rng.integers(0, 5, places.shape))
-    others = [x for x in (tag, mail, fed.pointer, fed.base) for _ in range(together)]
+    others = [x for x in (tag, exchange, fed.pointer, fed.base) for _ in range(together)]
     got = np.stack(text.run(m, *offsets, *others, limit=60_000))
     np.testing.assert_array_equal(got, wanted)
     assert (held[turn == 1 << 30] == stale[turn == 1 << 30]).all()
@@ -929,9 +929,9 @@ def test_who_waits_for_arrays_in_vain_says_so_and_takes_nan(pairs, bulk):
     m, fed, missing = waiting.machine, waiting.fed, np.arange(ONE.threads) == 9
     text = each_text(fed.ring, 2, 1, pairs, 32)
     # Of the first array all is there; of the second, one thread's.
-    m.view(waiting.mail, 64, np.uint32)[:] = TAG
+    m.view(waiting.exchange, 64, np.uint32)[:] = TAG
     first, second = np.where(missing, 0, -1), np.where(missing, 512, -1)
-    others = TAG, waiting.mail, fed.pointer, fed.base
+    others = TAG, waiting.exchange, fed.pointer, fed.base
     words = np.stack(text.run(m, first, second, *others))
     nothing = 0 if pairs else TAG
     assert waiting.missed == 4 * 512
@@ -941,18 +941,18 @@ def test_who_waits_for_arrays_in_vain_says_so_and_takes_nan(pairs, bulk):
     assert (words == nothing).all()
 
 
-# Combining spans
+# Combining KV splits
 
 
 @functools.cache
 def combine_text(ring: Ring, count: int, lanes: int, step: int, most: int = 512) -> Inline:
-    def body(mail: Any, weights: Any) -> None:
+    def body(exchange: Any, weights: Any) -> None:
         each, zero = jnp.zeros((ring.threads,), jnp.int32), jnp.int32(0)
-        out = ptx.combine_spans(
-            mail, each, each, each, zero, count, lanes, step, most, weights, zero, ring.feed
+        out = ptx.combine_splits(
+            exchange, each, each, each, zero, count, lanes, step, most, weights, zero, ring.feed
         )
         # Of no use, it would be dropped.
-        ptx.store_word(mail, each, out.astype(jnp.int32), each == 0, interpret=False)
+        ptx.store_word(exchange, each, out.astype(jnp.int32), each == 0, interpret=False)
 
     return inlines(body, shape(1024), shape(16, jnp.bfloat16))[0]
 
@@ -960,32 +960,32 @@ def combine_text(ring: Ring, count: int, lanes: int, step: int, most: int = 512)
 def check_combine(
     splits: int, width: int, edit: Edit = None, order: Any = None, ring: Ring = TWO
 ) -> None:
-    """Elements of spans that other programs hand over meanwhile, more or fewer of them."""
+    """Elements of KV splits that other programs hand over meanwhile, more or fewer of them."""
     size, tag = 32, 0x7654_3210
     lanes, *split = combining_threads(jnp.arange(ring.threads), width, splits)
     number, within = (np.asarray(x, np.int64) for x in split)
     element = 16 + (within & (width - 1))
     rng, row = np.random.default_rng(splits), 2 * (size + 2)
-    for spans in {2, splits // 2 + 1, splits}:
+    for num_splits in {2, splits // 2 + 1, splits}:
         fed = Fed(ring, 0)
-        m, mail = fed.machine, fed.machine.memory_base + len(fed.machine.memory)
+        m, exchange = fed.machine, fed.machine.memory_base + len(fed.machine.memory)
         m.order = order
         m.memory = np.concatenate([m.memory, np.full(4 * row * splits, 0xFF, np.uint8)])
-        held = m.view(mail, row * splits, np.uint32).reshape(splits, size + 2, 2)
-        out, top = rng.normal(size=(spans, size)), 30 * rng.normal(size=(spans, 1)) - 300
-        total = rng.uniform(1, 200, (spans, 1))
+        held = m.view(exchange, row * splits, np.uint32).reshape(splits, size + 2, 2)
+        out, top = rng.normal(size=(num_splits, size)), 30 * rng.normal(size=(num_splits, 1)) - 300
+        total = rng.uniform(1, 200, (num_splits, 1))
         made = np.concatenate([out, total, top], axis=1).astype(np.float32)
         turn = rng.integers(0, 20, made.shape)
 
-        def write(now: int, held=held, made=made, turn=turn, spans=spans) -> None:
-            held[:spans, :, 0][turn == now] = made.view(np.uint32)[turn == now]
-            held[:spans, :, 1][turn == now] = tag
+        def write(now: int, held=held, made=made, turn=turn, num_splits=num_splits) -> None:
+            held[:num_splits, :, 0][turn == now] = made.view(np.uint32)[turn == now]
+            held[:num_splits, :, 1][turn == now] = tag
 
         for now in range(20):
             m.later(150 * now, functools.partial(write, now))
         text = combine_text(ring, splits // lanes, lanes, lanes * row).edited(edit)
-        at = mail + 4 * (number * row)
-        there = -((number - spans) // lanes)
+        at = exchange + 4 * (number * row)
+        there = -((number - num_splits) // lanes)
         operands = (at + 8 * element, at + 8 * size, there, tag, fed.pointer, fed.base)
         [got] = text.run(m, *operands, limit=60_000)
         made = made.astype(np.float64)
@@ -997,26 +997,26 @@ def check_combine(
 
 @pytest.mark.parametrize(("splits", "width"), [(16, 4), (4, 16), (2, 16), (32, 8)])
 @BOTH
-def test_spans_are_combined_when_all_have_come(splits, width, ring):
+def test_splits_are_combined_when_all_have_come(splits, width, ring):
     check_combine(splits, width, ring=ring)
 
 
 @pytest.mark.parametrize("bulk", [True, False])
-def test_who_combines_spans_in_vain_says_so_and_makes_nan(bulk):
+def test_who_combines_splits_in_vain_says_so_and_makes_nan(bulk):
     waiting = Waiting(bulk=bulk)
     m, fed, count = waiting.machine, waiting.fed, 4
     text = combine_text(fed.ring, count, 1, 64, 32)
-    # Threads of the second warp wait for a span each, and it has all but its value.
+    # Threads of the second warp wait for a KV split each, and it has all but its value.
     thread = np.arange(ONE.threads)
-    m.view(waiting.mail + 4 * 4096, 4, np.uint32)[:] = (0, TAG, 0, TAG)
-    there, sums = np.where(thread == 40, 1, 0), waiting.mail + 4 * 4096
-    operands = (waiting.mail, sums, there, TAG, fed.pointer, fed.base)
+    m.view(waiting.exchange + 4 * 4096, 4, np.uint32)[:] = (0, TAG, 0, TAG)
+    there, sums = np.where(thread == 40, 1, 0), waiting.exchange + 4 * 4096
+    operands = (waiting.exchange, sums, there, TAG, fed.pointer, fed.base)
     [out] = text.run(m, *operands)
     assert np.isnan(out[40])
     assert waiting.missed == 4 * 4096
 
 
-def test_warps_combine_spans_in_any_order():
+def test_warps_combine_splits_in_any_order():
     check_combine(16, 8, order=np.random.default_rng(1))
 
 
@@ -1037,10 +1037,10 @@ def test_threads_of_a_warp_combine_an_element(threads, width, splits):
 
 
 def test_a_pair_is_stored_as_one():
-    def body(mail: Any) -> None:
+    def body(exchange: Any) -> None:
         each = jnp.zeros((32,), jnp.int32)
-        ptx.store_word(mail, each, each, each == 0, interpret=False)
-        ptx.store_pair(mail, each, each, each, each == 0, interpret=False)
+        ptx.store_word(exchange, each, each, each == 0, interpret=False)
+        ptx.store_pair(exchange, each, each, each, each == 0, interpret=False)
 
     word, pair = inlines(body, shape(64))
     machine, lane = Machine(32, 16, 512), np.arange(32)
@@ -1338,12 +1338,12 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("vote.sync.all.pred %p, %p, 0xffffffff; @%p bra done;", "bra done;"),
         ],
     ),
-    "collect odd twins": (
-        lambda edit: check_collect(4, "one last", edit, kind=ODD_TWINS),
+    "collect odd half2": (
+        lambda edit: check_collect(4, "one last", edit, kind=ODD_HALF2),
         [("and.b32 %w, %w, 65537;", "and.b32 %w, %w, 1;")],
     ),
-    "collect even twins": (
-        lambda edit: check_collect(4, "one last", edit, kind=EVEN_TWINS),
+    "collect even half2": (
+        lambda edit: check_collect(4, "one last", edit, kind=EVEN_HALF2),
         [
             ("and.b32 %w, %w, 65537;", "and.b32 %w, %w, 65536;"),
             ("lop3.b32 %w, $7, $17, %w, 0xbe;", ""),
@@ -1380,7 +1380,7 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
             ("ld.relaxed.gpu.global.b64 %w, [%a]; @%p mov", "mov"),
         ],
     ),
-    "combined spans": (
+    "combined KV splits": (
         lambda edit: check_combine(16, 8, edit),
         [
             ("selp.f32 %m1, %m1, 0fF149F2CA, %p;", ""),

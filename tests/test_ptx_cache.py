@@ -39,7 +39,7 @@ def halves(x: np.ndarray) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """A span of cached positions of one head; and whether the new positions are its own.
+    """A KV split: cached positions of one head; and whether the new positions are its own.
 
     Of several tokens: its first query; and how many tokens later than the second one a window
     begins to lose positions.
@@ -314,7 +314,7 @@ PARTS = {
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_attention_over_a_span(name, parts):
+def test_attention_over_a_split(name, parts):
     assert run(SETTINGS[name], PARTS[parts]) < WORST
 
 
@@ -380,7 +380,7 @@ def parts_of(s: Setting) -> list[Part]:
     for each in (1, 2):
         for first in range(0, s.tokens * s.group, LOT * each) if each < s.abreast else ():
             parts.append(Part(1, 3, full - 2, True, first, beyond, each))
-    # A head's spans: the first one has no new positions.
+    # A head's KV splits: the first one has no new positions.
     for first in lots:
         parts.append(Part(0, 5, full, False, first, 0))
         parts.append(Part(0, 5 + full, s.block // 2 + 1, True, first, beyond))
@@ -394,7 +394,7 @@ def parts_of(s: Setting) -> list[Part]:
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-def test_attention_of_several_tokens_over_a_span(name):
+def test_attention_of_several_tokens_over_a_split(name):
     s = SEVERAL[name]
     assert run(s, parts_of(s), layers=1) < WORST
 
@@ -413,7 +413,7 @@ def test_warps_attend_to_several_tokens_in_any_order():
 
 EDITS = {
     "what was summed up is not scaled": ("ex2.approx.ftz.f32 %shrink, %shrink;", ""),
-    "values beyond the span count": (
+    "values beyond the split count": (
         "mov.b32 %x, 0; st.shared.v4.b32",
         "mov.b32 %x, 0; @%p st.shared.v4.b32",
     ),

@@ -17,7 +17,7 @@ from ptx_plans import Planned
 from ffjax.packing import pack
 from pallas_kernels.dims import Grouping, Stored
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.lanes import (
+from pallas_kernels.stream.fragment_layout import (
     distances,
     first_input,
     first_read,

@@ -17,7 +17,7 @@ from ptx_plans import Planned
 from ffjax.packing import pack
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.lanes import first_input, first_read, place_aside
+from pallas_kernels.stream.fragment_layout import first_input, first_read, place_aside
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, READ
 
@@ -68,11 +68,11 @@ def check_digits(bits: int, reads: int, halved: bool, edit: Edit = None) -> None
     # Rounded to the scale; and what multiplies is not far from it.
     assert (np.abs(back - values) <= 0.5001 * scale + 3e-7 * np.abs(values)).all()
     given = [jnp.asarray(x) for x in values]
-    twin, its_scale = ptx.pack_digits(given, bits, halved=halved, interpret=True)
-    same = np.stack(ptx.unpack_digits(twin, its_scale, bits, halved=halved))
+    plain, its_scale = ptx.pack_digits(given, bits, halved=halved, interpret=True)
+    same = np.stack(ptx.unpack_digits(plain, its_scale, bits, halved=halved))
     assert (np.abs(same - back) <= 1.01 * scale).all()
     # Most words are the same: what is rounded up here may be rounded down there.
-    assert np.mean(np.stack(words) == np.stack(twin)) > 0.9
+    assert np.mean(np.stack(words) == np.stack(plain)) > 0.9
 
 
 @pytest.mark.parametrize("halved", [False, True])

@@ -11,7 +11,7 @@ import pytest
 from ptx_inline import Edit, Inline, inline
 from ptx_machine import Machine, PtxError
 
-from pallas_kernels.stream import ptx, twins
+from pallas_kernels.stream import half2, ptx
 
 pytestmark = pytest.mark.once(
     "The machine and the texts are ours; a sample shows that they are traced.",
@@ -90,38 +90,38 @@ def test_an_edit_of_the_squares_is_noticed(old, new):
         check_squares(8, 8, (old, new), np.random.default_rng(1))
 
 
-# Twins
+# Two activations a word
 
 
-FORMATS = {"plain": twins.PLAIN, "residual": twins.RESIDUAL}
+FORMATS = {"plain": half2.PLAIN, "residual": half2.RESIDUAL}
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
 @functools.cache
-def parted_text(form: twins.Format) -> Inline:
-    return inline(lambda: ptx.parted(jnp.zeros((64,), jnp.int32), form))
+def unpack_text(form: half2.Format) -> Inline:
+    return inline(lambda: ptx.unpack_half2(jnp.zeros((64,), jnp.int32), form))
 
 
-def check_parted(words: np.ndarray, form: twins.Format, edit: Edit = None) -> None:
+def check_unpack(words: np.ndarray, form: half2.Format, edit: Edit = None) -> None:
     machine = Machine(64, 16, 16)
     with np.errstate(invalid="ignore", over="ignore"):
-        got = np.stack(parted_text(form).edited(edit).run(machine, words.view(np.uint32)))
-    wanted = np.stack(jax.jit(twins.parted, static_argnums=1)(jnp.asarray(words), form))
+        got = np.stack(unpack_text(form).edited(edit).run(machine, words.view(np.uint32)))
+    wanted = np.stack(jax.jit(half2.unpack_half2, static_argnums=1)(jnp.asarray(words), form))
     np.testing.assert_array_equal(got, wanted)
 
 
-def words_of_twins(form: twins.Format) -> np.ndarray:
+def half2_words(form: half2.Format) -> np.ndarray:
     first, second = RNG.standard_normal((2, 64)).astype(np.float32)
     first *= np.float32(10.0) ** RNG.integers(-30, 30, 64).astype(np.float32)
-    return np.asarray(twins.joined(jnp.asarray(first), jnp.asarray(second), jnp.int32(2), form))
+    return np.asarray(half2.pack_half2(jnp.asarray(first), jnp.asarray(second), jnp.int32(2), form))
 
 
 @every_format
-def test_both_ways_to_part_twins_agree(form):
-    check_parted(words_of_twins(form), form)
-    check_parted(np.zeros(64, np.int32), form)
+def test_both_ways_to_unpack_half2_agree(form):
+    check_unpack(half2_words(form), form)
+    check_unpack(np.zeros(64, np.int32), form)
     nothing = jnp.full((64,), jnp.nan)
-    check_parted(np.asarray(twins.joined(nothing, nothing, jnp.int32(2), form)), form)
+    check_unpack(np.asarray(half2.pack_half2(nothing, nothing, jnp.int32(2), form)), form)
 
 
 EDITS = [
@@ -145,9 +145,9 @@ ROOT_EDITS = [
     ("form", "old", "new"),
     [
         *((form, *edit) for form in FORMATS.values() for edit in EDITS),
-        *((twins.PLAIN, *edit) for edit in ROOT_EDITS),
+        *((half2.PLAIN, *edit) for edit in ROOT_EDITS),
     ],
 )
 def test_an_edit_of_parting_is_noticed(form, old, new):
     with pytest.raises((AssertionError, PtxError)):
-        check_parted(words_of_twins(form), form, (old, new))
+        check_unpack(half2_words(form), form, (old, new))

@@ -32,7 +32,7 @@ from ffjax.cache import KVCache
 from ffjax.decode import fused_step
 from ffjax.quantization import dequantize, quantize
 from pallas_kernels.gpu import INTERPRETER
-from pallas_kernels.stream import operand
+from pallas_kernels.stream import activations
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.planner import make_stream_plan
 
@@ -141,7 +141,7 @@ def test_sequences_of_a_batch_do_not_see_each_other():
     assert bits(again) == bits(logits[order])
 
 
-def test_operands_that_are_collected_by_the_same_code_are_the_same(monkeypatch):
+def test_activations_that_are_collected_by_the_same_code_are_the_same(monkeypatch):
     """Of wide models, attention's output and hidden activations."""
     config = kernel_config(FOR_KERNELS["int4"], num_layers=1)
     model = random_model(config)
@@ -149,8 +149,8 @@ def test_operands_that_are_collected_by_the_same_code_are_the_same(monkeypatch):
     plan = make_stream_plan(dims_of(config, 3, CAPACITY), INTERPRETER)
     weights, state = kernel_inputs(model, cache)
     results = []
-    for many in (operand._MANY, 1):
-        monkeypatch.setattr(operand, "_MANY", many)
+    for many in (activations._MANY, 1):
+        monkeypatch.setattr(activations, "_MANY", many)
         step = functools.partial(stream_step, plan, interpret=True)  # traced anew
         text = str(jax.make_jaxpr(step)(weights, state, tokens))
         step = jax.jit(step, compiler_options=QUICK_COMPILE)

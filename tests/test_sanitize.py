@@ -276,7 +276,7 @@ def test_the_cases_are_of_every_kind():
     # Somewhere the ring comes round.
     assert any(plan.total_tiles > plan.slots for plan in plans.values())
     for name, case in CASES.items():
-        assert (max(case.lengths) >= 512) == ("several spans" in name)
+        assert (max(case.lengths) >= 512) == ("several KV splits" in name)
         assert max(case.lengths) + 3 * case.tokens <= case.capacity
     assert {len(case.lengths) for case in CASES.values()} == {1, 2, 3}
     assert {case.tokens for case in CASES.values()} == {1, 3, 4, 8}
@@ -292,8 +292,8 @@ def lower(case: Case) -> None:
     plan = plan_of(case)
     sizes = plan.dims.batch, plan.dims.capacity
     cache = jax.eval_shape(lambda: KVCache.create(case.config, *sizes, tokens=case.tokens))
-    mail = cache.counters if case.tokens == 1 else cache.wide_counters
-    state = StepState(cache.k, cache.v, cache.lengths, mail)
+    exchange = cache.counters if case.tokens == 1 else cache.wide_counters
+    state = StepState(cache.k, cache.v, cache.lengths, exchange)
     tokens = jax.ShapeDtypeStruct((plan.dims.columns,), jnp.int32)
     step = functools.partial(launch.stream_step, plan)
     lower_for_gpu(step, plan.dims.abstract_weights(), state, tokens)

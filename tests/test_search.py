@@ -84,12 +84,12 @@ def test_a_right_step_is_found_right(case):
 def step_with(change, case=SMALL):
     """The reference's step, which counts as the kernel does, its output changed."""
     steps = layout_of(make_stream_plan(case.dims, INTERPRETER)).steps
-    mail = "counters" if case.tokens == 1 else "wide_counters"
+    exchange = "counters" if case.tokens == 1 else "wide_counters"
 
     def step(model, cache, *fed):
         out = reference_step(model, cache, *fed)
-        words = getattr(out.cache, mail).at[steps].add(1)
-        return change(of_cache(out, **{mail: words}))
+        words = getattr(out.cache, exchange).at[steps].add(1)
+        return change(of_cache(out, **{exchange: words}))
 
     return step
 

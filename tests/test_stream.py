@@ -21,12 +21,12 @@ from stream_cases import check, stream, streamed
 
 from ffjax.cache import KVCache
 from pallas_kernels.gpu import INTERPRETER
-from pallas_kernels.stream.lanes import word_in_mail
+from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.half2 import HALF2_TAG_BITS, half2_tag
 from pallas_kernels.stream.launch import layout_of
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.tuning import Tuning
-from pallas_kernels.stream.twins import TWIN_TAG_BITS, twin_tag
 
 pytestmark = [
     pytest.mark.once(
@@ -58,7 +58,7 @@ def test_a_step_matches_the_model(name):
 
 
 def test_steps_in_a_row_match_the_model():
-    """Each step's tags differ from those that the step before has left in the mail."""
+    """Each step's tags differ from those that the step before has left in the exchange."""
     config = small_config(num_kv_heads=2)
     model = random_model(config)
     cache = filled_cache(config, [126, 0, 60], 135)
@@ -76,7 +76,7 @@ def check_tags(model, cache: KVCache, steps: int) -> None:
     dims = dims_of(model.config, cache.batch, cache.capacity)
     plan = make_stream_plan(dims, INTERPRETER)
     at, words = layout_of(plan), np.asarray(cache.counters)
-    assert plan.twins == (dims.batch > 1)
+    assert plan.half2 == (dims.batch > 1)
     assert words[at.steps] == steps
     tag_of_head = steps * (dims.num_layers + 1)
     qkv = words[at.qkv : at.qkv + dims.batch * dims.qkv_dim]
@@ -90,10 +90,10 @@ def check_tags(model, cache: KVCache, steps: int) -> None:
         (at.ffw, Segment.DOWN, tag_of_head - 1),
     ):
         bits, wanted = 255, tag & 255
-        if plan.twins:
-            bits, wanted = TWIN_TAG_BITS, twin_tag(jnp.int32(tag))
+        if plan.half2:
+            bits, wanted = HALF2_TAG_BITS, half2_tag(jnp.int32(tag))
         part = plan.segments[reader]
-        there = word_in_mail(plan, part, sequences, np.arange(part.inner))
+        there = word_in_exchange(plan, part, sequences, np.arange(part.inner))
         assert (words[start + there] & bits == wanted).all()
 
 
@@ -162,7 +162,7 @@ def test_where_a_tile_has_one_hidden_activation_words_have_one():
     tuning = Tuning(tile_bytes=8192)
     plan = make_stream_plan(dims_of(config, 2, 16), INTERPRETER, tuning)
     assert plan.rows == 2
-    assert not plan.twins
+    assert not plan.half2
     got = streamed(model, cache, tokens, tuning)
     check(config, got, reference(model, cache, tokens), [5, 0])
 

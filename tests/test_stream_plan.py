@@ -1,4 +1,4 @@
-"""The fused kernel's plan, and its mail."""
+"""The fused kernel's plan, and its exchange."""
 
 from __future__ import annotations
 
@@ -37,20 +37,17 @@ from ffjax.config import PRESETS
 from pallas_kernels.dims import Features, WeightBits
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState, named_weights
-from pallas_kernels.stream import ptx, ring
+from pallas_kernels.stream import feeding, ptx
+from pallas_kernels.stream.activations import copy_of_hidden
+from pallas_kernels.stream.descriptors import descriptors_shape, make_descriptors
+from pallas_kernels.stream.exchange import Exchange
+from pallas_kernels.stream.exchange_layout import MAP_WORDS, exchange_words
+from pallas_kernels.stream.exchange_order import LOAD, word_in_exchange
+from pallas_kernels.stream.fragment_layout import column_of, distances, first_input, next_input
 from pallas_kernels.stream.kernel import leaves_time, tiles_ahead
-from pallas_kernels.stream.lanes import (
-    LOAD,
-    column_of,
-    distances,
-    first_input,
-    next_input,
-    word_in_mail,
-)
+from pallas_kernels.stream.kv_splits import part_of, share_of
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
-from pallas_kernels.stream.mail import MAP_WORDS, Mail, mail_words
-from pallas_kernels.stream.operand import copy_of_hidden
 from pallas_kernels.stream.plan import (
     BOX_UNIT,
     LAYER_SEGMENTS,
@@ -69,8 +66,6 @@ from pallas_kernels.stream.planner import (
 )
 from pallas_kernels.stream.product import pieces_of_tile
 from pallas_kernels.stream.ring import tensor_map_of
-from pallas_kernels.stream.route import make_route, route_shape
-from pallas_kernels.stream.spans import part_of, share_of
 from pallas_kernels.stream.tiles import first_place, next_place, next_segment
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.targets import target, target_names
@@ -91,8 +86,8 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
     all_bits = WeightBits(qkv=bits, attn_out=bits, gate_up=bits, down=bits, head=bits)
     sizes = preset_dims(name, batch, all_bits)
     plan = make_stream_plan(in_groups(sizes, size) if size else sizes, H200)
-    at, twins = layout_of(plan), 2 if plan.twins else 1
-    assert plan.twins == (batch > 1)
+    at, per_word = layout_of(plan), 2 if plan.half2 else 1
+    assert plan.half2 == (batch > 1)
     rooms = {
         Segment.QKV: at.x_head - at.x_in,
         Segment.HEAD: at.x_mid - at.x_head,
@@ -101,10 +96,10 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
     for segment, room in rooms.items():
         part = plan.segments[segment]
         sequences, inputs = np.arange(batch)[:, None], np.arange(part.inner)
-        put = np.asarray(word_in_mail(plan, part, sequences, inputs)).reshape(batch, -1)
+        put = np.asarray(word_in_exchange(plan, part, sequences, inputs)).reshape(batch, -1)
         # A word has neighbours of one sequence, and nothing else.
-        words = put[:, ::twins]
-        assert (put[:, twins - 1 :: twins] == words).all()
+        words = put[:, ::per_word]
+        assert (put[:, per_word - 1 :: per_word] == words).all()
         assert len(set(words.ravel())) == words.size
         assert words.max() < room
         first = np.asarray(first_input(plan, part))
@@ -116,11 +111,11 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
         # Pieces lie where their threads look for them: in loads of 4 words, and those of a warp's
         # threads side by side.
         sequence = np.zeros_like(first) if plan.chunked else np.asarray(column_of(plan))
-        word = np.arange(PIECE) // twins
+        word = np.arange(PIECE) // per_word
         within = word // LOAD * 32 * LOAD + word % LOAD
         for before in range(0, part.inner, part.width):
-            place = np.asarray(word_in_mail(plan, part, sequence, before + first))[:, None]
-            place = place + [word_in_mail(plan, part, 0, x) for x in apart]
+            place = np.asarray(word_in_exchange(plan, part, sequence, before + first))[:, None]
+            place = place + [word_in_exchange(plan, part, 0, x) for x in apart]
             there = before + seen[..., -1] < min(before + part.width, part.inner)
             owner = np.broadcast_to(sequence[:, None], there.shape)[there]
             wanted = put[owner[:, None], before + seen[there]]
@@ -155,30 +150,30 @@ def test_nothing_beyond_a_tile_is_multiplied_where_it_may_be_no_number(batch):
 # Who computes what
 
 
-def route_of(plan: StreamPlan) -> np.ndarray:
-    """The route of every program, of weights that need not exist: `[P, rows, words]`."""
+def descriptors_of(plan: StreamPlan) -> np.ndarray:
+    """Copy descriptors of every program, of weights that need not exist: `[P, rows, words]`."""
     specs = named_weights(plan.dims.abstract_weights())
 
     def kernel(ref):
-        refs = {**specs, "route": ref}
+        refs = {**specs, "descriptors": ref}
         env = dataclasses.replace(env_of(plan, 0), program=pl.program_id(0), refs=refs)
-        make_route(env, jnp.int32(0))
+        make_descriptors(env, jnp.int32(0))
 
-    shape = jax.ShapeDtypeStruct(route_shape(plan), jnp.int32)
+    shape = jax.ShapeDtypeStruct(descriptors_shape(plan), jnp.int32)
     grid = (plan.programs,)
     return np.asarray(pl.pallas_call(kernel, grid=grid, out_shape=shape, interpret=True)())
 
 
 def row_of(
-    plan: StreamPlan, route: np.ndarray, segment: Segment, program: int, tile: int
+    plan: StreamPlan, descriptors: np.ndarray, segment: Segment, program: int, tile: int
 ) -> list[int]:
-    """What the route says of a tile; of the head as if every tile had a row of its own."""
+    """What a tile's descriptor says; of the head as if every tile had a row of its own."""
     order = sorted(plan.segments)
     first = 1 + sum(plan.segments[s].tiles for s in order[: order.index(segment)])
     if segment != Segment.HEAD:
-        return route[program, first + tile].tolist()
+        return descriptors[program, first + tile].tolist()
     last = plan.segments[segment].tiles - 1
-    words = route[program, first + (tile == last)].tolist()
+    words = descriptors[program, first + (tile == last)].tolist()
     for at in range(0, len(words), 8):  # of weights, and of scales
         words[at] += (plan.dims.num_layers + tile) * words[at + 2]
     return words
@@ -205,13 +200,13 @@ def rows_of(plan: StreamPlan, segment: Segment, program: int, tile: int) -> np.n
 @pytest.mark.parametrize("name", PLANS)
 def test_every_weight_is_read_once(name):
     plan = PLANS[name]()
-    route = route_of(plan)
-    assert not route[:, 0, 5].any()
+    descriptors = descriptors_of(plan)
+    assert not descriptors[:, 0, 5].any()
     for segment, part in plan.segments.items():
         matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
         seen = []  # where copies begin and end in the matrix, in elements
         for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
-            row = row_of(plan, route, segment, program, tile)[:8]
+            row = row_of(plan, descriptors, segment, program, tile)[:8]
             low, which, layer_stride, stride, size, count, pitch, box = row
             if not count:
                 continue
@@ -245,14 +240,14 @@ def test_every_weight_is_read_once(name):
             assert (box, rest) == (-(1 << 31) | piece << 16 | row[0], 0)
             tensor = tensor_map_of(plan, plan.box)
             assert BOX_UNIT * plan.box.units * tensor.pieces == part.inner * part.bits // 8
-            assert ring._feed_of(plan).matrix_rows == matrix_rows
+            assert feeding.feed_of(plan).matrix_rows == matrix_rows
         starts, ends = np.sort(np.array(seen), axis=0).T
         assert starts[0] == 0
         assert (starts[1:] == ends[:-1]).all(), segment
         assert ends[-1] == matrix_rows * part.inner
         assert part.splits * part.width >= part.inner > (part.splits - 1) * part.width
         assert part.width <= plan.span(segment)
-    assert route.shape[1] == 1 + plan.layer_tiles + 2
+    assert descriptors.shape[1] == 1 + plan.layer_tiles + 2
 
 
 QUANTIZED = [name for name, plan in PLANS.items() if plan().quantized]
@@ -261,12 +256,12 @@ QUANTIZED = [name for name, plan in PLANS.items() if plan().quantized]
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_scales_of_every_row_come_with_it(name):
     plan = PLANS[name]()
-    route = route_of(plan)
+    descriptors = descriptors_of(plan)
     for segment, part in plan.segments.items():
         matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
         seen, bytes_of_row = [], part.scale_bytes
         for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
-            row = row_of(plan, route, segment, program, tile)
+            row = row_of(plan, descriptors, segment, program, tile)
             low, which, layer_stride, stride, size, count, place, pitch = row[8:]
             if part.bits == 16 or not row[5]:
                 assert not count
@@ -502,19 +497,19 @@ def test_a_tunable_out_of_range_is_refused(options, match):
         Tuning(**options)
 
 
-@pytest.mark.parametrize(("length", "spans"), [(96, 1), (1000, 4), (16000, 16)])
-def test_attention_is_dealt_out_once_to_the_programs_with_the_fewest_tiles(length, spans):
+@pytest.mark.parametrize(("length", "num_splits"), [(96, 1), (1000, 4), (16000, 16)])
+def test_attention_is_dealt_out_once_to_the_programs_with_the_fewest_tiles(length, num_splits):
     plan = make_stream_plan(dims_of(PRESETS["llama3.2-1b"], 1, 16384), H200)
     seen, busy, tiles = [], [], []
     for program in range(plan.programs):
         env = dataclasses.replace(env_of(plan, program), lengths=(jnp.int32(length),))
         share = share_of(env, jnp.int32(0), None)
         parts = [part_of(env, jnp.int32(0), share, jnp.int32(j)) for j in range(int(share.parts))]
-        seen += [(int(part.head), int(part.number), int(part.spans)) for part in parts]
+        seen += [(int(part.head), int(part.split), int(part.num_splits)) for part in parts]
         busy.append(len(parts))
         tiles.append(sum(int(first_place(env, s, 0).busy) for s in LAYER_SEGMENTS))
     heads = plan.dims.num_kv_heads
-    assert sorted(seen) == [(h, n, spans) for h in range(heads) for n in range(spans)]
+    assert sorted(seen) == [(h, n, num_splits) for h in range(heads) for n in range(num_splits)]
     assert max(busy) == 1
     assert busy == sorted(busy)
     assert tiles == sorted(tiles, reverse=True)
@@ -737,12 +732,12 @@ def test_a_grid_that_does_not_fit_the_device_is_refused():
         stream_step(dataclasses.replace(plan, resident=6), weights, state, jnp.zeros(1, jnp.int32))
 
 
-# The mail
+# The exchange
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("batch", [1, 8])
-def test_the_mail_has_room_for_every_plan(name, batch):
+def test_the_exchange_has_room_for_every_plan(name, batch):
     """It is made with the cache, before anybody knows the device or the tuning."""
     dims = preset_dims(name, batch)
     planned = 0
@@ -750,12 +745,12 @@ def test_the_mail_has_room_for_every_plan(name, batch):
         for tuning in (Tuning(), Tuning(tile_bytes=8192), Tuning(num_warps=8)):
             if why_not(dims, cores, tuning) is None:
                 layout = layout_of(make_stream_plan(dims, machine(cores), tuning))
-                assert layout.words <= mail_words(dims) - 2
+                assert layout.words <= exchange_words(dims) - 2
                 planned += 1
     assert planned
 
 
-def test_more_programs_than_the_mail_has_places_are_refused():
+def test_more_programs_than_the_exchange_has_places_are_refused():
     with pytest.raises(ValueError, match="at most 320 places; this GPU has 321 multiprocessors"):
         make_stream_plan(preset_dims("llama3.2-1b", 1), machine(321))
 
@@ -778,12 +773,12 @@ def test_layers_of_a_kind_that_are_too_far_apart_are_refused(layers, globals_at,
         assert f"this model has up to {gap}." in reason
 
 
-def test_buffers_of_the_mail_do_not_overlap():
+def test_buffers_of_the_exchange_do_not_overlap():
     dims = preset_dims("llama3.1-8b", 8)
     plan = make_stream_plan(dims, H200)
     layout = dataclasses.astuple(layout_of(plan))
     assert sorted(layout) == list(layout)
-    assert layout[-1] <= mail_words(dims) - 2
+    assert layout[-1] <= exchange_words(dims) - 2
     at = layout_of(plan)
     assert at.x_head - at.x_in >= 8 * 4096
     assert at.x_mid - at.x_head >= 8 * 4096
@@ -792,12 +787,12 @@ def test_buffers_of_the_mail_do_not_overlap():
 
 
 def interpreted(body, *results: jax.ShapeDtypeStruct) -> list[np.ndarray]:
-    """Runs `body(mail, *results)` as an interpreted kernel; the mail's words, and the results."""
+    """Runs `body(exchange, *results)` as an interpreted kernel; its words, and the results."""
     layout = layout_of(PLANS["odd sizes, 1 program"]())
 
     def kernel(words, *out):
         words[...] = jnp.zeros((64,), jnp.int32)
-        body(Mail(words, layout, True, 128), *out)
+        body(Exchange(words, layout, True, 128), *out)
 
     shapes = [jax.ShapeDtypeStruct((64,), jnp.int32), *results]
     return [np.asarray(x) for x in pl.pallas_call(kernel, out_shape=shapes, interpret=True)()]
@@ -809,12 +804,12 @@ def test_a_word_holds_24_bits_of_a_number_and_a_tag():
     values = np.append(values, np.array([0x7FFFFFFF], np.int32).view(np.float32))
     for tag in (1, 255, 256, 300):
 
-        def body(mail, tag=tag):
+        def body(exchange, tag=tag):
             for i, value in enumerate(values):
                 at = jnp.full((1,), i)
                 number = jnp.full((1,), int(value.view(np.int32)), jnp.int32)
                 number = jax.lax.bitcast_convert_type(number, jnp.float32)
-                mail.publish(at, number, jnp.int32(tag), jnp.ones((1,), bool))
+                exchange.publish(at, number, jnp.int32(tag), jnp.ones((1,), bool))
 
         [words] = interpreted(body)
         words = words[: len(values)]
@@ -825,13 +820,13 @@ def test_a_word_holds_24_bits_of_a_number_and_a_tag():
 
 
 def test_interpreted_what_has_not_come_is_nan():
-    def body(mail, words, pairs):
+    def body(exchange, words, pairs):
         offsets = jax.lax.iota(jnp.int32, 8)
         ones, half = jnp.ones((8,), jnp.float32), offsets < 4
-        mail.publish(offsets, ones, jnp.int32(3), half)
-        words[...] = mail.collect(offsets, jnp.int32(3), offsets != 7)
-        mail.publish_pair(16 + 2 * offsets, ones, jnp.int32(3 + 256), half)
-        [got] = mail.collect_pairs([(16 + 2 * offsets, offsets != 7)], jnp.int32(3))
+        exchange.publish(offsets, ones, jnp.int32(3), half)
+        words[...] = exchange.collect(offsets, jnp.int32(3), offsets != 7)
+        exchange.publish_pair(16 + 2 * offsets, ones, jnp.int32(3 + 256), half)
+        [got] = exchange.collect_pairs([(16 + 2 * offsets, offsets != 7)], jnp.int32(3))
         pairs[...] = jax.lax.bitcast_convert_type(got, jnp.float32)
 
     result = jax.ShapeDtypeStruct((8,), jnp.float32)

@@ -64,7 +64,7 @@ def test_programs_hand_over_all_that_others_need(family, batch, copies):
     cache, tokens = filled_cache(config, lengths, 310), random_tokens(config, batch)
     tuning = Tuning(hidden_copies=copies)
     plan = make_stream_plan(dims_of(config, batch, 310), machine(19), tuning)
-    short = dataclasses.replace(plan.attention, min_span=64, max_splits=4)
+    short = dataclasses.replace(plan.attention, min_split=64, max_splits=4)
     plan = dataclasses.replace(plan, attention=short)
     down, attn_out = plan.segments[Segment.DOWN], plan.segments[Segment.ATTN_OUT]
     assert down.splits == 2
@@ -91,14 +91,14 @@ def test_a_group_of_the_residual_has_several_tiles_of_the_down_projection(progra
 
 
 def test_programs_hand_over_several_tokens():
-    """Their new positions lie beyond a span's end, in two tiles; inputs are split."""
+    """Their new positions lie beyond a KV split's end, in two tiles; inputs are split."""
     fields = FAMILIES["gemma3"] | {"num_layers": 1, "window": 150, "window_pattern": (True,)}
     config = small_config(**fields, ffw_dim=2320, num_heads=8, num_kv_heads=2)
     model, lengths = random_model(config), [253, 3]
     cache = filled_cache(config, lengths, 310, tokens=4)
     tokens = random_tokens(config, 8).reshape(2, 4)
     plan = make_stream_plan(dims_of(config, 2, 310, 4), machine(7))
-    short = dataclasses.replace(plan.attention, min_span=64, max_splits=4)
+    short = dataclasses.replace(plan.attention, min_split=64, max_splits=4)
     plan = dataclasses.replace(plan, attention=short)
     assert plan.segments[Segment.DOWN].splits > 1
     assert plan.attention.block < 256

@@ -19,7 +19,7 @@ from stream_cases import FAMILIES, check_several, env_of, machine
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import DecodeOutput, fused_step, reference_step
-from pallas_kernels.stream import spans
+from pallas_kernels.stream import kv_splits
 from pallas_kernels.stream.plan import LOT
 from pallas_kernels.stream.planner import make_stream_plan
 
@@ -161,13 +161,13 @@ def test_a_step_refuses_what_is_not_its_own():
 def told(monkeypatch, plan, lengths: list[int]) -> np.ndarray:
     """The rows of all programs' tables, for each of these lengths: [lengths, P, kinds, rows, 8]."""
     written = []
-    monkeypatch.setattr(spans.ptx, "write_row", lambda at, words, there: written.append(words))
-    monkeypatch.setattr(spans.access, "meet", lambda: None)
+    monkeypatch.setattr(kv_splits.ptx, "write_row", lambda at, words, there: written.append(words))
+    monkeypatch.setattr(kv_splits.access, "meet", lambda: None)
 
     def rows(length, program):
         written.clear()
         env = dataclasses.replace(env_of(plan, 0), lengths=(length,), program=program)
-        spans.make_spans(env, jnp.int32(0))
+        kv_splits.make_part_table(env, jnp.int32(0))
         return jnp.stack([jnp.stack(words, axis=1) for words in written])
 
     of_all = jax.vmap(jax.vmap(rows, (None, 0)), (0, None))

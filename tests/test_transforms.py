@@ -70,12 +70,12 @@ def assert_same(got, want):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-def assert_same_but_mail(got, want):
-    """The mail has activations that were handed over, whose last bits need not be the same."""
-    assert_same(_without_mail(got), _without_mail(want))
+def assert_same_but_exchange(got, want):
+    """The exchange has activations that were handed over, whose last bits need not be the same."""
+    assert_same(_without_exchange(got), _without_exchange(want))
 
 
-def _without_mail(out):
+def _without_exchange(out):
     return out._replace(cache=dataclasses.replace(out.cache, counters=jnp.zeros((0,), jnp.int32)))
 
 
@@ -108,7 +108,7 @@ def test_nested_vmap_is_a_nested_loop(kernel):
     # Of two loops XLA makes another program than of one: some CPUs multiply and add at once
     # elsewhere then.
     args = params, caches, tokens
-    check(kernel, jax.vmap(inner, (None, 1, None)), args, want, assert_same_but_mail)
+    check(kernel, jax.vmap(inner, (None, 1, None)), args, want, assert_same_but_exchange)
 
 
 def launches(jaxpr):

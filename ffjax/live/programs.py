@@ -26,7 +26,7 @@ from ffjax.sampling.rows import Stages
 from ffjax.speculation.block import Going, plain_block, speculative_block
 from ffjax.speculation.source import Source
 from pallas_kernels.gpu import Gpu
-from pallas_kernels.stream.mail import mail_words
+from pallas_kernels.stream.exchange_layout import exchange_words
 
 __all__ = ["LivePrograms", "PaddedChunk", "live_programs"]
 
@@ -71,7 +71,7 @@ def _feed_padded(
         lax.dynamic_slice_in_dim(cache.k, row, 1, axis=1),
         lax.dynamic_slice_in_dim(cache.v, row, 1, axis=1),
         lax.dynamic_slice_in_dim(cache.lengths, row, 1),
-        jnp.zeros((mail_words(step_dims(model.config, 1, cache.capacity)),), jnp.int32),
+        jnp.zeros((exchange_words(step_dims(model.config, 1, cache.capacity)),), jnp.int32),
     )
     hidden, own = model.last_hidden_state(chunk.tokens, own, num_tokens=chunk.count, last_only=True)
     cache = dataclasses.replace(

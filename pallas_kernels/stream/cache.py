@@ -12,13 +12,13 @@ from jax import Array, lax
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import feeding_thread
+from pallas_kernels.stream.fragment_layout import feeding_thread
+from pallas_kernels.stream.kv_splits import Share, row_of, share_of
 from pallas_kernels.stream.layout import FEED_WORDS, SharedLayout
 from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.ring import map_at, most_looks
-from pallas_kernels.stream.spans import Share, row_of, share_of
 
-__all__ = ["attend_span", "feed_cache", "layer_share", "start_cache"]
+__all__ = ["attend_split", "feed_cache", "layer_share", "start_cache"]
 
 
 def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
@@ -53,7 +53,7 @@ def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
 
 def layer_share(env: StreamEnv, layer: Array) -> Share:
     """This program's share of a layer's attention."""
-    table = None if env.interpret else env.shared + SharedLayout.of(env.plan).spans
+    table = None if env.interpret else env.shared + SharedLayout.of(env.plan).part_table
     return share_of(env, layer, table)
 
 
@@ -66,7 +66,7 @@ def start_cache(env: StreamEnv) -> None:
             scratch = env.shared + at.tiles + ptx.MAP_BYTES * number
             place = env.shared + at.maps + 8 * number
             where = map_at(env, 1 + number)
-            ptx.make_map(env.mail.words, where, env[name], scratch, place, tensor)
+            ptx.make_map(env.exchange.words, where, env[name], scratch, place, tensor)
     feed_cache(env, jnp.int32(0))
 
 
@@ -83,13 +83,13 @@ def feed_cache(env: StreamEnv, layer: Array) -> None:
     lax.cond(layer < env.dims.num_layers, feed, lambda: jnp.int32(0) + layer * 0)
 
 
-def attend_span(env: StreamEnv, layer: Array, share: Share, j: Array) -> None:
-    """Attention over the span of the j-th of this program's parts of a layer.
+def attend_split(env: StreamEnv, layer: Array, share: Share, j: Array) -> None:
+    """Attention over the KV split of the j-th of this program's parts of a layer.
 
     Queries and what is new lie in shared memory; so does what each warp has made, afterwards.
     """
     feed = _feed_of(env.plan)
-    ptx.attend_span(
+    ptx.attend_split(
         env["k"],
         env["v"],
         env.shared,

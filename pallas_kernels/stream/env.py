@@ -12,7 +12,7 @@ from jax import Array, lax
 from pallas_kernels.dims import Features
 from pallas_kernels.program import Program, iota
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.mail import Mail
+from pallas_kernels.stream.exchange import Exchange
 from pallas_kernels.stream.plan import Segment, SegmentPlan, StreamPlan
 
 __all__ = ["StreamEnv", "pick", "select"]
@@ -49,14 +49,14 @@ class StreamEnv(Program):
     Attributes:
         plan: the step's plan.
         step: number of the step, int32: how many were finished before.
-        mail: the mail.
+        exchange: what programs hand to each other.
         shared: int32 scalar, where the shared memory begins that the kernel lays out itself.
         hidden_layers: whose residual the step returns: see `stream_step`.
     """
 
     plan: StreamPlan
     step: Array
-    mail: Mail
+    exchange: Exchange
     shared: Array
     hidden_layers: tuple[int, ...] = ()
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.mail import Layout
+from pallas_kernels.stream.exchange_layout import Layout
 from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment, StreamPlan
 
 __all__ = ["Fault", "fault_of"]
 
-# What each buffer of the mail hands over, and who waits for it.
+# What each buffer of the exchange hands over, and who waits for it.
 _HANDED = {
     "x_in": ("the residual", "the query, key and value projections"),
     "x_head": ("the residual", "the head"),
@@ -24,7 +24,7 @@ _HANDED = {
     "attn_block": ("attention's block", "its norm"),
     "ffw_block": ("the feed-forward block", "its norm"),
     "partial": ("partial sums of the down projection", "the residual's owner"),
-    "parts": ("a span's attention", "who combines a head's spans"),
+    "parts": ("a KV split's attention", "who combines a head's KV splits"),
     "best": ("a program's best logit", "the greedy token"),
 }
 
@@ -33,7 +33,7 @@ class Fault(NamedTuple):
     """A hand-over that did not come.
 
     Attributes:
-        buffer: the field of `mail.Layout` that the missing word belongs to.
+        buffer: the field of `exchange_layout.Layout` that the missing word belongs to.
         word: its number in the buffer.
         layer: the layer it was awaited in, from 0 on; L for the head.
         program: who waited.
@@ -62,8 +62,8 @@ def fault_of(plan: StreamPlan, record: np.ndarray, layout: Layout) -> Fault | No
 
     Args:
         plan: of the step that left it.
-        record: int32 `[2]`, the mail's words from `layout.fault` on.
-        layout: of the mail.
+        record: int32 `[2]`, the exchange's words from `layout.fault` on.
+        layout: of the exchange.
     """
     low, high = (int(x) & 0xFFFFFFFF for x in np.asarray(record, np.int32))
     if not (low or high):

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.stream import access
+from pallas_kernels.stream.activations import collect_activations
 from pallas_kernels.stream.cache import feed_cache, start_cache
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.operand import collect_operand, no_operand
+from pallas_kernels.stream.feeding import feed_more, feed_ring, with_ring
+from pallas_kernels.stream.fragments import no_fragments
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import multiply, outputs_of, sum_up
-from pallas_kernels.stream.ring import feed_more, feed_ring, next_turn, start_ring, with_ring
+from pallas_kernels.stream.ring import next_turn, start_ring
 from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
 from pallas_kernels.stream.segments.gate_up import finish_gate_up
 from pallas_kernels.stream.segments.head import finish_head, leave_head
@@ -45,7 +47,7 @@ __all__ = [
 
 def is_due(env: StreamEnv, place: Place) -> Array:
     """Whether the tiles up to this one are to be summed up; bool scalar."""
-    is_full = place.slot == env.plan.flush - 1
+    is_full = place.flush_index == env.plan.flush - 1
     if env.segment(Segment.DOWN).run > 1:  # all of its groups' tiles belong together
         is_full &= place.segment != Segment.DOWN
     return place.last | is_full
@@ -62,7 +64,7 @@ def finish_tiles(env: StreamEnv, rotations: Rotations, place: Place, state: Stat
                 return state
             sums = sum_up(env, segment, outputs_of(env, segment))
             # Of several sequences a program has no register left for addresses of all segments.
-            outputs = outputs_of(env, segment, anew=env.plan.twins)
+            outputs = outputs_of(env, segment, anew=env.plan.half2)
             if segment == Segment.HEAD:
                 return finish_head(env, flush, outputs, sums, state)
             if segment in (Segment.ATTN_OUT, Segment.DOWN):
@@ -119,7 +121,7 @@ def tiles_ahead(env: StreamEnv, place: Place) -> Array:
 
 
 def leaves_time(first: Place) -> Array:
-    """Whether memory has time for more tiles when a segment's operand has come: bool scalar.
+    """Whether memory has time for more tiles when a segment's activations have come: bool scalar.
 
     Whoever attended has asked for some before attention's output came; and the head's stream is
     never interrupted.
@@ -143,15 +145,17 @@ def stream_kernel(env: StreamEnv) -> None:
 
     def tile_step(index, carry):
         turn, place, state = carry
-        multiply(env, turn, index, place, state.operand)
+        multiply(env, turn, index, place, state.activations)
         _meet(env)
         feed_ring(env, index + 1, tiles_ahead(env, place))
 
         def change_segment(state):
             left = leave_segment(env, place, state)
             following = next_segment(env, place)
-            operand = lax.cond(
-                index < total - 1, lambda: collect_operand(env, following), lambda: no_operand(env)
+            activations = lax.cond(
+                index < total - 1,
+                lambda: collect_activations(env, following),
+                lambda: no_fragments(env),
             )
             # Nobody waits for long now: time for the next layer's keys and values, and for weights.
             lax.cond(
@@ -161,7 +165,7 @@ def stream_kernel(env: StreamEnv) -> None:
             )
             if (tiles := env.plan.tuning.operand_tiles) > 0:
                 lax.cond(leaves_time(following), lambda: feed_more(env, tiles), lambda: None)
-            return following, left._replace(operand=operand)
+            return following, left._replace(activations=activations)
 
         def flush():
             finished = finish_tiles(env, rotations, place, state)

@@ -13,13 +13,14 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.dims import DecodeWeights
 from pallas_kernels.launch import KERNEL_NAME, StepState, named_weights
+from pallas_kernels.stream.descriptors import descriptors_shape
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.exchange import Exchange
+from pallas_kernels.stream.exchange_layout import Layout, exchange_words
 from pallas_kernels.stream.kernel import stream_kernel
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
-from pallas_kernels.stream.mail import Layout, Mail, mail_words
 from pallas_kernels.stream.plan import Segment, StreamPlan
 from pallas_kernels.stream.product import products_shape
-from pallas_kernels.stream.route import route_shape
 
 __all__ = ["StepResult", "layout_of", "run_stream", "stream_step"]
 
@@ -41,7 +42,7 @@ class StepResult(NamedTuple):
 
 
 def layout_of(plan: StreamPlan) -> Layout:
-    """Where the mail's buffers lie for a step of this plan."""
+    """Where the exchange's buffers lie for a step of this plan."""
     splits = plan.segments[Segment.DOWN].splits
     return Layout.of(plan.dims, splits, plan.attention.max_splits, plan.programs)
 
@@ -87,7 +88,7 @@ def run_stream(
         )
     if plan.why_no_room is not None and not interpret:
         raise ValueError(plan.why_no_room)
-    if state.counters.shape[0] != (words := mail_words(d)):
+    if state.counters.shape[0] != (words := exchange_words(d)):
         raise ValueError(
             f"A step of {d.columns} tokens of this model hands over activations in {words} "
             f"words; the cache has {state.counters.shape[0]}. Make it with KVCache.create for "
@@ -104,7 +105,7 @@ def run_stream(
         shape = (d.columns, len(hidden_layers), d.model_dim)
         made["hidden"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if interpret:  # else in shared memory
-        made["route"] = jax.ShapeDtypeStruct(route_shape(plan), jnp.int32)
+        made["descriptors"] = jax.ShapeDtypeStruct(descriptors_shape(plan), jnp.int32)
         made["products"] = jax.ShapeDtypeStruct(products_shape(plan), jnp.float32)
     outputs: dict[str, Any] = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in given.items()}
     outputs |= {name: spec for name, spec in made.items() if name not in outputs}
@@ -121,8 +122,8 @@ def run_stream(
                 program=pl.program_id(0),
                 lengths=tuple(jnp.maximum(named["lengths"][b], 0) for b in range(d.batch)),
                 step=named["counters"][layout.steps],
-                mail=Mail(named["counters"], layout, interpret, plan.threads),
-                shared=jnp.int32(0),  # see `ring.with_ring`
+                exchange=Exchange(named["counters"], layout, interpret, plan.threads),
+                shared=jnp.int32(0),  # see `feeding.with_ring`
                 hidden_layers=hidden_layers,
                 interpret=interpret,
             )

@@ -13,10 +13,10 @@ __all__ = [
     "ROW_WORDS",
     "SPARE_BYTES",
     "SharedLayout",
+    "descriptor_rows",
+    "descriptor_words",
     "offset_pitch",
-    "route_rows",
-    "route_words",
-    "spans_rows",
+    "part_table_rows",
 ]
 
 ALIGNMENT = 128
@@ -28,13 +28,13 @@ FEED_WORDS = 16
 SPARE_BYTES = 4 * MAX_ROWS
 
 
-def route_rows(plan: StreamPlan) -> int:
-    """Of the route; the first is that of the embedding, empty; the last two are the head's."""
+def descriptor_rows(plan: StreamPlan) -> int:
+    """Of a program; the first is that of the embedding, empty; the last two are the head's."""
     return 1 + plan.layer_tiles + 2
 
 
-def route_words(plan: StreamPlan) -> int:
-    """Of a row of the route: as many again where tiles have scales."""
+def descriptor_words(plan: StreamPlan) -> int:
+    """Of a descriptor: as many again where tiles have scales."""
     return 2 * ROW_WORDS if plan.quantized else ROW_WORDS
 
 
@@ -43,7 +43,7 @@ def offset_pitch(plan: StreamPlan) -> int:
     return max(plan.offset_bytes(segment) for segment in plan.segments)
 
 
-def spans_rows(plan: StreamPlan) -> int:
+def part_table_rows(plan: StreamPlan) -> int:
     """Of a layer's attention: one for each part of a program, and one before them."""
     return 1 + plan.most_parts
 
@@ -65,8 +65,8 @@ class SharedLayout:
         queries: the bfloat16 of `LOT` queries, then what they leave of float32; and so on.
         new: the new positions' keys, and their values. Queries and these lie where `products` do:
             they are not wanted any more when something is put there.
-        route: see `route`.
-        spans: see `spans`.
+        descriptors: see `descriptors`.
+        part_table: see `kv_splits`.
         slot_barriers: 8 bytes a slot.
         tile_barriers: 8 bytes a tile of keys and values.
         maps: addresses of the tensor maps of keys and of values, 8 bytes each.
@@ -87,8 +87,8 @@ class SharedLayout:
     squares: int
     queries: int
     new: int
-    route: int
-    spans: int
+    descriptors: int
+    part_table: int
     slot_barriers: int
     tile_barriers: int
     maps: int
@@ -123,8 +123,8 @@ class SharedLayout:
             "sums": cut.warps * LOT * 8,
             "offsets": plan.product_warps * offset_pitch(plan),
             "squares": 0 if plan.chunked else 4 * COLUMNS * plan.num_warps,
-            "route": 4 * route_words(plan) * route_rows(plan),
-            "spans": 4 * ROW_WORDS * kinds * spans_rows(plan),
+            "descriptors": 4 * descriptor_words(plan) * descriptor_rows(plan),
+            "part_table": 4 * ROW_WORDS * kinds * part_table_rows(plan),
             "slot_barriers": 8 * plan.slots,
             "tile_barriers": 8 * cut.tiles,
             "maps": 16 if plan.bulk else 0,

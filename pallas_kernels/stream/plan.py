@@ -4,7 +4,7 @@ A *tile* is some rows of a weight matrix by a *span* of their inputs. Its produc
 16 x 8 x 16 blocks on tensor cores. A single sequence has one column of activations: its span is
 cut into 8 *chunks*, which become the block's 8 columns and 8 of its rows, and of the product
 the entries where both mean the same chunk are summed. Several sequences are the columns
-themselves. The span's inputs are shared out among the threads of a program, see `lanes`.
+themselves. The span's inputs are shared out among the threads of a program, see `fragment_layout`.
 
 Matrices may be stored in different formats: what a tile has of rows and inputs follows from the
 bytes of a weight.
@@ -47,19 +47,20 @@ READ = 16
 BOX_UNIT, MAX_BOX = 8, 256
 # Threads that read one row's, or chunk's, inputs side by side.
 QUAD = 4
-# Pieces that a thread holds of the operand: half of its 255 registers, packed in pairs.
+# Pieces that a thread holds of the activations: half of its 255 registers, packed in pairs.
 MAX_PIECES = 16
 MAX_ROWS = 16
 # Of integers that meet several sequences, where a program has many tiles.
 MAX_INTEGER_ROWS = 32
 MAX_SLOTS = 16
 MIN_FLUSH = 8
-# One on each of 320 multiprocessors: the mail, made before the device is known, has room for them.
+# One on each of 320 multiprocessors: the exchange is made before the device is
+# known, and has room for them.
 MAX_PROGRAMS = 320
-# Spans that attention over one head is cut into at most.
+# KV splits of one head at most.
 MAX_SPLITS = 64
-# Positions of a span at least: shorter ones would cost more to combine than they save.
-MIN_SPAN = 256
+# Positions of a KV split at least: shorter ones would cost more to combine than they save.
+MIN_SPLIT = 256
 # Query heads that share a key/value head and are multiplied together.
 LOT = 8
 # The compiler's own tile of the ring's stand-in, bytes: see `ring`.
@@ -193,8 +194,8 @@ class SegmentPlan:
         return 8 * READ // self.bits
 
     @property
-    def operand(self) -> tuple[bool | int, ...]:
-        """What its operand depends on, besides its width."""
+    def fragment_kind(self) -> tuple[bool | int, ...]:
+        """What its activation fragments depend on, besides the width."""
         offset = self.grouping is not None and self.grouping.offset is not None
         return self.bits, self.grain, self.held, self.fine, offset
 
@@ -244,13 +245,13 @@ class Box:
 class AttentionPlan:
     """How attention over the cache is cut.
 
-    A head's positions are split into at most `max_splits` equal spans, a multiple of `block`
+    A head's positions are cut into at most `max_splits` equal KV splits, a multiple of `block`
     each. The cut depends on the sequence's length alone, not on the batch.
 
     Attributes:
         block: positions of a tile of keys and values.
-        min_span: positions of a span at least.
-        max_splits: spans at most.
+        min_split: positions of a KV split at least.
+        max_splits: KV splits of a head at most.
         lots: parts, of at most `abreast * LOT`, of the queries that share a key/value head.
         abreast: of such a part's queries, how many times `LOT` different warps have.
         warps: of a program that attend; those with the same queries share a tile's positions.
@@ -258,7 +259,7 @@ class AttentionPlan:
     """
 
     block: int
-    min_span: int
+    min_split: int
     max_splits: int
     lots: int
     abreast: int
@@ -372,7 +373,7 @@ class StreamPlan:
         return min(self.tuning.next_tiles or usual, self.slots)
 
     @property
-    def twins(self) -> bool:
+    def half2(self) -> bool:
         """Whether activations are handed over two a word: where a tile has two hidden ones."""
         return not self.chunked and self.segments[Segment.GATE_UP].rows >= 4
 

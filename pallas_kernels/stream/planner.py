@@ -19,7 +19,7 @@ from pallas_kernels.stream.plan import (
     MAX_SLOTS,
     MAX_SPLITS,
     MIN_FLUSH,
-    MIN_SPAN,
+    MIN_SPLIT,
     PIECE,
     QUAD,
     READ,
@@ -157,7 +157,7 @@ class _Geometry:
         if self.whole:
             room = max(room, ceil_div(size, unit))
         self.splits = ceil_div(size, room * unit)
-        # The mail has the inputs that a warp reads at once in the order of its loads; and of int4
+        # Words of the inputs that a warp reads at once lie in the order of its loads; and of int4
         # weights there are whole groups.
         whole = PIECE if self.splits == 1 else unit // self.product_warps
         self.width = ceil_div(ceil_div(size, self.splits), whole) * whole
@@ -498,7 +498,7 @@ def _attention(d: Dims, gpu: Gpu, num_warps: int, tuning: Tuning) -> AttentionPl
     splits = 1 << (splits.bit_length() - 1)
     return AttentionPlan(
         block=block,
-        min_span=MIN_SPAN,
+        min_split=MIN_SPLIT,
         max_splits=splits,
         lots=ceil_div(lots, abreast),
         abreast=abreast,

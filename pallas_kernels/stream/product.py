@@ -1,4 +1,4 @@
-"""A tile times its operand, and the sums of the products of some tiles.
+"""A tile times its activations, and the sums of the products of some tiles.
 
 Summing up takes a program's warps two meetings. So the products of a tile are put aside, and
 summed up for several tiles at once: of a segment that is short, for all.
@@ -16,15 +16,17 @@ from jax import Array, lax
 from pallas_kernels.dims import GROUP
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, select
-from pallas_kernels.stream.lanes import (
+from pallas_kernels.stream.fragment_layout import (
     distances,
     first_input,
     first_read,
     offset_of_use,
+    pieces_there,
     place_aside,
 )
+from pallas_kernels.stream.fragments import Fragments, inputs_of
+from pallas_kernels.stream.interpreted_tiles import read_tile
 from pallas_kernels.stream.layout import SharedLayout, offset_pitch
-from pallas_kernels.stream.operand import Operand, inputs_of, pieces_there
 from pallas_kernels.stream.plan import (
     COLUMNS,
     PIECE,
@@ -34,13 +36,7 @@ from pallas_kernels.stream.plan import (
     StreamPlan,
     is_residual,
 )
-from pallas_kernels.stream.ring import (
-    Turn,
-    products_address,
-    read_tile,
-    slot_address,
-    wait_for_tile,
-)
+from pallas_kernels.stream.ring import Turn, products_address, slot_address, wait_for_tile
 from pallas_kernels.stream.tiles import Place
 
 __all__ = [
@@ -100,7 +96,7 @@ def rows_of(
     env: StreamEnv, segment: Segment, pair: Array, rows: int, group: Array | None = None
 ) -> Iterator[Array]:
     """Both rows of a pair, counted in its group of so many or, given that, in the matrix."""
-    if env.plan.twins and is_residual(segment):
+    if env.plan.half2 and is_residual(segment):
         both = 2 * pair, 2 * pair + 1
         if group is None:
             yield from both
@@ -125,7 +121,7 @@ def _of_segment(env: StreamEnv, segment: Array, kind: list[Segment], of: str) ->
     return select(segment, [values.get(s, values[kind[0]]) for s in sorted(env.plan.segments)])
 
 
-def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Operand) -> None:
+def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, fragments: Fragments) -> None:
     """Waits for the program's `index`-th tile, multiplies it, and puts the products aside.
 
     Args:
@@ -133,7 +129,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
         turn: the tile's turn.
         index: int32 scalar.
         place: the tile's.
-        operand: of its segment.
+        fragments: of its segment.
     """
     wait_for_tile(env, turn)
     plan = env.plan
@@ -141,11 +137,11 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
     def product(kind: list[Segment]) -> Array:
         segment, part = kind[0], env.segment(kind[0])
         pitch = _of_segment(env, place.segment, kind, "row_bytes")
-        words = operand.words[: part.pieces * PIECE // 2]
+        words = fragments.words[: part.pieces * PIECE // 2]
         if env.interpret:
-            _interpreted(env, index, place, pitch, part, operand)
+            _interpreted(env, index, place, pitch, part, fragments)
             return index
-        start = products_address(env) + place.slot * plan.products_bytes(segment)
+        start = products_address(env) + place.flush_index * plan.products_bytes(segment)
         where = place_aside(plan, part, start, env.shared + SharedLayout.of(plan).spare)
         first = first_read(plan, part)
         slot = slot_address(env, turn)
@@ -166,7 +162,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
                 chunked=plan.chunked,
                 threads=threads,
             )
-        assert operand.scale is not None
+        assert fragments.scale is not None
         scales = slot + part.rows * pitch + part.gap
         if part.scaled_rows > part.rows:  # they are those of the whole run
             scales += (place.number & (part.run - 1)) * (part.rows * part.scale_bytes)
@@ -179,7 +175,7 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, operand: Op
             pitches,
             where,
             jnp.full((plan.threads,), scales),
-            operand.scale,
+            fragments.scale,
             lax.div(own * part.grain, jnp.int32(size)) + before,
             words,
             integer_tile(plan, part, ragged=any(plan.is_ragged(s) for s in kind)),
@@ -236,7 +232,7 @@ def scales_at_once(plan: StreamPlan, part: SegmentPlan) -> int:
 
 
 def _offsets(env: StreamEnv, part: SegmentPlan) -> Array | None:
-    """Where each thread's sums of its groups' activations begin: int32 `[T]`; None without any."""
+    """Where each thread's sums of groups' activations begin: int32 `[threads]`; None: no sums."""
     plan = env.plan
     if part.grouping is None or part.grouping.offset is None:
         return None
@@ -245,7 +241,7 @@ def _offsets(env: StreamEnv, part: SegmentPlan) -> Array | None:
 
 
 def pieces_of_tile(env: StreamEnv, place: Place, kind: list[Segment]) -> Array:
-    """Pieces of a tile's rows that each thread has: int32 `[T]`.
+    """Pieces of a tile's rows that each thread has: int32 `[threads]`.
 
     Args:
         env: the program's view.
@@ -297,20 +293,25 @@ def sum_up(env: StreamEnv, segment: Segment, outputs: Outputs) -> Sums:
 
 
 def _interpreted(
-    env: StreamEnv, index: Array, place: Place, pitch: Array, part: SegmentPlan, operand: Operand
+    env: StreamEnv,
+    index: Array,
+    place: Place,
+    pitch: Array,
+    part: SegmentPlan,
+    fragments: Fragments,
 ) -> None:
     """Puts a tile's sums where `sum_up` finds them."""
     plan = env.plan
     first = first_input(plan, part)
     inputs = jnp.stack([first + x + j for x in distances(plan, part) for j in range(PIECE)])
-    values = jnp.stack(inputs_of(part, operand))  # [inputs, T]
+    values = jnp.stack(inputs_of(part, fragments))  # [inputs, threads]
     rows = jnp.arange(part.rows)[:, None, None]
     rows = rows * pitch + jnp.where(rows < part.rows // 2, 0, part.gap)
     weights = read_tile(env, index, part, rows + lax.div(inputs * part.bits, 8)[None], inputs)
-    products = (weights * values).sum(axis=1)  # [rows, T]
+    products = (weights * values).sum(axis=1)  # [rows, threads]
     if plan.chunked:
         sums = products.sum(axis=1)[:, None]
     else:
         sums = products.reshape(part.rows, plan.num_warps, COLUMNS, 4).sum(axis=(1, 3))
     row, b = env.iota(sums.shape, 0), env.iota(sums.shape, 1)
-    access.store(env["products"].at[env.program, place.slot, row, b], sums)
+    access.store(env["products"].at[env.program, place.flush_index, row, b], sums)

@@ -12,8 +12,6 @@ beginning: the plan leaves room for both.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -22,43 +20,34 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.program import iota
 from pallas_kernels.stream import access, ptx
+from pallas_kernels.stream.descriptors import (
+    make_descriptors,
+    weights_of,
+)
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import feeding_thread
-from pallas_kernels.stream.layout import ALIGNMENT, FEED_WORDS, ROW_WORDS, SharedLayout
-from pallas_kernels.stream.mail import MAP_WORDS, Meanwhile
+from pallas_kernels.stream.exchange_layout import MAP_WORDS
+from pallas_kernels.stream.feeding import feed_of, feed_ring
+from pallas_kernels.stream.fragment_layout import feeding_thread
+from pallas_kernels.stream.kv_splits import make_part_table
+from pallas_kernels.stream.layout import FEED_WORDS, ROW_WORDS, SharedLayout
 from pallas_kernels.stream.plan import (
     COLUMNS,
     RESERVED_TILE,
     Box,
     Segment,
-    SegmentPlan,
     StreamPlan,
 )
-from pallas_kernels.stream.route import (
-    make_route,
-    most_copies,
-    read_route,
-    scales_of,
-    weights_of,
-)
-from pallas_kernels.stream.spans import make_spans
-from pallas_kernels.stream.tuning import TILE_BYTES
 
 __all__ = [
     "Turn",
-    "fed_otherwise",
-    "feed_more",
-    "feed_ring",
     "map_at",
     "most_looks",
     "next_turn",
     "products_address",
-    "read_tile",
     "slot_address",
     "start_ring",
     "tensor_map_of",
     "wait_for_tile",
-    "with_ring",
 ]
 
 
@@ -75,18 +64,6 @@ def most_looks(plan: StreamPlan) -> int:
     Where there are bulk copies, a look may last some microseconds; else it is over at once.
     """
     return 1 << (22 if plan.bulk else 27)
-
-
-def with_ring(env: StreamEnv) -> StreamEnv:
-    """The program's view once it knows where its ring lies, which the mail feeds while it waits.
-
-    Interpreted, there is no ring.
-    """
-    if env.interpret:
-        return env
-    base, feed = ptx.ring_base(SharedLayout.of(env.plan).size, ALIGNMENT), _feed_of(env.plan)
-    mail = dataclasses.replace(env.mail, meanwhile=Meanwhile(weights_of(env)[0], base, feed))
-    return dataclasses.replace(env, mail=mail, shared=base)
 
 
 def next_turn(env: StreamEnv, turn: Turn) -> Turn:
@@ -141,14 +118,14 @@ def start_ring(env: StreamEnv) -> Turn:
     plan, at = env.plan, SharedLayout.of(env.plan)
     # Pallas lets no plain constant out of a branch.
     turn = Turn(env.program * 0, env.program * 0)
-    make_route(env, env.shared + at.route)
+    make_descriptors(env, env.shared + at.descriptors)
     if env.interpret:
         return turn
     _reserve(env)
     if plan.ragged:
         # What is multiplied by zeros must be numbers.
         ptx.clear_shared(env.shared, at.tiles, plan.threads)
-    make_spans(env, env.shared + at.spans)
+    make_part_table(env, env.shared + at.part_table)
     # Larger programs have registers for one alone.
     alone = plan.sharing > 0 or plan.threads <= 128
     barriers = (at.slot_barriers, plan.slots), (at.tile_barriers, plan.attention.tiles)
@@ -163,21 +140,21 @@ def start_ring(env: StreamEnv) -> Turn:
     # Behind what cleared them.
     access.meet()
     control = env.shared + at.control
-    ptx.say_where(env.mail.words, env.mail.layout.fault, control, env.program)
+    ptx.say_where(env.exchange.words, env.exchange.layout.fault, control, env.program)
     access.meet()
     if plan.box is not None:
         place = env.shared + at.control + ptx.MAP_IN_CONTROL
         # In the first slot, and by the feeding warp, which alone needs it.
         matrix, tensor = weights_of(env)[Segment.DOWN], tensor_map_of(plan, plan.box)
-        ptx.make_map(env.mail.words, map_at(env, 0), matrix, env.shared, place, tensor)
-    for _ in range(_feed_of(plan).in_flight):
+        ptx.make_map(env.exchange.words, map_at(env, 0), matrix, env.shared, place, tensor)
+    for _ in range(feed_of(plan).in_flight):
         feed_ring(env)
     return turn
 
 
 def map_at(env: StreamEnv, number: int) -> Array:
-    """Where one of the program's tensor maps lies in the mail, int32 scalar; 0 is the boxes'."""
-    return env.mail.layout.maps + MAP_WORDS * (number * env.plan.programs + env.program)
+    """Where one of the program's tensor maps lies in the exchange, int32; 0 is the boxes'."""
+    return env.exchange.layout.maps + MAP_WORDS * (number * env.plan.programs + env.program)
 
 
 def tensor_map_of(plan: StreamPlan, box: Box) -> ptx.TensorMap:
@@ -191,134 +168,8 @@ def tensor_map_of(plan: StreamPlan, box: Box) -> ptx.TensorMap:
     )
 
 
-def _feed_of(plan: StreamPlan) -> ptx.Feed:
-    """What feeding the ring needs to know."""
-    at = SharedLayout.of(plan)
-    return ptx.Feed(
-        slots=plan.slots,
-        slot_bytes=plan.slot_bytes,
-        route=at.route,
-        barriers=at.slot_barriers,
-        control=at.control,
-        layer_tiles=plan.layer_tiles,
-        layers=plan.dims.num_layers,
-        head_tiles=plan.segments[Segment.HEAD].tiles,
-        total=plan.total_tiles,
-        in_flight=min(plan.in_flight, plan.slots),
-        thread=feeding_thread(plan),
-        copies=most_copies(plan),
-        has_scales=plan.quantized,
-        l2_tiles=plan.tuning.l2_tiles,
-        l2_bytes=plan.tuning.l2_bytes,
-        sharing=plan.sharing,
-        scale_unit=plan.scale_unit,
-        matrix_rows=0 if plan.box is None else plan.segments[Segment.DOWN].out,
-    )
-
-
-def feed_ring(env: StreamEnv, used: Array | None = None, ahead: Array | None = None) -> None:
-    """Asks for the next tile if a slot is free and few tiles are on their way.
-
-    Too many on their way, and whoever waits for other programs' words waits behind them.
-
-    Args:
-        env: the program's view.
-        used: int32 scalar, tiles that all threads have done with: a barrier of the program
-            stands between. None: as many as last time.
-        ahead: int32 scalar, tiles beyond those that may have been asked for; None: as many as there
-            are slots.
-    """
-    if env.mail.meanwhile is not None:
-        ptx.feed_ring(*env.mail.meanwhile, used, ahead)
-
-
-def fed_otherwise(env: StreamEnv, **changes: int) -> StreamEnv:
-    """The program's view, with a mail that feeds the ring with other numbers of `ptx.Feed`."""
-    mail = env.mail
-    if mail.meanwhile is None:
-        return env
-    feed = dataclasses.replace(mail.meanwhile.feed, **changes)
-    mail = dataclasses.replace(mail, meanwhile=mail.meanwhile._replace(feed=feed))
-    return dataclasses.replace(env, mail=mail)
-
-
-def feed_more(env: StreamEnv, tiles: int) -> None:
-    """Asks for some tiles; where the ring is full, for a whole copy of each into the L2 cache."""
-    by_copies = fed_otherwise(env, l2_bytes=max(TILE_BYTES))
-    for _ in range(tiles):
-        feed_ring(by_copies)
-
-
 def wait_for_tile(env: StreamEnv, turn: Turn) -> None:
     """Waits until the tile whose turn it is has come."""
     if not env.interpret:
         most = most_looks(env.plan)
         ptx.wait_copies(_barrier(env, turn), turn.phase, most, env.plan.bulk)
-
-
-def read_tile(
-    env: StreamEnv, index: Array, part: SegmentPlan, places: Array, inputs: Array
-) -> Array:
-    """What would lie in the slot of the program's `index`-th tile, for interpret mode.
-
-    Args:
-        env: the program's view.
-        index: int32 scalar.
-        part: the segment's plan, or that of another of the same kind.
-        places: int32, bytes from the slot's beginning on.
-        inputs: int32, the same shape: inputs from the beginning of a tile's row.
-
-    Returns:
-        Weights, float32, times their scales, the same shape; 0 where no copy goes.
-    """
-    source, layer = read_route(env, index)
-    copy = jnp.minimum(lax.div(places, source.pitch), jnp.maximum(source.copies, 1) - 1)
-    within = places - copy * source.pitch
-    there = (within < source.size) & (source.copies > 0)
-    at = (source.begin.low + copy * source.stride) * part.copied + lax.div(8 * within, part.bits)
-    if part.bits == 4:  # a byte holds two
-        at += inputs & 1
-
-    def reader(segment: Segment) -> Callable[[], Array]:
-        def read():
-            if env.segment(segment).bits != part.bits:
-                return jnp.zeros(at.shape, jnp.float32)
-            return _dequantized(env, segment, layer, at, there)
-
-        return read
-
-    return lax.switch(source.begin.high, [reader(s) for s in sorted(env.plan.segments)])
-
-
-def _dequantized(env: StreamEnv, segment: Segment, layer: Array, at: Array, there: Array) -> Array:
-    """Elements of a layer's matrix, counted as if it were flat."""
-    part, ref = env.segment(segment), weights_of(env)[segment]
-    inner = jnp.int32(part.inner)
-    safe = jnp.clip(at, 0, ref.shape[-2] * part.inner - 1)
-    before = () if len(ref.shape) == 2 else (jnp.clip(layer, 0, ref.shape[0] - 1),)
-    row, column = lax.div(safe, inner), lax.rem(safe, inner)
-    words = lax.div(column, jnp.int32(8)) if part.bits == 4 else column
-    weights = access.load(ref.at[(*before, row, words)], mask=there, other=0)
-    if part.bits == 16:
-        return weights.astype(jnp.float32)
-    scales = scales_of(env, segment)
-    if (groups := part.grouping) is None:
-        return weights.astype(jnp.float32) * access.load(scales.at[(*before, row)])
-    at_group = (*before, row, lax.div(column, jnp.int32(groups.size)))
-
-    def number(*which: int) -> Array:
-        return access.load(scales.at[(*at_group, *which)]).astype(jnp.float32)
-
-    if part.bits == 8:
-        return jnp.where(there, weights.astype(jnp.float32) * number(), 0.0)
-    place = column & 7
-    # Where in a word of eight each lies: see `ffjax.packing`.
-    shift = 4 * (lax.shift_right_logical(place, 1) + 4 * (place & 1))
-    integers = (lax.shift_right_logical(weights, shift) & 15).astype(jnp.float32)
-    if groups.offset is None:
-        made = (integers - 8) * number()
-    elif groups.offset == "zero":
-        made = (integers - number(1)) * number(0)
-    else:
-        made = integers * number(0) + number(1)
-    return jnp.where(there, made, 0.0)

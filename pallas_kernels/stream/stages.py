@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.stream.activations import collect_activations
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.fragments import no_fragments
 from pallas_kernels.stream.kernel import finish_tiles, is_due, leave_segment
-from pallas_kernels.stream.operand import collect_operand, no_operand
 from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment, StreamPlan
 from pallas_kernels.stream.product import Sums, multiply
 from pallas_kernels.stream.ring import start_ring
@@ -96,7 +97,7 @@ def run_stage(stage: Stage, env: StreamEnv) -> None:
     plan, layer = env.plan, jnp.int32(stage.layer)
     kept = {name: env[name][env.program] for name in state_shapes(plan)}
     state = State(
-        operand=no_operand(env),
+        activations=no_fragments(env),
         residual=Sums(kept["residual_first"], kept["residual_second"]),
         block=Sums(kept["block_first"], kept["block_second"]),
         best_logit=kept["best_logit"],
@@ -116,13 +117,13 @@ def run_stage(stage: Stage, env: StreamEnv) -> None:
     elif stage.what == "leave":
         state = leave_segment(env, first, state)
     else:
-        state = state._replace(operand=collect_operand(env, first))
+        state = state._replace(activations=collect_activations(env, first))
         turn = start_ring(env)
         rotations = make_rotations(env)
 
         def tile_step(index, carry):
             place, state = carry
-            multiply(env, turn, index, place, state.operand)
+            multiply(env, turn, index, place, state.activations)
 
             def finish():
                 finished = finish_tiles(env, rotations, place, state)

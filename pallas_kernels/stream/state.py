@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.operand import Operand, no_operand
+from pallas_kernels.stream.fragments import Fragments, no_fragments
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Sums, outputs_of
 
@@ -20,7 +20,7 @@ NO_TOKEN = 2**31 - 1
 class State(NamedTuple):
     """A program's registers between two tiles."""
 
-    operand: Operand  # the segment's
+    activations: Fragments  # the segment's
     residual: Sums  # of the groups this program owns
     block: Sums  # the block's output that is being computed
     best_logit: Array  # float32 [E], of the logits so far
@@ -32,7 +32,7 @@ def empty_state(env: StreamEnv) -> State:
     zeros = jnp.zeros(outputs_of(env, Segment.EMBED).pair.shape, jnp.float32)
     shape = outputs_of(env, Segment.HEAD).pair.shape
     return State(
-        operand=no_operand(env),
+        activations=no_fragments(env),
         residual=Sums(zeros, zeros),
         block=Sums(zeros, zeros),
         best_logit=jnp.full(shape, -jnp.inf, jnp.float32),

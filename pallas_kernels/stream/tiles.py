@@ -1,7 +1,7 @@
 """The stream: where in the step each tile of a program stands.
 
 A tile is asked for several iterations before it is used, so the loop knows it twice: where it
-lies in memory, from the program's `route`, and its `Place` in the step, which is counted up
+lies in memory, from its copy descriptor, and its `Place` in the step, which is counted up
 from tile to tile. A program has one warp for each of a multiprocessor's schedulers, so that
 every instruction of the loop costs its whole latency: both must be had with few.
 """
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.stream.descriptors import busy_tiles, team_of
 from pallas_kernels.stream.env import StreamEnv, pick
 from pallas_kernels.stream.plan import Segment
-from pallas_kernels.stream.route import busy_tiles, team_of
 
 __all__ = [
     "Flush",
@@ -34,7 +34,7 @@ class Place(NamedTuple):
     segment: Array
     layer: Array  # of the segment; the head's and the embedding's are L and 0
     number: Array  # of the tile among this program's of the segment
-    slot: Array  # of the tile among those that are flushed together
+    flush_index: Array  # of the tile among those that are flushed together
     group: Array  # of rows
     split: Array  # which part of the inputs
     teams: Array  # groups to the program's next
@@ -74,10 +74,10 @@ def flush_of(place: Place) -> Flush:
     """The tiles from the last flush up to this place."""
     return Flush(
         layer=place.layer,
-        first_group=place.group - place.slot * place.teams,
+        first_group=place.group - place.flush_index * place.teams,
         teams=place.teams,
         split=place.split,
-        tiles=jnp.minimum(place.slot + 1, place.slot + place.busy),
+        tiles=jnp.minimum(place.flush_index + 1, place.flush_index + place.busy),
     )
 
 
@@ -96,7 +96,7 @@ def first_place(env: StreamEnv, segment: Array | int, layer: Array | int) -> Pla
         segment=segment,
         layer=jnp.asarray(layer, jnp.int32),
         number=jnp.int32(0),
-        slot=jnp.int32(0),
+        flush_index=jnp.int32(0),
         group=team,
         split=env.program - team * of([p.splits for p in parts]),
         teams=of([p.teams for p in parts]),
@@ -111,7 +111,7 @@ def next_place(place: Place, *, flushed: bool = False) -> Place:
     """The place of the next tile of the same segment, before or behind a flush."""
     return place._replace(
         number=place.number + 1,
-        slot=place.slot * 0 if flushed else place.slot + 1,
+        flush_index=place.flush_index * 0 if flushed else place.flush_index + 1,
         group=place.group + place.teams,
         left=place.left - 1,
         busy=place.busy - 1,

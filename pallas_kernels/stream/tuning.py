@@ -6,8 +6,8 @@ Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on
 asked for into the L2 cache while a program waits, and behind a segment of bfloat16 weights no more
 than one. Where shared memory is too small for that, tiles are smaller: see `planner.fitting`.
 
-A cache that a step with one tuning was made with goes on with that one: what words of the mail a
-tuning leaves alone have old tags.
+A cache that a step with one tuning was made with goes on with that one: words of the exchange
+that a tuning leaves alone have old tags.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Tuning:
 
     Attributes:
         tile_bytes: bytes of a tile at most, a power of two from 8 KiB to 64 KiB.
-        num_warps: warps of a program, 4 or 8; None: as few as hold the operand. Those beyond
-            do not multiply: one of them feeds the ring.
+        num_warps: warps of a program, 4 or 8; None: as few as hold the activations. Those
+            beyond do not multiply: one of them feeds the ring.
         slots: tiles that shared memory holds, fewer where there is no room for them; None: as many
             as there is room for.
         in_flight: of them those that are asked for and have not come, at most, 1 to 16.
@@ -47,9 +47,10 @@ class Tuning:
             used, 1 to 16, or as many as there are slots. What they bring stands before the words
             that the program waits for next. None: 1; as many as there are slots where some weights
             are quantized, since then it is less.
-        operand_tiles: tiles that are asked for when one of a layer's operands has come, but for
-            attention's output, 0 to 4: where the ring is full, a copy of a tile each, into the L2
-            cache. Then memory has nothing to do, and nobody waits for words.
+        operand_tiles: tiles that are asked for when the operand of one of a layer's products, its
+            activations, has come, but for attention's output, 0 to 4: where the ring is full, a
+            copy of a tile each, into the L2 cache. Then memory has nothing to do, and nobody waits
+            for words.
         hidden_copies: of the hidden activations, 1 or 2: a program reads one of them.
         cache_tile_bytes: bytes of a tile of keys and values, 8, 16 or 32 KiB.
         cache_tiles: such tiles that shared memory holds, 2 to 6.

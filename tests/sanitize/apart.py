@@ -7,8 +7,8 @@ the same instructions too. So for racecheck each use is given a place of its own
 whatever is still found is no such pair.
 
 - Of a single sequence, most of what a thread makes of a tile is of no use. All threads of a warp
-  store that to one spare place (`lanes.place_aside`), which nobody reads: a write after a write.
-  Here each thread has a spare place.
+  store that to one spare place (`fragment_layout.place_aside`), which nobody reads: a write after a
+  write. Here each thread has a spare place.
 - Rows are read a whole span at a time, beyond a row's end too, and from a slot's last rows on into
   the next slot, to which a copy may be on its way. What is read there is multiplied by an operand
   of zero: whichever bytes they are, they are numbers, as `ring.start_ring` sees to, or are left out
@@ -41,7 +41,7 @@ from pallas_kernels.dims import Dims, ceil_div
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.program import iota
 from pallas_kernels.stream import layout, product
-from pallas_kernels.stream.lanes import place_aside
+from pallas_kernels.stream.fragment_layout import place_aside
 from pallas_kernels.stream.layout import ALIGNMENT, SPARE_BYTES
 from pallas_kernels.stream.plan import SegmentPlan, StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan

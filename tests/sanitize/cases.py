@@ -35,7 +35,7 @@ class Case:
 
 # Around the edges of a tile of keys; one sequence that is empty.
 _ONE, _THREE = (65,), (65, 0, 129)
-# Behind the first two spans, which are 256 positions at least: they are combined.
+# Behind the first two KV splits, which are 256 positions at least: they are combined.
 _LONG, _LONG_THREE = (700,), (700, 257, 3)
 _HEADS = {"num_heads": 4, "num_kv_heads": 2}
 # Down projections wider than what the threads of a program hold: two programs share a row.
@@ -58,8 +58,8 @@ CASES: dict[str, Case] = {
     "gemma2, 3": Case(small_config(**FAMILIES["gemma2"]), _THREE),
     "olmo2, 1": Case(small_config(**FAMILIES["olmo2"]), _ONE),
     "qwen3, 3": Case(small_config(**FAMILIES["qwen3"]), _THREE),
-    "several spans, 1": Case(small_config(**_HEADS), _LONG, 1024),
-    "several spans, 3": Case(small_config(**_HEADS), _LONG_THREE, 1024),
+    "several KV splits, 1": Case(small_config(**_HEADS), _LONG, 1024),
+    "several KV splits, 3": Case(small_config(**_HEADS), _LONG_THREE, 1024),
     "split down projection, 1": Case(small_config(**_SPLIT), _ONE),
     "split down projection, 3": Case(small_config(**_SPLIT), _THREE),
     "split down projection, int8, 3": Case(_split_int8(8_448), _THREE),
@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
     "split down projection, boxes, 3": Case(_split_int8(8_704), _THREE),
     # Queries for more warps than one; few parts, which have programs for some of them, and many.
     "8 tokens, bfloat16, 1": Case(small_config(**_HEADS), (65,), tokens=8),
-    "8 tokens, several spans, 1": Case(small_config(**_HEADS), _LONG, 1024, tokens=8),
+    "8 tokens, several KV splits, 1": Case(small_config(**_HEADS), _LONG, 1024, tokens=8),
     "3 tokens, int4, 2": Case(kernel_config(FOR_KERNELS["int4 and its head"]), (65, 0), tokens=3),
     "4 tokens, gemma2, 2": Case(small_config(**FAMILIES["gemma2"]), (65, 2), tokens=4),
     "8 tokens, qwen3, 1": Case(small_config(**FAMILIES["qwen3"]), (65,), tokens=8),
@@ -79,7 +79,7 @@ CASES: dict[str, Case] = {
     "as an A100, int4, 3": Case(
         kernel_config(FOR_KERNELS["int4 and its head"]), _THREE, gpu="a100"
     ),
-    "as an A100, several spans, 3": Case(small_config(**_HEADS), _LONG_THREE, 1024, gpu="a100"),
+    "as an A100, several KV splits, 3": Case(small_config(**_HEADS), _LONG_THREE, 1024, gpu="a100"),
     "as an A100, 4 tokens, bfloat16, 2": Case(
         small_config(**_HEADS), (65, 3), tokens=4, gpu="a100"
     ),

@@ -1,4 +1,4 @@
-"""A cache's mail in the midst of its life: as it is after so many steps, but for what words say.
+"""A cache's exchange after so many steps, but for what its words say.
 
 Tags are what the last hand-over left. What words say is no number, so that whoever takes a stale
 one for a fresh one is found out.
@@ -14,12 +14,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.stream.lanes import word_in_mail
-from pallas_kernels.stream.mail import Layout
+from pallas_kernels.stream.exchange_layout import Layout
+from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.half2 import HALF2_TAG_BITS, half2_tag
 from pallas_kernels.stream.plan import Segment, StreamPlan
-from pallas_kernels.stream.twins import TWIN_TAG_BITS, twin_tag
 
-from .handovers import HEAD_APART, PAIRS, TWINS, WORDS, Protocol
+from .handovers import HALF2, HEAD_APART, PAIRS, WORDS, Protocol
 from .shares import Shares
 
 __all__ = ["Poison", "aged_counters", "poison_of"]
@@ -40,7 +40,7 @@ _READERS = {
 
 
 class Poison(NamedTuple):
-    """What is done to each word of the mail: `word & keep | set`, int32."""
+    """What is done to each word of the exchange: `word & keep | set`, int32."""
 
     keep: np.ndarray
     set: np.ndarray
@@ -50,7 +50,7 @@ def _activations(plan: StreamPlan, start: int, reader: Segment) -> np.ndarray:
     """Words of a buffer that all activations of all tokens are handed over in."""
     part = plan.segments[reader]
     column, e = np.mgrid[: plan.dims.columns, : part.inner]
-    return np.unique(start + word_in_mail(plan, part, column, e))
+    return np.unique(start + word_in_exchange(plan, part, column, e))
 
 
 def _words(plan: StreamPlan, layout: Layout, protocol: Protocol) -> dict[str, np.ndarray]:
@@ -63,7 +63,7 @@ def _words(plan: StreamPlan, layout: Layout, protocol: Protocol) -> dict[str, np
         used |= {"attn_block", "ffw_block"}
     words = {
         name: _activations(plan, getattr(layout, name), _READERS[name])
-        for name in TWINS
+        for name in HALF2
         if name in used
     }
     words["qkv"] = layout.qkv + np.arange(d.columns * d.qkv_dim)
@@ -74,28 +74,28 @@ def _words(plan: StreamPlan, layout: Layout, protocol: Protocol) -> dict[str, np
 
 
 def _parts(plan: StreamPlan, layout: Layout, lengths: Sequence[int]) -> dict[bool, np.ndarray]:
-    """The pairs of spans that a layer hands over, local and other ones: where values lie."""
+    """The pairs of KV splits that a layer hands over, local and other ones: where values lie."""
     d, shares, made = plan.dims, Shares(plan, tuple(lengths)), {}
     for local in set(d.features.local_layers) or {False}:
         pairs = []
         for b, length in enumerate(lengths):
-            spans = shares.spans(length, local)
-            if spans > 1:
-                shape = d.tokens, d.num_heads, spans, d.head_dim + 2
-                token, q, span, item = np.indices(shape)
+            num_splits = shares.num_splits(length, local)
+            if num_splits > 1:
+                shape = d.tokens, d.num_heads, num_splits, d.head_dim + 2
+                token, q, split, item = np.indices(shape)
                 column = b * d.tokens + token
-                row = (column * d.num_heads + q) * plan.attention.max_splits + span
+                row = (column * d.num_heads + q) * plan.attention.max_splits + split
                 pairs.append((row * (d.head_dim + 2) + item).ravel())
         made[local] = layout.parts + 2 * np.concatenate(pairs or [np.zeros(0, int)])
     return made
 
 
 def poison_of(plan: StreamPlan, layout: Layout, words: int) -> Poison:
-    """Turns what every word of the mail says into no number, and leaves tags, and the rest, alone.
+    """Makes what every word of the exchange says NaN; leaves tags, and all the rest, alone.
 
     Args:
         plan: the step's.
-        layout: of its mail.
+        layout: of its exchange.
         words: of the cache's counters.
     """
     keep, put = np.full(words, -1, np.int32), np.zeros(words, np.int32)
@@ -104,9 +104,9 @@ def poison_of(plan: StreamPlan, layout: Layout, words: int) -> Poison:
         begin, end = getattr(layout, name), getattr(layout, following)
         if name in PAIRS:
             keep[begin:end:2], put[begin:end:2] = 0, _NAN
-        elif name in TWINS and plan.twins:
-            keep[begin:end], put[begin:end] = TWIN_TAG_BITS, ~TWIN_TAG_BITS
-        elif name in TWINS or name in WORDS:
+        elif name in HALF2 and plan.half2:
+            keep[begin:end], put[begin:end] = HALF2_TAG_BITS, ~HALF2_TAG_BITS
+        elif name in HALF2 or name in WORDS:
             keep[begin:end], put[begin:end] = _TAG, _NAN
     return Poison(keep, put)
 
@@ -125,11 +125,11 @@ def aged_counters(
 
     Args:
         plan: the step's.
-        layout: of its mail.
+        layout: of its exchange.
         step: how many steps were finished.
         words: of the counters.
-        lengths: of the sequences before the last of them; what spans were handed over follows from
-            it. None: there were none.
+        lengths: of the sequences before the last of them; what KV splits were handed over
+            follows from it. None: there were none.
         protocol: what hand-overs have in common.
     """
     layers = plan.dims.num_layers
@@ -142,8 +142,8 @@ def aged_counters(
         bits = _int32(tag)
         if name in PAIRS:
             made[where], made[where + 1] = _NAN, _int32(protocol.pair_tag(tag))
-        elif name in TWINS and plan.twins:
-            made[where] = ~TWIN_TAG_BITS | int(twin_tag(jnp.int32(bits)))
+        elif name in HALF2 and plan.half2:
+            made[where] = ~HALF2_TAG_BITS | int(half2_tag(jnp.int32(bits)))
         else:
             made[where] = _NAN | (tag & _TAG)
 

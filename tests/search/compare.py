@@ -19,8 +19,8 @@ from ffjax.cache import KVCache
 from ffjax.decode import DecodeOutput, default_device, fused_step, reference_step
 from ffjax.quantization import dequantize
 from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.stream.exchange_layout import exchange_words
 from pallas_kernels.stream.launch import layout_of
-from pallas_kernels.stream.mail import mail_words
 from pallas_kernels.stream.planner import make_stream_plan, why_not_on
 from pallas_kernels.stream.tuning import tuning_for
 from pallas_kernels.support import why_not
@@ -166,7 +166,7 @@ def check_case(case: Case, step: StepFunction | None = None, gpu: Gpu | None = N
     """
     gpu = gpu or Gpu.of(default_device())
     plan = _plan(case, gpu)
-    layout, words = layout_of(plan), mail_words(case.dims)
+    layout, words = layout_of(plan), exchange_words(case.dims)
     before = [max(length - case.tokens, 0) for length in case.lengths]
     counters = aged_counters(plan, layout, case.step, words, before)
     poison = poison_of(plan, layout, words)

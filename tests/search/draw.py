@@ -258,7 +258,7 @@ def _capacity(draw: random.Random, position: int) -> int:
 
 
 def _length(draw: random.Random, capacity: int, window: int | None) -> int:
-    """Of a sequence: around the edges of tiles, spans, the window, and the cache."""
+    """Of a sequence: around the edges of tiles, KV splits, the window, and the cache."""
     edges = [0, 1, 16, 32, 64, 128, 256, 512, 1024, capacity - STEPS, capacity - 1, capacity]
     if window is not None:
         edges += [window, window, window + 256]

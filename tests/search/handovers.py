@@ -72,11 +72,11 @@ F297B28 = Protocol("f297b28", head="x_in", head_counts_steps=False)
 HEAD_APART = Protocol("head apart", head="x_head", head_counts_steps=True, odd_pairs=True)
 
 
-# Buffers by what their words are. Twins have 2 bits of a tag, other words 8, pairs 32.
-TWINS = ("x_in", "x_head", "x_mid", "attn", "ffw", "ffw_copy", "attn_block", "ffw_block")
+# Buffers by what their words are. Those of half2 have 2 bits of a tag, other words 8, pairs 32.
+HALF2 = ("x_in", "x_head", "x_mid", "attn", "ffw", "ffw_copy", "attn_block", "ffw_block")
 WORDS = ("qkv",)
 PAIRS = ("partial", "parts", "best")
-# Read when a program begins, and written by the last one when all have ended: no mail.
+# Read when a program begins, and written by the last one when all have ended: not exchanged.
 CONTROL = "lengths"
 
 
@@ -84,7 +84,7 @@ def tag_bits(plan: StreamPlan, buffer: str) -> int:
     """Bits of a tag that a buffer's words carry."""
     if buffer in PAIRS or buffer == CONTROL:
         return 32
-    return 2 if plan.twins and buffer in TWINS else 8
+    return 2 if plan.half2 and buffer in HALF2 else 8
 
 
 # What stands for an item.
@@ -177,8 +177,8 @@ class Model:
         hidden = [key for p in range(plan.programs) for key in self._hidden_items(p)]
         keys["ffw"] = keys["ffw_copy"] = hidden
         keys["partial"] = [key for p in range(plan.programs) for key in self._partial_items(p)]
-        spans = range(plan.attention.max_splits)
-        keys["parts"] = [(*head, span) for head in heads for span in spans]
+        splits = range(plan.attention.max_splits)
+        keys["parts"] = [(*head, split) for head in heads for split in splits]
         keys["best"] = [(p,) for p in range(plan.programs)]
         keys[CONTROL] = [(0,)]
         return {name: _Buffer(name, some) for name, some in keys.items()}
@@ -300,13 +300,13 @@ class Model:
                     if d.features.qk_norm == "full":
                         heads |= set(range(d.num_heads, d.num_heads + d.num_kv_heads))
                 events.append((False, qkv.some(item for head in heads for item in by_head[head])))
-                if part.spans == 1:
+                if part.num_splits == 1:
                     done = attn.some((*query, piece) for query in queries for piece in pieces)
                 else:
-                    done = between.some((*query, part.span) for query in queries)
+                    done = between.some((*query, part.split) for query in queries)
                 events.append((True, done))
-            for *query, piece, spans in combines[p]:
-                events.append((False, between.some((*query, span) for span in range(spans))))
+            for *query, piece, num_splits in combines[p]:
+                events.append((False, between.some((*query, split) for split in range(num_splits))))
                 events.append((True, attn.some([(*query, piece)])))
             made.append(events)
         return made

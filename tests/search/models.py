@@ -19,7 +19,7 @@ from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.dims import step_dims
 from ffjax.model import Transformer
-from pallas_kernels.stream.mail import mail_words
+from pallas_kernels.stream.exchange_layout import exchange_words
 
 from .draw import STEPS, Case
 
@@ -105,7 +105,7 @@ def cache_of(case: Case, counters: np.ndarray) -> KVCache:
     keys, values = make(np.uint32(case.seed + 7001), lengths)
     if case.tokens == 1:
         return KVCache(keys, values, lengths, jnp.asarray(counters))
-    unused = jnp.zeros((mail_words(step_dims(c, batch, case.capacity)),), jnp.int32)
+    unused = jnp.zeros((exchange_words(step_dims(c, batch, case.capacity)),), jnp.int32)
     return KVCache(keys, values, lengths, unused, jnp.asarray(counters))
 
 

@@ -1,7 +1,7 @@
 """Who has what of a step: tiles, elements of the residual, parts of attention.
 
-This says again, in plain integers, what `route`, `tiles`, `spans` and the segments trace, so that
-the model of the hand-overs owes them nothing.
+This says again, in plain integers, what `descriptors`, `tiles`, `kv_splits` and the segments trace,
+so that the model of the hand-overs owes them nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pallas_kernels.stream.plan import LOT, Segment, SegmentPlan, StreamPlan
 
 __all__ = ["Part", "Shares", "busy_tiles", "groups_of", "misowned"]
 
-# Elements of a head that a program combines at least, and spans that a thread does at most.
-_MIN_COMBINED, _MOST_SPANS = 8, 8
+# Elements of a head that a program combines at least, and KV splits that a thread does at most.
+_MIN_COMBINED, _MOST_SPLITS = 8, 8
 
 
 class Part(NamedTuple):
@@ -29,13 +29,13 @@ class Part(NamedTuple):
     kv_head: int
     lot: int
     lots: int  # how many times 8 queries it has
-    span: int
-    spans: int
+    split: int
+    num_splits: int
 
     @property
     def has_new(self) -> bool:
         """Whether the new positions are this part's."""
-        return self.span == self.spans - 1
+        return self.split == self.num_splits - 1
 
 
 def busy_tiles(part: SegmentPlan, program: int) -> int:
@@ -80,29 +80,29 @@ class Shares:
             for segment, part in self.plan.segments.items()
         }
 
-    def spans(self, length: int, local: bool) -> int:
-        """Spans of a head of a sequence of this length."""
+    def num_splits(self, length: int, local: bool) -> int:
+        """KV splits of a head of a sequence of this length."""
         d, cut = self.plan.dims, self.plan.attention
         live = min(length, d.capacity)
         if local and d.features.window is not None:
             live -= max(live - (d.features.window - 1), 0)
-        span = ceil_div(ceil_div(live + 1, cut.max_splits), cut.block) * cut.block
-        return ceil_div(live + 1, max(span, cut.min_span))
+        size = ceil_div(ceil_div(live + 1, cut.max_splits), cut.block) * cut.block
+        return ceil_div(live + 1, max(size, cut.min_split))
 
     def parts(self, local: bool) -> list[list[Part]]:
         """Of each program, its parts of a layer's attention, in order."""
         plan, cut = self.plan, self.plan.attention
         d, lots, each = plan.dims, cut.lots, cut.abreast
         # Queries that warps would have side by side are dealt out where there are programs enough.
-        whole = sum(self.spans(n, local) for n in self.lengths) * d.num_kv_heads * lots
+        whole = sum(self.num_splits(n, local) for n in self.lengths) * d.num_kv_heads * lots
         while each > 1 and whole * (2 * cut.abreast // each) <= plan.programs:
             lots, each = 2 * lots, each // 2
         made = []
         for b, length in enumerate(self.lengths):
-            spans = self.spans(length, local)
+            num_splits = self.num_splits(length, local)
             made += [
-                Part(b, kv, lot, each, span, spans)
-                for span in range(spans)
+                Part(b, kv, lot, each, split, num_splits)
+                for split in range(num_splits)
                 for kv in range(d.num_kv_heads)
                 for lot in range(lots)
             ]
@@ -123,20 +123,20 @@ class Shares:
         plan, d = self.plan, self.plan.dims
         width = next_power_of_2(ceil_div(d.columns * d.num_heads * d.head_dim, plan.programs))
         width = min(max(width, _MIN_COMBINED), d.head_dim)
-        return min(width, plan.threads, _MOST_SPANS * plan.threads // plan.attention.max_splits)
+        return min(width, plan.threads, _MOST_SPLITS * plan.threads // plan.attention.max_splits)
 
     def combines(self, local: bool) -> list[list[tuple[int, int, int, int]]]:
-        """Of each program, what it combines of a layer: column, query head, piece, spans."""
+        """Of each program, what it combines of a layer: column, query head, piece, KV splits."""
         plan, d = self.plan, self.plan.dims
         pieces = d.head_dim // self.combined
-        spans = [self.spans(length, local) for length in self.lengths]
+        num_splits = [self.num_splits(length, local) for length in self.lengths]
         numbers = range(d.columns * d.num_heads * pieces)
         made = []
         for p in range(plan.programs):
             some = []
             for number in numbers[p :: plan.programs]:
                 column, query = divmod(number // pieces, d.num_heads)
-                if (count := spans[column // d.tokens]) > 1:
+                if (count := num_splits[column // d.tokens]) > 1:
                     some.append((column, query, number % pieces, count))
             made.append(some)
         return made

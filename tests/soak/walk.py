@@ -98,7 +98,7 @@ class Walker:
         self._config, self._batch, self._dtype = config, walk.batch, model.dtype
         self._together = walk.together
         self._capacity = longest * self.block * kept + dropped
-        # Lives of caches, in blocks: a long one, then short ones, whose mail is young.
+        # Lives of caches, in blocks: a long one, then short ones, whose tags are young.
         self._lives = [longest, 1, max(longest // 2, 1)]
         self.implementation = resolve_implementation_config(
             config, model.dtype, walk.batch, self._capacity, walk.implementation

@@ -1,20 +1,21 @@
 """What Pallas does not offer, in PTX: bulk copies, products in registers, words that are polled.
 
 This is the one place that touches JAX's private interface to Triton. What a program hands to
-others has a plain twin for interpret mode; the ring and the products are only used compiled.
+others has a plain version for interpret mode; the ring and the products are only used compiled.
 """
 
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
 from pallas_kernels.stream.ptx.anew import anew
 from pallas_kernels.stream.ptx.arrival import wait_copies
-from pallas_kernels.stream.ptx.attend import attend_span
+from pallas_kernels.stream.ptx.attend import attend_split
 from pallas_kernels.stream.ptx.boxes import MAP_BYTES, TensorMap, make_map
 from pallas_kernels.stream.ptx.cache import CacheFeed, feed_cache
-from pallas_kernels.stream.ptx.combine import combine_spans
+from pallas_kernels.stream.ptx.combine import combine_splits
 from pallas_kernels.stream.ptx.digits import pack_digits, unpack_digits
 from pallas_kernels.stream.ptx.feed import MAP_IN_CONTROL, Feed, feed_ring, start_barriers
 from pallas_kernels.stream.ptx.giving_up import said_by, say_where
 from pallas_kernels.stream.ptx.group_sums import GroupSums, sum_groups
+from pallas_kernels.stream.ptx.half2 import unpack_half2
 from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
@@ -26,7 +27,6 @@ from pallas_kernels.stream.ptx.shared import (
 )
 from pallas_kernels.stream.ptx.squares import sum_squares
 from pallas_kernels.stream.ptx.swizzle import Lines
-from pallas_kernels.stream.ptx.twins import parted
 from pallas_kernels.stream.ptx.words import (
     collect_each,
     collect_words,
@@ -47,12 +47,12 @@ __all__ = [
     "Lines",
     "TensorMap",
     "anew",
-    "attend_span",
+    "attend_split",
     "begin_words",
     "clear_shared",
     "collect_each",
     "collect_words",
-    "combine_spans",
+    "combine_splits",
     "feed_cache",
     "feed_ring",
     "load_pieces",
@@ -60,7 +60,6 @@ __all__ = [
     "multiply_integers",
     "multiply_tile",
     "pack_digits",
-    "parted",
     "read_row",
     "ring_base",
     "said_by",
@@ -72,6 +71,7 @@ __all__ = [
     "sum_shared",
     "sum_squares",
     "unpack_digits",
+    "unpack_half2",
     "wait_copies",
     "write_halves",
     "write_row",

@@ -12,7 +12,7 @@ from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.attend_text import attend_lines
 from pallas_kernels.stream.ptx.cache import CacheFeed, pointers
 
-__all__ = ["attend_span"]
+__all__ = ["attend_split"]
 
 _attend_p = core.Primitive("ffjax_attend")
 
@@ -32,7 +32,7 @@ def _(ctx, keys, values, *args, feed, most):
     return lowered.assembly([result], text, "=&r,l,l,r,r,r,r", arguments)[0]
 
 
-def attend_span(
+def attend_split(
     keys: Any,
     values: Any,
     ring: Array,

@@ -1,4 +1,4 @@
-"""Combines what several programs have made of a head's spans, as soon as it has come."""
+"""Combines what several programs have made of a head's KV splits, as soon as it has come."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pallas_kernels.stream.ptx.attend_text import LOWEST
 from pallas_kernels.stream.ptx.feed import Feed, feed_lines
 from pallas_kernels.stream.ptx.giving_up import LOST, REGISTERS, give_up, leave_line, look_again
 
-__all__ = ["combine_spans"]
+__all__ = ["combine_splits"]
 
 
 def _folded(operation: str, names: list[str]) -> list[str]:
@@ -102,7 +102,7 @@ def _(ctx, ref, weights, *args, count, lanes, step, most, feed):
     return lowered.assembly([result], text, "=&f,l,l,r,r,l,r", arguments)[0]
 
 
-def combine_spans(
+def combine_splits(
     ref: Any,
     values: Array,
     sums: Array,
@@ -116,21 +116,21 @@ def combine_spans(
     ring: Array,
     feed: Feed,
 ) -> Array:
-    """Waits for some elements of a head's spans, and combines them, always in the same order.
+    """Waits for some elements of a head's KV splits, and combines them, always in the same order.
 
-    Some threads of a warp, its `32 / lanes`-th ones, have an element: each some of the spans. What
-    a span is made of are pairs of a number and a tag of 32 bits.
+    Some threads of a warp, its `32 / lanes`-th ones, have an element: each some of the KV splits.
+    What a KV split is made of are pairs of a number and a tag of 32 bits.
 
     Args:
         ref: int32 array.
-        values: int32 `[T]`, where each thread's first span's weighted value lies: even numbers.
+        values: int32 `[T]`, where each thread's first KV split's weighted value lies: even numbers.
         sums: int32 `[T]`, where the sum of its weights lies, and behind it their maximum:
             multiples of 4.
-        there: int32 `[T]`, how many spans the thread has.
+        there: int32 `[T]`, how many KV splits the thread has.
         tag: int32 scalar.
-        count: spans of a thread at most.
+        count: KV splits of a thread at most.
         lanes: threads that have an element, a power of two.
-        step: words from a thread's span to its next one, a multiple of 4.
+        step: words from a thread's KV split to its next one, a multiple of 4.
         most: how often to load before the program gives up, a power of two: see `giving_up`.
         weights: as `ref` in `feed_ring`, which is done between two looks.
         ring: int32 scalar, as in `feed_ring`.

@@ -39,7 +39,7 @@ class Feed:
         scale_unit: bytes of whose multiples copies of scales are, and begin at; where one thread
             asks for bulk copies, 16.
         matrix_rows: of a layer of the matrix whose tiles come as boxes; 0 where none does. The last
-            of a tile's 8 words then says where its box begins: see `route`.
+            of a tile's 8 words then says where its box begins: see `descriptors`.
     """
 
     slots: int

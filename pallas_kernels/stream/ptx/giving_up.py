@@ -8,8 +8,8 @@ then, the logits among them, and the record says why: see `pallas_kernels.stream
 A record is 64 bits, 0 where nothing is wrong. One hand-over that is missing keeps others waiting
 for what depends on it; so everybody who leaves says what it missed, and the largest record stays,
 which is that of the earliest place in the step: 20 bits of what is left of the stream, 32 bits of
-how far before the end of the mail the missing word lies, since buffers lie in the order in which
-they are awaited, and 12 bits of the program's number.
+how far before the end of the exchange the missing word lies, since buffers lie in the order in
+which they are awaited, and 12 bits of the program's number.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Attention over the live cache, the new position included.
 
-Work is dealt out in parts, see `spans`. Softmax is taken online over the tiles of a span
+Work is dealt out in parts, see `kv_splits`. Softmax is taken online over the tiles of a split
 (Milakov and Gimelshein, arXiv 1805.02867), by each of a program's warps over its own positions.
-Where a head has several spans, each hands over its weighted values, their sum and its maximum,
+Where a head has several KV splits, each hands over its weighted values, their sum and its maximum,
 and the programs combine them in order, each some of the elements of some heads.
 
-New positions, which come with the queries, are added by the head's last span. All parts are
+New positions, which come with the queries, are added by the head's last split. All parts are
 done before any is combined, so that no two programs ever wait for each other.
 """
 
@@ -20,15 +20,15 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.dims import ceil_div, next_power_of_2
 from pallas_kernels.stream import access, ptx
-from pallas_kernels.stream.cache import attend_span, layer_share
+from pallas_kernels.stream.cache import attend_split, layer_share
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import word_in_mail
+from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.feeding import feed_ring
+from pallas_kernels.stream.half2 import PLAIN, even_and_odd
+from pallas_kernels.stream.kv_splits import Part, Share, num_splits_of, part_of
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import LOT, Segment
-from pallas_kernels.stream.ring import feed_ring
 from pallas_kernels.stream.segments.heads import Heads, collect_heads
-from pallas_kernels.stream.spans import Part, Share, part_of, spans_of
-from pallas_kernels.stream.twins import PLAIN, neighbours
 
 __all__ = ["attend_parts", "combine_parts", "combining_threads"]
 
@@ -38,8 +38,8 @@ LOWEST = -1e30
 MIN_COMBINED = 8
 # Tiles of weights that are asked for when the program's parts are done.
 AHEAD = 2
-# Spans that a thread combines at most.
-MOST_SPANS = 8
+# KV splits that a thread combines at most.
+MOST_SPLITS = 8
 
 
 class _Made(NamedTuple):
@@ -107,7 +107,7 @@ def _put_heads(env: StreamEnv, heads: Heads, has_new: Array, lot: Array | int = 
 
 
 def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) -> None:
-    """Softmax attention over the part's span, by all warps: see `_made_together`."""
+    """Softmax attention over the part's KV split, by all warps: see `_made_together`."""
     rows, abreast = LOT // 2 if env.plan.paired else LOT, env.plan.attention.abreast
     whose = env, layer, part.sequence, part.head
     start = part.first_query, part.position, part.has_new
@@ -130,7 +130,7 @@ def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) ->
 
         lax.fori_loop(jnp.int32(0), jnp.int32(0) + part.lots, put, jnp.int32(0))
     access.meet()
-    attend_span(env, layer, share, j)
+    attend_split(env, layer, share, j)
 
 
 def _made_by(env: StreamEnv, warp: Array | int) -> _Made:
@@ -177,7 +177,7 @@ def _made_together(env: StreamEnv) -> _Made:
 
 
 def _load_tile(env: StreamEnv, layer: Array, part: Part, i: Array) -> tuple[Array, Array]:
-    """Keys and values of the i-th tile of the part's span, `[block, H]`; 0 beyond it."""
+    """Keys and values of the i-th tile of the part's KV split, `[block, H]`; 0 beyond it."""
     shape = (env.plan.attention.block, env.dims.head_dim)
     position = part.start + i * shape[0] + env.iota(shape, 0)
     live = position < part.stop
@@ -252,13 +252,13 @@ def _publish_heads(
 ) -> None:
     """Hands finished heads to the output projection; neighbouring elements lie side by side."""
     element += query * env.dims.head_dim
-    word = word_in_mail(env.plan, env.segment(Segment.ATTN_OUT), column, element)
-    word += env.mail.layout.attn
-    if not env.plan.twins:
-        env.mail.publish(word, out, tag, mask)
+    word = word_in_exchange(env.plan, env.segment(Segment.ATTN_OUT), column, element)
+    word += env.exchange.layout.attn
+    if not env.plan.half2:
+        env.exchange.publish(word, out, tag, mask)
         return
-    word, mask = (neighbours(x)[0] for x in (word, mask.astype(jnp.int32)))
-    env.mail.publish_twins(word, *neighbours(out), PLAIN, tag, mask != 0)
+    word, mask = (even_and_odd(x)[0] for x in (word, mask.astype(jnp.int32)))
+    env.exchange.publish_half2(word, *even_and_odd(out), PLAIN, tag, mask != 0)
 
 
 def _pair_at(
@@ -267,18 +267,18 @@ def _pair_at(
     """Offset of a pair of `parts`; items 0 to H - 1 are values, then come sum and maximum."""
     d = env.dims
     row = (column * d.num_heads + query) * env.plan.attention.max_splits + number
-    return env.mail.layout.parts + 2 * (row * (d.head_dim + 2) + item)
+    return env.exchange.layout.parts + 2 * (row * (d.head_dim + 2) + item)
 
 
 def _hand_over_part(
     env: StreamEnv, tag: Array, part: Part, rows: _Rows, element: Array, made: _Made
 ) -> None:
-    """Hands a span's numbers to who combines the head."""
+    """Hands a KV split's numbers to who combines the head."""
     d = env.dims
 
     def hand_over(values: Array, item: Array | int, mask: Array) -> None:
-        at = _pair_at(env, rows.column, rows.query, part.number, item)
-        env.mail.publish_pair(at, values, tag, mask)
+        at = _pair_at(env, rows.column, rows.query, part.split, item)
+        env.exchange.publish_pair(at, values, tag, mask)
 
     hand_over(made.out, element, rows.there)
     hand_over(made.total, d.head_dim, rows.there & (element == 0))
@@ -286,7 +286,7 @@ def _hand_over_part(
 
 
 def attend_parts(env: StreamEnv, layer: Array) -> None:
-    """This program's parts of the layer's attention; heads of one span are then finished."""
+    """This program's parts of the layer's attention; heads of one split are then finished."""
     tag, share, abreast = env.tag(layer), layer_share(env, layer), env.plan.attention.abreast
 
     def part_step(j, carry):
@@ -318,7 +318,7 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
         def hand_over():
             _hand_over_part(env, tag, part, rows, element, made)
 
-        lax.cond(part.spans == 1, finish, hand_over)
+        lax.cond(part.num_splits == 1, finish, hand_over)
 
     lax.fori_loop(jnp.int32(0), share.parts, part_step, jnp.int32(0))
 
@@ -331,12 +331,12 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
 
 
 def combine_parts(env: StreamEnv, layer: Array) -> None:
-    """Finishes this program's elements of heads of several spans."""
+    """Finishes this program's elements of heads of several KV splits."""
     d, tag, share = env.dims, env.tag(layer), layer_share(env, layer)
     heads, splits = d.columns * d.num_heads, env.plan.attention.max_splits
     width = next_power_of_2(ceil_div(heads * d.head_dim, env.plan.programs))
     width = min(max(width, MIN_COMBINED), d.head_dim)
-    width = min(width, env.plan.threads, MOST_SPANS * env.plan.threads // splits)
+    width = min(width, env.plan.threads, MOST_SPLITS * env.plan.threads // splits)
     pieces = d.head_dim // width
     combine = _combine_interpreted if env.interpret else _combine
 
@@ -346,11 +346,11 @@ def combine_parts(env: StreamEnv, layer: Array) -> None:
         first = (number - head * pieces) * width
         column = lax.div(head, jnp.int32(d.num_heads))
         query = head - column * d.num_heads
-        spans = spans_of(env, layer, env.sequence_and_token(column)[0])
+        num_splits = num_splits_of(env, layer, env.sequence_and_token(column)[0])
 
-        @pl.when(spans > 1)
+        @pl.when(num_splits > 1)
         def _():
-            combine(env, tag, column, query, first, spans, width)
+            combine(env, tag, column, query, first, num_splits, width)
 
         return carry
 
@@ -362,19 +362,19 @@ def combine_parts(env: StreamEnv, layer: Array) -> None:
 def combining_threads(
     thread: Array, width: int, splits: int, most: int = 32
 ) -> tuple[int, Array, Array]:
-    """Which of a program's threads combine which spans of which of `width` elements.
+    """Which of a program's threads combine which splits of which of `width` elements.
 
     At most `most` threads have the same one.
 
     Args:
-        thread: int32 `[T]`, each thread's number.
+        thread: int32 `[threads]`, each thread's number.
         width: elements, a power of two.
-        splits: the most spans of a head, a power of two.
+        splits: the most KV splits of a head, a power of two.
         most: as above.
 
     Returns:
         How many threads have an element, neighbours apart by `32 / lanes`; of each thread the first
-        span, the others being `lanes` apart; and its element, which may lie beyond `width`.
+        split, the others being `lanes` apart; and its element, which may lie beyond `width`.
     """
     lanes = min(most, splits, thread.shape[0] // width)
     elements, lane = jnp.int32(32 // lanes), thread & 31
@@ -388,23 +388,23 @@ def _combine(
     column: Array,
     query: Array,
     first: Array,
-    spans: Array,
+    num_splits: Array,
     width: int,
 ) -> None:
-    """Waits for all spans of some elements of a head, and combines them in order.
+    """Waits for all splits of some elements of a head, and combines them in order.
 
     An element's threads belong to one warp, so that nothing goes through shared memory. Threads
     beyond the elements have some of them again.
     """
     splits, size = env.plan.attention.max_splits, env.dims.head_dim
-    most = 16 if env.plan.twins else 32  # a warp has both of two neighbours
+    most = 16 if env.plan.half2 else 32  # a warp has both of two neighbours
     thread = env.iota((env.plan.threads,), 0)
     lanes, number, within = combining_threads(thread, width, splits, most)
     element = first + (within & (width - 1))
-    out = env.mail.combine(
+    out = env.exchange.combine(
         _pair_at(env, column, query, number, element),
         _pair_at(env, column, query, number, size),
-        lax.div(spans - number + (lanes - 1), jnp.int32(lanes)),
+        lax.div(num_splits - number + (lanes - 1), jnp.int32(lanes)),
         tag,
         count=splits // lanes,
         lanes=lanes,
@@ -420,19 +420,20 @@ def _combine_interpreted(
     column: Array,
     query: Array,
     first: Array,
-    spans: Array,
+    num_splits: Array,
     width: int,
 ) -> None:
     """The same as plain arrays."""
     shape, size = (env.plan.attention.max_splits, width), env.dims.head_dim
     number, element = env.iota(shape, 0), first + env.iota(shape, 1)
-    there = number < spans
+    there = number < num_splits
     wanted = [
         (_pair_at(env, column, query, number, item), there)
         for item in (number * 0 + (size + 1), number * 0 + size, element)
     ]
     top, total, out = (
-        lax.bitcast_convert_type(bits, jnp.float32) for bits in env.mail.collect_pairs(wanted, tag)
+        lax.bitcast_convert_type(bits, jnp.float32)
+        for bits in env.exchange.collect_pairs(wanted, tag)
     )
     top = jnp.where(there, top, LOWEST)
     weight = jnp.where(there, jnp.exp2(top - jnp.max(top, axis=0)[None, :]), 0.0)

@@ -7,32 +7,32 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import word_in_mail
+from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.half2 import PLAIN
 from pallas_kernels.stream.plan import Segment
 from pallas_kernels.stream.product import Outputs, outputs_of, sum_up
 from pallas_kernels.stream.tiles import Flush
-from pallas_kernels.stream.twins import PLAIN
 
 __all__ = ["finish_gate_up"]
 
 
 def finish_gate_up(env: StreamEnv, flush: Flush) -> None:
     """hidden[c] = silu(W_gate @ h) * (W_up @ h) with h = rmsnorm(x[c]); or with GELU."""
-    twins = env.plan.twins
-    outputs = outputs_of(env, Segment.GATE_UP, every=2 if twins else 1)
+    half2 = env.plan.half2
+    outputs = outputs_of(env, Segment.GATE_UP, every=2 if half2 else 1)
     hidden = _hidden(env, flush, outputs)
     half, column = env.segment(Segment.GATE_UP).rows // 2, outputs.column
     element = flush.group(outputs.number) * half + outputs.pair
     real = flush.real(outputs.number) & (element < env.dims.ffw_dim)
     real &= column < env.dims.columns
-    at, tag = env.mail.layout, env.tag(flush.layer)
-    word = word_in_mail(env.plan, env.segment(Segment.DOWN), column, element)
-    neighbour = _hidden(env, flush, outputs._replace(pair=outputs.pair + 1)) if twins else None
+    at, tag = env.exchange.layout, env.tag(flush.layer)
+    word = word_in_exchange(env.plan, env.segment(Segment.DOWN), column, element)
+    neighbour = _hidden(env, flush, outputs._replace(pair=outputs.pair + 1)) if half2 else None
     for start in (at.ffw, at.ffw_copy)[: env.plan.tuning.hidden_copies]:
         if neighbour is None:
-            env.mail.publish(start + word, hidden, tag, real)
+            env.exchange.publish(start + word, hidden, tag, real)
         else:
-            env.mail.publish_twins(start + word, hidden, neighbour, PLAIN, tag, real)
+            env.exchange.publish_half2(start + word, hidden, neighbour, PLAIN, tag, real)
 
 
 def _hidden(env: StreamEnv, flush: Flush, outputs: Outputs) -> Array:

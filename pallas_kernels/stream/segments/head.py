@@ -18,7 +18,7 @@ __all__ = ["finish_head", "leave_head"]
 
 
 def finish_head(env: StreamEnv, flush: Flush, outputs: Outputs, sums: Sums, state: State) -> State:
-    """logits[c] = W_head @ rmsnorm(x[c]); NaN for a token that the cache has no slot for."""
+    """logits[c] = W_head @ rmsnorm(x[c]); NaN for a token that the cache has no room for."""
     d, features, column = env.dims, env.features, outputs.column
     best_logit, best_token = state.best_logit, state.best_token
     rows = env.segment(Segment.HEAD).rows
@@ -57,11 +57,11 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
     top, winner = _best(
         state.best_logit.reshape(-1, columns), state.best_token.reshape(-1, columns)
     )
-    start, tag = env.mail.layout.best, env.tag(place.layer)
+    start, tag = env.exchange.layout.best, env.tag(place.layer)
     column = env.iota((columns,), 0)
     at = start + 4 * (env.program * d.columns + column)
-    env.mail.publish_pair(at, top, tag, column < d.columns)
-    env.mail.publish_pair(at + 2, winner, tag, column < d.columns)
+    env.exchange.publish_pair(at, top, tag, column < d.columns)
+    env.exchange.publish_pair(at + 2, winner, tag, column < d.columns)
 
     @pl.when(env.program == plan.programs - 1)
     def _():
@@ -69,7 +69,7 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
         program, column = env.iota(shape, 0), env.iota(shape, 1)
         there = (program < plan.programs) & (column < d.columns)
         at = start + 4 * (program * d.columns + column)
-        bits, token = env.mail.collect_pairs([(at, there), (at + 2, there)], tag)
+        bits, token = env.exchange.collect_pairs([(at, there), (at + 2, there)], tag)
         if not env.interpret:
             access.meet()  # each thread has heard its own alone
         logit = lax.bitcast_convert_type(bits, jnp.float32)
@@ -84,6 +84,6 @@ def leave_head(env: StreamEnv, place: Place, state: State) -> State:
         # Here a number is a sequence's.
         there = column < d.batch
         access.store(env["lengths"].at[column], env.length_of(column) + d.tokens, mask=there)
-        env.mail.words[env.mail.layout.steps] = env.step + 1
+        env.exchange.words[env.exchange.layout.steps] = env.step + 1
 
     return state

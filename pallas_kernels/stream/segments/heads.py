@@ -1,6 +1,6 @@
 """A part's queries, and the new positions' keys and values, as attention multiplies them.
 
-They come from the mail, ready for use unless the model norms queries and keys: then they come
+They come from the exchange, ready for use unless the model norms queries and keys: then they come
 as they were projected. A norm needs a whole head, or all heads, which no program of the
 projection has; so whoever attends norms and rotates them, and whoever adds the new positions
 stores their keys in the cache.
@@ -58,10 +58,10 @@ def collect_heads(
         rows: rows of queries.
         lots: how many times 8 of them are waited for, where there are more.
     """
-    d, mail, tag = env.dims, env.mail, env.tag(layer)
+    d, exchange, tag = env.dims, env.exchange, env.tag(layer)
     shape = (rows, d.head_dim)
     element = env.iota(shape, 1)
-    start = mail.layout.qkv + sequence * (d.tokens * d.qkv_dim)
+    start = exchange.layout.qkv + sequence * (d.tokens * d.qkv_dim)
     token: Array | int = 0
     new: Array | int = 0
     if d.tokens == 1:
@@ -74,7 +74,7 @@ def collect_heads(
         query = kv_head * d.q_per_kv + number - token * d.q_per_kv
 
     def start_of(token: Array | int) -> Array:
-        """Where the mail has a token's queries, keys and values."""
+        """Where the exchange has a token's queries, keys and values."""
         return start if d.tokens == 1 else start + token * d.qkv_dim
 
     everywhere = element >= 0
@@ -86,7 +86,7 @@ def collect_heads(
     new_there = (everywhere if d.tokens == 1 else env.iota(shape, 0) < d.tokens) & has_new
     key, value = d.num_heads + kv_head, d.num_heads + d.num_kv_heads + kv_head
     if env.features.qk_norm is None:
-        queries, k, v = mail.collect_all(
+        queries, k, v = exchange.collect_all(
             [
                 words(query, element, asked, token),
                 words(key, element, new_there),
@@ -105,7 +105,7 @@ def collect_heads(
 
     of_queries = rotation(token)
     of_keys = of_queries if d.tokens == 1 else rotation(new)
-    q, q_other, k, k_other, v = mail.collect_all(
+    q, q_other, k, k_other, v = exchange.collect_all(
         [
             words(query, element, everywhere, token),
             words(query, partner, everywhere, token),
@@ -162,7 +162,7 @@ def _store_keys(
     has_new: Array,
     keys: Array,
 ) -> None:
-    """Stores the new positions' keys, as `Heads` has them. A full cache has no slot."""
+    """Stores the new positions' keys, as `Heads` has them. A full cache has no room for them."""
     d = env.dims
     for token in range(d.tokens):
         mine = env.iota(keys.shape, 0) == token
@@ -206,5 +206,5 @@ def _mean_square(env: StreamEnv, start: Any, heads: int, tag: Array, mask: Array
     element = env.iota((next_power_of_2(size),), 0)
     # The mask is true everywhere or nowhere.
     there = (element < size) & (jnp.max(mask.astype(jnp.int32)) > 0)
-    x = env.mail.collect(start + element, tag, there)
+    x = env.exchange.collect(start + element, tag, there)
     return jnp.sum(x * x) / size

@@ -88,7 +88,7 @@ def finish_qkv(
 ) -> None:
     """(q, k, v)[c] = W_qkv @ h, and a bias; q and k rotated; k and v go to the cache.
 
-    Attention reads all three from the mail: the cache's new position is for later steps.
+    Attention reads all three from the exchange: the cache's new position is for later steps.
     Queries and keys that are normed first can only be rotated where the norm is known: that
     is attention's work, see `heads`.
     """
@@ -116,7 +116,7 @@ def finish_qkv(
             sin = jnp.where(other, rotations.other_sin, sin)
         first, second = first * cos - second * sin, second * cos + first * sin
     scale = 1.0 if features.qk_norm is not None else softmax_scale(env)
-    # What a full cache has no slot for is dropped.
+    # What a full cache has no room for is dropped.
     new = real & (place < d.capacity)
     kv_head = lax.rem(jnp.maximum(head - d.num_heads, 0), jnp.int32(d.num_kv_heads))
     tag = env.tag(flush.layer)
@@ -138,5 +138,5 @@ def finish_qkv(
         else:
             rounded = jnp.where(is_value, rounded, value)
         word = jnp.where(is_query, value * scale, rounded)
-        at = env.mail.layout.qkv + column * d.qkv_dim + row + offset
-        env.mail.publish(at, word, tag, real)
+        at = env.exchange.layout.qkv + column * d.qkv_dim + row + offset
+        env.exchange.publish(at, word, tag, real)

@@ -14,14 +14,16 @@ from jax import Array, lax
 
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream import access
+from pallas_kernels.stream.activations import collect_inputs
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.lanes import piece_step, word_in_mail
-from pallas_kernels.stream.operand import collect_inputs, mean_squares
+from pallas_kernels.stream.exchange_order import word_in_exchange
+from pallas_kernels.stream.fragment_layout import piece_step
+from pallas_kernels.stream.half2 import RESIDUAL
+from pallas_kernels.stream.norms import mean_squares
 from pallas_kernels.stream.plan import COLUMNS, Segment
 from pallas_kernels.stream.product import Outputs, Sums, outputs_of, rows_of
 from pallas_kernels.stream.state import State
 from pallas_kernels.stream.tiles import Flush, Place
-from pallas_kernels.stream.twins import RESIDUAL
 
 __all__ = ["add_block", "close_block", "finish_projection", "leave_embed"]
 
@@ -53,20 +55,20 @@ def _publish(
 
     def word_of(element: Array) -> Array:
         parts = [env.segment(segment) for _, segment in readers]
-        word = word_in_mail(env.plan, parts[0], own.column, element)
+        word = word_in_exchange(env.plan, parts[0], own.column, element)
         if len({(part.held, piece_step(env.plan, part)) for part in parts}) > 1:
             for (condition, _), part in zip(readers[1:], parts[1:], strict=True):
-                other = word_in_mail(env.plan, part, own.column, element)
+                other = word_in_exchange(env.plan, part, own.column, element)
                 word = jnp.where(condition, other, word)
         return start + word
 
-    if env.plan.twins:
+    if env.plan.half2:
         real = (own.first < d.model_dim) & (own.column < d.columns)
-        env.mail.publish_twins(word_of(own.first), *residual, RESIDUAL, tag, real)
+        env.exchange.publish_half2(word_of(own.first), *residual, RESIDUAL, tag, real)
         return
     for element, values in zip(own[:2], residual, strict=True):
         real = (element < d.model_dim) & (own.column < d.columns)
-        env.mail.publish(word_of(element), values, tag, real)
+        env.exchange.publish(word_of(element), values, tag, real)
 
 
 def leave_embed(env: StreamEnv, state: State) -> State:
@@ -81,7 +83,7 @@ def leave_embed(env: StreamEnv, state: State) -> State:
         return x if env.features.embed_scale == 1 else x * env.features.embed_scale
 
     residual = Sums(of(own.first), of(own.second))
-    _publish(env, residual, env.mail.layout.x_in, env.tag(0), [(True, Segment.QKV)])
+    _publish(env, residual, env.exchange.layout.x_in, env.tag(0), [(True, Segment.QKV)])
     if 0 in env.hidden_layers:
         _store_hidden(env, residual, env.hidden_layers.index(0))
     return state._replace(residual=residual)
@@ -123,8 +125,8 @@ def finish_projection(
     for element, values in zip(elements, sums, strict=True):
         pair = (column * d.model_dim + element) * part.splits + flush.split
         there = real & (element < d.model_dim) & (column < d.columns)
-        at = env.mail.layout.partial + 2 * pair
-        env.mail.publish_pair(at, values, env.tag(flush.layer), there)
+        at = env.exchange.layout.partial + 2 * pair
+        env.exchange.publish_pair(at, values, env.tag(flush.layer), there)
     return state
 
 
@@ -137,7 +139,7 @@ def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
     values = collect_inputs(env, env.segment(Segment.QKV), start, width, tag, RESIDUAL)
     squares = mean_squares(env, values)
     if not (env.interpret or plan.chunked):
-        access.meet()  # the next operand may be normed too
+        access.meet()  # the next activations may be normed too
     if plan.chunked:
         return (jnp.sum(squares) / plan.threads)[None]
     return squares.reshape(plan.num_warps, COLUMNS, 4).sum(axis=2).sum(axis=0) / (
@@ -147,7 +149,7 @@ def _collect_squares(env: StreamEnv, start: Array | int, tag: Array) -> Array:
 
 def close_block(env: StreamEnv, place: Place, state: State) -> State:
     """Completes this program's elements of a block's output, and hands them over to be normed."""
-    layout, tag = env.mail.layout, env.tag(place.layer)
+    layout, tag = env.exchange.layout, env.tag(place.layer)
     splits = env.segment(Segment.DOWN).splits
 
     def add_partial_sums():
@@ -161,7 +163,7 @@ def close_block(env: StreamEnv, place: Place, state: State) -> State:
             pair = (column * env.dims.model_dim + element) * splits + split
             return layout.partial + 2 * pair, real
 
-        both = env.mail.collect_pairs([wanted(own.first), wanted(own.second)], tag)
+        both = env.exchange.collect_pairs([wanted(own.first), wanted(own.second)], tag)
         sums = (lax.bitcast_convert_type(bits, jnp.float32).sum(axis=1) for bits in both)
         return state._replace(block=Sums(*sums))
 
@@ -198,7 +200,7 @@ def _biased(env: StreamEnv, layer: Array, is_down: Array, block: Sums) -> Sums:
 
 def add_block(env: StreamEnv, place: Place, state: State) -> State:
     """Adds a block's output to the residual, and hands the residual to who reads it next."""
-    d, block, layout = env.dims, state.block, env.mail.layout
+    d, block, layout = env.dims, state.block, env.exchange.layout
     is_down, tag = place.segment == Segment.DOWN, env.tag(place.layer)
     if env.features.post_norm:
         own = _elements(env)

@@ -1,7 +1,7 @@
-"""Two activations in a word: what programs hand each other of several sequences.
+"""Two activations in a word, as CUDA's `half2`: what programs exchange of several sequences.
 
 Every program reads all activations of all sequences. So that this is half as much, two neighbours
-of a row are *twins*: two float16, each with a bit of the word's tag in its lowest place.
+of a row share a word: two float16, each with a bit of the word's tag in its lowest place.
 
     bit 31   30 to 26   25 to 17   16             15 to 0
     sign     exponent   fraction   tag's bit 1    the first number, with the tag's bit 0
@@ -15,7 +15,7 @@ The tag costs a float16 one of its 11 significant bits. A `Format` says what the
 Each number has an exponent of its own: a trained model has channels that are thousands of times the
 others, and one exponent for both would leave the smaller one no bits.
 
-Two bits are enough of a tag: see `mail`.
+Two bits are enough of a tag: see `exchange`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 __all__ = [
+    "HALF2_TAG_BITS",
     "PLAIN",
     "RESIDUAL",
-    "TWIN_TAG_BITS",
     "Format",
-    "joined",
-    "neighbours",
-    "parted",
-    "twin_tag",
+    "even_and_odd",
+    "half2_tag",
+    "pack_half2",
+    "unpack_half2",
 ]
 
-TWIN_TAG_BITS = 0x00010001
+HALF2_TAG_BITS = 0x00010001
 _NAN = 0x7FC00000
 # Bits of a float32's fraction that a half with a tag has no room for.
 _DROPPED = 14
@@ -49,7 +49,7 @@ class Format:
     """What halves hold of an activation.
 
     Attributes:
-        unit: activations are handed over, and come out of `parted`, in multiples of this.
+        unit: activations are handed over, and come out of `unpack_half2`, in multiples of this.
         root: whether halves hold roots.
     """
 
@@ -63,13 +63,13 @@ RESIDUAL = Format(32.0, root=False)
 PLAIN = Format(1.0, root=True)
 
 
-def twin_tag(tag: Array) -> Array:
+def half2_tag(tag: Array) -> Array:
     """A tag's two lowest bits at their places in a word, int32."""
-    return ((tag & 3) * 0x8001) & TWIN_TAG_BITS
+    return ((tag & 3) * 0x8001) & HALF2_TAG_BITS
 
 
-def joined(first: Array, second: Array, tag: Array, form: Format) -> Array:
-    """Words of twins.
+def pack_half2(first: Array, second: Array, tag: Array, form: Format) -> Array:
+    """Two activations a word, with its tag.
 
     Args:
         first: float32, any shape.
@@ -81,7 +81,7 @@ def joined(first: Array, second: Array, tag: Array, form: Format) -> Array:
         int32, the same shape. Infinities stay infinite, and what is no number stays none.
     """
     low, high = _half(first, form), _half(second, form)
-    return lax.shift_left(high, 16) | low | twin_tag(tag)
+    return lax.shift_left(high, 16) | low | half2_tag(tag)
 
 
 def _half(x: Array, form: Format) -> Array:
@@ -100,8 +100,8 @@ def _half(x: Array, form: Format) -> Array:
     return half | sign
 
 
-def parted(word: Array, form: Format) -> tuple[Array, Array]:
-    """The twins of a word, float32, in multiples of the format's unit.
+def unpack_half2(word: Array, form: Format) -> tuple[Array, Array]:
+    """The two activations of a word, float32, in multiples of the format's unit.
 
     Args:
         word: int32, any shape.
@@ -116,7 +116,7 @@ def parted(word: Array, form: Format) -> tuple[Array, Array]:
     return number(word & 0xFFFE), number(lax.shift_right_logical(word, 16) & 0xFFFE)
 
 
-def neighbours(x: Array) -> tuple[Array, Array]:
+def even_and_odd(x: Array) -> tuple[Array, Array]:
     """Elements of an array, taken as flat, that are neighbours: the even ones, and the odd ones.
 
     Args:

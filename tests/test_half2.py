@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.stream.twins import (
+from pallas_kernels.stream.half2 import (
+    HALF2_TAG_BITS,
     PLAIN,
     RESIDUAL,
-    TWIN_TAG_BITS,
-    joined,
-    neighbours,
-    parted,
-    twin_tag,
+    even_and_odd,
+    half2_tag,
+    pack_half2,
+    unpack_half2,
 )
 
 RNG = np.random.default_rng(0)
@@ -22,10 +22,10 @@ every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
 def there_and_back(both, form=PLAIN, tag: int = 1):
-    """Words of twins, and what is read from them, in activations."""
+    """Words of two activations, and what is read from them."""
     first, second = (jnp.asarray(x, jnp.float32) for x in both)
-    words = jax.jit(joined, static_argnums=3)(first, second, jnp.int32(tag), form)
-    got = np.stack(jax.jit(parted, static_argnums=1)(words, form))
+    words = jax.jit(pack_half2, static_argnums=3)(first, second, jnp.int32(tag), form)
+    got = np.stack(jax.jit(unpack_half2, static_argnums=1)(words, form))
     return words, got * np.float32(form.unit)
 
 
@@ -39,7 +39,7 @@ LARGEST = {PLAIN: (2.0**16 - 2.0**6) ** 2, RESIDUAL: 2.0**21 - 2.0**11}
 @pytest.mark.parametrize("scale", [1.0, 16.0])
 @pytest.mark.parametrize("ratio", [1, 128, 1024, 4096, 2**14])
 @pytest.mark.parametrize("tag", range(4))
-def test_twins_keep_their_bits_whatever_their_neighbour_is(form, scale, ratio, tag):
+def test_both_halves_keep_their_bits_whatever_their_neighbour_is(form, scale, ratio, tag):
     given = NORMAL * np.float32(scale)
     given[0] *= np.float32(ratio)
     _, got = there_and_back(given, form, tag)
@@ -64,7 +64,7 @@ def test_all_numbers_of_the_range_keep_their_bits(form):
 
 
 @pytest.mark.parametrize(("form", "times"), [(PLAIN, 1.95), (RESIDUAL, 3.6)])
-def test_twins_are_closer_than_bfloat16(form, times):
+def test_half2_is_closer_than_bfloat16(form, times):
     """In the mean over normal numbers: they have a bit more, or two."""
     _, got = there_and_back(NORMAL, form)
     rounded = NORMAL.astype(jnp.bfloat16).astype(np.float32)
@@ -84,10 +84,10 @@ def test_the_smallest_embeddings_are_closer_than_bfloat16_in_the_residual():
 @every_format
 def test_a_word_of_nothing_but_a_tag_is_zeros(form):
     words, got = there_and_back([[0, 0], [0, 1e-38]], form, 2)
-    np.testing.assert_array_equal(words, np.asarray(twin_tag(jnp.int32(2))))
+    np.testing.assert_array_equal(words, np.asarray(half2_tag(jnp.int32(2))))
     np.testing.assert_array_equal(got, np.zeros((2, 2)))
     words, got = there_and_back([[0.0], [0.0]], form, 3)
-    np.testing.assert_array_equal(words, [TWIN_TAG_BITS])
+    np.testing.assert_array_equal(words, [HALF2_TAG_BITS])
     assert (there_and_back([[-0.0, 0], [0, -0.0]], form)[1] == 0).all()
 
 
@@ -121,9 +121,9 @@ def test_a_nan_of_any_bits_stays_one(bits):
 
 
 def test_hand_overs_that_follow_each_other_have_different_tags():
-    words = [there_and_back(NORMAL, PLAIN, tag)[0] & TWIN_TAG_BITS for tag in range(-4, 8)]
+    words = [there_and_back(NORMAL, PLAIN, tag)[0] & HALF2_TAG_BITS for tag in range(-4, 8)]
     for tag, some in zip(range(-4, 8), words, strict=True):
-        assert (some == twin_tag(jnp.int32(tag))).all()
+        assert (some == half2_tag(jnp.int32(tag))).all()
     for apart in (1, 2, 3):
         for a, b in zip(words, words[apart:], strict=False):
             assert (a != b).all()
@@ -138,12 +138,12 @@ def test_a_words_tag_says_nothing_of_its_numbers():
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_neighbours_are_told_apart(dtype):
     x = np.arange(4 * 32, dtype=dtype).reshape(4, 32)
-    first, second = neighbours(jnp.asarray(x))
+    first, second = even_and_odd(jnp.asarray(x))
     np.testing.assert_array_equal(first, x.ravel()[::2])
     np.testing.assert_array_equal(second, x.ravel()[1::2])
 
 
 def test_neighbours_do_not_meet():
-    first, second = neighbours(jnp.float32([1, np.nan, np.inf, 2]))
+    first, second = even_and_odd(jnp.float32([1, np.nan, np.inf, 2]))
     np.testing.assert_array_equal(first, [1, np.inf])
     np.testing.assert_array_equal(second, [np.nan, 2])

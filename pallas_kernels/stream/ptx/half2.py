@@ -1,4 +1,4 @@
-"""Two activations of a word: what `pallas_kernels.stream.twins` says, in fewer instructions."""
+"""Two activations of a word: what `pallas_kernels.stream.half2` says, in fewer instructions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax._src import core
 
+from pallas_kernels.stream.half2 import HALF2_TAG_BITS, Format
 from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.twins import TWIN_TAG_BITS, Format
 
-__all__ = ["parted"]
+__all__ = ["unpack_half2"]
 
 _parted_p = core.Primitive("ffjax_parted")
 _parted_p.multiple_results = True
@@ -17,7 +17,7 @@ _parted_p.multiple_results = True
 
 def _parted_text(form: Format) -> str:
     """Operands: both numbers, then the word."""
-    kept = ~TWIN_TAG_BITS % 2**32
+    kept = ~HALF2_TAG_BITS % 2**32
     lines = [
         f"{{ .reg .b32 %x; .reg .b16 %h, %g; .reg .f32 %f; and.b32 %x, $2, {kept:#010x};",
         "mov.b32 {%h, %g}, %x; cvt.f32.f16 $0, %h; cvt.f32.f16 $1, %g;",
@@ -39,8 +39,8 @@ def _(ctx, word, *, form):
     return lowered.assembly([result] * 2, text, "=&f,=&f,r", arguments)
 
 
-def parted(word: Array, form: Format) -> list[Array]:
-    """The twins of a word, float32, in multiples of the format's unit.
+def unpack_half2(word: Array, form: Format) -> list[Array]:
+    """The two activations of a word, float32, in multiples of the format's unit.
 
     Args:
         word: int32, any shape.

@@ -1,8 +1,8 @@
-"""Which inputs of a span each thread of a program holds.
+"""The layout of activation fragments: which inputs each thread of a program holds.
 
-In a product of tensor cores, the threads of a warp hold the operand's 8 columns as 8 groups of
-4. Each thread *reads* 16 bytes of a row of weights at once, 8, 16 or 32 neighbouring inputs, as
-often as the warps share. A single sequence's columns are chunks, whose lines of 4 reads take turns;
+In a product of tensor cores, the threads of a warp hold 8 columns of activations as 8 groups of 4.
+Each thread *reads* 16 bytes of a row of weights at once, 8, 16 or 32 neighbouring inputs, as often
+as the warps share. A single sequence's columns are chunks, whose lines of 4 reads take turns;
 several sequences are columns themselves, and every column's threads hold the same inputs.
 
 Where a single sequence meets integers, its activations are two digits, and each chunk has two
@@ -30,7 +30,6 @@ from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, SegmentPlan, Stream
 from pallas_kernels.stream.ptx.anew import anew
 
 __all__ = [
-    "LOAD",
     "column_of",
     "distances",
     "feeding_thread",
@@ -40,18 +39,15 @@ __all__ = [
     "next_input",
     "offset_of_use",
     "piece_step",
+    "pieces_there",
     "place_aside",
     "place_of_offset",
     "waits",
-    "word_in_mail",
 ]
-
-# Words of the mail that a thread loads at once; those of a warp's threads lie side by side.
-LOAD = 4
 
 
 def _threads(plan: StreamPlan) -> Array:
-    """Each thread's number, int32 `[T]`; as `StreamEnv.iota`."""
+    """Each thread's number, int32 `[threads]`; as `StreamEnv.iota`."""
     threads = iota((plan.threads,), 0)
     return threads if plan.bulk else anew(threads)
 
@@ -61,12 +57,12 @@ def _lane(plan: StreamPlan) -> Array:
 
 
 def column_of(plan: StreamPlan) -> Array:
-    """The column that each thread holds inputs of, 0 to 7: int32 `[T]`."""
+    """The column that each thread holds inputs of, 0 to 7: int32 `[threads]`."""
     return lax.shift_right_logical(_lane(plan), 2)
 
 
 def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
-    """Reads of a row that come before each thread's first: int32 `[T]`.
+    """Reads of a row that come before each thread's first: int32 `[threads]`.
 
     Of one sequence and groups that are fine, before its warp's.
     """
@@ -84,7 +80,7 @@ def _first(plan: StreamPlan, part: SegmentPlan, chunk: Array | None) -> Array:
 
 
 def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
-    """The first input whose activation each thread waits for: int32 `[T]`."""
+    """The first input whose activation each thread waits for: int32 `[threads]`."""
     column = column_of(plan)
     if part.held == part.grain:
         return _first(plan, part, column) * part.grain
@@ -96,7 +92,7 @@ def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
 
 
 def multiplies(plan: StreamPlan) -> Array:
-    """Whether each thread is one of those that multiply: bool `[T]`."""
+    """Whether each thread is one of those that multiply: bool `[threads]`."""
     return _threads(plan) < 32 * plan.product_warps
 
 
@@ -108,7 +104,7 @@ def feeding_thread(plan: StreamPlan) -> int:
 def waits(plan: StreamPlan) -> Array:
     """Whether each thread waits for inputs: those that multiply, and the one that feeds the ring.
 
-    The last warp's do, so that its first one feeds the ring for as long. Bool `[T]`.
+    The last warp's do, so that its first one feeds the ring for as long. Bool `[threads]`.
     """
     return multiplies(plan) | (_threads(plan) >= feeding_thread(plan))
 
@@ -130,8 +126,21 @@ def distances(plan: StreamPlan, part: SegmentPlan) -> list[int]:
     return [q * step + i * more for q in range(part.reads) for i in range(pieces)]
 
 
+def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
+    """Of so many inputs from each thread's first on, the pieces that it has: int32."""
+    step = next_input(plan, part)
+    if part.grain == PIECE:  # a read is a piece
+        return jnp.clip(lax.div(left + (step - 1), jnp.int32(step)), 0, part.pieces)
+    left = jnp.maximum(left, 0)
+    lines = lax.div(left, jnp.int32(step))
+    a_read = part.held // PIECE
+    size = piece_step(plan, part)
+    rest = lax.div(left - lines * step + (size - 1), jnp.int32(size))
+    return jnp.minimum(lines * a_read + jnp.minimum(rest, a_read), part.pieces)
+
+
 def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> Array:
-    """Where each thread puts aside what it makes of a tile: addresses, int32 `[T]`.
+    """Where each thread puts aside what it makes of a tile: addresses, int32 `[threads]`.
 
     Of a single sequence, what is of use is that whose row and column of a product are the same
     chunk's. A store that the other threads left out would part their warps, and to put them
@@ -165,7 +174,7 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
 
 
 def place_of_offset(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) -> Array:
-    """Where each thread puts what it sums up of a group's activations: addresses, int32 `[T]`.
+    """Where each thread puts its sums of a group's activations: addresses, int32 `[threads]`.
 
     Args:
         plan: the step's.
@@ -182,47 +191,10 @@ def place_of_offset(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) 
 
 
 def offset_of_use(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) -> Array:
-    """Where the sums begin that each thread makes use of: addresses, int32 `[T]`.
+    """Where the sums begin that each thread makes use of: addresses, int32 `[threads]`.
 
     Args: see `place_of_offset`.
     """
     warp, fourth = lax.shift_right_logical(_threads(plan), 5), _lane(plan) & 3
     each = 8 if not plan.chunked else 4 * QUAD if part.fine else 4
     return start + warp * size + each * fourth
-
-
-def word_in_mail(plan: StreamPlan, part: SegmentPlan, column: Any, element: Any) -> Any:
-    """Which word of its buffer of the mail an input of the segment is in: int32, or int.
-
-    Whatever passes from the L2 cache to a multiprocessor does so by whole sectors of 32 bytes, and
-    what is polled passes through no cache that would keep the other half of one. So the words lie
-    in the order in which a warp loads them, 16 bytes a thread: side by side. Of several sequences
-    that means all of them, since each warp has all columns.
-
-    Args:
-        plan: the step's.
-        part: that of the segment that reads it.
-        column: of the step's tokens; 0 where there is one.
-        element: an input; or, with column 0, the distance from a thread's first one to the first
-            one of another of its pieces, whose words then are as far apart.
-    """
-    held = part.held
-    line, within = _divided(element, next_input(plan, part))  # what a warp reads at once
-    if (step := piece_step(plan, part)) > PIECE:
-        # The pieces of a read lie `step` apart, and those of other threads between them.
-        thread, within = _divided(within, held * step // PIECE)
-        piece, within = _divided(within, step)
-        fourth, word = _divided(within, PIECE)
-        thread, word = thread * QUAD + fourth, piece * PIECE + word
-    else:
-        thread, word = _divided(within, held)
-    if not plan.chunked:
-        thread = thread + column * QUAD
-    twins = 2 if plan.twins else 1
-    load, inside = _divided(_divided(word, twins)[0], LOAD)
-    return line * (32 * held // twins) + load * (32 * LOAD) + thread * LOAD + inside
-
-
-def _divided(number: Any, size: int) -> tuple[Any, Any]:
-    """Quotient and remainder by a power of two."""
-    return number >> (size.bit_length() - 1), number & (size - 1)

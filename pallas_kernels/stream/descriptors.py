@@ -1,4 +1,4 @@
-"""A program's route: where in memory each tile of its stream lies.
+"""Copy descriptors: where in memory each tile of a program's stream lies.
 
 What a tile's copies need is worked out for all tiles at once when a step begins, a row of a
 table for each, and read back a tile at a time: it would take the loop longer to work it out
@@ -32,16 +32,16 @@ from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.program import iota
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv, pick
-from pallas_kernels.stream.layout import ROW_WORDS, route_rows, route_words
+from pallas_kernels.stream.layout import ROW_WORDS, descriptor_rows, descriptor_words
 from pallas_kernels.stream.plan import READ, Segment, SegmentPlan, StreamPlan, is_paired
 
 __all__ = [
-    "Source",
+    "Descriptor",
     "busy_tiles",
-    "make_route",
+    "descriptors_shape",
+    "make_descriptors",
     "most_copies",
-    "read_route",
-    "route_shape",
+    "read_descriptor",
     "scales_of",
     "team_of",
     "weights_of",
@@ -56,11 +56,12 @@ _WEIGHTS = {
 }
 
 
-class Source(NamedTuple):
-    """Where a tile's weights lie, and where they go: int32 scalars, as they stand in the table.
+class Descriptor(NamedTuple):
+    """A tile's copies: where its weights lie, and where they go.
 
-    Behind them stands the box, see `_box_word`. Of scales the same follows; but before `pitch`
-    stands where in the slot the first copy goes, and there is no box.
+    Int32 scalars, as they stand in the table. Behind them stands the box, see `_box_word`. Of
+    scales the same follows; but before `pitch` stands where in the slot the first copy goes, and
+    there is no box.
 
     Attributes:
         begin: where the tile begins.
@@ -77,9 +78,9 @@ class Source(NamedTuple):
     pitch: Array
 
 
-def route_shape(plan: StreamPlan) -> tuple[int, int, int]:
+def descriptors_shape(plan: StreamPlan) -> tuple[int, int, int]:
     """Of the table, int32: programs, rows, words."""
-    return plan.programs, route_rows(plan), route_words(plan)
+    return plan.programs, descriptor_rows(plan), descriptor_words(plan)
 
 
 def most_copies(plan: StreamPlan) -> int:
@@ -111,16 +112,16 @@ def busy_tiles(env: StreamEnv, part: SegmentPlan) -> Array:
     return jnp.where(team < part.teams, jnp.maximum(mine, 0) * part.run, 0)
 
 
-def make_route(env: StreamEnv, table: Array) -> None:
+def make_descriptors(env: StreamEnv, table: Array) -> None:
     """Works out the table's rows of this program.
 
     Args:
         env: the program's view.
         table: int32 scalar, where the table begins in shared memory. Interpreted, it is the
-            array `route`.
+            array `descriptors`.
     """
     plan, d = env.plan, env.dims
-    rows = route_shape(plan)[1]
+    rows = descriptors_shape(plan)[1]
     entry = iota((next_power_of_2(rows),), 0)
     order = sorted(plan.segments)
     parts = [plan.segments[s] for s in order]
@@ -211,7 +212,7 @@ def make_route(env: StreamEnv, table: Array) -> None:
         words += _scale_words(env, parts, beyond, begin_row, second, there, words[5])
     if env.interpret:
         for number, word in enumerate(words):
-            access.store(env["route"].at[env.program, entry, number], word, mask=entry < rows)
+            access.store(env["descriptors"].at[env.program, entry, number], word, mask=entry < rows)
         return
     for first in range(0, len(words), ROW_WORDS):
         at = table + 4 * (entry * len(words) + first)
@@ -262,7 +263,7 @@ def _scale_words(
         env: the program's view.
         parts: the segments.
         beyond: of each row of the table, whether it is one of a later segment.
-        row: the first that a tile has; of the head see `make_route`.
+        row: the first that a tile has; of the head see `make_descriptors`.
         second: rows from a pair's first half to the second.
         there: rows of a copy of weights, where these are not split.
         copies: of weights; 0 for an empty tile.
@@ -308,8 +309,8 @@ def _scale_words(
     return [*begin, stride, size, jnp.minimum(copies, most), place, pitch]
 
 
-def read_route(env: StreamEnv, index: Array) -> tuple[Source, Array]:
-    """Where this program's `index`-th tile lies, and its layer, for interpret mode."""
+def read_descriptor(env: StreamEnv, index: Array) -> tuple[Descriptor, Array]:
+    """The descriptor of this program's `index`-th tile, and its layer, for interpret mode."""
     plan, layers = env.plan, env.plan.dims.num_layers
     in_layers = index - 1  # the embedding's comes first
     layer = jnp.minimum(lax.div(in_layers, jnp.int32(plan.layer_tiles)), layers)
@@ -317,7 +318,7 @@ def read_route(env: StreamEnv, index: Array) -> tuple[Source, Array]:
     of_head, last = layer == layers, plan.segments[Segment.HEAD].tiles - 1
     in_head = plan.layer_tiles + 1 + (within == last).astype(jnp.int32)
     entry = jnp.where(of_head, in_head, within + 1)
-    words = [env["route"][env.program, entry, number] for number in range(ROW_WORDS)]
+    words = [env["descriptors"][env.program, entry, number] for number in range(ROW_WORDS)]
     low, high, stride = words[:3]
     low += jnp.where(of_head, (layers + within) * stride, 0)
-    return Source(ptx.Begin(low, high, stride), *words[3:7]), layer
+    return Descriptor(ptx.Begin(low, high, stride), *words[3:7]), layer

@@ -1,12 +1,13 @@
-"""How programs hand activations to each other: words that carry their own tags.
+"""The exchange: how programs hand activations to each other, in words that carry their own tags.
 
-A word is 32 bits: the upper 24 of a float32, and in the lowest 8 the tag of the hand-over it
-belongs to. A reader polls the very words it needs until all carry the tag it waits for; then
-it has them. A hand-over thus takes one store and one load, and no word depends on the order
-in which others become visible: each is an atomic message of its own ("relaxed" in the
-memory model of PTX). Where all 32 bits of a number matter, a *pair* holds the number and a
-tag of 32 bits, stored and loaded as one. Of several sequences, whatever every program reads
-comes two activations a word, see `twins`.
+As in NCCL's LL protocol, data and flag are stored as one; here the flag counts, and is called a
+*tag*. A *word* is 32 bits: the upper 24 of a float32, and in the lowest 8 the tag of the hand-over
+that it belongs to. A reader polls the very words it needs until all carry the tag it waits for;
+then it has them. A hand-over thus takes one store and one load, and no word depends on the order in
+which others become visible: each is an atomic message of its own ("relaxed" in the memory model of
+PTX). Where all 32 bits of a number matter, a *pair* holds the number and a tag of 32 bits, stored
+and loaded as one, which is LL itself. Of several sequences, whatever every program reads
+comes two activations a word, see `half2`.
 
 Why a word is never overwritten before its readers have read it. Every buffer is written once
 a layer. What a program writes in layer l + 1 depends, through the hand-overs, on the whole
@@ -15,7 +16,7 @@ whoever reads a buffer in layer l contributes to such an output afterwards. (A p
 without work in a segment does not poll for it.) So at the time of the second writing every
 reader has finished with the first.
 
-Why a stale word is never taken for a fresh one. Tags count up and come round: 2 bits of twins after
+Why a stale word is never taken for a fresh one. Tags count up and come round: 2 bits of half2 after
 4 hand-overs, 8 bits of other words after 256. So a reader must know how old a word can be that it
 finds, and that follows from what it has read before:
 
@@ -28,12 +29,12 @@ finds, and that follows from what it has read before:
   the head's input has a buffer of its own, written once a step, and its tag counts steps.
 - Who attends may do so in global layers alone, or in local ones. Queries, keys and values are words
   with 8 bits, and models with more layers than that in between are refused: see `planner.why_not`.
-- Spans of attention are written as they are needed, perhaps after thousands of steps. They are
+- What KV splits of attention give is written as needed, perhaps after thousands of steps. They are
   pairs, whose tags have 32 bits and are odd, so that what was never written has none.
 
 `tests/search` holds a model of this, which looks at all orders in which programs can come.
 
-The mail lies in the cache and lives from step to step. It starts as zeros; the first tag
+The exchange lies in the cache and lives from step to step. It starts as zeros; the first tag
 is 1. Its first word counts the steps.
 """
 
@@ -48,140 +49,22 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.dims import Dims, WeightBits, WeightGroups, ceil_div
 from pallas_kernels.stream import access, ptx
-from pallas_kernels.stream.lanes import LOAD
-from pallas_kernels.stream.plan import (
-    COLUMNS,
-    MAX_PROGRAMS,
-    MAX_SPLITS,
-    PIECE,
-    READ,
-    line_of,
-)
-from pallas_kernels.stream.planner import splits_of
-from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
-from pallas_kernels.stream.twins import TWIN_TAG_BITS, Format, joined, parted, twin_tag
-from pallas_kernels.support import MAX_BATCH
+from pallas_kernels.stream.exchange_layout import Layout
+from pallas_kernels.stream.exchange_order import within_piece
+from pallas_kernels.stream.half2 import HALF2_TAG_BITS, Format, half2_tag, pack_half2, unpack_half2
+from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.sync import MAX_POLLS
 
-__all__ = ["MAP_WORDS", "Layout", "Mail", "Meanwhile", "mail_words"]
+__all__ = ["Exchange", "Meanwhile"]
 
 _TAG_BITS = 0xFF
 _NAN = 0x7FC00000
-# Keeps the buffers apart by whole lines of 128 bytes, which a tensor map begins at.
-_LINE = 32
-MAP_WORDS = ptx.MAP_BYTES // 4
-# Tensor maps of a program.
-MAPS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where each buffer of the mail begins in the cache's `counters`, in words.
-
-    Of buffers that a program awaits behind the same tile, the one it awaits first lies first: see
-    `ptx.giving_up`.
-
-    Attributes:
-        steps: the number of finished steps.
-        fault: the record of a wait that ran out, 2 words, 0 where none did: see `ptx.giving_up`.
-        x_in: residual that enters a layer, B * T * D elements. These, and all others that every
-            program reads, in the order of `lanes.word_in_mail`.
-        x_head: residual that enters the head, B * T * D elements.
-        x_mid: residual between attention and feed-forward, B * T * D elements.
-        qkv: queries, keys and values of the new positions, `[B * T, N + 2K, H]`.
-        attn: attention's output, B * T * N * H elements.
-        ffw: hidden activations, B * T * F elements.
-        ffw_copy: their copy, where the tuning has two: every other program reads it.
-        attn_block, ffw_block: outputs of the two blocks, B * T * D elements, where they are normed.
-        partial: pairs `[B * T, D, splits]`, partial sums of the down projection.
-        parts: pairs `[B * T * N, max_splits, H + 2]`: of one span of attention the weighted
-            values, the sum of the weights and their maximum.
-        best: pairs `[P, B * T, 2]`: each program's best logit and its token.
-        maps: `[MAPS, P, MAP_WORDS]`: each program's tensor maps of keys, of values, and of the
-            matrix that comes by boxes. They are no mail, but must lie in global memory.
-        words: length of the whole array.
-    """
-
-    steps: int
-    fault: int
-    partial: int
-    ffw_block: int
-    attn_block: int
-    x_in: int
-    x_head: int
-    x_mid: int
-    qkv: int
-    parts: int
-    attn: int
-    ffw: int
-    ffw_copy: int
-    best: int
-    maps: int
-    words: int
-
-    @classmethod
-    def of(cls, dims: Dims, splits: int, max_splits: int, programs: int) -> Layout:
-        """The layout for a step of these sizes."""
-        d, b = dims, dims.columns
-        residual, hidden = _words_for(b, d.model_dim), _words_for(b, d.ffw_dim)
-        sizes = {
-            "steps": 1,
-            "fault": 2,
-            "partial": 2 * b * d.model_dim * splits,
-            "ffw_block": residual * d.features.post_norm,
-            "attn_block": residual * d.features.post_norm,
-            "x_in": residual,
-            "x_head": residual,
-            "x_mid": residual,
-            "qkv": b * d.qkv_dim,
-            "parts": 2 * b * d.num_heads * max_splits * (d.head_dim + 2),
-            "attn": _words_for(b, d.attn_dim),
-            "ffw": hidden,
-            "ffw_copy": hidden,
-            "best": 2 * programs * b * 2,
-            "maps": MAPS * programs * MAP_WORDS,
-        }
-        starts, end = {}, 0
-        for name, size in sizes.items():
-            starts[name] = end
-            end += _LINE * ceil_div(size, _LINE)
-        return cls(**starts, words=end)
-
-
-def _words_for(columns: int, inputs: int) -> int:
-    """Words for so many inputs of each column: whole lines, of several always 8 columns.
-
-    A line is what a warp reads at once, most of int4: so many words are enough for all weights.
-    """
-    line = line_of(columns == 1, 4) * (8 * READ // 4)
-    return line * ceil_div(inputs, line) * (1 if columns == 1 else COLUMNS)
-
-
-def mail_words(dims: Dims) -> int:
-    """Words of the cache's `counters` for a step of these sizes, on any device.
-
-    A batch that no kernel takes has no mail.
-    """
-    if dims.columns > MAX_BATCH:
-        return 1
-    max_splits = max(1, min(MAX_SPLITS, MAX_PROGRAMS // dims.num_kv_heads))
-    # The smallest tiles of the largest weights split most.
-    largest = dataclasses.replace(dims, weight_bits=WeightBits(), weight_groups=WeightGroups())
-    splits = splits_of(largest, Tuning(tile_bytes=min(TILE_BYTES)))
-    words = Layout.of(dims, splits, max_splits, MAX_PROGRAMS).words
-    return words + _LINE  # spare: see `ptx`
 
 
 def _of_pair(tag: Array) -> Array:
     """A pair's tag, int32. It is odd: tags come round, and what nobody has written yet is 0."""
     return 2 * tag + 1
-
-
-def _within_piece(word: int) -> int:
-    """Words from a piece's first one to another."""
-    return word // LOAD * 32 * LOAD + word % LOAD
 
 
 class Meanwhile(NamedTuple):
@@ -193,8 +76,8 @@ class Meanwhile(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mail:
-    """One program's view of the mail while the kernel is traced.
+class Exchange:
+    """One program's view of the exchange while the kernel is traced.
 
     Attributes:
         words: ref of the int32 array.
@@ -226,10 +109,10 @@ class Mail:
         word = (bits & ~_TAG_BITS) | (tag & _TAG_BITS)
         ptx.store_word(self.words, offsets, word, mask, interpret=self.interpret)
 
-    def publish_twins(
+    def publish_half2(
         self, offsets: Array, first: Array, second: Array, form: Format, tag: Array, mask: Array
     ) -> None:
-        """Stores two activations a word: see `twins`.
+        """Stores two activations a word: see `half2`.
 
         Args:
             offsets: int32, any shape.
@@ -239,7 +122,7 @@ class Mail:
             tag: int32 scalar.
             mask: bool, the same shape.
         """
-        word = joined(first, second, tag, form)
+        word = pack_half2(first, second, tag, form)
         ptx.store_word(self.words, offsets, word, mask, interpret=self.interpret)
 
     def publish_pair(self, offsets: Array, values: Array, tag: Array, mask: Array) -> None:
@@ -286,38 +169,38 @@ class Mail:
         tag: Array,
         there: Array,
         *,
-        twins: Format | None,
+        half2: Format | None,
     ) -> list[Array]:
         """Waits for pieces of 8 neighbouring activations, each thread for its own.
 
         Args:
-            offset: int32 `[T]`, where the thread's first piece begins, words.
+            offset: int32 `[threads]`, where the thread's first piece begins, words.
             places: words from there to each of its pieces. What a thread loads at once are 4 words,
                 and a warp's threads' lie side by side: a piece's next 4 are 128 words further on.
             tag: int32 scalar they must carry.
-            there: int32 `[T]`, how many pieces the thread has.
-            twins: the format of a word's two activations; None where it has one.
+            there: int32 `[threads]`, how many pieces the thread has.
+            half2: the format of a word's two activations; None where it has one.
 
         Returns:
-            Float32 `[T]`, 8 a piece; 0 where there is none.
+            Float32 `[threads]`, 8 a piece; 0 where there is none.
         """
-        size = PIECE // 2 if twins else PIECE
+        size = PIECE // 2 if half2 else PIECE
         if self.interpret:
-            look = functools.partial(self._look_for_twins, twins) if twins else self._look
+            look = functools.partial(self._look_for_half2, half2) if half2 else self._look
             return [
                 value
                 for q, place in enumerate(places)
                 for j in range(size)
-                for value in look(offset + place + _within_piece(j), tag, q < there)
+                for value in look(offset + place + within_piece(j), tag, q < there)
             ]
-        bits = TWIN_TAG_BITS if twins else _TAG_BITS
-        tags = jnp.full(offset.shape, twin_tag(tag) if twins else tag & _TAG_BITS)
+        bits = HALF2_TAG_BITS if half2 else _TAG_BITS
+        tags = jnp.full(offset.shape, half2_tag(tag) if half2 else tag & _TAG_BITS)
         assert self.meanwhile is not None
         words = ptx.collect_words(
             self.words, offset, places, tags, there, size, bits, MAX_POLLS, *self.meanwhile
         )
-        if twins:
-            return [value for word in words for value in ptx.parted(word, twins)]
+        if half2:
+            return [value for word in words for value in ptx.unpack_half2(word, half2)]
         return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
 
     def _look(self, offsets: Array, tag: Array, mask: Array) -> tuple[Array, ...]:
@@ -327,14 +210,15 @@ class Mail:
         value = lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32)
         return (jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0),)
 
-    def _look_for_twins(
+    def _look_for_half2(
         self, form: Format, offsets: Array, tag: Array, mask: Array
     ) -> tuple[Array, ...]:
         """The same of words of two."""
         word = access.load(self.words.at[offsets], mask=mask, other=0)
-        there = (word ^ twin_tag(tag)) & TWIN_TAG_BITS == 0
+        there = (word ^ half2_tag(tag)) & HALF2_TAG_BITS == 0
         return tuple(
-            jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0) for value in parted(word, form)
+            jnp.where(mask, jnp.where(there, value, jnp.nan), 0.0)
+            for value in unpack_half2(word, form)
         )
 
     def collect_pairs(self, wanted: Sequence[tuple[Array, Array]], tag: Array) -> list[Array]:
@@ -368,9 +252,9 @@ class Mail:
         lanes: int,
         step: int,
     ) -> Array:
-        """Waits for pairs of a head's spans, and combines them: see `ptx.combine_spans`."""
+        """Waits for pairs of a head's KV splits, and combines them: see `ptx.combine_splits`."""
         assert self.meanwhile is not None
-        return ptx.combine_spans(
+        return ptx.combine_splits(
             self.words,
             values,
             sums,
