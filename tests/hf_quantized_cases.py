@@ -11,7 +11,16 @@ from hf_folders import config_json, tensors_of
 from hf_models import MODELS, HFModel
 from safetensors.numpy import save_file
 
-__all__ = ["MODEL", "PARTS", "Folder", "in_words", "write_quantized"]
+__all__ = [
+    "MODEL",
+    "PARTS",
+    "RECORDED",
+    "RECORDED_TOKENS",
+    "Folder",
+    "in_words",
+    "recorded",
+    "write_quantized",
+]
 
 MODEL = HFModel(
     7,
@@ -73,6 +82,7 @@ def write_quantized(
     extra: dict[str, np.ndarray] | None = None,
     g_idx: np.ndarray | None = None,
     biases: bool = False,
+    least_zero: int = 0,
     **fields: Any,
 ) -> Folder:
     """Writes a folder of random integers.
@@ -87,6 +97,7 @@ def write_quantized(
         extra: more tensors.
         g_idx: of GPTQ, the order of down's inputs.
         biases: whether there are biases of zeros.
+        least_zero: zero points are this to 15. GPTQ stores 0 as 15, which not all readers take.
         fields: of quantization_config, besides those that the layout has.
     """
     rng, made = np.random.default_rng(3), Folder(path)
@@ -99,7 +110,7 @@ def write_quantized(
         out, inputs = array.shape
         count = 1 if group is None else inputs // group
         n = rng.integers(0, 16, (out, inputs))
-        z = np.full((out, count), 8) if symmetric else rng.integers(0, 16, (out, count))
+        z = np.full((out, count), 8) if symmetric else rng.integers(least_zero, 16, (out, count))
         scale = (rng.uniform(0.5, 1.5, (out, count)) / 64).astype(dtype)
         made.numbers[stem], made.zeros[stem], made.scales[stem] = n, z, scale
         if layout.startswith("gptq"):
@@ -149,3 +160,29 @@ def write_quantized(
     (path / "config.json").write_text(json.dumps(data))
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return made
+
+
+RECORDED_TOKENS = [[1, 30, 7, 12, 39, 0, 5]]
+# Folders that `record_hf_quantized.py` has had read by the formats' own libraries.
+RECORDED: dict[str, dict[str, Any]] = {
+    "packed": {"layout": "packed"},
+    "packed, groups of 32": {"layout": "packed", "group": 32},
+    "packed, symmetric": {"layout": "packed", "symmetric": True},
+    "packed, a scale a row": {"layout": "packed", "symmetric": True, "group": None},
+    "int8": {"layout": "int8", "group": None},
+    "gptq": {"layout": "gptq", "least_zero": 1, "desc_act": False},
+    "gptq, symmetric, groups of 32": {
+        "layout": "gptq",
+        "group": 32,
+        "symmetric": True,
+        "desc_act": False,
+    },
+    "gptq_v2, groups of 64": {"layout": "gptq_v2", "group": 64, "desc_act": False},
+    "awq": {"layout": "awq", "zero_point": True},
+    "awq, groups of 32": {"layout": "awq", "group": 32, "zero_point": True},
+}
+
+
+def recorded(path: Path, name: str) -> Folder:
+    """Writes one of them."""
+    return write_quantized(path, **RECORDED[name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,15 @@ import numpy as np
 import pytest
 from hf_folders import config_json, tensors_of
 from hf_models import MODELS, HFModel
-from hf_quantized_cases import MODEL, PARTS, Folder, write_quantized
+from hf_quantized_cases import (
+    MODEL,
+    PARTS,
+    RECORDED,
+    RECORDED_TOKENS,
+    Folder,
+    recorded,
+    write_quantized,
+)
 from numerics import assert_close
 from quantize_cases import named_arrays, numbers_of
 from reference_cases import quick_jit
@@ -292,3 +302,34 @@ def test_a_part_that_is_missing_is_named(lost, tmp_path):
     del tensors[f"model.layers.1.mlp.up_proj.{lost}"]
     save_file(tensors, file)
     refused(folder, rf"has no model\.layers\.1\.mlp\.up_proj\.{lost}")
+
+
+# What the formats' own libraries make of the same bytes
+
+
+@functools.cache
+def goldens() -> dict[str, np.ndarray]:
+    with np.load(Path(__file__).parent / "goldens" / "quantized.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_matrices_and_logits_are_those_of_the_formats_own_library(name, tmp_path):
+    """Recorded by `record_hf_quantized.py`: each number as float16 rounds it, and the logits."""
+    folder = recorded(tmp_path / "m", name)
+    model = dequantize(checkpoints.load(folder.path), jnp.float32)
+    arrays = named_arrays(model)
+    for ours, parts in PARTS.items():
+        for layer in range(2):
+            rows = np.cumsum([len(folder.numbers[f"model.layers.{layer}.{p}"]) for p in parts])
+            each = np.split(arrays[f"layers.{ours}"][layer], rows[:-1])
+            for part, own in zip(parts, each, strict=True):
+                stem = f"model.layers.{layer}.{part}"
+                digest = hashlib.sha256(own.astype(np.float16).tobytes()).hexdigest()
+                assert digest == str(goldens()[f"{name}/{stem}"]), stem
+    whole = checkpoints.load(folder.path, dtype="float32", integers=False)
+    for ours in PARTS:
+        param = getattr(whole.layers, ours)
+        param[...] = param[...].astype(jnp.float16).astype(jnp.float32)
+    logits = quick_jit(lambda model, tokens: model(tokens))(whole, jnp.array(RECORDED_TOKENS))
+    assert_close(logits, goldens()[f"{name}/logits"], "model_vs_hugging_face_float32")
