@@ -14,8 +14,8 @@ from hf_models import MODELS, HFModel
 
 __all__ = ["ARCHITECTURES", "blocks", "interleaved", "rope_factors", "whole", "write_gguf"]
 
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
-_INTERLEAVED = ("llama", "mistral", "granite")
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"}
+_INTERLEAVED = ("llama", "mistral", "granite", "smollm3")
 
 
 def write_gguf(
@@ -55,6 +55,9 @@ def write_gguf(
         theirs[called] = _as_theirs(model, name, array)
     if (factors := rope_factors(model)) is not None:
         theirs["rope_freqs.weight"] = factors
+    for kind in ("short", "long"):
+        if (found := model.settings["rope_parameters"].get(f"{kind}_factor")) is not None:
+            theirs[f"rope_factors_{kind}.weight"] = np.array(found, np.float32)
     if tensors is not None:
         tensors(theirs)
     raw = raw or {}
@@ -93,18 +96,36 @@ def _add_settings(writer: gguf.GGUFWriter, model: HFModel) -> None:
     writer.add_head_count_kv(s["num_key_value_heads"])
     writer.add_key_length(size)
     writer.add_value_length(size)
-    writer.add_rope_dimension_count(size)
+    writer.add_rope_dimension_count(int(size * everywhere.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(everywhere["rope_theta"])
     writer.add_layer_norm_rms_eps(s["rms_norm_eps"])
     if everywhere["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(everywhere["factor"])
+    original = s.get("original_max_position_embeddings")
+    if everywhere["rope_type"] == "yarn":
+        original = everywhere["original_max_position_embeddings"]
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(everywhere["factor"])
+        if (fast := everywhere.get("beta_fast")) is not None:
+            writer.add_rope_scaling_yarn_beta_fast(fast)
+        if (attention := everywhere.get("attention_factor")) is not None:
+            writer.add_float32(f"{writer.arch}.rope.scaling.yarn_attn_factor", attention)
+    if everywhere["rope_type"] == "longrope":
+        assert original is not None
+        scale = s["max_position_embeddings"] / original
+        growth = math.sqrt(1 + math.log(scale) / math.log(original))
+        writer.add_rope_scaling_attn_factors(growth)
+    if original is not None:
+        writer.add_rope_scaling_orig_ctx_len(original)
     if "sliding_window" in s:
-        writer.add_sliding_window(s["sliding_window"])
+        writer.add_sliding_window(s["sliding_window"] or 0)
     if "sliding_attention" in ropes:
         writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
     if "layer_types" in s:
         writer.add_sliding_window_pattern([kind[0] == "s" for kind in s["layer_types"]])
+    elif model.family == "olmo3":
+        writer.add_sliding_window_pattern([(i + 1) % 4 != 0 for i in range(s["num_hidden_layers"])])
     if "attn_logit_softcapping" in s:
         writer.add_attn_logit_softcapping(s["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(s["final_logit_softcapping"])

@@ -51,6 +51,13 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _DIGITS = [{"type": "Digits", "individual_digits": True}, *_GPT2]
 
 
@@ -69,6 +76,8 @@ CUTS = {
     "llama3": (_split(_LLAMA3), True, None),
     "llama-v3": (_split(_LLAMA3), True, None),
     "dbrx": (_split(_LLAMA3), False, None),
+    "smaug-bpe": (_split(_LLAMA3), False, None),
+    "gpt-4o": (_split(_GPT4O), False, None),
     "qwen2": (_split(_QWEN2), False, {"type": "NFC"}),
     "tekken": (_split(_TEKKEN), True, None),
 }
@@ -129,7 +138,7 @@ def test_the_cuts_differ_in_these_texts(trained):
         data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
         tokenizer = Tokenizer.from_str(json.dumps(data))
         seen.add(json.dumps([tokenizer.encode(text).ids for text in TEXTS]))
-    assert len(seen) == 6  # of ten names, two have others of the same kind
+    assert len(seen) == 7  # of twelve names, some cut alike
 
 
 # SentencePiece

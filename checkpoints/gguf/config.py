@@ -12,17 +12,22 @@ from typing import Any
 from checkpoints.gguf.header import Header
 from checkpoints.gguf.metadata import Metadata
 from checkpoints.gguf.names import ROPE_FACTORS
-from checkpoints.gguf.ropes import read_rope_scaling
+from checkpoints.gguf.ropes import read_long_rope, read_rope_scaling, two_ropes
 from checkpoints.gguf.windows import read_windows
 from checkpoints.hf_families import FAMILIES
 from checkpoints.manifest import CheckpointError
 
 __all__ = ["ARCHITECTURES", "INTERLEAVED", "config_json"]
 
-# GGUF's architectures that are families of ours. Mistral's files are called llama.
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmo2", "granite", "gemma2", "gemma3")
+# GGUF's architectures that are families of ours. Mistral's files are called llama, OLMo 3's olmo2.
+ARCHITECTURES = (
+    *("llama", "qwen2", "qwen3", "olmo2", "granite", "gemma2", "gemma3"),
+    *("phi3", "smollm3"),
+)
 # Those whose rows of queries and keys are in another order.
-INTERLEAVED = ("llama", "granite")
+INTERLEAVED = ("llama", "granite", "smollm3")
+# What has a window that the architecture has not by itself is another family.
+_WITH_WINDOW = {"llama": "mistral", "olmo2": "olmo3"}
 
 # Layers by which the largest models of a family are known: their queries have another scale.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
@@ -74,14 +79,22 @@ def config_json(header: Header, ignored: Collection[str] = ()) -> tuple[str, dic
             "tensors. Download or copy it again."
         )
     windows = read_windows(metadata, arch, layers)
-    # A window is what Mistral has and Llama has not.
-    family = FAMILIES["mistral" if arch == "llama" and windows else arch]
+    family = FAMILIES[_WITH_WINDOW.get(arch, arch) if windows else arch]
     width = metadata.number(f"{prefix}embedding_length", "int")
     heads = metadata.number(f"{prefix}attention.head_count", "int")
     head_dim = _head_dim(metadata, prefix, width, heads)
     theta = metadata.number(
         f"{prefix}rope.freq_base", "float", _GEMMA3_THETA if arch == "gemma3" else 10_000.0
     )
+    context = metadata.number(f"{prefix}context_length", "int")
+    if arch == "phi3":
+        ropes = read_long_rope(metadata, theta, head_dim, context, tensors)
+    else:
+        factors = tensors.get(ROPE_FACTORS)
+        scaling = read_rope_scaling(metadata, prefix, theta, head_dim, context, factors)
+        ropes = {"rope_theta": theta, "rope_scaling": scaling}
+        if family.local_rope == "plain":  # of OLMo 3's layers, those without a window alone
+            ropes = two_ropes(metadata, prefix, theta, scaling)
     data: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -94,12 +107,9 @@ def config_json(header: Header, ignored: Collection[str] = ()) -> tuple[str, dic
         "head_dim": head_dim,
         family.activation: family.defaults[family.activation],
         "rms_norm_eps": metadata.number(f"{prefix}attention.layer_norm_rms_epsilon", "float"),
-        "max_position_embeddings": metadata.number(f"{prefix}context_length", "int"),
+        "max_position_embeddings": context,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_theta": theta,
-        "rope_scaling": read_rope_scaling(
-            metadata, prefix, theta, head_dim, tensors.get(ROPE_FACTORS)
-        ),
+        **ropes,
         **windows,
         **_own(metadata, arch, width, heads, head_dim, layers),
     }
@@ -125,7 +135,7 @@ def _architecture(header: Header) -> str:
 
 
 def _head_dim(metadata: Metadata, prefix: str, width: int, heads: int) -> int:
-    """H; the same for values, and all of it turned by RoPE."""
+    """H; the same for values, and all of it turned by RoPE, but of Phi 3."""
     name = f"{prefix}attention.key_length"
     if metadata.get(name) is None and width % heads:
         raise CheckpointError(
@@ -133,13 +143,10 @@ def _head_dim(metadata: Metadata, prefix: str, width: int, heads: int) -> int:
             f"divide among {heads} heads."
         )
     size = metadata.number(name, "int", width // heads)
-    for other in (
-        "attention.value_length",
-        "rope.dimension_count",
-        "attention.key_length_swa",
-        "attention.value_length_swa",
-        "rope.dimension_count_swa",
-    ):
+    others = ["attention.value_length", "attention.key_length_swa", "attention.value_length_swa"]
+    if prefix != "phi3.":
+        others += ["rope.dimension_count", "rope.dimension_count_swa"]
+    for other in others:
         if (found := metadata.number(prefix + other, "int", size)) != size:
             raise metadata.unsupported(prefix + other, found, f"{size}, the size of a head")
     return size

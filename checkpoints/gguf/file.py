@@ -13,7 +13,7 @@ from checkpoints.converting import convert_incoming
 from checkpoints.gguf.config import INTERLEAVED, config_json
 from checkpoints.gguf.header import MAGIC, Header, read_header
 from checkpoints.gguf.integers import KEPT, GGUFIntegers
-from checkpoints.gguf.names import ROPE_FACTORS, gguf_name
+from checkpoints.gguf.names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_name
 from checkpoints.gguf.tensors import SIZES, GGUFTensor, check_package
 from checkpoints.gguf.tokenizer import tokenizer_files
 from checkpoints.hf_config import config_from_hf
@@ -144,7 +144,8 @@ def _by_table(
     table = {gguf_name(slot): slot for mine in slots.values() for slot in mine}
     tensors = {}
     for tensor in header.tensors:
-        if tensor.name == ROPE_FACTORS:  # read with the configuration
+        if tensor.name in (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS):
+            # Read with the configuration.
             continue
         if (slot := table.get(tensor.name)) is None:
             tensors[tensor.name] = tensor

@@ -6,10 +6,11 @@ import re
 
 from checkpoints.hf_table import Slot
 
-__all__ = ["ROPE_FACTORS", "gguf_name"]
+__all__ = ["LONG_FACTORS", "ROPE_FACTORS", "SHORT_FACTORS", "gguf_name"]
 
-# The factors of RoPE's frequencies; see `ropes`.
+# The factors of RoPE's frequencies, and those of LongRoPE; see `ropes`.
 ROPE_FACTORS = "rope_freqs.weight"
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 
 _OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -22,11 +23,13 @@ _INNER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",  # of Phi 3: gate and up in one
     "mlp.down_proj": "ffn_down",
 }
 

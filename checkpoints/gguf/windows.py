@@ -12,8 +12,9 @@ __all__ = ["read_windows"]
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
-# Of families where only some layers are local, every so many-th sees everything.
-_PERIODS = {"gemma2": 2, "gemma3": 6}
+# Of families where only some layers are local, every so many-th sees everything. An OLMo 2 with
+# windows is OLMo 3.
+_PERIODS = {"gemma2": 2, "gemma3": 6, "olmo2": 4}
 _GEMMA2_WINDOW = 4096
 
 
@@ -33,7 +34,9 @@ def read_windows(metadata: Metadata, arch: str, layers: int) -> dict[str, Any]:
         # Mistral's files are Llama's; most leave the window out, as does what reads them.
         given = metadata.get(name) is not None
         return {"sliding_window": metadata.number(name, "int")} if given else {}
-    if arch not in _PERIODS:
+    if arch == "phi3":  # 0 stands for none
+        return {"sliding_window": metadata.number(name, "int") if metadata.get(name) else None}
+    if arch not in _PERIODS or (arch == "olmo2" and not metadata.get(name)):
         return {}
     pattern = metadata.get(f"{name}_pattern")
     if arch == "gemma3" and not metadata.get(name):
