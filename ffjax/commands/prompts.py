@@ -41,19 +41,40 @@ class Prompt:
     id: Any = None
 
 
+class _Once(argparse.Action):
+    """Keeps a value, and refuses a second one, of which argparse would keep the last."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Takes the value of one option of the command line."""
+        if getattr(namespace, self.dest) is not None:
+            parser.error(
+                f"{option_string} is given once. For many prompts write them to a file, one a "
+                "line, and give --prompts FILE."
+            )
+        setattr(namespace, self.dest, values)
+
+
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     """Adds --prompt, --prompt-file and --prompts, of which one is needed."""
     sources = parser.add_mutually_exclusive_group(required=True)
-    sources.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    sources.add_argument("--prompt", metavar="TEXT", action=_Once, help="the text to continue")
     sources.add_argument(
         "--prompt-file",
         metavar="FILE",
+        action=_Once,
         help="a file that holds the text to continue, to its last character; - reads standard "
         "input",
     )
     sources.add_argument(
         "--prompts",
         metavar="FILE",
+        action=_Once,
         help="many prompts, one a line: texts, or JSON objects with prompt or messages, and with "
         "fields like temperature or seed for that one alone; - reads standard input. Results are "
         "JSON, one a line, in the same order",
