@@ -112,7 +112,7 @@ def test_a_sweep_is_one_object(swept):
 def test_a_sweep_measures_every_batch_at_every_position_once(monkeypatch):
     measured = []
     monkeypatch.setattr(
-        suite, "_measure", lambda _, __, ___, *at: measured.append(at[:2]) or _point()
+        suite, "_measure", lambda _, __, ___, *at: measured.append(at[:2]) or [_point()]
     )
     suite.run(Sweep(config=CONFIG, batches=(4, 1, 4), positions=(9, 3), steps=1))
     assert measured == [(4, 9), (4, 3), (1, 9), (1, 3)]
@@ -490,7 +490,7 @@ def test_a_loop_feeds_tokens_back_and_starts_every_run_at_the_same_position(mode
     cache = started_cache(CONFIG, batch, position, CAPACITY)
     token, want = first_tokens(CONFIG, batch), []
     for _ in range(steps):
-        cache, _, token = reference(cache, token)
+        cache, _, token, _ = reference(cache, token)
         want.append(token.tolist())
     assert len(np.unique(want)) > 2  # a loop that fed the same token again would be found out
     ours = implementation(model, "xla")
@@ -587,6 +587,51 @@ def test_timed_tokens_that_are_not_those_checked_are_found_out(monkeypatch, toke
     sweep = Sweep(config=CONFIG, batches=(1,), positions=(4,), steps=1, implementation="xla")
     [point] = suite.run(sweep).points
     assert point.check.sound == sound
+
+
+def test_kernels_are_timed_in_turn_and_each_is_checked(monkeypatch):
+    """What would be compiled by two backends is the reference here, and one is wrong."""
+    real, ran = contenders.decode_step, []
+
+    def step(model, cache, tokens, *, implementation) -> DecodeOutput:
+        ran.append(implementation)
+        out = real(model, cache, tokens, implementation="xla")
+        wrong = 1.5 if implementation == "pallas_mosaic_gpu" else 1.0
+        return out._replace(logits=wrong * out.logits)
+
+    monkeypatch.setattr(contenders, "decode_step", step)
+    monkeypatch.setattr(
+        suite, "choose", lambda config, batch, capacity, named, tokens: (named, None)
+    )
+    grid = {"batches": (1,), "positions": (4,), "steps": 2}
+    sweep = Sweep(
+        config=CONFIG, implementation="pallas", others=("pallas_mosaic_gpu",), baseline=True, **grid
+    )
+    right, wrong = suite.run(sweep).points
+    assert [right.implementation, wrong.implementation] == ["pallas", "pallas_mosaic_gpu"]
+    assert right.check.difference.relative_error < 1e-6
+    assert wrong.check.difference.relative_error == pytest.approx(0.5, rel=1e-3)
+    assert right.check.sound and wrong.check.sound
+    assert right.timing != wrong.timing
+    assert right.baseline == wrong.baseline is not None
+    assert {"pallas", "pallas_mosaic_gpu", "xla"} == set(ran)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--backend", "triton,triton"], "triton, mosaic_gpu or both, with a comma between"),
+        (["--backend", "cuda"], "with a comma between, is needed, got 'cuda'"),
+        (["--backend", "triton", "--implementation", "xla"], "so does --implementation. Give one."),
+        (["--backend", "triton", "--prompt", "16"], "--backend times decode steps; leave it out"),
+        (["--backend", "triton", "--loop"], "--loop times whole generations; leave --backend out."),
+        (["--backend", "mosaic_gpu"], "runs on NVIDIA GPUs of compute capability 8.0"),
+    ],
+)
+def test_backends_that_cannot_be_timed_are_a_sentence(capsys, more, sentence):
+    with contextlib.suppress(SystemExit):
+        assert main(["bench", "--config", "python-bytes-3m", *more])
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_loop_whose_runs_differ_is_found_out():

@@ -51,6 +51,7 @@ class Sweep:
         repetitions: timed loops, `MIN_REPETITIONS` or more.
         implementation: what to time. None: the fused kernel where it can run, else the
             reference.
+        others: implementations that are timed in turn with it, each a point of its own.
         baseline: whether to time the XLA baseline in turn with it.
         tokens: values of T, that a step takes of each sequence.
 
@@ -65,6 +66,7 @@ class Sweep:
     steps: int = 64
     repetitions: int = MIN_REPETITIONS
     implementation: Implementation | None = None
+    others: tuple[Implementation, ...] = ()
     baseline: bool = False
     tokens: tuple[int, ...] = (1,)
 
@@ -160,7 +162,8 @@ class Report:
         sweep: what was asked for.
         machine: what it ran on.
         bandwidth: the device's read bandwidth, measured in the same run.
-        points: in the order of batches, then positions, then tokens.
+        points: in the order of batches, then positions, then tokens; of implementations that were
+            timed in turn, in theirs.
     """
 
     sweep: Sweep
@@ -211,7 +214,7 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
     copies = 2 if sweep.baseline or sweep.implementation == "xla" else 1
     slots = max(b * capacity_for(p, sweep.steps, t) for b, p, t in _grid(sweep))
     advice = "a smaller batch or position" + (", or leave --compare out" * sweep.baseline)
-    check_memory(device, sweep.config, slots, copies, copies, advice)
+    check_memory(device, sweep.config, slots, copies, copies + len(sweep.others), advice)
     # Asked before the weights are made: a kernel that cannot run costs nobody gigabytes.
     chosen = {point: _choose(sweep, *point) for point in _grid(sweep)}
     model = random_model(sweep.config)
@@ -221,11 +224,12 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
     contenders = functools.cache(functools.partial(contender, model))
     keeping = functools.cache(lambda name: keeping_one(contenders(name)))
     points = []
-    for (batch, position, tokens), (name, reason) in chosen.items():
+    for (batch, position, tokens), named in chosen.items():
         where = f"batch {batch}, position {position}" + f", {tokens} tokens" * (tokens > 1)
-        say(f"{where}: compiling, checking and timing {name!r}")
+        said = " and ".join(repr(name) for name, _ in named)
+        say(f"{where}: compiling, checking and timing {said}")
         contending = contenders if tokens == 1 else keeping
-        points.append(_measure(sweep, model, contending, batch, position, tokens, name, reason))
+        points += _measure(sweep, model, contending, batch, position, tokens, named)
     return Report(
         sweep=sweep,
         machine=Machine.of(device),
@@ -241,9 +245,11 @@ def _grid(sweep: Sweep) -> list[tuple[int, int, int]]:
 
 def _choose(
     sweep: Sweep, batch: int, position: int, tokens: int
-) -> tuple[Implementation, str | None]:
+) -> list[tuple[Implementation, str | None]]:
+    """What is timed in turn, each with the reason why it is the reference unasked."""
     capacity = capacity_for(position, sweep.steps, tokens)
-    return choose(sweep.config, batch, capacity, sweep.implementation, tokens)
+    asked = (sweep.implementation, *sweep.others)
+    return [choose(sweep.config, batch, capacity, name, tokens) for name in asked]
 
 
 def _measure(
@@ -253,36 +259,47 @@ def _measure(
     batch: int,
     position: int,
     tokens: int,
-    name: Implementation,
-    reason: str | None,
-) -> Point:
+    named: list[tuple[Implementation, str | None]],
+) -> list[Point]:
+    """A point for each of the implementations, timed in turn."""
     config, steps = sweep.config, sweep.steps
     capacity = capacity_for(position, steps, tokens)
     first = first_tokens(config, batch, tokens=tokens)
-    cache = started_cache(config, batch, position, capacity, tokens=tokens)
-    check, chosen, cache = _check(sweep, contenders, name, cache, first)
-    contending = [(contenders(name), cache)]
+    checks, contending = [], []
+    for name, _ in named:
+        cache = started_cache(config, batch, position, capacity, tokens=tokens)
+        check, chosen, cache = _check(sweep, contenders, name, cache, first)
+        checks.append((check, chosen))
+        contending.append((contenders(name), cache))
     if sweep.baseline:
         rival = contenders("baseline")
-        contending.append((rival, rival.adopt(cache)))
+        contending.append((rival, rival.adopt(contending[0][1])))
     loops = [DecodeLoop(c.step, c.weights, own, position, first, steps) for c, own in contending]
-    timing, *others = time_loops(loops, sweep.repetitions)
-    ran = loops[0].tokens
-    same = loops[0].repeats and ran is not None and np.array_equal(ran[: len(chosen)], chosen)
+    timings = time_loops(loops, sweep.repetitions)
+    read = traffic(model, batch, position, capacity, steps, tokens)
+    points = []
+    for (name, reason), (check, chosen), loop, timing in zip(
+        named, checks, loops, timings, strict=False
+    ):
+        ran = loop.tokens
+        same = loop.repeats and ran is not None and np.array_equal(ran[: len(chosen)], chosen)
+        points.append(
+            Point(
+                batch=batch,
+                position=position,
+                capacity=capacity,
+                implementation=name,
+                reason=reason,
+                tokens=tokens,
+                traffic=read,
+                timing=timing,
+                baseline=timings[-1] if sweep.baseline else None,
+                check=dataclasses.replace(check, repeats=check.repeats and same),
+            )
+        )
     for loop in loops:
         loop.close()
-    return Point(
-        batch=batch,
-        position=position,
-        capacity=capacity,
-        implementation=name,
-        reason=reason,
-        tokens=tokens,
-        traffic=traffic(model, batch, position, capacity, steps, tokens),
-        timing=timing,
-        baseline=others[0] if others else None,
-        check=dataclasses.replace(check, repeats=check.repeats and same),
-    )
+    return points
 
 
 def _check(

@@ -6,7 +6,8 @@ exit code is 1 where numbers were wrong.
 By itself: every batch is timed at every position, in loops on the device that feed each step the
 token of the one before it, and the logits are checked. With --compare xla, a baseline in plain
 JAX, one array per layer, is timed in turn with it. Wrong is a logit that is not finite, or other
-bits when a step is repeated. With --tokens, a step takes so many tokens of each sequence; they are
+bits when a step is repeated. With --backend triton,mosaic_gpu the fused kernel is timed as each of
+them compiles it, in turn. With --tokens, a step takes so many tokens of each sequence; they are
 compared with the reference, which is fed them one by one.
 
 With --prompt: the time from a request to its first token on the host, for prompts of each length,
@@ -41,6 +42,8 @@ HELP = "time decode steps, prompts or generations and check their numbers"
 _WRONG = 1
 _POSITION = 96
 _STEPS, _LOOP_STEPS = 64, 512
+# The fused kernel, by the backend of Pallas that compiles it.
+_IMPLEMENTATIONS = {"triton": "pallas", "mosaic_gpu": "pallas_mosaic_gpu"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what to time; default: the fused kernel where it can run, else the reference",
     )
     parser.add_argument(
+        "--backend",
+        metavar="NAME,..",
+        type=_backends,
+        help="time the fused kernel as Pallas's backends compile it, in turn: triton, mosaic_gpu, "
+        "or both",
+    )
+    parser.add_argument(
         "--compare",
         choices=("xla",),
         help="time a baseline in turn: XLA, one array per layer; of prompts, the reference model",
@@ -109,8 +119,14 @@ def run(args: argparse.Namespace) -> int:
     """Prints a table on stdout, what is being done on stderr; or JSON."""
     if args.tokens is not None and (args.loop or args.prompt is not None):
         raise ValueError("--tokens times decode steps; leave it out, or --loop and --prompt.")
+    if args.backend is not None and args.implementation is not None:
+        raise ValueError(
+            "--backend says which kernels are timed, and so does --implementation. Give one."
+        )
+    if args.backend is not None and args.prompt is not None:
+        raise ValueError("--backend times decode steps; leave it out, or --prompt.")
     if args.loop:
-        for name in ("prompt", "compare", "plot"):
+        for name in ("prompt", "compare", "plot", "backend"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--loop times whole generations; leave --{name} out.")
         wrong = _run_loops(args)
@@ -127,6 +143,16 @@ def run(args: argparse.Namespace) -> int:
     return _WRONG if wrong else 0
 
 
+def _backends(text: str) -> tuple[str, ...]:
+    """Implementations, by the names of the backends that compile them."""
+    names = tuple(_IMPLEMENTATIONS.get(name, "") for name in text.split(","))
+    if "" in names or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(_IMPLEMENTATIONS)} or both, with a comma between, is needed, got {text!r}"
+        )
+    return names
+
+
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What every kind of measurement is told."""
     return {
@@ -141,8 +167,10 @@ def _run_steps(args: argparse.Namespace) -> list[str]:
     """Measures and prints decode steps; returns a sentence for each point that is wrong."""
     from ffjax.benchmark import plot, report, suite
 
+    named: Any = args.backend or (args.implementation,)
     sweep = suite.Sweep(
-        **_asked(args),
+        **_asked(args) | {"implementation": named[0]},
+        others=named[1:],
         positions=args.position or (_POSITION,),
         steps=args.steps or _STEPS,
         baseline=args.compare == "xla",
@@ -151,6 +179,8 @@ def _run_steps(args: argparse.Namespace) -> list[str]:
     if args.plot is not None:
         if max(sweep.tokens) > 1:
             raise ValueError("--plot draws steps of one token; leave it out, or --tokens.")
+        if sweep.others:
+            raise ValueError("--plot draws one kernel; name one of them with --backend.")
         plot.check_plot(args.plot)
     results = suite.run(sweep, say=_sayer(args))
     _print(args, results, report)
