@@ -7,7 +7,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ptx_inline import Inline, inlines, shape
+from ptx_inline import Inline, Spelled, inlines, shape
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.draw import ptx
@@ -63,7 +63,7 @@ def meet(
         whole = [one for one in (look, tell, told) if old in one.text]
         assert whole, f"{old} does not occur."
         look, tell, told = (
-            one.edited((old, new)) if one in whole else one for one in (look, tell, told)
+            one.edited(Spelled(old, new)) if one in whole else one for one in (look, tell, told)
         )
     threads = 32 * warps
     width = threads * TOGETHER
@@ -141,7 +141,7 @@ def make_noise(logits, key, index, temperature, least, edit=None) -> tuple[np.nd
 KEY, EXTREMES = (jnp.uint32(3), jnp.uint32(5)), (9564963, 18245552)
 
 
-def check_noise(together: int, temperature: float, edit: tuple[str, str] | None = None) -> None:
+def check_noise(together: int, temperature: float, edit: Spelled | None = None) -> None:
     """Compares noise, that of the least and of the greatest random number too, with JAX's."""
     rng = np.random.default_rng(0)
     size = together, 64
@@ -253,7 +253,7 @@ def test_a_fault_is_seen(fault):
 def test_a_fault_in_noise_is_seen(edit):
     with pytest.raises((AssertionError, PtxError)):
         for temperature in (0.7, 1.0):
-            check_noise(4, temperature, edit)
+            check_noise(4, temperature, Spelled(*edit))
 
 
 def penalties_text() -> Inline:
@@ -265,7 +265,7 @@ def penalties_text() -> Inline:
     return inlines(body, shape(1))[0]
 
 
-def put_penalties(edit: tuple[str, str] | None = None) -> None:
+def put_penalties(edit: Spelled | None = None) -> None:
     """Compares logits of every kind, with the penalties that its formula puts on them."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=64).astype(np.float32) * 3
@@ -297,4 +297,4 @@ def test_penalties_are_those_of_the_formula():
 )
 def test_a_fault_in_penalties_is_seen(edit):
     with pytest.raises(AssertionError):
-        put_penalties(edit)
+        put_penalties(Spelled(*edit))

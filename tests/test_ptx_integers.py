@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ptx_inline import Edit, Inline, inline
+from ptx_inline import Edit, Inline, Spelled, inline
 from ptx_machine import Machine, PtxError
 from ptx_plans import Planned
 
@@ -96,19 +96,20 @@ def test_no_number_stays_none(bad):
     assert whole[8:].all()
 
 
+PRMT = "prmt.b32 digits, digits, digits"
 DIGIT_EDITS = [
-    ("0f467E0000", "0f467C0000"),
-    ("0f38810204", "0f38800000"),
-    ("0f4B400080", "0f4B400000"),
-    ("0x5140; prmt.b32 %c", "0x5150; prmt.b32 %c"),
-    ("0x7632", "0x7633"),
-    ("0x80808080", "0x80808000"),
-    ("%m, 2, 31", "%m, 1, 31"),
-    ("abs.f32 %n, $8;", "abs.f32 %n, $9;"),
-    ("0x5410", "0x5401"),
-    ("0f0DA24260", "0f00000000"),
-    ("%b, %a, 4, 31", "%b, %a, 1, 31"),
-    ("selp.b32 %a, $0, $2, %odd", "selp.b32 %a, $2, $0, %odd"),
+    ("mul.rn.f32 inverse, inverse, 0f467E0000", "mul.rn.f32 inverse, inverse, 0f467C0000"),
+    ("mul.rn.f32 *, largest, 0f38810204", "mul.rn.f32 *, largest, 0f38800000"),
+    ("fma.rn.f32 rounded, *, inverse, 0f4B400080", "fma.rn.f32 rounded, *, inverse, 0f4B400000"),
+    (f"{PRMT}, 0x5140 #1", f"{PRMT}, 0x5150"),
+    ("prmt.b32 *, digits, digits, 0x7632", "prmt.b32 *, digits, digits, 0x7633"),
+    ("xor.b32 *, digits, 0x80808080", "xor.b32 *, digits, 0x80808000"),
+    ("shfl.sync.bfly.b32 other, largest, 2", "shfl.sync.bfly.b32 other, largest, 1"),
+    ("abs.f32 other, $8", "abs.f32 other, $9"),
+    (f"{PRMT}, 0x5410", f"{PRMT}, 0x5401"),
+    ("max.NaN.f32 largest, largest, 0f0DA24260", "max.NaN.f32 largest, largest, 0f00000000"),
+    ("shfl.sync.bfly.b32 digits_2, digits_1, 4", "shfl.sync.bfly.b32 digits_2, digits_1, 1"),
+    ("selp.b32 digits_1, $0, $2, odd", "selp.b32 digits_1, $2, $0, odd"),
 ]
 
 
@@ -317,4 +318,4 @@ PRODUCT_EDITS = [
 @pytest.mark.parametrize(("tile", "old", "new"), PRODUCT_EDITS)
 def test_an_edit_of_the_products_is_noticed(tile, old, new):
     with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
-        check_product(tile, (old, new))
+        check_product(tile, Spelled(old, new))
