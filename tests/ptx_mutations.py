@@ -129,10 +129,9 @@ def _changed(
         parts = _pattern(line)
         own = _WORD.sub(said, parts.guard) if parts.guard else guard
         of = f"@{own} " if own else ""
-        operands = [_WORD.sub(said, x) for x in parts.operands]
-        if parts.opcode != "bra":
-            operands += more
-        else:
+        if parts.opcode == "bra":  # a label
             operands = list(parts.operands)
-        out.append(f"{of}{parts.opcode} {', '.join(operands)};")
+        else:
+            operands = [*(_WORD.sub(said, x) for x in parts.operands), *more]
+        out.append(f"{of}{parts.opcode} {', '.join(operands)}".rstrip() + ";")
     return " ".join(out) or " "

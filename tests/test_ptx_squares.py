@@ -86,6 +86,7 @@ SQUARES_EDITS = [
 
 @pytest.mark.parametrize(("old", "new"), SQUARES_EDITS)
 def test_an_edit_of_the_squares_is_noticed(old, new):
+    assert squares_text(8, 8).has((old, new))
     with pytest.raises((AssertionError, PtxError)):
         check_squares(8, 8, (old, new), np.random.default_rng(1))
 
@@ -149,5 +150,6 @@ ROOT_EDITS = [
     ],
 )
 def test_an_edit_of_parting_is_noticed(form, old, new):
+    assert parted_text(form).has((old, new))
     with pytest.raises((AssertionError, PtxError)):
         check_parted(words_of_twins(form), form, (old, new))
