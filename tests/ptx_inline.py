@@ -53,7 +53,8 @@ class Inline(NamedTuple):
         if edit is None:
             return self
         if isinstance(edit, Spelled):
-            assert edit.old in self.text, f"{edit.old} does not occur in {self.text}"
+            if edit.old not in self.text:
+                raise LookupError(f"{edit.old} does not occur in {self.text}")
             return self._replace(text=self.text.replace(*edit))
         return self._replace(text=mutated(self.text, edit))
 

@@ -40,6 +40,9 @@ def mutated(text: str, mutation: Mutation, *, strict: bool = True) -> str:
         text: inline PTX.
         mutation: what to change.
         strict: whether the text must have what is to be changed.
+
+    Raises:
+        LookupError: it has not; no error that a check of a text may end in.
     """
     text = without_comments(text)
     wanted, _, which = mutation[0].partition(" #")
@@ -61,7 +64,8 @@ def mutated(text: str, mutation: Mutation, *, strict: bool = True) -> str:
         guard = "" if pattern.guard else parts.guard
         made.append(text[at:start] + _changed(change, names, guard, more, text))
         at = found.end()
-    assert made or not strict, f"{mutation[0]} does not occur in {text}"
+    if strict and not made:
+        raise LookupError(f"{mutation[0]} does not occur in {text}")
     return "".join([*made, text[at:]])
 
 
@@ -122,7 +126,8 @@ def _changed(
         if not re.fullmatch(r"[a-z]\w*", role):
             return role
         one = re.sub("_1$", "", role)
-        assert re.search(rf"%{one}\b", text), f"%{one} does not occur in {text}"
+        if not re.search(rf"%{one}\b", text):
+            raise LookupError(f"%{one} does not occur in {text}")
         return f"%{one}"
 
     for line in filter(None, (x.strip() for x in change.split(";"))):

@@ -1469,9 +1469,8 @@ EDITS: dict[str, tuple[Callable[[Edit], Any], Sequence[tuple[str, str]]]] = {
     ids=lambda x: x if isinstance(x, str) else x[0].strip(";"),
 )
 def test_an_edit_is_noticed(case, edit):
-    with pytest.raises((PtxError, AssertionError)) as error:
+    with pytest.raises((PtxError, AssertionError)):
         EDITS[case][0](edit)
-    assert "does not occur" not in str(error.value)
 
 
 # The machine itself

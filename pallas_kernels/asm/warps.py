@@ -43,10 +43,14 @@ class Warps(Writer):
         """`bar.warp.sync`: the threads of the warp wait for each other, and see their stores."""
         self.emit("bar.warp.sync", _EVERYONE)
 
-    def bar_program(self) -> None:
-        """`bar.sync 0` behind `bar.warp.sync`: the threads of the program wait for each other."""
-        self.bar_warp()
+    def bar_sync(self) -> None:
+        """`bar.sync 0`: the warps of the program wait for each other."""
         self.emit("bar.sync", "0")
+
+    def bar_program(self) -> None:
+        """`bar.warp.sync`, then `bar.sync 0`: the threads of the program wait for each other."""
+        self.bar_warp()
+        self.bar_sync()
 
     # Votes and exchanges
 
