@@ -1,12 +1,16 @@
 """The assembler of inline PTX: what it writes runs, and what PTX does not have it refuses."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ptx_inline import inline
 from ptx_machine import Machine
 from ptx_mutations import mutated, occurs
 from ptx_text import parse
 
 from pallas_kernels.asm import LANE, TID, AsmError, Block, bits_of
+from pallas_kernels.stream import ptx
+from pallas_kernels.stream.ptx.operation import listings
 
 
 def run(b: Block, *operands, threads: int = 32) -> list[np.ndarray]:
@@ -165,6 +169,19 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_ptx_does_not_have_is_refused(name):
     assert bad(REFUSED[name])[-1] in ".:s"
+
+
+def test_what_is_lowered_may_be_listed():
+    with listings() as texts:
+        made = inline(lambda: ptx.wait_copies(jnp.int32(0), jnp.int32(0), 8, True))
+    [listing] = texts
+    assert listing.startswith("// ffjax_wait_copies\n// $0: result, u32\n// $1: barrier, s32\n")
+    assert "    // Each thread has looked by itself: a warp votes, and goes on as one." in listing
+    parsed = (parse(x, made.constraints).instructions for x in (listing, made.text))
+    assert next(parsed) == next(parsed)
+    assert "//" not in made.text
+    inline(lambda: ptx.read_row(jnp.int32(0)))
+    assert len(texts) == 1
 
 
 # Mutations

@@ -8,6 +8,7 @@ _sum = Operation("ffjax_sum", _write_sum)
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,9 +20,28 @@ from jax._src import core, state
 from pallas_kernels.asm import Block
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["Choice", "Operation", "Pointer"]
+__all__ = ["Choice", "Operation", "Pointer", "listings"]
 
 _KINDS = {"int32": "s32", "bool": "s32", "float32": "f32"}
+
+
+_listings: list[list[str]] = []
+
+
+@contextlib.contextmanager
+def listings() -> Iterator[list[str]]:
+    """Keeps what is lowered within it as texts for people: with comments, and what is bound.
+
+    with listings() as texts:
+        jax.jit(step).lower(...)
+    print(*texts, sep="\n\n")
+    """
+    texts: list[str] = []
+    _listings.append(texts)
+    try:
+        yield texts
+    finally:
+        _listings.remove(texts)
 
 
 class Pointer(NamedTuple):
@@ -209,6 +229,8 @@ class Operation:
         b = self.text(results, kinds, early, together, **options)
         types = {"int32": lowered.i32(), "float32": lowered.f32()}
         made = [lowered.like(shape, types[x]) for x in results or ["int32"]]
+        for texts in _listings:
+            texts.append(f"// {self._primitive.name}\n{b.listing()}")
         whole = b.warps_jump_whole or not b.jumps
         return lowered.assembly(
             made, b.text(), b.constraints, list(arguments), together or 1, by_warps=whole
