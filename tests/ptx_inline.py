@@ -15,13 +15,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from ptx_machine import Machine
+from ptx_mutations import Mutation, mutated, occurs
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["Edit", "Inline", "bound", "inline", "inlines", "lower_for_gpu", "map_text", "shape"]
+__all__ = [
+    "Edit",
+    "Inline",
+    "Spelled",
+    "bound",
+    "inline",
+    "inlines",
+    "lower_for_gpu",
+    "map_text",
+    "shape",
+]
 
-Edit = tuple[str, str] | None
+
+class Spelled(NamedTuple):
+    """An edit of a text that is written as a string: characters, and what comes instead."""
+
+    old: str
+    new: str
+
+
+Edit = Mutation | Spelled | None
 
 
 class Inline(NamedTuple):
@@ -33,8 +52,15 @@ class Inline(NamedTuple):
     def edited(self, edit: Edit) -> Inline:
         if edit is None:
             return self
-        assert edit[0] in self.text, f"{edit[0]} does not occur in {self.text}"
-        return self._replace(text=self.text.replace(*edit))
+        if isinstance(edit, Spelled):
+            if edit.old not in self.text:
+                raise LookupError(f"{edit.old} does not occur in {self.text}")
+            return self._replace(text=self.text.replace(*edit))
+        return self._replace(text=mutated(self.text, edit))
+
+    def has(self, edit: Edit) -> bool:
+        """Whether the text has what an edit is about."""
+        return edit is not None and occurs(self.text, edit)
 
     def run(self, machine: Machine, *operands: Any, limit: int = 20_000) -> list[np.ndarray]:
         return machine.run(self.text, self.constraints, operands, limit)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 __all__ = [
     "SIZES",
@@ -14,12 +16,16 @@ __all__ = [
     "Corner",
     "Instruction",
     "Operand",
+    "Parts",
     "Program",
     "PtxError",
     "Register",
     "Special",
     "Vector",
     "parse",
+    "statements",
+    "take_apart",
+    "without_comments",
 ]
 
 # Bytes of a type.
@@ -31,6 +37,7 @@ _STATEMENT = re.compile(
     r"|(?P<line>[^;{}]+(?:\{[^{}]*\}[^;{}]*)*);)"
 )
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^\s,][^,]*")
+_INSTRUCTION = re.compile(r"(?:@(!?%\w+)\s+)?([a-z]\w*(?:\.[\w:]+)*)(?:\s+(.*))?", re.DOTALL)
 _SPECIAL = re.compile(r"%(n?tid|n?ctaid)\.[xyz]|%(laneid|warpid|dynamic_smem_size|clock)")
 _NUMBER = re.compile(r"-?(0x[0-9a-fA-F]+|\d+)U?|0[fF][0-9a-fA-F]{8}|-?\d+\.\d*")
 
@@ -240,23 +247,50 @@ def _declare(line: str, scopes: _Scopes) -> None:
             scopes.declare(each, found[1])
 
 
-def _instruction(line: str, scopes: _Scopes) -> Instruction:
-    found = re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z]\w*)((?:\.[\w:]+)*)(?:\s+(.*))?", line, re.DOTALL)
+class Parts(NamedTuple):
+    """An instruction as it is written: `@guard opcode operands;`."""
+
+    guard: str
+    opcode: str
+    operands: tuple[str, ...]
+
+
+def take_apart(line: str) -> Parts:
+    """An instruction's parts, of the text between two semicolons."""
+    found = _INSTRUCTION.fullmatch(line)
     if found is None:
         raise PtxError(f"`{line}` is no instruction.")
-    guard = _operand(found[1], scopes) if found[1] else None
+    return Parts(found[1] or "", found[2], tuple(_OPERAND.findall(found[3] or "")))
+
+
+def _instruction(line: str, scopes: _Scopes) -> Instruction:
+    parts = take_apart(line)
+    guard = _operand(parts.guard, scopes) if parts.guard else None
     if guard is not None and not (isinstance(guard, Register) and guard.kind == "pred"):
         raise PtxError(f"`{line}` is guarded by what is no predicate.")
-    texts = _OPERAND.findall(found[4] or "")
+    name, *modifiers = parts.opcode.split(".")
     # Where a branch goes is known at the end.
-    is_branch = found[2] == "bra"
-    operands = () if is_branch else tuple(_operand(x, scopes) for x in texts)
-    modifiers = tuple(found[3].split(".")[1:])
-    return Instruction(line, found[2], modifiers, guard, operands)
+    operands = () if name == "bra" else tuple(_operand(x, scopes) for x in parts.operands)
+    return Instruction(line, name, tuple(modifiers), guard, operands)
+
+
+def statements(text: str) -> Iterator[re.Match[str]]:
+    """A text's statements: each has one of `open`, `close`, `label` and `line`."""
+    at = 0
+    while text[at:].strip():
+        found = _STATEMENT.match(text, at)
+        if found is None:
+            raise PtxError(f"A statement lacks its end: `{text[at : at + 60].strip()}`")
+        at = found.end()
+        yield found
+
+
+def without_comments(text: str) -> str:
+    """A text with spaces where comments were."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
 
 
 @functools.lru_cache(maxsize=256)
-@functools.lru_cache(64)
 def parse(text: str, constraints: str) -> Program:
     """Takes inline PTX apart.
 
@@ -264,17 +298,11 @@ def parse(text: str, constraints: str) -> Program:
         text: with `$0` and so on for results and operands.
         constraints: of those, as LLVM wants them: "=&r,r,l".
     """
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
     results, early, inputs = _bindings(constraints)
     scopes = _Scopes(results + inputs)
     instructions: list[Instruction] = []
     branches: list[tuple[int, tuple[int, ...]]] = []
-    at = 0
-    while text[at:].strip():
-        found = _STATEMENT.match(text, at)
-        if found is None:
-            raise PtxError(f"A statement lacks its end: `{text[at : at + 60].strip()}`")
-        at = found.end()
+    for found in statements(without_comments(text)):
         if found["open"]:
             scopes.enter()
         elif found["close"]:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from ptx_inline import map_text
 from ptx_machine import Machine, PtxError
+from ptx_mutations import mutated
 
+from pallas_kernels.asm import Block
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.plan import LOT, query_pitch
-from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.attend_text import attend_lines
-from pallas_kernels.stream.ptx.cache import CacheFeed, cache_feed_lines
+from pallas_kernels.stream.ptx.attend_text import write_attention
+from pallas_kernels.stream.ptx.cache import CacheFeed, write_cache_feed
 
 pytestmark = pytest.mark.once("The machine and the texts are ours: no JAX runs.")
 
@@ -194,11 +195,12 @@ class Bench:
         return self.machine.view(self.ring + getattr(self.feed, name), count, dtype)
 
     def ask(self, layer: int) -> None:
-        lines = cache_feed_lines(self.feed, "$1", "$2", "$3", "$4", "$5", 0)
-        text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
+        b = Block()
+        given = b.operands(ring="s32", keys="u64", values="u64", parts="s32", layer="s32")
+        write_cache_feed(b, self.feed, *given, freed=0)
         rows = self.ring + self.rows
         operands = [self.ring, self.keys, self.values, rows, layer]
-        self.machine.run(text, "=r,r,l,l,r,r", operands)
+        self.machine.run(b.text(), b.constraints, operands)
 
     def attend(self, layer: int, j: int, q: np.ndarray, new: np.ndarray, edit=None):
         """What the warps make of the j-th part together: maximum, sum, weighted values."""
@@ -215,13 +217,13 @@ class Bench:
                 place[:] = halves(x[number]) if number < len(x) else 0xFFFF
         self.at("new", new.size, np.uint16)[:] = halves(new).ravel()
         row = self.ring + self.rows + 4 * WORDS * (1 + j)
-        lines = attend_lines(f, "$1", "$2", "$3", "$4", "$5", "$6", MOST_LOOKS)
-        text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
-        if edit is not None:
-            assert edit[0] in text
-            text = text.replace(*edit)
-        operands = [self.ring, self.keys, self.values, self.ring + self.rows, row, layer]
-        self.machine.run(text, "=&r,r,l,l,r,r,r", operands)
+        b = Block()
+        kinds = {"keys": "u64", "values": "u64", "ring": "s32", "parts": "s32"}
+        given = b.operands(**kinds, row="s32", layer="s32")
+        write_attention(b, *given, feed=f, most=MOST_LOOKS)
+        text = b.text() if edit is None else mutated(b.text(), edit)
+        operands = [self.keys, self.values, self.ring, self.ring + self.rows, row, layer]
+        self.machine.run(text, b.constraints, operands)
 
         alone = s.tokens > 1 and s.lots(self.parts[j]) == 1
 
@@ -411,117 +413,136 @@ def test_warps_attend_to_several_tokens_in_any_order():
     assert run(s, parts_of(s), layers=1, order=order) < WORST
 
 
+BOX = (
+    "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+    ".L2::cache_hint"
+)
 EDITS = {
-    "what was summed up is not scaled": ("ex2.approx.ftz.f32 %shrink, %shrink;", ""),
+    "what was summed up is not scaled": ("ex2.approx.ftz.f32 shrink, shrink", ""),
     "values beyond the split count": (
-        "mov.b32 %x, 0; st.shared.v4.b32",
-        "mov.b32 %x, 0; @%p st.shared.v4.b32",
+        "st.shared.v4.b32 [scratch_2+*], {scratch_1, *, *, *}",
+        "@is_done_1 st.shared.v4.b32 [scratch_2+*], {scratch_1, *, *, *}",
     ),
-    "the new position is left out": ("st.shared.v4.b32 [%y+0]", "@%p st.shared.v4.b32 [%y+0]"),
+    "the new position is left out": (
+        "st.shared.v4.b32 [scratch_2], {value_word_1, *, *, *}",
+        "@is_old_1 st.shared.v4.b32 [scratch_2], {value_word_1, *, *, *}",
+    ),
     "threads of a query do not tell each other their maximum": (
-        "shfl.sync.bfly.b32 %h, %f, 2, 31, 0xffffffff;",
-        "mov.b32 %h, %f;",
+        "shfl.sync.bfly.b32 number_2, number_1, 2, 31, 0xffffffff",
+        "mov.b32 number_2, number_1",
     ),
-    "tiles are used before they have come": ("@%p bra come;", "bra come;"),
-    "a tile is asked for while it is used": (f"used: {lowered.MEET}", "used:"),
+    "tiles are used before they have come": ("@has_come bra come", "bra come"),
+    "a tile is asked for while it is used": ("bar.sync 0 #2", ""),
     "every tile is taken to begin like the first 128 bytes": (
-        "shr.u32 %turn, %turn, 7;",
-        "mov.b32 %turn, 0;",
+        "shr.u32 turn, turn, 7",
+        "mov.b32 turn, 0",
     ),
-    "keys' chunks are taken in order": (
-        "mul.lo.u32 %x, %c, 2; xor.b32 %x, %x, %z;",
-        "mul.lo.u32 %x, %c, 2;",
+    "keys' chunks are taken in order": ("xor.b32 scratch_1, scratch_1, scratch_3 #1", ""),
+    "a thread has one of its two chunks twice": (
+        "xor.b32 other_key, key, 16",
+        "mov.b32 other_key, key",
     ),
-    "a thread has one of its two chunks twice": ("xor.b32 %kb, %ka, 16;", "mov.b32 %kb, %ka;"),
-    "values' chunks are taken in order": (
-        "and.b32 %x, %x, 3; xor.b32 %x, %x, %z;",
-        "and.b32 %x, %x, 3;",
+    "values' chunks are taken in order": ("xor.b32 scratch_1, scratch_1, scratch_3 #2", ""),
+    "half of the values are taken twice": (
+        "xor.b32 other_value, value, 64",
+        "mov.b32 other_value, value",
     ),
-    "half of the values are taken twice": ("xor.b32 %vb, %va, 64;", "mov.b32 %vb, %va;"),
     "the new position's chunks are in order": (
-        "xor.b32 %k0, %k0, %thread;",
-        "mov.b32 %k0, %thread;",
+        "xor.b32 key_word_1, key_word_1, thread",
+        "mov.b32 key_word_1, thread",
     ),
-    "values are copies of keys": ("[%e, {%x, %y, %o}]", "[%d, {%x, %y, %o}]"),
+    "values are copies of keys": (
+        f"{BOX} *, [value_map, {{element, line, begin}}]",
+        f"{BOX} *, [key_map, {{element, line, begin}}]",
+    ),
     "a tile without cached positions is waited for": (
-        "selp.b32 %x, 32768, 0, %q;",
-        "mov.b32 %x, 32768;",
+        "selp.b32 bytes, 32768, 0, some",
+        "mov.b32 bytes, 32768",
     ),
 }
 
 
 PLAIN_EDITS = {
-    "a weight's lower half is lost": ("cvt.rn.bf16x2.f32 %pl0, %h, %f;", "mov.b32 %pl0, 0;"),
+    "a weight's lower half is lost": (
+        "cvt.rn.bf16x2.f32 weight_low_1, number_2, number_1",
+        "mov.b32 weight_low_1, 0",
+    ),
 }
 
 PAIRED_EDITS = {
-    "a weight's lower half is lost": ("cvt.rn.bf16x2.f32 %pl0, %h, %h;", "mov.b32 %pl0, 0;"),
-    "a weight has its neighbour's place too": ("and.b32 %ph0, %ph0, %half;", ""),
-    "threads go on with another's score": ("selp.f32 %s0_0, %s0_1, %s0_0, %late;", ""),
-    "an odd key is taken for the even one": ("@%late add.u32 %mine, %mine, 1;", ""),
-    "odd keys are left out": ("fma.rn.f32 %o0_0, %h, %u, %o0_0;", ""),
+    "a weight's lower half is lost": (
+        "cvt.rn.bf16x2.f32 weight_low_1, number_2, number_2",
+        "mov.b32 weight_low_1, 0",
+    ),
+    "a weight has its neighbour's place too": ("and.b32 weight_high_1, weight_high_1, half", ""),
+    "threads go on with another's score": ("selp.f32 score_1, score_2, score_1, late", ""),
+    "an odd key is taken for the even one": ("@late add.s32 mine, mine, 1", ""),
+    "odd keys are left out": ("fma.rn.f32 sum_1, number_2, other_weight, sum_1", ""),
     "pairs are joined by the wrong sums": (
-        "shfl.sync.bfly.b32 %h, %o4_0, 16",
-        "shfl.sync.bfly.b32 %h, %o0_0, 16",
+        "shfl.sync.bfly.b32 number_2, sum_17, 16",
+        "shfl.sync.bfly.b32 number_2, sum_1, 16",
     ),
 }
 
 
 SMALL_COPY_EDITS = {
     "a barrier is told before the values are asked for": (
-        "add.u64 %e, %d, $3;",
-        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%b]; add.u64 %e, %d, $3;",
+        "add.u64 source, offset, $1",
+        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [barrier_1]; add.u64 source, offset, $1",
     ),
-    "a tile is asked for while it is used": (f"used: {lowered.MEET}", "used:"),
-    "one thread of a warp copies alone": ("@%p bra asked;", "@!%lead bra asked;"),
-    "chunks are copied in order": (
-        "xor.b32 %turned, %turned, %chunk;",
-        "mov.b32 %turned, %chunk;",
-    ),
-    "warps share their control words": ("mad.lo.u32 %own, %t, 32,", "mad.lo.u32 %own, %t, 0,"),
+    "a tile is asked for while it is used": ("bar.sync 0 #2", ""),
+    "one thread of a warp copies alone": ("@idle bra asked", "@!lead_1 bra asked"),
+    "chunks are copied in order": ("xor.b32 turned, turned, chunk", "mov.b32 turned, chunk"),
+    "warps share their control words": ("mad.lo.u32 own, warp, 32", "mad.lo.u32 own, warp, 0"),
 }
 
 
 SEVERAL_EDITS = {
-    "positions of later tokens are seen": ("@%p add.u32 %mine, %mine, %x;", ""),
-    "cached positions are taken for later tokens'": ("setp.ne.u32 %p, %new, 0;", ""),
-    "queries of a part are all of the first token": ("div.u32 %x, %x, 16;", "mov.b32 %x, 0;"),
-    "all warps have the first queries": ("shr.u32 %lot, %first, 0;", "mov.b32 %lot, 0;"),
-    "warps take turns with the queries": (
-        "shr.u32 %lot, %first, 0;",
-        "xor.b32 %lot, %first, 1;",
+    "positions of later tokens are seen": ("@has_new add.s32 mine, mine, scratch_1", ""),
+    "cached positions are taken for later tokens'": (
+        "setp.ne.u32 has_new, new, 0",
+        "setp.ge.u32 has_new, new, 0",
     ),
-    "a later part's queries are the first ones": ("add.u32 %x, %x, %z;", ""),
-    "no window begins later": ("setp.le.and.s32 %p, %from, 0, %p;", ""),
+    "queries of a part are all of the first token": (
+        "div.u32 scratch_1, scratch_1, 16",
+        "mov.b32 scratch_1, 0",
+    ),
+    "all warps have the first queries": ("shr.u32 lot, first, 0", "mov.b32 lot, 0"),
+    "warps take turns with the queries": ("shr.u32 lot, first, 0", "xor.b32 lot, first, 1"),
+    "a later part's queries are the first ones": ("add.u32 scratch_1, scratch_1, scratch_3", ""),
+    "no window begins later": ("setp.le.and.s32 is_seen, seen_from, 0, is_seen", ""),
     "every window moves from the first token on": (
-        "sub.s32 %from, %x, %y;",
-        "mov.b32 %from, %x;",
+        "sub.s32 seen_from, scratch_1, scratch_2",
+        "mov.b32 seen_from, scratch_1",
     ),
-    "windows move with the tiles": ("sub.s32 %from, %from, 32;", ""),
-    "warps of few queries have those of many": ("selp.b32 %lot, 0, %lot, %alone;", ""),
+    "windows move with the tiles": ("sub.s32 seen_from, seen_from, 32", ""),
+    "warps of few queries have those of many": ("selp.b32 lot, 0, lot, alone", ""),
     "warps of few queries have the keys of many": (
-        "selp.b32 %first, %first, %x, %alone;",
-        "mov.b32 %first, %x;",
+        "selp.b32 first, first, scratch_1, alone",
+        "mov.b32 first, scratch_1",
     ),
-    "warps of many queries have the keys of few": (
-        "selp.b32 %first, %first, %x, %alone;",
-        "",
-    ),
-    "few queries are taken for many": ("@%alone bra few;", ""),
-    "many queries are taken for few": ("@%alone bra few;", "bra few;"),
+    "warps of many queries have the keys of few": ("selp.b32 first, first, scratch_1, alone", ""),
+    "few queries are taken for many": ("@alone bra few", ""),
+    "many queries are taken for few": ("@alone bra few", "bra few"),
     "the last tile but one has no new position": (
-        "setp.ge.s32 %p, %k0, 32;",
-        "setp.gt.s32 %p, %left, 32;",
+        "setp.ge.s32 is_old, key_word_1, 32",
+        "setp.gt.s32 is_old, left_1, 32",
     ),
     "the last tile has only what begins there": (
-        "setp.ge.s32 %p, %k0, 32;",
-        "setp.ge.u32 %p, %k0, 32;",
+        "setp.ge.s32 is_old, key_word_1, 32",
+        "setp.ge.u32 is_old, key_word_1, 32",
     ),
-    "new positions go beyond a tile": ("setp.lt.u32 %p, %y, 32;", "setp.lt.s32 %p, %y, 32;"),
-    "there are more pieces than new ones": ("setp.lt.and.u32 %p, %x, 12, %p;", ""),
+    "new positions go beyond a tile": (
+        "setp.lt.u32 is_here, scratch_2, 32",
+        "setp.lt.s32 is_here, scratch_2, 32",
+    ),
+    "there are more pieces than new ones": (
+        "setp.lt.and.u32 is_here, scratch_1, 12, is_here",
+        "",
+    ),
     "new values take the keys' place": (
-        "@%p st.shared.v4.b32 [%y+2048]",
-        "@%p st.shared.v4.b32 [%y+0]",
+        "@is_here st.shared.v4.b32 [scratch_2+2048]",
+        "@is_here st.shared.v4.b32 [scratch_2]",
     ),
 }
 

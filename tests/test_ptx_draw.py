@@ -7,7 +7,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ptx_inline import Inline, inlines, shape
+from ptx_inline import Inline, Spelled, inlines, shape
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.draw import ptx
@@ -59,11 +59,13 @@ def meet(
     """
     rng = np.random.default_rng(seed)
     look, tell, told = texts(len(places), best, winners, warps, parts)
-    for old, new in edits:
-        whole = [one for one in (look, tell, told) if old in one.text]
-        assert whole, f"{old} does not occur."
+    for old, new, *only in edits:
+        both = {"look": look, "tell": tell, "told": told}
+        whole = [x for x in only or both if both[x].has((old, new))]
+        if not whole:
+            raise LookupError(f"{old} does not occur.")
         look, tell, told = (
-            one.edited((old, new)) if one in whole else one for one in (look, tell, told)
+            one.edited((old, new)) if name in whole else one for name, one in both.items()
         )
     threads = 32 * warps
     width = threads * TOGETHER
@@ -141,7 +143,7 @@ def make_noise(logits, key, index, temperature, least, edit=None) -> tuple[np.nd
 KEY, EXTREMES = (jnp.uint32(3), jnp.uint32(5)), (9564963, 18245552)
 
 
-def check_noise(together: int, temperature: float, edit: tuple[str, str] | None = None) -> None:
+def check_noise(together: int, temperature: float, edit: Spelled | None = None) -> None:
     """Compares noise, that of the least and of the greatest random number too, with JAX's."""
     rng = np.random.default_rng(0)
     size = together, 64
@@ -208,20 +210,28 @@ def test_a_program_waits_for_the_words_of_this_meeting():
 
 # What is changed, and whether the last slot holds a token then.
 FAULTS = {
-    "warps that have tokens are skipped": ("@!%p bra over1;", "@%p bra over1;", True),
-    "a place's count is not added": ("@%p add.u32 %c2, %c2, 1;", "", False),
-    "the first of equals is not the greatest": ("sub.u32 %m, 1073741823,", "add.u32 %m, 0,", True),
-    "a mass's upper half is lost": ("mul.wide.u32 %y, %high, 65536;", "mov.u64 %y, 0;", False),
-    "sums are read before all have written": ("bar.sync 0; add.u32 %b", "add.u32 %b", False),
-    "tokens are added up": ("@%last mov.u64 %x, %z;", "", True),
+    "warps that have tokens are skipped": ("@!above bra over_2", "@above bra over_2", True),
+    "a place's count is not added": ("@above add.u32 count_3, count_3, 1", "", False),
+    "the first of equals is not the greatest": (
+        "sub.u32 token, 0x3fffffff",
+        "add.u32 token, 0",
+        True,
+    ),
+    "a mass's upper half is lost": (
+        "mul.wide.u32 other, high, 65536",
+        "mov.b64 other, 0",
+        False,
+    ),
+    "sums are read before all have written": ("bar.sync 0", "", "told", False),
+    "tokens are added up": ("@last mov.b64 joined, larger", "", True),
 }
 
 
 # The same of tokens that are ahead above some places.
 WINNER_FAULTS = [
-    ("setp.gt.and.s32 %q, %o, %w3, %p;", "setp.gt.s32 %q, %o, %w3;"),
-    ("@%q mov.b32 %i4,", "@!%q mov.b32 %i4,"),
-    ("setp.ge.u32 %last, %a, 5;", "setp.ge.u32 %last, %a, 6;"),
+    ("setp.gt.and.s32 is_ahead, ordered, top_4, above", "setp.gt.s32 is_ahead, ordered, top_4"),
+    ("@is_ahead mov.b32 top_token_5", "@!is_ahead mov.b32 top_token_5"),
+    ("setp.ge.u32 last, word, 5", "setp.ge.u32 last, word, 6"),
 ]
 
 
@@ -253,7 +263,7 @@ def test_a_fault_is_seen(fault):
 def test_a_fault_in_noise_is_seen(edit):
     with pytest.raises((AssertionError, PtxError)):
         for temperature in (0.7, 1.0):
-            check_noise(4, temperature, edit)
+            check_noise(4, temperature, Spelled(*edit))
 
 
 def penalties_text() -> Inline:
@@ -265,7 +275,7 @@ def penalties_text() -> Inline:
     return inlines(body, shape(1))[0]
 
 
-def put_penalties(edit: tuple[str, str] | None = None) -> None:
+def put_penalties(edit: Spelled | None = None) -> None:
     """Compares logits of every kind, with the penalties that its formula puts on them."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=64).astype(np.float32) * 3
@@ -297,4 +307,4 @@ def test_penalties_are_those_of_the_formula():
 )
 def test_a_fault_in_penalties_is_seen(edit):
     with pytest.raises(AssertionError):
-        put_penalties(edit)
+        put_penalties(Spelled(*edit))

@@ -96,24 +96,26 @@ def test_no_number_stays_none(bad):
     assert whole[8:].all()
 
 
+PRMT = "prmt.b32 digits, digits, digits"
 DIGIT_EDITS = [
-    ("0f467E0000", "0f467C0000"),
-    ("0f38810204", "0f38800000"),
-    ("0f4B400080", "0f4B400000"),
-    ("0x5140; prmt.b32 %c", "0x5150; prmt.b32 %c"),
-    ("0x7632", "0x7633"),
-    ("0x80808080", "0x80808000"),
-    ("%m, 2, 31", "%m, 1, 31"),
-    ("abs.f32 %n, $8;", "abs.f32 %n, $9;"),
-    ("0x5410", "0x5401"),
-    ("0f0DA24260", "0f00000000"),
-    ("%b, %a, 4, 31", "%b, %a, 1, 31"),
-    ("selp.b32 %a, $0, $2, %odd", "selp.b32 %a, $2, $0, %odd"),
+    ("mul.rn.f32 inverse, inverse, 0f467E0000", "mul.rn.f32 inverse, inverse, 0f467C0000"),
+    ("mul.rn.f32 *, largest, 0f38810204", "mul.rn.f32 *, largest, 0f38800000"),
+    ("fma.rn.f32 rounded, *, inverse, 0f4B400080", "fma.rn.f32 rounded, *, inverse, 0f4B400000"),
+    (f"{PRMT}, 0x5140 #1", f"{PRMT}, 0x5150"),
+    ("prmt.b32 *, digits, digits, 0x7632", "prmt.b32 *, digits, digits, 0x7633"),
+    ("xor.b32 *, digits, 0x80808080", "xor.b32 *, digits, 0x80808000"),
+    ("shfl.sync.bfly.b32 other, largest, 2", "shfl.sync.bfly.b32 other, largest, 1"),
+    ("abs.f32 other, $8", "abs.f32 other, $9"),
+    (f"{PRMT}, 0x5410", f"{PRMT}, 0x5401"),
+    ("max.NaN.f32 largest, largest, 0f0DA24260", "max.NaN.f32 largest, largest, 0f00000000"),
+    ("shfl.sync.bfly.b32 digits_2, digits_1, 4", "shfl.sync.bfly.b32 digits_2, digits_1, 1"),
+    ("selp.b32 digits_1, $0, $2, odd", "selp.b32 digits_1, $2, $0, odd"),
 ]
 
 
 @pytest.mark.parametrize(("old", "new"), DIGIT_EDITS)
 def test_an_edit_of_the_digits_is_noticed(old, new):
+    assert digits_text(8, 8, True).has((old, new))
     with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
         check_digits(8, 1, True, (old, new))
 
@@ -294,27 +296,45 @@ def test_warps_make_their_products_in_any_order():
     check_product(Tile(8, 8, 2, True, 4, 8), order=np.random.default_rng(3))
 
 
+SHFL = "shfl.sync.idx.b32 own_scale, $5"
 PRODUCT_EDITS = [
-    (Tile(4, 4, 2, True), "0x28", "0x48"),
-    (Tile(4, 4, 2, True), "shl.b32 %x0_0, %xr0_0, 4", "shl.b32 %x0_0, %xr0_0, 0"),
-    (Tile(4, 4, 2, True), "0f3D800000", "0f3D000000"),
-    (Tile(4, 4, 2, True), "mad.lo.u32 %c, $6, 2, $4", "mad.lo.u32 %c, $6, 0, $4"),
-    (Tile(4, 4, 2, True), "%hi_0, 256, %hi_1", "%hi_1, 256, %hi_0"),
-    (Tile(8, 4, 1, True), "256, %hi", "255, %hi"),
-    (Tile(8, 4, 1, True), "%c+4]", "%c+8]"),
-    (Tile(8, 4, 1, True), "[$3+0]", "[$3+16]"),
-    (Tile(8, 2, 5, True), "%hi_0, %hi_0, %hi2_0", "%hi_0, %hi_0, %hi1_0"),
-    (Tile(8, 8, 3, False), "$5, %l, 31", "$5, %t, 31"),
-    (Tile(8, 16, 2, False), "[$3+256]", "[$3+128]"),
-    (Tile(8, 16, 2, False), "shl.b32 %b, $2, 3", "shl.b32 %b, $2, 2"),
-    (Tile(8, 32, 1, False), "shl.b32 %b, $2, 4", "shl.b32 %b, $2, 3"),
-    (Tile(4, 32, 1, False), "add.u32 %c, %c, ", "sub.u32 %c, %c, "),
-    (Tile(4, 32, 1, False), "[$3+512]", "[$3+128]"),
-    (Tile(4, 4, 2, True, short=3 * GROUP), "setp.ne.f32 %p, %f, 0f00000000; @%p", ""),
+    (Tile(4, 4, 2, True), "lop3.b32 *, *, *, *, 0x28", "lop3.b32 *, *, *, *, 0x48"),
+    (Tile(4, 4, 2, True), "shl.b32 x_1, x_raw_1, 4", "shl.b32 x_1, x_raw_1, 0"),
+    (
+        Tile(4, 4, 2, True),
+        "mul.rn.f32 own_scale, own_scale, 0f3D800000",
+        "mul.rn.f32 own_scale, own_scale, 0f3D000000",
+    ),
+    (Tile(4, 4, 2, True), "mad.lo.u32 scale_place, $6, 2", "mad.lo.u32 scale_place, $6, 0"),
+    (
+        Tile(4, 4, 2, True),
+        "mad.lo.s32 scratch, high_sum_1, 256, high_sum_2",
+        "mad.lo.s32 scratch, high_sum_2, 256, high_sum_1",
+    ),
+    (Tile(8, 4, 1, True), "mad.lo.s32 scratch, *, 256", "mad.lo.s32 scratch, *, 255"),
+    (Tile(8, 4, 1, True), "ld.shared.f32 *, [scale_place+4]", "ld.shared.f32 *, [scale_place+8]"),
+    (Tile(8, 4, 1, True), "st.shared.v2.f32 [$3]", "st.shared.v2.f32 [$3+16]"),
+    (
+        Tile(8, 2, 5, True),
+        "add.s32 high_sum_1, high_sum_1, high_sum_9",
+        "add.s32 high_sum_1, high_sum_1, high_sum_5",
+    ),
+    (Tile(8, 8, 3, False), f"{SHFL}, lane", f"{SHFL}, quad"),
+    (Tile(8, 16, 2, False), "st.shared.v2.f32 [$3+256]", "st.shared.v2.f32 [$3+128]"),
+    (Tile(8, 16, 2, False), "shl.b32 other_row, $2, 3", "shl.b32 other_row, $2, 2"),
+    (Tile(8, 32, 1, False), "shl.b32 other_row, $2, 4", "shl.b32 other_row, $2, 3"),
+    (
+        Tile(4, 32, 1, False),
+        "add.u32 scale_place, scale_place",
+        "sub.u32 scale_place, scale_place",
+    ),
+    (Tile(4, 32, 1, False), "st.shared.v2.f32 [$3+512]", "st.shared.v2.f32 [$3+128]"),
+    (Tile(4, 4, 2, True, short=3 * GROUP), "@is_some fma.rn.f32", "fma.rn.f32"),
 ]
 
 
 @pytest.mark.parametrize(("tile", "old", "new"), PRODUCT_EDITS)
 def test_an_edit_of_the_products_is_noticed(tile, old, new):
+    assert product_text(tile).has((old, new))
     with pytest.raises((AssertionError, PtxError)), np.errstate(all="ignore"):
         check_product(tile, (old, new))

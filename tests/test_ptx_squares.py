@@ -73,19 +73,20 @@ def test_no_number_stays_in_its_sequence():
 
 
 SQUARES_EDITS = [
-    ("bar.sync 0;", ""),
-    ("fma.rn.f32 %s1, $7, $7, %s1;", "fma.rn.f32 %s1, $7, $6, %s1;"),
-    ("add.f32 %s0, %s0, %s2;", ""),
-    ("%s0, 2, 31", "%s0, 4, 31"),
-    ("setp.eq.u32 %p, %l, 0;", "setp.eq.u32 %p, %l, 1; mov.f32 %s0, 0f00000000;"),
-    ("mad.lo.u32 %a, %a, 32, $1;", "mad.lo.u32 %a, %a, 16, $1;"),
-    ("[%a+16]", "[%a+0]"),
-    ("shr.u32 %l, %l, 5;", "shr.u32 %l, %l, 6;"),
+    ("bar.sync 0", ""),
+    ("fma.rn.f32 sum_2, $7, $7, sum_2", "fma.rn.f32 sum_2, $7, $6, sum_2"),
+    ("add.f32 sum_1, sum_1, sum_3", ""),
+    ("shfl.sync.bfly.b32 other, sum_1, 2", "shfl.sync.bfly.b32 other, sum_1, 4"),
+    ("setp.eq.u32 is_first, in_quad, 0", "setp.eq.u32 is_first, in_quad, 1; mov.b32 sum_1, 0"),
+    ("mad.lo.u32 row, row, 32", "mad.lo.u32 row, row, 16"),
+    ("ld.shared.v4.f32 *, [row+16]", "ld.shared.v4.f32 *, [row]"),
+    ("shr.u32 warp, warp, 5", "shr.u32 warp, warp, 6"),
 ]
 
 
 @pytest.mark.parametrize(("old", "new"), SQUARES_EDITS)
 def test_an_edit_of_the_squares_is_noticed(old, new):
+    assert squares_text(8, 8).has((old, new))
     with pytest.raises((AssertionError, PtxError)):
         check_squares(8, 8, (old, new), np.random.default_rng(1))
 
@@ -125,19 +126,19 @@ def test_both_ways_to_unpack_half2_agree(form):
 
 
 EDITS = [
-    ("0xfffefffe", "0xffffffff"),
-    ("0xfffefffe", "0xfffe7ffe"),
-    ("0xfffefffe", "0x7ffefffe"),
-    ("mov.b32 {%h, %g}", "mov.b32 {%g, %h}"),
-    ("$0, %h", "$0, %g"),
-    ("$1, %g", "$1, %h"),
+    ("and.b32 kept, $2, 0xfffefffe", "and.b32 kept, $2, 0xffffffff"),
+    ("and.b32 kept, $2, 0xfffefffe", "and.b32 kept, $2, 0xfffe7ffe"),
+    ("and.b32 kept, $2, 0xfffefffe", "and.b32 kept, $2, 0x7ffefffe"),
+    ("mov.b32 {low, high}", "mov.b32 {high, low}"),
+    ("cvt.f32.f16 $0, low", "cvt.f32.f16 $0, high"),
+    ("cvt.f32.f16 $1, high", "cvt.f32.f16 $1, low"),
 ]
 ROOT_EDITS = [
-    ("abs.f32 %f, $0;", "mov.f32 %f, $0;"),
-    ("abs.f32 %f, $1;", "mov.f32 %f, $1;"),
-    ("abs.f32 %f, $1;", "abs.f32 %f, $0;"),
-    ("mul.rn.f32 $0, $0, %f;", ""),
-    ("mul.rn.f32 $1, $1, %f;", ""),
+    ("abs.f32 magnitude, $0", "mov.b32 magnitude, $0"),
+    ("abs.f32 magnitude, $1", "mov.b32 magnitude, $1"),
+    ("abs.f32 magnitude, $1", "abs.f32 magnitude, $0"),
+    ("mul.rn.f32 $0, $0, magnitude", ""),
+    ("mul.rn.f32 $1, $1, magnitude", ""),
 ]
 
 
@@ -149,5 +150,6 @@ ROOT_EDITS = [
     ],
 )
 def test_an_edit_of_parting_is_noticed(form, old, new):
+    assert parted_text(form).has((old, new))
     with pytest.raises((AssertionError, PtxError)):
         check_unpack(half2_words(form), form, (old, new))

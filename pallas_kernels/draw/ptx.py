@@ -14,9 +14,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax._src import core, state
+from jax._src import core
 
+from pallas_kernels.asm import TID, Block, Register
 from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["COUNT_AT", "SLOTS", "TAG_BITS", "TOKEN_BITS", "look", "reserve", "tell", "told"]
 
@@ -30,7 +32,7 @@ TAG_BITS = 2
 TOKEN_BITS = 30
 
 _SLOT_BYTES = 8
-_ALL = "0xffffffff"
+_LAST_TOKEN = 2**TOKEN_BITS - 1
 _LANES = 32
 # Lanes of a warp that hold the same slot.
 _ALIKE = range(_LANES // SLOTS)
@@ -64,109 +66,125 @@ def reserve(warps: int) -> Array:
     return _reserve_p.bind(jnp.zeros((1,), jnp.int32), size=2 * warps * SLOTS * _SLOT_BYTES)
 
 
-_look_p = core.Primitive("ffjax_draw_look")
+_Each = list[Register]
+"""Of an operand, or a result, a register for each of a thread's tokens."""
 
 
-@_look_p.def_effectful_abstract_eval
-def _(logits, *args, places, best, winners, together):
-    return core.ShapedArray(logits.shape, jnp.int32), {lowered.ORDERED}
-
-
-def _ahead_lines(slot: int) -> list[str]:
-    """%v of a slot: of a warp's numbers with noise, %o, the greatest, and its token, %m."""
-    return [
-        f"redux.sync.max.u32 %t, %o, {_ALL};",
-        "setp.eq.u32 %p, %t, %o; selp.u32 %m, %m, 0, %p;",
-        f"redux.sync.max.u32 %m, %m, {_ALL};",
-        f"cvt.u64.u32 %x, %t; shl.b64 %x, %x, {TOKEN_BITS}; cvt.u64.u32 %y, %m;",
-        f"or.b64 %v{slot}, %x, %y;",
-    ]
-
-
-def _look_text(places: int, best: bool, winners: int, k: int) -> str:
-    """Operands: k results, k of each: logits, masses, places, noisy logits, tokens, the address."""
+def _write_look(
+    b: Block, nothing: _Each, *given: _Each, places: int, best: bool, winners: int
+) -> None:
+    """Operands: logits, masses, places, noisy logits, tokens, the address."""
+    logits, masses, *rest = given
+    levels, address = rest[:places], rest[-1][0]
+    noisy, tokens = rest[places : places + 2] if best else ([], [])
     ahead = range(places - winners, places)
-
-    def of(argument: int, i: int = 0) -> str:
-        return f"${(1 + argument) * k + i}"
-
-    lines = [
-        "{ .reg .pred %p; .reg .b32 %low, %high, %at, %t, %n, %o, %m; .reg .f32 %f, %least;",
-        f".reg .b32 %s<{SLOTS}>, %c<{SLOTS}>; .reg .b64 %x, %y, %best, %v<{SLOTS}>;",
-        *(f"mov.u32 ${i}, 0;" for i in range(k)),
-        f".reg .pred %q; .reg .b32 %w<{SLOTS}>, %i<{SLOTS}>;",
-        *(f"mov.u32 %s{place}, 0; mov.u32 %c{place}, 0;" for place in range(places)),
-        *(f"mov.u32 %w{place}, {1 << 31}; mov.u32 %i{place}, 0;" for place in ahead),
-        "mov.u64 %best, 0;",
-    ]
+    b.warps_jump_whole = True  # whole warps do
+    # Of each place: the sum of what lies above it, how many tokens that are, and of the last places
+    # the greatest number with noise among them, and its token.
+    sums, counts = ([b.u32(name) for _ in range(SLOTS)] for name in ("sum", "count"))
+    greatest, its_token = ([b.s32(name) for _ in range(SLOTS)] for name in ("top", "top_token"))
+    slots = [b.u64("slot") for _ in range(SLOTS)]
+    low, high, place, word, count = b.u32s("low", "high", "place", "word", "count")
+    ordered, token = b.s32("ordered"), b.u32("token")
+    number, least = b.f32s("number", "least")
+    one, other, found = b.u64("one"), b.u64("other"), b.u64("found")
+    above, is_ahead = b.pred("above"), b.pred("is_ahead")
+    for word_of in nothing:
+        b.mov(word_of, 0)
+    for i in range(places):
+        b.mov(sums[i], 0)
+        b.mov(counts[i], 0)
+    for i in ahead:
+        b.mov(greatest[i], 1 << 31)
+        b.mov(its_token[i], 0)
+    b.mov(found, 0)
     if places:
-        lines.append(f"mov.b32 %least, {of(2)};")
-        lines += [f"min.f32 %least, %least, {of(2 + place)};" for place in range(1, places)]
-    for i in range(k):
+        b.mov(least, levels[0][0])
+        for level in levels[1:]:
+            b.min(least, least, level[0].as_("f32"))
+
+    for i, logit in enumerate(logits):
+        over = b.label("over")
         if places:
-            # A warp of which no token lies above any place goes on to its next ones.
-            lines.append(f"setp.gt.f32 %p, {of(0, i)}, %least;")
-            lines.append(f"vote.sync.any.pred %p, %p, {_ALL}; @!%p bra over{i};")
-        noisy, token = 2 + places, 3 + places
+            b.comment("A warp of which no token lies above any place goes on to its next ones.")
+            b.setp("gt", above, logit.as_("f32"), least)
+            b.vote_any(above, above)
+            b.bra_unless(above, over)
         if best:
-            # As an integer that is ordered alike; -0 is 0.
-            lines += [
-                f"mov.b32 %f, {of(noisy, i)}; add.f32 %f, %f, 0f00000000; mov.b32 %o, %f;",
-                "shr.s32 %m, %o, 31; and.b32 %m, %m, 0x7fffffff; xor.b32 %o, %o, %m;",
-            ]
-        for place in range(places):
-            lines.append(f"setp.gt.f32 %p, {of(0, i)}, {of(2 + place)};")
-            lines.append(f"@%p add.u32 %s{place}, %s{place}, {of(1, i)};")
-            lines.append(f"@%p add.u32 %c{place}, %c{place}, 1;")
-            if place in ahead:
-                # Of equals the first one stays: a thread's tokens come by their numbers.
-                lines.append(f"setp.gt.and.s32 %q, %o, %w{place}, %p;")
-                lines.append(f"@%q mov.b32 %w{place}, %o; @%q mov.b32 %i{place}, {of(token, i)};")
+            b.comment("As an integer that is ordered alike; -0 is 0.")
+            b.mov(number, noisy[i])
+            b.add(number, number, 0.0)
+            b.mov(ordered, number)
+            b.shr(token.as_("s32"), ordered, 31)
+            b.and_(token, token, 0x7FFFFFFF)
+            b.xor(ordered, ordered, token)
+        for j, level in enumerate(levels):
+            b.setp("gt", above, logit.as_("f32"), level[0].as_("f32"))
+            with b.when(above):
+                b.add(sums[j], sums[j], masses[i])
+                b.add(counts[j], counts[j], 1)
+            if j in ahead:
+                b.comment("Of equals the first one stays: a thread's tokens come by their numbers.")
+                b.setp("gt", is_ahead, ordered, greatest[j], also=above)
+                with b.when(is_ahead):
+                    b.mov(greatest[j], ordered)
+                    b.mov(its_token[j], tokens[i])
         if best and not winners:
-            lines += [
-                f"xor.b32 %o, %o, 0x80000000; sub.u32 %m, {2**TOKEN_BITS - 1}, {of(token, i)};",
-                "mov.b64 %y, {%m, %o}; max.u64 %best, %best, %y;",
-            ]
-        lines.append(f"over{i}:")
-    for place in range(places):
-        # A thread's sum has 32 bits; its halves are summed apart, the upper one with the count.
-        lines += [
-            f"and.b32 %low, %s{place}, 65535; shr.u32 %high, %s{place}, 16;",
-            f"shl.b32 %n, %c{place}, 21; add.u32 %high, %high, %n;",
-            f"redux.sync.add.u32 %low, %low, {_ALL}; redux.sync.add.u32 %high, %high, {_ALL};",
-            "shr.u32 %n, %high, 21; and.b32 %high, %high, 2097151;",
-            "cvt.u64.u32 %x, %low; mul.wide.u32 %y, %high, 65536; add.u64 %x, %x, %y;",
-            f"cvt.u64.u32 %y, %n; shl.b64 %y, %y, {COUNT_AT}; add.u64 %v{place}, %x, %y;",
-        ]
-    lines += [f"mov.u64 %v{place}, 0;" for place in range(places, SLOTS)]
+            b.xor(ordered, ordered, 0x80000000)
+            b.sub(token, _LAST_TOKEN, tokens[i])
+            b.pack(other, token, ordered)
+            b.max(found, found, other)
+        b.mark(over)
+
+    def put(slot: Register) -> None:
+        """Of a warp's numbers the greatest, and its token."""
+        is_greatest = b.pred("is_greatest")
+        b.redux_max(word, ordered)
+        b.setp("eq", is_greatest, word, ordered)
+        b.selp(token, token, 0, is_greatest)
+        b.redux_max(token, token)
+        b.widen(one, word)
+        b.shl(one, one, TOKEN_BITS)
+        b.widen(other, token)
+        b.or_(slot, one, other)
+
+    b.comment("A thread's sum has 32 bits; its halves are summed apart, the upper with the count.")
+    for j in range(places):
+        b.and_(low, sums[j], 65535)
+        b.shr(high, sums[j], 16)
+        b.shl(count, counts[j], 21)
+        b.add(high, high, count)
+        b.redux_add(low, low)
+        b.redux_add(high, high)
+        b.shr(count, high, 21)
+        b.and_(high, high, 2097151)
+        b.widen(one, low)
+        b.mul_wide(other, high, 65536)
+        b.add(one, one, other)
+        b.widen(other, count)
+        b.shl(other, other, COUNT_AT)
+        b.add(slots[j], one, other)
+    for slot in slots[places:]:
+        b.mov(slot, 0)
     if best and not winners:
-        lines += ["mov.b64 {%m, %o}, %best;", *_ahead_lines(SLOTS - 1)]
-    for slot, place in zip(range(SLOTS - winners, SLOTS), ahead, strict=True):
-        lines += [
-            f"xor.b32 %o, %w{place}, 0x80000000; sub.u32 %m, {2**TOKEN_BITS - 1}, %i{place};",
-            *_ahead_lines(slot),
-        ]
-    address = 2 + places + 2 * best
-    lines += [
-        "mov.u32 %t, %tid.x; and.b32 %n, %t, 31; shr.u32 %t, %t, 5;",
-        f"mad.lo.u32 %at, %t, {SLOTS * _SLOT_BYTES}, {of(address)}; setp.eq.u32 %p, %n, 0;",
-        *(
-            f"@%p st.shared.v2.b64 [%at+{i * _SLOT_BYTES}], {{%v{i}, %v{i + 1}}};"
-            for i in range(0, SLOTS, 2)
-        ),
-        "}",
-    ]
-    return " ".join(lines)
+        b.unpack(token, ordered, found)
+        put(slots[-1])
+    for slot, j in zip(slots[SLOTS - winners :], ahead, strict=True):
+        b.xor(ordered, greatest[j], 0x80000000)
+        b.sub(token, _LAST_TOKEN, its_token[j])
+        put(slot)
+    lane, is_first = count, b.pred("is_first")
+    b.mov(word, TID)
+    b.and_(lane, word, 31)
+    b.shr(word, word, 5)
+    b.mad_lo(place, word, SLOTS * _SLOT_BYTES, address)
+    b.setp("eq", is_first, lane, 0)
+    with b.when(is_first):
+        for i in range(0, SLOTS, 2):
+            b.st_shared(place + i * _SLOT_BYTES, slots[i : i + 2])
 
 
-@lowered.rule(_look_p)
-def _(ctx, *args, places, best, winners, together):
-    arguments = lowered.values(ctx, args)
-    text = _look_text(places, best, winners, together)
-    constraints = ",".join(["=&r"] * together + ["r"] * (together * len(arguments)))
-    result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    # Whole warps jump.
-    return lowered.assembly([result], text, constraints, arguments, together, by_warps=True)[0]
+_look = Operation("ffjax_draw_look", _write_look)
 
 
 def _bits(x: Array) -> Array:
@@ -200,97 +218,102 @@ def look(
     arrays = [logits, mass, *places, *(best or ()), jnp.sum(shared)]
     arrays = [_bits(jnp.broadcast_to(x, shape)) for x in arrays]
     options = {"places": len(places), "best": best is not None, "winners": winners}
-    options["together"] = together
-    _look_p.bind(*arrays, **options)
+    _look(*arrays, results=["int32"], together=together, **options)
 
 
-def _joined_lines(value: str, best: int) -> list[str]:
-    """Sums `value` up over lanes that hold the same slot; in the last ones, the greatest stays."""
-    lines = []
-    for by in (8, 16):
-        lines += [
-            f"mov.b64 {{%a, %b}}, {value};",
-            f"shfl.sync.bfly.b32 %a, %a, {by}, 31, {_ALL};",
-            f"shfl.sync.bfly.b32 %b, %b, {by}, 31, {_ALL};",
-            "mov.b64 %y, {%a, %b};",
-            *_join_lines(value, "%y", best),
-        ]
-    return lines
-
-
-def _join_lines(value: str, other: str, best: int) -> list[str]:
-    if not best:
-        return [f"add.u64 {value}, {value}, {other};"]
-    return [
-        f"max.u64 %z, {value}, {other}; add.u64 {value}, {value}, {other};",
-        f"@%last mov.u64 {value}, %z;",
-    ]
-
-
-def _of_warps_lines(address: str, warps: int, best: int) -> list[str]:
-    """What so many warps have put at `address`, joined: %x, of each lane's slot."""
-    lines = [
-        "mov.u64 %x, 0;",
-        f"shr.u32 %a, %lane, 3; mad.lo.u32 %at, %lane, {_SLOT_BYTES}, {address};",
-    ]
-    for first in range(0, warps, len(_ALIKE)):
-        at = f"[%at+{first * SLOTS * _SLOT_BYTES}]"
-        if first + len(_ALIKE) <= warps:
-            lines.append(f"ld.shared.b64 %y, {at};")
-        else:
-            lines.append(f"setp.lt.u32 %p, %a, {warps - first}; mov.u64 %y, 0;")
-            lines.append(f"@%p ld.shared.b64 %y, {at};")
-        lines += _join_lines("%x", "%y", best)
-    return lines + _joined_lines("%x", best)
-
-
-def _registers(best: int) -> str:
+class _Meeting:
     """What `tell` and `told` begin with; `best` slots, the last ones, hold a token."""
-    return _REGISTERS + f" setp.ge.u32 %last, %a, {SLOTS - best};"
+
+    def __init__(self, b: Block, best: int):
+        self.b, self.best = b, best
+        # A thread's number, lane and warp; an address; and words that are soon done with.
+        self.thread, self.lane, self.warp, self.place = b.u32s("thread", "lane", "warp", "place")
+        self.word, self.other_word, self.some = b.u32s("word", "other_word", "some")
+        # Slots: what is joined, and others.
+        self.joined, self.other, self.larger = b.u64("joined"), b.u64("other"), b.u64("larger")
+        self.last, self.is_there = b.pred("last"), b.pred("is_there")
+
+    def begin(self) -> None:
+        """A thread's lane, its warp, and whether its slot holds a token."""
+        b = self.b
+        b.mov(self.thread, TID)
+        b.and_(self.lane, self.thread, 31)
+        b.shr(self.warp, self.thread, 5)
+        b.and_(self.word, self.lane, SLOTS - 1)
+        b.setp("ge", self.last, self.word, SLOTS - self.best)
+
+    def join(self, other: Register) -> None:
+        """Adds a slot up; in the last ones, the greatest stays."""
+        b, value = self.b, self.joined
+        if not self.best:
+            b.add(value, value, other)
+            return
+        b.max(self.larger, value, other)
+        b.add(value, value, other)
+        with b.when(self.last):
+            b.mov(value, self.larger)
+
+    def join_lanes(self) -> None:
+        """The same over lanes that hold the same slot."""
+        b = self.b
+        for by in (8, 16):
+            b.unpack(self.word, self.other_word, self.joined)
+            b.shfl_bfly(self.word, self.word, by)
+            b.shfl_bfly(self.other_word, self.other_word, by)
+            b.pack(self.other, self.word, self.other_word)
+            self.join(self.other)
+
+    def join_warps(self, address: Register, warps: int) -> None:
+        """What so many warps have put at an address, joined: of each lane's slot."""
+        b, number = self.b, self.word
+        b.mov(self.joined, 0)
+        b.shr(number, self.lane, 3)
+        b.mad_lo(self.place, self.lane, _SLOT_BYTES, address)
+        for first in range(0, warps, len(_ALIKE)):
+            at = self.place + first * SLOTS * _SLOT_BYTES
+            if first + len(_ALIKE) <= warps:
+                b.ld_shared(self.other, at)
+            else:
+                b.setp("lt", self.is_there, number, warps - first)
+                b.mov(self.other, 0)
+                with b.when(self.is_there):
+                    b.ld_shared(self.other, at)
+            self.join(self.other)
+        self.join_lanes()
 
 
-_REGISTERS = (
-    ".reg .pred %p, %last, %q; .reg .b32 %a, %b, %t, %lane, %warp, %at, %n;"
-    " .reg .b64 %x, %y, %z, %w;"
-    " mov.u32 %t, %tid.x; and.b32 %lane, %t, 31; shr.u32 %warp, %t, 5;"
-    f" and.b32 %a, %lane, {SLOTS - 1};"
-)
-
-_tell_p = core.Primitive("ffjax_draw_tell")
-
-
-@_tell_p.def_effectful_abstract_eval
-def _(ref, *args, warps, best):
-    return core.ShapedArray(args[0].shape, jnp.int32), {lowered.ORDERED, state.WriteEffect(0)}
-
-
-def _tell_text(warps: int, best: int) -> str:
-    """Operands: a result; the shared address, the board's, where the program's words lie, a tag."""
-    lines = [
-        f"{{ {_registers(best)} mov.u32 $0, 0; bar.sync 0;",
-        "setp.ne.u32 %p, %warp, 0; @%p bra idle;",
-        *_of_warps_lines("$1", warps, best),
-        f"shl.b64 %x, %x, {TAG_BITS}; cvt.u64.u32 %y, $4; or.b64 %x, %x, %y;",
-        f"mad.lo.u32 %a, %lane, {_SLOT_BYTES}, $3; cvt.u64.u32 %y, %a; add.u64 %y, %y, $2;",
-        f"setp.lt.u32 %p, %lane, {SLOTS}; @%p st.relaxed.gpu.global.b64 [%y], %x;",
-        "idle: }",
-    ]
-    return " ".join(lines)
-
-
-def _base(ref: Any, shape: tuple[int, ...]) -> Any:
-    return lowered.spread(lowered.pointer(ref), list(shape))
+def _write_tell(
+    b: Block,
+    nothing: Register,
+    shared: Register,
+    board: Register,
+    place: Register,
+    tag: Register,
+    *,
+    warps: int,
+    best: int,
+) -> None:
+    m, idle, is_other = _Meeting(b, best), b.label("idle"), b.pred("is_other")
+    b.warps_jump_whole = True  # whole warps do
+    m.begin()
+    b.mov(nothing, 0)
+    b.bar_sync()
+    b.setp("ne", is_other, m.warp, 0)
+    b.bra_if(is_other, idle)
+    m.join_warps(shared, warps)
+    b.shl(m.joined, m.joined, TAG_BITS)
+    b.widen(m.other, tag.as_("u32"))
+    b.or_(m.joined, m.joined, m.other)
+    b.mad_lo(m.word, m.lane, _SLOT_BYTES, place)
+    b.widen(m.other, m.word)
+    b.add(m.other, m.other, board)
+    b.setp("lt", m.is_there, m.lane, SLOTS)
+    with b.when(m.is_there):
+        b.st_relaxed(m.other, m.joined)
+    b.mark(idle)
 
 
-@lowered.rule(_tell_p)
-def _(ctx, ref, *args, warps, best):
-    shared, place, tag = lowered.values(ctx, args)
-    shape = ctx.avals_out[0].shape
-    arguments = [shared, _base(ref, shape), place, tag]
-    result = lowered.like(shape, lowered.i32())
-    # Whole warps jump.
-    text = _tell_text(warps, best)
-    return lowered.assembly([result], text, "=&r,r,l,r,r", arguments, by_warps=True)[0]
+_tell = Operation("ffjax_draw_tell", _write_tell)
 
 
 def tell(board: Any, shared: Array, place: Array, tag: Array, warps: int, best: int) -> None:
@@ -304,72 +327,92 @@ def tell(board: Any, shared: Array, place: Array, tag: Array, warps: int, best: 
         warps: of the program.
         best: slots that hold a token, the last ones.
     """
-    one = (jnp.full((1,), x) for x in (place, tag))
-    _tell_p.bind(board, shared, *one, warps=warps, best=best)
+    operands = shared, Pointer(board, written=True), place, tag
+    _tell(*operands, results=["int32"], warps=warps, best=best)
 
 
-_told_p = core.Primitive("ffjax_draw_told")
-_told_p.multiple_results = True
-
-
-@_told_p.def_effectful_abstract_eval
-def _(ref, *args, warps, parts, best, most):
-    return [core.ShapedArray((SLOTS,), jnp.int32)] * 3, {lowered.ORDERED, state.ReadEffect(0)}
-
-
-def _told_text(warps: int, parts: int, best: int, most: int) -> str:
-    """Operands: 3 results; the slot, the shared address, the board's, the row's words, a tag."""
+def _write_told(
+    b: Block,
+    count: Register,
+    mass: Register,
+    token: Register,
+    slot: Register,
+    shared: Register,
+    board: Register,
+    place: Register,
+    tag: Register,
+    *,
+    warps: int,
+    parts: int,
+    best: int,
+    most: int,
+) -> None:
     threads, words = warps * _LANES, parts * SLOTS
-    rounds = -(-words // threads)
-    first = warps * SLOTS * _SLOT_BYTES
-    lines = [
-        f"{{ {_registers(best)} .reg .b64 %got<{rounds}>; .reg .f32 %f;",
-        "mov.u32 %n, 0; mov.u32 %b, $7;",
-        f"mad.lo.u32 %a, %t, {_SLOT_BYTES}, $6; cvt.u64.u32 %w, %a; add.u64 %w, %w, $5;",
-        "cvt.u64.u32 %z, $7;",
-        *(f"mov.u64 %got{j}, %z;" for j in range(rounds)),
-        f"setp.lt.u32 %q, %t, {words};",
-        "again:",
-        *(
-            f"@%q ld.relaxed.gpu.global.b64 %got{j}, [%w+{j * threads * _SLOT_BYTES}];"
-            for j in range(rounds)
-        ),
-        "mov.u64 %y, 0;",
-        *(f"xor.b64 %x, %got{j}, %z; or.b64 %y, %y, %x;" for j in range(rounds)),
-        f"and.b64 %y, %y, {2**TAG_BITS - 1}; setp.eq.u64 %p, %y, 0; @%p bra come;",
-        f"add.u32 %n, %n, 1; setp.gt.u32 %p, %n, {most}; @%p trap; bra again;",
-        "come: bar.warp.sync 0xffffffff;",
-        f"shr.u64 %x, %got0, {TAG_BITS};",
-    ]
-    for j in range(1, rounds):
-        lines += [f"shr.u64 %w, %got{j}, {TAG_BITS};", *_join_lines("%x", "%w", best)]
+    rounds, first = -(-words // threads), warps * SLOTS * _SLOT_BYTES
+    m, at, come = _Meeting(b, best), b.u64("at"), b.label("come")
+    reads, has_come, too_many = b.pred("reads"), b.pred("has_come"), b.pred("too_many")
+    got, number = [b.u64("got") for _ in range(rounds)], b.f32("number")
+    b.warps_jump_whole = True  # whole warps do
+    m.begin()
+    looks, tag_of = m.some, m.larger
+    b.mov(looks, 0)
+    b.mad_lo(m.word, m.thread, _SLOT_BYTES, place)
+    b.widen(at, m.word)
+    b.add(at, at, board)
+    b.widen(tag_of, tag.as_("u32"))
+    for word in got:
+        b.mov(word, tag_of)
+    b.comment("Each thread reads some of the row's words, until all carry the meeting's tag.")
+    b.setp("lt", reads, m.thread, words)
+    again = b.marked("again")
+    with b.when(reads):
+        for j, word in enumerate(got):
+            b.ld_relaxed(word, at + j * threads * _SLOT_BYTES)
+    b.mov(m.other, 0)
+    for word in got:
+        b.xor(m.joined, word, tag_of)
+        b.or_(m.other, m.other, m.joined)
+    b.and_(m.other, m.other, 2**TAG_BITS - 1)
+    b.setp("eq", has_come, m.other, 0)
+    b.bra_if(has_come, come)
+    b.add(looks, looks, 1)
+    b.setp("gt", too_many, looks, most)
+    with b.when(too_many):
+        b.trap()
+    b.bra(again)
+    b.mark(come)
+    b.bar_warp()
+    b.shr(m.joined, got[0], TAG_BITS)
+    for word in got[1:]:
+        b.shr(at, word, TAG_BITS)
+        m.join(at)
     reading = min(warps, -(-words // _LANES))
-    lines += [
-        *_joined_lines("%x", best),
-        f"mad.lo.u32 %at, %t, {_SLOT_BYTES}, $4;",
-        f"mul.lo.u32 %a, %warp, {(_LANES - SLOTS) * _SLOT_BYTES};",
-        f"sub.u32 %at, %at, %a; setp.lt.u32 %p, %lane, {SLOTS};",
-        f"@%p st.shared.b64 [%at+{first}], %x;",
-        f"bar.sync 0; add.u32 %b, $4, {first};",
-        *_of_warps_lines("%b", reading, best),
-        # From the lane that has it to each that asks.
-        "mov.b64 {%a, %b}, %x;",
-        f"shfl.sync.idx.b32 %a, %a, $3, 31, {_ALL}; shfl.sync.idx.b32 %b, %b, $3, 31, {_ALL};",
-        f"and.b32 %n, %a, {2**TOKEN_BITS - 1}; sub.u32 $2, {2**TOKEN_BITS - 1}, %n;",
-        f"mov.b64 %x, {{%a, %b}}; shr.u64 %y, %x, {COUNT_AT}; cvt.u32.u64 $0, %y;",
-        f"and.b64 %x, %x, {2**COUNT_AT - 1}; cvt.rn.f32.u64 %f, %x; mov.b32 $1, %f;",
-        "}",
-    ]
-    return " ".join(lines)
+    m.join_lanes()
+    b.comment("Each warp puts what it has found beside the others'; then all is joined.")
+    b.mad_lo(m.place, m.thread, _SLOT_BYTES, shared)
+    b.mul_lo(m.word, m.warp, (_LANES - SLOTS) * _SLOT_BYTES)
+    b.sub(m.place, m.place, m.word)
+    b.setp("lt", m.is_there, m.lane, SLOTS)
+    with b.when(m.is_there):
+        b.st_shared(m.place + first, m.joined)
+    b.bar_sync()
+    b.add(m.other_word, shared, first)
+    m.join_warps(m.other_word, reading)
+    b.comment("From the lane that has it to each that asks.")
+    b.unpack(m.word, m.other_word, m.joined)
+    b.shfl_idx(m.word, m.word, slot)
+    b.shfl_idx(m.other_word, m.other_word, slot)
+    b.and_(m.some, m.word, _LAST_TOKEN)
+    b.sub(token, _LAST_TOKEN, m.some)
+    b.pack(m.joined, m.word, m.other_word)
+    b.shr(m.other, m.joined, COUNT_AT)
+    b.narrow(count.as_("u32"), m.other)
+    b.and_(m.joined, m.joined, 2**COUNT_AT - 1)
+    b.to_float(number, m.joined)
+    b.mov(mass, number)
 
 
-@lowered.rule(_told_p)
-def _(ctx, ref, *args, warps, parts, best, most):
-    slot, shared, place, tag = lowered.values(ctx, args)
-    text = _told_text(warps, parts, best, most)
-    words = lowered.like((SLOTS,), lowered.i32())
-    arguments = [slot, shared, _base(ref, (SLOTS,)), place, tag]
-    return lowered.assembly([words] * 3, text, "=&r,=&r,=&r,r,r,l,r,r", arguments, by_warps=True)
+_told = Operation("ffjax_draw_told", _write_told)
 
 
 def told(
@@ -400,7 +443,12 @@ def told(
     """
     shape = (SLOTS,)
     slot = lax.broadcasted_iota(jnp.int32, shape, 0)
-    arrays = (jnp.broadcast_to(x, shape) for x in (jnp.sum(shared), place, tag))
-    options = {"warps": warps, "parts": parts, "best": best, "most": most}
-    counts, masses, token = _told_p.bind(board, slot, *arrays, **options)
+    counts, masses, token = _told(
+        *(slot, jnp.sum(shared), Pointer(board), place, tag),
+        results=["int32"] * 3,
+        warps=warps,
+        parts=parts,
+        best=best,
+        most=most,
+    )
     return counts, lax.bitcast_convert_type(masses, jnp.float32), token

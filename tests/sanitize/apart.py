@@ -55,7 +55,7 @@ APART = "apart"
 
 _WARP = 32
 # A tile that comes as a box; the map of all of them, and where those come who do not make it.
-_BOX, _MAP, _MADE = "cp.async.bulk.tensor", "tensormap.cp_fenceproxy", "over: "
+_BOX, _MAP, _MADE = "cp.async.bulk.tensor", "tensormap.cp_fenceproxy", "over:"
 # Copies of 16 bytes a thread, as the ring is fed with them where bulk copies are not to be had.
 _SHARED, _VOTE = ".shared.global.L2::cache_hint", "vote.sync.all.pred %go, %go, 0xffffffff;"
 # Of feeding by a whole warp: what its threads agree on, and the first one's first store behind it.
@@ -97,7 +97,7 @@ def put_apart() -> Iterator[None]:
         streams.append(None)
         if _MAP in text:
             assert text.count(_MADE) == 1, "All threads come there once."
-            text = text.replace(_MADE, f"{_MADE}{lowered.MEET} ")
+            text = text.replace(_MADE, f"{_MADE} {lowered.MEET} ")
         if _BOX in text:  # one thread feeds
             changed.append(None)
         elif _SHARED in text:  # each warp feeds by words of its own

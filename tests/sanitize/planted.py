@@ -11,6 +11,7 @@ from unittest import mock
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.asm import Block
 from pallas_kernels.program import iota
 from pallas_kernels.stream import launch, product
 from pallas_kernels.stream.plan import SegmentPlan, StreamPlan
@@ -59,44 +60,53 @@ def _texts(change: Callable[[str], str]) -> Callable[[_Counted], Any]:
 
 
 def _where_cleared(before: str = "", behind: str = "") -> Callable[[_Counted], Any]:
-    """Puts PTX before, or behind, the clearing of shared memory; of it %o and %a are free then."""
+    """Puts PTX before, or behind, the clearing of shared memory; %offset and %place are free."""
 
     def change(text: str) -> str:
         if _CLEARED not in text:
             return text
-        return before + text.replace("done: ", f"done: {behind}")
+        return before + text.replace("done:", f"done: {behind}")
 
     return _texts(change)
 
 
-def _lines_of_the_cache(change: Callable[[list[str], str], list[str]]) -> Callable[[_Counted], Any]:
-    """Patches the text that asks for keys and values, of which the keys' address is known."""
+def _feed_of_the_cache(change: Callable[..., None]) -> Callable[[_Counted], Any]:
+    """Patches the text that asks for keys and values.
+
+    Args:
+        change: writes it, of what writes it as it is, and of that function's arguments.
+    """
 
     def patch(count: _Counted) -> Any:
-        original = cache.cache_feed_lines
+        original = cache.write_cache_feed
 
-        def changed(feed: Any, ring: str, keys: str, *rest: Any) -> list[str]:
-            lines = original(feed, ring, keys, *rest)
-            other = change(lines, keys)
-            if other != lines:
+        def changed(b: Block, *rest: Any) -> None:
+            before = b.text()
+            change(original, b, *rest)
+            if b.text() != before:
                 count()
-            return other
 
-        return mock.patch.object(cache, "cache_feed_lines", changed)
+        return mock.patch.object(cache, "write_cache_feed", changed)
 
     return patch
 
 
-def _load_beyond(lines: list[str], keys: str) -> list[str]:
+def _load_beyond(original: Any, b: Block, feed: Any, ring: Any, keys: Any, *rest: Any) -> None:
     # Volatile, or the compiler leaves out what nobody reads.
-    load = f"{{ .reg .b32 %zx; ld.volatile.global.b32 %zx, [{keys}+{_FAR}]; }}"
-    return [load, *lines]
+    b.emit("ld.volatile.global.b32", b.u32("unused").name, str(keys + _FAR))
+    original(b, feed, ring, keys, *rest)
 
 
-def _copy_beyond(lines: list[str], keys: str) -> list[str]:
+def _copy_beyond(original: Any, b: Block, feed: Any, *rest: Any) -> None:
     # A box takes its map from memory that is not there.
-    begin = "mov.b32 %y, 0; @%q cp.async.bulk.tensor"
-    return [line.replace(begin, f"add.u64 %d, %d, {_FAR}; {begin}") for line in lines]
+    copy = Block.cp_bulk_box
+
+    def copy_beyond(b: Block, to: Any, box: Any, *more: Any) -> None:
+        b.add(box, box, _FAR)
+        copy(b, to, box, *more)
+
+    with mock.patch.object(Block, "cp_bulk_box", copy_beyond):
+        original(b, feed, *rest)
 
 
 def _no_arrival(text: str) -> str:
@@ -138,9 +148,9 @@ def _read_of_logits(count: _Counted) -> Any:
 
 
 PLANTED: dict[str, Planted] = {
-    "load": Planted("memcheck", "a load beyond the cache", _lines_of_the_cache(_load_beyond)),
+    "load": Planted("memcheck", "a load beyond the cache", _feed_of_the_cache(_load_beyond)),
     "bulk-copy": Planted(
-        "memcheck", "a bulk copy from beyond the cache", _lines_of_the_cache(_copy_beyond)
+        "memcheck", "a bulk copy from beyond the cache", _feed_of_the_cache(_copy_beyond)
     ),
     "no-barrier": Planted("racecheck", "barriers left out of attention", _texts(_no_meeting)),
     "no-arrival": Planted("racecheck", "a tile multiplied before it has come", _texts(_no_arrival)),
@@ -149,8 +159,9 @@ PLANTED: dict[str, Planted] = {
         "racecheck",
         "a read of what another warp writes",
         _where_cleared(
-            behind="mov.u32 %o, %tid.x; xor.b32 %o, %o, 32; shl.b32 %o, %o, 4; "
-            "add.u32 %a, %o, $1; ld.volatile.shared.b32 %o, [%a]; "
+            behind="mov.u32 %offset, %tid.x; xor.b32 %offset, %offset, 32; "
+            "shl.b32 %offset, %offset, 4; add.u32 %place, %offset, $1; "
+            "ld.volatile.shared.b32 %offset, [%place]; "
         ),
     ),
     "unwritten": Planted("initcheck", "a load of what nobody has written", _read_of_logits),

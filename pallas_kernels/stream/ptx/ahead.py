@@ -2,54 +2,103 @@
 
 from __future__ import annotations
 
-from pallas_kernels.stream.ptx import async_copy, lowered
-from pallas_kernels.stream.ptx.feed_state import Feed, next_row_lines
+from pallas_kernels.asm import Block, Label, Register
+from pallas_kernels.stream.ptx import async_copy
+from pallas_kernels.stream.ptx.feed_state import Feed, Next, write_next_row
 
-__all__ = ["ahead_lines"]
+__all__ = ["write_ahead"]
 
 
-def ahead_lines(f: Feed, ring: str, own: str, pointer: str) -> list[str]:
+def write_ahead(
+    b: Block,
+    f: Feed,
+    words: Next,
+    ring: Register,
+    own: Register,
+    pointer: Register,
+    fed: Label,
+    lead: Register | None = None,
+) -> None:
     """Asks for what comes next beyond a full ring into the L2 cache, if there is little such.
 
     Some bytes of one copy: words that the program looks for next queue behind them.
 
     Args:
+        b: the text.
         f: the feed.
+        words: where the ring has got to.
         ring: the ring's address.
         own: the same, and bytes to the asking warp's control words.
         pointer: the first array's address.
+        fed: where to go on.
+        lead: where a whole warp asks, its first thread.
     """
-    lead, rejoin = ("", "") if f.bulk else ("@%lead ", f"{lowered.REJOIN} ")
-    return [
-        "{ .reg .pred %done; .reg .b32 %i, %o, %u, %t, %v, %w, %x, %y, %z;",
-        f"ld.shared.v4.b32 {{%x, %y, %z, %o}}, [{own}+{f.control + 32}];",
-        # Tiles that have been asked for in earnest meanwhile are past.
-        "setp.lt.u32 %p, %x, %n; @%p mov.b32 %x, %n; @%p mov.b32 %y, %e; @%p mov.b32 %z, %l;",
-        f"@%p mov.b32 %o, 0; add.u32 %u, %n, {f.l2_tiles}; min.u32 %u, %u, {f.total};",
-        "setp.ge.u32 %p, %x, %u; @%p bra fed;",
-        f"mad.lo.u32 %b, %y, {f.row_bytes}, {ring};",
-        f"ld.shared.v4.b32 {{%t, %u, %v, %w}}, [%b+{f.route}];",
-        "mov.b64 %from, {%t, %u}; mul.wide.u32 %far, %z, %v; add.u64 %from, %from, %far;",
-        f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer};",
-        # %i copies are past, and %o bytes of the next, of %t bytes each
-        f"ld.shared.v2.b32 {{%t, %u}}, [%b+{f.route + 16}]; shr.u32 %i, %o, 16;",
-        "and.b32 %o, %o, 65535; shl.b32 %w, %w, 4; mul.wide.u32 %far, %w, %i;",
-        "add.u64 %from, %from, %far; cvt.u64.u32 %far, %o; add.u64 %from, %from, %far;",
-        f"sub.u32 %v, %t, %o; min.u32 %v, %v, {f.l2_bytes}; setp.lt.u32 %p, %i, %u;",
-        *_ask_lines(f),
-        f"add.u32 %o, %o, {f.l2_bytes};",
-        "setp.ge.u32 %p, %o, %t; @%p mov.b32 %o, 0; @%p add.u32 %i, %i, 1;",
-        "setp.ge.u32 %done, %i, %u; shl.b32 %i, %i, 16; or.b32 %o, %o, %i; @%done mov.b32 %o, 0;",
-        "@%done add.u32 %x, %x, 1;",
-        *next_row_lines(f, "%y", "%z", "%done"),
-        # Where a warp asks, all of it has read these words before one thread stores them anew.
-        f"{rejoin}{lead}st.shared.v4.b32 [{own}+{f.control + 32}], {{%x, %y, %z, %o}};",
-        f"{rejoin}bra fed; }}",
-    ]
+    control = own + (f.control + 32)
+    asked, row, layer, been = b.u32s("ahead", "ahead_row", "ahead_layer", "been")
+    b.ld_shared([asked, row, layer, been], control)
+    b.comment("Tiles that have been asked for in earnest meanwhile are past.")
+    is_past, limit, enough = b.pred("is_past"), b.u32("ahead_limit"), b.pred("enough")
+    b.setp("lt", is_past, asked, words.asked)
+    with b.when(is_past):
+        b.mov(asked, words.asked)
+        b.mov(row, words.row)
+        b.mov(layer, words.layer)
+        b.mov(been, 0)
+    b.add(limit, words.asked, f.l2_tiles)
+    b.min(limit, limit, f.total)
+    b.setp("ge", enough, asked, limit)
+    b.bra_if(enough, fed)
 
+    b.comment("Where the tile's copies begin: two words of its distance, in units of 16 bytes.")
+    place, low, high, stride, step = b.u32s("route_row", "low", "high", "stride", "step")
+    source, along = b.u64("source"), b.u64("along")
+    b.mad_lo(place, row, f.row_bytes, ring)
+    b.ld_shared([low, high, stride, step], place + f.route)
+    b.pack(source, low, high)
+    b.mul_wide(along, layer, stride)
+    b.add(source, source, along)
+    b.shl(source, source, 4)
+    b.add(source, source, pointer)
 
-def _ask_lines(f: Feed) -> list[str]:
-    """If %p, asks for %v bytes from %from into the L2 cache."""
+    b.comment("Some copies are past, and some bytes of the next one.")
+    size, copies, past, begun, left = b.u32s("size", "copies", "past", "begun", "left")
+    asks = b.pred("asks")
+    b.ld_shared([size, copies], place + (f.route + 16))
+    b.shr(past, been, 16)
+    b.and_(begun, been, 65535)
+    b.shl(step, step, 4)
+    b.mul_wide(along, step, past)
+    b.add(source, source, along)
+    b.widen(along, begun)
+    b.add(source, source, along)
+    b.sub(left, size, begun)
+    b.min(left, left, f.l2_bytes)
+    b.setp("lt", asks, past, copies)
     if f.bulk:
-        return ["@%p cp.async.bulk.prefetch.L2.global [%from], %v;"]
-    return async_copy.prefetch_lines("%from", "%v", f.l2_bytes, "%p")
+        with b.when(asks):
+            b.prefetch_bulk(source, left)
+    else:
+        async_copy.write_prefetch(b, source, left, f.l2_bytes, asks)
+
+    b.comment("Behind a copy's last bytes comes the next copy, behind the last one the next tile.")
+    is_whole, done = b.pred("is_whole"), b.pred("done")
+    b.add(begun, begun, f.l2_bytes)
+    b.setp("ge", is_whole, begun, size)
+    with b.when(is_whole):
+        b.mov(begun, 0)
+        b.add(past, past, 1)
+    b.setp("ge", done, past, copies)
+    b.shl(past, past, 16)
+    b.or_(begun, begun, past)
+    with b.when(done):
+        b.mov(begun, 0)
+        b.add(asked, asked, 1)
+    write_next_row(b, f, row, layer, done)
+    if lead is not None:
+        b.comment("All of the warp has read these words before one thread stores them anew.")
+        b.bar_warp()
+    with b.when(lead):
+        b.st_shared(control, [asked, row, layer, begun])
+    if lead is not None:
+        b.bar_warp()
+    b.bra(fed)

@@ -7,27 +7,19 @@ llama3.1-8b in int4 with 8 sequences. It is cheaper to compute them where they a
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core
 
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.asm import Block, Register
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["anew"]
 
-_anew_p = core.Primitive("ffjax_anew")
+
+def _write_anew(b: Block, same: Register, number: Register) -> None:
+    b.mov(same, number)
 
 
-@_anew_p.def_effectful_abstract_eval
-def _(x):
-    return core.ShapedArray(x.shape, jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_anew_p)
-def _(ctx, x):
-    shape = ctx.avals_out[0].shape
-    result, arguments = lowered.like(shape, lowered.i32()), lowered.values(ctx, [x])
-    return lowered.assembly([result], "mov.b32 $0, $1;", "=r,r", arguments)[0]
+_anew = Operation("ffjax_anew", _write_anew)
 
 
 def anew(x: Array) -> Array:
@@ -36,4 +28,4 @@ def anew(x: Array) -> Array:
     Args:
         x: int32, any shape.
     """
-    return _anew_p.bind(x)
+    return _anew(x, results=["int32"], early=False)[0]

@@ -2,55 +2,54 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core
 
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.asm import Block, Register
+from pallas_kernels.stream.ptx.operation import Operation
 
-__all__ = ["arrival_lines", "wait_copies"]
+__all__ = ["wait_copies", "write_arrival"]
 
 
-def arrival_lines(barrier: str, phase: str, most: int, bulk: bool) -> list[str]:
-    """Waits until a barrier's copies have arrived; %p and %looks are the text's to use.
-
-    Whole warps come here, look, and go on together: each thread has looked by itself, so they
-    vote. The first look stands before the loop: compilers give other warps precedence at the
-    head of a loop that may be waiting, which costs each tile 25 ns, though the first look
-    nearly always sees it come.
+def write_arrival(b: Block, barrier: Register, phase: Register, most: int, bulk: bool) -> None:
+    """Waits until a barrier's copies have arrived. Whole warps come here, and go on together.
 
     Args:
+        b: the text.
         barrier: its address.
         phase: 0 the first time, then 1, 0 and so on.
         most: how often to look before the launch ends in an error.
         bulk: whether bulk copies bring it. Where they are, a look may last some microseconds.
     """
-    wait = "try_wait" if bulk else "test_wait"
-    look = (
-        f"mbarrier.{wait}.parity.shared::cta.b64 %p, [{barrier}], {phase}; "
-        "vote.sync.all.pred %p, %p, 0xffffffff; @%p bra come;"
-    )
-    return [
-        f"{look} mov.u32 %looks, 0;",
-        f"look: add.u32 %looks, %looks, 1; setp.ge.u32 %p, %looks, {most}; @%p bra lost;",
-        f"{look} bra look; lost: trap; come:",
-    ]
+    come, lost = b.label("come"), b.label("lost")
+    has_come, looks, too_many = b.pred("has_come"), b.u32("looks"), b.pred("too_many")
+
+    def look() -> None:
+        (b.mbarrier_try if bulk else b.mbarrier_test)(has_come, barrier, phase)
+        b.vote_all(has_come, has_come)
+        b.bra_if(has_come, come)
+
+    b.comment("Compilers give other warps precedence at the head of a loop that may be waiting,")
+    b.comment("25 ns a tile. So the first look, which nearly always succeeds, is not in the loop.")
+    b.comment("Each thread has looked by itself: a warp votes, and goes on as one.")
+    look()
+    b.mov(looks, 0)
+    again = b.marked("look")
+    b.add(looks, looks, 1)
+    b.setp("ge", too_many, looks, most)
+    b.bra_if(too_many, lost)
+    look()
+    b.bra(again)
+    b.mark(lost)
+    b.trap()
+    b.mark(come)
 
 
-_wait_copies_p = core.Primitive("ffjax_wait_copies")
+def _write_wait(b: Block, barrier: Register, phase: Register, *, most: int, bulk: bool) -> None:
+    write_arrival(b, barrier, phase, most, bulk)
+    b.warps_jump_whole = True
 
 
-@_wait_copies_p.def_effectful_abstract_eval
-def _(barrier, phase, *, most, bulk):
-    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_wait_copies_p)
-def _(ctx, barrier, phase, *, most, bulk):
-    lines = arrival_lines("$1", "$2", most, bulk)
-    text = " ".join(["{ .reg .pred %p; .reg .b32 %looks;", *lines, "mov.u32 $0, 0; }"])
-    result, arguments = lowered.like((1,), lowered.i32()), lowered.values(ctx, [barrier, phase])
-    return lowered.assembly([result], text, "=r,r,r", arguments, by_warps=True)[0]
+_wait_copies = Operation("ffjax_wait_copies", _write_wait)
 
 
 def wait_copies(barrier: Array, phase: Array, most: int, bulk: bool) -> None:
@@ -62,5 +61,4 @@ def wait_copies(barrier: Array, phase: Array, most: int, bulk: bool) -> None:
         most: how often to look.
         bulk: whether bulk copies bring it.
     """
-    options = {"most": most, "bulk": bulk}
-    _wait_copies_p.bind(jnp.full((1,), barrier), jnp.full((1,), phase), **options)
+    _wait_copies(barrier, phase, most=most, bulk=bulk)

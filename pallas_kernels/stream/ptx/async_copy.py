@@ -9,118 +9,138 @@ instead of bytes.
 
 from __future__ import annotations
 
+import dataclasses
+
+from pallas_kernels.asm import LANE, TID, Block, Register
 from pallas_kernels.stream.ptx.swizzle import Lines
 
-__all__ = ["WARP", "arrive_line", "copy_lines", "prefetch_lines"]
+__all__ = ["WARP", "Parts", "write_copies", "write_prefetch"]
 
 WARP = 32
 # Copies of a thread between two looks whether any are left.
 _UNROLLED = 4
-# How a copy of so many bytes is made: what passes through the L1 cache may be smaller.
-_KINDS = {16: "cg", 8: "ca"}
 # Bytes that a thread asks for into the L2 cache at once.
 _LINE = 128
 
 
-def arrive_line(barrier: str) -> str:
-    """Tells a barrier when all that the thread has asked for so far has come.
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Registers that say what is copied: parts of some bytes each.
 
-    Args:
-        barrier: register with its address.
+    Attributes:
+        source: address of the first part, a multiple of a copy's bytes.
+        place: its address in shared memory, likewise.
+        size: bytes of a part, likewise.
+        policy: of the L2 cache.
+        count: how many parts.
+        step: bytes from a part to the next one, 64 bits.
+        apart: bytes between their places.
     """
-    return f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{barrier}];"
+
+    source: Register
+    place: Register
+    size: Register
+    policy: Register
+    count: Register | int = 1
+    step: Register | int = 0
+    apart: Register | int = 0
 
 
-def copy_lines(
-    threads: int,
-    unit: int = 16,
-    *,
-    source: str,
-    place: str,
-    size: str,
-    policy: str,
-    count: str = "1",
-    step: str = "0",
-    apart: str = "0",
-    lines: Lines | None = None,
-) -> list[str]:
-    """Copies a thread's share of `count` parts of `size` bytes each; whole warps come here.
+def write_copies(
+    b: Block, parts: Parts, threads: int, unit: int = 16, lines: Lines | None = None
+) -> None:
+    """Copies a thread's share of some parts; whole warps come here.
 
     Args:
+        b: the text.
+        parts: what is copied.
         threads: that share the parts: the program's first ones.
         unit: bytes of a copy, 16 or 8.
-        source: register with the address of the first part, a multiple of `unit`.
-        place: register with its address in shared memory, likewise.
-        size: register with the bytes of a part, a multiple of `unit`.
-        policy: register with the policy of the L2 cache.
-        count: register with the number of parts.
-        step: register with the bytes from a part to the next one, 64 bits.
-        apart: register with the bytes between their places.
         lines: how the rows of a part, which is the only one then, lie at its place.
     """
     by, whole = unit * threads, unit * threads * _UNROLLED
-    text = [
-        "{ .reg .pred %is; .reg .b32 %own, %parts, %rest, %row, %to; .reg .b64 %begin, %at;",
-        f"mov.u32 %own, %tid.x; mul.lo.u32 %own, %own, {unit}; cvt.u64.u32 %begin, %own;",
-        f"add.u64 %begin, %begin, {source}; add.u32 %row, {place}, %own; mov.b32 %parts, {count};",
-        "part: setp.eq.u32 %is, %parts, 0; @%is bra copied;",
-        f"mov.b64 %at, %begin; mov.b32 %to, %row; sub.s32 %rest, {size}, %own;",
-    ]
+    row, to, left = b.u32s("row", "to", "parts_left")
+    own, rest, begin, at = b.s32("own"), b.s32("rest"), b.u64("begin"), b.u64("at")
+    is_done, is_some = b.pred("is_done"), b.pred("is_some")
+    copied = b.label("copied")
+
+    b.comment("Thread t has the bytes from unit * t on, and every `threads`-th unit behind them.")
+    b.mov(own, TID)
+    b.mul_lo(own, own, unit)
+    b.widen(begin, own.as_("u32"))
+    b.add(begin, begin, parts.source)
+    b.add(row, parts.place, own)
+    b.mov(left, parts.count)
+    part = b.marked("part")
+    b.setp("eq", is_done, left, 0)
+    b.bra_if(is_done, copied)
+    b.mov(at, begin)
+    b.mov(to, row)
+    b.sub(rest, parts.size, own)
+
     placed = by  # bytes from a copy's place to the thread's next one
+    turned = lines is not None and by % (8 * lines.row_bytes) == 0
+    byte, turn = b.u32("byte"), b.u32("turn")
     if lines is not None:
-        text += [".reg .b32 %x, %position, %chunk, %turn, %turned; mov.b32 %x, %own;"]
-        text += [f"shr.u32 %turn, {place}, 7;"]
-        if by % (8 * lines.row_bytes) == 0:  # all of a thread's rows are turned alike
+        b.mov(byte, own)
+        b.shr(turn, parts.place, 7)
+        if turned:
+            b.comment("All of a thread's rows are turned alike.")
             placed = by // lines.row_bytes * lines.width
-            text += _place_lines(lines, place)
-    text.append("some:")
+            _write_place(b, lines, to, byte, turn, parts.place)
+    some = b.marked("some")
     for i in range(_UNROLLED):
-        if lines is not None and by % (8 * lines.row_bytes):
+        if lines is not None and not turned:
             placed = 0
-            text += [*_place_lines(lines, place), f"add.u32 %x, %x, {by};"]
-        text.append(
-            f"setp.gt.s32 %is, %rest, {by * i}; @%is cp.async.{_KINDS[unit]}.shared.global."
-            f"L2::cache_hint [%to+{placed * i}], [%at+{by * i}], {unit}, {policy};"
-        )
-    return [
-        *text,
-        f"add.u32 %to, %to, {placed * _UNROLLED}; add.u64 %at, %at, {whole};",
-        f"sub.s32 %rest, %rest, {whole};",
-        # The loop ends for all threads at the same time: when the program's first one has no more.
-        "add.s32 %own, %own, %rest; setp.gt.s32 %is, %own, 0; sub.s32 %own, %own, %rest;",
-        "@%is bra some;",
-        f"add.u64 %begin, %begin, {step}; add.u32 %row, %row, {apart};",
-        "sub.u32 %parts, %parts, 1; bra part; copied: }",
-    ]
+            _write_place(b, lines, to, byte, turn, parts.place)
+            b.add(byte, byte, by)
+        b.setp("gt", is_some, rest, by * i)
+        with b.when(is_some):
+            b.cp_async(to + placed * i, at + by * i, unit, parts.policy)
+    b.add(to, to, placed * _UNROLLED)
+    b.add(at, at, whole)
+    b.sub(rest, rest, whole)
+    b.comment("The loop ends for all threads together: when the program's first one has no more.")
+    b.add(own, own, rest)
+    b.setp("gt", is_some, own, 0)
+    b.sub(own, own, rest)
+    b.bra_if(is_some, some)
+    b.add(begin, begin, parts.step)
+    b.add(row, row, parts.apart)
+    b.sub(left, left, 1)
+    b.bra(part)
+    b.mark(copied)
 
 
-def _place_lines(lines: Lines, place: str) -> list[str]:
-    """Where byte %x of a part's rows lies, %to."""
-    bits = lines.row_bytes.bit_length() - 1
-    return [
-        f"shr.u32 %position, %x, {bits};",
-        f"and.b32 %chunk, %x, {lines.row_bytes - 1}; shr.u32 %chunk, %chunk, 4;",
-        *lines.place("%to", "%position", "%chunk", "%turn", "%turned"),
-        f"add.u32 %to, %to, {place};",
-    ]
+def _write_place(
+    b: Block, lines: Lines, to: Register, byte: Register, turn: Register, place: Register
+) -> None:
+    """Where a byte of a part's rows lies."""
+    position, chunk, turned = b.u32s("position", "chunk", "turned")
+    b.shr(position, byte, lines.row_bytes.bit_length() - 1)
+    b.and_(chunk, byte, lines.row_bytes - 1)
+    b.shr(chunk, chunk, 4)
+    lines.write_place(b, to, position, chunk, turn, turned)
+    b.add(to, to, place)
 
 
-def prefetch_lines(source: str, size: str, most: int, asks: str) -> list[str]:
+def write_prefetch(b: Block, source: Register, size: Register, most: int, asks: Register) -> None:
     """Asks for some bytes into the L2 cache; all threads of one warp come here.
 
     Args:
-        source: register with their address.
-        size: register with how many there are.
+        b: the text.
+        source: their address.
+        size: how many there are.
         most: of them, at most.
         asks: predicate: whether any are asked for.
     """
-    lines = [
-        "{ .reg .pred %is; .reg .b32 %lane, %rest; .reg .b64 %at;",
-        f"mov.u32 %lane, %laneid; mul.lo.u32 %lane, %lane, {_LINE}; cvt.u64.u32 %at, %lane;",
-        f"add.u64 %at, %at, {source}; sub.s32 %rest, {size}, %lane;",
-    ]
+    offset, rest, at, is_there = b.u32("offset"), b.s32("rest"), b.u64("at"), b.pred("is_there")
+    b.mov(offset, LANE)
+    b.mul_lo(offset, offset, _LINE)
+    b.widen(at, offset)
+    b.add(at, at, source)
+    b.sub(rest, size, offset)
     for by in range(0, most, _LINE * WARP):
-        lines.append(
-            f"setp.gt.and.s32 %is, %rest, {by}, {asks}; @%is prefetch.global.L2 [%at+{by}];"
-        )
-    return [*lines, "}"]
+        b.setp("gt", is_there, rest, by, also=asks)
+        with b.when(is_there):
+            b.prefetch_l2(at + by)

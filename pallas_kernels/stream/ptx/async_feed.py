@@ -2,100 +2,135 @@
 
 from __future__ import annotations
 
-from pallas_kernels.stream.ptx import async_copy, lowered
-from pallas_kernels.stream.ptx.ahead import ahead_lines
-from pallas_kernels.stream.ptx.feed_state import Feed, next_row_lines
+from pallas_kernels.asm import LANE, TID, Block, Register
+from pallas_kernels.stream.ptx import async_copy
+from pallas_kernels.stream.ptx.ahead import write_ahead
+from pallas_kernels.stream.ptx.feed_state import (
+    Feed,
+    write_may_ask,
+    write_next,
+    write_next_row,
+    write_next_slot,
+)
 
-__all__ = ["async_feed_lines"]
+__all__ = ["write_async_feed"]
+
+# Bytes from a warp's control words to those of the next one.
+_CONTROL = 64
 
 
-def async_feed_lines(
-    f: Feed, ring: str, pointer: str, used: str | None, ahead: str | None
-) -> list[str]:
-    """Asks for the next tile where a slot is free and few are on their way; see `feed_lines`.
+def write_async_feed(
+    b: Block,
+    f: Feed,
+    ring: Register,
+    pointer: Register,
+    used: Register | None,
+    ahead: Register | None,
+) -> None:
+    """Asks for the next tile where a slot is free and few are on their way; see `write_feed`.
 
     What is next is put down before anything is copied: little else need be kept meanwhile, and
     where this stands other words fill the registers.
     """
-    tell = "" if used is None else f"mov.b32 %u, {used};"
+    lane, warp, own, lead = b.u32("lane"), b.u32("warp"), b.u32("own"), b.pred("lead")
+    fed, kept, idle = b.label("fed"), b.label("kept"), b.pred("idle")
     last = f.sharing // async_copy.WARP - 1
-    lines = [
-        "{ .reg .pred %p, %go, %lead; .reg .b32 %n, %e, %l, %s, %h, %u, %t, %b, %r, %row, %layer;",
-        ".reg .b32 %own; .reg .b64 %from, %far; mov.u32 %t, %laneid; setp.eq.u32 %lead, %t, 0;",
-        f"mov.u32 %t, %tid.x; shr.u32 %t, %t, 5; setp.gt.u32 %p, %t, {last}; @%p bra fed;",
-        f"mad.lo.u32 %own, %t, 64, {ring};",
-        f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [%own+{f.control}];",
-        f"ld.shared.v2.b32 {{%h, %u}}, [%own+{f.control + 16}]; {tell}",
-        f"add.u32 %u, %u, {ahead or f.slots}; min.u32 %u, %u, {f.total};",
-    ]
-    if f.l2_tiles and used is None:
-        lines.append(f"setp.lt.u32 %p, %n, %u; setp.ne.or.u32 %p, %t, {last}, %p; @%p bra room;")
-        lines += [*ahead_lines(f, ring, "%own", pointer), "room:"]
-    lines += [
-        "more: setp.lt.u32 %go, %n, %u;",
-        # Has the tile come that was asked for some before?
-        f"sub.s32 %b, %s, {f.in_flight}; setp.lt.s32 %p, %b, 0; selp.u32 %r, 1, 0, %p;",
-        f"@%p add.s32 %b, %b, {f.slots}; xor.b32 %r, %r, %h; mad.lo.u32 %b, %b, 8, {ring};",
-        f"mbarrier.test_wait.parity.shared::cta.b64 %p, [%b+{f.barriers}], %r;",
-        "and.pred %go, %go, %p; vote.sync.all.pred %go, %go, 0xffffffff; @!%go bra kept;",
-        f"mad.lo.u32 %row, %e, {f.row_bytes}, {ring}; mov.b32 %layer, %l;",
-        f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
-        f"mad.lo.u32 %t, %s, {f.slot_bytes}, {ring};",
-        "add.u32 %n, %n, 1; add.u32 %s, %s, 1;",
-        *next_row_lines(f, "%e", "%l", "%go"),
-        f"setp.eq.u32 %p, %s, {f.slots}; @%p mov.u32 %s, 0; @%p xor.b32 %h, %h, 1;",
-        f"@%lead st.shared.v4.b32 [%own+{f.control}], {{%n, %e, %l, %s}};",
-        f"@%lead st.shared.b32 [%own+{f.control + 16}], %h;",
-        # Size, number and pitch of the copies stand at other places of the scales' words.
-        *_part(f, f.route, pointer, ("%size", "%count", "%apart", "%first"), ""),
-        *(
-            _part(f, f.route + 32, pointer, ("%size", "%count", "%first", "%apart"), "%first")
-            if f.has_scales
-            else []
-        ),
-        async_copy.arrive_line("%b"),
-        # A warp that has waited for less than others lags behind.
-        *(["setp.lt.u32 %p, %n, %u; @%p bra more;"] if used is not None else []),
-        "kept:",
-    ]
+    b.comment("Each warp that copies has control words of its own, which its first thread stores.")
+    b.mov(lane, LANE)
+    b.setp("eq", lead, lane, 0)
+    b.mov(warp, TID)
+    b.shr(warp, warp, 5)
+    b.setp("gt", idle, warp, last)
+    b.bra_if(idle, fed)
+    b.mad_lo(own, warp, _CONTROL, ring)
+    words = write_next(b, f, own)
     if used is not None:
-        lines.append(f"@%lead st.shared.b32 [%own+{f.control + 20}], {used};")
-    # What one thread has put down all of its warp read next time.
-    return [*lines, f"{lowered.REJOIN} fed: }}"]
+        b.mov(words.limit, used)
+    b.add(words.limit, words.limit, f.slots if ahead is None else ahead)
+    b.min(words.limit, words.limit, f.total)
+    if f.l2_tiles and used is None:
+        b.comment("If the ring is full, the last warp asks for what comes next into the L2 cache.")
+        has_room, room = b.pred("has_room"), b.label("room")
+        b.setp("lt", has_room, words.asked, words.limit)
+        b.setp("ne", has_room, warp, last, either=has_room)
+        b.bra_if(has_room, room)
+        write_ahead(b, f, words, ring, own, pointer, fed, lead)
+        b.mark(room)
+
+    more, go = b.marked("more"), b.pred("go")
+    write_may_ask(b, f, words, ring, go)
+    b.vote_all(go, go)
+    b.bra_unless(go, kept)
+
+    b.comment("The tile's row of the route, layer, barrier and slot; then what is next.")
+    row, layer, barrier, slot = b.u32s("row", "layer", "barrier", "slot_place")
+    b.mad_lo(row, words.row, f.row_bytes, ring)
+    b.mov(layer, words.layer)
+    b.mad_lo(barrier, words.slot, 8, ring)
+    b.add(barrier, barrier, f.barriers)
+    b.mad_lo(slot, words.slot, f.slot_bytes, ring)
+    b.add(words.asked, words.asked, 1)
+    b.add(words.slot, words.slot, 1)
+    write_next_row(b, f, words.row, words.layer, go)
+    write_next_slot(b, f, words)
+    with b.when(lead):
+        b.st_shared(own + f.control, [words.asked, words.row, words.layer, words.slot])
+        b.st_shared(own + (f.control + 16), words.phase)
+
+    _write_share(b, f, row, layer, slot, pointer, scales=False)
+    if f.has_scales:
+        _write_share(b, f, row, layer, slot, pointer, scales=True)
+    b.cp_async_arrive(barrier)
+    if used is not None:
+        b.comment("A warp that has waited for less than others lags behind.")
+        lags = b.pred("lags")
+        b.setp("lt", lags, words.asked, words.limit)
+        b.bra_if(lags, more)
+    b.mark(kept)
+    if used is not None:
+        with b.when(lead):
+            b.st_shared(own + (f.control + 20), used)
+    b.comment("What one thread has put down all of its warp read next time.")
+    b.bar_warp()
+    b.mark(fed)
 
 
-def _part(f: Feed, row: int, pointer: str, last: tuple[str, ...], first: str) -> list[str]:
-    """Copies a thread's share of a tile's weights, or scales, to its slot at %t.
+def _write_share(
+    b: Block,
+    f: Feed,
+    row: Register,
+    layer: Register,
+    slot: Register,
+    pointer: Register,
+    *,
+    scales: bool,
+) -> None:
+    """Copies a thread's share of a tile's weights, or of its scales, to the tile's slot.
 
     Args:
+        b: the text.
         f: the feed.
-        row: where its words of the route lie, bytes behind %row.
+        row: the tile's row of the route.
+        layer: its layer.
+        slot: where its slot begins.
         pointer: the first array's address.
-        last: names of the second four of them.
-        first: which of these says where in the slot they go, of scales; "" of weights, which go to
-            its beginning.
+        scales: whether its scales are copied, which the second 8 words are about.
     """
-    unit = f.scale_unit if first else 16
-    return [
-        "{ .reg .b32 %low, %high, %stride, %step, %size, %count, %apart, %first;",
-        ".reg .b64 %from, %by, %policy; createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
-        f"ld.shared.v4.b32 {{%low, %high, %stride, %step}}, [%row+{row}];",
-        f"ld.shared.v4.b32 {{{', '.join(last)}}}, [%row+{row + 16}];",
-        "mov.b64 %from, {%low, %high};",
-        "mul.wide.u32 %by, %layer, %stride; add.u64 %from, %from, %by;",
-        f"shl.b64 %from, %from, {unit.bit_length() - 1}; add.u64 %from, %from, {pointer};",
-        f"mul.wide.u32 %by, %step, {unit};",
-        f"add.u32 %first, %t, {first or 0};",
-        *async_copy.copy_lines(
-            f.sharing,
-            unit,
-            source="%from",
-            place="%first",
-            size="%size",
-            policy="%policy",
-            count="%count",
-            step="%by",
-            apart="%apart",
-        ),
-        "}",
-    ]
+    unit, words = (f.scale_unit, f.route + 32) if scales else (16, f.route)
+    low, high, stride, step = b.u32s("low", "high", "stride", "step")
+    size, count, apart, place = b.u32s("size", "count", "apart", "place")
+    source, by, policy = b.u64("source"), b.u64("by"), b.u64("policy")
+    b.createpolicy_evict_first(policy)
+    b.ld_shared([low, high, stride, step], row + words)
+    # Size, number and pitch of the copies stand at other places of the scales' words.
+    last = [size, count, place, apart] if scales else [size, count, apart, place]
+    b.ld_shared(last, row + (words + 16))
+    b.pack(source, low, high)
+    b.mul_wide(by, layer, stride)
+    b.add(source, source, by)
+    b.shl(source, source, unit.bit_length() - 1)
+    b.add(source, source, pointer)
+    b.mul_wide(by, step, unit)
+    b.add(place, slot, place if scales else 0)
+    parts = async_copy.Parts(source, place, size, policy, count, by, apart)
+    async_copy.write_copies(b, parts, f.sharing, unit)

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core, state
 
-from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.attend_text import attend_lines
-from pallas_kernels.stream.ptx.cache import CacheFeed, pointers
+from pallas_kernels.stream.ptx.attend_text import write_attention
+from pallas_kernels.stream.ptx.cache import CacheFeed
+from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["attend_split"]
 
-_attend_p = core.Primitive("ffjax_attend")
-
-
-@_attend_p.def_effectful_abstract_eval
-def _(keys, values, ring, parts, row, layer, *, feed, most):
-    effects = {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
-    return core.ShapedArray((1,), jnp.int32), effects
-
-
-@lowered.rule(_attend_p)
-def _(ctx, keys, values, *args, feed, most):
-    lines = attend_lines(feed, "$3", "$1", "$2", "$4", "$5", "$6", most)
-    text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
-    arguments = [*pointers([keys, values]), *lowered.values(ctx, args)]
-    result = lowered.like((1,), lowered.i32())
-    return lowered.assembly([result], text, "=&r,l,l,r,r,r,r", arguments)[0]
+_attend = Operation("ffjax_attend", write_attention)
 
 
 def attend_split(
@@ -62,5 +45,4 @@ def attend_split(
         feed: the rest.
         most: how often to look whether a tile has come before the launch ends in an error.
     """
-    scalars = [jnp.full((1,), x) for x in (ring, parts, row, layer)]
-    _attend_p.bind(keys, values, *scalars, feed=feed, most=most)
+    _attend(Pointer(keys), Pointer(values), ring, parts, row, layer, feed=feed, most=most)

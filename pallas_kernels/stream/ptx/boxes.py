@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core, state
 
+from pallas_kernels.asm import TID, Block, Register
 from pallas_kernels.stream.plan import BOX_UNIT
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["MAP_BYTES", "TensorMap", "make_map"]
 
@@ -38,61 +37,63 @@ class TensorMap:
     swizzle: int = 0
 
     @property
-    def fields(self) -> list[tuple[str, str, str]]:
+    def fields(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """What `tensormap.replace` is to write besides the address: field, type, operands."""
         piece_bytes = BOX_UNIT * self.box[0]
         strides = piece_bytes, piece_bytes * self.pieces
         return [
-            ("rank", "b32", f"{len(self.box) - 1}"),
-            *(("box_dim", "b32", f"{i}, {size}") for i, size in enumerate(self.box)),
-            ("global_dim", "b32", f"0, {self.box[0]}"),
-            ("global_dim", "b32", f"1, {self.pieces}"),
-            ("global_dim", "b32", f"2, {self.rows}"),
-            *(("global_stride", "b64", f"{i}, {size}") for i, size in enumerate(strides)),
-            *(("element_stride", "b32", f"{i}, 1") for i in range(len(self.box))),
-            ("elemtype", "b32", f"{_ELEMENTS}"),
-            *((name, "b32", "0") for name in ("interleave_layout", "fill_mode")),
-            ("swizzle_mode", "b32", f"{self.swizzle}"),
+            ("rank", "b32", (len(self.box) - 1,)),
+            *(("box_dim", "b32", (i, size)) for i, size in enumerate(self.box)),
+            ("global_dim", "b32", (0, self.box[0])),
+            ("global_dim", "b32", (1, self.pieces)),
+            ("global_dim", "b32", (2, self.rows)),
+            *(("global_stride", "b64", (i, size)) for i, size in enumerate(strides)),
+            *(("element_stride", "b32", (i, 1)) for i in range(len(self.box))),
+            ("elemtype", "b32", (_ELEMENTS,)),
+            *((name, "b32", (0,)) for name in ("interleave_layout", "fill_mode")),
+            ("swizzle_mode", "b32", (self.swizzle,)),
         ]
 
 
-_make_map_p = core.Primitive("ffjax_make_map")
+def _write_map(
+    b: Block,
+    where: Register,
+    weights: Register,
+    scratch: Register,
+    place: Register,
+    *,
+    tensor: TensorMap,
+) -> None:
+    thread, is_other, over = b.u32("thread"), b.pred("is_other"), b.label("over")
+    b.comment("One warp makes it, in shared memory: first it is zero.")
+    b.mov(thread, TID)
+    b.sub(thread, thread, tensor.thread)
+    b.setp("gt", is_other, thread, 31)
+    b.bra_if(is_other, over)
+    word, wide = b.u32("word"), b.u64("wide_scratch")
+    b.mad_lo(word, thread, 4, scratch)
+    b.st_shared(word, 0)
+    b.bar_warp()
+    made, is_later = b.label("made"), b.pred("is_later")
+    b.comment("Its first thread sets every field.")
+    b.setp("ne", is_later, thread, 0)
+    b.bra_if(is_later, made)
+    b.widen(wide, scratch.as_("u32"))
+    b.tensormap_replace("global_address", "b64", wide, weights)
+    for field, kind, values in tensor.fields:
+        b.tensormap_replace(field, kind, wide, *values)
+    b.st_shared(place, where)
+    b.mark(made)
+    b.comment("The warp copies it to global memory, where copies look for it.")
+    b.bar_warp()
+    b.tensormap_publish(where, scratch, MAP_BYTES)
+    b.fence_tensormap(where, MAP_BYTES)
+    b.comment("A copy will come to where it was made.")
+    b.fence_proxy_async()
+    b.mark(over)
 
 
-@_make_map_p.def_effectful_abstract_eval
-def _(words, weights, offset, scratch, place, *, tensor):
-    effects = {lowered.ORDERED, state.WriteEffect(0), state.ReadEffect(1)}
-    return core.ShapedArray((1,), jnp.int32), effects
-
-
-def _make_map_text(tensor: TensorMap) -> str:
-    """Operands: the result, the map's address, the matrix's, the scratch's, and the place."""
-    replace, where = "tensormap.replace.tile", "shared::cta.b1024"
-    return " ".join(
-        [
-            "{ .reg .pred %p; .reg .b32 %t, %a; .reg .b64 %s; mov.u32 %t, %tid.x;",
-            f"sub.u32 %t, %t, {tensor.thread}; setp.gt.u32 %p, %t, 31; @%p bra over;",
-            "mad.lo.u32 %a, %t, 4, $3; st.shared.b32 [%a], 0;",
-            f"{lowered.REJOIN} setp.ne.u32 %p, %t, 0; @%p bra made; cvt.u64.u32 %s, $3;",
-            f"{replace}.global_address.{where}.b64 [%s], $2;",
-            *(f"{replace}.{field}.{where}.{kind} [%s], {x};" for field, kind, x in tensor.fields),
-            f"st.shared.b64 [$4], $1; made: {lowered.REJOIN}",
-            "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned"
-            f" [$1], [$3], {MAP_BYTES};",
-            f"fence.proxy.tensormap::generic.acquire.gpu [$1], {MAP_BYTES};",
-            # A copy will come to where it was made.
-            "fence.proxy.async.shared::cta; over: mov.u32 $0, 0; }",
-        ]
-    )
-
-
-@lowered.rule(_make_map_p)
-def _(ctx, words, weights, *args, tensor):
-    offset, scratch, place = lowered.values(ctx, args)
-    pointer = lowered.spread(lowered.pointer(weights), [1])
-    arguments = [lowered.addresses(words, offset, (1,)), pointer, scratch, place]
-    result = lowered.like((1,), lowered.i32())
-    return lowered.assembly([result], _make_map_text(tensor), "=r,l,l,r,r", arguments)[0]
+_make_map = Operation("ffjax_make_map", _write_map)
 
 
 def make_map(
@@ -100,7 +101,7 @@ def make_map(
 ) -> None:
     """Makes a tensor map (PTX's `tensormap.replace`) and says where it is.
 
-    In what form it says things is nobody's business: every field is replaced, in what was zero.
+    The map's encoding is opaque; every field is set explicitly, in what was zero.
 
     Args:
         words: int32 array that holds it.
@@ -110,5 +111,5 @@ def make_map(
         place: int32 scalar, address of the 8 bytes of shared memory that get its address.
         tensor: the rest.
     """
-    numbers = (jnp.full((1,), x) for x in (offset, scratch, place))
-    _make_map_p.bind(words, weights, *numbers, tensor=tensor)
+    operands = Pointer(words, offset, written=True), Pointer(weights), scratch, place
+    _make_map(*operands, tensor=tensor)

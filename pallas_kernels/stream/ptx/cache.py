@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core, state
 
+from pallas_kernels.asm import TID, Block, Register
 from pallas_kernels.stream.plan import BOX_UNIT
-from pallas_kernels.stream.ptx import async_copy, lowered
+from pallas_kernels.stream.ptx import async_copy
 from pallas_kernels.stream.ptx.address import UNIT
 from pallas_kernels.stream.ptx.boxes import TensorMap
+from pallas_kernels.stream.ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.swizzle import Lines
 
-__all__ = ["CacheFeed", "cache_feed_lines", "feed_cache", "pointers"]
+__all__ = ["CacheFeed", "feed_cache", "write_cache_feed"]
 
 # Bytes of a warp's control words.
 _CONTROL = 32
@@ -121,12 +121,20 @@ class CacheFeed:
         )
 
 
-def cache_feed_lines(
-    f: CacheFeed, ring: str, keys: str, values: str, parts: str, layer: str, freed: int
-) -> list[str]:
+def write_cache_feed(
+    b: Block,
+    f: CacheFeed,
+    ring: Register,
+    keys: Register,
+    values: Register,
+    parts: Register,
+    layer: Register,
+    freed: int,
+) -> None:
     """Asks for tiles of a layer while there are free ones.
 
     Args:
+        b: the text.
         f: where everything lies.
         ring: the ring's address.
         keys: address of the cache's keys.
@@ -135,107 +143,160 @@ def cache_feed_lines(
         layer: the last one that may be asked for.
         freed: tiles that have been used since last time.
     """
-    own, lead, rejoin = ring, "", ""
-    if not f.bulk:
-        own, lead, rejoin = "%own", "@%lead ", f"{lowered.REJOIN} "
-    return [
-        "{ .reg .pred %p, %q; .reg .b32 %t, %n, %j, %i, %l, %s, %m, %o, %c, %k, %x, %y, %b, %v;",
-        # Like weights, keys and values are read once a step: they are the first to leave the L2
-        # cache, where weights may wait that have been asked for ahead.
-        ".reg .b64 %policy, %d, %e; createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
-        "mov.u32 %t, %tid.x;",
-        *(
-            [f"setp.ne.u32 %p, %t, {f.thread}; @%p bra asked;"]
-            if f.bulk
-            else [
-                ".reg .pred %lead; .reg .b32 %own; and.b32 %own, %t, 31;",
-                f"setp.eq.u32 %lead, %own, 0; setp.ge.u32 %p, %t, {f.sharing}; @%p bra asked;",
-                "shr.u32 %t, %t, 5;",
-                f"mad.lo.u32 %own, %t, {_CONTROL}, {ring};",
-            ]
-        ),
-        f"ld.shared.v4.b32 {{%n, %j, %i, %l}}, [{own}+{f.control}];",
-        f"ld.shared.b32 %s, [{own}+{f.control + 16}]; ld.shared.b32 %m, [{parts}];",
-        f"add.u32 %n, %n, {freed};",
-        # Of layers between, the program has no part.
-        f"setp.lt.u32 %p, %l, {layer}; selp.u32 %j, 0, %j, %p; selp.u32 %i, 0, %i, %p;",
-        f"max.u32 %l, %l, {layer};",
-        f"more: setp.eq.u32 %p, %n, 0; setp.gt.or.u32 %p, %l, {layer}, %p;",
-        "setp.ge.or.u32 %p, %j, %m, %p; @%p bra stored;",
-        f"mad.lo.u32 %x, %j, 32, {parts}; ld.shared.v4.b32 {{%o, %c, %k, %x}}, [%x+32];",
-        # %y positions, of the layers' keys from row %o on
-        f"mul.lo.u32 %x, %i, {f.block}; sub.s32 %y, %c, %x; min.s32 %y, %y, {f.block};",
-        f"max.s32 %y, %y, 0; shr.u32 %o, %o, {(f.row_bytes // UNIT).bit_length() - 1};",
-        f"add.u32 %o, %o, %x; mad.lo.u32 %o, %l, {f.layer_rows}, %o;",
-        f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
-        *_copy_lines(f, ring, keys, values),
-        "add.u32 %i, %i, 1; setp.eq.u32 %p, %i, %k; selp.u32 %i, 0, %i, %p;",
-        "@%p add.u32 %j, %j, 1; setp.eq.u32 %p, %j, %m; selp.u32 %j, 0, %j, %p;",
-        "@%p add.u32 %l, %l, 1;",
-        f"add.u32 %s, %s, 1; setp.eq.u32 %p, %s, {f.stages}; selp.u32 %s, 0, %s, %p;",
-        "sub.u32 %n, %n, 1; bra more;",
-        # Where warps ask, all of one has read these words before a thread stores them anew.
-        f"stored: {rejoin}{lead}st.shared.v4.b32 [{own}+{f.control}], {{%n, %j, %i, %l}};",
-        f"{lead}st.shared.b32 [{own}+{f.control + 16}], %s; {rejoin}asked: }}",
-    ]
-
-
-def _copy_lines(f: CacheFeed, ring: str, keys: str, values: str) -> list[str]:
-    """Copies %y keys, and as many values, from row %o on, to tile %s."""
-    place = f"mad.lo.u32 %v, %s, {f.tile_bytes}, {ring}; add.u32 %v, %v, {f.tiles};"
+    thread, policy, asked = b.u32("thread"), b.u64("policy"), b.label("asked")
+    b.comment("Like weights, keys and values are read once a step: they are the first to leave the")
+    b.comment("L2 cache, where weights may wait that have been asked for ahead.")
+    b.createpolicy_evict_first(policy)
+    b.mov(thread, TID)
+    own, lead, idle = ring, None, b.pred("idle")
     if f.bulk:
-        return [place, *_box_lines(f, ring)]
-    copies = [
-        f"{place} mul.wide.u32 %d, %o, {f.row_bytes}; mul.lo.u32 %y, %y, {f.row_bytes};",
-    ]
+        b.setp("ne", idle, thread, f.thread)
+        b.bra_if(idle, asked)
+    else:
+        b.comment("Each warp that copies has control words of its own.")
+        lead, lane, warp, own = b.pred("lead"), b.u32("lane"), b.u32("warp"), b.u32("own")
+        b.and_(lane, thread, 31)
+        b.setp("eq", lead, lane, 0)
+        b.setp("ge", idle, thread, f.sharing)
+        b.bra_if(idle, asked)
+        b.shr(warp, thread, 5)
+        b.mad_lo(own, warp, _CONTROL, ring)
+
+    free, part, tile, at_layer, stage, count = b.u32s(
+        *("free", "part", "tile", "next_layer", "stage", "part_count")
+    )
+    b.ld_shared([free, part, tile, at_layer], own + f.control)
+    b.ld_shared(stage, own + (f.control + 16))
+    b.ld_shared(count, parts + 0)
+    b.add(free, free, freed)
+    b.comment("Of layers between, the program has no part.")
+    is_new = b.pred("is_new")
+    b.setp("lt", is_new, at_layer, layer)
+    b.selp(part, 0, part, is_new)
+    b.selp(tile, 0, tile, is_new)
+    b.max(at_layer, at_layer, layer)
+
+    more, stored, stop = b.marked("more"), b.label("stored"), b.pred("stop")
+    b.setp("eq", stop, free, 0)
+    b.setp("gt", stop, at_layer, layer, either=stop)
+    b.setp("ge", stop, part, count, either=stop)
+    b.bra_if(stop, stored)
+
+    b.comment("The tile's cached positions, none of the first tile at least, and its first row.")
+    place, begin, cached, tiles, unused = b.u32s("place", "begin", "cached", "tiles", "unused")
+    first, positions, barrier = b.u32("first"), b.s32("positions"), b.u32("barrier")
+    b.mad_lo(place, part, 32, parts)
+    b.ld_shared([begin, cached, tiles, unused], place + 32)
+    b.mul_lo(first, tile, f.block)
+    b.sub(positions, cached, first)
+    b.min(positions, positions, f.block)
+    b.max(positions, positions, 0)
+    b.shr(begin, begin, (f.row_bytes // UNIT).bit_length() - 1)
+    b.add(begin, begin, first)
+    b.mad_lo(begin, at_layer, f.layer_rows, begin)
+    b.mad_lo(barrier, stage, 8, ring)
+    b.add(barrier, barrier, f.barriers)
+    _write_tile(b, f, ring, keys, values, policy, begin, positions, stage, barrier)
+
+    b.comment("The next tile: of the part, of the next part, or of the next layer.")
+    ends, last, around = b.pred("ends"), b.pred("last"), b.pred("around")
+    b.add(tile, tile, 1)
+    b.setp("eq", ends, tile, tiles)
+    b.selp(tile, 0, tile, ends)
+    with b.when(ends):
+        b.add(part, part, 1)
+    b.setp("eq", last, part, count)
+    b.selp(part, 0, part, last)
+    with b.when(last):
+        b.add(at_layer, at_layer, 1)
+    b.add(stage, stage, 1)
+    b.setp("eq", around, stage, f.stages)
+    b.selp(stage, 0, stage, around)
+    b.sub(free, free, 1)
+    b.bra(more)
+
+    b.mark(stored)
+    if lead is not None:
+        b.comment("All of a warp has read these words before a thread stores them anew.")
+        b.bar_warp()
+    with b.when(lead):
+        b.st_shared(own + f.control, [free, part, tile, at_layer])
+        b.st_shared(own + (f.control + 16), stage)
+    if lead is not None:
+        b.bar_warp()
+    b.mark(asked)
+
+
+def _write_tile(
+    b: Block,
+    f: CacheFeed,
+    ring: Register,
+    keys: Register,
+    values: Register,
+    policy: Register,
+    begin: Register,
+    positions: Register,
+    stage: Register,
+    barrier: Register,
+) -> None:
+    """Copies some keys, and as many values, from a row on, to a stage's tile."""
+    to = b.u32("to")
+    b.mad_lo(to, stage, f.tile_bytes, ring)
+    b.add(to, to, f.tiles)
+    if f.bulk:
+        _write_boxes(b, f, ring, policy, begin, positions, to, barrier)
+        return
+    offset, source, size = b.u64("offset"), b.u64("source"), b.u32("size")
+    b.mul_wide(offset, begin, f.row_bytes)
+    b.mul_lo(size, positions, f.row_bytes)
     for array, behind in ((keys, 0), (values, f.values)):
-        copies.append(f"add.u64 %e, %d, {array}; add.u32 %v, %v, {behind};")
-        copies += async_copy.copy_lines(
-            f.sharing, source="%e", place="%v", size="%y", policy="%policy", lines=f.lines
-        )
-    return [*copies, async_copy.arrive_line("%b")]
+        b.add(source, offset, array)
+        b.add(to, to, behind)
+        parts = async_copy.Parts(source, to, size, policy)
+        async_copy.write_copies(b, parts, f.sharing, lines=f.lines)
+    b.cp_async_arrive(barrier)
 
 
-def _box_lines(f: CacheFeed, ring: str) -> list[str]:
+def _write_boxes(
+    b: Block,
+    f: CacheFeed,
+    ring: Register,
+    policy: Register,
+    begin: Register,
+    positions: Register,
+    to: Register,
+    barrier: Register,
+) -> None:
     """The same by boxes, of whole tiles: what lies behind a sequence's positions is not used."""
-    lines = f.lines
-    copies = [
-        f"setp.gt.u32 %q, %y, 0; selp.b32 %x, {f.tile_bytes}, 0, %q;",
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %x; mov.b32 %x, 0;",
-        f"ld.shared.v2.b64 {{%d, %e}}, [{ring}+{f.maps}];",
-    ]
-    for box in ("%d", "%e"):
-        for line in range(lines.count):
-            copies.append(
-                f"mov.b32 %y, {line}; @%q cp.async.bulk.tensor.3d.shared::cluster.global.tile"
-                ".mbarrier::complete_tx::bytes.L2::cache_hint "
-                f"[%v], [{box}, {{%x, %y, %o}}], [%b], %policy;"
-            )
-            copies.append(f"add.u32 %v, %v, {f.block * lines.width};")
-    return copies
+    lines, maps = f.lines, (b.u64("key_map"), b.u64("value_map"))
+    some, size, element, line = b.pred("some"), b.u32("bytes"), b.u32("element"), b.u32("line")
+    b.setp("gt", some, positions.as_("u32"), 0)
+    b.selp(size, f.tile_bytes, 0, some)
+    b.mbarrier_expect(barrier, size)
+    b.mov(element, 0)
+    b.ld_shared(maps, ring + f.maps)
+    for box in maps:
+        for number in range(lines.count):
+            b.mov(line, number)
+            with b.when(some):
+                b.cp_bulk_box(to, box, [element, line, begin], barrier, policy)
+            b.add(to, to, f.block * lines.width)
 
 
-_feed_cache_p = core.Primitive("ffjax_feed_cache")
+def _write_first(
+    b: Block,
+    keys: Register,
+    values: Register,
+    ring: Register,
+    parts: Register,
+    layer: Register,
+    *,
+    feed: CacheFeed,
+) -> None:
+    write_cache_feed(b, feed, ring, keys, values, parts, layer, 0)
 
 
-@_feed_cache_p.def_effectful_abstract_eval
-def _(keys, values, ring, parts, layer, *, feed):
-    effects = {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
-    return core.ShapedArray((1,), jnp.int32), effects
-
-
-def pointers(refs: list[Any]) -> list[Any]:
-    """Arrays' addresses."""
-    return [lowered.spread(lowered.pointer(x), [1]) for x in refs]
-
-
-@lowered.rule(_feed_cache_p)
-def _(ctx, keys, values, *args, feed):
-    lines = cache_feed_lines(feed, "$3", "$1", "$2", "$4", "$5", 0)
-    text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
-    arguments = [*pointers([keys, values]), *lowered.values(ctx, args)]
-    result = lowered.like((1,), lowered.i32())
-    return lowered.assembly([result], text, "=r,l,l,r,r,r", arguments)[0]
+_feed_cache = Operation("ffjax_feed_cache", _write_first)
 
 
 def feed_cache(
@@ -251,5 +312,4 @@ def feed_cache(
         layer: int32 scalar.
         feed: the rest.
     """
-    scalars = [jnp.full((1,), x) for x in (ring, parts, layer)]
-    _feed_cache_p.bind(keys, values, *scalars, feed=feed)
+    _feed_cache(Pointer(keys), Pointer(values), ring, parts, layer, feed=feed)

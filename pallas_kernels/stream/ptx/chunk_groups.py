@@ -23,13 +23,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.scales import SIXTEENTH, scale_lines, scale_registers, widened
+from pallas_kernels.asm import Block, Register
+from pallas_kernels.stream.ptx.scales import Given, IntegerText
 
 if TYPE_CHECKING:
     from pallas_kernels.stream.ptx.integers import IntegerTile
 
-__all__ = ["chunk_text"]
+__all__ = ["write_chunks"]
 
 # Products whose sums a thread chooses among, at most.
 _ABREAST = 4
@@ -40,20 +40,16 @@ _AT_ONCE = 32
 _LINE, _HALF = 256, 128
 
 
-def chunk_text(tile: IntegerTile) -> str:
-    """The whole text: operands as those of `integers`; behind them where sums of groups begin."""
-    return _Chunks(tile).text()
+def write_chunks(b: Block, tile: IntegerTile, given: Given) -> None:
+    """The whole text."""
+    _Chunks(b, tile, given).write()
 
 
-def _names(prefix: str, count: int) -> list[str]:
-    return [f"%{prefix}{i}" for i in range(count)]
-
-
-class _Chunks:
+class _Chunks(IntegerText):
     """The text, piece by piece."""
 
-    def __init__(self, tile: IntegerTile):
-        self.t = tile
+    def __init__(self, b: Block, tile: IntegerTile, given: Given):
+        super().__init__(b, tile, given)
         # Of a line, each chunk has as many groups, each of so many products one after the other.
         self.groups = 4 if tile.bits == 4 and tile.group == 32 else 2
         self.pieces = tile.group * tile.bits // 128 if tile.bits == 4 else 1
@@ -65,269 +61,262 @@ class _Chunks:
         # Of a row of a product, by a thread.
         self.words = self.pieces if tile.bits == 4 else 2
         # A product's rows from 4 on are of the tile's second half; rows g and g + 8 are neighbours.
-        self.half = tile.rows // 2
+        self.half_rows = tile.rows // 2
         self.rows = "xy" if tile.rows > 2 else "x"
+        self.values = [b.f32("value") for _ in self.rows]
+        # Which of the products abreast the thread's sums are of use in, and its two bits.
+        self.which, self.one, self.two = b.u32("which"), b.pred("one"), b.pred("two")
+        self.sums_place = b.u32("sums_place")
+        # Of int8, where rows x and y of each product begin.
+        self.places = {row: [b.u32(f"{row}_place") for _ in range(self.abreast)] for row in "xy"}
+        # Of each row, and step: the word that holds its scales.
+        self.scale_words: dict[tuple[str, int], Register] = {}
 
-    def text(self) -> str:
-        t, values = self.t, _names("v", len(self.rows))
-        self.values = values
-        lines = [
-            "{ .reg .pred %p, %one, %two; .reg .b32 %l, %g, %t, %i, %a, %b, %c, %v, %w, %zero;",
-            f".reg .f32 %f, %s, %own, {', '.join(values)}; {scale_registers(t)}",
-            "mov.u32 $0, 0; mov.b32 %zero, 0;",
-            f"mov.u32 %t, %tid.x; setp.ge.u32 %p, %t, {t.threads}; @%p bra idle;",
-            "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
-            *(f"mov.f32 {value}, 0f00000000;" for value in values),
-            *self.addresses(),
-            # The product of use is the i-th.
-            "xor.b32 %i, %g, %t; and.b32 %i, %i, 3;",
-            "and.b32 %v, %i, 1; setp.ne.u32 %one, %v, 0;",
-            "and.b32 %v, %i, 2; setp.ne.u32 %two, %v, 0;",
-            *self.scale_addresses(),
-        ]
+    def write(self) -> None:
+        """The whole text."""
+        b, t = self.b, self.t
+        self.begin(self.values)
+        self._place_weights()
+        b.comment("The product of use is the one whose number is g ^ t.")
+        b.xor(self.which, self.group, self.quad)
+        b.and_(self.which, self.which, 3)
+        for bit, is_set in ((1, self.one), (2, self.two)):
+            b.and_(self.v, self.which, bit)
+            b.setp("ne", is_set, self.v, 0)
+        self._place_scales()
         a_line = len(self.rows) * self.abreast * self.words * self.steps
         at_once = max(1, _AT_ONCE // a_line)
         for q in range(t.reads):
             if q and q % at_once == 0:
-                lines.append(lowered.REJOIN)
-            lines += self.line(q)
-        lines += self.ending()
-        return " ".join([*lines, "idle: }"])
+                b.bar_warp()
+            self._write_line(q)
+        self._end()
+        b.mark(self.idle)
 
     # Weights
 
-    def place_of(self, group: int) -> int:
+    def _place_of(self, group: int) -> int:
         """Bytes from a chunk's first group in a line to another."""
         if self.groups == 4:
             return 16 * (group & 1) + _HALF * (group >> 1)
         return _HALF * group
 
-    def addresses(self) -> list[str]:
-        """Makes where each thread reads: int4, %a and %b; int8, one of each for every product."""
+    def _place_weights(self) -> None:
+        """Where each thread reads: of int4, two rows; of int8, rows of its own for each product."""
+        b, given = self.b, self.given
         if self.t.bits == 4:
-            return self._matrix_addresses()
-        # Row g of the i-th product is of chunk g ^ i.
-        lines = [
-            f".reg .b32 {', '.join(f'%{n}a{i}' for n in self.rows for i in range(self.abreast))};",
-            f"shr.u32 %v, %g, 2; mul.lo.u32 %v, %v, {self.half}; mad.lo.u32 %a, %v, $2, $1;",
-            "shl.b32 %v, %t, 3; add.u32 %a, %a, %v; and.b32 %v, %g, 3; shl.b32 %v, %v, 5;",
-            "shl.b32 %b, $2, 1;",
-        ]
-        for i in range(self.abreast):
+            self._place_matrices()
+            return
+        b.comment("Row g of the i-th product is of chunk g ^ i.")
+        b.shr(self.v, self.group, 2)
+        b.mul_lo(self.v, self.v, self.half_rows)
+        b.mad_lo(self.row, self.v, given.pitch, given.address)
+        b.shl(self.v, self.quad, 3)
+        b.add(self.row, self.row, self.v)
+        b.and_(self.v, self.group, 3)
+        b.shl(self.v, self.v, 5)
+        b.shl(self.other_row, given.pitch, 1)
+        for i, (x, y) in enumerate(zip(*self.places.values(), strict=True)):
             four, group = i % self.fours, i // self.fours
-            lines.append(f"xor.b32 %w, %v, {32 * i}; add.u32 %xa{i}, %a, %w;")
+            b.xor(self.w, self.v, 32 * i)
+            b.add(x, self.row, self.w)
             if four:
-                lines.append(f"mad.lo.u32 %xa{i}, %b, {four}, %xa{i};")
+                b.mad_lo(x, self.other_row, four, x)
             if group:
-                lines.append(f"add.u32 %xa{i}, %xa{i}, {self.place_of(group * self.steps)};")
+                b.add(x, x, self._place_of(group * self.steps))
             if "y" in self.rows:
-                lines.append(f"add.u32 %ya{i}, %xa{i}, $2;")
-        return lines
+                b.add(y, x, given.pitch)
 
-    def _matrix_addresses(self) -> list[str]:
+    def _place_matrices(self) -> None:
         """Of `ldmatrix`: threads 8 * i to 8 * i + 7 have the addresses of the i-th product's rows.
 
         Where there are two products, the next two matrices are those of a group's second piece.
         """
+        b, given, i, row = self.b, self.given, self.which, self.row
         fours = self.fours.bit_length() - 1
-        lines = [
-            "shr.u32 %i, %l, 3; and.b32 %v, %l, 7; shr.u32 %b, %v, 2;",
-            f"mul.lo.u32 %w, %b, {self.half};",
-        ]
+        b.comment("Lane 8 i + j says where row j of the i-th product lies.")
+        b.shr(i, self.lane, 3)
+        b.and_(self.v, self.lane, 7)
+        b.shr(self.other_row, self.v, 2)
+        b.mul_lo(self.w, self.other_row, self.half_rows)
         if self.fours > 1:
-            lines.append(f"and.b32 %a, %i, {self.fours - 1}; mad.lo.u32 %w, %a, 2, %w;")
-        lines.append("mad.lo.u32 %a, %w, $2, $1;")
+            b.and_(row, i, self.fours - 1)
+            b.mad_lo(self.w, row, 2, self.w)
+        b.mad_lo(row, self.w, given.pitch, given.address)
         if self.t.gap:
-            lines.append(f"mad.lo.u32 %a, %b, {self.t.gap}, %a;")
-        # Of two products the chunk has the lowest bit of i alone.
-        chunk = f"and.b32 %w, %i, {self.abreast - 1}; xor.b32 %v, %v, %w;"
-        lines.append(f"{chunk} and.b32 %v, %v, 3; shl.b32 %v, %v, 5; add.u32 %a, %a, %v;")
+            b.mad_lo(row, self.other_row, self.t.gap, row)
+        b.comment("Of two products the chunk has the lowest bit of i alone.")
+        b.and_(self.w, i, self.abreast - 1)
+        b.xor(self.v, self.v, self.w)
+        b.and_(self.v, self.v, 3)
+        b.shl(self.v, self.v, 5)
+        b.add(row, row, self.v)
         if self.abreast < _ABREAST:
-            lines.append("shr.u32 %v, %i, 1; shl.b32 %v, %v, 4; add.u32 %a, %a, %v;")
-            lines.append(f"and.b32 %i, %i, {self.abreast - 1};")
+            b.shr(self.v, i, 1)
+            b.shl(self.v, self.v, 4)
+            b.add(row, row, self.v)
+            b.and_(i, i, self.abreast - 1)
         if self.of_groups > 1:
-            lines.append(f"shr.u32 %v, %i, {fours};")
-            if self.of_groups == 4:  # as `place_of`
-                lines.append("and.b32 %w, %v, 1; shl.b32 %w, %w, 4; add.u32 %a, %a, %w;")
-                lines.append("shr.u32 %v, %v, 1;")
-            lines.append(f"shl.b32 %v, %v, {_HALF.bit_length() - 1}; add.u32 %a, %a, %v;")
+            b.shr(self.v, i, fours)
+            if self.of_groups == 4:  # as `_place_of`
+                b.and_(self.w, self.v, 1)
+                b.shl(self.w, self.w, 4)
+                b.add(row, row, self.w)
+                b.shr(self.v, self.v, 1)
+            b.shl(self.v, self.v, _HALF.bit_length() - 1)
+            b.add(row, row, self.v)
         if "y" in self.rows:
-            lines.append("add.u32 %b, %a, $2;")
-        return lines
+            b.add(self.other_row, row, given.pitch)
 
-    def loaded(self, name: str, q: int, step: int) -> list[str]:
-        """Loads words of row x or y of every product: %{name}{product}_{word}."""
-        t, words = self.t, self.words
-        made = [[f"%{name}{i}_{w}" for w in range(words)] for i in range(self.abreast)]
-        at = _LINE * q + self.place_of(step)
-        lines = [f".reg .b32 {', '.join(x for some in made for x in some)};"]
-        if t.bits == 8:
-            return lines + [
-                f"ld.shared.v2.b32 {{{', '.join(some)}}}, [%{name}a{i}+{at}];"
-                for i, some in enumerate(made)
-            ]
-        start = "%a" if name == "x" else "%b"
+    def _load(self, row: str, q: int, step: int) -> list[list[Register]]:
+        """Loads words of row x or y of every product."""
+        b, words = self.b, self.words
+        made = [[b.u32(row) for _ in range(words)] for _ in range(self.abreast)]
+        at = _LINE * q + self._place_of(step)
+        if self.t.bits == 8:
+            for place, some in zip(self.places[row], made, strict=True):
+                b.ld_shared(some, place + at)
+            return made
+        start = self.row if row == "x" else self.other_row
         for first in range(0, words, _ABREAST // self.abreast):
             some = [x[w] for w in range(words) for x in made]
-            some = some[first * self.abreast :][:_ABREAST]
-            lines.append(
-                "ldmatrix.sync.aligned.m8n8.x4.shared.b16 "
-                f"{{{', '.join(some)}}}, [{start}+{at + 16 * first}];"
-            )
-        return lines
+            b.ldmatrix(some[first * self.abreast :][:_ABREAST], start + (at + 16 * first))
+        return made
 
     # Scales
 
-    def scale_addresses(self) -> list[str]:
-        """Makes %c, where the scales of a thread's first row begin; and %z, its groups' sums."""
-        t, fours = self.t, self.fours.bit_length() - 1
-        lines = [f"shr.u32 %c, %g, 2; mul.lo.u32 %w, %c, {self.half};"]
+    def _place_scales(self) -> None:
+        """Where the scales of a thread's first row begin; and its groups' sums."""
+        b, t, given, fours = self.b, self.t, self.given, self.fours.bit_length() - 1
+        b.shr(self.scale_place, self.group, 2)
+        b.mul_lo(self.w, self.scale_place, self.half_rows)
         if self.fours > 1:
-            lines.append(f"and.b32 %v, %i, {self.fours - 1}; mad.lo.u32 %w, %v, 2, %w;")
-        # Halves of 16 rows' scales have a gap between them, too.
-        base = "$4"
+            b.and_(self.v, self.which, self.fours - 1)
+            b.mad_lo(self.w, self.v, 2, self.w)
+        base = given.scales
         if t.scale_gap:
-            lines.append(f"mad.lo.u32 %v, %c, {t.scale_gap}, $4;")
-            base = "%v"
-        lines.append(f"mad.lo.u32 %c, %w, {t.scale_bytes}, {base}; add.u32 %v, $6, %t;")
+            b.comment("Halves of 16 rows' scales have a gap between them, too.")
+            b.mad_lo(self.v, self.scale_place, t.scale_gap, given.scales)
+            base = self.v
+        b.mad_lo(self.scale_place, self.w, t.scale_bytes, base)
+        b.add(self.v, given.group, self.quad)
         if self.groups == 4:
-            lines.append("add.u32 %v, %v, %t;")
-        if t.offset is not None:
-            lines.append(f".reg .b32 %z; mov.b32 %z, ${7 + t.reads * t.words};")
+            b.add(self.v, self.v, self.quad)
+        if given.offsets is not None:
+            b.mov(self.sums_place, given.offsets)
         if self.of_groups > 1:
-            # A thread without sums of use reads what another does.
-            lines.append(f"shr.u32 %w, %i, {fours}; and.b32 %w, %w, {self.of_groups - 1};")
-            if t.offset is not None:
-                lines.append(f"mad.lo.u32 %z, %w, {4 * self.steps}, %z;")
+            b.comment("A thread without sums of use reads what another does.")
+            b.shr(self.w, self.which, fours)
+            b.and_(self.w, self.w, self.of_groups - 1)
+            if given.offsets is not None:
+                b.mad_lo(self.sums_place, self.w, 4 * self.steps, self.sums_place)
             if self.of_groups == 4:
-                lines.append("add.u32 %v, %v, %w; and.b32 %w, %w, 2; mad.lo.u32 %v, %w, 3, %v;")
+                b.add(self.v, self.v, self.w)
+                b.and_(self.w, self.w, 2)
+                b.mad_lo(self.v, self.w, 3, self.v)
             else:
-                each = 8 if self.groups == 4 else 4
-                lines.append(f"mad.lo.u32 %v, %w, {each}, %v;")
-        return [*lines, f"mad.lo.u32 %c, %v, {t.group_bytes}, %c;"]
+                b.mad_lo(self.v, self.w, 8 if self.groups == 4 else 4, self.v)
+        b.mad_lo(self.scale_place, self.v, t.group_bytes, self.scale_place)
 
     @property
-    def pairs(self) -> bool:
+    def _pairs(self) -> bool:
         """Whether two steps have neighbouring groups, whose scales may be loaded at once."""
         t = self.t
         return self.groups == 4 and self.steps > 1 and t.scales_at_once >= 2 * t.group_bytes
 
-    def load_scales(self, q: int, step: int) -> list[str]:
-        """Loads the scales of a step, or of two: %{row}s{step}, or %{row}s{step} of both."""
-        t, lines = self.t, []
-        if self.pairs and step % 2:
-            return []
-        group = self.place_of(step) * 8 // (t.bits * t.group)
+    def _load_scales(self, q: int, step: int) -> None:
+        """Loads the scales of a step, or of two."""
+        b, t = self.b, self.t
+        if self._pairs and step % 2:
+            return
+        group = self._place_of(step) * 8 // (t.bits * t.group)
         at = t.group_bytes * (q * _LINE * 8 // (t.bits * t.group) + group)
         for half, row in enumerate(self.rows):
-            place = f"[%c+{at + half * t.scale_bytes}]"
-            if not self.pairs:
-                kind = "u16" if t.group_bytes == 2 else "b32"
-                lines.append(f".reg .b32 %{row}s{step}; ld.shared.{kind} %{row}s{step}, {place};")
+            place, word = self.scale_place + (at + half * t.scale_bytes), b.u32(f"{row}_scale")
+            self.scale_words[row, step] = word
+            if not self._pairs:
+                (b.ld_shared_u16 if t.group_bytes == 2 else b.ld_shared)(word, place)
             elif t.group_bytes == 2:
-                lines.append(f".reg .b32 %{row}s{step}; ld.shared.b32 %{row}s{step}, {place};")
+                b.ld_shared(word, place)
             else:
-                both = f"%{row}s{step}, %{row}s{step + 1}"
-                lines.append(f".reg .b32 {both}; ld.shared.v2.b32 {{{both}}}, {place};")
-        return lines
+                self.scale_words[row, step + 1] = b.u32(f"{row}_scale")
+                b.ld_shared([word, self.scale_words[row, step + 1]], place)
 
-    def scale_of(self, row: str, step: int) -> list[str]:
-        if self.pairs and self.t.group_bytes == 2:
-            return scale_lines(self.t, f"%{row}s{step & ~1}", high=step % 2 == 1)
-        return scale_lines(self.t, f"%{row}s{step}")
+    def _split_scale_of(self, row: str, step: int) -> None:
+        if self._pairs and self.t.group_bytes == 2:
+            self.split_scale(self.scale_words[row, step & ~1], high=step % 2 == 1)
+        else:
+            self.split_scale(self.scale_words[row, step])
 
     # Products
 
-    def line(self, q: int) -> list[str]:
+    def _write_line(self, q: int) -> None:
         """The q-th line of every row."""
-        t, lines = self.t, ["{"]
-        if t.offset is not None:
-            sums = _names("q", self.steps)
-            vector = f".v{self.steps}" if self.steps > 1 else ""
-            some = f"{{{', '.join(sums)}}}" if self.steps > 1 else sums[0]
-            lines.append(f".reg .f32 {', '.join(sums)};")
-            lines.append(f"ld.shared{vector}.f32 {some}, [%z+{4 * 16 * q}];")
+        totals = [self.b.f32("total") for _ in range(self.steps)]
+        if self.t.offset is not None:
+            self.b.ld_shared(totals, self.sums_place + 4 * 16 * q)
         for step in range(self.steps):
-            lines += self.load_scales(q, step)
-            lines += ["{", *self.step(q, step), "}"]
-        return [*lines, "}"]
+            self._load_scales(q, step)
+            self._write_step(q, step, totals[step])
 
-    def step(self, q: int, step: int) -> list[str]:
+    def _write_step(self, q: int, step: int, total: Register) -> None:
         """Products abreast; of the sums that are of use, a thread adds its own to its values."""
-        lines = []
-        for row in self.rows:
-            lines += self.loaded(row, q, step)
-        sums = [[f"%d{i}_{k}" for k in range(4)] for i in range(self.abreast)]
-        lines.append(f".reg .b32 {', '.join(x for some in sums for x in some)};")
+        words = {row: self._load(row, q, step) for row in self.rows}
+        sums = [[self.b.s32("sum") for _ in range(4)] for _ in range(self.abreast)]
         for i in range(self.abreast):
             group = i // self.fours * self.steps + step
             for piece in range(self.pieces):
-                lines += ["{", self.product(q, group, i, piece, sums[i]), "}"]
+                self._multiply(q, group, {row: words[row][i] for row in words}, piece, sums[i])
             # What is known to be of no use takes no registers.
             if i % 2:
-                lines += self.chosen(sums[i - 1], sums[i], "%one")
+                self._choose(sums[i - 1], sums[i], self.one)
             if i == 3:
-                lines += self.chosen(sums[0], sums[2], "%two")
+                self._choose(sums[0], sums[2], self.two)
         for half, (row, value) in enumerate(zip(self.rows, self.values, strict=True)):
-            lines += self.scale_of(row, step)
+            self._split_scale_of(row, step)
             high, low = sums[0][2 * half : 2 * half + 2]
-            lines += self.added(value, high, low, f"%q{step}")
-        return lines
+            self.combine(self.number, high, low)
+            self.add_scaled(value, total)
 
-    def chosen(self, sums: list[str], others: list[str], which: str) -> list[str]:
+    def _choose(self, sums: list[Register], others: list[Register], which: Register) -> None:
         """Where the predicate holds, puts others in the place of some sums."""
-        used = 2 * len(self.rows)
-        pairs = list(zip(sums, others, strict=True))[:used]
-        return [f"selp.b32 {to}, {other}, {to}, {which};" for to, other in pairs]
+        for to, other in list(zip(sums, others, strict=True))[: 2 * len(self.rows)]:
+            self.b.selp(to, other, to, which)
 
-    def product(self, q: int, group: int, i: int, piece: int, sums: list[str]) -> str:
+    def _multiply(
+        self,
+        q: int,
+        group: int,
+        loaded: dict[str, list[Register]],
+        piece: int,
+        sums: list[Register],
+    ) -> None:
         """One product: of a chunk's group in the q-th line."""
-        t = self.t
+        b, t = self.b, self.t
+        words = loaded
         if t.bits == 4:
-            words = {row: [f"%{row}w{k}" for k in range(2)] for row in self.rows}
-            lines = [f".reg .b32 {', '.join(x for some in words.values() for x in some)};"]
+            words = {row: b.u32s(*[f"{row}_bytes"] * 2) for row in self.rows}
             for row in self.rows:
-                lines += widened(words[row], [f"%{row}{i}_{piece}"])
-        else:
-            words = {row: [f"%{row}{i}_{k}" for k in range(2)] for row in self.rows}
-            lines = []
-        a = [words[row][k] if row in words else "%zero" for k in range(2) for row in "xy"]
-        first = 7 + q * t.words + 2 * (group * self.pieces + piece)
-        before = ["%zero"] * 4 if piece == 0 else sums
-        lines.append(
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-            f"{{{', '.join(sums)}}}, {{{', '.join(a)}}}, {{${first}, ${first + 1}}}, "
-            f"{{{', '.join(before)}}};"
-        )
-        return " ".join(lines)
+                self.widen_nibbles(words[row], [loaded[row][piece]])
+        a = [words[row][k] if row in words else self.zero for k in range(2) for row in "xy"]
+        first = q * t.words + 2 * (group * self.pieces + piece)
+        before = [self.zero] * 4 if piece == 0 else sums
+        b.mma_s8(sums, a, self.given.words[first : first + 2], before)
 
-    def added(self, value: str, high: str, low: str, total: str) -> list[str]:
-        """Adds a group's sum to a value: %s times the digits, and %o times their total."""
-        t = self.t
-        lines = [f"mad.lo.s32 %v, {high}, 256, {low}; cvt.rn.f32.s32 %f, %v;"]
-        # Beyond a row, sums are 0, and in the place of scales may lie anything.
-        guard = "setp.ne.f32 %p, {}, 0f00000000; @%p " if t.ragged else ""
-        lines.append(f"{guard.format('%f')}fma.rn.f32 {value}, %f, %s, {value};")
-        if t.offset is not None:
-            lines.append(f"{guard.format(total)}fma.rn.f32 {value}, {total}, %o, {value};")
-        return lines
-
-    def ending(self) -> list[str]:
+    def _end(self) -> None:
         """Adds up what threads have of the same rows and chunk; scales and stores the sums.
 
         All threads store: those with sums of no use where nobody looks.
         """
-        lines = []
+        b = self.b
         for bit in (0, 1):
             if self.fours <= 1 << bit < self.abreast:
                 for value in self.values:
-                    lines.append(f"shfl.sync.bfly.b32 %f, {value}, {4 << bit}, 31, 0xffffffff;")
-                    lines.append(f"add.rn.f32 {value}, {value}, %f;")
-        # A chunk's scale is with the threads that hold its inputs.
-        lines.append("shl.b32 %l, %t, 3; shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff;")
-        if self.t.bits == 4:
-            lines.append(f"mul.rn.f32 %own, %own, {SIXTEENTH};")
-        lines += [f"mul.rn.f32 {value}, {value}, %own;" for value in self.values]
-        vector = ".v2" if "y" in self.rows else ""
-        some = f"{{{', '.join(self.values)}}}" if "y" in self.rows else self.values[0]
-        return [*lines, f"st.shared{vector}.f32 [$3], {some};"]
+                    b.shfl_bfly(self.number, value, 4 << bit)
+                    b.add_rn(value, value, self.number)
+        b.comment("A chunk's scale is with the threads that hold its inputs.")
+        b.shl(self.lane, self.quad, 3)
+        self.load_own_scale(self.lane)
+        for value in self.values:
+            b.mul_rn(value, value, self.own)
+        b.st_shared(self.given.where, self.values)

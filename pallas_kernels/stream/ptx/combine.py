@@ -4,102 +4,108 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core, state
 
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.asm import Block, Register
 from pallas_kernels.stream.ptx.attend_text import LOWEST
-from pallas_kernels.stream.ptx.feed import Feed, feed_lines
-from pallas_kernels.stream.ptx.giving_up import LOST, REGISTERS, give_up, leave_line, look_again
+from pallas_kernels.stream.ptx.feed import Feed, write_feed
+from pallas_kernels.stream.ptx.giving_up import LOST, Wait
+from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["combine_splits"]
 
 
-def _folded(operation: str, names: list[str]) -> list[str]:
-    """Combines numbers two by two; the first register has the result."""
-    lines, left = [], list(names)
-    while len(left) > 1:
-        for a, b in zip(left[::2], left[1::2], strict=False):
-            lines.append(f"{operation}.f32 {a}, {a}, {b};")
-        left = left[::2]
-    return lines
+def _write_sum(b: Block, numbers: list[Register]) -> None:
+    """Adds numbers two by two; the first register has the sum."""
+    while len(numbers) > 1:
+        for one, other in zip(numbers[::2], numbers[1::2], strict=False):
+            b.add(one, one, other)
+        numbers = numbers[::2]
 
 
-def _combine_text(count: int, lanes: int, step: int, most: int, feed: Feed) -> str:
-    """Operands: the result; addresses of the values and the sums; spans; tag; weights; ring."""
-    values, sums, there, tag, weights, ring = (f"${i}" for i in range(1, 7))
-    names = {x: [f"%{x}{q}" for q in range(count)] for x in ("a", "b", "c", "t", "m", "o")}
-    lines = [
-        f"{{ .reg .pred %p; .reg .b32 %n, %left, %x, %y; .reg .f32 {', '.join(names['t'])};",
-        f".reg .f32 {', '.join(names['m'] + names['o'])}, %h, %top;",
-        f".reg .b64 {', '.join(names['a'] + names['b'] + names['c'])}; {REGISTERS}",
-        "mov.u32 %n, 0;",
-    ]
-    # What is not there counts as come.
-    lines += [f"mov.b64 {x}, {{0, {tag}}};" for name in "abc" for x in names[name]]
-    lines.append("again:")
-    for q, (a, b, c) in enumerate(zip(names["a"], names["b"], names["c"], strict=True)):
-        lines += [
-            f"setp.gt.s32 %p, {there}, {q};",
-            f"@%p ld.relaxed.gpu.global.v2.b64 {{{a}, {b}}}, [{sums}+{4 * step * q}];",
-            f"@%p ld.relaxed.gpu.global.b64 {c}, [{values}+{4 * step * q}];",
-        ]
-    lines += [*feed_lines(feed, ring, weights), "mov.b32 %left, 0;"]
-    for pair in names["a"] + names["b"] + names["c"]:
-        lines.append(f"mov.b64 {{%y, %x}}, {pair}; xor.b32 %x, %x, {tag}; or.b32 %left, %left, %x;")
-    lines += [
-        "setp.eq.u32 %p, %left, 0;",
-        leave_line("done"),
-        *look_again("again", ring, feed, most),
-    ]
-    # The element is no number where the first span's sum of weights is none.
-    lines += ["missing:", *give_up(sums, ring, feed), f"mov.b64 %a0, {{{LOST}, {LOST}}}; done:"]
-    # Of those that give up, some come by another way; what follows is done by whole warps.
-    lines.append(lowered.REJOIN)
+def _write_combine(
+    b: Block,
+    element: Register,
+    values: Register,
+    sums: Register,
+    there: Register,
+    tag: Register,
+    weights: Register,
+    ring: Register,
+    *,
+    count: int,
+    lanes: int,
+    step: int,
+    most: int,
+    feed: Feed,
+) -> None:
+    wait = Wait(b, ring, feed, most)
+    left, found, number, tagged = b.u32("left"), b.pred("found"), b.u32("number"), b.u32("tagged")
+    # Pairs of a number and a tag, and the numbers: of each span a sum of weights, the maximum that
+    # they are relative to, and the element's weighted sum.
+    pairs = {x: [b.u64(f"{x}_pair") for _ in range(count)] for x in ("total", "top", "value")}
+    totals, tops, parts = ([b.f32(x) for _ in range(count)] for x in ("total", "top", "value"))
+    b.comment("What is not there counts as come.")
+    for some in pairs.values():
+        for pair in some:
+            b.pack(pair, 0, tag)
+    again = b.marked("again")
+    for q, (total, top, value) in enumerate(zip(*pairs.values(), strict=True)):
+        is_there = b.pred("is_there")
+        b.setp("gt", is_there, there, q)
+        with b.when(is_there):
+            b.ld_relaxed([total, top], sums + 4 * step * q)
+            b.ld_relaxed(value, values + 4 * step * q)
+    b.comment("While the look is on its way.")
+    write_feed(b, feed, ring, weights)
+    b.mov(left, 0)
+    for some in pairs.values():
+        for pair in some:
+            b.unpack(number, tagged, pair)
+            b.xor(tagged, tagged, tag)
+            b.or_(left, left, tagged)
+    b.setp("eq", found, left, 0)
+    wait.leave(found, wait.done)
+    wait.look_again(again)
+    b.mark(wait.missing)
+    wait.give_up(sums, left)
+    b.comment("The element is no number where the first span's sum of weights is none.")
+    b.pack(pairs["total"][0], LOST, LOST)
+    b.mark(wait.done)
+    b.comment("Some that give up come by another way; what follows is done by whole warps.")
+    b.bar_warp()
+
+    largest, other = b.f32("largest"), b.f32("other")
     for q in range(count):
-        for pair, number in (("a", "t"), ("b", "m"), ("c", "o")):
-            lines.append(f"mov.b64 {{%y, %x}}, %{pair}{q}; mov.b32 %{number}{q}, %y;")
-        lines.append(f"setp.gt.s32 %p, {there}, {q}; selp.f32 %m{q}, %m{q}, {LOWEST}, %p;")
-        lines.append(f"mov.f32 %{'top' if q == 0 else 'h'}, %m{q};")
+        for some, numbers in zip(pairs.values(), (totals, tops, parts), strict=True):
+            b.unpack(number, tagged, some[q])
+            b.mov(numbers[q], number)
+        is_there = b.pred("is_there")
+        b.setp("gt", is_there, there, q)
+        b.selp(tops[q], tops[q], LOWEST, is_there)
+        b.mov(other if q else largest, tops[q])
         if q:
-            lines.append("max.f32 %top, %top, %h;")
+            b.max(largest, largest, other)
     steps = [32 // lanes << i for i in range(lanes.bit_length() - 1)]
     for by in steps:
-        lines.append(f"shfl.sync.bfly.b32 %h, %top, {by}, 31, 0xffffffff; max.f32 %top, %top, %h;")
-    for q in range(count):
-        lines += [
-            f"sub.f32 %m{q}, %m{q}, %top; ex2.approx.ftz.f32 %m{q}, %m{q};",
-            f"mul.f32 %t{q}, %t{q}, %m{q}; mul.f32 %o{q}, %o{q}, %m{q};",
-        ]
-    lines += [*_folded("add", names["t"]), *_folded("add", names["o"])]
+        b.shfl_bfly(other, largest, by)
+        b.max(largest, largest, other)
+    b.comment("Weights of spans: how much lower their own maximum was.")
+    for total, top, part in zip(totals, tops, parts, strict=True):
+        b.sub(top, top, largest)
+        b.ex2(top, top)
+        b.mul(total, total, top)
+        b.mul(part, part, top)
+    _write_sum(b, totals)
+    _write_sum(b, parts)
     for by in steps:
-        for name in ("%t0", "%o0"):
-            lines.append(f"shfl.sync.bfly.b32 %h, {name}, {by}, 31, 0xffffffff;")
-            lines.append(f"add.f32 {name}, {name}, %h;")
-    lines.append("div.full.f32 $0, %o0, %t0; }")
-    return " ".join(lines)
+        for whole in (totals[0], parts[0]):
+            b.shfl_bfly(other, whole, by)
+            b.add(whole, whole, other)
+    b.div_full(element, parts[0], totals[0])
 
 
-_combine_p = core.Primitive("ffjax_combine")
-
-
-@_combine_p.def_effectful_abstract_eval
-def _(ref, weights, values, *args, count, lanes, step, most, feed):
-    effects = {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
-    return core.ShapedArray(values.shape, jnp.float32), effects
-
-
-@lowered.rule(_combine_p)
-def _(ctx, ref, weights, *args, count, lanes, step, most, feed):
-    values, sums, there, tag, ring = lowered.values(ctx, args)
-    shape = ctx.avals_out[0].shape
-    text = _combine_text(count, lanes, step, most, feed)
-    pointer = lowered.spread(lowered.pointer(weights), list(shape))
-    places = [lowered.addresses(ref, x, shape) for x in (values, sums)]
-    result = lowered.like(shape, lowered.f32())
-    arguments = [*places, there, tag, pointer, ring]
-    return lowered.assembly([result], text, "=&f,l,l,r,r,l,r", arguments)[0]
+_combine = Operation("ffjax_combine", _write_combine)
 
 
 def combine_splits(
@@ -139,6 +145,7 @@ def combine_splits(
     Returns:
         The element, float32 `[T]`, in all of its threads; NaN where one of them gave up.
     """
-    scalars = [jnp.full(values.shape, x) for x in (tag, ring)]
     options = {"count": count, "lanes": lanes, "step": step, "most": most, "feed": feed}
-    return _combine_p.bind(ref, weights, values, sums, there, *scalars, **options)
+    places = Pointer(ref, values), Pointer(ref, sums)
+    operands = *places, there, tag, Pointer(weights), ring
+    return _combine(*operands, results=["float32"], **options)[0]

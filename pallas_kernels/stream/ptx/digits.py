@@ -13,10 +13,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax._src import core
 
+from pallas_kernels.asm import LANE, Block, Register
 from pallas_kernels.program import iota
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["pack_digits", "packing_order", "unpack_digits"]
 
@@ -26,7 +26,7 @@ LARGEST = 127 * 128
 _SMALLEST = 1e-30
 # A float32 to which an integer is added shows it in its lowest bits: here 128 more, so that the
 # second byte is the high digit, and the first one is 128 more than the low one.
-_MAGIC = "0f4B400080"
+_MAGIC = 12583040.0
 
 
 def packing_order(bits: int) -> list[int]:
@@ -40,63 +40,52 @@ def packing_order(bits: int) -> list[int]:
     return [8 * word + i for word in range(4) for i in (0, 4, 1, 5, 2, 6, 3, 7)]
 
 
-_pack_digits_p = core.Primitive("ffjax_pack_digits")
-_pack_digits_p.multiple_results = True
-
-
-@_pack_digits_p.def_effectful_abstract_eval
-def _(*values, order, halved):
-    word = core.ShapedArray(values[0].shape, jnp.int32)
-    scale = core.ShapedArray(values[0].shape, jnp.float32)
-    return [*[word] * (len(values) // 2), scale], {lowered.ORDERED}
-
-
-def _pack_digits_text(count: int, order: Sequence[int], halved: bool) -> str:
-    """Operands: the words, the scale, then `count` values."""
-    words = count // 2
-    value = [f"${words + 1 + i}" for i in range(count)]
-    lines = [
-        "{ .reg .f32 %m, %n, %i, %y; .reg .b32 %a, %b, %c, %d; .reg .pred %odd;",
-        f"abs.f32 %m, {value[0]};",
-        *(f"abs.f32 %n, {x}; max.NaN.f32 %m, %m, %n;" for x in value[1:]),
-        "mov.u32 %a, %laneid; and.b32 %a, %a, 4; setp.ne.u32 %odd, %a, 0;",
-    ]
+def _write_digits(b: Block, *registers: Register, order: tuple[int, ...], halved: bool) -> None:
+    """Results: the words, then the scale. Operands: twice as many values as words."""
+    count = 2 * ((len(registers) - 1) // 3)
+    words, scale, values = registers[: count // 2], registers[count // 2], registers[-count:]
+    largest, other, inverse = b.f32s("largest", "other", "inverse")
+    digits, rounded, odd = b.u32s(*["digits"] * 4), b.f32("rounded"), b.pred("odd")
+    one, two, three, four = digits
+    # In a register that is used later.
+    lane = one
+    b.abs(largest, values[0])
+    for value in values[1:]:
+        b.abs(other, value)
+        b.max_nan(largest, largest, other)
+    b.mov(lane, LANE)
+    b.and_(lane, lane, 4)
+    b.setp("ne", odd, lane, 0)
     for step in (1, 2, 4) if halved else (1, 2):
-        lines.append(f"shfl.sync.bfly.b32 %n, %m, {step}, 31, 0xffffffff; max.NaN.f32 %m, %m, %n;")
-    lines += [
-        "max.NaN.f32 %m, %m, 0f0DA24260; rcp.approx.ftz.f32 %i, %m;",  # 1e-30
-        f"mul.rn.f32 %i, %i, 0f467E0000; mul.rn.f32 ${words}, %m, 0f38810204;",  # 16256, 1 / 16256
-    ]
+        b.shfl_bfly(other, largest, step)
+        b.max_nan(largest, largest, other)
+    b.max_nan(largest, largest, _SMALLEST)
+    b.rcp(inverse, largest)
+    b.mul_rn(inverse, inverse, float(LARGEST))
+    b.mul_rn(scale, largest, 1 / LARGEST)
     held = len(order)
     for word in range(0, count // 4):
         read, within = divmod(word, held // 4)
-        for i, name in enumerate("abcd"):
-            x = value[read * held + order[4 * within + i]]
-            lines.append(f"fma.rn.f32 %y, {x}, %i, {_MAGIC}; mov.b32 %{name}, %y;")
+        for i, bits in enumerate(digits):
+            b.fma(rounded, values[read * held + order[4 * within + i]], inverse, _MAGIC)
+            b.mov(bits, rounded)
         first = read * (held // 2) + within
-        lines += [
-            "prmt.b32 %a, %a, %b, 0x5140; prmt.b32 %c, %c, %d, 0x5140;",
-            f"prmt.b32 ${first}, %a, %c, 0x7632; prmt.b32 %a, %a, %c, 0x5410;",
-            f"xor.b32 ${first + held // 4}, %a, 0x80808080;",
-        ]
+        high, low = words[first], words[first + held // 4]
+        b.comment("The second byte of each is its high digit, the first one its low digit + 128.")
+        b.prmt(one, one, two, 0x5140)
+        b.prmt(three, three, four, 0x5140)
+        b.prmt(high, one, three, 0x7632)
+        b.prmt(one, one, three, 0x5410)
+        b.xor(low, one, 0x80808080)
         if halved:
-            high, low = f"${first}", f"${first + held // 4}"
-            lines += [
-                f"selp.b32 %a, {high}, {low}, %odd; shfl.sync.bfly.b32 %b, %a, 4, 31, 0xffffffff;",
-                f"selp.b32 {high}, %b, {high}, %odd; selp.b32 {low}, {low}, %b, %odd;",
-            ]
-    return " ".join([*lines, "}"])
+            b.comment("Each of a pair gives the other what that wants.")
+            b.selp(one, high, low, odd)
+            b.shfl_bfly(two, one, 4)
+            b.selp(high, two, high, odd)
+            b.selp(low, low, two, odd)
 
 
-@lowered.rule(_pack_digits_p)
-def _(ctx, *args, order, halved):
-    args = lowered.values(ctx, args)
-    shape, words = ctx.avals_out[0].shape, len(args) // 2
-    results = [lowered.like(shape, lowered.i32())] * words
-    results.append(lowered.like(shape, lowered.f32()))
-    constraints = ",".join(["=&r"] * words + ["=&f"] + ["f"] * len(args))
-    text = _pack_digits_text(len(args), order, halved)
-    return lowered.assembly(results, text, constraints, args)
+_pack_digits = Operation("ffjax_pack_digits", _write_digits)
 
 
 def pack_digits(
@@ -124,7 +113,9 @@ def pack_digits(
     """
     order = _held_order(bits, halved, held)
     if not interpret:
-        *words, scale = _pack_digits_p.bind(*values, order=tuple(order), halved=halved)
+        results = ["int32"] * (len(values) // 2) + ["float32"]
+        options = {"order": tuple(order), "halved": halved}
+        *words, scale = _pack_digits(*values, results=results, **options)
         return words, scale
     stacked, sharing = jnp.stack(values), 8 if halved else 4
     largest = jnp.abs(stacked).max(axis=0).reshape(-1, sharing).max(axis=1)

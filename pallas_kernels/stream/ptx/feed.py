@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core, state
 
+from pallas_kernels.asm import LANE, TID, Block, Register
 from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.ahead import ahead_lines
-from pallas_kernels.stream.ptx.async_feed import async_feed_lines
-from pallas_kernels.stream.ptx.feed_state import Feed, next_row_lines
+from pallas_kernels.stream.ptx.ahead import write_ahead
+from pallas_kernels.stream.ptx.async_feed import write_async_feed
+from pallas_kernels.stream.ptx.feed_state import (
+    Feed,
+    write_may_ask,
+    write_next,
+    write_next_row,
+    write_next_slot,
+)
+from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
-__all__ = ["MAP_IN_CONTROL", "Feed", "feed_lines", "feed_ring", "start_barriers"]
+__all__ = ["MAP_IN_CONTROL", "Feed", "feed_ring", "start_barriers", "write_feed"]
 
 # Bytes from the feed's own words to the address of a tensor map.
 MAP_IN_CONTROL = 24
 
-_start_barriers_p = core.Primitive("ffjax_start_barriers")
+
+def _write_barriers(b: Block, barriers: Register, *, count: int, sharing: int, alone: bool) -> None:
+    thread, first = b.u32("thread"), b.pred("first")
+    b.mov(thread, TID)
+    b.setp("eq", first, thread, 0)
+    with b.when(first):
+        for i in range(count):
+            b.mbarrier_init(barriers + 8 * i, sharing or 1)
+    if sharing == 0:
+        b.comment("Bulk copies are made by others, whom a barrier of the program does not tell.")
+        b.fence_mbarrier_init()
+        b.fence_proxy_async()
 
 
-@_start_barriers_p.def_effectful_abstract_eval
-def _(address, *, count, sharing, alone):
-    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_start_barriers_p)
-def _(ctx, address, *, count, sharing, alone):
-    [address] = lowered.values(ctx, [address])
+def _tell_ptxas(alone: bool, **_: Any) -> None:
     if alone:
         lowered.one_program_a_multiprocessor()
-    init, arrivals = "@%p mbarrier.init.shared::cta.b64", sharing or 1
-    starts = [f"{init} [$1+{8 * i}], {arrivals}; " for i in range(count)]
-    # Bulk copies are made by others, whom a barrier of the program does not tell.
-    fences = "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; "
-    text = (
-        "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0; "
-        + "".join(starts)
-        + fences * (sharing == 0)
-        + "mov.u32 $0, 0; }"
-    )
-    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,r", [address])[0]
+
+
+_start_barriers = Operation("ffjax_start_barriers", _write_barriers, _tell_ptxas)
 
 
 def start_barriers(address: Array, count: int, sharing: int, alone: bool) -> None:
@@ -53,87 +56,49 @@ def start_barriers(address: Array, count: int, sharing: int, alone: bool) -> Non
         sharing: as of `Feed`.
         alone: whether ptxas is to know that a multiprocessor has no second program.
     """
-    place = jnp.full((1,), address)
-    _start_barriers_p.bind(place, count=count, sharing=sharing, alone=alone)
+    _start_barriers(address, count=count, sharing=sharing, alone=alone)
 
 
-def _scale_lines(pointer: str, shared: bool) -> list[str]:
-    """If %go, copies the scales of the tile to its slot, which begins at %slot.
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Registers that say what is asked for, if anything is.
 
-    %q0 to %q7 are its words of the route, and %layer is its layer. Shared, each copy falls to one
-    of the threads of the warp that no copy of weights falls to; else all to the leading thread.
+    Attributes:
+        source: address of the first copy's bytes, then of the next one's.
+        place: where it comes to, in shared memory.
+        size: bytes of a copy.
+        copies: how many.
+        apart: bytes between their places.
+        step: from a source to the next, in units of 16 bytes.
+        by: likewise bytes, 64 bits; of a thread that has one copy alone, from the first to its own.
+        barrier: the slot's.
+        policy: of the L2 cache.
+        go: whether the tile is asked for.
+        asks: whether this thread asks for it.
     """
-    copy = (
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%v], [%from], %x, [%b];"
-    )
-    lines = [
-        "mov.b64 %from, {%q0, %q1}; mul.wide.u32 %far, %layer, %q2; add.u64 %from, %from, %far;",
-        f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; add.u32 %v, %slot, %q6;",
-        "mov.b32 %x, %q4; mov.b32 %y, %q5;",
-    ]
-    if shared:
-        return [
-            *lines,
-            "mov.u32 %t, %laneid; sub.s32 %t, 31, %t; setp.lt.and.u32 %p, %t, %y, %go;",
-            "mad.lo.u32 %v, %t, %q7, %v; mul.lo.u32 %w, %q3, %t; mul.wide.u32 %by, %w, 16;",
-            f"add.u64 %from, %from, %by; @%p {copy}",
-        ]
-    lines.append("mul.wide.u32 %by, %q3, 16;")
-    ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %q7;"
-    return [
-        *lines,
-        f"setp.gt.and.u32 %p, %y, 0, %q; @%p {copy}",
-        f"{ahead} setp.gt.and.u32 %p, %y, 1, %q; @%p {copy}",
-    ]
+
+    source: Register
+    place: Register
+    size: Register
+    copies: Register
+    apart: Register
+    step: Register
+    by: Register
+    barrier: Register
+    policy: Register
+    go: Register
+    asks: Register
 
 
-def _copy_lines(most: int, shared: bool) -> list[str]:
-    """If %go, copies %y parts of %x bytes from %from to %v, %by and %z bytes apart.
-
-    Shared, each part falls to a thread of the warp; else all to the leading thread: %q.
-    """
-    # Weights are read once a step: they are the first to leave the L2 cache.
-    copy = (
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%v], [%from], %x, [%b], %policy;"
-    )
-    ahead = "add.u64 %from, %from, %by; add.u32 %v, %v, %z;"
-    if shared:
-        return [
-            "mov.u32 %t, %laneid; setp.lt.and.u32 %p, %t, %y, %go; mad.lo.u32 %v, %t, %z, %v;",
-            "mul.lo.u32 %w, %w, %t; mul.wide.u32 %by, %w, 16; add.u64 %from, %from, %by;",
-            f"{lowered.REJOIN} @%p {copy}",
-        ]
-    if most > 2:
-        return [
-            "@!%q mov.b32 %y, 0; copy: setp.eq.u32 %p, %y, 0; @%p bra copied;",
-            f"{copy} {ahead} sub.u32 %y, %y, 1; bra copy; copied:",
-        ]
-    return [
-        f"setp.gt.and.u32 %p, %y, 0, %q; @%p {copy}",
-        f"{ahead} setp.gt.and.u32 %p, %y, 1, %q; @%p {copy}",
-    ]
-
-
-def _box_lines(f: Feed) -> list[str]:
-    """If %q and the tile is a box, copies it to %v; then there are no other copies of weights."""
-    return [
-        "mov.b32 %first, 0; shr.u32 %piece, %box, 16; and.b32 %piece, %piece, 32767;",
-        f"and.b32 %row, %box, 65535; mad.lo.u32 %row, %l, {f.matrix_rows}, %row;",
-        "setp.lt.and.s32 %p, %box, 0, %q;",
-        "@%p cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%v], [%map, {%first, %piece, %row}], [%b], %policy; @%p mov.b32 %y, 0;",
-    ]
-
-
-def feed_lines(
+def write_feed(
+    b: Block,
     feed: Feed,
-    ring: str,
-    pointer: str,
-    used: str | None = None,
-    ahead: str | None = None,
+    ring: Register,
+    pointer: Register,
+    used: Register | None = None,
+    ahead: Register | None = None,
     together: bool = False,
-) -> list[str]:
+) -> None:
     """Asks for the next tile where a slot is free and few are on their way.
 
     One thread does, or its whole warp: what is loaded is loaded before it is known whether it is
@@ -141,6 +106,7 @@ def feed_lines(
     copies come here, each whole.
 
     Args:
+        b: the text.
         feed: where everything lies.
         ring: the ring's address.
         pointer: the first array's.
@@ -151,98 +117,248 @@ def feed_lines(
     """
     f = feed
     if not f.bulk:
-        return async_feed_lines(f, ring, pointer, used, ahead)
+        write_async_feed(b, f, ring, pointer, used, ahead)
+        return
     shared = together and f.copies > 2
-    others = (
-        (f"shr.u32 %b, %t, 5; setp.ne.u32 %p, %b, {f.thread // 32};")
-        if together
-        else (f"setp.ne.u32 %p, %t, {f.thread};")
-    )
-    # %x bytes a copy, %y copies, %z bytes between their places, %w pieces between them
-    lines = [
-        "{ .reg .pred %p, %q, %go, %lead;",
-        ".reg .b32 %n, %e, %l, %s, %h, %t, %u, %v, %w, %x, %y, %z;",
-        ".reg .b32 %b, %c, %r; .reg .b64 %from, %far, %by, %policy; mov.u32 %t, %tid.x;",
-        f"{others} @%p bra fed; setp.eq.u32 %lead, %t, {f.thread};",
-        f"ld.shared.v4.b32 {{%n, %e, %l, %s}}, [{ring}+{f.control}];",
-        f"ld.shared.v2.b32 {{%h, %u}}, [{ring}+{f.control + 16}];",
-        f"mad.lo.u32 %b, %e, {f.row_bytes}, {ring};",
-        f"ld.shared.v4.b32 {{%t, %c, %v, %w}}, [%b+{f.route}];",
-    ]
-    if f.has_scales:
-        lines += [
-            f".reg .b32 %slot, %layer, {', '.join(f'%q{i}' for i in range(8))};",
-            f"ld.shared.v4.b32 {{%q0, %q1, %q2, %q3}}, [%b+{f.route + 32}];",
-            f"ld.shared.v4.b32 {{%q4, %q5, %q6, %q7}}, [%b+{f.route + 48}]; mov.b32 %layer, %l;",
-        ]
-    if f.matrix_rows:
-        lines.append(".reg .b32 %box, %first, %piece, %row; .reg .b64 %map;")
-        lines.append(f"ld.shared.b64 %map, [{ring}+{f.control + MAP_IN_CONTROL}];")
-    last = "%box" if f.matrix_rows else "%b"
-    lines.append(f"ld.shared.v4.b32 {{%x, %y, %z, {last}}}, [%b+{f.route + 16}];")
-    if used is not None:
-        lines.append(f"mov.b32 %u, {used};")
-    lines.append(f"add.u32 %u, %u, {ahead or f.slots}; min.u32 %u, %u, {f.total};")
-    if f.l2_tiles and used is None:
-        lines += [
-            "setp.lt.u32 %p, %n, %u; @%p bra room;",
-            *ahead_lines(f, ring, ring, pointer),
-            "room:",
-        ]
-    lines += [
-        "setp.lt.u32 %go, %n, %u;",
-        # Has the tile come that was asked for some before?
-        # In the first round they all have: it is the phase before a barrier's first.
-        f"sub.s32 %b, %s, {f.in_flight}; setp.lt.s32 %q, %b, 0; selp.u32 %r, 1, 0, %q;",
-        f"@%q add.s32 %b, %b, {f.slots}; xor.b32 %r, %r, %h; mad.lo.u32 %b, %b, 8, {ring};",
-        f"mbarrier.test_wait.parity.shared::cta.b64 %p, [%b+{f.barriers}], %r;",
-        "and.pred %go, %go, %p;",
-        # Each thread has asked by itself: they must not disagree.
-        *(["vote.sync.all.pred %go, %go, 0xffffffff;"] if together else []),
-        "mov.b64 %from, {%t, %c}; mul.wide.u32 %far, %l, %v; add.u64 %from, %from, %far;",
-        f"shl.b64 %from, %from, 4; add.u64 %from, %from, {pointer}; mul.wide.u32 %by, %w, 16;",
-        f"mad.lo.u32 %b, %s, 8, {ring}; add.u32 %b, %b, {f.barriers};",
-        f"mad.lo.u32 %v, %s, {f.slot_bytes}, {ring}; mul.lo.u32 %t, %x, %y;",
-        "createpolicy.fractional.L2::evict_first.b64 %policy, 1.0;",
-        *(["mad.lo.u32 %t, %q4, %q5, %t; mov.b32 %slot, %v;"] if f.has_scales else []),
-        "and.pred %q, %go, %lead;",
-        "@%q mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], %t;",
-        *(_box_lines(f) if f.matrix_rows else []),
-        *_copy_lines(f.copies, shared),
-        *(_scale_lines(pointer, shared) if f.has_scales else []),
-        "@%go add.u32 %n, %n, 1; @%go add.u32 %s, %s, 1;",
-        *next_row_lines(f, "%e", "%l", "%go"),
-        f"setp.eq.u32 %p, %s, {f.slots}; @%p mov.u32 %s, 0; @%p xor.b32 %h, %h, 1;",
-        f"@%lead st.shared.v4.b32 [{ring}+{f.control}], {{%n, %e, %l, %s}};",
-    ]
-    if used is None:
-        lines.append(f"@%lead st.shared.b32 [{ring}+{f.control + 16}], %h; fed: }}")
+    thread, lead, other, fed = b.u32("thread"), b.pred("lead"), b.pred("other"), b.label("fed")
+    b.comment("One thread asks, or with its warp.")
+    b.mov(thread, TID)
+    if together:
+        warp = b.u32("warp")
+        b.shr(warp, thread, 5)
+        b.setp("ne", other, warp, f.thread // 32)
     else:
-        lines.append(f"@%lead st.shared.v2.b32 [{ring}+{f.control + 16}], {{%h, {used}}}; fed: }}")
-    return lines
+        b.setp("ne", other, thread, f.thread)
+    b.bra_if(other, fed)
+    b.setp("eq", lead, thread, f.thread)
+
+    b.comment("Where the feed has got to, and the next tile's row of the route.")
+    words = write_next(b, f, ring)
+    row, low, high, stride, step = b.u32s("row", "low", "high", "stride", "step")
+    b.mad_lo(row, words.row, f.row_bytes, ring)
+    b.ld_shared([low, high, stride, step], row + f.route)
+    scales = b.u32s(*(f"scale_{name}" for name in _SCALES))
+    layer, slot, box_map = b.u32("layer"), b.u32("slot_place"), b.u64("map")
+    if f.has_scales:
+        b.ld_shared(scales[:4], row + (f.route + 32))
+        b.ld_shared(scales[4:], row + (f.route + 48))
+        b.mov(layer, words.layer)
+    if f.matrix_rows:
+        b.ld_shared(box_map, ring + (f.control + MAP_IN_CONTROL))
+    size, copies, apart, box = b.u32s("size", "copies", "apart", "box")
+    b.ld_shared([size, copies, apart, box], row + (f.route + 16))
+
+    b.comment("May it be asked for?")
+    if used is not None:
+        b.mov(words.limit, used)
+    b.add(words.limit, words.limit, f.slots if ahead is None else ahead)
+    b.min(words.limit, words.limit, f.total)
+    if f.l2_tiles and used is None:
+        has_room, room = b.pred("has_room"), b.label("room")
+        b.setp("lt", has_room, words.asked, words.limit)
+        b.bra_if(has_room, room)
+        write_ahead(b, f, words, ring, ring, pointer, fed)
+        b.mark(room)
+    go, asks = b.pred("go"), b.pred("asks")
+    write_may_ask(b, f, words, ring, go)
+    if together:
+        b.comment("Each thread has asked by itself: they must not disagree.")
+        b.vote_all(go, go)
+
+    b.comment("Where it comes from, and goes to.")
+    source, along, by, policy = b.u64("source"), b.u64("along"), b.u64("by"), b.u64("policy")
+    barrier, place, total = b.u32s("barrier", "place", "bytes")
+    b.pack(source, low, high)
+    b.mul_wide(along, words.layer, stride)
+    b.add(source, source, along)
+    b.shl(source, source, 4)
+    b.add(source, source, pointer)
+    b.mul_wide(by, step, 16)
+    b.mad_lo(barrier, words.slot, 8, ring)
+    b.add(barrier, barrier, f.barriers)
+    b.mad_lo(place, words.slot, f.slot_bytes, ring)
+    b.mul_lo(total, size, copies)
+    b.createpolicy_evict_first(policy)
+    if f.has_scales:
+        b.mad_lo(total, scales[4], scales[5], total)
+        b.mov(slot, place)
+
+    b.comment("Its barrier learns how many bytes to wait for; then the copies.")
+    b.and_(asks, go, lead)
+    with b.when(asks):
+        b.mbarrier_expect(barrier, total)
+    tile = _Tile(source, place, size, copies, apart, step, by, barrier, policy, go, asks)
+    if f.matrix_rows:
+        _write_box(b, f, tile, words.layer, box, box_map)
+    _write_copies(b, tile, f.copies, shared)
+    if f.has_scales:
+        _write_scales(b, tile, scales, layer, slot, pointer, shared)
+
+    b.comment("What is next.")
+    with b.when(go):
+        b.add(words.asked, words.asked, 1)
+        b.add(words.slot, words.slot, 1)
+    write_next_row(b, f, words.row, words.layer, go)
+    write_next_slot(b, f, words)
+    with b.when(lead):
+        b.st_shared(ring + f.control, [words.asked, words.row, words.layer, words.slot])
+        phase = words.phase if used is None else [words.phase, used]
+        b.st_shared(ring + (f.control + 16), phase)
+    b.mark(fed)
 
 
-_feed_p = core.Primitive("ffjax_feed")
+# The second 8 words of a row of the route.
+_SCALES = ("low", "high", "stride", "step", "size", "copies", "first", "apart")
 
 
-@_feed_p.def_effectful_abstract_eval
-def _(ref, ring, used, ahead, *, feed, store):
-    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED, state.ReadEffect(0)}
+def _write_box(
+    b: Block, f: Feed, tile: _Tile, layer: Register, box: Register, box_map: Register
+) -> None:
+    """If the tile is a box, copies it; then there are no other copies of weights."""
+    element, piece, row, is_box = *b.u32s("element", "piece", "box_row"), b.pred("is_box")
+    b.comment("A box: its lowest 16 bits are its first row, 15 more its piece, and the last is 1.")
+    b.mov(element, 0)
+    b.shr(piece, box, 16)
+    b.and_(piece, piece, 32767)
+    b.and_(row, box, 65535)
+    b.mad_lo(row, layer, f.matrix_rows, row)
+    b.setp("lt", is_box, box.as_("s32"), 0, also=tile.asks)
+    with b.when(is_box):
+        b.cp_bulk_box(tile.place, box_map, [element, piece, row], tile.barrier, tile.policy)
+        b.mov(tile.copies, 0)
 
 
-@lowered.rule(_feed_p)
-def _(ctx, ref, *args, feed, store):
-    args = lowered.values(ctx, args)
-    pointer = lowered.spread(lowered.pointer(ref), [1])
+def _write_copies(b: Block, tile: _Tile, most: int, shared: bool) -> None:
+    """Copies a tile's weights. Shared, each copy falls to a thread of the warp; else all to one.
+
+    Weights are read once a step: they are the first to leave the L2 cache.
+    """
+    t = tile
+
+    def copy() -> None:
+        b.cp_bulk(t.place, t.source, t.size, t.barrier, t.policy)
+
+    def next_copy() -> None:
+        b.add(t.source, t.source, t.by)
+        b.add(t.place, t.place, t.apart)
+
+    if shared:
+        b.comment("Lane i has the i-th copy.")
+        lane, own, units = b.u32("lane"), b.pred("own_copy"), b.u32("units")
+        b.mov(lane, LANE)
+        b.setp("lt", own, lane, t.copies, also=t.go)
+        b.mad_lo(t.place, lane, t.apart, t.place)
+        b.mul_lo(units, t.step, lane)
+        b.mul_wide(t.by, units, 16)
+        b.add(t.source, t.source, t.by)
+        b.bar_warp()
+        with b.when(own):
+            copy()
+        return
+    if most > 2:
+        is_last, copied = b.pred("is_last"), b.label("copied")
+        with b.unless(t.asks):
+            b.mov(t.copies, 0)
+        again = b.marked("copy")
+        b.setp("eq", is_last, t.copies, 0)
+        b.bra_if(is_last, copied)
+        copy()
+        next_copy()
+        b.sub(t.copies, t.copies, 1)
+        b.bra(again)
+        b.mark(copied)
+        return
+    _write_two(b, t.asks, t.copies, copy, next_copy)
+
+
+def _write_two(b: Block, asks: Register, copies: Register, copy: Any, next_copy: Any) -> None:
+    """None, one or two copies, with no branch."""
+    for i in range(2):
+        is_there = b.pred("is_there")
+        if i:
+            next_copy()
+        b.setp("gt", is_there, copies, i, also=asks)
+        with b.when(is_there):
+            copy()
+
+
+def _write_scales(
+    b: Block,
+    tile: _Tile,
+    words: list[Register],
+    layer: Register,
+    slot: Register,
+    pointer: Register,
+    shared: bool,
+) -> None:
+    """Copies the scales of the tile to its slot.
+
+    Shared, each copy falls to one of the threads of the warp that no copy of weights falls to; else
+    all to the leading thread.
+
+    Args:
+        b: the text.
+        tile: its weights.
+        words: the route's, of its scales: see `_SCALES`.
+        layer: the tile's.
+        slot: where its slot begins.
+        pointer: the first array's address.
+        shared: see above.
+    """
+    low, high, stride, step, given_size, given_copies, first, apart = words
+    source, along, by = b.u64("scale_source"), b.u64("scale_along"), b.u64("scale_by")
+    place, size, copies = b.u32s("scale_place", "scale_bytes", "scale_count")
+    b.pack(source, low, high)
+    b.mul_wide(along, layer, stride)
+    b.add(source, source, along)
+    b.shl(source, source, 4)
+    b.add(source, source, pointer)
+    b.add(place, slot, first)
+    b.mov(size, given_size)
+    b.mov(copies, given_copies)
+
+    def copy() -> None:
+        b.cp_bulk(place, source, size, tile.barrier)
+
+    def next_copy() -> None:
+        b.add(source, source, by)
+        b.add(place, place, apart)
+
+    if shared:
+        b.comment("Lane 31 - i has the i-th copy.")
+        lane, own, units = b.s32("lane"), b.pred("own_scales"), b.u32("units")
+        b.mov(lane, LANE)
+        b.sub(lane, 31, lane)
+        b.setp("lt", own, lane.as_("u32"), copies, also=tile.go)
+        b.mad_lo(place, lane, apart, place)
+        b.mul_lo(units, step, lane)
+        b.mul_wide(by, units, 16)
+        b.add(source, source, by)
+        with b.when(own):
+            copy()
+        return
+    b.mul_wide(by, step, 16)
+    _write_two(b, tile.asks, copies, copy, next_copy)
+
+
+def _write_ring(
+    b: Block,
+    weights: Register,
+    ring: Register,
+    used: Register,
+    ahead: Register,
+    *,
+    feed: Feed,
+    store: bool,
+) -> None:
     # By one thread, instructions for few copies are fewer than for a whole warp.
     together = store and not feed.matrix_rows and feed.bulk
-    options: dict[str, Any] = {"used": "$3", "ahead": "$4"} if store else {}
-    options["together"] = together
-    lines = feed_lines(feed, "$2", "$1", **options)
-    text = " ".join(["{", *lines, "mov.u32 $0, 0; }"])
-    result = lowered.like((1,), lowered.i32())
-    arguments = [pointer, *args]
-    return lowered.assembly([result], text, "=r,l,r,r,r", arguments, by_warps=together)[0]
+    given = (used, ahead) if store else (None, None)
+    write_feed(b, feed, ring, weights, *given, together=together)
+    b.warps_jump_whole = together
+
+
+_feed = Operation("ffjax_feed", _write_ring)
 
 
 def feed_ring(
@@ -260,6 +376,6 @@ def feed_ring(
         ahead: int32 scalar, tiles beyond `used` that may have been asked for; None: as many as
             there are slots. Without `used` it is of no matter.
     """
+    numbers = [0 if used is None else used, feed.slots if ahead is None else ahead]
     store = used is not None
-    numbers = [ring, 0 if used is None else used, feed.slots if ahead is None else ahead]
-    _feed_p.bind(ref, *(jnp.full((1,), x) for x in numbers), feed=feed, store=store)
+    _feed(Pointer(ref), ring, *numbers, feed=feed, store=store)

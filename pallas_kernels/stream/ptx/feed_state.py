@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["Feed", "next_row_lines"]
+from pallas_kernels.asm import Block, Register
+
+__all__ = ["Feed", "Next", "write_may_ask", "write_next", "write_next_row", "write_next_slot"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +74,99 @@ class Feed:
         return 64 if self.has_scales else 32
 
 
-def next_row_lines(f: Feed, row: str, layer: str, go: str) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Next:
+    """Registers that hold a feed's control words while a text asks for tiles.
+
+    Attributes:
+        asked: tiles asked for so far: the next one's number.
+        row: the next one's row of the route.
+        layer: its layer.
+        slot: its slot.
+        phase: what its slot's barrier counts round by: 0 in the first round, then 1, 0 and so on.
+        limit: tiles that the program has used; then tiles that may have been asked for.
+    """
+
+    asked: Register
+    row: Register
+    layer: Register
+    slot: Register
+    phase: Register
+    limit: Register
+
+
+def write_next(b: Block, f: Feed, place: Register) -> Next:
+    """Loads the control words.
+
+    Args:
+        b: the text.
+        f: the feed.
+        place: the ring's address, and bytes to the asking warp's words.
+    """
+    names = ("asked", "row", "layer", "slot", "phase", "limit")
+    words = Next(*b.u32s(*(f"next_{name}" if name in ("row", "layer") else name for name in names)))
+    b.ld_shared([words.asked, words.row, words.layer, words.slot], place + f.control)
+    b.ld_shared([words.phase, words.limit], place + (f.control + 16))
+    return words
+
+
+def write_next_row(b: Block, f: Feed, row: Register, layer: Register, go: Register) -> None:
     """Goes on to the next tile's row of the route, and its layer, where a predicate holds.
 
     Args:
+        b: the text.
         f: the feed.
         row: register with the row of this tile.
         layer: register with its layer.
         go: the predicate.
     """
-    tiles, layers, last = f.layer_tiles, f.layers, f.layers + f.head_tiles - 1
-    return [
-        "{ .reg .pred %ends, %is; .reg .b32 %to;",
-        f"@{go} add.u32 {row}, {row}, 1; setp.gt.and.u32 %ends, {row}, {tiles}, {go};",
-        f"@%ends add.u32 {layer}, {layer}, 1; setp.lt.u32 %is, {layer}, {layers};",
-        f"selp.b32 %to, 1, {tiles + 1}, %is; setp.ge.u32 %is, {layer}, {last};",
-        f"selp.b32 %to, {tiles + 2}, %to, %is; @%ends mov.b32 {row}, %to; }}",
-    ]
+    tiles, last = f.layer_tiles, f.layers + f.head_tiles - 1
+    ends, is_layer, is_last = b.pred("ends"), b.pred("is_layer"), b.pred("is_last")
+    to = b.u32("first_row")
+    with b.when(go):
+        b.add(row, row, 1)
+    b.comment("Behind a layer's last row comes its first again, then the head's two: see `Feed`.")
+    b.setp("gt", ends, row, tiles, also=go)
+    with b.when(ends):
+        b.add(layer, layer, 1)
+    b.setp("lt", is_layer, layer, f.layers)
+    b.selp(to, 1, tiles + 1, is_layer)
+    b.setp("ge", is_last, layer, last)
+    b.selp(to, tiles + 2, to, is_last)
+    with b.when(ends):
+        b.mov(row, to)
+
+
+def write_next_slot(b: Block, f: Feed, words: Next) -> None:
+    """Begins again with the first slot behind the last one, in another round."""
+    around = b.pred("around")
+    b.setp("eq", around, words.slot, f.slots)
+    with b.when(around):
+        b.mov(words.slot, 0)
+        b.xor(words.phase, words.phase, 1)
+
+
+def write_may_ask(b: Block, f: Feed, words: Next, ring: Register, go: Register) -> None:
+    """Whether a slot is free for the next tile, and the tile has come that lets it be asked for.
+
+    Args:
+        b: the text.
+        f: the feed.
+        words: where the feed has got to.
+        ring: the ring's address.
+        go: the predicate.
+    """
+    before, wraps, parity = b.s32("before"), b.pred("wraps"), b.u32("parity")
+    barrier, has_come = b.u32("earlier_barrier"), b.pred("earlier_has_come")
+    b.setp("lt", go, words.asked, words.limit)
+    b.comment("Has the tile come that was asked for some before?")
+    b.comment("In the first round they all have: it is the phase before a barrier's first.")
+    b.sub(before, words.slot, f.in_flight)
+    b.setp("lt", wraps, before, 0)
+    b.selp(parity, 1, 0, wraps)
+    with b.when(wraps):
+        b.add(before, before, f.slots)
+    b.xor(parity, parity, words.phase)
+    b.mad_lo(barrier, before, 8, ring)
+    b.mbarrier_test(has_come, barrier + f.barriers, parity)
+    b.and_(go, go, has_come)

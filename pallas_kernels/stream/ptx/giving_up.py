@@ -16,93 +16,104 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core, state
 
-from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.feed import Feed
+from pallas_kernels.asm import TID, Block, Label, Register
+from pallas_kernels.stream.ptx.feed_state import Feed
+from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
-__all__ = [
-    "LOST",
-    "REGISTERS",
-    "give_up",
-    "leave_line",
-    "look_again",
-    "record_of",
-    "said_by",
-    "say_where",
-]
+__all__ = ["LOST", "Wait", "record_of", "said_by", "say_where"]
 
 # Bits of the tiles that a program has used, and of its number.
 _TILE_BITS, _PROGRAM_BITS = 20, 12
 # Looks between two at the record: a wait lasts some looks, and a look some hundreds of ns.
 _OFTEN = 1024
-# What the texts below want declared, besides a predicate %p and a counter of looks %n.
-REGISTERS = ".reg .b64 %record, %said; .reg .b32 %often, %used;"
 # What is taken for a missing word: NaN however it is read, and no token.
-LOST = "0xFFFFFFFF"
+LOST = 0xFFFFFFFF
 # Bytes from a feed's control words to the record's address, to the program's number, and to the
 # tiles used. Where %ctaid was read instead, ptxas kept it in a register for the whole step, and
 # spilled others: 5% of a step of 8B in int4.
 _RECORD, _PROGRAM, _USED = 48, 56, 20
 
 
-def leave_line(to: str) -> str:
-    """Leaves a look where %p says that the thread has what it looked for.
+class Wait:
+    """A wait for words, in a text: its looks, and what is done when there were too many."""
 
-    The threads of a warp leave together, when the last one has. Threads that come out one by one
-    are put together again at the next instruction of a warp, by code that stands far away, and
-    run what lies between once for each of them: half a microsecond in front of every product.
-    """
-    return f"vote.sync.all.pred %p, %p, 0xffffffff; @%p bra {to};"
+    def __init__(self, b: Block, ring: Register, feed: Feed, most: int):
+        """Begins to count looks.
 
+        Args:
+            b: the text.
+            ring: the ring's address.
+            feed: where everything lies.
+            most: how often to look, a power of two.
+        """
+        assert most & (most - 1) == 0, "Looks are counted by powers of two."
+        self._b, self._ring, self._feed, self._most = b, ring, feed, most
+        self._looks, self._record, self._said = b.u32("looks"), b.u64("record"), b.u64("said")
+        self.missing, self.done = b.label("missing"), b.label("done")
+        b.mov(self._looks, 0)
 
-def look_again(label: str, ring: str, feed: Feed, most: int) -> list[str]:
-    """Behind a look in vain: looks again.
+    def leave(self, found: Register, to: Label) -> None:
+        """Leaves a look where a predicate says that the thread has what it looked for.
 
-    Goes on to what follows when it has looked for too long; or to `missing`, where
-    `give_up` is, if somebody else has.
+        The threads of a warp leave together, when the last one has. Threads that come out one by
+        one are put together again at the next instruction of a warp, by code that stands far away,
+        and run what lies between once for each of them: half a microsecond in front of every
+        product.
+        """
+        self._b.vote_all(found, found)
+        self._b.bra_if(found, to)
 
-    Args:
-        label: where a look begins.
-        ring: the ring's address.
-        feed: where everything lies.
-        most: how often to look, a power of two.
-    """
-    assert most & (most - 1) == 0, "Looks are counted by powers of two."
-    return [
-        f"add.u32 %n, %n, 1; and.b32 %often, %n, {min(most, _OFTEN) - 1};",
-        f"setp.ne.u32 %p, %often, 0; @%p bra {label};",
-        f"ld.shared.b64 %record, [{ring}+{feed.control + _RECORD}];",
-        "ld.relaxed.gpu.global.b64 %said, [%record]; setp.ne.b64 %p, %said, 0;",
-        # A warp looks as long as any of its threads does.
-        "vote.sync.any.pred %p, %p, 0xffffffff; @%p bra missing;",
-        f"setp.lt.u32 %p, %n, {most}; @%p bra {label};",
-    ]
+    def look_again(self, again: Label) -> None:
+        """Behind a look in vain: looks again, from a label on.
 
+        Goes on to what follows when it has looked for too long; or to `missing`, where `give_up`
+        is, if somebody else has.
+        """
+        b = self._b
+        since, few, gone, left = b.u32("since"), b.pred("few"), b.pred("gone"), b.pred("has_looks")
+        b.add(self._looks, self._looks, 1)
+        b.and_(since, self._looks, min(self._most, _OFTEN) - 1)
+        b.setp("ne", few, since, 0)
+        b.bra_if(few, again)
+        b.comment("Has anybody given up? A warp looks as long as any of its threads does.")
+        b.ld_shared(self._record, self._ring + (self._feed.control + _RECORD))
+        b.ld_relaxed(self._said, self._record)
+        b.setp("ne", gone, self._said, 0)
+        b.vote_any(gone, gone)
+        b.bra_if(gone, self.missing)
+        b.setp("lt", left, self._looks, self._most)
+        b.bra_if(left, again)
 
-def give_up(missing: str, ring: str, feed: Feed) -> list[str]:
-    """Behind `look_again`: says what is missing.
+    def give_up(self, word: Register, left: Register) -> None:
+        """Behind `look_again`: says what is missing, and goes on; `missing` stands here.
 
-    Args:
-        missing: register with the address of a word that has not come. Where nothing is missing,
-            the text's %left is 0, and it goes on at `done`.
-        ring: the ring's address.
-        feed: where everything lies.
-    """
-    return [
-        # Threads that miss nothing have looked on with others of their warp.
-        "setp.eq.u32 %p, %left, 0; @%p bra done;",
-        f"sub.s64 %said, {missing}, %record; shr.s64 %said, %said, 2;",
-        f"cvt.u32.u64 %often, %said; ld.shared.b32 %used, [{ring}+{feed.control + _USED}];",
-        f"sub.u32 %used, {(1 << _TILE_BITS) - 1}, %used; shl.b32 %used, %used, {_PROGRAM_BITS};",
-        f"not.b32 %often, %often; shr.u32 %n, %often, {32 - _PROGRAM_BITS};",
-        f"or.b32 %used, %used, %n; shl.b32 %often, %often, {_PROGRAM_BITS};",
-        f"ld.shared.b32 %n, [{ring}+{feed.control + _PROGRAM}]; or.b32 %often, %often, %n;",
-        "mov.b64 %said, {%often, %used};",
-        "atom.relaxed.gpu.global.max.u64 %said, [%record], %said;",
-    ]
+        Args:
+            word: address of a word that has not come.
+            left: 0 where nothing is missing: then the thread goes on at `done`.
+        """
+        b, f = self._b, self._feed
+        nothing, before = b.pred("nothing"), b.s64("distance")
+        low, high, part, program = b.u32s("record_low", "record_high", "record_part", "program")
+        b.comment("Threads that miss nothing have looked on with others of their warp.")
+        b.setp("eq", nothing, left, 0)
+        b.bra_if(nothing, self.done)
+        b.comment("20 bits of tiles left, 32 of how far before the mail's end, 12 of the program.")
+        b.sub(before, word, self._record)
+        b.shr(before, before, 2)
+        b.narrow(low, before.as_("u64"))
+        b.ld_shared(high, self._ring + (f.control + _USED))
+        b.sub(high, (1 << _TILE_BITS) - 1, high)
+        b.shl(high, high, _PROGRAM_BITS)
+        b.not_(low, low)
+        b.shr(part, low, 32 - _PROGRAM_BITS)
+        b.or_(high, high, part)
+        b.shl(low, low, _PROGRAM_BITS)
+        b.ld_shared(program, self._ring + (f.control + _PROGRAM))
+        b.or_(low, low, program)
+        b.pack(self._said, low, high)
+        b.atom_max(self._said, self._record, self._said)
 
 
 def record_of(used: int, distance: int, program: int) -> int:
@@ -124,24 +135,16 @@ def said_by(record: int) -> tuple[int, int, int]:
     return (1 << _TILE_BITS) - 1 - left, 0xFFFFFFFF - before, program
 
 
-_say_where_p = core.Primitive("ffjax_say_where")
+def _write_where(b: Block, record: Register, control: Register, program: Register) -> None:
+    thread, first = b.u32("thread"), b.pred("first")
+    b.mov(thread, TID)
+    b.setp("eq", first, thread, 0)
+    with b.when(first):
+        b.st_shared(control + _RECORD, record)
+        b.st_shared(control + _PROGRAM, program)
 
 
-@_say_where_p.def_effectful_abstract_eval
-def _(words, offset, control, program):
-    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED, state.ReadEffect(0)}
-
-
-@lowered.rule(_say_where_p)
-def _(ctx, words, *args):
-    offset, control, program = lowered.values(ctx, args)
-    text = (
-        "{ .reg .pred %p; .reg .b32 %t; mov.u32 %t, %tid.x; setp.eq.u32 %p, %t, 0;"
-        f" @%p st.shared.b64 [$2+{_RECORD}], $1; @%p st.shared.b32 [$2+{_PROGRAM}], $3;"
-        " mov.u32 $0, 0; }"
-    )
-    arguments = [lowered.addresses(words, offset, (1,)), control, program]
-    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,l,r,r", arguments)[0]
+_say_where = Operation("ffjax_say_where", _write_where)
 
 
 def say_where(words: Any, offset: Array | int, control: Array, program: Array) -> None:
@@ -153,5 +156,4 @@ def say_where(words: Any, offset: Array | int, control: Array, program: Array) -
         control: int32 scalar, address of a feed's control words in shared memory.
         program: int32 scalar.
     """
-    numbers = (jnp.full((1,), x, jnp.int32) for x in (offset, control, program))
-    _say_where_p.bind(words, *numbers)
+    _say_where(Pointer(words, offset), control, program)

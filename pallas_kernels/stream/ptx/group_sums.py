@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core
 
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.asm import LANE, TID, Block, Register
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["GroupSums", "sum_groups"]
+
+# A word of four bytes that are 1.
+_ONES = 0x01010101
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,87 +49,87 @@ class GroupSums:
         return 64 if self.fine else 16
 
 
-def _sum_text(s: GroupSums, words: int) -> str:
-    """Operands: result $0, unused; address $1, then the operand's words."""
-    if s.chunked and s.fine:
-        return _fine_text(s, words)
-    each = words // s.reads
-    lines = [
-        "{ .reg .pred %p, %odd; .reg .b32 %t, %s, %h; .reg .f32 %f; mov.u32 $0, 0;",
-        f"mov.u32 %t, %tid.x; setp.ge.u32 %p, %t, {s.threads}; @%p bra idle;",
-        # What is there may still be read by others of the warp.
-        f"{lowered.REJOIN} mov.u32 %t, %laneid; and.b32 %h, %t, 4; setp.ne.u32 %odd, %h, 0;",
-    ]
-    # One thread stores what several have.
-    mask = 7 if s.chunked else 3
-    lines.append(f"and.b32 %h, %t, {mask}; setp.eq.u32 %p, %h, 0;")
+def _write_sums(b: Block, address: Register, *words: Register, sums: GroupSums) -> None:
+    s, thread, idle, is_idle = sums, b.u32("thread"), b.label("idle"), b.pred("is_idle")
+    b.warps_jump_whole = True
+    b.mov(thread, TID)
+    b.setp("ge", is_idle, thread, s.threads)
+    b.bra_if(is_idle, idle)
+    b.comment("What is there may still be read by others of the warp.")
+    b.bar_warp()
+    # The lane comes in the thread's place.
+    write = _write_fine if s.chunked and s.fine else _write_each
+    write(b, address, words, s, thread)
+    b.bar_warp()
+    b.mark(idle)
+
+
+def _write_each(
+    b: Block, address: Register, words: Sequence[Register], s: GroupSums, lane: Register
+) -> None:
+    """Where threads have digits of whole groups: the sums of several threads are added up."""
+    each, total, more = len(words) // s.reads, b.u32("total"), b.u32("more")
+    odd, stores, number = b.pred("odd"), b.pred("stores"), b.f32("number")
+    b.mov(lane, LANE)
+    b.and_(more, lane, 4)
+    b.setp("ne", odd, more, 0)
+    b.comment("One thread stores what several have.")
+    b.and_(more, lane, 7 if s.chunked else 3)
+    b.setp("eq", stores, more, 0)
     for q in range(s.reads):
-        some = [f"${2 + q * each + i}" for i in range(each)]
-        high, low = (some, []) if s.chunked else (some[: each // 2], some[each // 2 :])
-        lines.append("mov.b32 %s, 0;")
-        lines += [f"dp4a.s32.s32 %s, {word}, 0x01010101, %s;" for word in high]
-        if s.chunked:  # every other four threads have the low digits
-            lines.append("shl.b32 %h, %s, 8; selp.b32 %s, %s, %h, %odd;")
+        some = words[q * each : (q + 1) * each]
+        high, low = (some, ()) if s.chunked else (some[: each // 2], some[each // 2 :])
+        b.mov(total, 0)
+        for word in high:
+            b.dp4a(total, word, _ONES, total)
+        if s.chunked:
+            b.comment("Every other four threads have the low digits.")
+            b.shl(more, total, 8)
+            b.selp(total, total, more, odd)
         else:
-            lines.append("shl.b32 %s, %s, 8;")
-            lines += [f"dp4a.s32.s32 %s, {word}, 0x01010101, %s;" for word in low]
+            b.shl(total, total, 8)
+            for word in low:
+                b.dp4a(total, word, _ONES, total)
         for step in [4] * s.chunked + [1, 2]:
-            lines.append(f"shfl.sync.bfly.b32 %h, %s, {step}, 31, 0xffffffff; add.s32 %s, %s, %h;")
+            b.shfl_bfly(more, total, step)
+            b.add(total, total, more)
         if s.by_sixteen:
-            lines.append("shl.b32 %s, %s, 4;")
-        lines.append(f"cvt.rn.f32.s32 %f, %s; @%p st.shared.f32 [$1+{s.pitch * q}], %f;")
-    return " ".join([*lines, f"{lowered.REJOIN} idle: }}"])
+            b.shl(total, total, 4)
+        b.to_float(number, total.as_("s32"))
+        with b.when(stores):
+            b.st_shared(address + s.pitch * q, number)
 
 
-def _fine_text(s: GroupSums, words: int) -> str:
-    """Of one sequence and groups that are fine; operands as those of `_sum_text`.
+def _write_fine(
+    b: Block, address: Register, words: Sequence[Register], s: GroupSums, lane: Register
+) -> None:
+    """Of one sequence and groups that are fine.
 
     A product by weights that are all the same number has the sums of each column's digits, in the
     threads that make use of them.
     """
-    each, one = words // s.reads, "0x10101010" if s.by_sixteen else "0x01010101"
-    lines = [
-        "{ .reg .pred %p; .reg .b32 %t, %s, %one, %zero; mov.u32 $0, 0;",
-        f"mov.u32 %t, %tid.x; setp.ge.u32 %p, %t, {s.threads}; @%p bra idle;",
-        # What is there may still be read by others of the warp.
-        f"{lowered.REJOIN} mov.u32 %t, %laneid; setp.lt.u32 %p, %t, 4;",
-        f"mov.b32 %zero, 0; mov.b32 %one, {one};",
-    ]
+    each, total, one, zero = len(words) // s.reads, *b.u32s("total", "one", "zero")
+    stores = b.pred("stores")
+    b.mov(lane, LANE)
+    b.setp("lt", stores, lane, 4)
+    b.mov(zero, 0)
+    b.mov(one, 16 * _ONES if s.by_sixteen else _ONES)
     for q in range(s.reads):
-        sums = []
+        numbers = []
         for first in range(0, each, 2 * s.products):
-            d = [f"%d{q}_{first}_{k}" for k in range(4)]
-            lines.append(f".reg .b32 {', '.join(d)};")
+            sums = b.u32s(*["sum"] * 4)
             for word in range(first, first + 2 * s.products, 2):
-                at = 2 + q * each + word
-                before = ["%zero"] * 4 if word == first else d
-                lines.append(
-                    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-                    f"{{{', '.join(d)}}}, {{%one, %one, %one, %one}}, {{${at}, ${at + 1}}}, "
-                    f"{{{', '.join(before)}}};"
-                )
-            sums.append(f"%f{q}_{first}")
-            lines.append(f".reg .f32 {sums[-1]}; mad.lo.s32 %s, {d[0]}, 256, {d[1]};")
-            lines.append(f"cvt.rn.f32.s32 {sums[-1]}, %s;")
-        some = f".v{len(sums)}.f32 [$1+{s.pitch * q}], {{{', '.join(sums)}}}"
-        lines.append(f"@%p st.shared{some};")
-    return " ".join([*lines, f"{lowered.REJOIN} idle: }}"])
+                at = q * each + word
+                before = [zero] * 4 if word == first else sums
+                b.mma_s8(sums, [one] * 4, words[at : at + 2], before)
+            numbers.append(b.f32("number"))
+            b.mad_lo(total.as_("s32"), sums[0], 256, sums[1])
+            b.to_float(numbers[-1], total.as_("s32"))
+        with b.when(stores):
+            b.st_shared(address + s.pitch * q, numbers)
 
 
-_sum_p = core.Primitive("ffjax_sum_groups")
-
-
-@_sum_p.def_effectful_abstract_eval
-def _(address, *words, sums):
-    return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_sum_p)
-def _(ctx, *args, sums):
-    args = lowered.values(ctx, args)
-    result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    text, constraints = _sum_text(sums, len(args) - 1), "=&r" + ",r" * len(args)
-    return lowered.assembly([result], text, constraints, args, by_warps=True)[0]
+_sum_groups = Operation("ffjax_sum_groups", _write_sums)
 
 
 def sum_groups(address: Array, words: Sequence[Array], sums: GroupSums) -> Array:
@@ -144,4 +146,4 @@ def sum_groups(address: Array, words: Sequence[Array], sums: GroupSums) -> Array
     Returns:
         Nothing of use: a branch of a `cond` must have a result.
     """
-    return _sum_p.bind(address, *words, sums=sums)
+    return _sum_groups(address, *words, sums=sums)[0]

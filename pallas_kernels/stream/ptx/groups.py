@@ -14,204 +14,179 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pallas_kernels.stream.ptx.scales import SIXTEENTH, scale_lines, scale_registers, widened
+from pallas_kernels.asm import Block, Register
+from pallas_kernels.stream.ptx.scales import Given, IntegerText
 
 if TYPE_CHECKING:
     from pallas_kernels.stream.ptx.integers import IntegerTile
 
-__all__ = ["sequences_text"]
+__all__ = ["write_sequences"]
 
-# 1.5 * 2^23, its negative, and 256.
-_MAGIC, _LESS, _HIGH = "0x4B400000", "0fCB400000", "0f43800000"
+# 1.5 * 2^23 as bits, and its negative; and what a high digit counts for.
+_MAGIC, _LESS, _HIGH = 0x4B400000, -12582912.0, 256.0
 _BLOCK = 16
 
 
-def sequences_text(tile: IntegerTile) -> str:
-    """The whole text: operands as those of `integers`; behind them where sums of groups begin."""
-    return _Sequences(tile).text()
+def write_sequences(b: Block, tile: IntegerTile, given: Given) -> None:
+    """The whole text."""
+    _Sequences(b, tile, given).write()
 
 
-class _Sequences:
+class _Sequences(IntegerText):
     """The text: columns are sequences, and every read of the four threads of a row is a group."""
 
-    def __init__(self, tile: IntegerTile):
-        self.t = tile
+    def __init__(self, b: Block, tile: IntegerTile, given: Given):
+        super().__init__(b, tile, given)
         self.words = tile.words  # of bytes, of a read
-        self.offsets = f"${7 + tile.reads * 2 * self.words}"
         # A thread has sums of two rows of a product.
         self.names = ["x", "y"] if tile.rows > 8 else ["x"]
-        self.whole = tile.rows % 8 == 0
+        self.mine = b.pred("mine")
+        self.guard = None if tile.rows % 8 == 0 else self.mine
+        self.around = 32 // tile.read_bytes  # reads of 128 bytes of a row
+        # Where in these bytes the thread's i-th read lies, and which bits its row's number has.
+        self.places = [b.u32("place") for _ in range(min(self.around, tile.reads))]
+        self.bits = {bit: b.pred(f"bit_{bit}") for bit in (1, 2, 4)}
+        self.magic, self.low_number = b.u32("magic"), b.f32("low_number")
 
-    def head(self, values: list[str]) -> list[str]:
-        """Begins; %l is the lane, %g its row, %t its number among the four of the row."""
-        t = self.t
-        lines = [
-            "{ .reg .pred %p, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero, %m;",
-            f".reg .f32 %f, %e, %s, %own, {', '.join(values)}; {scale_registers(t)}",
-            f"mov.u32 $0, 0; mov.b32 %zero, 0; mov.b32 %m, {_MAGIC};",
-            f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {t.threads}; @%mine bra idle;",
-            "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
-        ]
-        lines += [f"mov.f32 {value}, 0f00000000;" for value in values]
-        # Threads of rows that there are not hold zeros.
-        return [
-            *lines,
-            f"setp.lt.u32 %mine, %g, {t.rows}; mad.lo.u32 %a, %g, $2, $1;",
-            f"mad.lo.u32 %c, %g, {t.scale_bytes}, $4; mad.lo.u32 %c, $6, {t.group_bytes}, %c;",
-        ]
+    def write(self) -> None:
+        """The whole text."""
+        b, t, given = self.b, self.t, self.given
+        values = [b.f32("value") for _ in range(max(2, t.rows // 4))]
+        self.begin(values, (self.magic, _MAGIC))
+        b.comment("Threads of rows that there are not hold zeros.")
+        b.setp("lt", self.mine, self.group, t.rows)
+        b.mad_lo(self.row, self.group, given.pitch, given.address)
+        b.mad_lo(self.scale_place, self.group, t.scale_bytes, given.scales)
+        b.mad_lo(self.scale_place, given.group, t.group_bytes, self.scale_place)
+        for bit, is_set in self.bits.items():
+            b.and_(self.v, self.group, bit)
+            b.setp("ne", is_set, self.v, 0)
+        for first in range(0, t.rows, _BLOCK):
+            self._write_block(values[first // 4 :])
+            if first + _BLOCK < t.rows:
+                b.shl(self.other_row, given.pitch, 4)
+                b.add(self.row, self.row, self.other_row)
+                b.add(self.scale_place, self.scale_place, _BLOCK * t.scale_bytes)
+        b.shl(self.lane, self.quad, 3)
+        for n in range(2):
+            self.load_own_scale(self.lane)
+            b.add(self.lane, self.lane, 4)
+            for value in values[n::2]:
+                b.mul_rn(value, value, self.own)
+        for i in range(len(values) // 2):
+            with b.when(self.guard):
+                b.st_shared(given.where + 256 * i, values[2 * i : 2 * i + 2])
+        b.mark(self.idle)
 
-    def guard(self) -> str:
-        return "" if self.whole else "@%mine "
+    def _load(self, words: list[Register], offset: int) -> None:
+        """Loads neighbouring words of a row, from `v` on; zeros where there is no such row."""
+        if self.guard is not None:
+            for word in words:
+                self.b.mov(word, 0)
+        with self.b.when(self.guard):
+            self.b.ld_shared(words, self.v + offset)
 
-    def loaded(self, names: list[str], at: str) -> list[str]:
-        """Loads neighbouring words of a row; zeros where there is no such row."""
-        lines = [] if self.whole else [f"mov.b32 {name}, 0;" for name in names]
-        vector, some = (f".v{len(names)}", f"{{{', '.join(names)}}}")
-        if len(names) == 1:
-            vector, some = "", names[0]
-        return [*lines, f"{self.guard()}ld.shared{vector}.b32 {some}, [{at}];"]
-
-    def widened(self, names: list[str], raw: list[str]) -> list[str]:
+    def _widen(self, to: list[Register], raw: list[Register]) -> None:
         """Of int4 weights n, words of bytes 16 * (n - 8); of int8 ones themselves."""
         if self.t.bits == 8:
-            return [f"mov.b32 {to}, {word};" for to, word in zip(names, raw, strict=True)]
-        return widened(names, raw)
+            for one, word in zip(to, raw, strict=True):
+                self.b.mov(one, word)
+        else:
+            self.widen_nibbles(to, raw)
 
-    def product(self, sums: list[str], word: int, names: list[str], b: list[str]) -> str:
-        """Of the words of both rows from a number on, added to sums; the first one begins them."""
-        rows = ("x", "y") if len(self.names) == 2 else ("x", None)
-        a = [f"%{n}{names[i]}" if n else "%zero" for i in range(2) for n in rows]
-        before = ["%m"] * 4 if word == 0 else sums
-        return (
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-            f"{{{', '.join(sums)}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, "
-            f"{{{', '.join(before)}}};"
-        )
+    def _add(self, value: Register, high: Register, low: Register, total: Register) -> None:
+        """Adds a group's products to a value: the sums of both digits are floats in disguise."""
+        b = self.b
+        b.add_rn(self.number, high.as_("f32"), _LESS)
+        b.add_rn(self.low_number, low.as_("f32"), _LESS)
+        b.fma(self.number, self.number, _HIGH, self.low_number)
+        self.add_scaled(value, total)
 
-    def added(self, value: str, high: str, low: str, total: str) -> list[str]:
-        """Adds a group's products to a value: %s times the digits, and %o times their total."""
-        t = self.t
-        lines = [
-            f"add.rn.f32 %f, {high}, {_LESS}; add.rn.f32 %e, {low}, {_LESS};",
-            f"fma.rn.f32 %f, %f, {_HIGH}, %e;",
-        ]
-        # Beyond a row, sums are 0, and in the place of scales may lie anything.
-        guard = "setp.ne.f32 %p, {}, 0f00000000; @%p " if t.ragged else ""
-        lines.append(f"{guard.format('%f')}fma.rn.f32 {value}, %f, %s, {value};")
-        if t.offset is not None:
-            lines.append(f"{guard.format(total)}fma.rn.f32 {value}, {total}, %o, {value};")
-        return lines
-
-    def own(self) -> list[str]:
-        """Puts the operand's scale into %own, of the column that lane %l has inputs of."""
-        lines = ["shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff;"]
-        if self.t.bits == 4:
-            lines.append(f"mul.rn.f32 %own, %own, {SIXTEENTH};")
-        return lines
-
-    def text(self) -> str:
-        t = self.t
-        values = [f"%v{i}" for i in range(max(2, t.rows // 4))]
-        self.around = 32 // t.read_bytes  # reads of 128 bytes of a row
-        places = [f"%k{i}" for i in range(min(self.around, t.reads))]
-        lines = [
-            *self.head(values),
-            f".reg .b32 {', '.join(places)}; .reg .pred %n1, %n2, %n4;",
-        ]
-        for bit in (1, 2, 4):
-            lines.append(f"and.b32 %v, %g, {bit}; setp.ne.u32 %n{bit}, %v, 0;")
-        for first in range(0, t.rows, _BLOCK):
-            lines += ["{", *self.block(values[first // 4 :]), "}"]
-            if first + _BLOCK < t.rows:
-                lines.append("shl.b32 %b, $2, 4; add.u32 %a, %a, %b;")
-                lines.append(f"add.u32 %c, %c, {_BLOCK * t.scale_bytes};")
-        lines.append("shl.b32 %l, %t, 3;")
-        for n in range(2):
-            lines += self.own()
-            lines.append("add.u32 %l, %l, 4;")
-            lines += [f"mul.rn.f32 {value}, {value}, %own;" for value in values[n::2]]
-        for i in range(len(values) // 2):
-            pair = ", ".join(values[2 * i : 2 * i + 2])
-            lines.append(f"{self.guard()}st.shared.v2.f32 [$3+{256 * i}], {{{pair}}};")
-        return " ".join([*lines, "idle: }"])
-
-    def block(self, values: list[str]) -> list[str]:
-        """The sums of one product's rows: of %a's on, with scales from %c."""
-        t, lines, first = self.t, [], 0
+    def _write_block(self, values: list[Register]) -> None:
+        """The sums of one product's rows, from `row` on, with scales from `scale_place` on."""
+        b, t, first = self.b, self.t, 0
         if len(self.names) == 2:
-            lines.append("shl.b32 %b, $2, 3; add.u32 %b, %a, %b;")
+            b.shl(self.other_row, self.given.pitch, 3)
+            b.add(self.other_row, self.row, self.other_row)
         while first < t.reads:
             count = min(self.around, 1 << ((t.reads - first).bit_length() - 1))
-            lines += ["{", *self.some(first, count, values), "}"]
+            self._write_some(first, count, values)
             first += count
-        return lines
 
-    def some(self, first: int, count: int, values: list[str]) -> list[str]:
+    def _write_some(self, first: int, count: int, values: list[Register]) -> None:
         """Some neighbouring reads, a power of two: no more than 128 bytes of a row."""
-        t, each, lines = self.t, self.t.read_bytes // 4, []
+        b, t = self.b, self.t
+        b.comment("The threads of each row read its groups in an order of their own.")
         for i in range(count):
             # Times the bytes of a group, within those of all these.
-            lines += [
-                f"add.u32 %v, %g, {i}; and.b32 %v, %v, {count - 1};",
-                f"shl.b32 %k{i}, %v, {(4 * t.read_bytes).bit_length() - 1};",
-            ]
-        levels = [bit for bit in (1, 2, 4) if bit < count]
-        for n, row in zip(self.names, ("%a", "%b"), strict=False):
-            held = [[f"%{n}r0_{i}_{w}" for w in range(each)] for i in range(count)]
-            lines.append(f".reg .b32 {', '.join(x for some in held for x in some)};")
-            for i, some in enumerate(held):
-                lines.append(f"add.u32 %v, {row}, %k{i};")
-                lines += self.loaded(some, f"%v+{4 * t.read_bytes * first}")
-            for level, bit in enumerate(levels, 1):
-                moved = [[f"%{n}r{level}_{i}_{w}" for w in range(each)] for i in range(count)]
-                lines.append(f".reg .b32 {', '.join(x for some in moved for x in some)};")
-                for i in range(count):
-                    for w in range(each):
-                        other = held[(i - bit) % count][w]
-                        lines.append(f"selp.b32 {moved[i][w]}, {other}, {held[i][w]}, %n{bit};")
-                held = moved
-        wide = [f"w{i}" for i in range(self.words)]
-        names = [f"%{n}{w}" for n in self.names for w in wide]
-        sums = {digit: [f"%{digit}_{i}" for i in range(4)] for digit in ("hi", "lo")}
-        lines.append(f".reg .b32 {', '.join([*names, *sums['hi'], *sums['lo']])};")
-        if t.offset is not None:
-            lines.append(".reg .f32 %q0, %q1;")
+            b.add(self.v, self.group, i)
+            b.and_(self.v, self.v, count - 1)
+            b.shl(self.places[i], self.v, (4 * t.read_bytes).bit_length() - 1)
+        raw = {
+            name: self._load_in_order(name, row, first, count)
+            for name, row in zip(self.names, (self.row, self.other_row), strict=False)
+        }
+        words = {name: [b.u32(f"{name}_bytes") for _ in range(self.words)] for name in self.names}
+        sums = [[b.u32(f"{digit}_sum") for _ in range(4)] for digit in ("high", "low")]
+        totals = b.f32s("total", "total")
+        held = {
+            name: [b.u32(f"{name}_scale") for _ in range(t.scales_at_once // 4 or 1)]
+            for name in self.names
+        }
         at_once = max(4, t.scales_at_once) // t.group_bytes
-        loaded = [f"%{n}s{i}" for n in self.names for i in range(t.scales_at_once // 4 or 1)]
-        lines.append(f".reg .b32 {', '.join(loaded)};")
         for i in range(count):
             q = first + i
-            for n in self.names:
-                raw = [f"%{n}r{len(levels)}_{i}_{w}" for w in range(each)]
-                lines += self.widened([f"%{n}{w}" for w in wide], raw)
-            for number, digit in enumerate(("hi", "lo")):
+            for name in self.names:
+                self._widen(words[name], raw[name][i])
+            for number, some in enumerate(sums):
                 for word in range(0, self.words, 2):
-                    start = 7 + (2 * q + number) * self.words + word
-                    b = [f"${start}", f"${start + 1}"]
-                    lines.append(self.product(sums[digit], word, wide[word : word + 2], b))
-            if t.offset is not None:
-                lines.append(f"ld.shared.v2.f32 {{%q0, %q1}}, [{self.offsets}+{32 * q}];")
-            for half, n in enumerate(self.names):
-                if t.scales_at_once < 4:
-                    at = f"%c+{2 * q + 8 * half * t.scale_bytes}"
-                    lines += [f"ld.shared.u16 %{n}s0, [{at}];", *scale_lines(t, f"%{n}s0")]
-                else:
-                    if i == 0 or q % at_once == 0:
-                        lines += self.load_scales(n, half, q - q % at_once)
-                    byte = q % at_once * t.group_bytes
-                    lines += scale_lines(t, f"%{n}s{byte // 4}", high=byte % 4 != 0)
+                    self._multiply(some, word, words, (2 * q + number) * self.words + word)
+            if self.given.offsets is not None:
+                b.ld_shared(totals, self.given.offsets + 32 * q)
+            for half, name in enumerate(self.names):
+                self._load_scale(half, held[name], q, begins=i == 0 or q % at_once == 0)
                 for column in range(2):
                     value = values[2 * half + column]
-                    high, low = (sums[digit][2 * half + column] for digit in ("hi", "lo"))
-                    lines += self.added(value, high, low, f"%q{column}")
-        return lines
+                    high, low = (some[2 * half + column] for some in sums)
+                    self._add(value, high, low, totals[column])
 
-    def load_scales(self, name: str, half: int, q: int) -> list[str]:
-        """Loads the scales of some groups of a row, from the q-th on."""
-        t = self.t
-        words = [f"%{name}s{i}" for i in range(t.scales_at_once // 4)]
-        vector, some = "", words[0]
-        if len(words) > 1:
-            vector, some = f".v{len(words)}", f"{{{', '.join(words)}}}"
-        at = f"%c+{q * t.group_bytes + 8 * half * t.scale_bytes}"
-        return [f"ld.shared{vector}.b32 {some}, [{at}];"]
+    def _load_in_order(
+        self, name: str, row: Register, first: int, count: int
+    ) -> list[list[Register]]:
+        """Loads the reads of a row, and puts them in order: by each bit of the row's number."""
+        b, t, each = self.b, self.t, self.t.read_bytes // 4
+        held = [[b.u32(f"{name}_raw") for _ in range(each)] for _ in range(count)]
+        for place, some in zip(self.places, held, strict=False):
+            b.add(self.v, row, place)
+            self._load(some, 4 * t.read_bytes * first)
+        for bit in (1, 2, 4):
+            if bit < count:
+                moved = [[b.u32(f"{name}_raw") for _ in range(each)] for _ in range(count)]
+                for i in range(count):
+                    for w in range(each):
+                        b.selp(moved[i][w], held[(i - bit) % count][w], held[i][w], self.bits[bit])
+                held = moved
+        return held
+
+    def _multiply(
+        self, sums: list[Register], word: int, words: dict[str, list[Register]], start: int
+    ) -> None:
+        """Of the words of both rows from a number on, added to sums; the first one begins them."""
+        a = [words[n][word + i] if n in words else self.zero for i in range(2) for n in "xy"]
+        before = [self.magic] * 4 if word == 0 else sums
+        self.b.mma_s8(sums, a, self.given.words[start : start + 2], before)
+
+    def _load_scale(self, half: int, held: list[Register], q: int, *, begins: bool) -> None:
+        """The scale of a row's q-th group, of those that `held` has, or gets where it begins."""
+        b, t = self.b, self.t
+        row = 8 * half * t.scale_bytes
+        if t.scales_at_once < 4:
+            b.ld_shared_u16(held[0], self.scale_place + (2 * q + row))
+            self.split_scale(held[0])
+            return
+        at_once = t.scales_at_once // t.group_bytes
+        if begins:
+            group = q - q % at_once
+            b.ld_shared(held, self.scale_place + (group * t.group_bytes + row))
+        byte = q % at_once * t.group_bytes
+        self.split_scale(held[byte // 4], high=byte % 4 != 0)

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core
 
+from pallas_kernels.asm import Block, Register
 from pallas_kernels.stream.half2 import HALF2_TAG_BITS, Format
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["unpack_half2"]
 
-_parted_p = core.Primitive("ffjax_parted")
-_parted_p.multiple_results = True
+
+def _write_unpacking(
+    b: Block, first: Register, second: Register, word: Register, *, form: Format
+) -> None:
+    kept, low, high, magnitude = b.u32("kept"), b.u16("low"), b.u16("high"), b.f32("magnitude")
+    b.and_(kept, word, ~HALF2_TAG_BITS % 2**32)
+    b.unpack(low, high, kept)
+    b.from_half(first, low)
+    b.from_half(second, high)
+    if form.root:
+        b.comment("To take the magnitude costs nothing: the multiplication does it.")
+        for number in (first, second):
+            b.abs(magnitude, number)
+            b.mul_rn(number, number, magnitude)
 
 
-def _parted_text(form: Format) -> str:
-    """Operands: both numbers, then the word."""
-    kept = ~HALF2_TAG_BITS % 2**32
-    lines = [
-        f"{{ .reg .b32 %x; .reg .b16 %h, %g; .reg .f32 %f; and.b32 %x, $2, {kept:#010x};",
-        "mov.b32 {%h, %g}, %x; cvt.f32.f16 $0, %h; cvt.f32.f16 $1, %g;",
-    ]
-    if form.root:  # to take the magnitude costs nothing: the multiplication does it
-        lines += [f"abs.f32 %f, ${i}; mul.rn.f32 ${i}, ${i}, %f;" for i in range(2)]
-    return " ".join([*lines, "}"])
-
-
-@_parted_p.def_effectful_abstract_eval
-def _(word, *, form):
-    return [core.ShapedArray(word.shape, jnp.float32)] * 2, {lowered.ORDERED}
-
-
-@lowered.rule(_parted_p)
-def _(ctx, word, *, form):
-    result = lowered.like(ctx.avals_out[0].shape, lowered.f32())
-    text, arguments = _parted_text(form), lowered.values(ctx, [word])
-    return lowered.assembly([result] * 2, text, "=&f,=&f,r", arguments)
+_unpack = Operation("ffjax_unpack_half2", _write_unpacking)
 
 
 def unpack_half2(word: Array, form: Format) -> list[Array]:
@@ -46,4 +36,4 @@ def unpack_half2(word: Array, form: Format) -> list[Array]:
         word: int32, any shape.
         form: of the numbers.
     """
-    return _parted_p.bind(word, form=form)
+    return _unpack(word, results=["float32"] * 2, form=form)

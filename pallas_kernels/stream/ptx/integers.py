@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core
 
-from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.chunk_groups import chunk_text
-from pallas_kernels.stream.ptx.groups import sequences_text
-from pallas_kernels.stream.ptx.scales import SIXTEENTH, scale_lines, scale_registers
+from pallas_kernels.asm import Block, Register
+from pallas_kernels.stream.ptx.chunk_groups import write_chunks
+from pallas_kernels.stream.ptx.groups import write_sequences
+from pallas_kernels.stream.ptx.operation import Operation
+from pallas_kernels.stream.ptx.scales import Given, IntegerText
 
 __all__ = ["IntegerTile", "multiply_integers"]
 
@@ -78,315 +77,267 @@ class IntegerTile:
         return 2 if self.offset is None else 4
 
 
-def _float(name: str, high: str, low: str) -> str:
-    """256 * high + low, both integers, as a float32."""
-    return f"mad.lo.s32 %v, {high}, 256, {low}; cvt.rn.f32.s32 {name}, %v;"
+class _Multiply(IntegerText):
+    """The text of `multiply_integers` where groups are not fine, piece by piece."""
 
-
-class _Multiply:
-    """The text of `multiply_integers`, piece by piece.
-
-    Operands: result $0, unused; address $1, pitch $2, where $3, scales $4, the operand's scale $5,
-    the first group of each thread $6, then the operand's words; where groups have an offset, behind
-    them where the sums of groups begin: see `group_sums`.
-    """
-
-    def __init__(self, tile: IntegerTile):
-        self.t = tile
+    def __init__(self, b: Block, tile: IntegerTile, given: Given):
+        super().__init__(b, tile, given)
         # Rows that a warp multiplies at once: of a product's 16, 8 are of each half of them.
         self.both = tile.rows > (2 if tile.chunked else 8)
         # A product waits for the one before it that it is added to: of few rows, every other one,
         # or fourth, begins a sum of its own.
         rows = tile.rows // (4 if self.both else 2) if tile.chunked else 2
         self.chains = max(1, 4 // rows) if tile.bits == 8 else 1
+        self.names = ["x", "y"][: 1 + self.both]
+        # Sums of products by high digits, and by low ones; chunked, a thread has one alone.
+        self.sums = [
+            [[b.s32(name) for _ in range(4)] for _ in range(self.chains)]
+            for name in (("high_sum",) if tile.chunked else ("high_sum", "low_sum"))
+        ]
+        self.mine, self.odd = b.pred("mine"), b.pred("odd")
+        # Of each name and read: words as they lie in memory, and as bytes.
+        self.raw: dict[tuple[str, int], list[Register]] = {}
+        self.bytes: dict[tuple[str, int], list[Register]] = {}
+        self.totals: list[list[Register]] = []
 
-    def digit(self, q: int, low: bool, word: int) -> str:
+    def write(self) -> None:
+        """The whole text."""
+        b, t = self.b, self.t
+        count = t.rows // 2 if t.chunked else max(2, t.rows // 4)
+        values = [b.f32("value") for _ in range(count)]
+        self.begin(values)
+        self._load_totals()
+        (self._write_chunks if t.chunked else self._write_sequences)(values)
+        b.mark(self.idle)
+
+    def _digit(self, q: int, low: int, word: int) -> Register:
         """A word of the operand; chunked, a thread has one digit alone."""
         read = q if self.t.chunked else 2 * q + low
-        return f"${7 + read * self.t.words + word}"
+        return self.given.words[read * self.t.words + word]
 
-    def load(self, name: str, at: str, q: int, guard: str = "") -> list[str]:
-        """The q-th read of a row, as bytes: words {name}{q}_0 and so on."""
-        t, raw = self.t, [f"%{name}{q}_{i}" for i in range(4)]
-        words = ", ".join(f"%{name}{q}_{i}" for i in range(t.words))
-        lines = [f".reg .b32 {words};"]
-        if t.bits == 4:
-            raw = [f"%{name}r{q}_{i}" for i in range(4)]
-            lines.append(f".reg .b32 {', '.join(raw)};")
-        if guard:
-            lines += [f"mov.b32 {x}, 0;" for x in raw]
-        lines.append(f"{guard}ld.shared.v4.b32 {{{', '.join(raw)}}}, [{at}+{t.step * q}];")
-        return lines
+    def _declare(self, name: str, q: int) -> list[Register]:
+        """The q-th read of a row, as it lies in memory: int8 weights are bytes there."""
+        self.bytes[name, q] = [self.b.u32(name) for _ in range(self.t.words)]
+        raw = self.b.u32s(*[f"{name}_raw"] * 4) if self.t.bits == 4 else self.bytes[name, q]
+        self.raw[name, q] = raw
+        return raw
 
-    def widen(self, name: str, q: int) -> list[str]:
+    def _load(self, name: str, at: Register, q: int, guard: Register | None = None) -> None:
+        """Loads the q-th read of a row; zeros where the guard does not hold."""
+        raw = self._declare(name, q)
+        if guard is not None:
+            for word in raw:
+                self.b.mov(word, 0)
+        with self.b.when(guard):
+            self.b.ld_shared(raw, at + self.t.step * q)
+
+    def _widen(self, name: str, q: int) -> None:
         """Of int4 weights n, words of bytes 16 * (n - 8)."""
-        if self.t.bits == 8:
-            return []
-        lines = []
-        for i in range(4):
-            raw, low, high = f"%{name}r{q}_{i}", f"%{name}{q}_{2 * i}", f"%{name}{q}_{2 * i + 1}"
-            # (x ^ 0x88888888) & 0xF0F0F0F0 is one instruction
-            lines.append(f"shl.b32 {low}, {raw}, 4;")
-            for to, x in ((low, low), (high, raw)):
-                lines.append(f"lop3.b32 {to}, {x}, 0x88888888, 0xF0F0F0F0, 0x28;")
-        return lines
+        if self.t.bits == 4:
+            self.widen_nibbles(self.bytes[name, q], self.raw[name, q])
 
-    def products(self, q: int) -> list[str]:
-        """Adds the q-th read's products to the sums %hi, and to %lo where the low digits are."""
-        lines = []
+    def _multiply(self, q: int) -> None:
+        """Adds the q-th read's products to the sums."""
         for word in range(0, self.t.words, 2):
-            rows = ("x", "y") if self.both else ("x", None)
-            a = [f"%{n}{q}_{word + i}" if n else "%zero" for i in range(2) for n in rows]
+            a = [
+                self.bytes[n, q][word + i] if n in self.names else self.zero
+                for i in range(2)
+                for n in "xy"
+            ]
             # Of int4 weights, every read begins a sum.
             number = (word + (q * self.t.words if self.t.bits == 8 else 0)) // 2
-            chain, first = number % self.chains, number < self.chains
-            for name in self._names():
-                sums = ", ".join(f"%{name}{chain or ''}_{i}" for i in range(4))
-                before = "%zero, %zero, %zero, %zero" if first else sums
-                b = [self.digit(q, name == "lo", word + i) for i in range(2)]
-                lines.append(
-                    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-                    f"{{{sums}}}, {{{', '.join(a)}}}, {{{', '.join(b)}}}, {{{before}}};"
-                )
-        return lines
+            for low, chains in enumerate(self.sums):
+                sums = chains[number % self.chains]
+                before = [self.zero] * 4 if number < self.chains else sums
+                digits = [self._digit(q, low, word + i) for i in range(2)]
+                self.b.mma_s8(sums, a, digits, before)
 
-    def add_chains(self) -> list[str]:
+    def _add_chains(self) -> None:
         """Adds up the sums of the chains that there are."""
-        chains = min(self.chains, self.t.reads * self.t.words // 2)
-        return [
-            f"add.s32 %{name}_{i}, %{name}_{i}, %{name}{chain}_{i};"
-            for chain in range(1, chains)
-            for name in self._names()
-            for i in range(4)
-        ]
+        for chain in range(1, min(self.chains, self.t.reads * self.t.words // 2)):
+            for first, *others in self.sums:
+                for to, number in zip(first, others[chain - 1], strict=True):
+                    self.b.add(to, to, number)
 
-    def _sums(self) -> list[str]:
-        chains = [chain or "" for chain in range(self.chains)]
-        return [f"%{n}{c}_{i}" for n in ("hi", "lo") for c in chains for i in range(4)]
-
-    def _names(self) -> tuple[str, ...]:
-        return ("hi",) if self.t.chunked else ("hi", "lo")
-
-    def scaled(self, q: int, row: str, half: int, values: Sequence[str]) -> list[str]:
+    def _scale(self, q: int, row: int, half: int, values: Sequence[Register]) -> None:
         """Of int4 weights: adds what the sums are of one row, times the group's scale.
 
         Args:
             q: the read.
-            row: address of the row's scale of the thread's first group.
+            row: bytes to the row's scales from those of the thread's first one.
             half: which of the two rows of a product.
             values: what is added to.
         """
-        t = self.t
+        b, t = self.b, self.t
         stride = 4 if t.chunked else 1  # groups from a read to the next
-        at = f"[{row}+{t.group_bytes * stride * q}]"
+        at = self.scale_place + (row + t.group_bytes * stride * q)
         if t.offset is not None:
-            lines = [f"ld.shared.b32 %w, {at};", *scale_lines(t, "%w")]
+            b.ld_shared(self.w, at)
+            self.split_scale(self.w)
         elif t.scales == "float16":
-            lines = [f"ld.shared.b16 %h, {at}; cvt.f32.f16 %s, %h;"]
+            b.ld_shared(self.half, at)
+            b.from_half(self.scale, self.half)
         else:
-            lines = [f"ld.shared.u16 %w, {at}; shl.b32 %w, %w, 16; mov.b32 %s, %w;"]
-        # Beyond a row, sums are 0, and in the scale's place may lie anything.
-        guard = "setp.ne.f32 %p, {}, 0f00000000; @%p " if t.ragged else ""
+            b.ld_shared_u16(self.w, at)
+            b.shl(self.w, self.w, 16)
+            b.mov(self.scale, self.w)
         for i, value in enumerate(values):
-            lines.append(_float("%f", *self.sums(half, i)))
-            lines.append(f"{guard.format('%f')}fma.rn.f32 {value}, %f, %s, {value};")
-            if t.offset is not None:
-                total = f"%q{q}_{i}"
-                lines.append(f"{guard.format(total)}fma.rn.f32 {value}, {total}, %o, {value};")
-        return lines
+            self.combine(self.number, *self._sums_of(half, i))
+            self.add_scaled(value, self.totals[q][i] if self.totals else self.number)
 
-    def totals(self) -> list[str]:
-        """Loads the sums of each group's activations, those of a thread's columns: %q{q}_{i}."""
-        t = self.t
-        if t.offset is None:
-            return []
-        start, lines = f"${7 + t.reads * t.words * (1 if t.chunked else 2)}", []
+    def _load_totals(self) -> None:
+        """Loads the sums of each group's activations, those of a thread's columns."""
+        b, t, start = self.b, self.t, self.given.offsets
+        if start is None:
+            return
         for q in range(t.reads):
-            if t.chunked:
-                lines.append(f".reg .f32 %q{q}_0; ld.shared.f32 %q{q}_0, [{start}+{16 * q}];")
-            else:
-                pair = f"%q{q}_0, %q{q}_1"
-                lines.append(f".reg .f32 {pair}; ld.shared.v2.f32 {{{pair}}}, [{start}+{32 * q}];")
-        return lines
+            some = [b.f32("total") for _ in range(1 if t.chunked else 2)]
+            b.ld_shared(some, start + (16 if t.chunked else 32) * q)
+            self.totals.append(some)
 
-    def sums(self, half: int, i: int) -> tuple[str, str]:
+    def _sums_of(self, half: int, i: int) -> tuple[Register, Register]:
         """The sums of high and low digits of one of the two rows; of its i-th column."""
         if self.t.chunked:
-            return f"%hi_{2 * half}", f"%hi_{2 * half + 1}"
-        return f"%hi_{2 * half + i}", f"%lo_{2 * half + i}"
+            return self.sums[0][0][2 * half], self.sums[0][0][2 * half + 1]
+        return self.sums[0][0][2 * half + i], self.sums[1][0][2 * half + i]
 
-    def text(self) -> str:
-        """The whole text."""
-        t = self.t
-        values = [f"%v{r}" for r in range(t.rows // 2 if t.chunked else max(2, t.rows // 4))]
-        lines = [
-            "{ .reg .pred %p, %odd, %mine; .reg .b32 %l, %g, %t, %a, %b, %c, %v, %w, %zero;",
-            f".reg .b32 {', '.join(self._sums())};",
-            f".reg .f32 %f, %s, %own, {', '.join(values)}; {scale_registers(t)}"
-            "mov.u32 $0, 0; mov.b32 %zero, 0;",
-            f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {t.threads}; @%mine bra idle;",
-            "mov.u32 %l, %laneid; shr.u32 %g, %l, 2; and.b32 %t, %l, 3;",
-        ]
-        lines += [f"mov.f32 {value}, 0f00000000;" for value in values]
-        lines += self.totals()
-        lines += self.chunks(values) if t.chunked else self.sequences(values)
-        return " ".join([*lines, "idle: }"])
-
-    def chunks(self, values: list[str]) -> list[str]:
+    def _write_chunks(self, values: list[Register]) -> None:
         """Columns are digits of chunks.
 
         Of a product's 16 rows, 4 are the chunks of one row of the tile. Threads of g below 4 have
         the tile's first half of rows, two at a time, and the others its second half.
         """
-        t = self.t
-        half = t.rows // 2
-        lines = [
-            f"shr.u32 %l, %g, 2; mul.lo.u32 %l, %l, {half};",
-            "mad.lo.u32 %a, %l, $2, $1;",
-            f"mad.lo.u32 %c, %l, {t.scale_bytes}, $4;",
-        ]
+        b, t, given, half = self.b, self.t, self.given, self.t.rows // 2
+        b.shr(self.lane, self.group, 2)
+        b.mul_lo(self.lane, self.lane, half)
+        b.mad_lo(self.row, self.lane, given.pitch, given.address)
+        b.mad_lo(self.scale_place, self.lane, t.scale_bytes, given.scales)
         if t.bits == 4:
-            lines.append(f"mad.lo.u32 %c, $6, {t.group_bytes}, %c;")
-        # The scale of a chunk is with the threads that hold its inputs.
-        lines.append("shl.b32 %l, %t, 3; shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff;")
-        if t.bits == 4:
-            lines.append(f"mul.rn.f32 %own, %own, {SIXTEENTH};")
-        names = "xy" if self.both else "x"
-        for r in range(0, half, len(names)):
-            # A scope of its own for the names of what is loaded.
-            lines.append("{ add.u32 %b, %a, $2;")
+            b.mad_lo(self.scale_place, given.group, t.group_bytes, self.scale_place)
+        b.comment("The scale of a chunk is with the threads that hold its inputs.")
+        b.shl(self.lane, self.quad, 3)
+        self.load_own_scale(self.lane)
+        for r in range(0, half, len(self.names)):
+            b.add(self.other_row, self.row, given.pitch)
             for q in range(t.reads):
-                for name, at in zip(names, ("%a", "%b"), strict=False):
-                    lines += self.load(name, at, q)
+                for name, at in zip(self.names, (self.row, self.other_row), strict=False):
+                    self._load(name, at, q)
             for q in range(t.reads):
-                for name in names:
-                    lines += self.widen(name, q)
-                lines += self.products(q)
+                for name in self.names:
+                    self._widen(name, q)
+                self._multiply(q)
                 if t.bits == 4:
-                    for i in range(len(names)):
-                        row = f"%c+{(r + i) * t.scale_bytes}"
-                        lines += self.scaled(q, row, i, values[r + i : r + i + 1])
-            lines += self.add_chains()
-            for i in range(len(names)):
+                    for i in range(len(self.names)):
+                        self._scale(q, (r + i) * t.scale_bytes, i, values[r + i : r + i + 1])
+            self._add_chains()
+            for i in range(len(self.names)):
                 value = values[r + i]
                 if t.bits == 8:
-                    lines.append(_float(value, *self.sums(i, 0)))
-                    lines.append(f"ld.shared.f32 %s, [%c+{(r + i) * t.scale_bytes}];")
-                    lines.append(f"mul.rn.f32 {value}, {value}, %s;")
-                lines.append(f"mul.rn.f32 {value}, {value}, %own;")
-            lines.append("add.u32 %a, %b, $2; }")
-        # Those count whose row and column are the same chunk's; others lie where nobody looks.
+                    self.combine(value, *self._sums_of(i, 0))
+                    b.ld_shared(self.scale, self.scale_place + (r + i) * t.scale_bytes)
+                    b.mul_rn(value, value, self.scale)
+                b.mul_rn(value, value, self.own)
+            b.add(self.row, self.other_row, given.pitch)
+        b.comment("Only products on the chunk diagonal are used; others lie where nobody looks.")
         size = min(4, half)
-        vector = f".v{size}" if size > 1 else ""
         for r in range(0, half, size):
-            some = ", ".join(values[r : r + size])
-            some = f"{{{some}}}" if size > 1 else some
-            lines.append(f"st.shared{vector}.f32 [$3+{4 * r}], {some};")
-        return lines
+            b.st_shared(given.where + 4 * r, values[r : r + size])
 
-    def sequences(self, values: list[str]) -> list[str]:
+    def _write_sequences(self, values: list[Register]) -> None:
         """Columns are sequences: a block's row, or two that are 8 apart, for every four threads."""
-        t = self.t
-        lines = [
-            # Threads of rows that there are not hold zeros.
-            f"setp.lt.u32 %mine, %g, {t.rows}; mad.lo.u32 %a, %g, $2, $1;",
-            f"mad.lo.u32 %c, %g, {t.scale_bytes}, $4;",
-            "and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0;",
-        ]
+        b, t, given = self.b, self.t, self.given
+        b.comment("Threads of rows that there are not hold zeros.")
+        b.setp("lt", self.mine, self.group, t.rows)
+        b.mad_lo(self.row, self.group, given.pitch, given.address)
+        b.mad_lo(self.scale_place, self.group, t.scale_bytes, given.scales)
+        b.and_(self.other_row, self.group, 1)
+        b.setp("ne", self.odd, self.other_row, 0)
         if t.bits == 4:
-            lines.append(f"mad.lo.u32 %c, $6, {t.group_bytes}, %c;")
+            b.mad_lo(self.scale_place, given.group, t.group_bytes, self.scale_place)
         for first in range(0, t.rows, _BLOCK):
-            # A scope of its own for the names of what is loaded.
-            lines += ["{", *self.block(values[first // 4 :]), "}"]
+            self._write_block(values[first // 4 :])
             if first + _BLOCK < t.rows:
-                lines.append("shl.b32 %b, $2, 4; add.u32 %a, %a, %b;")
-                lines.append(f"add.u32 %c, %c, {_BLOCK * t.scale_bytes};")
-        # A sequence's scale is with the threads that hold its inputs.
-        lines.append("shl.b32 %l, %t, 3;")
+                b.shl(self.other_row, given.pitch, 4)
+                b.add(self.row, self.row, self.other_row)
+                b.add(self.scale_place, self.scale_place, _BLOCK * t.scale_bytes)
+        b.comment("A sequence's scale is with the threads that hold its inputs.")
+        b.shl(self.lane, self.quad, 3)
         for n in range(2):
-            lines.append("shfl.sync.idx.b32 %own, $5, %l, 31, 0xffffffff; add.u32 %l, %l, 4;")
+            b.shfl_idx(self.own, given.scale, self.lane)
+            b.add(self.lane, self.lane, 4)
             if t.bits == 4:
-                lines.append(f"mul.rn.f32 %own, %own, {SIXTEENTH};")
+                b.mul_rn(self.own, self.own, 1 / 16)
             for value in values[n::2]:
-                lines.append(f"mul.rn.f32 {value}, {value}, %own;")
+                b.mul_rn(value, value, self.own)
         for i in range(len(values) // 2):
-            pair = ", ".join(values[2 * i : 2 * i + 2])
-            lines.append(f"@%mine st.shared.v2.f32 [$3+{256 * i}], {{{pair}}};")
-        return lines
+            with b.when(self.mine):
+                b.st_shared(given.where + 256 * i, values[2 * i : 2 * i + 2])
 
-    def block(self, values: list[str]) -> list[str]:
-        """Of several sequences, the sums of one product's rows: of %a's on, with scales from %c."""
-        t, lines, names = self.t, [], ["x", "y"][: 1 + self.both]
+    def _write_block(self, values: list[Register]) -> None:
+        """Of several sequences, the sums of one product's rows, from `row` on."""
+        b, t = self.b, self.t
         if self.both:
-            lines.append("shl.b32 %b, $2, 3; add.u32 %b, %a, %b;")
+            b.shl(self.other_row, self.given.pitch, 3)
+            b.add(self.other_row, self.row, self.other_row)
+        reads: dict[str, list[list[Register]]] = {}
         for q in range(t.reads):
-            lines += self.pieces(q, names)
+            self._load_in_turn(q, reads)
         for q in range(t.reads):
-            for name in names:
-                lines += self.widen(name, q)
-            lines += self.products(q)
+            for name in self.names:
+                self._widen(name, q)
+            self._multiply(q)
             if t.bits == 4:
-                for i in range(len(names)):
-                    row = f"%c+{8 * i * t.scale_bytes}"
-                    lines += self.scaled(q, row, i, values[2 * i : 2 * i + 2])
-        lines += self.add_chains()
+                for i in range(len(self.names)):
+                    self._scale(q, 8 * i * t.scale_bytes, i, values[2 * i : 2 * i + 2])
+        self._add_chains()
         if t.bits == 8:
-            for i in range(len(names)):
-                lines.append(f"ld.shared.f32 %s, [%c+{8 * i * t.scale_bytes}];")
+            for i in range(len(self.names)):
+                b.ld_shared(self.scale, self.scale_place + 8 * i * t.scale_bytes)
                 for n, value in enumerate(values[2 * i : 2 * i + 2]):
-                    lines.append(_float(value, *self.sums(i, n)))
-                    lines.append(f"mul.rn.f32 {value}, {value}, %s;")
-        return lines
+                    self.combine(value, *self._sums_of(i, n))
+                    b.mul_rn(value, value, self.scale)
 
-    def pieces(self, q: int, names: list[str]) -> list[str]:
+    def _load_in_turn(self, q: int, reads: dict[str, list[list[Register]]]) -> None:
         """Loads the q-th read of each row, and the next one with it.
 
         Rows begin in the same bank: of two reads, threads of every other row make the second one
-        first.
+        first. `reads` holds what was loaded with the read before.
         """
-        t, lines = self.t, []
-        alone = q == t.reads - 1 and q % 2 == 0
-        raw = "r" if t.bits == 4 else ""
-        for name, at in zip(names, ("%a", "%b"), strict=False):
-            if alone:
-                lines += self.load(name, at, q, "@%mine ")
+        b, t = self.b, self.t
+        for name, at in zip(self.names, (self.row, self.other_row), strict=False):
+            if q == t.reads - 1 and q % 2 == 0:
+                self._load(name, at, q, self.mine)
                 continue
-            u, v = ([f"%{name}{n}{q // 2}_{i}" for i in range(4)] for n in "uv")
-            x = [f"%{name}{raw}{q}_{i}" for i in range(4)]
-            words = {*x, *(f"%{name}{q}_{i}" for i in range(t.words))}
-            lines.append(f".reg .b32 {', '.join(sorted(words))};")
+            raw = self._declare(name, q)
             if q % 2 == 0:
-                lines.append(f".reg .b32 {', '.join(u + v)};")
-                lines += [f"mov.b32 {n}, 0;" for n in u + v]
-                for to, if_odd, if_even in ((u, t.step, 0), (v, 0, t.step)):
-                    lines.append(f"selp.b32 %v, {if_odd}, {if_even}, %odd;")
-                    lines.append(f"add.u32 %v, %v, {at};")
-                    some = ", ".join(to)
-                    lines.append(f"@%mine ld.shared.v4.b32 {{{some}}}, [%v+{t.step * q}];")
-                lines += [f"selp.b32 {x[i]}, {v[i]}, {u[i]}, %odd;" for i in range(4)]
-            else:
-                lines += [f"selp.b32 {x[i]}, {u[i]}, {v[i]}, %odd;" for i in range(4)]
-        return lines
+                reads[name] = [b.u32s(*[f"{name}_first"] * 4), b.u32s(*[f"{name}_second"] * 4)]
+                for word in (x for some in reads[name] for x in some):
+                    b.mov(word, 0)
+                turns = ((t.step, 0), (0, t.step))
+                for to, (if_odd, if_even) in zip(reads[name], turns, strict=True):
+                    b.selp(self.v, if_odd, if_even, self.odd)
+                    b.add(self.v, self.v, at)
+                    with b.when(self.mine):
+                        b.ld_shared(to, self.v + t.step * q)
+            for word, first, second in zip(raw, *reads[name], strict=True):
+                b.selp(word, *((first, second) if q % 2 else (second, first)), self.odd)
 
 
-_multiply_p = core.Primitive("ffjax_multiply_integers")
-
-
-@_multiply_p.def_effectful_abstract_eval
-def _(address, *args, tile):
-    return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_multiply_p)
-def _(ctx, *args, tile):
-    args = lowered.values(ctx, args)
-    result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    constraints = "=&r,r,r,r,r,f,r" + ",r" * (len(args) - 6)
+def _write_multiply(b: Block, *operands: Register, tile: IntegerTile) -> None:
+    """Operands: see `Given`."""
+    b.warps_jump_whole = True
+    words, offsets = operands[6:], None
+    if tile.offset is not None:
+        *words, offsets = words
+    address, pitch, where, scales, scale, group = operands[:6]
+    given = Given(address, pitch, where, scales, scale, group, words, offsets)
     if tile.fine:
-        text = (chunk_text if tile.chunked else sequences_text)(tile)
+        (write_chunks if tile.chunked else write_sequences)(b, tile, given)
     else:
-        text = _Multiply(tile).text()
-    return lowered.assembly([result], text, constraints, args, by_warps=True)[0]
+        _Multiply(b, tile, given).write()
+
+
+_multiply = Operation("ffjax_multiply_integers", _write_multiply)
 
 
 def multiply_integers(
@@ -424,4 +375,5 @@ def multiply_integers(
         Nothing of use: a branch of a `cond` must have a result.
     """
     more = [] if offsets is None else [offsets]
-    return _multiply_p.bind(address, pitch, where, scales, scale, group, *words, *more, tile=tile)
+    operands = address, pitch, where, scales, scale, group, *words, *more
+    return _multiply(*operands, tile=tile)[0]

@@ -4,127 +4,175 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core
 
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.asm import LANE, TID, Block, Register
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["multiply_tile", "sum_shared"]
 
 
-def _load_batched(q: int, pieces: int, step: int) -> list[str]:
-    """Loads the q-th piece of a row, if there is such a row, and the next one with it."""
-    x = [f"%x0_{q}_{i}" for i in range(4)]
-    if q == pieces - 1 and q % 2 == 0:
-        lines = [f"mov.b32 {name}, 0;" for name in x]
-        return [*lines, f"@%mine ld.shared.v4.b32 {{{', '.join(x)}}}, [%a+{step * q}];"]
-    u, v = ([f"%{name}{q // 2}_{i}" for i in range(4)] for name in "uv")
-    if q % 2:
-        return [f"selp.b32 {x[i]}, {u[i]}, {v[i]}, %odd;" for i in range(4)]
-    lines = [f".reg .b32 {', '.join(u + v)};", *(f"mov.b32 {name}, 0;" for name in u + v)]
-    lines.append(f"@%mine ld.shared.v4.b32 {{{', '.join(u)}}}, [%t+{step * q}];")
-    lines.append(f"@%mine ld.shared.v4.b32 {{{', '.join(v)}}}, [%b+{step * q}];")
-    return lines + [f"selp.b32 {x[i]}, {v[i]}, {u[i]}, %odd;" for i in range(4)]
-
-
-def _multiply_text(
-    rows: int, pieces: int, step: int, chunked: bool, threads: int, guarded: bool = False
-) -> str:
+def _write_product(
+    b: Block,
+    address: Register,
+    pitch: Register,
+    where: Register,
+    *operand: Register,
+    rows: int,
+    step: int,
+    chunked: bool,
+    threads: int,
+    guarded: bool,
+) -> None:
     """Each thread's part of a tile's products: see `multiply_tile`.
 
-    Operands: result $0, unused; address $1, pitch $2, where $3, the operand's words, and, where
-    pieces are guarded, how many there are.
+    `operand` are the words, and, where pieces are guarded, how many there are.
     """
-    lines = [
-        f"{{ .reg .pred %odd, %mine{', %p' if guarded else ''}; .reg .b32 %l, %g, %t, %a, %b;",
-        "mov.u32 $0, 0;",
-        f"mov.u32 %t, %tid.x; setp.ge.u32 %mine, %t, {threads}; @%mine bra idle;",
-        "mov.u32 %l, %laneid; shr.u32 %g, %l, 2;",
-    ]
-    word = [f"${4 + i}" for i in range(4 * pieces)]
-    sums = rows // 2 if chunked else 1
-    chains = max(1, 4 // sums)
-    for m in range(sums):
-        for c in range(chains):
-            names = ", ".join(f"%c{m}_{c}_{i}" for i in range(4))
-            lines.append(f".reg .f32 {names};")
-            lines.extend(f"mov.f32 %c{m}_{c}_{i}, 0f00000000;" for i in range(4))
+    b.warps_jump_whole = True
+    words, there = (operand[:-1], operand[-1]) if guarded else (operand, None)
+    pieces = len(words) // 4
+    # What is added to the same sums waits: of few rows, sums are several chains.
+    sums_count = rows // 2 if chunked else 1
+    chains = max(1, 4 // sums_count)
+    thread, lane, group, idle = *b.u32s("thread", "lane", "group"), b.label("idle")
+    row, next_row, is_idle, is_there = *b.u32s("row", "next_row"), *b.preds("is_idle", "is_there")
+    b.mov(thread, TID)
+    b.setp("ge", is_idle, thread, threads)
+    b.bra_if(is_idle, idle)
+    b.mov(lane, LANE)
+    b.shr(group, lane, 2)
+    sums = [[[b.f32("sum") for _ in range(4)] for _ in range(chains)] for _ in range(sums_count)]
+    for chain in (x for some in sums for x in some):
+        for number in chain:
+            b.mov(number, 0.0)
+    pairs = _Pairs(b, address, pitch, rows, step, pieces, thread, group, row, next_row)
     if chunked:
-        lines.append("mov.u32 %a, $1;")
+        b.mov(row, address)
     else:
-        # Threads of rows that there are not hold zeros.
-        lines.append(f"setp.lt.u32 %mine, %g, {rows}; mul.lo.u32 %a, %g, $2;")
-        lines.append("add.u32 %a, %a, $1;")
-    if not chunked:
-        # Of two pieces, threads of every other row read the second one first: rows begin in the
-        # same bank.
-        lines.append("and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0;")
-        lines.append(f"selp.b32 %t, {step}, 0, %odd; add.u32 %t, %a, %t;")
-        lines.append(f"selp.b32 %b, 0, {step}, %odd; add.u32 %b, %a, %b;")
-    for m in range(sums):
+        pairs.begin()
+    for m in range(sums_count):
         if chunked:
-            lines.append("add.u32 %b, %a, $2;")
+            b.add(next_row, row, pitch)
         for q in range(pieces):
-            x = [f"%x{m}_{q}_{i}" for i in range(4)]
-            y = [f"%y{m}_{q}_{i}" for i in range(4)]
-            lines.append(f".reg .b32 {', '.join(x + y)};")
+            x, y = b.u32s(*["x"] * 4), b.u32s(*["y"] * 4)
             if chunked:
-                lines.append(f"ld.shared.v4.b32 {{{', '.join(x)}}}, [%a+{step * q}];")
-                lines.append(f"ld.shared.v4.b32 {{{', '.join(y)}}}, [%b+{step * q}];")
+                b.ld_shared(x, row + step * q)
+                b.ld_shared(y, next_row + step * q)
             else:
-                lines.extend(f"mov.b32 {name}, 0;" for name in y)
-                lines += _load_batched(q, pieces, step)
-            if guarded:
-                lines.append(f"setp.gt.s32 %p, ${4 + 4 * pieces}, {q};")
-                lines += [f"selp.b32 {name}, {name}, 0, %p;" for name in x + y]
+                for word in y:
+                    b.mov(word, 0)
+                pairs.load(x, q)
+            if there is not None:
+                b.setp("gt", is_there, there, q)
+                for word in (*x, *y):
+                    b.selp(word, word, 0, is_there)
             for half in range(2):
-                c = (2 * q + half) % chains
-                d = ", ".join(f"%c{m}_{c}_{i}" for i in range(4))
-                lo, hi = 2 * half, 2 * half + 1
-                lines.append(
-                    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                    f"{{{d}}}, {{{x[lo]}, {y[lo]}, {x[hi]}, {y[hi]}}}, "
-                    f"{{{word[4 * q + lo]}, {word[4 * q + hi]}}}, {{{d}}};"
-                )
-        if m + 1 < sums:
-            lines.append("add.u32 %a, %b, $2;")
-    for m in range(sums):
-        for c in range(1, chains):
-            lines.extend(f"add.f32 %c{m}_0_{i}, %c{m}_0_{i}, %c{m}_{c}_{i};" for i in range(4))
-    if not chunked:
-        lines.append("@%mine st.shared.v2.f32 [$3], {%c0_0_0, %c0_0_1}; idle: }")
-        return " ".join(lines)
-    # Of a block's 16 x 8 products those count whose row and column are the same chunk's; others
-    # are stored where nobody looks.
-    lines.append("and.b32 %b, %g, 1; setp.ne.u32 %odd, %b, 0;")
-    values = [f"%v{r}" for r in range(rows)]
-    lines.append(f".reg .f32 {', '.join(values)};")
+                to, lo, hi = sums[m][(2 * q + half) % chains], 2 * half, 2 * half + 1
+                columns = [words[4 * q + lo], words[4 * q + hi]]
+                b.mma_bf16(to, [x[lo], y[lo], x[hi], y[hi]], columns, to)
+        if chunked and m + 1 < sums_count:
+            b.add(row, next_row, pitch)
+    for first, *others in sums:
+        for other in others:
+            for to, number in zip(first, other, strict=True):
+                b.add(to, to, number)
+    if chunked:
+        _write_diagonal(b, where, group, next_row, [chain[0] for chain in sums], rows)
+    else:
+        with b.when(pairs.mine):
+            b.st_shared(where, sums[0][0][:2])
+    b.mark(idle)
+
+
+class _Pairs:
+    """Reads of a row a thread: rows begin in the same bank.
+
+    Of two pieces, threads of every other row read the second one first.
+    """
+
+    def __init__(
+        self,
+        b: Block,
+        address: Register,
+        pitch: Register,
+        rows: int,
+        step: int,
+        pieces: int,
+        thread: Register,
+        group: Register,
+        row: Register,
+        next_row: Register,
+    ):
+        self._b, self._address, self._pitch = b, address, pitch
+        self._rows, self._step, self._pieces = rows, step, pieces
+        self._group, self._row = group, row
+        # Where the first of two reads is, and the second: in registers that others are done with.
+        self._first, self._second = thread, next_row
+        self.mine, self._odd = b.pred("mine"), b.pred("odd")
+        self._reads: list[list[Register]] = []
+
+    def begin(self) -> None:
+        """Where the thread's row begins."""
+        b, step, parity = self._b, self._step, self._second
+        b.comment("Threads of rows that there are not hold zeros.")
+        b.setp("lt", self.mine, self._group, self._rows)
+        b.mul_lo(self._row, self._group, self._pitch)
+        b.add(self._row, self._row, self._address)
+        b.comment("Of two pieces, threads of every other row read the second one first.")
+        b.and_(parity, self._group, 1)
+        b.setp("ne", self._odd, parity, 0)
+        b.selp(self._first, step, 0, self._odd)
+        b.add(self._first, self._row, self._first)
+        b.selp(self._second, 0, step, self._odd)
+        b.add(self._second, self._row, self._second)
+
+    def load(self, x: list[Register], q: int) -> None:
+        """Loads the q-th piece of a row, if there is such a row, and the next one with it."""
+        b, at = self._b, self._step * q
+        if q == self._pieces - 1 and q % 2 == 0:
+            for word in x:
+                b.mov(word, 0)
+            with b.when(self.mine):
+                b.ld_shared(x, self._row + at)
+            return
+        if q % 2 == 0:
+            self._reads = [b.u32s(*["first"] * 4), b.u32s(*["second"] * 4)]
+            for word in (x for some in self._reads for x in some):
+                b.mov(word, 0)
+            with b.when(self.mine):
+                b.ld_shared(self._reads[0], self._first + at)
+                b.ld_shared(self._reads[1], self._second + at)
+        one, other = self._reads
+        for word, first, second in zip(x, one, other, strict=True):
+            b.selp(word, *((first, second) if q % 2 else (second, first)), self._odd)
+
+
+def _write_diagonal(
+    b: Block,
+    where: Register,
+    group: Register,
+    spare: Register,
+    sums: list[list[Register]],
+    rows: int,
+) -> None:
+    """Stores each row's product: row and column are the same chunk's.
+
+    Of a block's 16 x 8 products only those count; others are stored where nobody looks.
+    """
+    odd, parity = b.pred("odd"), spare
+    b.comment("Only products on the chunk diagonal are used: a thread has an even or an odd one.")
+    b.and_(parity, group, 1)
+    b.setp("ne", odd, parity, 0)
+    values = [b.f32("value") for _ in range(rows)]
     for r, value in enumerate(values):
-        even, odd = (f"%c{r // 2}_0_{2 * (r % 2) + i}" for i in range(2))
-        lines.append(f"selp.f32 {value}, {odd}, {even}, %odd;")
+        even_one, odd_one = sums[r // 2][2 * (r % 2) : 2 * (r % 2) + 2]
+        b.selp(value, odd_one, even_one, odd)
     size = min(4, rows)
     for r in range(0, rows, size):
-        some = ", ".join(values[r : r + size])
-        lines.append(f"st.shared.v{size}.f32 [$3+{4 * r}], {{{some}}};")
-    lines.append("idle: }")
-    return " ".join(lines)
+        b.st_shared(where + 4 * r, values[r : r + size])
 
 
-_multiply_p = core.Primitive("ffjax_multiply")
-
-
-@_multiply_p.def_effectful_abstract_eval
-def _(address, pitch, where, *words, rows, step, chunked, threads, guarded):
-    return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_multiply_p)
-def _(ctx, *args, rows, step, chunked, threads, guarded):
-    args = lowered.values(ctx, args)
-    text = _multiply_text(rows, (len(args) - 3) // 4, step, chunked, threads, guarded)
-    result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    return lowered.assembly([result], text, "=&r" + ",r" * len(args), args, by_warps=True)[0]
+_multiply = Operation("ffjax_multiply", _write_product)
 
 
 def multiply_tile(
@@ -161,33 +209,29 @@ def multiply_tile(
     Returns:
         Nothing of use: a branch of a `cond` must have a result.
     """
-    options = {"rows": rows, "step": step, "chunked": chunked, "threads": threads}
     guard = [] if there is None else [there]
-    options["guarded"] = there is not None
-    return _multiply_p.bind(address, pitch, where, *words, *guard, **options)
+    return _multiply(
+        *(address, pitch, where, *words, *guard),
+        rows=rows,
+        step=step,
+        chunked=chunked,
+        threads=threads,
+        guarded=bool(guard),
+    )[0]
 
 
-_sum_shared_p = core.Primitive("ffjax_sum_shared")
+def _write_sum(b: Block, total: Register, address: Register, *, count: int, step: int) -> None:
+    numbers = [b.f32("number") for _ in range(count)]
+    for i, number in enumerate(numbers):
+        b.ld_shared(number, address + step * i)
+    while len(numbers) > 1:
+        for one, other in zip(numbers[::2], numbers[1::2], strict=True):
+            b.add(one, one, other)
+        numbers = numbers[::2]
+    b.mov(total, numbers[0])
 
 
-@_sum_shared_p.def_effectful_abstract_eval
-def _(address, *, count, step):
-    return core.ShapedArray(address.shape, jnp.float32), {lowered.ORDERED}
-
-
-@lowered.rule(_sum_shared_p)
-def _(ctx, address, *, count, step):
-    [address] = lowered.values(ctx, [address])
-    names = [f"%x{i}" for i in range(count)]
-    lines = [f"{{ .reg .f32 {', '.join(names)};"]
-    lines.extend(f"ld.shared.f32 {name}, [$1+{step * i}];" for i, name in enumerate(names))
-    while len(names) > 1:
-        pairs = zip(names[::2], names[1::2], strict=True)
-        lines.extend(f"add.f32 {a}, {a}, {b};" for a, b in pairs)
-        names = names[::2]
-    lines.append(f"mov.f32 $0, {names[0]}; }}")
-    result = lowered.like(ctx.avals_out[0].shape, lowered.f32())
-    return lowered.assembly([result], " ".join(lines), "=f,r", [address])[0]
+_sum_shared = Operation("ffjax_sum_shared", _write_sum)
 
 
 def sum_shared(address: Array, count: int, step: int) -> Array:
@@ -198,4 +242,5 @@ def sum_shared(address: Array, count: int, step: int) -> Array:
         count: how many, a power of two.
         step: bytes from one to the next.
     """
-    return _sum_shared_p.bind(address, count=count, step=step)
+    options = {"early": False, "count": count, "step": step}
+    return _sum_shared(address, results=["float32"], **options)[0]

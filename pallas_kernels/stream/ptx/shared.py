@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax._src import core
 
+from pallas_kernels.asm import TID, Block, Register
 from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["clear_shared", "read_row", "ring_base", "write_halves", "write_row"]
 
@@ -40,24 +42,22 @@ def ring_base(size: int, alignment: int) -> Array:
     return jnp.sum(_ring_base_p.bind(zero, size=size, alignment=alignment))
 
 
-_clear_shared_p = core.Primitive("ffjax_clear_shared")
+def _write_clear(b: Block, address: Register, *, size: int, threads: int) -> None:
+    offset, place, is_within = b.u32("offset"), b.u32("place"), b.pred("is_within")
+    done = b.label("done")
+    b.mov(offset, TID)
+    b.shl(offset, offset, 4)
+    again = b.marked("again")
+    b.setp("lt", is_within, offset, size)
+    b.bra_unless(is_within, done)
+    b.add(place, offset, address)
+    b.st_shared(place, [0] * 4)
+    b.add(offset, offset, 16 * threads)
+    b.bra(again)
+    b.mark(done)
 
 
-@_clear_shared_p.def_effectful_abstract_eval
-def _(address, *, size, threads):
-    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_clear_shared_p)
-def _(ctx, address, *, size, threads):
-    [address] = lowered.values(ctx, [address])
-    text = (
-        "{ .reg .pred %p; .reg .b32 %o, %a; mov.u32 %o, %tid.x; shl.b32 %o, %o, 4; again: "
-        f"setp.lt.u32 %p, %o, {size}; @!%p bra done; add.u32 %a, %o, $1; "
-        f"st.shared.v4.b32 [%a], {{0, 0, 0, 0}}; add.u32 %o, %o, {16 * threads}; bra again; "
-        "done: mov.u32 $0, 0; }"
-    )
-    return lowered.assembly([lowered.like((1,), lowered.i32())], text, "=r,r", [address])[0]
+_clear_shared = Operation("ffjax_clear_shared", _write_clear)
 
 
 def clear_shared(address: Array, size: int, threads: int) -> None:
@@ -68,31 +68,18 @@ def clear_shared(address: Array, size: int, threads: int) -> None:
         size: bytes.
         threads: of a program.
     """
-    _clear_shared_p.bind(jnp.full((1,), address), size=size, threads=threads)
+    _clear_shared(address, size=size, threads=threads)
 
 
-_write_row_p = core.Primitive("ffjax_write_row")
+def _write_words(b: Block, address: Register, mask: Register, *words: Register) -> None:
+    wanted = b.pred("wanted")
+    b.setp("ne", wanted, mask, 0)
+    with b.when(wanted):
+        b.st_shared(address, words[:4])
+        b.st_shared(address + 16, words[4:])
 
 
-@_write_row_p.def_effectful_abstract_eval
-def _(address, mask, *words):
-    return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_write_row_p)
-def _(ctx, *args):
-    address, mask, *words = lowered.values(ctx, args)
-    shape = ctx.avals_out[0].shape
-    mask = lowered.arith.extui(lowered.like(shape, lowered.i32()), mask)
-    text = (
-        "{ .reg .pred %p; setp.ne.s32 %p, $2, 0; "
-        "@%p st.shared.v4.b32 [$1], {$3, $4, $5, $6}; "
-        "@%p st.shared.v4.b32 [$1+16], {$7, $8, $9, $10}; mov.u32 $0, 0; }"
-    )
-    arguments = [address, mask, *words]
-    return lowered.assembly(
-        [lowered.like(shape, lowered.i32())], text, "=r" + ",r" * 10, arguments
-    )[0]
+_write_row = Operation("ffjax_write_row", _write_words)
 
 
 def write_row(address: Array, words: Sequence[Array], mask: Array) -> None:
@@ -103,24 +90,16 @@ def write_row(address: Array, words: Sequence[Array], mask: Array) -> None:
         words: 8 of int32 `[E]`.
         mask: bool `[E]`.
     """
-    _write_row_p.bind(address, mask, *words)
+    _write_row(address, mask, *words)
 
 
-_read_row_p = core.Primitive("ffjax_read_row")
-_read_row_p.multiple_results = True
+def _write_loads(b: Block, *registers: Register) -> None:
+    *words, address = registers
+    b.ld_shared(words[:4], address)
+    b.ld_shared(words[4:], address + 16)
 
 
-@_read_row_p.def_effectful_abstract_eval
-def _(address):
-    return [core.ShapedArray((1,), jnp.int32)] * 8, {lowered.ORDERED}
-
-
-@lowered.rule(_read_row_p)
-def _(ctx, address):
-    [address] = lowered.values(ctx, [address])
-    text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$8]; ld.shared.v4.b32 {$4, $5, $6, $7}, [$8+16];"
-    constraints = ",".join(["=&r"] * 8 + ["r"])
-    return lowered.assembly([lowered.like((1,), lowered.i32())] * 8, text, constraints, [address])
+_read_row = Operation("ffjax_read_row", _write_loads)
 
 
 def read_row(address: Array) -> list[Array]:
@@ -132,28 +111,18 @@ def read_row(address: Array) -> list[Array]:
     Returns:
         8 of int32 scalar.
     """
-    return [jnp.sum(word) for word in _read_row_p.bind(jnp.full((1,), address))]
+    return [jnp.sum(word) for word in _read_row(address, results=["int32"] * 8)]
 
 
-_write_halves_p = core.Primitive("ffjax_write_halves")
+def _write_half(b: Block, address: Register, value: Register, mask: Register) -> None:
+    wanted, low, high = b.pred("wanted"), b.u16("low"), b.u16("high")
+    b.setp("ne", wanted, mask, 0)
+    b.unpack(low, high, value)
+    with b.when(wanted):
+        b.st_shared(address, low)
 
 
-@_write_halves_p.def_effectful_abstract_eval
-def _(address, value, mask):
-    return core.ShapedArray(address.shape, jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_write_halves_p)
-def _(ctx, *args):
-    address, value, mask = lowered.values(ctx, args)
-    shape = ctx.avals_out[0].shape
-    mask = lowered.arith.extui(lowered.like(shape, lowered.i32()), mask)
-    text = (
-        "{ .reg .pred %p; .reg .b16 %x, %y; setp.ne.s32 %p, $3, 0; mov.b32 {%x, %y}, $2; "
-        "@%p st.shared.b16 [$1], %x; mov.u32 $0, 0; }"
-    )
-    result = lowered.like(shape, lowered.i32())
-    return lowered.assembly([result], text, "=r,r,r,r", [address, value, mask])[0]
+_write_halves = Operation("ffjax_write_halves", _write_half)
 
 
 def write_halves(address: Array, value: Array, mask: Array) -> None:
@@ -165,4 +134,4 @@ def write_halves(address: Array, value: Array, mask: Array) -> None:
         mask: bool, the same shape.
     """
     bits = lax.bitcast_convert_type(value, jnp.int16).astype(jnp.int32)
-    _write_halves_p.bind(address, bits, mask)
+    _write_halves(address, bits, mask)

@@ -4,72 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax import Array
-from jax._src import core
 
+from pallas_kernels.asm import LANE, TID, Block, Register
 from pallas_kernels.stream.plan import QUAD
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["sum_squares"]
 
 # Sums that grow side by side: each addition waits for the one before it.
 _CHAINS = 4
 
-_sum_squares_p = core.Primitive("ffjax_sum_squares")
 
-
-@_sum_squares_p.def_effectful_abstract_eval
-def _(address, *values, warps):
-    return core.ShapedArray(values[0].shape, jnp.float32), {lowered.ORDERED}
-
-
-def _sum_squares_text(count: int, warps: int) -> str:
-    """Operands: the sum, the address, then `count` values."""
-    chains = min(_CHAINS, count)
-    sums = [f"%s{i}" for i in range(max(chains, warps))]
-    lines = [f"{{ .reg .f32 {', '.join(sums)}, %h; .reg .b32 %l, %a; .reg .pred %p;"]
+def _write_squares(
+    b: Block, total: Register, address: Register, *values: Register, warps: int
+) -> None:
+    chains, count = min(_CHAINS, len(values)), len(values)
+    sums = [b.f32("sum") for _ in range(max(chains, warps))]
     for i in range(count):
-        x, to = f"${2 + i}", sums[i % chains]
-        lines.append(
-            f"mul.rn.f32 {to}, {x}, {x};" if i < chains else f"fma.rn.f32 {to}, {x}, {x}, {to};"
-        )
-    lines += _added(sums[:chains])
+        to = sums[i % chains]
+        if i < chains:
+            b.mul_rn(to, values[i], values[i])
+        else:
+            b.fma(to, values[i], values[i], to)
+    _add_up(b, sums[:chains])
+    b.comment("The four threads of a sequence; then one puts the warp's sum beside the others'.")
+    other = b.f32("other")
     for step in (1, 2):
-        lines.append(f"shfl.sync.bfly.b32 %h, %s0, {step}, 31, 0xffffffff; add.f32 %s0, %s0, %h;")
-    # A sequence's sums of all warps lie side by side.
-    lines += [
-        "mov.u32 %l, %laneid; shr.u32 %a, %l, 2;",
-        f"mad.lo.u32 %a, %a, {4 * warps}, $1; and.b32 %l, %l, {QUAD - 1};",
-        "setp.eq.u32 %p, %l, 0; mov.u32 %l, %tid.x; shr.u32 %l, %l, 5;",
-        f"mad.lo.u32 %l, %l, 4, %a; @%p st.shared.f32 [%l], %s0; {lowered.MEET}",
-    ]
+        b.shfl_bfly(other, sums[0], step)
+        b.add(sums[0], sums[0], other)
+    lane, row, in_quad, is_first = b.u32("lane"), b.u32("row"), b.u32("in_quad"), b.pred("is_first")
+    warp, place = b.u32("warp"), b.u32("place")
+    b.mov(lane, LANE)
+    b.shr(row, lane, 2)
+    b.mad_lo(row, row, 4 * warps, address)
+    b.and_(in_quad, lane, QUAD - 1)
+    b.setp("eq", is_first, in_quad, 0)
+    b.mov(warp, TID)
+    b.shr(warp, warp, 5)
+    b.mad_lo(place, warp, 4, row)
+    with b.when(is_first):
+        b.st_shared(place, sums[0])
+    b.bar_program()
     for first in range(0, warps, 4):
-        lines.append(
-            f"ld.shared.v4.f32 {{{', '.join(sums[first : first + 4])}}}, [%a+{4 * first}];"
-        )
-    return " ".join([*lines, *_added(sums[:warps]), "mov.f32 $0, %s0; }"])
+        b.ld_shared(sums[first : first + 4], row + 4 * first)
+    _add_up(b, sums[:warps])
+    b.mov(total, sums[0])
 
 
-def _added(names: list[str]) -> list[str]:
+def _add_up(b: Block, numbers: list[Register]) -> None:
     """Adds them up, two by two, into the first."""
-    lines, apart = [], 1
-    while apart < len(names):
-        lines += [
-            f"add.f32 {names[i]}, {names[i]}, {names[i + apart]};"
-            for i in range(0, len(names) - apart, 2 * apart)
-        ]
+    apart = 1
+    while apart < len(numbers):
+        for i in range(0, len(numbers) - apart, 2 * apart):
+            b.add(numbers[i], numbers[i], numbers[i + apart])
         apart *= 2
-    return lines
 
 
-@lowered.rule(_sum_squares_p)
-def _(ctx, *args, warps):
-    args = lowered.values(ctx, args)
-    text = _sum_squares_text(len(args) - 1, warps)
-    result = lowered.like(ctx.avals_out[0].shape, lowered.f32())
-    constraints = "=&f,r" + ",f" * (len(args) - 1)
-    return lowered.assembly([result], text, constraints, args)[0]
+_sum_squares = Operation("ffjax_sum_squares", _write_squares)
 
 
 def sum_squares(address: Array, values: Sequence[Array], warps: int) -> Array:
@@ -82,5 +74,4 @@ def sum_squares(address: Array, values: Sequence[Array], warps: int) -> Array:
         values: float32 `[T]`. Each 4 neighbouring threads of every warp have the same sequence's.
         warps: of the program, 4 or 8.
     """
-    addresses = jnp.full(values[0].shape, address)
-    return _sum_squares_p.bind(addresses, *values, warps=warps)
+    return _sum_squares(address, *values, results=["float32"], warps=warps)[0]

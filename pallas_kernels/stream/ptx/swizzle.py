@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels.asm import Block, Register
+
 __all__ = ["CHUNK", "Lines", "swizzled"]
 
 # Bytes that keep together, and after which banks repeat.
@@ -57,48 +59,57 @@ class Lines:
         """The swizzle mode of a tensor map, as PTX's `tensormap.replace` numbers them."""
         return {64: 2, 128: 3}[self.width]
 
-    def turn(self, turn: str, ring: str) -> list[str]:
-        """The turn of every tile's first line, counted on: registers' names.
+    def write_turn(self, b: Block, turn: Register, ring: Register) -> None:
+        """The turn of every tile's first line, counted on.
 
         All tiles begin alike, since their lines are some times 1024 bytes, or 512 of 64 each.
 
         Args:
+            b: the text.
             turn: the result.
             ring: the ring's address.
         """
-        return [f"add.u32 {turn}, {ring}, {self.tiles}; shr.u32 {turn}, {turn}, 7;"]
+        b.add(turn, ring, self.tiles)
+        b.shr(turn, turn, 7)
 
-    def turned(self, turn: str, position: str, first: str) -> list[str]:
-        """The turn of a position's lines: registers' names.
+    def write_turned(self, b: Block, turn: Register, position: Register, first: Register) -> None:
+        """The turn of a position's lines.
 
         Args:
+            b: the text.
             turn: the result.
             position: in the tile, or its lowest 3 bits.
-            first: what `turn` made.
+            first: what `write_turn` made.
         """
         rows = _BANKS // self.width  # side by side in all banks
-        return [
-            f"shr.u32 {turn}, {position}, {rows.bit_length() - 1};",
-            f"add.u32 {turn}, {turn}, {first};",
-            f"and.b32 {turn}, {turn}, {self.width // CHUNK - 1};",
-        ]
+        b.shr(turn, position, rows.bit_length() - 1)
+        b.add(turn, turn, first)
+        b.and_(turn, turn, self.width // CHUNK - 1)
 
-    def place(self, place: str, position: str, chunk: str, first: str, spare: str) -> list[str]:
-        """Where a chunk of a position's row lies in a tile, bytes: registers' names, all different.
+    def write_place(
+        self,
+        b: Block,
+        place: Register,
+        position: Register,
+        chunk: Register,
+        first: Register,
+        turned: Register,
+    ) -> None:
+        """Where a chunk of a position's row lies in a tile, bytes.
 
         Args:
-            place: the result.
+            b: the text.
+            place: the result; all registers differ.
             position: in the tile.
             chunk: of the row.
-            first: what `turn` made.
-            spare: what it is reckoned with.
+            first: what `write_turn` made.
+            turned: what it is reckoned with.
         """
         chunks = self.width // CHUNK
-        return [
-            *self.turned(spare, position, first),
-            f"xor.b32 {spare}, {spare}, {chunk}; and.b32 {spare}, {spare}, {chunks - 1};",
-            f"shr.u32 {place}, {chunk}, {chunks.bit_length() - 1};",
-            f"mad.lo.u32 {place}, {place}, {self.block}, {position};",
-            f"mul.lo.u32 {place}, {place}, {self.width};",
-            f"mad.lo.u32 {place}, {spare}, {CHUNK}, {place};",
-        ]
+        self.write_turned(b, turned, position, first)
+        b.xor(turned, turned, chunk)
+        b.and_(turned, turned, chunks - 1)
+        b.shr(place, chunk, chunks.bit_length() - 1)
+        b.mad_lo(place, place, self.block, position)
+        b.mul_lo(place, place, self.width)
+        b.mad_lo(place, turned, CHUNK, place)

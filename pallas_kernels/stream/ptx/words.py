@@ -7,95 +7,96 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax._src import core, state
 
+from pallas_kernels.asm import Block, Register
 from pallas_kernels.stream import access
 from pallas_kernels.stream.plan import PIECE
-from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.feed import Feed, feed_lines
-from pallas_kernels.stream.ptx.giving_up import LOST, REGISTERS, give_up, leave_line, look_again
+from pallas_kernels.stream.ptx.feed import Feed, write_feed
+from pallas_kernels.stream.ptx.giving_up import LOST, Wait
+from pallas_kernels.stream.ptx.operation import Choice, Operation, Pointer
 
 __all__ = ["collect_each", "collect_words", "load_pieces", "store_pair", "store_word"]
 
 # Of more pieces than a few, the last one is waited for first. To look for very many takes so long
 # that what is missing comes meanwhile; so it does where words are two activations.
 _FEW_PIECES, _MANY_PIECES = 4, 8
-
-_collect_p = core.Primitive("ffjax_collect")
-_collect_p.multiple_results = True
-
-
-@_collect_p.def_effectful_abstract_eval
-def _(ref, weights, offset, tag, there, ring, *, places, size, bits, most, feed):
-    word = core.ShapedArray(offset.shape, jnp.int32)
-    return [word] * (size * len(places)), {
-        lowered.ORDERED,
-        state.ReadEffect(0),
-        state.ReadEffect(1),
-    }
+# Bits of a word's tag, where one is waited for alone.
+_TAG = 255
+# Of `lop3`: c | (a ^ b).
+_OR_XOR = 0xBE
 
 
-@lowered.rule(_collect_p)
-def _(ctx, ref, weights, *args, places, size, bits, most, feed):
-    offset, tag, there, ring = lowered.values(ctx, args)
-    shape = ctx.avals_out[0].shape
-    pieces = len(places)
-    count = size * pieces
-    address, tag_of, there_of = f"${count}", f"${count + 1}", f"${count + 2}"
-    # A bit for each piece that is still missing: only those are loaded again.
-    ring_of = f"${count + 4}"
-    lines = [
-        f"{{ .reg .pred %p; .reg .b32 %n, %w, %left; {REGISTERS} mov.u32 %n, 0;",
-        f"mov.u32 %left, 1; shl.b32 %left, %left, {there_of}; sub.u32 %left, %left, 1;",
-    ]
-    lines.extend(f"mov.b32 ${i}, {tag_of};" for i in range(count))
+def _write_collect(
+    b: Block,
+    *registers: Register,
+    places: tuple[int, ...],
+    size: int,
+    bits: int,
+    most: int,
+    feed: Feed,
+) -> None:
+    """Results: the words. Operands: where they lie, the tag, how many, the weights, the ring."""
+    count, pieces = size * len(places), len(places)
+    words, (address, tag, there, weights, ring) = registers[:count], registers[count:]
+    wait = Wait(b, ring, feed, most)
+    found, wanted, left = b.pred("found"), b.pred("wanted"), b.u32("left")
+    test = b.u32("test")  # what is 0, or is not
+    b.comment("A bit for each piece that is still missing: only those are loaded again.")
+    b.mov(left, 1)
+    b.shl(left, left, there)
+    b.sub(left, left, 1)
+    for word in words:
+        b.mov(word, tag)
 
-    def load(q: int, guard: str) -> list[str]:
-        return [
-            f"{guard}ld.relaxed.gpu.global.v4.b32 "
-            f"{{{', '.join(f'${size * q + four + i}' for i in range(4))}}}, "
-            f"[{address}+{4 * (places[q] + 32 * four)}];"
-            for four in range(0, size, 4)
-        ]
+    def load(q: int, wanted: Register) -> None:
+        with b.when(wanted):
+            for four in range(0, size, 4):
+                some = words[size * q + four : size * q + four + 4]
+                b.ld_relaxed(some, address + 4 * (places[q] + 32 * four))
 
-    def check(q: int) -> list[str]:
-        """Whether the piece is there, in %p: then its bit goes."""
-        return [
-            "mov.b32 %w, 0;",
-            # w |= word ^ tag, for all words
-            *(f"lop3.b32 %w, ${size * q + i}, {tag_of}, %w, 0xbe;" for i in range(size)),
-            f"and.b32 %w, %w, {bits % 2**32}; setp.eq.u32 %p, %w, 0;",
-            f"@%p and.b32 %left, %left, {~(1 << q)};",
-        ]
+    def check(q: int) -> None:
+        """Whether the piece is there: then its bit goes."""
+        b.mov(test, 0)
+        for word in words[size * q : size * (q + 1)]:
+            b.lop3(test, word, tag, test, _OR_XOR)
+        b.and_(test, test, bits % 2**32)
+        b.setp("eq", found, test, 0)
+        with b.when(found):
+            b.and_(left, left, ~(1 << q))
 
-    # While a look is on its way, and behind it.
-    feeding = feed_lines(feed, ring_of, f"${count + 3}")
+    again = b.label("again")
     if size == PIECE and _FEW_PIECES < pieces <= _MANY_PIECES:
-        # To look for all of many would take others' bandwidth: first only for the last one.
-        last = pieces - 1
-        lines.append("early:")
-        lines.append(f"and.b32 %w, %left, {1 << last}; setp.eq.u32 %p, %w, 0;")
-        lines.append(leave_line("again"))
-        lines.append("setp.ne.u32 %p, %w, 0;")
-        lines += load(last, "@%p ")
-        lines += [*feeding, *check(last), leave_line("again")]
-        lines += [*look_again("early", ring_of, feed, most), "bra missing;"]
-    lines.append("again:")
+        b.comment("To look for all of many would take others' bandwidth: first for the last one.")
+        early, last = b.marked("early"), pieces - 1
+        b.and_(test, left, 1 << last)
+        b.setp("eq", found, test, 0)
+        wait.leave(found, again)
+        b.setp("ne", wanted, test, 0)
+        load(last, wanted)
+        write_feed(b, feed, ring, weights)
+        check(last)
+        wait.leave(found, again)
+        wait.look_again(early)
+        b.bra(wait.missing)
+    b.mark(again)
     for q in range(pieces):
-        lines.append(f"and.b32 %w, %left, {1 << q}; setp.ne.u32 %p, %w, 0;")
-        lines += load(q, "@%p ")
-    lines += feeding
+        b.and_(test, left, 1 << q)
+        b.setp("ne", wanted, test, 0)
+        load(q, wanted)
+    b.comment("While the look is on its way.")
+    write_feed(b, feed, ring, weights)
     for q in range(pieces):
-        lines += check(q)
-    lines += ["setp.eq.u32 %p, %left, 0;", leave_line("done")]
-    lines += look_again("again", ring_of, feed, most)
-    lines += ["missing:", *give_up(address, ring_of, feed), f"mov.b32 $0, {LOST}; done: }}"]
-    addresses = lowered.addresses(ref, offset, shape)
-    constraints = ",".join(["=&r"] * count + ["l", "r", "r", "l", "r"])
-    word = lowered.like(shape, lowered.i32())
-    pointer = lowered.spread(lowered.pointer(weights), list(shape))
-    arguments = [addresses, tag, there, pointer, ring]
-    return lowered.assembly([word] * count, " ".join(lines), constraints, arguments)
+        check(q)
+    b.setp("eq", found, left, 0)
+    wait.leave(found, wait.done)
+    wait.look_again(again)
+    b.mark(wait.missing)
+    wait.give_up(address, left)
+    b.mov(words[0], LOST)
+    b.mark(wait.done)
+
+
+_collect = Operation("ffjax_collect", _write_collect)
 
 
 def collect_words(
@@ -131,67 +132,73 @@ def collect_words(
         Words, int32 `[T]`, `size` a piece; the tag in place of those that are not there. Where the
         thread gave up, the first one has all bits set.
     """
-    rings = jnp.full(offset.shape, ring)
-    options = {"places": tuple(places), "size": size, "bits": bits, "most": most, "feed": feed}
-    return _collect_p.bind(ref, weights, offset, tag, there, rings, **options)
+    return _collect(
+        *(Pointer(ref, offset), tag, there, Pointer(weights), ring),
+        results=["int32"] * (size * len(places)),
+        places=tuple(places),
+        size=size,
+        bits=bits,
+        most=most,
+        feed=feed,
+    )
 
 
-_collect_each_p = core.Primitive("ffjax_collect_each")
-_collect_each_p.multiple_results = True
-
-
-@_collect_each_p.def_effectful_abstract_eval
-def _(ref, weights, tag, ring, *offsets, pairs, together, most, feed):
-    word = core.ShapedArray(offsets[0].shape, jnp.int32)
-    return [word] * len(offsets), {lowered.ORDERED, state.ReadEffect(0), state.ReadEffect(1)}
-
-
-def _collect_each_text(count: int, pairs: bool, together: int, most: int, feed: Feed) -> str:
-    """Operands: `count` results, as many offsets, the tag, the arrays' addresses, the ring's."""
-    tag, base, weights, ring = (f"${2 * count + i * together}" for i in range(4))
-    lines = [
-        f"{{ .reg .pred %p; .reg .b32 %n, %left, %x; .reg .b64 %a, %w; {REGISTERS} mov.u32 %n, 0;",
-        *(f"mov.b32 ${i}, {0 if pairs else tag};" for i in range(count)),
-        *([f".reg .b32 %t<{count}>;", *(f"mov.b32 %t{i}, {tag};" for i in range(count))] * pairs),
-        "again:",
-    ]
-    for i in range(count):
-        offset = f"${count + i}"
-        lines.append(f"setp.ge.s32 %p, {offset}, 0; mad.wide.s32 %a, {offset}, 4, {base};")
-        if pairs:
-            lines.append(
-                f"@%p ld.relaxed.gpu.global.b64 %w, [%a]; @%p mov.b64 {{${i}, %t{i}}}, %w;"
-            )
-        else:
-            lines.append(f"@%p ld.relaxed.gpu.global.b32 ${i}, [%a];")
-    lines += [*feed_lines(feed, ring, weights), "mov.b32 %left, 0;"]
-    tags = [f"%t{i}" if pairs else f"${i}" for i in range(count)]
-    # Not by lop3: ptxas crashes on it here.
-    lines += [f"xor.b32 %x, {word}, {tag}; or.b32 %left, %left, %x;" for word in tags]
+def _write_each(
+    b: Block, *registers: list[Register], arrays: int, pairs: bool, most: int, feed: Feed
+) -> None:
+    """Results: words of each array. Operands: as many offsets, the tag, both arrays, the ring."""
+    words = [x for some in registers[:arrays] for x in some]
+    offsets = [x for some in registers[arrays : 2 * arrays] for x in some]
+    tag, base, weights, ring = (some[0] for some in registers[2 * arrays :])
+    wait = Wait(b, ring, feed, most)
+    left, wrong, found, place = b.u32("left"), b.u32("wrong"), b.pred("found"), b.u64("place")
+    for word in words:
+        b.mov(word, 0 if pairs else tag)
+    tags = [b.u32("tag") for _ in words] if pairs else words
+    if pairs:
+        for word in tags:
+            b.mov(word, tag)
+    pair = b.u64("pair")
+    again = b.marked("again")
+    for word, tagged, offset in zip(words, tags, offsets, strict=True):
+        wanted = b.pred("wanted")
+        b.setp("ge", wanted, offset, 0)
+        b.mad_wide(place, offset, 4, base)
+        with b.when(wanted):
+            if pairs:
+                b.ld_relaxed(pair, place)
+                b.unpack(word, tagged, pair)
+            else:
+                b.ld_relaxed(word, place)
+    b.comment("While the look is on its way.")
+    write_feed(b, feed, ring, weights)
+    b.mov(left, 0)
+    b.comment("Not by lop3: ptxas crashes on it here.")
+    for tagged in tags:
+        b.xor(wrong, tagged, tag)
+        b.or_(left, left, wrong)
     if not pairs:
-        lines.append("and.b32 %left, %left, 255;")
-    lines += ["setp.eq.u32 %p, %left, 0;", leave_line("done")]
-    lines += look_again("again", ring, feed, most)
-    lines.append("missing:")
-    for i, word in enumerate(tags):  # the last one that is missing
-        lines.append(f"xor.b32 %x, {word}, {tag};" + ("" if pairs else " and.b32 %x, %x, 255;"))
-        lines.append(f"setp.ne.u32 %p, %x, 0; @%p mad.wide.s32 %a, ${count + i}, 4, {base};")
-    lines += give_up("%a", ring, feed)
-    lines += [f"mov.b32 ${i}, {LOST};" for i in range(count)]
-    return " ".join([*lines, "done: }"])
+        b.and_(left, left, _TAG)
+    b.setp("eq", found, left, 0)
+    wait.leave(found, wait.done)
+    wait.look_again(again)
+    b.mark(wait.missing)
+    b.comment("The last one that is missing.")
+    for tagged, offset in zip(tags, offsets, strict=True):
+        lacks = b.pred("lacks")
+        b.xor(wrong, tagged, tag)
+        if not pairs:
+            b.and_(wrong, wrong, _TAG)
+        b.setp("ne", lacks, wrong, 0)
+        with b.when(lacks):
+            b.mad_wide(place, offset, 4, base)
+    wait.give_up(place, left)
+    for word in words:
+        b.mov(word, LOST)
+    b.mark(wait.done)
 
 
-@lowered.rule(_collect_each_p)
-def _(ctx, ref, weights, *args, pairs, together, most, feed):
-    tag, ring, *offsets = lowered.values(ctx, args)
-    shape = list(ctx.avals_out[0].shape)
-    count = len(offsets) * together
-    text = _collect_each_text(count, pairs, together, most, feed)
-    kinds = ["=&r"] * count + ["r"] * (count + together) + ["l"] * (2 * together)
-    constraints = ",".join(kinds + ["r"] * together)
-    arrays = [lowered.spread(lowered.pointer(x), shape) for x in (ref, weights)]
-    results = [lowered.like(shape, lowered.i32())] * len(offsets)
-    return lowered.assembly(results, text, constraints, [*offsets, tag, *arrays, ring], together)
+_collect_each = Operation("ffjax_collect_each", _write_each)
 
 
 def collect_each(
@@ -226,9 +233,15 @@ def collect_each(
     """
     shape = offsets[0].shape
     assert all(x.shape == shape for x in offsets), "Arrays of one shape are waited for together."
-    scalars = [jnp.full(shape, x) for x in (tag, ring)]
-    options = {"pairs": pairs, "together": together, "most": most, "feed": feed}
-    return _collect_each_p.bind(ref, weights, *scalars, *offsets, **options)
+    return _collect_each(
+        *(*offsets, tag, Pointer(ref), Pointer(weights), ring),
+        results=["int32"] * len(offsets),
+        arrays=len(offsets),
+        pairs=pairs,
+        together=together,
+        most=most,
+        feed=feed,
+    )
 
 
 def _spared(ref: Any, offsets: Array, mask: Array) -> Array:
@@ -240,27 +253,14 @@ def _spared(ref: Any, offsets: Array, mask: Array) -> Array:
     return jnp.where(mask, offsets, ref.shape[0] - 2)
 
 
-_store_word_p = core.Primitive("ffjax_store_word")
-_store_word_p.multiple_results = True
+def _write_word(b: Block, address: Register, word: Register, mask: Register) -> None:
+    wanted = b.pred("wanted")
+    b.setp("ne", wanted, mask, 0)
+    with b.when(wanted):
+        b.st_relaxed(address, word)
 
 
-@_store_word_p.def_effectful_abstract_eval
-def _(ref, offsets, word, mask):
-    return [core.ShapedArray(offsets.shape, jnp.int32)], {lowered.ORDERED, state.WriteEffect(0)}
-
-
-@lowered.rule(_store_word_p)
-def _(ctx, ref, *args):
-    offsets, word, mask = lowered.values(ctx, args)
-    shape = ctx.avals_out[0].shape
-    mask = lowered.arith.extui(lowered.like(shape, lowered.i32()), mask)
-    return lowered.assembly(
-        [lowered.like(shape, lowered.i32())],
-        "{ .reg .pred %p; setp.ne.s32 %p, $3, 0; "
-        "@%p st.relaxed.gpu.global.b32 [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r,r",
-        [lowered.addresses(ref, offsets, shape), word, mask],
-    )
+_store_word = Operation("ffjax_store_word", _write_word)
 
 
 def store_word(ref: Any, offsets: Array, word: Array, mask: Array, *, interpret: bool) -> None:
@@ -276,30 +276,20 @@ def store_word(ref: Any, offsets: Array, word: Array, mask: Array, *, interpret:
     if interpret:
         access.store(ref.at[_spared(ref, offsets, mask)], word, mask=mask)
     else:
-        _store_word_p.bind(ref, offsets, word, mask)
+        _store_word(Pointer(ref, offsets, written=True), word, mask)
 
 
-_store_pair_p = core.Primitive("ffjax_store_pair")
-_store_pair_p.multiple_results = True
+def _write_pair(
+    b: Block, address: Register, first: Register, second: Register, mask: Register
+) -> None:
+    wanted, pair = b.pred("wanted"), b.u64("pair")
+    b.setp("ne", wanted, mask, 0)
+    b.pack(pair, first, second)
+    with b.when(wanted):
+        b.st_relaxed(address, pair)
 
 
-@_store_pair_p.def_effectful_abstract_eval
-def _(ref, offsets, first, second, mask):
-    return [core.ShapedArray(offsets.shape, jnp.int32)], {lowered.ORDERED, state.WriteEffect(0)}
-
-
-@lowered.rule(_store_pair_p)
-def _(ctx, ref, *args):
-    offsets, first, second, mask = lowered.values(ctx, args)
-    shape = ctx.avals_out[0].shape
-    mask = lowered.arith.extui(lowered.like(shape, lowered.i32()), mask)
-    return lowered.assembly(
-        [lowered.like(shape, lowered.i32())],
-        "{ .reg .pred %p; .reg .b64 %w; setp.ne.s32 %p, $4, 0; mov.b64 %w, {$2, $3}; "
-        "@%p st.relaxed.gpu.global.b64 [$1], %w; mov.u32 $0, 0; }",
-        "=r,l,r,r,r",
-        [lowered.addresses(ref, offsets, shape), first, second, mask],
-    )
+_store_pair = Operation("ffjax_store_pair", _write_pair)
 
 
 def store_pair(
@@ -320,39 +310,22 @@ def store_pair(
         access.store(ref.at[offsets], first, mask=mask)
         access.store(ref.at[offsets + 1], second, mask=mask)
     else:
-        _store_pair_p.bind(ref, offsets, first, second, mask)
+        _store_pair(Pointer(ref, offsets, written=True), first, second, mask)
 
 
-_load_pieces_p = core.Primitive("ffjax_load_pieces")
-_load_pieces_p.multiple_results = True
-
-
-@_load_pieces_p.def_effectful_abstract_eval
-def _(*args, places, arrays):
-    reads = {state.ReadEffect(i) for i in range(arrays)}
-    words = [core.ShapedArray(args[-1].shape, jnp.int32)] * (4 * len(places))
-    return words, {lowered.ORDERED, *reads}
-
-
-@lowered.rule(_load_pieces_p)
-def _(ctx, *args, places, arrays):
-    refs = args[:arrays]
-    *beyond, offset, there = lowered.values(ctx, args[arrays:])
-    shape, count = ctx.avals_out[0].shape, 4 * len(places)
-    lines = ["{ .reg .pred %p;"]
+def _write_pieces(b: Block, *registers: Register, places: tuple[int, ...]) -> None:
+    """Results: 4 words of each piece. Operands: where they lie, and how many there are."""
+    *words, address, there = registers
     for q, place in enumerate(places):
-        words = [f"${4 * q + i}" for i in range(4)]
-        lines.extend(f"mov.b32 {word}, 0;" for word in words)
-        lines.append(f"setp.gt.s32 %p, ${count + 1}, {q};")
-        to = ", ".join(words)
-        lines.append(f"@%p ld.global.nc.v4.b32 {{{to}}}, [${count}+{2 * place}];")
-    lines.append("}")
-    address = lowered.addresses(refs[0], offset, shape)
-    for condition, ref in zip(beyond, refs[1:], strict=True):
-        address = lowered.arith.select(condition, lowered.addresses(ref, offset, shape), address)
-    constraints = ",".join(["=&r"] * count + ["l", "r"])
-    results = [lowered.like(shape, lowered.i32())] * count
-    return lowered.assembly(results, " ".join(lines), constraints, [address, there])
+        piece, is_there = words[4 * q : 4 * q + 4], b.pred("is_there")
+        for word in piece:
+            b.mov(word, 0)
+        b.setp("gt", is_there, there, q)
+        with b.when(is_there):
+            b.ld_global_nc(piece, address + 2 * place)
+
+
+_load_pieces = Operation("ffjax_load_pieces", _write_pieces)
 
 
 def load_pieces(
@@ -377,5 +350,5 @@ def load_pieces(
     Returns:
         Words of two, int32 `[T]`, 4 a piece; 0 for those that are not there.
     """
-    options = {"places": tuple(places), "arrays": len(refs)}
-    return _load_pieces_p.bind(*refs, *beyond, offset, there, **options)
+    results = ["int32"] * (4 * len(places))
+    return _load_pieces(Choice(refs, beyond, offset), there, results=results, places=tuple(places))
