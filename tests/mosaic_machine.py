@@ -53,7 +53,7 @@ class MosaicError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Inline PTX that was run: its text, its constraints, and its operands, `[T]` each."""
+    """Inline PTX that was run: its text, its constraints, and its operands, `[threads]` each."""
 
     text: str
     constraints: str

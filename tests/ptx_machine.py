@@ -360,11 +360,11 @@ class Machine:
         Args:
             text: the PTX.
             constraints: of results, then operands, as LLVM wants them: "=&r,r,l".
-            operands: `[T]` or scalars, of any type whose bits fit.
+            operands: `[threads]` or scalars, of any type whose bits fit.
             limit: instructions, beyond which it is not thought to end.
 
         Returns:
-            Results, `[T]` each: uint32, uint64, or float32 where the constraint is "f".
+            Results, `[threads]` each: uint32, uint64, or float32 where the constraint is "f".
         """
         program = parse(text, constraints)
         run = Run(self, program, operands)

@@ -220,7 +220,7 @@ class Ring:
         return ptx.Feed(
             slots=self.slots,
             slot_bytes=self.slot_bytes,
-            route=table,
+            descriptors=table,
             barriers=barriers,
             control=barriers + 8 * (self.slots + self.slots % 2),
             layer_tiles=len(self.layer_copies),
@@ -334,7 +334,7 @@ class Fed:
         mask = thread < len(self.rows)
         words = np.pad(self.rows, ((0, ring.threads - len(self.rows)), (0, 0))).T
         for first in range(0, ring.row_words, 8):
-            at = self.base + self.feed.route + 4 * (ring.row_words * thread + first)
+            at = self.base + self.feed.descriptors + 4 * (ring.row_words * thread + first)
             write.run(m, at, mask.astype(int), *words[first : first + 8])
         start.run(m, self.base + self.feed.barriers)
         self.record = m.memory_base + 6 * 128

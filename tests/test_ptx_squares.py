@@ -150,6 +150,6 @@ ROOT_EDITS = [
     ],
 )
 def test_an_edit_of_parting_is_noticed(form, old, new):
-    assert parted_text(form).has((old, new))
+    assert unpack_text(form).has((old, new))
     with pytest.raises((AssertionError, PtxError)):
         check_unpack(half2_words(form), form, (old, new))

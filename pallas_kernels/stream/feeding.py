@@ -38,7 +38,7 @@ def feed_of(plan: StreamPlan) -> ptx.Feed:
     return ptx.Feed(
         slots=plan.slots,
         slot_bytes=plan.slot_bytes,
-        route=at.descriptors,
+        descriptors=at.descriptors,
         barriers=at.slot_barriers,
         control=at.control,
         layer_tiles=plan.layer_tiles,

@@ -75,15 +75,15 @@ def begin_words(
     unit: int,
     interpret: bool,
 ) -> list[Array]:
-    """The three fields of the `Begin` of some tiles, int32 `[T]` each.
+    """The three fields of the `Begin` of some tiles, int32 `[threads]` each.
 
     Args:
         base: array from whose beginning distances count.
         refs: arrays of weights, or of scales.
         strides: units of a layer of each; 0 where there are no layers.
-        beyond: bool `[T]`, one for each array but the first: the last array whose condition
+        beyond: bool `[threads]`, one for each array but the first: the last array whose condition
             holds is the tile's, or the first.
-        start: int32 `[T]`, where in a layer's matrix the tiles begin, in units.
+        start: int32 `[threads]`, where in a layer's matrix the tiles begin, in units.
         unit: bytes, a power of two, at a multiple of which every array begins.
         interpret: whether the kernel is interpreted.
     """

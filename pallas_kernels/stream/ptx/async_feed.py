@@ -62,7 +62,7 @@ def write_async_feed(
     b.vote_all(go, go)
     b.bra_unless(go, kept)
 
-    b.comment("The tile's row of the route, layer, barrier and slot; then what is next.")
+    b.comment("The tile's copy descriptor, layer, barrier and slot; then what is next.")
     row, layer, barrier, slot = b.u32s("row", "layer", "barrier", "slot_place")
     b.mad_lo(row, words.row, f.row_bytes, ring)
     b.mov(layer, words.layer)
@@ -110,13 +110,13 @@ def _write_share(
     Args:
         b: the text.
         f: the feed.
-        row: the tile's row of the route.
+        row: the tile's copy descriptor.
         layer: its layer.
         slot: where its slot begins.
         pointer: the first array's address.
         scales: whether its scales are copied, which the second 8 words are about.
     """
-    unit, words = (f.scale_unit, f.route + 32) if scales else (16, f.route)
+    unit, words = (f.scale_unit, f.descriptors + 32) if scales else (16, f.descriptors)
     low, high, stride, step = b.u32s("low", "high", "stride", "step")
     size, count, apart, place = b.u32s("size", "count", "apart", "place")
     source, by, policy = b.u64("source"), b.u64("by"), b.u64("policy")

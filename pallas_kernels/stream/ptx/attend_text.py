@@ -1,4 +1,4 @@
-"""The inline PTX of attention over a span: see `attend`."""
+"""The inline PTX of attention over a KV split: see `attend`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_attention(
     feed: CacheFeed,
     most: int,
 ) -> None:
-    """Attention over a part: see `attend_span`."""
+    """Attention over a part: see `attend_split`."""
     f = feed
     text = _Attend(b, f, ring)
     text.begin(row)
@@ -63,7 +63,8 @@ def write_attention(
 
 
 class _Attend:
-    """The text of `attend_span`, piece by piece, in the order in which `write_attention` has it."""
+    """The text of `attend_split`, piece by piece, in the order in which `write_attention` has
+    it."""
 
     def __init__(self, b: Block, f: CacheFeed, ring: Register):
         self.b, self.f, self.ring, self.lines = b, f, ring, f.lines

@@ -129,10 +129,11 @@ def combine_splits(
 
     Args:
         ref: int32 array.
-        values: int32 `[T]`, where each thread's first KV split's weighted value lies: even numbers.
-        sums: int32 `[T]`, where the sum of its weights lies, and behind it their maximum:
+        values: int32 `[threads]`, where each thread's first KV split's weighted value lies: even
+            numbers.
+        sums: int32 `[threads]`, where the sum of its weights lies, and behind it their maximum:
             multiples of 4.
-        there: int32 `[T]`, how many KV splits the thread has.
+        there: int32 `[threads]`, how many KV splits the thread has.
         tag: int32 scalar.
         count: KV splits of a thread at most.
         lanes: threads that have an element, a power of two.
@@ -143,7 +144,7 @@ def combine_splits(
         feed: as in `feed_ring`.
 
     Returns:
-        The element, float32 `[T]`, in all of its threads; NaN where one of them gave up.
+        The element, float32 `[threads]`, in all of its threads; NaN where one of them gave up.
     """
     options = {"count": count, "lanes": lanes, "step": step, "most": most, "feed": feed}
     places = Pointer(ref, values), Pointer(ref, sums)

@@ -99,7 +99,7 @@ def pack_digits(
     """A column's inputs as digits.
 
     Args:
-        values: float32 `[T]`, a thread's inputs in order, whole reads or halves of them.
+        values: float32 `[threads]`, a thread's inputs in order, whole reads or halves of them.
         bits: of the weights they will be multiplied by.
         halved: whether pairs of columns share their reads: the first's threads hold the first
             half of each, and get the high digits of all of it; the second's get the low ones.
@@ -107,9 +107,9 @@ def pack_digits(
         held: inputs of a read that a thread holds; None: of 16 bytes of weights, or halves of them.
 
     Returns:
-        Words, int32 `[T]`: of every read the high digits, then the low ones, four a word in
-        `packing_order`; halved, one of the two. And the scale, float32 `[T]`, NaN where some value
-        is.
+        Words, int32 `[threads]`: of every read the high digits, then the low ones, four a word in
+        `packing_order`; halved, one of the two. And the scale, float32 `[threads]`, NaN where some
+        value is.
     """
     order = _held_order(bits, halved, held)
     if not interpret:
@@ -162,7 +162,7 @@ def _of_partner(word: Array) -> Array:
 def unpack_digits(
     words: Sequence[Array], scale: Array, bits: int, *, halved: bool, held: int | None = None
 ) -> list[Array]:
-    """The inverse of `pack_digits`, for interpret mode: float32 `[T]`, inputs in order."""
+    """The inverse of `pack_digits`, for interpret mode: float32 `[threads]`, inputs in order."""
     order = _held_order(bits, halved, held)
     held, values = len(order), []
     for first in range(0, len(words), held // 2):

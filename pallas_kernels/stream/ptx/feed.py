@@ -132,21 +132,21 @@ def write_feed(
     b.bra_if(other, fed)
     b.setp("eq", lead, thread, f.thread)
 
-    b.comment("Where the feed has got to, and the next tile's row of the route.")
+    b.comment("Where the feed has got to, and the next tile's copy descriptor.")
     words = write_next(b, f, ring)
     row, low, high, stride, step = b.u32s("row", "low", "high", "stride", "step")
     b.mad_lo(row, words.row, f.row_bytes, ring)
-    b.ld_shared([low, high, stride, step], row + f.route)
+    b.ld_shared([low, high, stride, step], row + f.descriptors)
     scales = b.u32s(*(f"scale_{name}" for name in _SCALES))
     layer, slot, box_map = b.u32("layer"), b.u32("slot_place"), b.u64("map")
     if f.has_scales:
-        b.ld_shared(scales[:4], row + (f.route + 32))
-        b.ld_shared(scales[4:], row + (f.route + 48))
+        b.ld_shared(scales[:4], row + (f.descriptors + 32))
+        b.ld_shared(scales[4:], row + (f.descriptors + 48))
         b.mov(layer, words.layer)
     if f.matrix_rows:
         b.ld_shared(box_map, ring + (f.control + MAP_IN_CONTROL))
     size, copies, apart, box = b.u32s("size", "copies", "apart", "box")
-    b.ld_shared([size, copies, apart, box], row + (f.route + 16))
+    b.ld_shared([size, copies, apart, box], row + (f.descriptors + 16))
 
     b.comment("May it be asked for?")
     if used is not None:
@@ -207,7 +207,7 @@ def write_feed(
     b.mark(fed)
 
 
-# The second 8 words of a row of the route.
+# The second 8 words of a copy descriptor.
 _SCALES = ("low", "high", "stride", "step", "size", "copies", "first", "apart")
 
 

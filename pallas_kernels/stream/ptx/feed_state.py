@@ -16,21 +16,21 @@ class Feed:
     Attributes:
         slots: of the ring.
         slot_bytes: bytes of a slot.
-        route: where the route lies, bytes behind the ring's address.
+        descriptors: where the copy descriptors lie, bytes behind the ring's address.
         barriers: likewise the slots' barriers, 8 bytes each.
-        control: likewise the feed's own 16 words: tiles asked for, row of the route, layer,
+        control: likewise the feed's own 16 words: tiles asked for, copy descriptor, layer,
             slot and phase of the next, tiles used, and the address of a tensor map; from the 9th
             on, tiles asked for into the L2 cache, row and layer of the next, and what of it has
             been: 65536 for each copy, and bytes of the copy after those.
         layer_tiles: tiles of a layer.
         layers: how many.
-        head_tiles: tiles of the head. All but the last one share a row of the route, behind those
+        head_tiles: tiles of the head. All but the last one share a copy descriptor, behind those
             of a layer, as if they were a tile of so many more layers; then comes the last one's.
         total: tiles of the step.
         in_flight: tiles that are asked for and have not come, at most.
         thread: the thread that asks.
         copies: of a tile's weights, at most.
-        has_scales: whether tiles may have scales, in one or two copies. Rows of the route are then
+        has_scales: whether tiles may have scales, in one or two copies. Copy descriptors are then
             16 words, the second 8 of scales, and 8 otherwise.
         l2_tiles: tiles beyond the ring's that are asked for into the L2 cache while the program
             waits.
@@ -46,7 +46,7 @@ class Feed:
 
     slots: int
     slot_bytes: int
-    route: int
+    descriptors: int
     barriers: int
     control: int
     layer_tiles: int
@@ -70,7 +70,7 @@ class Feed:
 
     @property
     def row_bytes(self) -> int:
-        """Of the route."""
+        """Of a copy descriptor."""
         return 64 if self.has_scales else 32
 
 
@@ -80,7 +80,7 @@ class Next:
 
     Attributes:
         asked: tiles asked for so far: the next one's number.
-        row: the next one's row of the route.
+        row: the next one's copy descriptor.
         layer: its layer.
         slot: its slot.
         phase: what its slot's barrier counts round by: 0 in the first round, then 1, 0 and so on.
@@ -111,7 +111,7 @@ def write_next(b: Block, f: Feed, place: Register) -> Next:
 
 
 def write_next_row(b: Block, f: Feed, row: Register, layer: Register, go: Register) -> None:
-    """Goes on to the next tile's row of the route, and its layer, where a predicate holds.
+    """Goes on to the next tile's copy descriptor, and its layer, where a predicate holds.
 
     Args:
         b: the text.

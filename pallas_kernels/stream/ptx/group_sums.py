@@ -139,8 +139,8 @@ def sum_groups(address: Array, words: Sequence[Array], sums: GroupSums) -> Array
     its groups of the line; else one for each chunk. Of several sequences, 8 floats: one for each.
 
     Args:
-        address: int32 `[T]`, where in shared memory what each thread stores begins.
-        words: int32 `[T]`, the operand, from `pack_digits`.
+        address: int32 `[threads]`, where in shared memory what each thread stores begins.
+        words: int32 `[threads]`, the operand, from `pack_digits`.
         sums: the rest.
 
     Returns:

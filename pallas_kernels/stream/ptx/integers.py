@@ -358,18 +358,18 @@ def multiply_integers(
     what `multiply_tile` stores.
 
     Args:
-        address: int32 `[T]`, of each thread's first read of the first row.
-        pitch: int32 `[T]`, bytes from a row to the next; all the same.
-        where: int32 `[T]`, address in shared memory where what the thread stores begins. Chunked,
-            what thread t stores is of use where t // 4 % 4 is t % 4.
-        scales: int32 `[T]`, address of the first row's scales; all the same.
-        scale: float32 `[T]`, the operand's.
-        group: int32 `[T]`, number in the row of the group that each thread's first read is of; or
-            where groups are fine, that each warp's is.
-        words: int32 `[T]`, the operand, from `pack_digits`.
+        address: int32 `[threads]`, of each thread's first read of the first row.
+        pitch: int32 `[threads]`, bytes from a row to the next; all the same.
+        where: int32 `[threads]`, address in shared memory where what the thread stores begins.
+            Chunked, what thread t stores is of use where t // 4 % 4 is t % 4.
+        scales: int32 `[threads]`, address of the first row's scales; all the same.
+        scale: float32 `[threads]`, the operand's.
+        group: int32 `[threads]`, number in the row of the group that each thread's first read is
+            of; or where groups are fine, that each warp's is.
+        words: int32 `[threads]`, the operand, from `pack_digits`.
         tile: the rest.
-        offsets: int32 `[T]`, address of the first of the sums of groups that each thread uses, as
-            `sum_groups` has left them; None where groups have no offset.
+        offsets: int32 `[threads]`, address of the first of the sums of groups that each thread
+            uses, as `sum_groups` has left them; None where groups have no offset.
 
     Returns:
         Nothing of use: a branch of a `cond` must have a result.

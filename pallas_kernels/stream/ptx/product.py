@@ -194,13 +194,13 @@ def multiply_tile(
     column's numbers of all rows; else, every row's numbers of all columns, two a thread.
 
     Args:
-        address: int32 `[T]`, of each thread's first piece of the first row.
-        pitch: int32 `[T]`, bytes from a row to the next; all the same.
-        words: int32 `[T]`, 4 for each of a thread's pieces: the operand, two bfloat16 a word.
-        where: int32 `[T]`, address in shared memory where what the thread stores begins. Chunked,
-            what thread t stores is of use where t % 32 // 8 is t % 4.
-        there: int32 `[T]`, how many of its pieces each thread has, where what lies beyond may be
-            no number; None where it is one, and the operand 0.
+        address: int32 `[threads]`, of each thread's first piece of the first row.
+        pitch: int32 `[threads]`, bytes from a row to the next; all the same.
+        words: int32 `[threads]`, 4 for each of a thread's pieces: the operand, two bfloat16 a word.
+        where: int32 `[threads]`, address in shared memory where what the thread stores begins.
+            Chunked, what thread t stores is of use where t % 32 // 8 is t % 4.
+        there: int32 `[threads]`, how many of its pieces each thread has, where what lies beyond may
+            be no number; None where it is one, and the operand 0.
         rows: of the tile, a power of two from 2 on.
         step: bytes from a thread's piece to its next one.
         chunked: whether the operand's 8 columns are chunks of one sequence.

@@ -65,13 +65,15 @@ _sum_squares = Operation("ffjax_sum_squares", _write_squares)
 
 
 def sum_squares(address: Array, values: Sequence[Array], warps: int) -> Array:
-    """The sum of the squares of each thread's sequence, always in the same order: float32 `[T]`.
+    """The sum of the squares of each thread's sequence, always in the same order: float32
+    `[threads]`.
 
     The barrier in it is not enough for a second call at once: another must stand between.
 
     Args:
         address: int32 scalar, a multiple of 16: 4 bytes a sequence and warp of shared memory.
-        values: float32 `[T]`. Each 4 neighbouring threads of every warp have the same sequence's.
+        values: float32 `[threads]`. Each 4 neighbouring threads of every warp have the same
+            sequence's.
         warps: of the program, 4 or 8.
     """
     return _sum_squares(address, *values, results=["float32"], warps=warps)[0]

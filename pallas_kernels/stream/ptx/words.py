@@ -116,11 +116,11 @@ def collect_words(
 
     Args:
         ref: int32 array.
-        offset: int32 `[T]`, where each thread's first piece begins: multiples of 4.
+        offset: int32 `[threads]`, where each thread's first piece begins: multiples of 4.
         places: words from there to each of its pieces, multiples of 4. Of a piece of 8 words the
             second 4 lie 128 words behind the first: those of a warp's threads lie between.
-        tag: int32 `[T]`, all the same, 0 but in `bits`.
-        there: int32 `[T]`, how many pieces the thread has.
+        tag: int32 `[threads]`, all the same, 0 but in `bits`.
+        there: int32 `[threads]`, how many pieces the thread has.
         size: words of a piece, 4 or 8.
         bits: those of a word that are its tag.
         most: how often to load before the program gives up, a power of two: see `giving_up`.
@@ -129,8 +129,8 @@ def collect_words(
         feed: as in `feed_ring`.
 
     Returns:
-        Words, int32 `[T]`, `size` a piece; the tag in place of those that are not there. Where the
-        thread gave up, the first one has all bits set.
+        Words, int32 `[threads]`, `size` a piece; the tag in place of those that are not there.
+        Where the thread gave up, the first one has all bits set.
     """
     return _collect(
         *(Pointer(ref, offset), tag, there, Pointer(weights), ring),
@@ -341,14 +341,14 @@ def load_pieces(
 
     Args:
         refs: bfloat16 arrays; they count as flat.
-        beyond: bool `[T]`, one for each array but the first: the last one whose condition
+        beyond: bool `[threads]`, one for each array but the first: the last one whose condition
             holds is read, or the first.
-        offset: int32 `[T]`, where each thread's first piece begins: multiples of 8 elements.
+        offset: int32 `[threads]`, where each thread's first piece begins: multiples of 8 elements.
         places: elements from there to each of its pieces, multiples of 8.
-        there: int32 `[T]`, how many pieces the thread has.
+        there: int32 `[threads]`, how many pieces the thread has.
 
     Returns:
-        Words of two, int32 `[T]`, 4 a piece; 0 for those that are not there.
+        Words of two, int32 `[threads]`, 4 a piece; 0 for those that are not there.
     """
     results = ["int32"] * (4 * len(places))
     return _load_pieces(Choice(refs, beyond, offset), there, results=results, places=tuple(places))
