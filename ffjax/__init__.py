@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     )
     from ffjax.broken import NotFiniteError
     from ffjax.cache import KVCache
+    from ffjax.calibration import Calibration
+    from ffjax.calibration_text import calibration_tokens
     from ffjax.config import (
         PRESETS,
         LinearRopeScaling,
@@ -47,6 +49,7 @@ __all__ = [
     "PRESETS",
     "SHIPPED_MODEL",
     "ByteTokenizer",
+    "Calibration",
     "ChatSession",
     "Completion",
     "DecodeOutput",
@@ -69,6 +72,7 @@ __all__ = [
     "WeightFormat",
     "WeightFormats",
     "YarnRopeScaling",
+    "calibration_tokens",
     "convert_gguf",
     "convert_hf",
     "decode_step",
@@ -94,6 +98,8 @@ _HOME = {
     ),
     "ffjax.broken": ("NotFiniteError",),
     "ffjax.cache": ("KVCache",),
+    "ffjax.calibration": ("Calibration",),
+    "ffjax.calibration_text": ("calibration_tokens",),
     "ffjax.config": (
         *("PRESETS", "LinearRopeScaling", "LongRopeScaling", "ModelConfig", "RopeScaling"),
         *("YarnRopeScaling", "preset"),

@@ -570,36 +570,53 @@ class Transformer(nnx.Module):
             float32 `[B, T, D]`, the last layer's state, and the summaries. With layers chosen,
             float32 `[B, T, n, D]` is among these, as "hidden_states".
         """
-        c = self.config
-        rope, other_rope = (rope_of(c, capacity, other=other) for other in (False, True))
 
         def layer(carry, per_layer):
             x, state, index, hidden = carry
             weights, is_local, is_other = per_layer
-            here = rope
-            if is_other is not None:
-                here = jax.tree.map(lambda a, b: jnp.where(is_other, b, a), rope, other_rope)
             notes: dict[str, Any] = {}
             at = LayerAt(index, is_local, weights)
+            here = self.rope_at(is_other, capacity)
             how = here, attend, state, product, _noting(summary, notes)
             x, state = self.layer(at, x, positions, *how)
             if hidden is not None:
                 hidden = jnp.where(behind == index + 1, x[..., None, :], hidden)
             return (x, state, index + 1, hidden), notes
 
-        is_local = None if c.window is None else jnp.array(c.local_layers)  # [L]
-        is_other = jnp.array(c.other_rope_layers) if any(c.other_rope_layers) else None  # [L]
         hidden = None
         if hidden_layers:
             behind = jnp.array(hidden_layers, jnp.int32)[:, None]  # [n, 1]
             # The embedding; what is behind layers takes its place.
             hidden = jnp.repeat(x[..., None, :], len(hidden_layers), axis=-2)
         carry = (x, state, jnp.int32(0), hidden)
-        each = self.stacked_weights(), is_local, is_other
+        each = self.stacked_weights(), *self.layer_kinds()
         (x, state, _, hidden), notes = lax.scan(layer, carry, each)
         if hidden is not None:
             notes["hidden_states"] = hidden
         return x, state, notes
+
+    def layer_kinds(self) -> tuple[Array | None, Array | None]:
+        """Which layers are local, and which rotate otherwise than most: bool `[L]`.
+
+        None where there are no windows, or no layer of the other kind.
+        """
+        c = self.config
+        is_local = None if c.window is None else jnp.array(c.local_layers)
+        is_other = jnp.array(c.other_rope_layers) if any(c.other_rope_layers) else None
+        return is_local, is_other
+
+    def rope_at(self, is_other: Array | None, capacity: int) -> Rope:
+        """How a layer rotates, by whether it is one of `config.other_rope_layers`: see `rope_of`.
+
+        Args:
+            is_other: bool; None: no layer is.
+            capacity: S, slots of the cache.
+        """
+        rope = rope_of(self.config, capacity)
+        if is_other is None:
+            return rope
+        other = rope_of(self.config, capacity, other=True)
+        return jax.tree.map(lambda a, b: jnp.where(is_other, b, a), rope, other)
 
     def stacked_weights(self) -> dict[str, Array]:
         """The arrays of all layers, by their names in `Layers`."""
@@ -652,7 +669,7 @@ class Transformer(nnx.Module):
             float32 `[B, T, D]`, and the state.
         """
         c, w = self.config, at.weights
-        multiply = self._product if product is None else product
+        multiply = self.product if product is None else product
 
         def projected(x: Array, name: str) -> Array:
             out = multiply(at, x, name)
@@ -684,8 +701,11 @@ class Transformer(nnx.Module):
             note(name, value)
         return x, state
 
-    def _product(self, at: LayerAt, x: Array, name: str) -> Array:
-        """`x[..., in]` times a layer's matrix, whatever its format: float32 `[..., out]`."""
+    def product(self, at: LayerAt, x: Array, name: str) -> Array:
+        """The reference's `Product`: `x[..., in]` times a layer's matrix, float32 `[..., out]`.
+
+        Whatever its format is: of a matrix without scales beside it, that in which it is given.
+        """
         return self._multiplied(x, at.weights, name)
 
     def _multiplied(self, x: Array, w: dict[str, Array], name: str) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,16 @@ from jax import Array, lax
 from ffjax.formats import WeightFormat
 from ffjax.packing import INPUTS_A_WORD, ZERO, pack, unpack
 
-__all__ = ["expand", "grouped_weights", "random_matrix", "round_matrix"]
+__all__ = [
+    "as_stored",
+    "best_scales",
+    "expand",
+    "grouped_weights",
+    "in_groups",
+    "nearest",
+    "random_matrix",
+    "round_matrix",
+]
 
 # int4: which integer the weight of largest magnitude in a group may become, before what lies
 # beyond -8 to 7 is cut off. Negative: it becomes the one integer that has no counterpart, which
@@ -56,25 +66,75 @@ def round_matrix(weight: Array, format: WeightFormat) -> tuple[Array, Array]:
     """
     if (reason := format.why_not(weight.shape[-1])) is not None:
         raise ValueError(reason)
-    weight, dtype = weight.astype(jnp.float32), jnp.dtype(format.scale_dtype)
-    if format.group_size is None:
-        largest = jnp.abs(weight).max(axis=-1)
-        scale = jnp.minimum(_no_less(largest / 127, largest), _LARGEST_INT8_SCALE)
-        integers = _nearest(weight, scale[..., None], -127, 127)
-        return integers.astype(jnp.int8), scale
-    groups = weight.reshape(weight.shape[0], -1, format.group_size)  # [out, in / group, group]
+    groups = in_groups(weight.astype(jnp.float32), format)
+    scale = best_scales(groups, format)
+    return as_stored(nearest(groups, scale, format), scale, format)
+
+
+def in_groups(weight: Array, format: WeightFormat) -> Array:
+    """`[..., in]` as `[..., n, group]`: the weights that share a scale; a whole row where n = 1."""
+    size = weight.shape[-1] if format.group_size is None else format.group_size
+    return weight.reshape(*weight.shape[:-1], -1, size)
+
+
+def best_scales(groups: Array, format: WeightFormat, matters: Array | None = None) -> Array:
+    """What `round_matrix` chooses for each group, float32 `[out, n]`, or `[out, n, 2]`; see there.
+
+    Args:
+        groups: float32 `[out, n, group]`, finite.
+        format: what to round to.
+        matters: float32 `[n, group]`: what the squared error of each weight is multiplied with, of
+            int4; the largest is near 1. None: all are alike.
+    """
+    candidate, which = _candidates(groups, format)
+    if len(which) == 1:
+        return candidate(jnp.float32(which[0]))
+    unit = _unit(jnp.abs(groups).max(axis=-1))
+
+    def tried(best: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], None]:
+        scale = candidate(x)
+        made = grouped_weights(nearest(groups, scale, format), scale, format)
+        square = jnp.square((groups - made) * unit)
+        error = (square if matters is None else square * matters).sum(axis=-1)
+        fits = (jnp.abs(made) <= _LARGEST).all(axis=-1)
+        better = fits & (error < best[0])
+        chosen = better if scale.ndim == better.ndim else better[..., None]
+        return (jnp.where(better, error, best[0]), jnp.where(chosen, scale, best[1])), None
+
+    shape = jax.eval_shape(candidate, jnp.float32(1)).shape
+    start = jnp.full(groups.shape[:-1], jnp.inf), jnp.zeros(shape)
+    # One candidate after the other, for the memory.
+    (_, scale), _ = lax.scan(tried, start, jnp.array(which, jnp.float32))
+    return scale
+
+
+def nearest(groups: Array, scale: Array, format: WeightFormat) -> Array:
+    """The integers, as they are stored, that stand for the numbers nearest to the weights.
+
+    Args:
+        groups: float32 `[..., n, group]`.
+        scale: float32 `[..., n]`, with a second number `[..., n, 2]`.
+        format: how they are stored.
+
+    Returns:
+        float32, whole numbers, the shape of the groups; 0 for what a scale of 0 stands for.
+    """
     if format.bits == 8:
-        largest = jnp.abs(groups).max(axis=-1)
-        scale = _held(largest / 127, largest, dtype)
-        integers = _nearest(groups, scale[..., None], -127, 127)
-        return integers.astype(jnp.int8).reshape(weight.shape), scale.astype(dtype)
+        return _nearest(groups, scale[..., None], -127, 127)
     if format.offset is None:
-        scale = _least_error(groups, dtype)
-        integers = _nearest(groups, scale[..., None], -ZERO, 15 - ZERO) + ZERO
-    else:
-        scale = _least_error_of_ranges(groups, format)
-        integers = _within(groups, scale, format)
-    return pack(integers.reshape(weight.shape)), scale.astype(dtype)
+        return _nearest(groups, scale[..., None], -ZERO, 15 - ZERO) + ZERO
+    step, second = scale[..., 0, None], scale[..., 1, None]
+    if format.offset == "zero":
+        return jnp.clip(_nearest(groups, step, -15, 15) + second, 0, 15)
+    return _nearest(groups - second, step, 0, 15)
+
+
+def as_stored(numbers: Array, scale: Array, format: WeightFormat) -> tuple[Array, Array]:
+    """Integers `[out, n, group]` and scales as `round_matrix` returns them."""
+    integers, scale = numbers.reshape(len(numbers), -1), scale.astype(format.scale_dtype)
+    if format.group_size is None:
+        scale = scale[:, 0]
+    return pack(integers) if format.bits == 4 else integers.astype(jnp.int8), scale
 
 
 def expand(integers: Array, scale: Array, format: WeightFormat, dtype) -> Array:
@@ -194,61 +254,43 @@ def _unit(largest: Array) -> Array:
     return jnp.ldexp(jnp.float32(1), -exponent)
 
 
-def _least_error(groups: Array, dtype: Any) -> Array:
-    """The best scale of each of `[out, n, group]`: float32 `[out, n]` that the dtype can hold."""
+_Candidates = tuple[Callable[[Array], Array], tuple[float, ...]]
+
+
+def _candidates(groups: Array, format: WeightFormat) -> _Candidates:
+    """Scales of `[out, n, group]` as a function of a number, and the numbers to try."""
+    if format.bits == 4:
+        return _ranges(groups, format) if format.offset else _extremes(groups, format)
+    largest = jnp.abs(groups).max(axis=-1)
+    if format.group_size is not None:
+        return lambda x: _held(largest / x, largest, jnp.dtype(format.scale_dtype)), (127,)
+    return lambda x: jnp.minimum(_no_less(largest / x, largest), _LARGEST_INT8_SCALE), (127,)
+
+
+def _extremes(groups: Array, format: WeightFormat) -> _Candidates:
+    """Those of int4 without a second number: which integer the largest magnitude becomes."""
     at = jnp.abs(groups).argmax(axis=-1, keepdims=True)
     largest = jnp.take_along_axis(groups, at, axis=-1)[..., 0]
-    unit = _unit(largest)
-
-    def tried(best: tuple[Array, Array], extreme: Array) -> tuple[tuple[Array, Array], None]:
-        scale = _held(largest / extreme, largest, dtype)
-        product = _nearest(groups, scale[..., None], -ZERO, 15 - ZERO) * scale[..., None]
-        fits = (jnp.abs(product) <= _LARGEST).all(axis=-1)
-        error = jnp.square((groups - product) * unit).sum(axis=-1)
-        better = fits & (error < best[0])
-        return (jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])), None
-
-    start = jnp.full(largest.shape, jnp.inf), jnp.zeros(largest.shape)
-    (_, scale), _ = lax.scan(tried, start, jnp.array(_EXTREMES, jnp.float32))
-    return scale
+    return lambda x: _held(largest / x, largest, jnp.dtype(format.scale_dtype)), _EXTREMES
 
 
-def _within(groups: Array, pair: Array, format: WeightFormat) -> Array:
-    """The integers nearest to the weights, of 0 to 15, given `[out, n, 2]` of each group."""
-    scale, second = pair[..., 0, None], pair[..., 1, None]
-    if format.offset == "zero":
-        return jnp.clip(_nearest(groups, scale, -15, 15) + second, 0, 15)
-    return _nearest(groups - second, scale, 0, 15)
-
-
-def _least_error_of_ranges(groups: Array, format: WeightFormat) -> Array:
-    """The best scale and second number of each of `[out, n, group]`: float32 `[out, n, 2]`."""
+def _ranges(groups: Array, format: WeightFormat) -> _Candidates:
+    """Those of int4 with a second number: which part of the group's range is covered."""
     least, most = groups.min(axis=-1), groups.max(axis=-1)
-    largest, dtype = jnp.maximum(-least, most), jnp.dtype(format.scale_dtype)
-    unit = _unit(largest)
+    dtype = jnp.dtype(format.scale_dtype)
     if format.offset == "zero":  # whose range has 0 in it
         least, most = jnp.minimum(least, 0), jnp.maximum(most, 0)
 
-    def tried(best: tuple[Array, Array], narrower: Array) -> tuple[tuple[Array, Array], None]:
+    def candidate(narrower: Array) -> Array:
         low, high = least * narrower, most * narrower
         scale = _held(high / 15 - low / 15, high - low, dtype)
         if format.offset == "zero":
             second = jnp.clip(jnp.round(-low / jnp.where(scale == 0, 1, scale)), 0, 15)
         else:
             second = jnp.clip(_rounded(low, dtype), -_most(dtype), _most(dtype))
-        pair = jnp.stack([scale, second], axis=-1)
-        made = grouped_weights(_within(groups, pair, format), pair, format)
-        fits = (jnp.abs(made) <= _LARGEST).all(axis=-1)
-        error = jnp.square((groups - made) * unit).sum(axis=-1)
-        better = (fits & (error < best[0]))[..., None]
-        return (
-            jnp.where(better[..., 0], error, best[0]),
-            jnp.where(better, pair, best[1]),
-        ), None
+        return jnp.stack([scale, second], axis=-1)
 
-    start = jnp.full(largest.shape, jnp.inf), jnp.zeros((*largest.shape, 2))
-    (_, pair), _ = lax.scan(tried, start, jnp.array(_NARROWER, jnp.float32))
-    return pair
+    return candidate, _NARROWER
 
 
 def _most(dtype: Any) -> float:

@@ -162,11 +162,20 @@ def _table(report: dict[str, Any]) -> dict[str, str]:
             f"{count} arrays of {name}" for name, count in report["dtypes"].items()
         ),
         "quantized": report["quantized"] or "no",
+        **({"calibrated": made} if (made := _calibrated(report["source"])) else {}),
         "bytes": f"{report['weight_bytes']:,} of weights, {report['disk_bytes']:,} on disk",
         "tokenizer": tokenizer,
         "source": _short(json.dumps(report["source"])) if report["source"] else "not said",
         "fused kernel": without_advice(report["why_not_fused"] or "can run it here"),
     }
+
+
+def _calibrated(source: Any) -> str | None:
+    """What weights were rounded for, where `ffjax quantize` was given texts: all it noted."""
+    if not isinstance(source, dict) or not isinstance(made := source.get("calibration"), dict):
+        return None
+    pairs = ((name, x if isinstance(x, str) else json.dumps(x)) for name, x in made.items())
+    return "; ".join(f"{name} {value}" for name, value in pairs)
 
 
 def _short(text: str, most: int = 100) -> str:
