@@ -13,12 +13,15 @@ from generate_cases import TINY
 from live_cases import Request, serve
 from live_cases import prompt as prompt_of
 
-from ffjax import Draft, quantize
+from ffjax import Draft
 from ffjax.cache import KVCache
+from ffjax.decode import decode_step
 from ffjax.live import LiveBatch
 from ffjax.model import Transformer
+from ffjax.parts import Parts
 from ffjax.sampling.params import SamplingParams
-from ffjax.speculation.drafting import ModelSource
+from ffjax.speculation import drafting
+from ffjax.speculation.drafting import FIRST_TOKENS, ModelSource
 from ffjax.speculation.source import Choosing
 
 pytestmark = [
@@ -127,12 +130,11 @@ def follow(batch: LiveBatch, one: Request, row: int = 0, keep: int = 0) -> None:
 # Tokens are those that come without
 
 
-@pytest.mark.parametrize("name", ["itself", "random", "quantized", "another"])
+@pytest.mark.parametrize("name", ["itself", "random", "another"])
 def test_every_request_gets_what_it_gets_without_drafts(model, batch, plain, name):
     """Ten of every kind on two rows, some fed in chunks beside those that run."""
     drafts = {
         "random": lambda: made(seed=7),
-        "quantized": lambda: quantize(model, "int8"),
         "another": lambda: made(OTHER),
     }
     mine = batch if name == "itself" else live(model, drafts[name]())
@@ -146,8 +148,6 @@ def test_every_request_gets_what_it_gets_without_drafts(model, batch, plain, nam
     if name == "itself":
         # However a prompt was cut, and whoever ran beside it: the draft's cache was right.
         assert [accepted(one) for one in served] == [all_right(one) for one in served]
-    elif name == "quantized":
-        assert most / 2 < right < most
     else:
         assert right < most / 3
     assert mine.free == (0, 1)
@@ -170,13 +170,18 @@ def test_all_programs_are_compiled_ahead_and_named(batch, said):
 # The draft model's cache
 
 
+@nnx.jit
+def _filled(model, tokens, cache, count):
+    return model(tokens, cache, num_tokens=count)[1]
+
+
 def caches(model: Transformer, batch: LiveBatch, row: int, tokens: list[int]) -> None:
     """A row's cache of the draft model holds all but the last of these tokens, as from scratch."""
     held = len(tokens) - 1
     cache = KVCache.create(CONFIG, 1, CAPACITY, jnp.float32)
     padded = np.zeros((1, CAPACITY), np.int32)
     padded[0, : len(tokens)] = tokens
-    want = model(jnp.asarray(padded), cache, num_tokens=jnp.array([held]))[1]
+    want = _filled(model, jnp.asarray(padded), cache, jnp.array([held]))
     mine = batch._state.draft.cache
     assert mine.lengths[row] == held
     for name in ("k", "v"):
@@ -302,6 +307,24 @@ def test_the_packed_prefill_feeds_both(model, plain, monkeypatch):
     assert [accepted(one) for one in served] == [all_right(one) for one in served]
 
 
+def test_a_row_without_a_text_is_fed_at_no_negative_position(model, monkeypatch):
+    """A kernel would write before its row's cache: such a row takes part in steps, too."""
+    fed = []
+
+    def step(model, cache, tokens, implementation):
+        fed.append(cache.lengths.tolist())
+        return decode_step(model, cache, tokens, implementation=implementation)
+
+    monkeypatch.setattr(drafting, "decode_step", step)
+    parts = Parts.of(model)
+    source = ModelSource(graphdef=parts.graphdef, tokens=2, implementation="xla")
+    cache = KVCache.create(CONFIG, 3, 16, jnp.float32, tokens=FIRST_TOKENS)
+    choosing = Choosing(None, lambda memory, fed, logits, greedy, number: (greedy, memory))
+    lengths = jnp.array([1, 2, 9], jnp.int32)
+    source.drafts(jnp.ones((3, 16), jnp.int32), lengths, parts.state, cache, choosing)
+    assert fed == [[0, 0, 7]]
+
+
 # Weights
 
 
@@ -330,8 +353,8 @@ def test_both_models_weights_may_be_replaced(model, plain):
         assert third.answer != first.answer
         assert accepted(third) < all_right(third)
     assert compiled == []
+    batch.place(0, requests()[8].tokens, requests()[8].params)
     draft.final_norm.set_value(draft.final_norm[...].astype(jnp.bfloat16))
-    batch.place(0, [1, 2, 3])
     before = batch._state
     with pytest.raises(ValueError, match="another shape, dtype or structure"):
         batch.feed()
@@ -353,7 +376,7 @@ def test_both_models_weights_may_be_replaced(model, plain):
             1,
             {},
             ValueError,
-            "tiny was made for 119 tokens, and the capacity is 120. Ask for a capacity of up to 119",
+            "tiny was made for 119 tokens, and the capacity is 120. Ask for a capacity of up to",
         ),
     ],
 )
@@ -363,7 +386,6 @@ def test_what_cannot_draft_is_refused(model, draft, rows, how, error, sentence):
         LiveBatch(model, rows, CAPACITY, speculation=drawn, ahead=False)
 
 
-@pytest.mark.skipif("jax.default_backend() == 'gpu'", reason="There it can.")
 def test_a_named_implementation_is_that_of_both(model):
     with pytest.raises(NotImplementedError, match="Of the draft model tiny: The fused"):
         how: dict[str, Any] = {"implementation": "pallas", "speculation": Draft(model)}
