@@ -74,7 +74,7 @@ def batch(model, said) -> LiveBatch:
     return live(model, model, ahead=True, say=said.append)
 
 
-def live(model: Transformer, draft: Transformer | None, **how: Any) -> LiveBatch:
+def live(model: Transformer, draft: Transformer | None, **how: Any) -> Any:
     """Two rows, of one set of programs for all drafts of a structure."""
     speculation = None if draft is None else Draft(draft)
     given: dict[str, Any] = {"max_logprobs": 2, "chunk": CHUNK, "ahead": False} | how
@@ -114,7 +114,7 @@ def all_right(one: Request) -> int:
     return made - -(-made // TOKENS)
 
 
-def follow(batch: LiveBatch, one: Request, row: int = 0, keep: int = 0) -> None:
+def follow(batch: Any, one: Request, row: int = 0, keep: int = 0) -> None:
     """Has one request run in a row, beside whatever else runs."""
     batch.place(row, one.tokens, one.params, eos=one.eos, keep=keep)
     while not (fed := batch.feed()).done:

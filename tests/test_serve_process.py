@@ -218,7 +218,7 @@ def test_a_draft_model_is_loaded_for_the_batch(capsys, folder, tmp_path, monkeyp
     draft = how["speculation"]
     assert isinstance(draft, ffjax.Draft) and str(draft.model.config.weights).startswith("int8")
     assert (how["rows"], how["capacity"], draft.tokens) == (4, 700, None)
-    assert "writes drafts: a step of" in err and "takes 2 tokens of each text" in err
+    assert " in int8 writes drafts: a step of" in err and "takes 2 tokens of each text" in err
     code, err = run(capsys, *options, "--capacity", "701")
     assert code == 2
     assert "--capacity is at most what the draft model" in err

@@ -104,7 +104,7 @@ def test_drafts_that_are_looked_up_change_no_reply(talker):
 def test_a_draft_model_changes_no_reply_and_is_fed_what_is_new(talker, monkeypatch):
     """Over three turns: it is the model itself, and always right as long as its cache is."""
     drafts = Generator(talker.model, talker.tokenizer, speculation=ffjax.Draft(talker.model))
-    session, messages, held = drafts.session(), [], []
+    session, messages, held, cached = drafts.session(), [], [], []
     for turn, question in enumerate(("who are you", "hello", "again")):
         messages.append(_said(USER, question))
         params = dataclasses.replace(PARAMS, max_tokens=14, temperature=0.4 * (turn % 2))
@@ -122,7 +122,8 @@ def test_a_draft_model_changes_no_reply_and_is_fed_what_is_new(talker, monkeypat
         assert out.accepted == made - -(-made // 4) > 0
         held = prompt + out.tokens[: None if out.stop_reason is not None else -1]
         messages.append(_said("assistant", out.text))
-    assert turn == 2 and out.cached_tokens > 40
+        cached.append(out.cached_tokens)
+    assert cached[-1] > cached[1] > 20
 
 
 @contextlib.contextmanager

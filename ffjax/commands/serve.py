@@ -165,8 +165,10 @@ def run(args: argparse.Namespace) -> int:
         # Here, where it ends the command: the batch is made while the server runs.
         drafts = live_speculation(speculation, rows, model, capacity)
         if isinstance(drafts, Draft):
+            writes = drafts.model.config
+            kind = f" in {args.draft_weights}" if args.draft_weights else ""
             _say(
-                f"{drafts.model.config.name} writes drafts: a step of {config.name} takes "
+                f"{writes.name}{kind} writes drafts: a step of {config.name} takes "
                 f"{drafts.tokens} tokens of each text."
             )
 
