@@ -296,6 +296,15 @@ def test_a_batch_that_is_reset_begins_anew(model, batch, plain):
     assert accepted(again) == all_right(again)
 
 
+def test_of_a_prompt_of_one_token_the_draft_model_is_fed_none(batch, plain, monkeypatch):
+    """The first step feeds it."""
+    monkeypatch.setattr(batch._draft, "fed", None)  # would be an error
+    one = requests()[1]
+    assert len(one.tokens) == 1
+    follow(batch, one)
+    assert one.answer == plain[1].answer
+
+
 def test_the_packed_prefill_feeds_both(model, plain, monkeypatch):
     """Interpreted here."""
     with monkeypatch.context() as patch:
