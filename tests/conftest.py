@@ -42,6 +42,7 @@ _LONGEST = [
     "test_session.py",
     "test_stream_stages.py",
     "test_live.py",
+    "test_live_draft.py",
     "test_stream.py",
     "test_stream_families.py",
     "test_quantize.py",

@@ -73,6 +73,18 @@ def test_answers_are_those_of_the_library_and_the_cache_is_kept(chat, folder, tm
     assert (code, out) == (0, f"{messages[4]['content'].rstrip(chr(10))}\n")
 
 
+def test_a_draft_model_writes_ahead(chat, folder):
+    code, out, err = chat("hello\nworld\n", "--draft", str(folder), "--draft-weights", "int8")
+    assert code == 0
+    assert len(out.splitlines()) >= 2
+    first, second = (line for line in err.splitlines() if "tokens/s" in line)
+    assert "tokens a step" in first and "tokens a step" in second
+    assert "0 of" in first and "0 of" not in second
+    code, _, err = chat("hello\n", "--draft", str(ffjax.SHIPPED_MODEL))
+    assert code == 2
+    assert "A draft model has the vocabulary of the model" in err
+
+
 def test_a_model_without_a_template_is_refused(chat):
     code, out, err = chat("hello\n", model=None)
     assert (code, out) == (2, "")
@@ -86,6 +98,8 @@ def test_a_model_without_a_template_is_refused(chat):
         (["--chat-template", "x"], "there is no 'x'"),
         (["--template-var", "x"], "--template-var takes NAME=VALUE"),
         (["--load", "/nowhere/a.json"], "/nowhere/a.json: no such file"),
+        (["--speculation", "lookup", "--draft", "x"], "are two. Leave one out"),
+        (["--speculation-tokens", "3"], "is none. Give --speculation or --draft, too."),
         (["--temperature", "-1"], "--temperature: a number from 0 is needed"),
         (["--top-p", "2"], "--top-p"),
         (["--system"], "--system: expected one argument"),

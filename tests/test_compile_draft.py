@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from typing import Any
 from unittest import mock
 
 import jax
@@ -13,6 +14,8 @@ from decode_cases import small_config
 from flax import nnx
 
 from ffjax.cache import KVCache
+from ffjax.live.programs import _speculate
+from ffjax.live.state import empty_state
 from ffjax.model import Transformer
 from ffjax.parts import taken_apart
 from ffjax.sampling.rows import Rows, Stages
@@ -32,7 +35,9 @@ pytestmark = [
 ]
 
 
-def test_a_block_is_three_kernels_and_copies_no_cache():
+@pytest.mark.parametrize("lives", [False, True], ids=["generate", "live"])
+def test_a_block_is_three_kernels_and_copies_no_cache(lives):
+    """That of `generate`, and that of a batch whose sequences come and go."""
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -44,20 +49,26 @@ def test_a_block_is_three_kernels_and_copies_no_cache():
     there = NamedSharding(mesh, PartitionSpec())
     configs = small_config(num_layers=3), small_config(name="draft")
 
-    def abstract() -> tuple[list[Transformer], Going, Bounds]:
+    def abstract() -> tuple[Any, ...]:
         models = [Transformer(config, rngs=nnx.Rngs(0)) for config in configs]
+        if lives:
+            draft = configs[1], models[1].dtype
+            how = Stages(), tokens, draft
+            state = empty_state(configs[0], 1, slots, models[0].dtype, *how)
+            return models, state, jnp.zeros((1,), bool)
         cache, held = (
             KVCache.create(config, 1, slots, tokens=each)
             for config, each in zip(configs, (tokens, FIRST_TOKENS), strict=True)
         )
         number = jnp.zeros((1,), jnp.int32)
         known = jnp.zeros((1, slots), jnp.int32)
-        return models, Going(cache, known, number, None, held), Bounds(number, number)
+        going = Going(cache, known, number, None, held)
+        return models, going, Bounds(number, number), Rows()
 
-    models, going, bounds = nnx.eval_shape(abstract)
+    models, *moving = nnx.eval_shape(abstract)
     (graphdef, state), (drawn, weights) = map(taken_apart, models)
     block = functools.partial(
-        speculative_block,
+        functools.partial(_speculate, drafts=True) if lives else speculative_block,
         graphdef,
         stages=Stages(),
         implementation="pallas",
@@ -65,7 +76,7 @@ def test_a_block_is_three_kernels_and_copies_no_cache():
     )
     args = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there),
-        (state, going, bounds, Rows(), weights),
+        (state, *moving, weights),
     )
     with jax.set_mesh(mesh), mock.patch.object(Gpu, "of", lambda device: named.gpu):
         compiled = jax.jit(block, donate_argnums=1).trace(*args).lower().compile()
@@ -73,7 +84,8 @@ def test_a_block_is_three_kernels_and_copies_no_cache():
     assert text is not None and memory is not None
     assert len(re.findall(r'custom_call_target="[^"]*triton', text)) == 3
     assert " conditional(" not in text
-    arrays = (array for cache in (going.cache, going.state) for array in (cache.k, cache.v))
+    held = moving[0].draft.cache if lives else moving[0].state
+    arrays = (array for cache in (moving[0].cache, held) for array in (cache.k, cache.v))
     caches = sum(array.size * array.dtype.itemsize for array in arrays)
     assert memory.alias_size_in_bytes >= caches
     assert memory.temp_size_in_bytes < caches / 8

@@ -13,7 +13,6 @@ from ffjax.live import LiveBatch
 from ffjax.live.made import Repeats
 from ffjax.model import Transformer
 from ffjax.sampling.params import SamplingParams
-from ffjax.speculation.draft import Draft
 from ffjax.speculation.lookup import Lookup
 
 pytestmark = [
@@ -21,7 +20,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_what_cannot_speculate_is_refused",
-            "test_a_draft_model_is_refused",
             "test_a_sequence_may_fill_the_cache",
         ],
     ),
@@ -181,8 +179,3 @@ def test_a_sequence_may_fill_the_cache(model, batch):
 def test_what_cannot_speculate_is_refused(model, rows, speculation, error, sentence):
     with pytest.raises(error, match=sentence):
         LiveBatch(model, rows, CAPACITY, speculation=speculation, ahead=False)
-
-
-def test_a_draft_model_is_refused(model):
-    with pytest.raises(NotImplementedError, match="would need a cache that comes and goes"):
-        LiveBatch(model, 1, CAPACITY, speculation=Draft(model), ahead=False)

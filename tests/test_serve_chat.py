@@ -407,6 +407,34 @@ def test_drafts_that_are_looked_up_change_no_answer(model, tokenizer):
     assert f"ffjax_generation_tokens_accepted_total {float(sum(accepted))}" in told
 
 
+def test_a_draft_model_changes_no_answer(model, tokenizer):
+    """Its own: so all drafts are right, also behind what is kept of the turn before."""
+    how = {"capacity": CAPACITY, "chunk": 128, "ahead": False, "speculation": ffjax.Draft(model)}
+    messages, accepted = list(SAID), []
+    with serving(
+        lambda: LiveBatch(model, rows=2, **how), config=model.config, tokenizer=tokenizer
+    ) as running:
+        client, cached = running.client(), 0
+        for question in ("hello", "world", "the user"):
+            messages.append({"role": "user", "content": question})
+            prompt = tokenizer.chat(messages)
+            tokens, _ = alone(model, tokenizer, prompt, max_tokens=31, ignore_eos=True)
+            answer = ask(client, messages, max_tokens=31, extra_body={"ignore_eos": True})
+            assert answer.choices[0].message.content == tokenizer.decode(tokens)
+            usage = answer.usage
+            assert usage.prompt_tokens_details.cached_tokens == cached
+            accepted.append(usage.completion_tokens_details.accepted_prediction_tokens)
+            # The next turn says it in a text, which may be cut into other tokens.
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+            held, said = [*prompt, *tokens[:-1]], tokenizer.chat(messages)
+            cached = next((i for i, t in enumerate(held) if said[i] != t), len(held))
+        with urllib.request.urlopen(f"{running.url}/metrics") as metrics:
+            told = metrics.read().decode()
+    assert cached > 60
+    assert accepted == [30 - 8] * 3  # of 30 tokens in steps of 4, the first of each was certain
+    assert f"ffjax_generation_tokens_accepted_total {float(sum(accepted))}" in told
+
+
 @pytest.mark.skipif(
     "FFJAX_TEST_CHAT_MODEL" not in os.environ,
     reason="FFJAX_TEST_CHAT_MODEL names no folder of a trained chat model",

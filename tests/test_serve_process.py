@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import json
 import os
 import re
 import signal
@@ -183,7 +184,12 @@ def test_a_port_that_is_taken(capsys, folder):
             ["--speculation", "lookup", "--speculation-tokens", "3"],
             "--batch is 4. Give --speculation-tokens 2, or --batch 2.",
         ),
-        (["--speculation-tokens", "3"], "is none. Give --speculation, too."),
+        (["--speculation-tokens", "3"], "is none. Give --speculation or --draft, too."),
+        (["--draft-weights", "int8", "--batch", "5"], "--draft-weights takes --batch 1 to 4"),
+        (["--draft", "x", "--speculation-tokens", "3"], "is 4. Give --speculation-tokens 2, or"),
+        (["--draft", "x", "--speculation", "lookup"], "are two. Leave one out"),
+        (["--draft", "/nowhere"], "/nowhere"),
+        (["--draft", str(ffjax.SHIPPED_MODEL)], "A draft model has the vocabulary of the model"),
         (["--model", "/nowhere"], "/nowhere"),
     ],
 )
@@ -191,6 +197,32 @@ def test_what_options_refuse(capsys, folder, more, words):
     model = [] if "--model" in more else ["--model", str(folder)]
     code, err = run(capsys, *model, "--port", "0", *more)
     assert code == 2 and words in err and err.count("\n") <= 2
+
+
+def test_a_draft_model_is_loaded_for_the_batch(capsys, folder, tmp_path, monkeypatch):
+    short = chat_folder(tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 700}))
+    options = ["--model", str(folder), "--port", "0", "--draft", str(short)]
+    made: list[dict[str, Any]] = []
+
+    def run_once(server: Any, sock: socket.socket) -> bool:
+        server.scheduler._make()
+        return True
+
+    monkeypatch.setattr("ffjax.live.LiveBatch", lambda model, **how: made.append(how))
+    monkeypatch.setattr("ffjax.serve.server.Server.run", run_once)
+    code, err = run(capsys, *options, "--draft-weights", "int8")
+    assert code == 0, err
+    [how] = made
+    draft = how["speculation"]
+    assert isinstance(draft, ffjax.Draft) and str(draft.model.config.weights).startswith("int8")
+    assert (how["rows"], how["capacity"], draft.tokens) == (4, 700, None)
+    assert " in int8 writes drafts: a step of" in err and "takes 2 tokens of each text" in err
+    code, err = run(capsys, *options, "--capacity", "701")
+    assert code == 2
+    assert "--capacity is at most what the draft model" in err
+    assert "was made for, 700; got 701" in err
 
 
 def test_a_missing_extra_is_named(capsys, folder, monkeypatch):

@@ -16,6 +16,7 @@ from talkers import write_talker
 import ffjax
 from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.live.batch import Block, LiveBatch
+from ffjax.live.feeder import Feeder
 from ffjax.sampling.params import SamplingParams
 from ffjax.text.generator import Generator
 from ffjax.text.session import ChatSession
@@ -100,12 +101,62 @@ def test_drafts_that_are_looked_up_change_no_reply(talker):
     assert accepted > 0
 
 
-def test_a_conversation_has_no_draft_model(talker):
+def test_a_draft_model_changes_no_reply_and_is_fed_what_is_new(talker, monkeypatch):
+    """Over three turns: it is the model itself, and always right as long as its cache is."""
     drafts = Generator(talker.model, talker.tokenizer, speculation=ffjax.Draft(talker.model))
-    messages = [_said(USER, "who are you")]
-    assert _run(drafts.session(), messages).accepted is None
-    with pytest.raises(NotImplementedError, match="comes and goes"):
-        ChatSession(talker.model, talker.tokenizer, speculation=ffjax.Draft(talker.model))
+    session, messages, held, cached = drafts.session(), [], [], []
+    for turn, question in enumerate(("who are you", "hello", "again")):
+        messages.append(_said(USER, question))
+        params = dataclasses.replace(PARAMS, max_tokens=14, temperature=0.4 * (turn % 2))
+        prompt = _prompt(talker, messages)
+        with _fed(monkeypatch) as counts, _fed_each(monkeypatch) as each:
+            out = _run(session, messages, params)
+        assert out.tokens == _from_scratch(talker, messages, params)
+        assert out.cached_tokens == _common(held, prompt)
+        new = len(prompt) - out.cached_tokens
+        assert sum(counts) == new
+        # The draft model is a token behind: of the first prompt it is fed a token less.
+        assert each == [new, new - (turn == 0)]
+        # Of each step of 4 tokens, the first was certain; a stop token came like others.
+        made = len(out.tokens) + (out.stop_reason is not None) - 1
+        assert out.accepted == made - -(-made // 4) > 0
+        held = prompt + out.tokens[: None if out.stop_reason is not None else -1]
+        messages.append(_said("assistant", out.text))
+        cached.append(out.cached_tokens)
+    assert cached[-1] > cached[1] > 20
+
+
+@contextlib.contextmanager
+def _fed_each(monkeypatch):
+    """Counts the tokens that the model and its draft model are fed meanwhile."""
+    counts: dict[int, int] = {}
+    totals: list[int] = []
+    fed = Feeder.fed
+
+    def counted(self, weights, state, row, tokens, *more):
+        counts[id(self)] = counts.get(id(self), 0) + len(tokens)
+        totals[:] = counts.values()
+        return fed(self, weights, state, row, tokens, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Feeder, "fed", counted)
+        yield totals
+
+
+def test_a_conversation_goes_as_far_as_its_draft_model(talker):
+    config = dataclasses.replace(talker.model.config, name="short", max_context=60)
+    short = ffjax.Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    session = ChatSession(talker.model, talker.tokenizer, speculation=ffjax.Draft(short))
+    assert session.context == 60
+    messages = [_said(USER, "hello")]
+    out = _run(session, messages, PARAMS, max_tokens=1000, ignore_eos=True)
+    assert (out.finish_reason, out.prompt_tokens + len(out.tokens)) == ("length", 60)
+    with pytest.raises(ValueError, match="and the draft model short was made for 60: there is no"):
+        session.reply([_said(USER, "hello " * 60)])
+    other = dataclasses.replace(config, vocab_size=config.vocab_size + 1)
+    odd = ffjax.Transformer(other, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="vocabulary of the model: short has"):
+        ChatSession(talker.model, talker.tokenizer, speculation=ffjax.Draft(odd))
 
 
 def _run(session: ChatSession, messages, params=PARAMS, **options):

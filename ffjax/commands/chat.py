@@ -18,7 +18,7 @@ from ffjax.commands.chat_options import add_chat_template, say_unread, template_
 from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.implementations import add_implementations
 from ffjax.commands.sampling_options import add_sampling, given_sampling, say_defaults
-from ffjax.commands.speculation_options import add_lookup, given_lookup
+from ffjax.commands.speculation_options import add_speculation, given_speculation
 
 if TYPE_CHECKING:
     from ffjax.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="neither read nor keep the lines of earlier chats",
     )
     add_sampling(parser, max_new_tokens=_MAX_NEW_TOKENS, in_json=False)
-    add_lookup(parser)
+    add_speculation(parser)
     add_implementations(parser)
     add_ignore_field(parser)
 
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     import checkpoints
     from ffjax.broken import NotFiniteError
     from ffjax.decode import device_of
+    from ffjax.speculation.draft import shortest_context
     from ffjax.terminal.chat import Chat
     from ffjax.terminal.commands import complete
     from ffjax.terminal.history import default_file
@@ -96,12 +97,13 @@ def run(args: argparse.Namespace) -> int:
     if sampling.max_tokens is None:
         most = max(_MAX_NEW_TOKENS, sampling.min_tokens)
         sampling = dataclasses.replace(sampling, max_tokens=most)
+    speculation = given_speculation(args, model)
     generator = Generator(
         model,
         tokenizer,
         implementation=args.implementation,
         prefill=args.prefill,
-        speculation=given_lookup(args),
+        speculation=speculation,
     )
     chat = Chat(
         generator.session,
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             lambda line: complete(line, names(sampling)),
             default_file() if args.history else None,
         ),
-        context=model.config.max_context,
+        context=shortest_context(model, speculation).max_context,
         shows_figures=args.figures,
         shows_traceback=args.traceback,
         how={"template": args.chat_template, "variables": variables},

@@ -18,9 +18,13 @@ from typing import TYPE_CHECKING
 from ffjax.commands.folders import add_ignore_field, load_model
 from ffjax.commands.implementations import add_implementations
 from ffjax.commands.options import number, whole
-from ffjax.commands.speculation_options import add_lookup, given_lookup
+from ffjax.commands.speculation_options import (
+    add_speculation,
+    check_speculation,
+    given_speculation,
+)
 from ffjax.sampling.params import MAX_LOGPROBS
-from ffjax.speculation.choice import MAX_SEQUENCES
+from ffjax.speculation.choice import MAX_SEQUENCES, live_speculation
 from pallas_kernels.support import MAX_BATCH
 
 if TYPE_CHECKING:
@@ -76,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=whole(2),
         help=f"positions for a prompt and its answer; default: {_CAPACITY}, or as many as the "
-        "model was made for",
+        "model, and a draft model, was made for",
     )
     parser.add_argument(
         "--max-queue",
@@ -106,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds that running answers are given at the end; default: %(default)g",
     )
     parser.add_argument("--quiet", action="store_true", help="write no line for each answer")
-    add_lookup(parser)
+    add_speculation(parser)
     add_implementations(parser)
     add_ignore_field(parser)
 
@@ -123,16 +127,17 @@ def run(args: argparse.Namespace) -> int:
     import checkpoints
     from ffjax.decode import device_of
     from ffjax.live import LiveBatch
+    from ffjax.speculation.draft import Draft, shortest_context
     from ffjax.text.defaults import default_sampling, described
     from ffjax.tokenizer import load_tokenizer
 
     key = _key(args)
-    speculation = given_lookup(args)
-    rows = args.batch or (MAX_BATCH if speculation is None else MAX_SEQUENCES)
-    if speculation is not None and rows > MAX_SEQUENCES:
+    asking = check_speculation(args)
+    rows = args.batch or (MAX_BATCH if asking is None else MAX_SEQUENCES)
+    if asking is not None and rows > MAX_SEQUENCES:
         raise ValueError(
-            f"--speculation takes --batch 1 to {MAX_SEQUENCES}, since a step has room for "
-            f"{MAX_BATCH} tokens; got --batch {rows}. Give fewer, or leave --speculation out."
+            f"{asking} takes --batch 1 to {MAX_SEQUENCES}, since a step has room for "
+            f"{MAX_BATCH} tokens; got --batch {rows}. Give fewer, or leave {asking} out."
         )
     each = args.speculation_tokens or 1
     if rows * each > MAX_BATCH:
@@ -148,11 +153,23 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(path, config)
         defaults = default_sampling(path)
         name = args.name or config.name
-        capacity = args.capacity or min(_CAPACITY, config.max_context)
-        if capacity > config.max_context:
+        speculation = given_speculation(args, model)
+        shortest = shortest_context(model, speculation)
+        capacity = args.capacity or min(_CAPACITY, shortest.max_context)
+        if capacity > shortest.max_context:
+            whose = "the model" if shortest is config else f"the draft model {shortest.name}"
             raise ValueError(
-                f"--capacity is at most what the model was made for, {config.max_context}; got "
+                f"--capacity is at most what {whose} was made for, {shortest.max_context}; got "
                 f"{capacity}."
+            )
+        # Here, where it ends the command: the batch is made while the server runs.
+        drafts = live_speculation(speculation, rows, model, capacity)
+        if isinstance(drafts, Draft):
+            writes = drafts.model.config
+            kind = f" in {args.draft_weights}" if args.draft_weights else ""
+            _say(
+                f"{writes.name}{kind} writes drafts: a step of {config.name} takes "
+                f"{drafts.tokens} tokens of each text."
             )
 
         def make() -> Batch:

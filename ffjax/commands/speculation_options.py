@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import TYPE_CHECKING, get_args
 
 from ffjax.commands.folders import load_model
 from ffjax.commands.options import whole
 from ffjax.quantization import Kind
 from ffjax.speculation.choice import SPECULATIONS
+from ffjax.speculation.draft import MOST_BY_ITSELF
 from pallas_kernels.support import MAX_BATCH
 
 if TYPE_CHECKING:
     from ffjax.model import Transformer
     from ffjax.speculation.choice import Speculation
-    from ffjax.speculation.lookup import Lookup
 
 __all__ = [
-    "add_lookup",
     "add_speculation",
-    "given_lookup",
+    "check_speculation",
     "given_speculation",
     "quantized_by",
 ]
 
 
-def add_lookup(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """Adds --speculation and --speculation-tokens.
-
-    Args:
-        parser: the command's.
-        more: about the second one's default.
-    """
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    """Adds --speculation, --speculation-tokens, --draft and --draft-weights."""
     parser.add_argument(
         "--speculation",
         choices=SPECULATIONS,
@@ -45,13 +38,8 @@ def add_lookup(parser: argparse.ArgumentParser, more: str = "") -> None:
         metavar="T",
         type=whole(2, MAX_BATCH),
         help="tokens that a step takes of each text, drafts and the one that is certain; default: "
-        f"8 for all texts together{more}",
+        f"{MAX_BATCH} for all texts together, with a draft model up to {MOST_BY_ITSELF} of each",
     )
-
-
-def add_speculation(parser: argparse.ArgumentParser) -> None:
-    """Adds those, --draft and --draft-weights."""
-    add_lookup(parser, ", with a draft model up to 4 of each")
     parser.add_argument(
         "--draft",
         metavar="PATH",
@@ -62,6 +50,29 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Kind),
         help="quantize the draft model; without --draft the model itself drafts, quantized",
     )
+
+
+def check_speculation(args: argparse.Namespace) -> str | None:
+    """Which option asks for drafts; None: there are none. Loads nothing.
+
+    Raises:
+        ValueError: options contradict each other.
+    """
+    options = {"--draft": args.draft, "--draft-weights": args.draft_weights}
+    asking = next((name for name, value in options.items() if value is not None), None)
+    if args.speculation != "none":
+        if asking is not None:
+            raise ValueError(
+                f"Drafts come from one place, and --speculation {args.speculation} and a draft "
+                "model are two. Leave one out."
+            )
+        return "--speculation"
+    if asking is None and args.speculation_tokens is not None:
+        raise ValueError(
+            "--speculation-tokens says how many tokens a step of speculation takes, and there is "
+            "none. Give --speculation or --draft, too."
+        )
+    return asking
 
 
 def given_speculation(args: argparse.Namespace, model: Transformer) -> Speculation | None:
@@ -76,35 +87,14 @@ def given_speculation(args: argparse.Namespace, model: Transformer) -> Speculati
         FileNotFoundError: there is no draft model.
     """
     from ffjax.speculation.draft import Draft
-
-    drafts = args.draft is not None or args.draft_weights is not None
-    if drafts and args.speculation != "none":
-        raise ValueError(
-            f"Drafts come from one place, and --speculation {args.speculation} and a draft model "
-            "are two. Leave one out."
-        )
-    if drafts:
-        return Draft(_draft_model(args, model), args.speculation_tokens)
-    return given_lookup(args)
-
-
-def given_lookup(args: argparse.Namespace) -> Lookup | None:
-    """What the options of `add_lookup` ask for.
-
-    Raises:
-        ValueError: options contradict each other.
-    """
     from ffjax.speculation.lookup import Lookup
 
-    if args.speculation == "none":
-        if args.speculation_tokens is not None:
-            drafts = "--speculation or --draft" if hasattr(args, "draft") else "--speculation"
-            raise ValueError(
-                "--speculation-tokens says how many tokens a step of speculation takes, and there "
-                f"is none. Give {drafts}, too."
-            )
+    asking = check_speculation(args)
+    if asking is None:
         return None
-    return dataclasses.replace(Lookup(), tokens=args.speculation_tokens)
+    if asking == "--speculation":
+        return Lookup(tokens=args.speculation_tokens)
+    return Draft(_draft_model(args, model), args.speculation_tokens)
 
 
 def _draft_model(args: argparse.Namespace, model: Transformer) -> Transformer:

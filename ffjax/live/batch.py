@@ -14,26 +14,28 @@ import numpy as np
 
 from ffjax.decode import (
     Implementation,
+    device_of,
     is_fused,
     resolve_implementation,
 )
+from ffjax.live.feeder import Feeder
 from ffjax.live.made import Block, Fed, Repeats
-from ffjax.live.programs import PaddedChunk, live_programs
+from ffjax.live.programs import live_programs
 from ffjax.live.state import Newcomer
 from ffjax.loop import fault_in, slots_for
 from ffjax.model import Transformer
-from ffjax.parcel import Layout, as_words
-from ffjax.parts import Parts
+from ffjax.parcel import as_words
 from ffjax.prefill.choice import Prefill, resolve_prefill
-from ffjax.prefill.packed import blocks_of
-from ffjax.prefill.packing import SMALLEST, chunk_of_row
+from ffjax.prefill.packing import SMALLEST
 from ffjax.requests import check_params, checked_prompt
 from ffjax.sampling.draw import sequence_words
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, drawing_gpu, row_of
 from ffjax.settings import program_settings
-from ffjax.speculation.choice import Speculation, check_fused, live_source
-from pallas_kernels.gpu import INTERPRETER, Gpu
+from ffjax.speculation.choice import Speculation, check_fused, live_speculation
+from ffjax.speculation.draft import Draft
+from ffjax.speculation.drafting import ModelSource, draft_implementation
+from ffjax.speculation.source import Source
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["MAX_EDITS", "LiveBatch"]
@@ -101,19 +103,20 @@ class LiveBatch:
             max_logprobs: most alternatives whose log-probabilities may be asked for, 0 to 20;
                 None: no request may ask for log-probabilities.
             chunk: most tokens that are fed at a time; for so long the sequences that run wait.
-            speculation: "lookup" or a `ffjax.Lookup`, of up to 4 rows: steps take drafts of the
-                next tokens, as in `ffjax.generate`.
+            speculation: "lookup", a `ffjax.Lookup` or a `ffjax.Draft`, of up to 4 rows: steps take
+                drafts of the next tokens, as in `ffjax.generate`. A draft model has a cache of its
+                own of as many positions, and is fed each chunk behind the model. Its weights may be
+                replaced, too.
             ahead: compile all that any request may need now. False: what a request needs, when it
                 is placed.
             say: is told what is being compiled, in a line.
 
         Raises:
             ValueError: a number is out of its range; the fused kernel is named for more than 8
-                rows; the model has fewer positions than the capacity; there are too many rows for
-                speculation, or no such speculation.
+                rows; the model, or a draft model, has fewer positions than the capacity; there are
+                too many rows for speculation, or no such speculation; a draft model does not fit.
             TypeError: the speculation is no such thing.
-            NotImplementedError: a named implementation cannot run here, or speculation cannot; a
-                draft model is asked for.
+            NotImplementedError: a named implementation cannot run here, or speculation cannot.
         """
         if rows < 1 or chunk < 1:
             raise ValueError(f"A batch has rows and chunks of 1 and more, got {rows}, {chunk}.")
@@ -127,17 +130,17 @@ class LiveBatch:
                 f"The fused kernel takes 1 to {MAX_BATCH} sequences; got {rows}. "
                 "Ask for fewer, or use implementation='xla'."
             )
-        self._source = live_source(speculation, rows)
-        self._tokens = 1 if self._source is None else self._source.tokens or 1
+        asked = live_speculation(speculation, rows, model, capacity)
+        self._tokens = 1 if asked is None else asked.tokens or 1
         self.rows, self.capacity = rows, capacity
-        parts = Parts.of(model)
-        self._model, self._shapes = model, _shapes(parts)
-        # Not the arrays: those that are replaced need not stay.
-        self._parts = parts._replace(state=())
-        self._device, self._config = self._parts.device, model.config
-        self._gpu = Gpu.of(self._device) or INTERPRETER
+        self._model, self._config, self._device = model, model.config, device_of(model)
         self._programs = live_programs(self._device)
         self._slots = slots_for(capacity)
+        how = implementation, prefill
+        self._feeder = self._feeder_of(model, *how)
+        self._draft = self._feeder_of(asked.model, *how) if isinstance(asked, Draft) else None
+        self.prefill_implementation: Prefill = self._feeder.prefill
+        self._source = self._source_of(asked, implementation)
         self._all = Stages(
             draws=True,
             filters=True,
@@ -147,8 +150,6 @@ class LiveBatch:
             logprobs=max_logprobs,
             gpu=drawing_gpu(self._device, implementation),
         )
-        name = resolve_prefill(self._parts.dtype, self._device, implementation, prefill)
-        self.prefill_implementation: Prefill = name
         self._sizes = _sizes(chunk)
         self.reset()
         self.implementation: Implementation = resolve_implementation(
@@ -158,7 +159,6 @@ class LiveBatch:
             check_fused(model, rows, self._slots, self._tokens)
         self._say = say
         self._decoders: dict[tuple[Stages, bool], Any] = {}
-        self._feeders: dict[int, Any] = {}
         self._first: Any = None
         self.compile_seconds = 0.0
         if ahead:
@@ -166,12 +166,29 @@ class LiveBatch:
             with self._settings():
                 self._enter(0, np.zeros(1, np.int32), 0, SamplingParams(), ())
 
+    def _feeder_of(
+        self, model: Transformer, implementation: Implementation | None, prefill: Prefill | None
+    ) -> Feeder:
+        name = resolve_prefill(model.dtype, self._device, implementation, prefill)
+        return Feeder(model, name, self.rows, self._slots)
+
+    def _source_of(self, asked: Any, implementation: Implementation | None) -> Source | None:
+        """Where drafts come from; None: there are none."""
+        if self._draft is None:
+            return asked
+        parts = self._draft.parts
+        with self._settings():
+            chosen = draft_implementation(parts, self.rows, self._slots, implementation)
+        return ModelSource(graphdef=parts.graphdef, tokens=self._tokens, implementation=chosen)
+
     def reset(self) -> None:
         """Empties the batch: no sequence, and a cache that holds nothing."""
+        size, draft = (self.rows, self._slots), None
+        if self._draft is not None:
+            draft = self._draft.parts.config, self._draft.parts.dtype
         with self._settings():
-            self._state = self._programs.start(
-                self._config, self.rows, self._slots, self._parts.dtype, self._all, self._tokens
-            )
+            how = self._feeder.parts.dtype, self._all, self._tokens, draft
+            self._state = self._programs.start(self._config, *size, *how)
         self._repeats = None if self._source is None else Repeats()
         self._waiting: dict[int, _Waiting] = {}
         self._order: deque[int] = deque()  # of those that wait, the longest first
@@ -188,33 +205,35 @@ class LiveBatch:
         """Compiles steps of these kinds and chunks of these sizes, where they are not yet."""
         start = time.perf_counter()
         with self._settings():
-            speculates = [False] if self._source is None else [True, False]
-            for stages, drafts in itertools.product(kinds, speculates):
+            for stages, drafts in itertools.product(kinds, self._with_drafts()):
                 if (stages, drafts) not in self._decoders:
-                    told = f"{_told(stages)}{', with drafts' if drafts else ''}"
+                    told = f"{_told(stages)}{self._of_drafts() if drafts else ''}"
                     self._say(f"compiling a block of steps{told}")
                     how = {"stages": stages, "implementation": self.implementation}
                     programs = self._programs.decode
                     if self._source is not None:
                         programs = self._programs.speculate
                         how |= {"source": self._source, "drafts": drafts}
-                    decoder = programs.get(*self._decode_args(), **how)
-                    self._decoders[stages, drafts] = decoder
-            packed = self.prefill_implementation == "pallas"
+                    args = self._feeder.parts.graphdef, *self._decode_args()
+                    self._decoders[stages, drafts] = programs.get(*args, **how)
             for size in sizes:
-                if size not in self._feeders:
-                    self._say(f"compiling the prefill of {size} tokens")
-                    words, layout = self._fed(0, np.zeros(1, np.int32), 0, True, size)
-                    args = self._parts.graphdef, self._weights, self._state, words
-                    self._feeders[size] = (
-                        self._programs.feed_packed.get(*args, layout=layout, gpu=self._gpu)
-                        if packed
-                        else self._programs.feed_padded.get(*args, layout=layout)
+                self._feeder.compile(
+                    size,
+                    self._state,
+                    lambda size=size: self._say(f"compiling the prefill of {size} tokens"),
+                )
+                if self._draft is not None:
+                    self._draft.compile(
+                        size,
+                        self._state.draft,
+                        lambda size=size: self._say(
+                            f"compiling the draft model's prefill of {size} tokens"
+                        ),
                     )
             if self._first is None:
                 self._say("compiling the choice of the first token")
-                args = self._parts.graphdef, self._weights, self._state, np.int32(0)
-                how = {"stages": self._all, "normed": not packed}
+                args = self._feeder.parts.graphdef, self._feeder.weights, self._state, np.int32(0)
+                how = {"stages": self._all, "normed": self.prefill_implementation != "pallas"}
                 self._first = self._programs.choose_first.get(*args, **how)
         self.compile_seconds += time.perf_counter() - start
 
@@ -246,48 +265,26 @@ class LiveBatch:
         drawn = Stages(draws=True, filters=True, gpu=self._all.gpu)
         return Stages(gpu=self._all.gpu), drawn, self._all
 
-    @property
-    def _weights(self) -> tuple[Any, ...]:
-        """The model's arrays as they are now: they may be replaced while the batch is there.
+    def _with_drafts(self) -> tuple[bool, ...]:
+        """Of which blocks there are programs: whose steps take drafts, and plain ones."""
+        if self._source is None:
+            return (False,)
+        return (True,) if self._source.always else (True, False)
 
-        Raises:
-            ValueError: they are of other shapes or dtypes, or other ones.
-        """
-        now = Parts.of(self._model)
-        if now.kinds is not self._parts.kinds and _shapes(now) != self._shapes:
-            raise ValueError(
-                f"A batch is compiled for its model's weights; those of {now.config.name} have "
-                "another shape, dtype or structure than when the batch was made. Numbers may "
-                "change; for other weights make another batch, or session."
-            )
-        return now.state
+    def _of_drafts(self) -> str:
+        whose = "" if self._draft is None else f" of {self._draft.parts.config.name}"
+        return f", with drafts{whose}"
 
     def _decode_args(self) -> tuple[Any, ...]:
         running = np.zeros(self.rows, bool)
         running[[*self._running]] = True
-        return self._parts.graphdef, self._weights, self._state, running
+        args = self._feeder.weights, self._state, running
+        return args if self._source is None else (*args, self._draft_weights)
 
-    def _fed(
-        self, row: int, tokens: np.ndarray, first: int, ends: bool, size: int
-    ) -> tuple[np.ndarray, Layout]:
-        """Some tokens of a row, as they are sent."""
-        if self.prefill_implementation == "pallas":
-            blocks = blocks_of(self._config, self._parts.dtype, self._gpu, size)
-            chunk = chunk_of_row(
-                tokens,
-                row,
-                first,
-                batch=self.rows,
-                ends=ends,
-                size=size,
-                capacity=self._slots,
-                tile=blocks.queries,
-            )
-        else:
-            padded = np.zeros((1, size), np.int32)
-            padded[0, : len(tokens)] = tokens
-            chunk = PaddedChunk(padded, np.array([len(tokens)], np.int32))
-        return as_words((chunk, np.int32(row)))
+    @property
+    def _draft_weights(self) -> Any:
+        """The draft model's arrays as they are now; None without one."""
+        return None if self._draft is None else self._draft.weights
 
     def _enter(
         self,
@@ -400,11 +397,15 @@ class LiveBatch:
         count = min(left, size)
         ends, made = count == left, None
         with self._settings():
-            words, _ = self._fed(row, prompt[held : held + count], held, ends, size)
-            self._state = self._feeders[size](self._weights, self._state, words)
+            # Of both models, before anything is ordered: they may be none for this batch.
+            weights, drafts = self._feeder.weights, self._draft_weights
+            tokens = prompt[held : held + count]
+            self._state = self._feeder.fed(weights, self._state, row, tokens, held, ends, size)
             if ends:
-                self._state, made = self._first(self._weights, self._state, np.int32(row))
+                self._state, made = self._first(weights, self._state, np.int32(row))
                 made = made.sent()
+            # Behind the choice of the first token, which so does not wait for it.
+            self._feed_draft(drafts, row, prompt, held, held + count, size)
         if ends:
             self._order.popleft()
             del self._waiting[row]
@@ -412,6 +413,21 @@ class LiveBatch:
         else:
             self._waiting[row] = _Waiting(prompt, held + count)
         return Fed(row, count, ends, made, self._params[row])
+
+    def _feed_draft(
+        self, weights: Any, row: int, prompt: np.ndarray, start: int, stop: int, size: int
+    ) -> None:
+        """Feeds a chunk of a prompt to the draft model, which stays a token behind the model.
+
+        What its cache holds at the last token of a row is of no use, if a request was there before:
+        so that one is fed once more. The last token of a prompt is fed by the first step.
+        """
+        first, end = max(start - 1, 0), stop - 1
+        if self._draft is None or first == end:
+            return
+        tokens = prompt[first:end]
+        draft = self._draft.fed(weights, self._state.draft, row, tokens, first, False, size)
+        self._state = self._state._replace(draft=draft)
 
     def decode(self) -> Block | None:
         """Orders a block of steps for all whose prompt has been fed; None where there are none."""
@@ -422,7 +438,7 @@ class LiveBatch:
         stages = self._kind_for(params)
         drafts = self._repeats is not None and self._repeats.seen
         with self._settings():
-            self._state, made = self._decoders[stages, drafts](*self._decode_args()[1:])
+            self._state, made = self._decoders[stages, drafts](*self._decode_args())
         return Block(rows, made.sent(), params, self._repeats)
 
     def release(self, row: int) -> None:
@@ -438,11 +454,6 @@ class LiveBatch:
         if not is_fused(self.implementation):
             return None
         return fault_in(self._model, self._state.cache, self._tokens)
-
-
-def _shapes(parts: Parts) -> tuple[Any, ...]:
-    """Structure, shapes and dtypes of a model."""
-    return parts.graphdef, [(array.shape, array.dtype) for array in parts.state]
 
 
 def _sizes(chunk: int) -> tuple[int, ...]:

@@ -174,26 +174,43 @@ def _speculate(
     weights: Any,
     state: LiveState,
     running: Array,
+    draft: Any,
     *,
     stages: Stages,
     implementation: Implementation,
     source: Source,
     drafts: bool,
 ) -> tuple[LiveState, Made]:
-    """Runs a block of steps that speculate, or of plain ones in their place, as `_decode`."""
+    """Runs a block of steps that speculate, or of plain ones in their place, as `_decode`.
+
+    A draft model's steps go over all sequences, too. Of one that does not run they feed the last
+    token again that its cache is to hold behind them, and what is of no use.
+
+    Args:
+        graphdef: the model's structure.
+        weights: its weights.
+        state: the batch.
+        running: bool `[B]`, which sequences take part.
+        draft: the draft model's weights; None without one.
+        stages: how tokens are chosen.
+        implementation: of the steps.
+        source: where drafts come from.
+        drafts: whether steps take drafts.
+    """
     assert state.known is not None and state.bounds is not None, "the batch speculates"
     before = state.cache.lengths
     # Where a sequence does not run, it has all its tokens.
     bounds = state.bounds._replace(ends=jnp.where(running, state.bounds.ends, before))
     history = state.history if stages.remembers else None
+    held = None if state.draft is None else state.draft.cache
     block = speculative_block if drafts else plain_block
     going, made = block(
         graphdef,
         weights,
-        Going(state.cache, state.known, state.token, history),
+        Going(state.cache, state.known, state.token, history, held),
         bounds,
         state.rows,
-        None,
+        draft,
         stages=stages,
         implementation=implementation,
         source=source,
@@ -206,6 +223,9 @@ def _speculate(
         history=state.history if going.history is None else going.history,
         known=jnp.where(running[:, None], going.known, state.known),
     )
+    if state.draft is not None:
+        behind = state.draft._replace(cache=going.state).behind(going.cache.lengths)
+        state = state._replace(draft=behind)
     return state, made
 
 
@@ -236,7 +256,7 @@ def live_programs(device: Any) -> LivePrograms:
         return Programs(jitted)
 
     return LivePrograms(
-        start=jax.jit(empty_state, static_argnums=(0, 1, 2, 3, 4, 5), compiler_options=options),
+        start=jax.jit(empty_state, static_argnums=(0, 1, 2, 3, 4, 5, 6), compiler_options=options),
         enter=jax.jit(
             _entered,
             static_argnames="layout",

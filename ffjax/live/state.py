@@ -16,8 +16,27 @@ from ffjax.sampling.history import History
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Rows, Stages, rows_of
 from ffjax.speculation.block import Bounds
+from ffjax.speculation.drafting import FIRST_TOKENS
 
-__all__ = ["LiveState", "Newcomer", "empty_state", "entered"]
+__all__ = ["DraftState", "LiveState", "Newcomer", "empty_state", "entered"]
+
+
+class DraftState(NamedTuple):
+    """What a draft model has of the same B sequences.
+
+    Attributes:
+        cache: keys and values of all tokens but the last of those that the model's cache holds.
+            What lies at the last one, or behind it, is of no use: it may be of a wrong draft.
+        last: float32 `[B, D]`, room for what the prefill leaves of a prompt's end; nobody asks.
+    """
+
+    cache: KVCache
+    last: Array
+
+    def behind(self, lengths: Array) -> DraftState:
+        """The same, set to the lengths of the model's cache, int32 `[B]`."""
+        cache = dataclasses.replace(self.cache, lengths=jnp.maximum(lengths - 1, 0))
+        return self._replace(cache=cache)
 
 
 class LiveState(NamedTuple):
@@ -34,6 +53,7 @@ class LiveState(NamedTuple):
         known: int32 `[B, S]`, the tokens of prompt and answer, `token` not included; None without
             speculation.
         bounds: between which lengths of its cache a sequence gets its tokens; None likewise.
+        draft: of the draft model; None without one.
     """
 
     cache: KVCache
@@ -44,6 +64,7 @@ class LiveState(NamedTuple):
     last: Array
     known: Array | None = None
     bounds: Bounds | None = None
+    draft: DraftState | None = None
 
 
 class Newcomer(NamedTuple):
@@ -82,9 +103,25 @@ class Newcomer(NamedTuple):
 
 
 def empty_state(
-    config: ModelConfig, batch: int, capacity: int, dtype: Any, stages: Stages, tokens: int
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: Any,
+    stages: Stages,
+    tokens: int,
+    draft: tuple[ModelConfig, Any] | None = None,
 ) -> LiveState:
-    """A batch without a sequence; `stages` are all that there may be, and T with speculation."""
+    """A batch without a sequence.
+
+    Args:
+        config: the model's.
+        batch: B.
+        capacity: S.
+        dtype: of the cache.
+        stages: all that there may be.
+        tokens: T; 1 without speculation.
+        draft: config and dtype of a draft model.
+    """
     nobody = [SamplingParams()] * batch
     rows = rows_of(nobody, [()] * batch, np.zeros((batch, 3), np.uint32), stages)
     return LiveState(
@@ -96,6 +133,14 @@ def empty_state(
         last=jnp.zeros((batch, config.model_dim), jnp.float32),
         known=jnp.zeros((batch, capacity), jnp.int32) if tokens > 1 else None,
         bounds=Bounds(*jnp.zeros((2, batch), jnp.int32)) if tokens > 1 else None,
+        draft=None if draft is None else _empty_draft(*draft, batch, capacity),
+    )
+
+
+def _empty_draft(config: ModelConfig, dtype: Any, batch: int, capacity: int) -> DraftState:
+    return DraftState(
+        KVCache.create(config, batch, capacity, dtype, tokens=FIRST_TOKENS),
+        jnp.zeros((batch, config.model_dim), jnp.float32),
     )
 
 
@@ -112,6 +157,7 @@ def entered(state: LiveState, new: Newcomer) -> LiveState:
         known=with_own(state.known, new.known),
         bounds=with_own(state.bounds, new.bounds),
         cache=dataclasses.replace(cache, lengths=lengths),
+        draft=None if state.draft is None else state.draft.behind(lengths),
         rows=with_own(state.rows, new.rows),
         history=History(
             history.prompt.at[new.row].set(new.prompt), history.counts.at[new.row].set(0)

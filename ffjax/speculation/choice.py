@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-from ffjax.speculation.draft import MOST_BY_ITSELF, Draft, check_draft
+from ffjax.speculation.draft import MOST_BY_ITSELF, Draft, check_draft, check_draft_capacity
 from ffjax.speculation.lookup import Lookup
 from pallas_kernels.support import MAX_BATCH
 
@@ -22,7 +22,7 @@ __all__ = [
     "Speculation",
     "check_fused",
     "checked_speculation",
-    "live_source",
+    "live_speculation",
     "loop_for",
 ]
 
@@ -109,26 +109,30 @@ def _for_batch(asked: Any, batch: int, them: str) -> Any:
     return asked
 
 
-def live_source(speculation: Speculation | None, rows: int) -> Lookup | None:
-    """Where the drafts of a live batch come from, T chosen; None: there are none.
+def live_speculation(
+    speculation: Speculation | None,
+    rows: int,
+    model: Transformer | None = None,
+    capacity: int | None = None,
+) -> Lookup | Draft | None:
+    """What a live batch's drafts come from, T chosen; None: there are none.
 
     Args:
         speculation: what is asked for.
         rows: B.
+        model: that a draft model has to fit; None: it is not looked at.
+        capacity: tokens of a sequence that a draft model has to take; None: likewise.
 
     Raises:
-        ValueError: there are too many rows, or tokens of each, or no such speculation.
+        ValueError: there are too many rows, or tokens of each, or no such speculation; or the draft
+            model does not fit.
         TypeError: it is something else.
-        NotImplementedError: a draft model is asked for.
     """
-    asked = checked_speculation(speculation)
+    asked = checked_speculation(speculation, model)
     if asked is None:
         return None
-    if isinstance(asked, Draft):
-        raise NotImplementedError(
-            "A batch whose sequences come and go has no draft model: it would need a cache that "
-            "comes and goes, too. Ask for speculation='lookup', or use generate or stream."
-        )
+    if isinstance(asked, Draft) and capacity is not None:
+        check_draft_capacity(asked, capacity)
     return _for_batch(asked, rows, f"this batch has {rows}. Ask for fewer")
 
 

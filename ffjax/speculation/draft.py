@@ -7,10 +7,20 @@ import numbers
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    from ffjax.config import ModelConfig
     from ffjax.model import Transformer
     from ffjax.requests import Request
 
-__all__ = ["MOST_BY_ITSELF", "Draft", "check_draft", "check_draft_context"]
+__all__ = [
+    "MOST_BY_ITSELF",
+    "Draft",
+    "check_draft",
+    "check_draft_capacity",
+    "check_draft_context",
+    "shortest_context",
+]
 
 MOST_BY_ITSELF = 4
 """T where nobody says it, at most: each draft costs a step of the draft model, right or wrong."""
@@ -94,4 +104,36 @@ def check_draft_context(draft: Draft, request: Request) -> None:
         raise ValueError(
             f"Prompt and new tokens need {need} positions; the draft model {config.name} was made "
             f"for {config.max_context}. Ask for fewer tokens, or take another draft model."
+        )
+
+
+def shortest_context(model: Transformer, speculation: Any) -> ModelConfig:
+    """Whose `max_context` limits a sequence: the model's, or a draft model's that has less.
+
+    Args:
+        model: the model.
+        speculation: what is asked for.
+    """
+    if not isinstance(speculation, Draft):
+        return model.config
+    both = model.config, speculation.model.config
+    return min(both, key=lambda config: config.max_context)  # of equals the first
+
+
+def check_draft_capacity(draft: Draft, capacity: int) -> None:
+    """Refuses a batch whose sequences may go beyond what a draft model was made for.
+
+    Args:
+        draft: the draft model.
+        capacity: tokens that a sequence may have.
+
+    Raises:
+        ValueError: they may.
+    """
+    config = draft.model.config
+    if capacity > config.max_context:
+        raise ValueError(
+            f"A draft model goes as far as the sequences of a batch: {config.name} was made for "
+            f"{config.max_context} tokens, and the capacity is {capacity}. Ask for a capacity of "
+            f"up to {config.max_context}, or take another draft model."
         )

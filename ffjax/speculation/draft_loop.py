@@ -9,12 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ffjax.cache import KVCache
-from ffjax.decode import (
-    Implementation,
-    is_fused,
-    resolve_implementation_config,
-    why_not_fused_config,
-)
+from ffjax.decode import Implementation
 from ffjax.loop import Made, slots_for
 from ffjax.model import Transformer
 from ffjax.parts import Parts
@@ -23,34 +18,11 @@ from ffjax.requests import Request
 from ffjax.sampling.rows import Rows, Stages
 from ffjax.settings import program_settings
 from ffjax.speculation.draft import Draft, check_draft, check_draft_context
-from ffjax.speculation.drafting import FIRST_TOKENS, ModelSource
+from ffjax.speculation.drafting import FIRST_TOKENS, ModelSource, draft_implementation
 from ffjax.speculation.loop import SpeculativeLoop
 from ffjax.speculation.source import Source
 
 __all__ = ["DraftLoop"]
-
-
-def _implementation(parts: Parts, request: Request, named: Implementation | None) -> Implementation:
-    """Which one runs the draft model's steps, of one token and of FIRST_TOKENS.
-
-    Args:
-        parts: the draft model.
-        request: B and S.
-        named: what was asked for; None: the best that can run.
-
-    Raises:
-        ValueError: there is none of that name.
-        NotImplementedError: the named one cannot run here.
-    """
-    size = parts.config, parts.dtype, request.batch, slots_for(request.capacity)
-    chosen = resolve_implementation_config(*size, None if is_fused(named) else named)
-    reasons = (why_not_fused_config(*size, tokens) for tokens in (1, FIRST_TOKENS))
-    reason = next(filter(None, reasons), None)
-    if reason is None or chosen == "xla" == named:
-        return chosen
-    if named is None:
-        return "xla"
-    raise NotImplementedError(f"Of the draft model {parts.config.name}: {reason}")
 
 
 class DraftLoop(SpeculativeLoop):
@@ -90,7 +62,8 @@ class DraftLoop(SpeculativeLoop):
         assert draft.tokens is not None, "T is chosen for a batch"
         parts = Parts.of(draft.model)
         with jax.default_device(parts.device):
-            chosen = _implementation(parts, request, implementation)
+            size = request.batch, slots_for(request.capacity)
+            chosen = draft_implementation(parts, *size, implementation)
         self._draft, self._draft_prefill = parts, None
         source = make(graphdef=parts.graphdef, tokens=draft.tokens, implementation=chosen)
         super().__init__(model, request, source, implementation, prefill)

@@ -10,6 +10,8 @@ is at n + k - 2, and the cache holds the text before it: the drafts that were fe
 which is far enough if all T - 1 were right. The first wrong draft, if any, lies at n + k - 1, where
 another token is fed now. So the length is set back to the same place whatever was right, and
 nothing asks how many were.
+
+So of the text that the model's cache holds, the draft model's has to hold all but the last token.
 """
 
 from __future__ import annotations
@@ -21,13 +23,46 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ffjax.cache import KVCache
-from ffjax.decode import Implementation, decode_step
+from ffjax.decode import (
+    Implementation,
+    decode_step,
+    is_fused,
+    resolve_implementation_config,
+    why_not_fused_config,
+)
+from ffjax.parts import Parts
 from ffjax.speculation.source import Choosing
 
-__all__ = ["FIRST_TOKENS", "ModelSource"]
+__all__ = ["FIRST_TOKENS", "ModelSource", "draft_implementation"]
 
 FIRST_TOKENS = 2
 """Tokens of each sequence that the first of the draft model's steps takes."""
+
+
+def draft_implementation(
+    parts: Parts, batch: int, slots: int, named: Implementation | None
+) -> Implementation:
+    """Which one runs a draft model's steps, of one token and of FIRST_TOKENS.
+
+    Args:
+        parts: the draft model.
+        batch: B.
+        slots: S.
+        named: what was asked for; None: the best that can run.
+
+    Raises:
+        ValueError: there is none of that name.
+        NotImplementedError: the named one cannot run here.
+    """
+    size = parts.config, parts.dtype, batch, slots
+    chosen = resolve_implementation_config(*size, None if is_fused(named) else named)
+    reasons = (why_not_fused_config(*size, tokens) for tokens in (1, FIRST_TOKENS))
+    reason = next(filter(None, reasons), None)
+    if reason is None or chosen == "xla" == named:
+        return chosen
+    if named is None:
+        return "xla"
+    raise NotImplementedError(f"Of the draft model {parts.config.name}: {reason}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +92,8 @@ class ModelSource:
 
         Args:
             known: int32 `[B, S]`, the tokens of each sequence.
-            lengths: int32 `[B]`, how many those are, at least 2.
+            lengths: int32 `[B]`, how many those are, at least 2; of a sequence with fewer, what is
+                returned is of no use.
             weights: of the draft model.
             state: its cache, made for steps of FIRST_TOKENS.
             choosing: how the model's tokens are chosen.
@@ -68,7 +104,7 @@ class ModelSource:
         assert choosing is not None, "drafts are for a step"
         model = self.graphdef.merged(weights)
         # Whatever the cache holds behind this is of no use.
-        start = lengths - FIRST_TOKENS
+        start = jnp.maximum(lengths - FIRST_TOKENS, 0)
         at = start[:, None] + jnp.arange(FIRST_TOKENS)
         newest = jnp.take_along_axis(known, at, axis=1, mode="clip")
         out = decode_step(

@@ -13,7 +13,6 @@ from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.sampling.params import SamplingParams
 from ffjax.speculation.choice import Speculation, checked_speculation
-from ffjax.speculation.lookup import Lookup
 from ffjax.text.asked import Asked, completed, prompt_tokens, samples, with_overrides
 from ffjax.text.batches import TextBatch, texts
 from ffjax.text.completion import Completion
@@ -55,7 +54,7 @@ class Generator:
             implementation: of the decode steps; see `ffjax.generate`.
             prefill: of the prefill; see `ffjax.generate`.
             speculation: see `ffjax.generate`. Prompts then run up to 4 at a time, or 8 // T.
-                Conversations look drafts up, or do without: they have no draft model.
+                Conversations go as far as a draft model does, too.
 
         Raises:
             ValueError: there is no speculation of that name, or the draft model does not fit.
@@ -238,7 +237,7 @@ class Generator:
             self.tokenizer,
             sampling=self.sampling,
             capacity=capacity,
-            speculation=self._speculation if isinstance(self._speculation, Lookup) else None,
+            speculation=self._speculation,
             **self._how,
         )
 

@@ -17,7 +17,8 @@ from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.requests import check_params
 from ffjax.sampling.params import MAX_LOGPROBS, SamplingParams
-from ffjax.speculation.choice import Speculation, live_source
+from ffjax.speculation.choice import Speculation, live_speculation
+from ffjax.speculation.draft import shortest_context
 from ffjax.text.asked import Asked, completed, with_overrides
 from ffjax.text.conversation import conversation_tokens
 from ffjax.text.reply import Reply
@@ -40,7 +41,8 @@ class ChatSession:
     cache, from the beginning on, is not fed again: of a conversation that goes on, that is all
     but the newest message; of one whose history was edited, what stands before the edit.
 
-    The cache grows with the conversation, up to the positions that the model was made for. A reply
+    The cache grows with the conversation, up to the positions that the model was made for. A draft
+    model has a cache of its own beside it, which is kept and grows alike. A reply
     that is broken off, by `TextStream.close`, Ctrl-C, an error or the next reply, leaves the
     session as usable as before. One thread at a time may use it.
     """
@@ -65,14 +67,17 @@ class ChatSession:
             capacity: positions of the cache to begin with. None: what the first reply needs.
             implementation: of the decode steps; see `ffjax.generate`.
             prefill: of the prefill; see `ffjax.generate`.
-            speculation: None, "lookup" or a `ffjax.Lookup`; see `ffjax.generate`.
+            speculation: see `ffjax.generate`. With a draft model, a conversation goes as far as
+                the shorter one of both contexts.
 
         Raises:
-            ValueError: the capacity is no whole number from 2, or there is no such speculation.
+            ValueError: the capacity is no whole number from 2, there is no such speculation, or the
+                draft model does not fit.
             TypeError: the speculation is no such thing.
-            NotImplementedError: it is a draft model.
         """
-        self._speculates = live_source(speculation, 1) is not None
+        asked = live_speculation(speculation, 1, model)
+        self._speculates = asked is not None
+        self._shortest = shortest_context(model, asked)
         whole = isinstance(capacity, int) and not isinstance(capacity, bool)
         if capacity is not None and not (whole and capacity >= 2):
             raise ValueError(f"The capacity of a session is a number from 2, got {capacity!r}.")
@@ -88,6 +93,11 @@ class ChatSession:
         self._max_logprobs: int | None = None
         self._held: list[int] = []  # what the cache holds for certain, from its beginning on
         self._running: weakref.ref[TextStream] | None = None
+
+    @property
+    def context(self) -> int:
+        """Positions that the conversation may have, of the model and of a draft model."""
+        return self._shortest.max_context
 
     @property
     def capacity(self) -> int:
@@ -154,11 +164,12 @@ class ChatSession:
             ValueError: as `reply`.
         """
         config = self._model.config
-        room = config.max_context - len(tokens)
+        room = self.context - len(tokens)
         if room < 1:
+            whose = "" if self._shortest is config else "the draft model "
             raise ValueError(
-                f"The conversation has {len(tokens)} tokens, and {config.name} was made for "
-                f"{config.max_context}: there is no room for a reply. Leave out its oldest "
+                f"The conversation has {len(tokens)} tokens, and {whose}{self._shortest.name} was "
+                f"made for {self.context}: there is no room for a reply. Leave out its oldest "
                 "messages, shorten them, or begin a new one."
             )
         check_known("the conversation", tokens, config)
@@ -220,7 +231,7 @@ class ChatSession:
         while capacity < need:
             # Each size is a set of programs of its own.
             capacity = (capacity + BLOCK) * _GROWTH - BLOCK
-        capacity = min(capacity, self._model.config.max_context)
+        capacity = min(capacity, self.context)
         logprobs = MAX_LOGPROBS if tells else self._max_logprobs
         self._drop()  # before the next one is made: there may be no room for both
         batch = LiveBatch(
