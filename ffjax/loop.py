@@ -72,6 +72,7 @@ __all__ = [
     "Made",
     "Reader",
     "Step",
+    "capacity_within",
     "decode_block",
     "fault_in",
     "slots_for",
@@ -259,6 +260,11 @@ def _room(shape: tuple[int, ...], gpu: Gpu | None) -> Array:
 def slots_for(capacity: int) -> int:
     """S of a cache for so many positions: with room for a block that runs past them, rounded up."""
     return ceil_div(capacity + BLOCK, _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+def capacity_within(slots: int) -> int:
+    """The most positions whose cache, as `slots_for` makes it, has at most so many slots."""
+    return max(0, slots // _CAPACITY_STEP * _CAPACITY_STEP - BLOCK)
 
 
 def fault_in(model: Transformer, cache: KVCache, tokens: int) -> str | None:

@@ -23,6 +23,9 @@ from serve_cases import until
 
 import ffjax
 from ffjax.cli import main
+from ffjax.commands.serve import default_capacity
+from ffjax.loop import slots_for
+from ffjax.rope import inverse_frequencies
 from ffjax.serve.server import bound, is_local
 from ffjax.tokenizer import ByteTokenizer
 
@@ -197,6 +200,23 @@ def test_what_options_refuse(capsys, folder, more, words):
     model = [] if "--model" in more else ["--model", str(folder)]
     code, err = run(capsys, *model, "--port", "0", *more)
     assert code == 2 and words in err and err.count("\n") <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "capacity"),
+    [
+        ("llama3.2-1b", 131_072, 4096),
+        ("llama3.2-1b", 700, 700),
+        ("phi4-mini", 131_072, 4088),  # of LongRoPE's two sets of factors, that of short texts
+        ("phi4-mini", 2000, 2000),
+    ],
+)
+def test_the_usual_capacity_is_one_of_the_original_context(name, most, capacity):
+    config = ffjax.preset(name)
+    assert default_capacity(config, most) == capacity
+    if capacity == 4088:
+        short, long = (inverse_frequencies(config, slots_for(n)) for n in (capacity, 4096))
+        assert (short != long).any()
 
 
 def test_a_draft_model_is_loaded_for_the_batch(capsys, folder, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from ffjax.commands.speculation_options import (
     check_speculation,
     given_speculation,
 )
+from ffjax.config import LongRopeScaling, ModelConfig
 from ffjax.sampling.params import MAX_LOGPROBS
 from ffjax.speculation.choice import MAX_SEQUENCES, live_speculation
 from pallas_kernels.support import MAX_BATCH
@@ -30,13 +31,31 @@ from pallas_kernels.support import MAX_BATCH
 if TYPE_CHECKING:
     from ffjax.serve.batch import Batch
 
-__all__ = ["HELP", "add_arguments", "run"]
+__all__ = ["HELP", "add_arguments", "default_capacity", "run"]
 
 HELP = "serve a model by OpenAI's protocol"
 
 _KEY = "FFJAX_API_KEY"
 _CAPACITY = 4096
 _CHUNK = 512
+
+
+def default_capacity(config: ModelConfig, most: int) -> int:
+    """Positions for a prompt and its answer, where nobody says how many.
+
+    LongRoPE has other frequencies for a cache of more slots than the original context, with which
+    short texts are computed less well: the default stays below.
+
+    Args:
+        config: the model's.
+        most: positions that the models were made for.
+    """
+    from ffjax.loop import capacity_within
+
+    capacity, scaling = min(_CAPACITY, most), config.rope_scaling
+    if isinstance(scaling, LongRopeScaling):
+        capacity = min(capacity, capacity_within(scaling.original_context) or capacity)
+    return capacity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=whole(2),
         help=f"positions for a prompt and its answer; default: {_CAPACITY}, or as many as the "
-        "model, and a draft model, was made for",
+        "model, and a draft model, was made for, or has short factors for (LongRoPE)",
     )
     parser.add_argument(
         "--max-queue",
@@ -155,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         name = args.name or config.name
         speculation = given_speculation(args, model)
         shortest = shortest_context(model, speculation)
-        capacity = args.capacity or min(_CAPACITY, shortest.max_context)
+        capacity = args.capacity or default_capacity(config, shortest.max_context)
         if capacity > shortest.max_context:
             whose = "the model" if shortest is config else f"the draft model {shortest.name}"
             raise ValueError(
