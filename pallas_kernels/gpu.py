@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-__all__ = ["INTERPRETER", "Gpu"]
+__all__ = ["CAPABILITIES", "INTERPRETER", "Gpu"]
 
 # Shared memory one thread block may use, bytes, by compute capability: CUDA C++
 # Programming Guide, "Technical Specifications per Compute Capability".
@@ -19,6 +19,8 @@ _SHARED_MEMORY = {
     "10.3": 227 * 1024,
     "12.0": 99 * 1024,
 }
+CAPABILITIES = tuple(_SHARED_MEMORY)
+"""Compute capabilities that the kernel knows."""
 
 
 @dataclasses.dataclass(frozen=True)

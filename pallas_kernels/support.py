@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.dims import Dims
-from pallas_kernels.gpu import Gpu
+from pallas_kernels.gpu import CAPABILITIES, Gpu
 
 __all__ = ["HEAD_DIMS", "MAX_BATCH", "why_not"]
 
@@ -29,8 +29,9 @@ def why_not(dims: Dims, dtype: Any, gpu: Gpu | None, found: str = "") -> str | N
     d = dims
     if gpu is None:
         return (
-            "The fused kernel runs on NVIDIA GPUs of compute capability 8.0 or newer; this is "
-            f"{found or 'another device'}. Use implementation='xla' here."
+            "The fused kernel runs on NVIDIA GPUs of compute capability 8.0 or newer, as far as it "
+            f"knows them ({', '.join(CAPABILITIES)}); this is {found or 'another device'}. Use "
+            "implementation='xla' here."
         )
     if jnp.dtype(dtype) != jnp.bfloat16:
         return (

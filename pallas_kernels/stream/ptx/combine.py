@@ -41,7 +41,7 @@ def _write_combine(
 ) -> None:
     wait = Wait(b, ring, feed, most)
     left, found, number, tagged = b.u32("left"), b.pred("found"), b.u32("number"), b.u32("tagged")
-    # Pairs of a number and a tag, and the numbers: of each span a sum of weights, the maximum that
+    # Pairs of a number and a tag, and the numbers: of each split a sum of weights, the maximum that
     # they are relative to, and the element's weighted sum.
     pairs = {x: [b.u64(f"{x}_pair") for _ in range(count)] for x in ("total", "top", "value")}
     totals, tops, parts = ([b.f32(x) for _ in range(count)] for x in ("total", "top", "value"))
@@ -69,7 +69,7 @@ def _write_combine(
     wait.look_again(again)
     b.mark(wait.missing)
     wait.give_up(sums, left)
-    b.comment("The element is no number where the first span's sum of weights is none.")
+    b.comment("The element is no number where the first split's sum of weights is none.")
     b.pack(pairs["total"][0], LOST, LOST)
     b.mark(wait.done)
     b.comment("Some that give up come by another way; what follows is done by whole warps.")
@@ -90,7 +90,7 @@ def _write_combine(
     for by in steps:
         b.shfl_bfly(other, largest, by)
         b.max(largest, largest, other)
-    b.comment("Weights of spans: how much lower their own maximum was.")
+    b.comment("Weights of splits: how much lower their own maximum was.")
     for total, top, part in zip(totals, tops, parts, strict=True):
         b.sub(top, top, largest)
         b.ex2(top, top)

@@ -299,7 +299,7 @@ def _write_scales(
     Args:
         b: the text.
         tile: its weights.
-        words: the route's, of its scales: see `_SCALES`.
+        words: its copy descriptor's, of its scales: see `_SCALES`.
         layer: the tile's.
         slot: where its slot begins.
         pointer: the first array's address.

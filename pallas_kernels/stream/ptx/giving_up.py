@@ -99,7 +99,9 @@ class Wait:
         b.comment("Threads that miss nothing have looked on with others of their warp.")
         b.setp("eq", nothing, left, 0)
         b.bra_if(nothing, self.done)
-        b.comment("20 bits of tiles left, 32 of how far before the mail's end, 12 of the program.")
+        b.comment(
+            "20 bits of tiles left, 32 of words before the exchange's end, 12 of the program."
+        )
         b.sub(before, word, self._record)
         b.shr(before, before, 2)
         b.narrow(low, before.as_("u64"))
