@@ -61,7 +61,10 @@ class Calibration:
     catch_up: bool = True
 
     def __post_init__(self):
-        tokens = np.asarray(self.tokens)
+        try:
+            tokens = np.asarray(self.tokens)
+        except ValueError:  # rows of several lengths
+            tokens = np.empty(0)
         if tokens.ndim != 2 or not tokens.size:
             raise ValueError(
                 "Calibration takes sequences of one length, tokens [n, T] of at least one each; "
@@ -69,6 +72,9 @@ class Calibration:
             )
         if not np.issubdtype(tokens.dtype, np.integer):
             raise TypeError(f"Tokens are integers, got {tokens.dtype}.")
+        if tokens.min() < 0 or tokens.max() >= 2**31:
+            wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+            raise ValueError(f"Tokens are numbers of a vocabulary, from 0 on; got {wrong}.")
         object.__setattr__(self, "tokens", tokens.astype(np.int32))
         if type(self.batch) is not int or self.batch < 1:
             raise ValueError(f"A batch holds at least one sequence, got batch={self.batch!r}.")
@@ -203,9 +209,9 @@ def _rounded(
         made, sound = _round(weight, *sums, jnp.float32(dampening), **how)
         if sound:
             return made
-        if not np.isfinite(np.asarray(sums[0])).all():
+        if not all(np.isfinite(np.asarray(one)).all() for one in sums if one is not None):
             raise ValueError(
-                f"Calibration sums up squares of what matrices are given, and those of {what} are "
+                f"Calibration sums up products of what matrices are given, and those of {what} are "
                 "not finite numbers. See `ffjax doctor`; or leave out the calibration."
             )
         dampening = max(_TENFOLD * dampening, _LEAST_RAISED)
@@ -228,7 +234,8 @@ def _round(
     """Integers and scales of a matrix, and whether they are any."""
     made = factor(hessian, dampening, order)
     weight = weight if missed is None else shifted(weight, missed, made)
-    return round_calibrated(weight, made, format), made.sound
+    sound = made.sound if missed is None else made.sound & jnp.isfinite(missed).all()
+    return round_calibrated(weight, made, format), sound
 
 
 @jax.jit

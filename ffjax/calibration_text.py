@@ -30,7 +30,8 @@ def calibration_tokens(
 
     Args:
         texts: the bytes of each file, UTF-8 where the tokens are not bytes.
-        tokenizer: the model's, as `ffjax.load_tokenizer` returns it; None: bytes.
+        tokenizer: the model's, as `ffjax.load_tokenizer` returns it; None: tokens are bytes, as
+            those of the shipped model.
         sequences: n, at most.
         length: T, tokens of each.
 
@@ -38,6 +39,7 @@ def calibration_tokens(
         int32 `[n, T]`.
 
     Raises:
+        TypeError: the texts are no sequence of bytes.
         ValueError: there are no tokens; a text is not UTF-8; sequences or length is not positive,
             or has no room for what the tokenizer puts before a text.
     """
@@ -45,6 +47,12 @@ def calibration_tokens(
         raise ValueError(
             "Calibration needs at least one sequence of at least one token; got "
             f"sequences={sequences}, length={length}."
+        )
+    if isinstance(texts, str | bytes) or not all(isinstance(text, bytes) for text in texts):
+        raise TypeError(
+            "Calibration reads several texts, a list of bytes, one for each file; got "
+            f"{'one' if isinstance(texts, str | bytes) else 'other things in the list'}. "
+            "Path.read_bytes() has a file's."
         )
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
     before: list[int] = []

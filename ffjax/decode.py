@@ -88,7 +88,8 @@ class DecodeOutput(NamedTuple):
         token: int32 `[B]`, or `[B, T]`: the greedy choice behind each token, the lowest id of equal
             logits. Where a logit is NaN it is that one's, or -1 where the kernel gave up.
         hidden: float32 `[B, n, D]`, or `[B, T, n, D]`: the residual behind each of the n layers
-            that were asked for, in that order; None if none were.
+            that were asked for, in that order; None if none were. Those of tokens that do not
+            count (`live`) are of no use, nor are any where the kernel gave up.
     """
 
     cache: KVCache
@@ -450,7 +451,7 @@ def fused_step(
     """
     tokens = _checked(model, cache, tokens)
     live, each = _checked_live(live, tokens), _tokens_each(tokens)
-    layers = checked_layers(hidden_layers, model.config) if len(hidden_layers) else ()
+    layers = checked_layers(hidden_layers, model.config, some=False)
     gpu = INTERPRETER if interpret else Gpu.of(device_of(model))
     reason = _why_not(model.config, model.dtype, cache.batch, cache.capacity, each, gpu)
     if reason is not None or gpu is None:
@@ -499,7 +500,7 @@ def reference_step(
     """
     tokens = _checked(model, cache, tokens)
     live = _checked_live(live, tokens)
-    layers = checked_layers(hidden_layers, model.config) if len(hidden_layers) else ()
+    layers = checked_layers(hidden_layers, model.config, some=False)
     tokens = jnp.clip(tokens, 0, model.config.vocab_size - 1)
     cache = dataclasses.replace(cache, lengths=jnp.maximum(cache.lengths, 0))
     before = cache.lengths

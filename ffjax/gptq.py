@@ -34,6 +34,8 @@ Order = Literal["stored", "largest"]
 """In which order inputs are rounded: as they are stored, or those first that matter most."""
 
 _HIGHEST = lax.Precision.HIGHEST
+# Of the most that an input counts. Not 0: where a group has no other inputs, its scale is theirs.
+_NEXT_TO_NOTHING = 1e-12
 
 
 class Factor(NamedTuple):
@@ -44,12 +46,16 @@ class Factor(NamedTuple):
             `[in, in]`.
         order: which input is rounded when: int32 `[in]`; None: as they are stored.
         unit: float32, what H was divided by before.
+        matters: float32 `[in]`, in the same order: how much the squared error of each input counts
+            that later ones cannot make up for, 1 / U[i, i]^2. An input that was 0 all along counts
+            next to nothing, where others are.
         sound: bool, whether float32 has such a U.
     """
 
     upper: Array
     order: Array | None
     unit: Array
+    matters: Array
     sound: Array
 
 
@@ -81,7 +87,9 @@ def factor(hessian: Array, dampening: Array | float, order: Order = "stored") ->
     scaled = jnp.where(eye == 1, jnp.where(dead, 1, damped / unit), hessian / unit)
     lower = lax.linalg.cholesky(scaled[::-1, ::-1], symmetrize_input=False)
     upper = solve_triangular(lower[::-1, ::-1], eye, lower=False)
-    return Factor(upper, places, unit, jnp.isfinite(upper).all())
+    matters = 1 / jnp.square(jnp.diagonal(upper))
+    matters = jnp.where(dead & ~dead.all(), _NEXT_TO_NOTHING * matters.max(), matters)
+    return Factor(upper, places, unit, matters, jnp.isfinite(upper).all())
 
 
 def shifted(weight: Array, missed: Array, made: Factor) -> Array:
@@ -141,12 +149,15 @@ def _columns(block: Array, upper: Array, scales: Array, format: WeightFormat) ->
     return made
 
 
-def _groups(block: Array, upper: Array, format: WeightFormat) -> tuple[_Made, Array]:
+def _groups(
+    block: Array, upper: Array, matters: Array, format: WeightFormat
+) -> tuple[_Made, Array]:
     """Rounds the groups of a block, each with the scale that is best when its turn comes.
 
     Args:
         block: the weights, float32 `[n, out]`.
         upper: U of these inputs, `[n, n]`.
+        matters: of these, `[n]`; see `Factor`.
         format: what to round to.
 
     Returns:
@@ -155,22 +166,18 @@ def _groups(block: Array, upper: Array, format: WeightFormat) -> tuple[_Made, Ar
     size = format.group_size
     assert size is not None
 
-    def one(left: Array, at: tuple[Array, Array]) -> tuple[Array, tuple[_Made, Array]]:
-        k, rows = at
+    def one(left: Array, at: tuple[Array, Array, Array]) -> tuple[Array, tuple[_Made, Array]]:
+        k, rows, matters = at
         group = lax.dynamic_slice_in_dim(left, k * size, size)
         own = lax.dynamic_slice_in_dim(rows, k * size, size, axis=1)
-        scale = best_scales(group.T[:, None], format, _matters(own)[None])[:, 0]
+        scale = best_scales(group.T[:, None], format, matters[None])[:, 0]
         made = _columns(group, own, jnp.broadcast_to(scale, (size, *scale.shape)), format)
         return left - _spread(rows, made.errors), (made, scale)
 
     rows = upper.reshape(-1, size, len(block))
-    _, (made, scales) = lax.scan(one, block, (jnp.arange(len(rows)), rows))
+    each = jnp.arange(len(rows)), rows, matters.reshape(-1, size)
+    _, (made, scales) = lax.scan(one, block, each)
     return _Made(*(x.reshape(block.shape) for x in made)), scales
-
-
-def _matters(upper: Array) -> Array:
-    """How much the squared error of each input counts that later ones cannot make up for: `[n]`."""
-    return 1 / jnp.square(jnp.diagonal(upper))
 
 
 def _spread(upper: Array, errors: Array) -> Array:
@@ -200,10 +207,11 @@ def round_calibrated(weight: Array, made: Factor, format: WeightFormat) -> tuple
     more = blocks * BLOCK - inputs  # inputs behind the others, whose weights are 0
     behind = jnp.diag((jnp.arange(blocks * BLOCK) >= inputs).astype(jnp.float32))
     rows = (jnp.pad(made.upper, (0, more)) + behind).reshape(blocks, BLOCK, -1)
+    matters = jnp.pad(made.matters, (0, more), constant_values=1).reshape(blocks, BLOCK)
     left, each, scales = weight.T, None, None
     if made.order is not None or format.group_size is None:
-        matters = _in_place(_matters(made.upper), made).reshape(-1, size)
-        scales = best_scales(in_groups(weight, format), format, matters)
+        stored = _in_place(made.matters, made).reshape(-1, size)
+        scales = best_scales(in_groups(weight, format), format, stored)
         each = jnp.repeat(scales.swapaxes(0, 1), size, axis=0)  # of each input
         if made.order is not None:
             left, each = left[made.order], each[made.order]
@@ -211,19 +219,19 @@ def round_calibrated(weight: Array, made: Factor, format: WeightFormat) -> tuple
         each = each.reshape(blocks, BLOCK, *each.shape[1:])
 
     def block(
-        left: Array, at: tuple[Array, Array, Array | None]
+        left: Array, at: tuple[Array, Array, Array, Array | None]
     ) -> tuple[Array, tuple[Array, Array | None]]:
-        k, rows, each = at
+        k, rows, matters, each = at
         here = lax.dynamic_slice_in_dim(left, k * BLOCK, BLOCK)
         own = lax.dynamic_slice_in_dim(rows, k * BLOCK, BLOCK, axis=1)
         if each is None:
-            made, found = _groups(here, own, format)
+            made, found = _groups(here, own, matters, format)
         else:
             made, found = _columns(here, own, each, format), None
         return left - _spread(rows, made.errors), (made.numbers, found)
 
     start = jnp.pad(left, ((0, more), (0, 0)))
-    _, (numbers, found) = lax.scan(block, start, (jnp.arange(blocks), rows, each))
+    _, (numbers, found) = lax.scan(block, start, (jnp.arange(blocks), rows, matters, each))
     if found is not None:
         scales = found.reshape(-1, *found.shape[2:])[: inputs // size].swapaxes(0, 1)
     numbers = _in_place(numbers.reshape(-1, out)[:inputs], made)

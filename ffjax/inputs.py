@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from ffjax.cache import KVCache, check_cache
 from ffjax.config import ModelConfig
@@ -62,23 +66,33 @@ def checked_inputs(inputs: Any, config: ModelConfig) -> Array:
     return inputs.astype(jnp.float32)
 
 
-def checked_layers(layers: Any, config: ModelConfig) -> tuple[int, ...]:
+def checked_layers(layers: Any, config: ModelConfig, *, some: bool = True) -> tuple[int, ...]:
     """Layers whose hidden states are asked for.
 
     Args:
         layers: their numbers, 0 to L, each once; 0 is the embedding.
         config: the model's.
+        some: whether there has to be one.
 
     Raises:
         ValueError: there is no such layer, one is named twice, or none is named.
-        TypeError: they are no integers.
+        TypeError: they are no sequence of integers, or traced.
     """
     rule = f"Hidden states are those behind layers 1 to {config.num_layers} of {config.name}, or 0"
+    if any(isinstance(layer, Tracer) for layer in jax.tree.leaves(layers)):
+        raise TypeError(
+            f"{rule}, the embedding: numbers that a program is compiled for; got traced ones. Bind "
+            "them by functools.partial, or name them in static_argnames."
+        )
+    if not isinstance(layers, Sequence | np.ndarray) or isinstance(layers, str | bytes):
+        raise TypeError(f"{rule}, the embedding: a sequence of integers; got {layers!r}.")
     try:
         chosen = tuple(operator.index(layer) for layer in layers)
     except TypeError:
         raise TypeError(f"{rule}, the embedding: a sequence of integers; got {layers!r}.") from None
-    if not chosen or len(set(chosen)) < len(chosen):
+    if some and not chosen:
+        raise ValueError(f"{rule}, the embedding, at least one of them; got none.")
+    if len(set(chosen)) < len(chosen):
         raise ValueError(f"{rule}, the embedding, each named once; got {list(chosen)}.")
     if wrong := [layer for layer in chosen if not 0 <= layer <= config.num_layers]:
         raise ValueError(f"{rule}, the embedding; got {wrong[0]}.")

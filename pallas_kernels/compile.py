@@ -155,10 +155,11 @@ def compile_for(
         reason = why_not_on(wanted.gpu, dims)
     if reason is None:
         reason = why_not_backend(backend, wanted.gpu)
-    if reason is None and not all(0 <= layer <= dims.num_layers for layer in hidden_layers):
+    there = all(0 <= layer <= dims.num_layers for layer in hidden_layers)
+    if reason is None and not (there and len(set(hidden_layers)) == len(hidden_layers)):
         reason = (
-            f"Hidden states are those behind layers 1 to {dims.num_layers}, or 0, the embedding; "
-            f"got {', '.join(map(str, hidden_layers))}."
+            f"Hidden states are those behind layers 1 to {dims.num_layers}, or 0, the embedding, "
+            f"each named once; got {', '.join(map(str, hidden_layers))}."
         )
     if reason is not None:
         raise ValueError(reason)

@@ -163,6 +163,7 @@ REFUSED = {
     "a label that stands nowhere": lambda b, u, f, p, w: b.bra(b.label("here")),
     "a label in two places": lambda b, u, f, p, w: [b.mark(x) for x in [b.label("here")] * 2],
     "a name that compilers take": lambda b, u, f, p, w: b.u32("r1"),
+    "a name of PTX's own": lambda b, u, f, p, w: b.u32("laneid"),
     "a name that PTX does not take": lambda b, u, f, p, w: b.u32("%x"),
     "results behind operands": lambda b, u, f, p, w: (b.operands(x="u32"), b.results("u32")),
     "a comment that compilers read": lambda b, u, f, p, w: b.comment("of $1"),

@@ -34,6 +34,7 @@ from ffjax.benchmark.report import as_data, as_text
 from ffjax.benchmark.suite import Point, Report, Sweep, Traffic
 from ffjax.benchmark.timing import DecodeLoop, Timing, time_loops
 from ffjax.cli import main
+from ffjax.commands import bench
 from ffjax.config import PRESETS
 from ffjax.decode import DecodeOutput, reference_step
 from ffjax.model import Transformer
@@ -632,6 +633,12 @@ def test_backends_that_cannot_be_timed_are_a_sentence(capsys, more, sentence):
     with contextlib.suppress(SystemExit):
         assert main(["bench", "--config", "python-bytes-3m", *more])
     assert sentence in capsys.readouterr().err
+
+
+def test_triton_is_not_timed_where_there_is_none(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "why_not_backend", lambda name: f"{name} is not there.")
+    assert main(["bench", "--config", "python-bytes-3m", "--backend", "triton,mosaic_gpu"]) == 2
+    assert "--backend triton: triton is not there." in capsys.readouterr().err
 
 
 def test_a_loop_whose_runs_differ_is_found_out():

@@ -188,11 +188,20 @@ def test_dampening_is_raised_where_float32_needs_it():
 # What is refused
 
 
+@pytest.mark.parametrize("texts", ["text", b"text", ["text"]])
+def test_calibration_texts_are_bytes_of_several_files(texts):
+    with pytest.raises(TypeError, match="several texts, a list of bytes, one for each file"):
+        calibration_tokens(texts)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "sentence"),
     [
         ({"tokens": [1, 2]}, ValueError, r"tokens \[n, T\] .* got shape \(2,\)"),
         ({"tokens": np.zeros((0, 4), int)}, ValueError, r"got shape \(0, 4\)"),
+        ({"tokens": [[1, 2], [3]]}, ValueError, r"sequences of one length, tokens \[n, T\]"),
+        ({"tokens": [[2**32 + 5]]}, ValueError, "from 0 on; got 4294967301"),
+        ({"tokens": [[-1]]}, ValueError, "from 0 on; got -1"),
         ({"tokens": [[0.5]]}, TypeError, "Tokens are integers, got float64"),
         ({"batch": 0}, ValueError, "at least one sequence, got batch=0"),
         ({"dampening": 1.5}, ValueError, "from 0 to 1, got 1.5"),

@@ -279,7 +279,10 @@ def test_a_line_that_is_wrong_is_named_before_anything_runs(
     ("more", "sentence"),
     [
         (["--prompt", "a", "--prompts", "x"], "--prompts: not allowed with argument --prompt."),
-        (["--prompt", "a", "--prompt", "b"], "--prompt is given once. For many prompts write"),
+        (
+            ["--prompt", "a", "--prompt", "b"],
+            "--prompt is given once. Many prompts stand in",
+        ),
         (["--prompt-file", "no/such"], "no/such: no such file or directory."),
         (["--prompts", "."], ".: is a directory."),
         (["--prompt", "a", "--top-p", "0"], "--top-p: a number above 0, at most 1, is needed"),

@@ -451,6 +451,16 @@ def test_stretched_waves_that_are_not_supported(name, fields, match, tmp_path):
     refused(write_gguf(tmp_path / "x.gguf", model, **fields), match)
 
 
+@pytest.mark.parametrize(
+    ("name", "factors"), [("qwen3", "rope_factors_long.weight"), ("phi3", "rope_freqs.weight")]
+)
+def test_factors_that_the_architecture_has_not(name, factors, tmp_path):
+    def change(tensors):
+        tensors[factors] = np.ones(8, np.float32)
+
+    refused(write_gguf(tmp_path / "x.gguf", name, tensors=change), f"1 unknown: {factors}")
+
+
 def test_one_of_two_tensors_of_factors(tmp_path):
     def change(tensors):
         del tensors["rope_factors_long.weight"]

@@ -198,6 +198,26 @@ def test_pieces_are_those_of_sentencepiece(first, trained_spm, tmp_path):
     assert found.special_tokens["unk_token"] == "<unk>"
 
 
+def test_special_tokens_of_phi3_swallow_the_spaces_behind_them(tmp_path):
+    """As its tokenizer.json has them, and no field of the file says: `rstrip`."""
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>", "<|assistant|>"]
+    data = trained_pieces(special)
+    more = {"bos_token_id": 1, "eos_token_id": 3, "unknown_token_id": 0}
+    fields = fields_of(data, "llama", **more)
+    model = HFModel(5, {**MODELS["phi3"].settings, "vocab_size": 2000}, "phi3")
+    text = "<|user|>\nabc<|end|>\n<|assistant|>\n"
+    ids = reads(write_gguf(tmp_path / "p.gguf", model, **fields)).encode(text)
+    llama = reads(written(tmp_path, **fields)).encode(text)
+    newline = data["model"]["vocab"]["<0x0A>"]
+    assert (ids.count(newline), llama.count(newline)) == (0, 3)
+    for found in (ids, llama):
+        assert [special[i] for i in found if i < len(special)] == [
+            *("<s>", "<|user|>", "<|end|>", "<|assistant|>")
+        ]
+    kept = reads(tmp_path / "p.gguf").encode("<|endoftext|>\n")
+    assert kept.count(newline) == 1
+
+
 def test_pieces_never_make_a_byte(trained_spm, tmp_path):
     data = copy.deepcopy(trained_spm)
     for text in ("<", ">", "<0", "x4", "<0x4", "1>"):

@@ -132,6 +132,21 @@ def test_an_input_that_was_never_there_keeps_its_weights(order):
 
 
 @both_orders
+def test_an_input_that_was_never_there_has_no_say_in_a_scale(order):
+    x, dead = inputs(), [0, 5, 40, 159]
+    x[:, dead] = 0
+    made = jax.jit(factor, static_argnames="order")(x.T @ x, 0.01, order=order)
+    stored = np.empty(IN, np.float32)
+    stored[np.arange(IN) if made.order is None else np.asarray(made.order)] = made.matters
+    live = np.delete(stored, dead)
+    assert live.min() > 0
+    assert (stored[dead] < 1e-3 * live.min()).all()
+    # Where there are no others, all count alike.
+    none = jax.jit(factor, static_argnames="order")(np.zeros((IN, IN), np.float32), 0.01)
+    assert (np.asarray(none.matters) == 1).all()
+
+
+@both_orders
 def test_fewer_tokens_than_inputs_do(order):
     x, weight, format = inputs(tokens=30), matrix(), int4(32)
     integers, scale, sound = program(format, order)(weight, x.T @ x)

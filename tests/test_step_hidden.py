@@ -172,6 +172,8 @@ BAD = {
     "a negative one": ([0, -1], ValueError, "the embedding; got -1"),
     "twice": ([1, 1], ValueError, re.escape("each named once; got [1, 1]")),
     "no integer": ([1.5], TypeError, re.escape("a sequence of integers; got [1.5]")),
+    "no sequence": (2, TypeError, "a sequence of integers; got 2"),
+    "a set": ({1, 2}, TypeError, "a sequence of integers; got {1, 2}"),
 }
 
 
@@ -184,3 +186,12 @@ def test_layers_that_there_are_not_get_a_sentence(what):
         decode_step(model, cache, jnp.array([1]), hidden_layers=layers, implementation="xla")
     with pytest.raises(error, match=sentence):
         model.hidden_states(jnp.array([[1]]), layers=layers)
+
+
+def test_layers_are_what_a_program_is_compiled_for():
+    model, cache = random_model(small_config()), filled_cache(small_config(), [3], 8)
+    call = nnx.jit(decode_step, static_argnames="implementation")
+    with pytest.raises(TypeError, match=r"compiled for; got traced ones\. Bind them by functools"):
+        call(model, cache, jnp.array([1]), hidden_layers=(1,), implementation="xla")
+    with pytest.raises(ValueError, match="at least one of them; got none"):
+        model.hidden_states(jnp.array([[1]]), layers=[])

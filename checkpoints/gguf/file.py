@@ -142,10 +142,10 @@ def _by_table(
 ) -> dict[str, GGUFTensor]:
     """The tensors by their names in the table, each with what is to be undone."""
     table = {gguf_name(slot): slot for mine in slots.values() for slot in mine}
+    factors = (SHORT_FACTORS, LONG_FACTORS) if architecture == "phi3" else (ROPE_FACTORS,)
     tensors = {}
     for tensor in header.tensors:
-        if tensor.name in (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS):
-            # Read with the configuration.
+        if tensor.name in factors:  # read with the configuration
             continue
         if (slot := table.get(tensor.name)) is None:
             tensors[tensor.name] = tensor

@@ -178,7 +178,7 @@ def read_long_rope(
     }
     growth = metadata.number(f"{scaling}attn_factor", "float", 1.0)
     stretched = max(1.0, context / original)
-    usual = math.sqrt(1 + math.log(stretched) / math.log(original))
+    usual = math.sqrt(1 + math.log(stretched) / math.log(max(2, original)))
     if not math.isclose(growth, usual, rel_tol=_NEAR):  # else as Hugging Face says it: not at all
         table["attention_factor"] = growth
     data["rope_scaling"] = table

@@ -44,11 +44,12 @@ def tokenizer_files(header: Header) -> dict[str, dict[str, Any]]:
         raise metadata.unsupported(f"{START}model", kind, *_MODELS)
     vocabulary = read_vocabulary(metadata)
     parts, bos = _MODELS[kind](metadata, vocabulary)
+    swallow = kind == "llama" and metadata.get("general.architecture") == "phi3"
     data = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added_tokens(vocabulary),
+        "added_tokens": added_tokens(vocabulary, swallow),
         **parts,
         "post_processor": _around(metadata, vocabulary, bos),
     }

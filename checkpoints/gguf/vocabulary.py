@@ -27,6 +27,9 @@ _ROLES = {
     "mask_token": "mask_token_id",
 }
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Of Phi 3, whose other special tokens swallow the spaces behind them: no field says so, and
+# llama.cpp knows it by the model's name.
+_KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 # Special tokens that end a text in every model that has them.
 _END_TEXTS = {
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
@@ -105,8 +108,13 @@ def _role(metadata: Metadata, field: str, texts: list[str]) -> str | None:
     return texts[index]
 
 
-def added_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """The added_tokens of tokenizer.json: those that a text may spell out, in the order of ids."""
+def added_tokens(vocabulary: Vocabulary, swallow: bool = False) -> list[dict[str, Any]]:
+    """The added_tokens of tokenizer.json: those that a text may spell out, in the order of ids.
+
+    Args:
+        vocabulary: the tokens.
+        swallow: whether they take the spaces behind them along, as Phi 3's do.
+    """
     special = {text for text in vocabulary.roles.values() if text is not None}
     return [
         {
@@ -114,7 +122,7 @@ def added_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
             "content": text,
             "single_word": False,
             "lstrip": False,
-            "rstrip": False,
+            "rstrip": swallow and text not in _KEEP_SPACES,
             "normalized": False,
             "special": text in special or vocabulary.kinds[index] in (_UNKNOWN, _CONTROL),
         }

@@ -72,7 +72,8 @@ class Sweep:
 
     def __post_init__(self):
         limit = self.config.max_context
-        check_asked(self.config, self.batches, self.steps, self.repetitions, self.implementation)
+        for name in (self.implementation, *self.others):
+            check_asked(self.config, self.batches, self.steps, self.repetitions, name)
         if not self.positions or min(self.positions) < 0:
             raise ValueError(f"A position is 0 or more, got {listed(self.positions)}.")
         if not self.tokens or min(self.tokens) < 1:
@@ -211,7 +212,7 @@ def run(sweep: Sweep, say: Callable[[str], None] = lambda text: None) -> Report:
     """
     device = default_device()
     # The baseline has copies of all; the reference is checked against it.
-    copies = 2 if sweep.baseline or sweep.implementation == "xla" else 1
+    copies = 2 if sweep.baseline or "xla" in (sweep.implementation, *sweep.others) else 1
     slots = max(b * capacity_for(p, sweep.steps, t) for b, p, t in _grid(sweep))
     advice = "a smaller batch or position" + (", or leave --compare out" * sweep.baseline)
     check_memory(device, sweep.config, slots, copies, copies + len(sweep.others), advice)

@@ -34,6 +34,7 @@ from typing import Any
 from ffjax.commands.implementations import add_implementation
 from ffjax.commands.options import spans, whole, wholes
 from ffjax.commands.sizes import add_size_arguments, chosen_sizes
+from pallas_kernels.backends import why_not_backend
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -168,6 +169,10 @@ def _run_steps(args: argparse.Namespace) -> list[str]:
     from ffjax.benchmark import plot, report, suite
 
     named: Any = args.backend or (args.implementation,)
+    # Without Triton, "pallas" is the other one.
+    asked = args.backend is not None and "pallas" in named
+    if asked and (reason := why_not_backend("triton")) is not None:
+        raise ValueError(f"--backend triton: {reason}")
     sweep = suite.Sweep(
         **_asked(args) | {"implementation": named[0]},
         others=named[1:],

@@ -54,8 +54,8 @@ class _Once(argparse.Action):
         """Takes the value of one option of the command line."""
         if getattr(namespace, self.dest) is not None:
             parser.error(
-                f"{option_string} is given once. For many prompts write them to a file, one a "
-                "line, and give --prompts FILE."
+                f"{option_string} is given once. Many prompts stand in one file, one a line, which "
+                "--prompts FILE reads."
             )
         setattr(namespace, self.dest, values)
 

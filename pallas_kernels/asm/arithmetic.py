@@ -129,10 +129,6 @@ class Arithmetic(Writer):
         """`abs.f32`: the magnitude."""
         self._floats("abs", to, a)
 
-    def neg(self, to: Register, a: Value) -> None:
-        """`neg.f32`: -a."""
-        self._floats("neg", to, a)
-
     def ex2(self, to: Register, a: Value) -> None:
         """`ex2.approx.ftz.f32`: 2 to the power a, within 2^-22; denormals are 0."""
         self._floats("ex2.approx.ftz", to, a)

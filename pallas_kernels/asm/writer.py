@@ -23,8 +23,11 @@ from pallas_kernels.asm.registers import (
 __all__ = ["Writer"]
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
-# What compilers call the registers around a text, which its own would hide: %r1, %rd2.
-_TAKEN = re.compile(r"[a-z]{1,2}\d+")
+# What compilers call the registers around a text, which its own would hide: %r1, %rd2. And what PTX
+# calls its own: %tid, %laneid.
+_TAKEN = re.compile(
+    r"[a-z]{1,2}\d+|n?(tid|warpid|ctaid|smid)|laneid|gridid|clock(64)?|globaltimer|lanemask_.*|pm\d+"
+)
 # Registers that a line declares.
 _A_LINE = 8
 
@@ -69,10 +72,6 @@ class Writer:
         """Declares what is bound to the text, behind its results: types by name."""
         return [self._bind(kind, "", name) for name, kind in kinds.items()]
 
-    def operand(self, kind: str, name: str) -> Register:
-        """One more of these."""
-        return self._bind(kind, "", name)
-
     def operand_list(self, kind: str, name: str, count: int) -> list[Register]:
         """Several more of a name."""
         return [self._bind(kind, "", name) for _ in range(count)]
@@ -98,7 +97,7 @@ class Writer:
         if not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
             raise AsmError(
                 f"{name!r} names no register or label: lower case, digits and _, and not one or two"
-                " letters with a number, as compilers call theirs."
+                " letters with a number, as compilers call theirs, nor a name of PTX's own."
             )
         numbers = (f"{name}_{i}" for i in itertools.count(2))
         fresh = next(x for x in itertools.chain([name], numbers) if x not in self._names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -121,14 +122,14 @@ class Operation:
         Args:
             operands: int32, float32 or bool, all of one shape, or scalars, which are spread to it;
                 or a `Pointer`. A bool comes as 0 or 1.
-            results: their dtypes. None: the text makes nothing.
+            results: their dtypes; empty where the text makes nothing.
             early: whether a result may be set before the last operand has been read.
             together: elements of an array that a thread takes at once: the text is then of a list
                 of registers for each result, and for each operand. None: of one register.
             options: what the text is written by; hashable.
 
         Returns:
-            The results, of the operands' shape, `(1,)` where all are scalars. Where there are
+            The results, of the operands' shape, `(1,)` where all are scalars. Where the text makes
             none, one of no use: a branch of a `cond` must have a result.
         """
         refs: list[Any] = []
@@ -238,8 +239,11 @@ class Operation:
 
 
 def _names(write: Callable[..., None]) -> Iterator[str]:
-    """What a text's results and operands are called in the function that writes it."""
+    """What a text's results and operands are called in the function that writes it.
+
+    Those that a `*name` takes have that name, however many they are.
+    """
     for parameter in [*inspect.signature(write).parameters.values()][1:]:
-        while parameter.kind is parameter.VAR_POSITIONAL:
-            yield parameter.name
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            yield from itertools.repeat(parameter.name)
         yield parameter.name
