@@ -302,7 +302,9 @@ def test_quantize_with_a_text_from_the_command_line(place, capsys):
     asked += ["--calibrate", str(place / "b.txt"), "--sequences", "6", "--length", "16"]
     asked += ["--calibrate-batch", "3", "--dampening", "0.02", "--no-catching-up"]
     assert main(asked) == 0
-    assert "int4 in groups of 32: qkv, attn_out, gate_up, down" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "int4 in groups of 32: qkv, attn_out, gate_up, down" in printed.out
+    assert "calibrating with " in printed.err
     texts = [(place / name).read_bytes() for name in ("a.txt", "b.txt")]
     tokens = calibration_tokens(texts, sequences=6, length=16)
     how = Calibration(tokens=tokens, batch=3, dampening=0.02, catch_up=False)

@@ -200,6 +200,14 @@ def _calibration(
         sequences=args.sequences or SEQUENCES,
         length=args.length or min(LENGTH, config.max_context),
     )
+    # A text may be too short for as many; inputs of a matrix want several times as many tokens.
+    most = max(config.model_dim, config.num_heads * config.head_dim, config.ffw_dim)
+    few = f", fewer than the {most} inputs of a matrix: a longer text rounds better"
+    print(
+        f"calibrating with {tokens.shape[0]} sequences of {tokens.shape[1]} tokens"
+        f"{few if tokens.size < most else ''}",
+        file=sys.stderr,
+    )
     return Calibration(
         tokens=tokens,
         batch=args.calibrate_batch or 4,
