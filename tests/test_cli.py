@@ -71,7 +71,8 @@ def _expected(model, **options) -> list[int]:
 
 
 def _arguments(path, *more) -> list[str]:
-    return ["generate", "--model", path, "--prompt", PROMPT, "--max-new-tokens", "40", *more]
+    prompt = [] if "--prompt" in more else ["--prompt", PROMPT]
+    return ["generate", "--model", path, *prompt, "--max-new-tokens", "40", *more]
 
 
 def test_text_goes_to_stdout_and_figures_to_stderr(model, path, capsys):

@@ -319,9 +319,12 @@ def test_rope_of_the_presets_matches_hugging_face(name):
 
 def test_records_say_what_made_them_and_are_small():
     files = sorted(GOLDENS.glob("*.npz"))
-    assert {file.stem for file in files} == {*MODELS, "rope", "lora"}
+    assert {file.stem for file in files} == {*MODELS, "rope", "lora", "quantized"}
     for file in files:
         golden = recorded(file.stem)
+        if file.stem == "quantized":
+            golden = dict(one.split() for one in golden["versions"])
+            assert golden["gptqmodel"][0].isdigit() and golden["compressed-tensors"][0].isdigit()
         if file.stem == "lora":
             golden = ast.literal_eval(str(golden["versions"]))
             assert golden["peft"][0].isdigit(), file
