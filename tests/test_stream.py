@@ -219,5 +219,5 @@ def test_of_equal_logits_the_lowest_token_wins():
     head = head.at[jnp.array([100, 1])].set(model.head_weight[best])
     plan = make_stream_plan(dims_of(config, 2, 16), INTERPRETER)
     for rows, want in ((head, [2, 1]), (jnp.ones_like(head), [0, 0])):
-        logits, token, _ = stream(plan)(weights._replace(head=rows), state, tokens)
+        logits, token, *_ = stream(plan)(weights._replace(head=rows), state, tokens)
         assert token.tolist() == np.argmax(logits, axis=-1).tolist() == want
