@@ -57,8 +57,9 @@ def compile_step(plan: StreamPlan, config: str, hidden_layers: tuple[int, ...] =
     weights = jax.tree.map(lambda x: spec(*x.shape, dtype=x.dtype), d.abstract_weights())
 
     def decode_step(weights, state, tokens):
-        how = {"hidden_layers": hidden_layers}
-        logits, token, state, hidden = stream_step(plan, weights, state, tokens, **how)
+        logits, token, state, hidden = stream_step(
+            plan, weights, state, tokens, hidden_layers=hidden_layers
+        )
         # The state first: a donated buffer becomes the first output of its shape.
         return state, logits, token, hidden
 
