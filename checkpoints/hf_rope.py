@@ -16,7 +16,14 @@ from ffjax.config import (
     YarnRopeScaling,
 )
 
-__all__ = ["Rope", "read_rope", "write_rope"]
+__all__ = [
+    "Rope",
+    "growth_of_long",
+    "growth_of_yarn",
+    "part_of_head",
+    "read_rope",
+    "write_rope",
+]
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 _ORIGINAL, _PART = "original_max_position_embeddings", "partial_rotary_factor"
@@ -215,16 +222,12 @@ def _scaling(
 
 def _yarn(fields: Fields, inner: Fields, factor: float, *, nested: bool) -> YarnRopeScaling:
     """YaRN, as transformers' `_compute_yarn_parameters` reads it."""
-
-    def growth(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     attention = inner.number("attention_factor", "float?")
     above, below = inner.number("mscale", "float?"), inner.number("mscale_all_dim", "float?")
     if attention is None:
-        attention = growth(1.0)
+        attention = growth_of_yarn(factor)
         if above is not None and below is not None:
-            attention = growth(above) / growth(below)
+            attention = growth_of_yarn(factor, above) / growth_of_yarn(factor, below)
     truncate = True if (said := inner.take("truncate")) is None else said
     if not isinstance(truncate, bool) or (nested and not truncate):
         # transformers looks for it beside the tables of the kinds of layers.
@@ -244,7 +247,7 @@ def _long(fields: Fields, inner: Fields, max_context: int, pairs: int) -> LongRo
     original = inner.number(_ORIGINAL, "int")
     factor, attention = inner.number("factor", "float?"), inner.number("attention_factor", "float?")
     if attention is None:
-        attention = _growth_of_long(factor or max_context / original, original)
+        attention = growth_of_long(factor or max_context / original, original)
 
     def factors(name: str) -> tuple[float, ...]:
         value = inner.take(name)
@@ -266,9 +269,20 @@ def _long(fields: Fields, inner: Fields, max_context: int, pairs: int) -> LongRo
     )
 
 
-def _growth_of_long(factor: float, original: int) -> float:
+def growth_of_yarn(factor: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies cosines and sines by, where nothing says it."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def growth_of_long(factor: float, original: int) -> float:
     """What LongRoPE multiplies cosines and sines by, where nothing says it."""
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(max(2, original)))
+
+
+def part_of_head(rotated: int, head_dim: int) -> float:
+    """The partial_rotary_factor that makes so many of a head's elements, rounded down."""
+    part = rotated / head_dim
+    return part if int(head_dim * part) == rotated else math.nextafter(part, 1)
 
 
 def rope_in(config: ModelConfig) -> Rope:
@@ -289,9 +303,8 @@ def write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
     if rope.theta_local is not None and family.local_rope == "own":
         fields["rope_local_base_freq"] = rope.theta_local
     if family.partial_rope:
-        part = 1.0 if rope.pairs is None else 2 * rope.pairs / config.head_dim
-        # What is rounded down again gives the same number of elements.
-        fields[_PART] = part if int(config.head_dim * part) % 2 == 0 else math.nextafter(part, 1)
+        rotated = config.head_dim if rope.pairs is None else 2 * rope.pairs
+        fields[_PART] = part_of_head(rotated, config.head_dim)
         fields[_ORIGINAL] = config.max_context
     match rope.scaling:
         case YarnRopeScaling() as scaling:
@@ -313,7 +326,7 @@ def write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
                 "short_factor": list(scaling.short_factors),
                 "long_factor": list(scaling.long_factors),
             }
-            usual = _growth_of_long(config.max_context / original, original)
+            usual = growth_of_long(config.max_context / original, original)
             if scaling.attention_factor != usual:
                 fields["rope_scaling"]["attention_factor"] = scaling.attention_factor
             if family.partial_rope:

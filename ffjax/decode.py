@@ -506,11 +506,11 @@ def reference_step(
     before = cache.lengths
     rows, hidden = tokens.reshape(len(tokens), -1), None
     if layers:
-        last = model.config.num_layers
-        hidden, cache = model.hidden_states(rows, cache, layers=sorted({*layers, last}))
-        logits = model.logits_of(hidden[:, :, -1])
-        chosen = jnp.array([sorted({*layers, last}).index(layer) for layer in layers])
-        hidden = hidden[:, :, chosen].reshape(*tokens.shape, len(layers), -1)
+        last = model.config.num_layers  # behind it stands what logits are made of
+        seen = layers if last in layers else (*layers, last)
+        hidden, cache = model.hidden_states(rows, cache, layers=seen)
+        logits = model.logits_of(hidden[:, :, seen.index(last)])
+        hidden = hidden[:, :, : len(layers)].reshape(*tokens.shape, len(layers), -1)
     else:
         logits, cache = model(rows, cache)
     logits = logits.reshape(*tokens.shape, -1)
@@ -582,7 +582,7 @@ def decode_step(
     """
     tokens = _checked(model, cache, tokens)
     chosen = resolve_implementation(model, cache, implementation, _tokens_each(tokens))
-    how: dict[str, Any] = {"hidden_layers": hidden_layers}
     if chosen == "xla":
-        return reference_step(model, cache, tokens, live, **how)
-    return fused_step(model, cache, tokens, live, backend=backend_of(chosen), **how)
+        return reference_step(model, cache, tokens, live, hidden_layers=hidden_layers)
+    backend = backend_of(chosen)
+    return fused_step(model, cache, tokens, live, hidden_layers=hidden_layers, backend=backend)

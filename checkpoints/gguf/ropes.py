@@ -16,6 +16,7 @@ import numpy as np
 from checkpoints.gguf.metadata import Metadata
 from checkpoints.gguf.names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from checkpoints.gguf.tensors import GGUFTensor
+from checkpoints.hf_rope import growth_of_long, growth_of_yarn, part_of_head
 from checkpoints.manifest import CheckpointError
 
 __all__ = ["read_long_rope", "read_rope_scaling", "two_ropes"]
@@ -94,7 +95,7 @@ def _yarn(metadata: Metadata, prefix: str, factor: float, context: int) -> dict[
     def number(name: str, default: float) -> float:
         return metadata.number(prefix + name, "float", default)
 
-    usual = 0.1 * math.log(factor) + 1
+    usual = growth_of_yarn(factor)
     if not math.isclose(said := number("yarn_attn_factor", usual), usual, rel_tol=_NEAR):
         raise metadata.unsupported(f"{prefix}yarn_attn_factor", said, f"{usual:.6g}, the usual one")
     return {
@@ -150,14 +151,11 @@ def read_long_rope(
             "phi3.rope.dimension_count", rotated, f"an even number up to {head_dim}"
         )
     scaling = "phi3.rope.scaling."
-    part = rotated / head_dim
-    if int(head_dim * part) != rotated:  # what is rounded down again gives the same elements
-        part = math.nextafter(part, 1)
     original = metadata.number(f"{scaling}original_context_length", "int", context)
     data: dict[str, Any] = {
         "rope_theta": theta,
         "rope_scaling": None,
-        "partial_rotary_factor": part,
+        "partial_rotary_factor": part_of_head(rotated, head_dim),
         "original_max_position_embeddings": original,
     }
     short, long = tensors.get(SHORT_FACTORS), tensors.get(LONG_FACTORS)
@@ -177,8 +175,7 @@ def read_long_rope(
         **{name: _numbers(metadata, of, rotated // 2).tolist() for name, of in each.items()},
     }
     growth = metadata.number(f"{scaling}attn_factor", "float", 1.0)
-    stretched = max(1.0, context / original)
-    usual = math.sqrt(1 + math.log(stretched) / math.log(max(2, original)))
+    usual = growth_of_long(context / original, original)
     if not math.isclose(growth, usual, rel_tol=_NEAR):  # else as Hugging Face says it: not at all
         table["attention_factor"] = growth
     data["rope_scaling"] = table

@@ -69,7 +69,8 @@ _CASED = rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*"
 # The same, with what is short for a verb at the word's end.
 _CASED_AND_SHORT = rf"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDINGS}?|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDINGS}?"
 
-_LLAMA3 = Split(_words(_LETTERS, r"\p{N}{1,3}"), whole_words=True, bos=True)
+_GPT4 = Split(_words(_LETTERS, r"\p{N}{1,3}"))
+_LLAMA3 = _GPT4._replace(whole_words=True, bos=True)
 _DIGITS = Split(single_digits=True)
 
 SPLITS = {
@@ -80,8 +81,8 @@ SPLITS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "dbrx": Split(_words(_LETTERS, r"\p{N}{1,3}")),  # OLMo 2 and 3, Phi 4
-    "smaug-bpe": Split(_words(_LETTERS, r"\p{N}{1,3}")),  # SmolLM3
+    "dbrx": _GPT4,  # OLMo 2 and 3, Phi 4
+    "smaug-bpe": _GPT4,  # SmolLM3
     "gpt-4o": Split(_words(_CASED_AND_SHORT, r"\p{N}{1,3}", r"[\r\n/]*")),  # Phi 4 mini
     "qwen2": Split(_words(_LETTERS, r"\p{N}"), normalizer="NFC"),  # Qwen 2, 2.5 and 3
     "tekken": Split(
