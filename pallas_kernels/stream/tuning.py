@@ -1,8 +1,8 @@
 """What may be chosen freely about a streamed step, and the table of what was measured best.
 
 A choice changes the step's speed, and the order of its sums, and nothing else. `tuned.json`
-holds a row for each device, model shape and batch that was tuned, by `ffjax tune` or by hand.
-Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on their way, 8 more
+holds a row for each device, model shape, batch and tokens of a step that was tuned, by
+`ffjax tune` or by hand. Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on their way, 8 more
 asked for into the L2 cache while a program waits, and behind a segment of bfloat16 weights no more
 than one. Where shared memory is too small for that, tiles are smaller: see `planner.fitting`.
 
@@ -105,13 +105,15 @@ def row_key(device: str, dims: Dims) -> dict[str, Any]:
 
     Args:
         device: what the GPU calls itself.
-        dims: the sizes; batches are rounded up to powers of two.
+        dims: the sizes; batches and tokens are rounded up to powers of two.
     """
     sizes = {name: getattr(dims, name) for name in _SIZES}
     bits = list(dataclasses.astuple(dims.weight_bits))
+    several = {"tokens": next_power_of_2(dims.tokens)} if dims.tokens > 1 else {}
     return {
         "device": device,
-        "batch": next_power_of_2(dims.columns),
+        "batch": next_power_of_2(dims.batch),
+        **several,
         **sizes,
         "weight_bits": bits,
     }
@@ -124,14 +126,21 @@ def _table() -> list[dict[str, Any]]:
 
 
 def tuning_for(device: str, dims: Dims) -> Tuning | None:
-    """The tuning of the table's row for this device, shape and batch; None where it has none.
+    """The tuning of the table's row for this device, shape, batch and tokens.
+
+    Several tokens of a sequence without a row of their own take that of as many sequences of one
+    token each, whose products are the same. None where there is neither.
 
     Raises:
         ValueError: the row holds an impossible tuning.
         TypeError: the row holds a tunable that there is not.
     """
-    key = row_key(device, dims)
-    for row in _table():
-        if all(row[name] == value for name, value in key.items()):
-            return Tuning(**row["tuning"])
+    keys = [row_key(device, dims)]
+    if dims.tokens > 1:
+        keys.append(row_key(device, dataclasses.replace(dims, batch=dims.columns, tokens=1)))
+    for key in keys:
+        for row in _table():
+            of_one = "tokens" not in key and "tokens" in row
+            if not of_one and all(row.get(name) == value for name, value in key.items()):
+                return Tuning(**row["tuning"])
     return None

@@ -62,7 +62,7 @@ def _write_collect(
         b.and_(test, test, bits % 2**32)
         b.setp("eq", found, test, 0)
         with b.when(found):
-            b.and_(left, left, ~(1 << q))
+            b.and_(left, left, ~(1 << q) % (1 << 32))  # as 32 bits without a sign: q goes to 31
 
     again = b.label("again")
     if size == PIECE and _FEW_PIECES < pieces <= _MANY_PIECES:
