@@ -194,10 +194,14 @@ class SegmentPlan:
         return 8 * READ // self.bits
 
     @property
-    def fragment_kind(self) -> tuple[bool | int, ...]:
-        """What its activation fragments depend on, besides the width."""
-        offset = self.grouping is not None and self.grouping.offset is not None
-        return self.bits, self.grain, self.held, self.fine, offset
+    def fragment_kind(self) -> tuple[int, ...]:
+        """What its activation fragments depend on, besides the width.
+
+        With an offset they come with the sums of their groups, so that the groups' size counts.
+        """
+        grouping = self.grouping
+        summed = grouping.size if grouping is not None and grouping.offset is not None else 0
+        return self.bits, self.grain, self.held, self.fine, summed
 
     @property
     def pieces(self) -> int:
