@@ -20,6 +20,7 @@ __all__ = [
     "MEET",
     "ORDERED",
     "REJOIN",
+    "ANYWHERE",
     "RULES",
     "Backend",
     "Rule",
@@ -59,6 +60,8 @@ Rule = Callable[..., Sequence[Any] | Any]
 RULES: dict[core.Primitive, Rule] = {}
 """What each operation is lowered by: of a context with `avals_in` and `avals_out`, operands, and
 the primitive's parameters."""
+ANYWHERE: set[core.Primitive] = set()
+"""Those that make nothing, and whose elements may be done by any thread, by several too."""
 
 
 class Backend(Protocol):

@@ -94,6 +94,8 @@ class Operation:
         name: str,
         write: Callable[..., None],
         when_lowered: Callable[..., None] = lambda **_: None,
+        *,
+        anywhere: bool = False,
     ):
         """Makes the primitive, and its rule with every backend.
 
@@ -102,12 +104,16 @@ class Operation:
             write: writes the text: of a `Block`, a register for each result, one for each operand,
                 or a list of them where elements are taken together, and of keywords.
             when_lowered: called before, with the same keywords.
+            anywhere: whether it is the same whichever threads run it for an element, and how many:
+                a backend need then not bring its operands to the threads that texts want them in.
         """
         self._write, self._when_lowered = write, when_lowered
         self._primitive = core.Primitive(name)
         self._primitive.multiple_results = True
         self._primitive.def_effectful_abstract_eval(self._abstract)
         lowered.rule(self._primitive)(self._lower)
+        if anywhere:
+            lowered.ANYWHERE.add(self._primitive)
 
     def __call__(
         self,

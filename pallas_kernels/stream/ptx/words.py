@@ -260,7 +260,7 @@ def _write_word(b: Block, address: Register, word: Register, mask: Register) -> 
         b.st_relaxed(address, word)
 
 
-_store_word = Operation("ffjax_store_word", _write_word)
+_store_word = Operation("ffjax_store_word", _write_word, anywhere=True)
 
 
 def store_word(ref: Any, offsets: Array, word: Array, mask: Array, *, interpret: bool) -> None:
@@ -289,7 +289,7 @@ def _write_pair(
         b.st_relaxed(address, pair)
 
 
-_store_pair = Operation("ffjax_store_pair", _write_pair)
+_store_pair = Operation("ffjax_store_pair", _write_pair, anywhere=True)
 
 
 def store_pair(
