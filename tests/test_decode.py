@@ -24,6 +24,8 @@ from ffjax.decode import (
 )
 from ffjax.model import Transformer
 from pallas_kernels.gpu import INTERPRETER
+from pallas_kernels.launch import named_weights
+from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -263,6 +265,9 @@ def test_the_kernels_read_the_models_own_buffers(fields):
     own["head"] = model.embed if model.head is None else model.head
     given = {name for name, array in weights._asdict().items() if array is not None}
     assert set(own) == given - {"inv_freq"}
+    # A weight has one name, down to the kernel's copies.
+    assert set(named_weights(weights)) == given
+    assert {segment.matrix for segment in (*LAYER_SEGMENTS, Segment.HEAD)} <= set(own)
     for name, param in own.items():
         view = getattr(weights, name)
         assert view.unsafe_buffer_pointer() == param[...].unsafe_buffer_pointer(), name

@@ -109,6 +109,11 @@ class Segment(enum.IntEnum):
     HEAD = 4
     EMBED = 5
 
+    @property
+    def matrix(self) -> str:
+        """What its weights are called, as everywhere: a field of `DecodeWeights`."""
+        return self.name.lower()
+
 
 def is_paired(segment: Segment) -> bool:
     """Whether a tile's first and second half of rows lie apart in the matrix."""
