@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Literal
 
+from pallas_kernels import mosaic_gpu, triton
 from pallas_kernels.gpu import Gpu
 
 __all__ = ["BACKENDS", "Backend", "default_backend", "why_not_backend"]
@@ -12,10 +13,7 @@ __all__ = ["BACKENDS", "Backend", "default_backend", "why_not_backend"]
 Backend = Literal["triton", "mosaic_gpu"]
 
 BACKENDS: tuple[Backend, ...] = ("triton", "mosaic_gpu")
-_MODULES = {
-    "triton": "jax._src.pallas.triton",
-    "mosaic_gpu": "jax._src.pallas.mosaic_gpu",
-}
+_ROOMS = {"triton": triton, "mosaic_gpu": mosaic_gpu}
 _NAMES = {"triton": "Pallas's Triton backend", "mosaic_gpu": "Pallas's Mosaic GPU backend"}
 
 
@@ -26,7 +24,7 @@ def why_not_backend(backend: Backend, gpu: Gpu | None = None) -> str | None:
         backend: its name.
         gpu: the device; None: any.
     """
-    if importlib.util.find_spec(_MODULES[backend]) is None:
+    if not _is_there(_ROOMS[backend].MODULE):
         return (
             f"{_NAMES[backend]} is not part of this version of JAX. Take the other one, or "
             "another JAX."
@@ -37,6 +35,14 @@ def why_not_backend(backend: Backend, gpu: Gpu | None = None) -> str | None:
             f"of {gpu.capability}. Take Triton, which compiles it for 8.0 and newer."
         )
     return None
+
+
+def _is_there(module: str) -> bool:
+    """Whether JAX has a module, which is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is what it lies in
+        return False
 
 
 def default_backend() -> Backend:

@@ -13,9 +13,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax._src import core
 
 from pallas_kernels.draw.threefry import PARITY, ROTATIONS, TINY
+from pallas_kernels.primitives import ORDERED, effectful, made
 from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["noisy"]
@@ -136,12 +136,9 @@ def _numbered(line: str, number: int) -> str:
     return line
 
 
-_noisy_p = core.Primitive("ffjax_draw_noisy")
-
-
-@_noisy_p.def_effectful_abstract_eval
-def _(logits, *args, together):
-    return core.ShapedArray(logits.shape, jnp.int32), {lowered.ORDERED}
+_noisy_p = effectful(
+    "ffjax_draw_noisy", lambda x, *_, **__: (made(x.shape, jnp.int32), {ORDERED}), results=False
+)
 
 
 @lowered.rule(_noisy_p)

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax._src import core
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.primitives import access, made, pure
 from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["Before", "Penalties", "by_ptx", "penalized"]
@@ -84,12 +83,9 @@ def _text() -> str:
     )
 
 
-_penalized_p = core.Primitive("ffjax_draw_penalized")
-
-
-@_penalized_p.def_abstract_eval
-def _(logits, *_):
-    return core.ShapedArray(logits.shape, jnp.int32)
+_penalized_p = pure(
+    "ffjax_draw_penalized", lambda logits, *_: made(logits.shape, jnp.int32), results=False
+)
 
 
 @lowered.rule(_penalized_p)
@@ -137,7 +133,7 @@ class Penalties:
         """
         self._refs, self._row = refs, row
         self._formula = penalized if interpret else by_ptx
-        self._kinds = [plgpu.load(refs["penalties"].at[row, jnp.int32(i)]) for i in range(3)]
+        self._kinds = [access.load(refs["penalties"].at[row, jnp.int32(i)]) for i in range(3)]
         repetition, presence, frequency = self._kinds
         self.lowers = (
             ((repetition == 1) | (repetition > _LEAST_REPETITION))
@@ -149,20 +145,20 @@ class Penalties:
         self._fed_count = jnp.int32(0)
         if "fed" not in refs:
             return
-        fed = jnp.where(launches == 0, plgpu.load(refs["fed"].at[row]), drawn)
+        fed = jnp.where(launches == 0, access.load(refs["fed"].at[row]), drawn)
         if "running" in refs:
-            fed = jnp.where(plgpu.load(refs["running"].at[row]), fed, -1)
+            fed = jnp.where(access.load(refs["running"].at[row]), fed, -1)
         self.fed = jnp.where(fed < vocab_size, fed, -1)
         # Its count is written by one program of the row. What the others have of it, they have
         # from before they first meet that one, which writes behind that.
         place = jnp.maximum(self.fed, 0)
-        self._fed_count = plgpu.load(refs["counts"].at[row, place]) + 1
+        self._fed_count = access.load(refs["counts"].at[row, place]) + 1
 
     def _held(self, where: tuple[Array, Array], real: Array | None) -> tuple[Array, Array]:
         """How often the answers hold tokens, and whether the prompts do."""
         nothing = (0, False) if real is not None else (None, None)
         counts, prompt = (
-            plgpu.load(self._refs[name].at[where], mask=real, other=other)
+            access.load(self._refs[name].at[where], mask=real, other=other)
             for name, other in zip(("counts", "prompt"), nothing, strict=True)
         )
         return jnp.where(where[1] == self.fed, self._fed_count, counts), prompt
@@ -180,7 +176,7 @@ class Penalties:
     def one(self, token: Array) -> tuple[Array, Array]:
         """A token's logit with its penalties, and whether any is put on it; scalars."""
         where = jnp.full((1,), self._row), jnp.full((1,), token)
-        raw = plgpu.load(self._refs["logits"].at[where])
+        raw = access.load(self._refs["logits"].at[where])
         counts, prompt = self._held(where, None)
         edited = self._formula(raw, counts, prompt, *self._kinds)
         # A NaN is kept by a maximum of one.
@@ -197,4 +193,4 @@ class Penalties:
             return
         where = jnp.full_like(token, self._row), token
         counts = jnp.full_like(token, self._fed_count)
-        plgpu.store(self._refs["counts"].at[where], counts, mask=token == self.fed)
+        access.store(self._refs["counts"].at[where], counts, mask=token == self.fed)
