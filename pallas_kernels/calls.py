@@ -1,7 +1,7 @@
 """Calls of the kernels beside the decode step: those of the prefill, of draws, of probabilities.
 
-Pallas compiles them by Triton alone. Where this JAX has none, `why_no_small_kernels` says so, and
-XLA does their work.
+They are compiled by Triton alone. Where this JAX has none, `backends.why_no_small_kernels` says so,
+and XLA does their work.
 """
 
 from __future__ import annotations
@@ -11,20 +11,7 @@ from typing import Any
 
 from jax.experimental import pallas as pl
 
-from pallas_kernels.backends import why_not_backend
-
-__all__ = ["kernel_call", "why_no_small_kernels"]
-
-
-def why_no_small_kernels() -> str | None:
-    """Why no kernel beside the decode step can be compiled here, as a sentence; None: they can."""
-    if why_not_backend("triton") is None:
-        return None
-    return (
-        "The kernels for prompts, draws and log-probabilities are compiled by Pallas's Triton "
-        "backend, which is not part of this version of JAX; XLA does their work. The decode step "
-        "is compiled by Mosaic GPU."
-    )
+__all__ = ["kernel_call"]
 
 
 def kernel_call(

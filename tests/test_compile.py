@@ -174,7 +174,7 @@ def test_a_missing_compiler_names_the_extra(capsys, monkeypatch, missing):
         (["--config", "llama3.2-1b", "--batch", "9"], "takes 1 to 8 sequences; there are 9"),
         (
             ["--config", "llama3.1-8b", "--weights", "int8", "--gpu", "l4", "--batch", "8"],
-            "of shared memory that are left for them. Take a tuning with smaller tiles, or impl",
+            "of shared memory that are left for them. No tuning has smaller ones: use implementat",
         ),
     ],
 )

@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels import compile_worker
-from pallas_kernels.backends import Backend, default_backend, why_not_backend
+from pallas_kernels.backends import Backend, default_backend
 from pallas_kernels.dims import Dims
 from pallas_kernels.launch import KERNEL_NAME
-from pallas_kernels.stream.planner import why_not_on
+from pallas_kernels.stream import planner
 from pallas_kernels.support import why_not
 from pallas_kernels.targets import target
 
@@ -144,11 +144,9 @@ def compile_for(
     """
     wanted = target(gpu)
     backend = backend or default_backend()
-    reason = why_not(dims, "bfloat16", wanted.gpu)
-    if reason is None:
-        reason = why_not_on(wanted.gpu, dims)
-    if reason is None:
-        reason = why_not_backend(backend, wanted.gpu)
+    tuning = planner.tuned(dims, wanted.gpu) if tuned else None
+    tuning = tuning or planner.fitting(dims, wanted.gpu)
+    reason = why_not(dims, "bfloat16", wanted.gpu, tuning=tuning, backend=backend)
     there = all(0 <= layer <= dims.num_layers for layer in hidden_layers)
     if reason is None and not (there and len(set(hidden_layers)) == len(hidden_layers)):
         reason = (
