@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.primitives import access, made, pure
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.asm import Block, Register
+from pallas_kernels.primitives import access
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["Before", "Penalties", "by_ptx", "penalized"]
 
@@ -66,40 +67,49 @@ def penalized(
     return jnp.where(counts > 0, logits - (presence + frequency * counts), logits)
 
 
-def _text() -> str:
-    """Operands: a result; the logit, the count, whether the prompt holds it, three penalties."""
-    return " ".join(
-        [
-            "{ .reg .pred %said, %held, %p; .reg .f32 %l, %a, %b, %r, %n;",
-            "mov.b32 %l, $1; mov.b32 %r, $4;",
-            "setp.gt.s32 %said, $2, 0; setp.ne.s32 %held, $3, 0; or.pred %held, %held, %said;",
-            "setp.gt.f32 %p, %l, 0f00000000;",
-            "div.full.f32 %a, %l, %r; mul.rn.f32 %b, %l, %r; selp.f32 %a, %a, %b, %p;",
-            "selp.f32 %l, %a, %l, %held;",
-            "cvt.rn.f32.s32 %n, $2; mov.b32 %b, $6; mul.rn.f32 %n, %b, %n;",
-            "mov.b32 %b, $5; add.rn.f32 %n, %b, %n; sub.rn.f32 %a, %l, %n;",
-            "selp.f32 %l, %a, %l, %said; mov.b32 $0, %l; }",
-        ]
-    )
+def _write_penalized(
+    b: Block,
+    result: Register,
+    logit: Register,
+    count: Register,
+    prompt: Register,
+    repetition: Register,
+    presence: Register,
+    frequency: Register,
+) -> None:
+    said, held, positive = b.preds("said", "held", "positive")
+    number, other, times, cost, some = b.f32s("number", "other", "times", "cost", "some")
+    b.mov(number, logit)
+    b.mov(times, repetition)
+    b.setp("gt", said, count, 0)
+    b.setp("ne", held, prompt, 0)
+    b.or_(held, held, said)
+    b.comment("What the prompt or the answer holds is divided, or multiplied where it is negative.")
+    b.setp("gt", positive, number, 0.0)
+    b.div_full(other, number, times)
+    b.mul_rn(some, number, times)
+    b.selp(other, other, some, positive)
+    b.selp(number, other, number, held)
+    b.comment("Each step is rounded by itself: presence + frequency * count, then the difference.")
+    b.to_float(cost, count)
+    b.mov(some, frequency)
+    b.mul_rn(cost, some, cost)
+    b.mov(some, presence)
+    b.add_rn(cost, some, cost)
+    b.sub_rn(other, number, cost)
+    b.selp(number, other, number, said)
+    b.mov(result, number)
 
 
-_penalized_p = pure(
-    "ffjax_draw_penalized", lambda logits, *_: made(logits.shape, jnp.int32), results=False
-)
-
-
-@lowered.rule(_penalized_p)
-def _(ctx, *args):
-    arguments = lowered.values(ctx, args)
-    result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    return lowered.assembly([result], _text(), "=r,r,r,r,r,r,r", arguments)[0]
+_penalized = Operation("ffjax_draw_penalized", _write_penalized)
 
 
 def by_ptx(logits: Array, counts: Array, prompt: Array, *penalties: Array) -> Array:
     """The same as `penalized`, of arrays of one dimension or more, in PTX."""
     floats = logits, *(jnp.broadcast_to(x, logits.shape) for x in penalties)
     bits, *rest = (lax.bitcast_convert_type(x, jnp.int32) for x in floats)
-    out = _penalized_p.bind(bits, counts, prompt.astype(jnp.int32), *rest)
+    operands = bits, counts, prompt.astype(jnp.int32), *rest
+    [out] = _penalized(*operands, results=["int32"], early=False)
     return lax.bitcast_convert_type(out, jnp.float32)
 
 
