@@ -137,6 +137,14 @@ class Arithmetic(Writer):
         """`ex2.approx.ftz.f32`: 2 to the power a, within 2^-22; denormals are 0."""
         self._floats("ex2.approx.ftz", to, a)
 
+    def rsqrt(self, to: Register, a: Value) -> None:
+        """`rsqrt.approx.ftz.f32`: 1 / the square root of a, within 2^-22.4; denormals are 0."""
+        self._floats("rsqrt.approx.ftz", to, a)
+
+    def sqrt(self, to: Register, a: Value) -> None:
+        """`sqrt.approx.ftz.f32`: the square root of a, within 2^-23; denormals are 0."""
+        self._floats("sqrt.approx.ftz", to, a)
+
     def rcp(self, to: Register, a: Value) -> None:
         """`rcp.approx.ftz.f32`: 1 / a, within an ulp; denormals are 0."""
         self._floats("rcp.approx.ftz", to, a)
