@@ -25,6 +25,7 @@ from pallas_kernels.dims import Dims, next_power_of_2
 __all__ = ["TILE_BYTES", "Tuning", "row_key", "tuning_for"]
 
 TILE_BYTES = (8192, 16384, 32768, 65536)
+_CACHE_TILE_BYTES = (8192, 16384, 32768)
 # The sizes that a step's best tuning depends on; layers and vocabulary only repeat tiles.
 _SIZES = ("model_dim", "ffw_dim", "num_heads", "num_kv_heads", "head_dim")
 
@@ -85,7 +86,7 @@ class Tuning:
             "next_tiles": [None, *range(1, 17)],
             "operand_tiles": list(range(5)),
             "hidden_copies": [1, 2],
-            "cache_tile_bytes": [8 * 1024, 16 * 1024, 32 * 1024],
+            "cache_tile_bytes": list(_CACHE_TILE_BYTES),
             "cache_tiles": list(range(2, 7)),
             "backend": [None, *BACKENDS],
         }.items():
@@ -99,6 +100,12 @@ class Tuning:
                 "A stream has a tile in flight while another is used: slots is at least 2, "
                 f"got {self.slots}."
             )
+
+    @property
+    def smallest(self) -> bool:
+        """Whether no tuning has smaller tiles, of weights or of keys and values."""
+        sizes = self.tile_bytes, self.cache_tile_bytes
+        return sizes == (min(TILE_BYTES), min(_CACHE_TILE_BYTES))
 
 
 def row_key(device: str, dims: Dims) -> dict[str, Any]:
