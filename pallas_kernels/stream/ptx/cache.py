@@ -12,6 +12,7 @@ from pallas_kernels.stream.plan import BOX_UNIT
 from pallas_kernels.stream.ptx import async_copy
 from pallas_kernels.stream.ptx.address import UNIT
 from pallas_kernels.stream.ptx.boxes import TensorMap
+from pallas_kernels.stream.ptx.one_thread import set_whether_another
 from pallas_kernels.stream.ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.swizzle import Lines
 
@@ -150,7 +151,7 @@ def write_cache_feed(
     b.mov(thread, TID)
     own, lead, idle = ring, None, b.pred("idle")
     if f.bulk:
-        b.setp("ne", idle, thread, f.thread)
+        set_whether_another(b, idle, thread, f.thread)
         b.bra_if(idle, asked)
     else:
         b.comment("Each warp that copies has control words of its own.")

@@ -18,6 +18,7 @@ from pallas_kernels.stream.ptx.feed_state import (
     write_next_row,
     write_next_slot,
 )
+from pallas_kernels.stream.ptx.one_thread import set_whether_another, set_whether_lead
 from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["MAP_IN_CONTROL", "Feed", "feed_ring", "start_barriers", "write_feed"]
@@ -128,9 +129,9 @@ def write_feed(
         b.shr(warp, thread, 5)
         b.setp("ne", other, warp, f.thread // 32)
     else:
-        b.setp("ne", other, thread, f.thread)
+        set_whether_another(b, other, thread, f.thread)
     b.bra_if(other, fed)
-    b.setp("eq", lead, thread, f.thread)
+    set_whether_lead(b, lead, thread, f.thread)
 
     b.comment("Where the feed has got to, and the next tile's copy descriptor.")
     words = write_next(b, f, ring)

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from pallas_kernels.primitives import Primitive
 
 __all__ = [
+    "ANYWHERE",
     "MEET",
     "REJOIN",
-    "ANYWHERE",
     "RULES",
     "Backend",
     "Rule",
@@ -49,7 +49,7 @@ Rule = Callable[..., Sequence[Any] | Any]
 RULES: dict[Primitive, Rule] = {}
 """What each operation is lowered by: of a context with `avals_in` and `avals_out`, operands, and
 the primitive's parameters."""
-ANYWHERE: set[core.Primitive] = set()
+ANYWHERE: set[Primitive] = set()
 """Those that make nothing, and whose elements may be done by any thread, by several too."""
 
 
@@ -104,6 +104,10 @@ class Backend(Protocol):
 
     def one_program_a_multiprocessor(self) -> None:
         """Says that no second program need find room beside one."""
+        ...
+
+    def threads_have_one_axis(self) -> bool:
+        """Whether ptxas is told so of a program's threads."""
         ...
 
     def ring_base(self, zero: Any, size: int, alignment: int) -> Any:
@@ -189,6 +193,13 @@ def pointer(ref: Any) -> Any:
 def addresses(ref: Any, offsets: Any, shape: Sequence[int]) -> Any:
     """64-bit addresses of an array's elements."""
     return _now().addresses(ref, offsets, shape)
+
+
+def threads_have_one_axis() -> bool:
+    """Whether ptxas is told that a program's threads lie along one axis: then it knows that a
+    number of `%tid.x` is one thread's. To be called while lowering.
+    """
+    return _now().threads_have_one_axis()
 
 
 def one_program_a_multiprocessor() -> None:
