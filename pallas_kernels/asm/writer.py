@@ -52,8 +52,6 @@ class Writer:
         self._results = 0
         self.warps_jump_whole = False
         """Whether all threads of a warp take the same branches: see `lowered.assembly`."""
-        self.one_axis = True
-        """Whether ptxas is told that the program's threads lie along one axis (`.reqntid`)."""
 
     # Registers
 

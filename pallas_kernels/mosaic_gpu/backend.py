@@ -116,10 +116,6 @@ class MosaicGpu:
     def one_program_a_multiprocessor(self) -> None:
         """Is so: Mosaic GPU launches no second program beside one."""
 
-    def threads_have_one_axis(self) -> bool:
-        """Is not told: Mosaic GPU writes `.maxntid`, which bounds those of all axes together."""
-        return False
-
     def ring_base(self, zero: Registers, size: int, alignment: int) -> Any:
         """Where `size` bytes of shared memory begin that are the ring's."""
         low = arith.addi(self._ring, constant(i32(), alignment - 1))

@@ -100,10 +100,6 @@ class Triton:
         one = ir.IntegerAttr.get(self.integer(32), 1)
         op.attributes["nvvm.minctasm"] = one
 
-    def threads_have_one_axis(self) -> bool:
-        """Is told so: `.reqntid` in PTX."""
-        return True
-
     def ring_base(self, zero: Any, size: int, alignment: int) -> Any:
         """The last bytes of shared memory, behind what Triton takes for itself."""
         text = (

@@ -131,7 +131,7 @@ def write_feed(
     else:
         set_whether_another(b, other, thread, f.thread)
     b.bra_if(other, fed)
-    set_whether_lead(b, lead, thread, f.thread)
+    set_whether_lead(b, lead, f.thread)
 
     b.comment("Where the feed has got to, and the next tile's copy descriptor.")
     words = write_next(b, f, ring)

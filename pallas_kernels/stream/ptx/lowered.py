@@ -106,10 +106,6 @@ class Backend(Protocol):
         """Says that no second program need find room beside one."""
         ...
 
-    def threads_have_one_axis(self) -> bool:
-        """Whether ptxas is told so of a program's threads."""
-        ...
-
     def ring_base(self, zero: Any, size: int, alignment: int) -> Any:
         """Where `size` bytes of shared memory begin that are the kernel's own, aligned."""
         ...
@@ -193,13 +189,6 @@ def pointer(ref: Any) -> Any:
 def addresses(ref: Any, offsets: Any, shape: Sequence[int]) -> Any:
     """64-bit addresses of an array's elements."""
     return _now().addresses(ref, offsets, shape)
-
-
-def threads_have_one_axis() -> bool:
-    """Whether ptxas is told that a program's threads lie along one axis: then it knows that a
-    number of `%tid.x` is one thread's. To be called while lowering.
-    """
-    return _now().threads_have_one_axis()
 
 
 def one_program_a_multiprocessor() -> None:

@@ -178,12 +178,10 @@ class Operation:
         kinds: Sequence[str],
         early: bool,
         together: int | None,
-        one_axis: bool = True,
         **options: Any,
     ) -> Block:
         """The text, with registers of some types bound to it."""
         b, names, each = Block(), _names(self._write), together or 1
-        b.one_axis = one_axis
         # Where a text makes nothing, something is set at its end.
         made = b.results(
             *([_KINDS[x] for x in results for _ in range(each)] or ["u32"]),
@@ -232,8 +230,7 @@ class Operation:
             return _KINDS[dtypes[x.array]], value
 
         kinds, arguments = zip(*map(value_of, bound), strict=True)
-        one_axis = lowered.threads_have_one_axis()
-        b = self.text(results, kinds, early, together, one_axis, **options)
+        b = self.text(results, kinds, early, together, **options)
         types = {"int32": lowered.i32(), "float32": lowered.f32()}
         made = [lowered.like(shape, types[x]) for x in results or ["int32"]]
         for texts in _listings:
