@@ -25,6 +25,7 @@ class Run(Protocol):
         weights: DecodeWeights,
         state: StepState,
         tokens: Array,
+        /,
         *,
         hidden_layers: tuple[int, ...],
     ) -> StepResult:
