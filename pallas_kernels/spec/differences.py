@@ -13,10 +13,19 @@ from collections.abc import Mapping
 import numpy as np
 from jax import Array
 
-from pallas_kernels.spec.handed import step_of_plain
 from pallas_kernels.stream.plan import StreamPlan
 
-__all__ = ["COMPUTED", "WHOLE_LAYER", "Difference", "find", "rms"]
+__all__ = [
+    "COMPUTED",
+    "STEP_OF_BFLOAT16",
+    "STEP_OF_FLOAT32",
+    "WHOLE_LAYER",
+    "Difference",
+    "find",
+    "rms",
+    "step_of_residual",
+    "steps",
+]
 
 # What sums in another order come to, as a part of the root mean square of what is computed.
 COMPUTED = 2e-3
@@ -31,8 +40,8 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
     "v": ("key/value head", "element"),
     "parts": ("query head", "KV split", "item"),
     "partial": ("element", "part of the inputs"),
-    "best": (),
-    "best_token": (),
+    "best": ("program",),
+    "best_token": ("program",),
     "token": (),
 }
 
@@ -103,8 +112,11 @@ def step_of_residual(plan: StreamPlan) -> float:
 
 
 def steps(plan: StreamPlan) -> dict[str, float]:
-    """Of each buffer, the step of its form: a part of the number."""
-    residual, plain = step_of_residual(plan), step_of_plain(plan)
+    """Of each buffer, the step of its form: a part of the number, at most.
+
+    Where two share a word, roots of 10 bits are handed over: 9 bits of a number are left.
+    """
+    residual, plain = step_of_residual(plan), 2.0**-8 if plan.half2 else 2.0**-15
     return {
         **dict.fromkeys(("x_in", "attn_block", "x_mid", "ffw_block", "x_out"), residual),
         **dict.fromkeys(("attn", "ffw", "ffw_copy"), plain),

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from pallas_kernels.stream.plan import StreamPlan
 
-__all__ = ["as_bfloat16", "as_plain", "as_residual", "as_word", "sixteen_bits", "step_of_plain"]
+__all__ = ["as_bfloat16", "as_plain", "as_residual", "as_word", "sixteen_bits"]
 
 # What the residual is divided by before two of its elements share a word.
 RESIDUAL_UNIT = 32.0
@@ -43,11 +43,6 @@ def as_plain(plan: StreamPlan, x: Array) -> Array:
         return as_word(x)
     root = _half(jnp.sqrt(jnp.abs(x)))
     return jnp.sign(x) * root * root
-
-
-def step_of_plain(plan: StreamPlan) -> float:
-    """From a number of `as_plain` to the next one, as a part of it, at most."""
-    return 2.0**-8 if plan.half2 else 2.0**-15
 
 
 def as_bfloat16(x: Array) -> Array:
