@@ -49,7 +49,7 @@ from pallas_kernels.stream import kernel, kv_splits
 from pallas_kernels.stream.fragment_layout import distances, first_input
 from pallas_kernels.stream.fragments import inputs_of, pack
 from pallas_kernels.stream.half2 import PLAIN, RESIDUAL, pack_half2, unpack_half2
-from pallas_kernels.stream.launch import stream_step
+from pallas_kernels.stream.launch import layout_of, stream_step
 from pallas_kernels.stream.plan import PIECE, Segment, StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.segments import attention, qkv
@@ -280,16 +280,19 @@ def test_a_key_that_is_rotated_one_position_off_is_found(monkeypatch):
     )
 
 
+def in_splits(given: Case) -> Case:
+    """With up to 4 KV splits a head."""
+    cut = dataclasses.replace(given.plan.attention, block=16, min_split=32, max_splits=4)
+    return given._replace(plan=dataclasses.replace(given.plan, attention=cut))
+
+
 def test_a_kv_split_that_is_forgotten_is_found(monkeypatch):
     def fewer(env, layer, sequence):
         count = kv_splits.num_splits_of(env, layer, sequence)
         return count - ((layer == 1) & (count > 2))
 
     monkeypatch.setattr(attention, "num_splits_of", fewer)
-    given = case(small_config(), [100, 3])
-    cut = dataclasses.replace(given.plan.attention, block=16, min_split=32, max_splits=4)
-    plan = dataclasses.replace(given.plan, attention=cut)
-    one = found_in(given._replace(plan=plan), planted)
+    one = found_in(in_splits(case(small_config(), [100, 3])), planted)
     assert one is not None
     assert (one.layer, one.segment, one.buffer) == (1, "attention", "attn")
     assert one.sequence == 0 and one.count > 100  # of 128 elements, and 128 that are right
@@ -306,6 +309,35 @@ def test_a_word_that_nobody_has_written_is_found(monkeypatch):
     assert one is not None
     assert (one.layer, one.segment, one.buffer, one.written) == (1, "gate_up", "ffw", False)
     assert "No program has written it in this layer" in str(one)
+
+
+# Of each buffer of the exchange: whose it is, and what it is called.
+CHANGED_WORDS = {
+    "x_in": ("embed", "x_in"),
+    "qkv": ("qkv", "qkv"),
+    "parts": ("attention", "parts"),
+    "attn": ("attention", "attn"),
+    "x_mid": ("attn_out", "x_mid"),
+    "ffw": ("gate_up", "ffw"),
+    "x_head": ("down", "x_out"),
+    "best": ("head", "best"),
+}
+
+
+@pytest.mark.parametrize("buffer", CHANGED_WORDS)
+def test_one_word_that_changes_behind_the_step_is_found(buffer):
+    given = in_splits(case(small_config(num_layers=1), [100]))
+    at = getattr(layout_of(given.plan), buffer) + (0 if buffer == "best" else 6)
+
+    def run(*step, hidden_layers):
+        made = interpreted(*step, hidden_layers=hidden_layers)
+        words = made.state.counters.at[at].add(jnp.int32(-(2**31)))  # the other sign
+        return made._replace(state=made.state._replace(counters=words))
+
+    one = found_in(given, run)
+    assert one is not None
+    assert (one.segment, one.buffer, one.count) == (*CHANGED_WORDS[buffer], 1)
+    assert one.written
 
 
 # The command
