@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from ffjax.text.generator import Generator
     from ffjax.text.session import ChatSession
     from ffjax.text.stream import TextStream
-    from ffjax.tokenizer import ByteTokenizer, load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
+    from ffjax.tokenizer import ByteTokenizer
 
 __all__ = [
     "PRESETS",
@@ -88,9 +89,9 @@ __all__ = [
     "widen_heads",
 ]
 
-# Names are imported when they are first asked for. `checkpoints` imports this package for the
-# model, so that either may come first; and a setting that JAX refuses when it is imported reaches
-# the command line, which says so in a sentence.
+# Names are imported when they are first asked for. So `checkpoints`, which imports the modules that
+# a model is made of, need not import what loads models; and a setting that JAX refuses when it is
+# imported reaches the command line, which says so in a sentence.
 _HOME = {
     "checkpoints": (
         *("HFFolderWarning", "SHIPPED_MODEL"),
@@ -119,7 +120,8 @@ _HOME = {
     "ffjax.text.generator": ("Generator",),
     "ffjax.text.session": ("ChatSession",),
     "ffjax.text.stream": ("TextStream",),
-    "ffjax.tokenizer": ("ByteTokenizer", "load_tokenizer"),
+    "ffjax.text.tokenizers": ("load_tokenizer",),
+    "ffjax.tokenizer": ("ByteTokenizer",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

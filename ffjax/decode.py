@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard, get_args
@@ -22,16 +21,17 @@ from ffjax.dims import step_dims, step_features
 from ffjax.inputs import checked_layers
 from ffjax.model import Transformer
 from ffjax.rope import inverse_frequencies
+from ffjax.said import say_once
 from ffjax.settings import own_settings
 from ffjax.transforms import launch_whole
-from pallas_kernels.backends import Backend, why_not_backend
+from pallas_kernels.backends import Backend
 from pallas_kernels.dims import DecodeWeights, Dims
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.faults import Fault, fault_of
 from pallas_kernels.stream.launch import layout_of, stream_step
 from pallas_kernels.stream.plan import StreamPlan
-from pallas_kernels.stream.planner import make_stream_plan, tuned, why_not_on
+from pallas_kernels.stream.planner import make_stream_plan, tuned
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.support import why_not
 
@@ -61,8 +61,6 @@ Implementation = Literal[Kernel, "xla"]
 _BACKENDS: dict[Kernel, Backend | None] = {"pallas": None, "pallas_mosaic_gpu": "mosaic_gpu"}
 # What an implementation was called while there were two kernels.
 FORMER_NAMES: dict[str, Implementation] = {"pallas_stream": "pallas"}
-
-_log = logging.getLogger("ffjax")
 
 
 def is_fused(implementation: Implementation | None) -> TypeGuard[Kernel]:
@@ -211,7 +209,12 @@ def why_not_fused(model: Transformer, batch: int, capacity: int, tokens: int = 1
 
 
 def why_not_fused_config(
-    config: ModelConfig, dtype: Any, batch: int, capacity: int, tokens: int = 1
+    config: ModelConfig,
+    dtype: Any,
+    batch: int,
+    capacity: int,
+    tokens: int = 1,
+    backend: Backend | None = None,
 ) -> str | None:
     """What `why_not_fused` says of a model that need not exist: nothing is allocated.
 
@@ -223,10 +226,12 @@ def why_not_fused_config(
         batch: B.
         capacity: S, slots of the cache.
         tokens: T, of each sequence.
+        backend: that of Pallas which is to compile the kernel; None: the faster one that there is.
     """
     device = default_device()
     found = f"{device.device_kind} ({device.platform})"
-    return _why_not(config, dtype, batch, capacity, tokens, Gpu.of(device), found)
+    sizes = config, dtype, batch, capacity, tokens
+    return _why_not(*sizes, Gpu.of(device), backend=backend, found=found)
 
 
 # Asked anew by every request: with the plan looked at, 0.25 ms of each.
@@ -238,14 +243,13 @@ def _why_not(
     capacity: int,
     tokens: int,
     gpu: Gpu | None,
+    *,
+    tuning: Tuning | None = None,
+    backend: Backend | None = None,
     found: str = "",
 ) -> str | None:
     dims = step_dims(config, batch, capacity, tokens)
-    reason = why_not(dims, dtype, gpu, found)
-    if reason is None:
-        assert gpu is not None
-        reason = why_not_on(gpu, dims, tuned(dims, gpu))
-    return reason
+    return why_not(dims, dtype, gpu, tuning=tuning, backend=backend, found=found)
 
 
 def why_not_kernel(
@@ -255,10 +259,7 @@ def why_not_kernel(
 
     Args: see `resolve_implementation_config`.
     """
-    reason = why_not_fused_config(config, dtype, batch, capacity, tokens)
-    if reason is None and (backend := backend_of(kernel)) is not None:
-        reason = why_not_backend(backend, Gpu.of(default_device()))
-    return reason
+    return why_not_fused_config(config, dtype, batch, capacity, tokens, backend_of(kernel))
 
 
 def choose_kernel(
@@ -270,11 +271,6 @@ def choose_kernel(
     """
     reason = why_not_fused_config(config, dtype, batch, capacity, tokens)
     return ("pallas", None) if reason is None else (None, reason)
-
-
-@functools.lru_cache
-def _say_once(message: str) -> None:
-    _log.info(message)
 
 
 def resolve_implementation(
@@ -349,9 +345,9 @@ def resolve_implementation_config(
         return implementation
     kernel, reason = choose_kernel(config, dtype, batch, capacity, tokens)
     if kernel is not None:
-        _say_once(f"decode_step uses {kernel!r}: the fused kernel can run here.")
+        say_once(f"decode_step uses {kernel!r}: the fused kernel can run here.")
         return kernel
-    _say_once(f"decode_step uses 'xla': {reason}")
+    say_once(f"decode_step uses 'xla': {reason}")
     return "xla"
 
 
@@ -453,7 +449,8 @@ def fused_step(
     live, each = _checked_live(live, tokens), _tokens_each(tokens)
     layers = checked_layers(hidden_layers, model.config, some=False)
     gpu = INTERPRETER if interpret else Gpu.of(device_of(model))
-    reason = _why_not(model.config, model.dtype, cache.batch, cache.capacity, each, gpu)
+    sizes = model.config, model.dtype, cache.batch, cache.capacity, each
+    reason = _why_not(*sizes, gpu, tuning=tuning, backend=backend)
     if reason is not None or gpu is None:
         raise NotImplementedError(reason)
     check_cache(cache, model.config, model.dtype, each)
@@ -463,8 +460,6 @@ def fused_step(
     step = decode_weights(model, cache.capacity), state, tokens.astype(jnp.int32).reshape(-1)
     plan = _stream_plan(dims, gpu, tuning)
     if backend is not None:
-        if (reason := why_not_backend(backend, gpu)) is not None and not interpret:
-            raise NotImplementedError(reason)
         plan = plan.compiled_by(backend)
     launch = functools.partial(stream_step, plan, hidden_layers=layers, interpret=interpret)
     logits, token, state, hidden = launch_whole(launch, *step)

@@ -1,4 +1,4 @@
-"""Why a decode step cannot run fused: one function, one sentence."""
+"""Why a decode step cannot run fused: one function, which sees all there is to see."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels.backends import Backend, default_backend, why_not_backend
 from pallas_kernels.dims import Dims
-from pallas_kernels.gpu import CAPABILITIES, Gpu
+from pallas_kernels.gpu import CAPABILITIES, INTERPRETER, Gpu
+from pallas_kernels.stream.planner import tuned, why_not_on
+from pallas_kernels.stream.tuning import Tuning
 
 __all__ = ["HEAD_DIMS", "MAX_BATCH", "why_not"]
 
@@ -17,15 +20,40 @@ _MAX_GROUP = 16
 _MAX_MODEL_DIM = 16_384
 
 
-def why_not(dims: Dims, dtype: Any, gpu: Gpu | None, found: str = "") -> str | None:
+def why_not(
+    dims: Dims,
+    dtype: Any,
+    gpu: Gpu | None,
+    *,
+    tuning: Tuning | None = None,
+    backend: Backend | None = None,
+    found: str = "",
+) -> str | None:
     """None when the fused kernel can run the step, else a sentence that says why not.
 
     Args:
         dims: the sizes.
         dtype: dtype of weights and cache.
         gpu: the device, or None when it is not a supported GPU.
+        tuning: the kernel's tunables. None: what its table says, or what fits the device.
+        backend: that of Pallas which is to compile the kernel; None: what the tuning says, or the
+            faster one that there is.
         found: what was found instead of a GPU, for the sentence.
     """
+    if (reason := _why_not_sizes(dims, dtype, gpu, found)) is not None:
+        return reason
+    assert gpu is not None
+    tuning = tuning or tuned(dims, gpu)
+    if (reason := why_not_on(gpu, dims, tuning)) is not None:
+        return reason
+    if gpu == INTERPRETER:  # no backend compiles what is interpreted
+        return None
+    backend = backend or (tuning.backend if tuning is not None else None) or default_backend()
+    return why_not_backend(backend, gpu)
+
+
+def _why_not_sizes(dims: Dims, dtype: Any, gpu: Gpu | None, found: str) -> str | None:
+    """Why no plan could run these sizes."""
     d = dims
     if gpu is None:
         return (

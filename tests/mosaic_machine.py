@@ -135,9 +135,17 @@ class MosaicMachine(Machine):
         self._writer[:] = self._reader[:] = _NOBODY
         self.races.meet(np.arange(self.threads // 32))
 
-    def load(self, name: str, at: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
+    def load(
+        self,
+        name: str,
+        at: np.ndarray,
+        size: int,
+        threads: np.ndarray,
+        *,
+        poisoned: bool = False,
+    ) -> np.ndarray:
         """See `Machine`."""
-        found = super().load(name, at, size, threads)
+        found = super().load(name, at, size, threads, poisoned=poisoned)
         if name == "global":
             self._must_be_in_arrays(at, size)
         elif (words := self._words(at, size, threads)) is not None:

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from ptx_machine import Machine
 from ptx_mutations import Mutation, mutated, occurs
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.triton.launch import compiler_params
 
 __all__ = [
     "Edit",
@@ -98,7 +98,7 @@ def _lower(body: Callable[..., Any], arrays: Sequence[jax.ShapeDtypeStruct]) -> 
     call = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((1,), jnp.int32),
-        compiler_params=plgpu.CompilerParams(num_warps=1),
+        compiler_params=compiler_params(num_warps=1, num_stages=1),
     )
     lower_for_gpu(call, *arrays)
 

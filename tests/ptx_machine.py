@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import heapq
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,6 +107,9 @@ class Machine:
         is_within_kernel: whether texts follow each other as they do in a kernel: no warp waits for
             the others between two of them.
         spare: addresses of shared memory where threads store what nobody reads, whoever is last.
+        poisoned: what the names of registers match that may be loaded from where others write at
+            the same time, since nothing that is found there counts. They get NaN then. None: no
+            register may.
     """
 
     shared_base = 0x1400
@@ -144,6 +148,7 @@ class Machine:
         self.conflicts = 0
         self.is_within_kernel = False
         self.spare = range(0)
+        self.poisoned: re.Pattern[str] | None = None
         # Tensor maps: fields so far, by address; those that are whole; which warps know of which.
         self.drafts: dict[int, dict[tuple[str, int], int]] = {}
         self.maps: dict[int, dict[tuple[str, int], int]] = {}
@@ -176,7 +181,9 @@ class Machine:
         [at] = self.places(name, np.array([address], np.int64), count * np.dtype(dtype).itemsize, 1)
         return self.space(name)[0][at : at + count * np.dtype(dtype).itemsize].view(dtype)
 
-    def places(self, name: str, at: np.ndarray, size: int, alignment: int) -> np.ndarray:
+    def places(
+        self, name: str, at: np.ndarray, size: int, alignment: int, *, met: bool = False
+    ) -> np.ndarray:
         """Numbers of the first bytes of some accesses, all of them allowed.
 
         Args:
@@ -184,6 +191,7 @@ class Machine:
             at: int64, addresses.
             size: bytes of each access.
             alignment: what divides the addresses.
+            met: whether a copy may be on its way there.
         """
         data, base = self.space(name)
         wrong = (at < base) | (at + size > base + len(data))
@@ -192,19 +200,35 @@ class Machine:
             raise PtxError(f"{size} bytes at {lacking} are not all in the {name} memory.")
         if (wrong := at % alignment != 0).any():
             raise PtxError(f"The address {hex(int(at[wrong][0]))} is no multiple of {alignment}.")
-        if name == "shared" and self.flying:
-            met = self._awaited[(at - base)[:, None] + np.arange(size)].any(axis=1)
-            if met.any():
-                there = hex(int(at[met][0]))
+        if name == "shared" and self.flying and not met:
+            early = self._awaited[(at - base)[:, None] + np.arange(size)].any(axis=1)
+            if early.any():
+                there = hex(int(at[early][0]))
                 raise PtxError(f"{there} is accessed while a copy is on its way there.")
         return at - base
 
-    def load(self, name: str, at: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
-        """Bytes `[n, size]` at addresses `[n]`, for threads `[n]`."""
-        index = self.places(name, at, size, size)[:, None] + np.arange(size)
+    def load(
+        self,
+        name: str,
+        at: np.ndarray,
+        size: int,
+        threads: np.ndarray,
+        *,
+        poisoned: bool = False,
+    ) -> np.ndarray:
+        """Bytes `[n, size]` at addresses `[n]`, for threads `[n]`.
+
+        Where others write at the same time, it is an error; or, if poisoned, all bits are set.
+        """
+        index = self.places(name, at, size, size, met=poisoned)[:, None] + np.arange(size)
         if self._is_spare(name, at).any():
             raise PtxError("What is read has been stored where it is of no use.")
         if name == "shared":
+            if poisoned:
+                data = self.shared[index]
+                wrong = self.races.unknown_writes(threads // WARP, index)
+                data[wrong | (self._awaited[index] > 0)] = 0xFF
+                return data
             self.races.load(threads // WARP, index)
             if size == 16:
                 self.conflicts += _conflicts(at, threads)

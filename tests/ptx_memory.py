@@ -33,7 +33,11 @@ def _vector(t: Threads, number: int) -> tuple[Operand, ...]:
 @instruction("ld", also=f"{' '.join(_SPACES)} {_ORDERS} v2 v4 L1::no_allocate")
 def _(t: Threads) -> None:
     space, parts = _space(t), _vector(t, 0)
-    raw = t.machine.load(space, t.address(1, space), SIZES[t.kind] * len(parts), t.threads)
+    size, some = SIZES[t.kind] * len(parts), t.machine.poisoned
+    poisoned = some is not None and all(
+        isinstance(x, Register) and some.search(x.name) is not None for x in parts
+    )
+    raw = t.machine.load(space, t.address(1, space), size, t.threads, poisoned=poisoned)
     for operand, column in zip(parts, raw.view(DTYPES[t.kind]).T, strict=True):
         t.put(operand, t.kind, column, wider=True)
 

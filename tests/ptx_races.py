@@ -27,7 +27,7 @@ class Races:
 
     def load(self, warps: np.ndarray, places: np.ndarray) -> None:
         """Warps `[n]` read bytes `[n, size]`."""
-        self._look("reads", warps, places, "written", self._unknown_writes(warps, places))
+        self._look("reads", warps, places, "written", self.unknown_writes(warps, places))
         self._read[warps[:, None], places] = self.known[warps, warps][:, None]
 
     def store(self, warps: np.ndarray, places: np.ndarray, changed: np.ndarray) -> None:
@@ -73,11 +73,12 @@ class Races:
         """A warp is told."""
         self.known[warp] = np.maximum(self.known[warp], news)
 
-    def _unknown_writes(self, warps: np.ndarray, places: np.ndarray) -> np.ndarray:
+    def unknown_writes(self, warps: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Which of bytes `[n, size]` have been written without the warps `[n]` knowing that."""
         return self._written[places] > self.known[warps[:, None], self._writer[places]]
 
     def _overwrite(self, warps: np.ndarray, places: np.ndarray, changed: np.ndarray) -> None:
-        lost = changed & self._unknown_writes(warps, places)
+        lost = changed & self.unknown_writes(warps, places)
         self._look("writes", warps, places, "written", lost)
         readers = self._read[:, places] > self.known[warps].T[: self.copier, :, None]
         self._look("writes", warps, places, "read", changed & readers.any(axis=0))

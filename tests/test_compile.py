@@ -10,19 +10,19 @@ import sys
 import pytest
 from decode_cases import dims_of
 
+from ffjax.commands import compile_table
+from ffjax.commands.compile import main
+from ffjax.commands.compile_table import Row, Step, compile_row, markdown
 from ffjax.config import preset
 from ffjax.formats import INT8, WeightFormats, int4
 from ffjax.quantization import quantized_config
 from pallas_kernels import compile as compile_module
-from pallas_kernels import compile_table
 from pallas_kernels.compile import (
     CompileError,
     CompileReport,
     compile_for,
-    main,
     why_no_compiler,
 )
-from pallas_kernels.compile_table import Row, Step, compile_row, markdown
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import RESERVED_TILE
 from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan
@@ -139,7 +139,7 @@ def test_the_plan_leaves_the_compiler_what_it_takes(config, batch):
 @needs_compiler
 def test_the_command_without_json_prints_a_line_a_field():
     command = [sys.executable, "-m", "pallas_kernels.compile", "--config", "python-bytes-3m"]
-    checkout = pathlib.Path(compile_module.__file__).parent.parent
+    checkout = pathlib.Path(compile_module.__file__).parent.parent.parent
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
     assert re.search(r"^kernels +1$", done.stdout, re.MULTILINE)
     assert re.search(r"^gpu +h200$", done.stdout, re.MULTILINE)
@@ -174,7 +174,7 @@ def test_a_missing_compiler_names_the_extra(capsys, monkeypatch, missing):
         (["--config", "llama3.2-1b", "--batch", "9"], "takes 1 to 8 sequences; there are 9"),
         (
             ["--config", "llama3.1-8b", "--weights", "int8", "--gpu", "l4", "--batch", "8"],
-            "of shared memory that are left for them. Take a tuning with smaller tiles, or impl",
+            "of shared memory that are left for them. No tuning has smaller ones: use implementat",
         ),
     ],
 )

@@ -6,7 +6,7 @@ from quantize_cases import GROUPED, INT8_GROUPS, kernel_config
 from test_compile_prefill import memory_of
 
 from ffjax.config import preset
-from ffjax.formats import FLOATING, WeightFormats, int4
+from ffjax.formats import FLOATING, INT8, WeightFormats, int4
 from ffjax.quantization import quantized_config
 from pallas_kernels.compile import compile_for, why_no_compiler
 
@@ -31,6 +31,12 @@ def test_a_step_is_one_kernel_that_spills_nothing(name, format, batch):
     config = quantized_config(preset(name), WeightFormats.of_layers(format, format))
     report = compile_for("h200", dims_of(config, batch, 16_384))
     assert (report.kernels, report.spill_bytes) == (1, 0)
+
+
+def test_a_step_of_the_widest_rows_is_one_kernel():
+    """A thread waits for 32 pieces at once, as many as its word of bits has room for."""
+    config = quantized_config(preset("llama3.1-70b"), WeightFormats.of_layers(INT8, INT8))
+    assert compile_for("h200", dims_of(config, 8, 16_384)).kernels == 1
 
 
 @pytest.mark.parametrize("gpu", ["l4", "h200"])

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pallas_kernels.compile import main, why_no_compiler
+from ffjax.commands.compile import main
+from pallas_kernels.compile import why_no_compiler
 from pallas_kernels.stream.planner import COMPILER_BYTES
 from pallas_kernels.targets import target
 

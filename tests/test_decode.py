@@ -23,7 +23,10 @@ from ffjax.decode import (
     why_not_fused_config,
 )
 from ffjax.model import Transformer
+from ffjax.said import say_once
 from pallas_kernels.gpu import INTERPRETER
+from pallas_kernels.launch import named_weights
+from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -47,7 +50,7 @@ def tokens(model):
 
 @on_cpu
 def test_without_a_name_a_cpu_takes_the_reference_and_says_so_once(model, cache, tokens, caplog):
-    decode._say_once.cache_clear()  # another test may have made it speak
+    say_once.cache_clear()  # another test may have made it speak
     with caplog.at_level(logging.INFO, logger="ffjax"):
         got = decode_step(model, cache, tokens)
         decode_step(model, cache, tokens)
@@ -72,7 +75,7 @@ def test_a_device_that_can_takes_the_kernel(model, cache, tokens, caplog, monkey
     took = object()
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
     monkeypatch.setattr(decode, "fused_step", lambda *arguments, **how: took)
-    decode._say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="ffjax"):
         assert decode_step(model, cache, tokens) is took
     assert "uses 'pallas'" in caplog.text
@@ -263,6 +266,9 @@ def test_the_kernels_read_the_models_own_buffers(fields):
     own["head"] = model.embed if model.head is None else model.head
     given = {name for name, array in weights._asdict().items() if array is not None}
     assert set(own) == given - {"inv_freq"}
+    # A weight has one name, down to the kernel's copies.
+    assert set(named_weights(weights)) == given
+    assert {segment.matrix for segment in (*LAYER_SEGMENTS, Segment.HEAD)} <= set(own)
     for name, param in own.items():
         view = getattr(weights, name)
         assert view.unsafe_buffer_pointer() == param[...].unsafe_buffer_pointer(), name

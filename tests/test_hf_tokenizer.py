@@ -18,7 +18,8 @@ from ffjax.cli import main
 from ffjax.config import preset
 from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.streaming import stream
-from ffjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
+from ffjax.text.tokenizers import load_tokenizer
+from ffjax.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -82,7 +82,7 @@ EDITS: dict[str, tuple[Any, str, str, str]] = {
         "self._in_use = before",
     ),
     # Lanes
-    "a sum's lane": (Threads, "_exchanged", "$1, {distance},", "$1, {distance ^ 3},"),
+    "a sum's lane": (Threads, "_exchanged", "word, distance)", "word, distance ^ 3)"),
     "a moved element's lane": (
         Threads,
         "_shuffled",

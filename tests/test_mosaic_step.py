@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from decode_cases import (
 from mosaic_edits import edited
 from mosaic_machine import MosaicError, MosaicMachine, run
 from ptx_machine import PtxError
-from quantize_cases import FOR_KERNELS, kernel_config
+from quantize_cases import FOR_KERNELS, GROUPED, kernel_config
 from spec_cases import check_buffers
 from step_cases import reference
 from stream_cases import check, machine
@@ -47,6 +48,9 @@ STEPS: dict[str, tuple[ModelConfig, list[int], int]] = {
     "three sequences, an empty one": (small_config(num_layers=1, post_norm=True), [0, 64, 9], 8),
     "integers": (kernel_config(FOR_KERNELS["mixed"]), [7], 4),
     "integers of two": (kernel_config(FOR_KERNELS["mixed otherwise"]), [3, 30], 4),
+    # Each matrix in groups of another kind: what is collected for one is of use to another or not.
+    "groups": (kernel_config(GROUPED["of files"]), [5], 4),
+    "groups, otherwise": (kernel_config(GROUPED["of files, otherwise"]), [65], 4),
 }
 
 
@@ -63,6 +67,8 @@ def stepped(model: Any, cache: KVCache, tokens: Any, num_warps: int) -> tuple[An
     def prepare(of: MosaicMachine) -> None:
         base = -(-of.ring // ALIGNMENT) * ALIGNMENT
         of.spare = range(base + layout.spare, base + layout.sums)
+        # Beyond a short row, anything may lie in the place of integers (x, y) and scales.
+        of.poisoned = re.compile(r"^%?[xy](_scale)?(_\d+)?/")
 
     def launch(kernel: Any, *, shared_bytes: int, programs: int, name: str, **how: Any) -> Any:
         assert programs == 1 and name

@@ -430,7 +430,7 @@ def test_it_talks_with_ffjax_serve(browser, tmp_path):
 
     import checkpoints
     from ffjax.live.batch import LiveBatch
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     model = checkpoints.load(folder := chat_folder(tmp_path / "talker"), dtype=jnp.float32)
     with serving(

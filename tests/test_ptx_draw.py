@@ -7,7 +7,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ptx_inline import Inline, Spelled, inlines, shape
+from ptx_inline import Edit, Inline, inlines, shape
 from ptx_machine import Machine, PtxError
 
 from pallas_kernels.draw import ptx
@@ -143,7 +143,7 @@ def make_noise(logits, key, index, temperature, least, edit=None) -> tuple[np.nd
 KEY, EXTREMES = (jnp.uint32(3), jnp.uint32(5)), (9564963, 18245552)
 
 
-def check_noise(together: int, temperature: float, edit: Spelled | None = None) -> None:
+def check_noise(together: int, temperature: float, edit: Edit = None) -> None:
     """Compares noise, that of the least and of the greatest random number too, with JAX's."""
     rng = np.random.default_rng(0)
     size = together, 64
@@ -254,16 +254,18 @@ def test_a_fault_is_seen(fault):
 @pytest.mark.parametrize(
     "edit",
     [
-        ("shf.l.wrap.b32 %y0, %y0, %y0, 29;", "shf.l.wrap.b32 %y0, %y0, %y0, 28;"),
-        ("max.f32 %f1, %f1, 0f00800000;", ""),
+        ("shf.l.wrap.b32 other, other, other, 29", "shf.l.wrap.b32 other, other, other, 28"),
+        ("max.f32 number_2, number_2, 0f00800000", ""),
         ("vote.sync.any.pred", "vote.sync.all.pred"),
-        ("or.pred %q, %q, %p1;", ""),
+        ("or.pred anyone, anyone, may_be_2", ""),
+        ("neg.f32 number_2, number_2", ""),
+        ("@!anyone bra over_2", "@anyone bra over_2"),
     ],
 )
 def test_a_fault_in_noise_is_seen(edit):
     with pytest.raises((AssertionError, PtxError)):
         for temperature in (0.7, 1.0):
-            check_noise(4, temperature, Spelled(*edit))
+            check_noise(4, temperature, edit)
 
 
 def penalties_text() -> Inline:
@@ -275,7 +277,7 @@ def penalties_text() -> Inline:
     return inlines(body, shape(1))[0]
 
 
-def put_penalties(edit: Spelled | None = None) -> None:
+def put_penalties(edit: Edit = None) -> None:
     """Compares logits of every kind, with the penalties that its formula puts on them."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=64).astype(np.float32) * 3
@@ -299,12 +301,12 @@ def test_penalties_are_those_of_the_formula():
 @pytest.mark.parametrize(
     "edit",
     [
-        ("or.pred %held, %held, %said;", ""),
-        ("selp.f32 %a, %a, %b, %p;", "selp.f32 %a, %b, %a, %p;"),
-        ("selp.f32 %l, %a, %l, %said;", "selp.f32 %l, %a, %l, %held;"),
-        ("mov.b32 %b, $6;", "mov.b32 %b, $5;"),
+        ("or.pred held, held, said", ""),
+        ("selp.f32 other, other, some, positive", "selp.f32 other, some, other, positive"),
+        ("selp.f32 number, other, number, said", "selp.f32 number, other, number, held"),
+        ("mov.b32 some, $6", "mov.b32 some, $5"),
     ],
 )
 def test_a_fault_in_penalties_is_seen(edit):
     with pytest.raises(AssertionError):
-        put_penalties(Spelled(*edit))
+        put_penalties(edit)

@@ -27,6 +27,7 @@ from ffjax.decode import (
 from ffjax.formats import FLOATING, INT8, WeightFormats, int4
 from ffjax.model import Transformer
 from ffjax.quantization import dequantize
+from pallas_kernels import support
 from pallas_kernels.dims import WeightBits
 from pallas_kernels.gpu import INTERPRETER
 
@@ -51,7 +52,7 @@ def exactly(sentence: str) -> str:
 def on_a_gpu(monkeypatch) -> Iterator[None]:
     """One that has room for all that the kernel knows."""
     monkeypatch.setattr(decode.Gpu, "of", lambda device: INTERPRETER)
-    monkeypatch.setattr(decode, "why_not_on", lambda *_: None)
+    monkeypatch.setattr(support, "why_not_on", lambda *_: None)
     decode._why_not.cache_clear()  # what was found out knows nothing of what was patched
     yield
     decode._why_not.cache_clear()
@@ -134,7 +135,7 @@ def test_the_kernel_is_chosen(formats, on_a_gpu):
 
 
 def test_what_the_kernel_has_no_room_for_is_its_own_sentence(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(decode, "why_not_on", lambda *_: "There is no room.")
+    monkeypatch.setattr(support, "why_not_on", lambda *_: "There is no room.")
     decode._why_not.cache_clear()
     asked = kernel_config(FOR_KERNELS["int4"]), jnp.bfloat16, 2, 8
     assert choose_kernel(*asked) == (None, "There is no room.")

@@ -23,7 +23,7 @@ import ffjax
 from ffjax.live import LiveBatch
 from ffjax.sampling.params import SamplingParams
 from ffjax.text.defaults import default_sampling
-from ffjax.tokenizer import load_tokenizer
+from ffjax.text.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.once(
     "The protocol is ours; a sample serves a model.",

@@ -13,12 +13,12 @@ import checkpoints
 from ffjax.benchmark import loops, prompts, suite
 from ffjax.cli import commands, main, make_parser
 from ffjax.commands import bench
+from ffjax.commands import compile as compile_command
 from ffjax.commands.sizes import add_size_arguments, chosen_sizes
 from ffjax.config import PRESETS, preset
 from ffjax.dims import step_dims
 from ffjax.formats import INT8, WeightFormats
 from ffjax.quantization import quantize, quantized_config
-from pallas_kernels import compile as compile_module
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +89,11 @@ def test_help_lists_the_presets(capsys, command):
 
 
 def test_the_compile_command_takes_a_path(made, capsys):
-    parser = compile_module.command_line()
+    parser = compile_command.command_line()
     asked = parser.parse_args(["--model", str(made / "config"), "--batch", "2"])
     config = chosen("--model", made / "config")
-    assert compile_module.dims_of(asked) == step_dims(config, 2, 16_384)
-    assert compile_module.main(["--model", str(made / "nothing")]) == 1
+    assert compile_command.dims_of(asked) == step_dims(config, 2, 16_384)
+    assert compile_command.main(["--model", str(made / "nothing")]) == 1
     assert "There is no checkpoint or Hugging Face folder at" in capsys.readouterr().err
 
 

@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -32,11 +28,11 @@ from spec_cases import alone, check_specification
 from step_cases import bits, reference
 from stream_cases import FAMILIES, env_of
 
+from ffjax.commands import spec as command
 from ffjax.config import ModelConfig
 from pallas_kernels.dims import DecodeWeights
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.launch import StepState
-from pallas_kernels.spec import __main__ as command
 from pallas_kernels.spec.bisecting import bisect, compare_layer
 from pallas_kernels.spec.cutting import first_layers
 from pallas_kernels.spec.differences import Difference
@@ -381,18 +377,3 @@ def test_a_step_is_cut_behind_a_layer_that_there_is():
     for layers in (0, 4):
         with pytest.raises(ValueError, match=f"1 to 3 of them; got {layers}"):
             first_layers(plan, layers)
-
-
-def test_the_specification_needs_no_pallas():
-    done = subprocess.run(
-        [sys.executable, "-c", "import pallas_kernels.spec.step, sys; print(*sys.modules)"],
-        cwd=pathlib.Path(__file__).parents[1],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = done.stdout.split()
-    assert not [name for name in found if "pallas" in name and name.startswith("jax")]
-    assert "pallas_kernels.stream.ptx" not in found

@@ -1,14 +1,22 @@
 """Every reason why a step cannot run fused is a sentence that names what came."""
 
 import dataclasses
+import functools
 import types
 
 import jax.numpy as jnp
 import pytest
-from decode_cases import dims_of
+from decode_cases import dims_of, small_config
+from flax import nnx
 
+from ffjax import decode
+from ffjax.cache import KVCache
 from ffjax.config import PRESETS, preset
+from ffjax.model import Transformer
+from pallas_kernels import backends, support
 from pallas_kernels.gpu import INTERPRETER, Gpu
+from pallas_kernels.stream.plan import StreamPlan
+from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.support import MAX_BATCH, why_not
 from pallas_kernels.targets import target, target_names
 
@@ -19,10 +27,71 @@ _GOOD = dims_of(preset("llama3.2-1b"), batch=1, capacity=16_384)
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("batch", range(1, MAX_BATCH + 1))
-def test_every_preset_runs_fused_on_every_target(name, batch):
+def test_every_preset_runs_fused_on_every_target_that_has_room(name, batch):
     dims = dims_of(preset(name), batch, 16_384)
     for gpu in (INTERPRETER, *(target(t).gpu for t in target_names())):
-        assert why_not(dims, jnp.bfloat16, gpu) is None
+        reason = why_not(dims, jnp.bfloat16, gpu)
+        if gpu.shared_memory > 100 * 1024:
+            assert reason is None
+        elif reason is not None:  # no tuning helps, and none is advised
+            assert "No tuning has smaller ones: use implementation='xla'." in reason
+
+
+L4, A100 = target("l4").gpu, target("a100").gpu
+
+
+def test_the_tuning_is_seen(monkeypatch):
+    """Whatever the default is, what is asked for is what has room, or has none."""
+    sizes = dims_of(preset("llama3.1-8b"), 1, 16_384), jnp.bfloat16, L4
+    assert why_not(*sizes) is None
+    large, small = Tuning(), Tuning(tile_bytes=8192, cache_tile_bytes=8192)
+    reason = why_not(*sizes, tuning=large)
+    assert reason is not None and "Take a tuning with smaller tiles, or impl" in reason
+    assert why_not(*sizes, tuning=small) is None
+    monkeypatch.setattr(support, "tuned", lambda *_: large)
+    assert why_not(*sizes) == reason
+    assert why_not(*sizes, tuning=small) is None
+
+
+def test_a_step_is_refused_for_its_own_tuning_alone(monkeypatch):
+    config = small_config(num_layers=1, model_dim=3072, ffw_dim=8192)
+    asked: list[StreamPlan] = []
+
+    def launched(plan, *args, **_):
+        asked.append(plan)
+        raise InterruptedError
+
+    monkeypatch.setattr(decode.Gpu, "of", lambda _: L4)
+    monkeypatch.setattr(decode, "stream_step", launched)
+    monkeypatch.setattr(support, "tuned", lambda *_: Tuning())  # which has no room
+
+    def step(**how):
+        """Traced alone: nothing of that size is allocated."""
+        model = Transformer(config, rngs=nnx.Rngs(0))
+        cache = KVCache.create(config, 1, 64)
+        return decode.fused_step(model, cache, jnp.zeros(1, jnp.int32), **how).logits
+
+    for how in ({}, {"tuning": Tuning(tile_bytes=65_536)}):
+        with pytest.raises(NotImplementedError, match="Take a tuning with smaller tiles"):
+            nnx.eval_shape(functools.partial(step, **how))
+    assert not asked
+    with pytest.raises(InterruptedError):
+        small = Tuning(tile_bytes=8192, cache_tile_bytes=8192)
+        nnx.eval_shape(functools.partial(step, tuning=small))
+    assert asked[0].tuning.tile_bytes == 8192
+
+
+def test_the_backend_is_seen(monkeypatch):
+    asked = _GOOD, jnp.bfloat16, A100
+    assert why_not(*asked) is None
+    reason = why_not(*asked, backend="mosaic_gpu")
+    assert reason is not None and "got NVIDIA A100" in reason and "Take Triton" in reason
+    assert why_not(*asked, tuning=Tuning(backend="mosaic_gpu", tile_bytes=8192)) == reason
+    monkeypatch.setattr(backends, "_is_there", lambda backend: backend != "triton")
+    reason = why_not(*asked)
+    assert reason is not None and "Use implementation='xla', or a JAX with Triton" in reason
+    assert why_not(_GOOD, jnp.bfloat16, target("h200").gpu) is None
+    assert why_not(_GOOD, jnp.bfloat16, INTERPRETER, backend="triton") is None
 
 
 @pytest.mark.parametrize(
@@ -48,7 +117,7 @@ def test_a_refusal_says_the_rule_what_came_and_what_to_do(change, dtype, rule, c
 
 
 def test_a_device_that_is_no_known_gpu_is_named():
-    reason = why_not(_GOOD, "bfloat16", None, "a toaster (cpu)")
+    reason = why_not(_GOOD, "bfloat16", None, found="a toaster (cpu)")
     assert reason is not None
     assert "compute capability 8.0 or newer" in reason
     assert "this is a toaster (cpu)" in reason

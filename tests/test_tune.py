@@ -108,10 +108,11 @@ def test_a_line_says_how_a_plan_keeps_its_tiles():
     assert _line(failed).endswith("4 warps: too much")
 
 
-def test_the_fastest_sound_candidate_comes_first(monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_fastest_sound_candidate_comes_first(monkeypatch, tokens):
     """The reference plays the kernel: wrong under one tuning, failing under another."""
     config = small_config(vocab_size=32, num_layers=1)
-    model, dims = random_model(config), dims_of(config, 1, 256)
+    model, dims = random_model(config), dims_of(config, 1, 256, tokens)
     right, wrong, broken = (Tuning(tile_bytes=size) for size in (8192, 16384, 65536))
     monkeypatch.setattr(tune_module, "candidates", lambda *_: [wrong, broken, right])
     monkeypatch.setattr(tune_module, "refinements", lambda *_: [Tuning(slots=2)])
@@ -187,7 +188,7 @@ def test_bad_input_gets_a_sentence(capsys, arguments, message):
 def test_every_row_of_the_table_can_be_planned():
     for row in tuning_module._table():
         assert {"device", "batch", "tuning", "us_per_step", "config"} <= row.keys()
-        dims = dims_of(preset(row["config"]), row["batch"], 1024)
+        dims = dims_of(preset(row["config"]), row["batch"], 1024, row.get("tokens", 1))
         names = (field.name for field in dataclasses.fields(WeightBits))
         bits = WeightBits(**dict(zip(names, row["weight_bits"], strict=True)))
         dims = dataclasses.replace(dims, weight_bits=bits)
@@ -206,3 +207,17 @@ def test_a_step_takes_its_own_row_or_the_defaults(monkeypatch):
     assert tuning_for("NVIDIA H200", dataclasses.replace(dims, batch=2)) is None
     assert tuning_for("NVIDIA H200", dataclasses.replace(dims, ffw_dim=64)) is None
     assert tuning_for("NVIDIA H100", dims) is None
+
+
+def test_several_tokens_take_their_own_row_or_that_of_as_many_sequences(monkeypatch):
+    dims = dims_of(preset("llama3.2-1b"), 2, 1024)
+    several = dataclasses.replace(dims, tokens=3)
+    of_eight = {**row_key("NVIDIA H200", dataclasses.replace(dims, batch=8)), "tuning": {}}
+    of_four = {**row_key("NVIDIA H200", several), "tuning": {"slots": 4}}
+    monkeypatch.setattr(tuning_module, "_table", lambda: [of_four, of_eight])
+    assert (of_four["batch"], of_four["tokens"]) == (2, 4)
+    assert tuning_for("NVIDIA H200", several) == Tuning(slots=4)
+    assert tuning_for("NVIDIA H200", dims) is None  # one token takes no row of several
+    by_columns = dataclasses.replace(dims, batch=1, tokens=8)
+    assert tuning_for("NVIDIA H200", by_columns) == Tuning()
+    assert tuning_for("NVIDIA H200", dataclasses.replace(by_columns, tokens=4)) is None

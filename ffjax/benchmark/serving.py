@@ -42,7 +42,8 @@ from ffjax.requests import Request
 from ffjax.sampling.params import SamplingParams
 from ffjax.serve.server import Options, Server, bound
 from ffjax.settings import own_settings
-from ffjax.tokenizer import Tokenizer, load_tokenizer
+from ffjax.text.tokenizers import load_tokenizer
+from ffjax.tokenizer import Tokenizer
 
 __all__ = ["Load", "Report", "as_data", "as_text", "main", "measure"]
 

@@ -46,7 +46,7 @@ from ffjax.speculation.draft import Draft
 from ffjax.speculation.lookup import Lookup
 from ffjax.stdlib_text import read_sources
 from ffjax.streaming import Stream
-from ffjax.tokenizer import load_tokenizer
+from ffjax.text.tokenizers import load_tokenizer
 from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["Asked", "Row", "as_data", "as_text", "main", "make_parser", "measure"]

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from ffjax.benchmark.check import WRONG, compare, follow, observe
-from ffjax.benchmark.contenders import Contender, implementation
+from ffjax.benchmark.contenders import Contender, implementation, keeping_one, one_by_one
 from ffjax.benchmark.inputs import capacity_for, first_tokens, started_cache
 from ffjax.benchmark.timing import DecodeLoop, Timing, rewind, time_loops
 from ffjax.cache import KVCache
@@ -134,7 +134,7 @@ def tune(
 
     Args:
         model: a model of the sizes.
-        dims: the sizes.
+        dims: the sizes, with the tokens that a step takes of each sequence.
         gpu: the device.
         position: live positions before the first step.
         steps: steps of a timed loop.
@@ -169,15 +169,20 @@ def _measure(
     say: Callable[[str], None],
     tunings: list[Tuning],
 ) -> list[Trial]:
-    config, batch = model.config, dims.batch
-    first = first_tokens(config, batch)
-    fresh = functools.partial(started_cache, config, batch, position, capacity_for(position, steps))
+    config, batch, tokens = model.config, dims.batch, dims.tokens
+    first = first_tokens(config, batch, tokens=tokens)
+    capacity = capacity_for(position, steps, tokens)
+    fresh = functools.partial(started_cache, config, batch, position, capacity, tokens=tokens)
     reference = implementation(model, "xla")
+    if tokens > 1:
+        # As `ffjax bench --tokens` does: each step goes one position further.
+        reference = keeping_one(one_by_one(model))
     checked = min(steps, _CHECKED_STEPS)
     trials, loops = [], []
     for number, tuning in enumerate(tunings, start=1):
         say(f"{number} of {len(tunings)}: {tuning}")
         contender = make(model, tuning)
+        contender = keeping_one(contender) if tokens > 1 else contender
         plan = make_stream_plan(dims, gpu, tuning)
         try:
             seen = observe(contender, fresh(), first, checked)

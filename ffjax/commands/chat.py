@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from ffjax.terminal.settings import names
     from ffjax.text.defaults import default_sampling
     from ffjax.text.generator import Generator
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     variables = template_variables(args.template_var)
     messages = [] if args.load is None else read_messages(Path(args.load))

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _unusable(path: str, config: ModelConfig) -> str | None:
     """Why a checkpoint's tokenizer cannot be used, a sentence; None where it can."""
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     try:
         load_tokenizer(path, config)

@@ -103,7 +103,7 @@ def _checkpoint(args: argparse.Namespace) -> Patient:
     from checkpoints.opening import open_incoming
     from checkpoints.places import model_path
     from ffjax.doctor.diagnosis import Patient
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     path = model_path(checkpoints.SHIPPED_MODEL if args.model is None else args.model)
     # What it is comes first: where JAX starts no device, that is all there is to say.

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     import checkpoints
     from ffjax.evaluate import evaluate
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     text = _read(args.text)
     path = checkpoints.SHIPPED_MODEL if args.model is None else args.model

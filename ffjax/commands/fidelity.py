@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
     import checkpoints
     from ffjax import fidelity
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     if args.config is None and (args.weights is not None or args.head is not None):
         raise ValueError(

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     import checkpoints
     from ffjax.text.defaults import default_sampling
     from ffjax.text.generator import Generator
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     start_up = StartUp()
     start_up.ended("imports")

@@ -108,7 +108,7 @@ def inspect(path: Path, batch: int = 1, *, ignore_fields: Collection[str] = ()) 
 def _tokenizer(path: Path, config: ModelConfig) -> dict[str, Any] | str:
     """What the tokenizer is, or why there is none."""
     from ffjax.hf_tokenizer import HFTokenizer
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(path, config)

@@ -192,7 +192,7 @@ def _calibration(
     """What was asked for."""
     from ffjax.calibration import DAMPENING, Calibration
     from ffjax.calibration_text import LENGTH, SEQUENCES, calibration_tokens
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     tokens = calibration_tokens(
         list(texts.values()),

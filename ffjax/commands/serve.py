@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     from ffjax.live import LiveBatch
     from ffjax.speculation.draft import Draft, shortest_context
     from ffjax.text.defaults import default_sampling, described
-    from ffjax.tokenizer import load_tokenizer
+    from ffjax.text.tokenizers import load_tokenizer
 
     key = _key(args)
     asking = check_speculation(args)

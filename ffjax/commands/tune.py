@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", metavar="B", type=whole(1), default=1, help="sequences; default: %(default)s"
     )
     parser.add_argument(
+        "--tokens",
+        metavar="T",
+        type=whole(1),
+        default=1,
+        help="tokens of each sequence that a step takes; default: %(default)s",
+    )
+    parser.add_argument(
         "--position",
         metavar="P",
         type=whole(0),
@@ -75,15 +82,16 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         repetitions=args.repetitions,
         implementation="pallas",
+        tokens=(args.tokens,),
     )
     device = default_device()
     gpu = Gpu.of(device)
-    capacity = capacity_for(args.position, args.steps)
-    reason = why_not_fused_config(config, jnp.bfloat16, args.batch, capacity)
+    capacity = capacity_for(args.position, args.steps, args.tokens)
+    reason = why_not_fused_config(config, jnp.bfloat16, args.batch, capacity, args.tokens)
     if reason is not None or gpu is None:
         raise NotImplementedError(without_advice(reason or "There is no GPU here."))
     model = random_model(config)
-    dims = step_dims(config, args.batch, capacity)
+    dims = step_dims(config, args.batch, capacity, args.tokens)
 
     def say(text: str) -> None:
         if not args.json:

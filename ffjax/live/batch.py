@@ -32,9 +32,10 @@ from ffjax.sampling.draw import sequence_words
 from ffjax.sampling.params import SamplingParams
 from ffjax.sampling.rows import Stages, drawing_gpu, row_of
 from ffjax.settings import program_settings
-from ffjax.speculation.choice import Speculation, check_fused, live_speculation
+from ffjax.speculation.choice import Speculation, live_speculation
 from ffjax.speculation.draft import Draft
 from ffjax.speculation.drafting import ModelSource, draft_implementation
+from ffjax.speculation.fused import check_fused
 from ffjax.speculation.source import Source
 from pallas_kernels.support import MAX_BATCH
 

@@ -14,7 +14,9 @@ from ffjax.prefill.padded import PaddedPrefill
 from ffjax.prefill.request import Prefill, RequestPrefill
 from ffjax.prefill.stepwise import StepwisePrefill, step_tokens
 from ffjax.requests import Request
+from ffjax.said import say_once
 from ffjax.sampling.rows import Rows, Stages
+from pallas_kernels.backends import why_no_small_kernels
 from pallas_kernels.gpu import Gpu
 
 __all__ = ["Prefill", "prefill_of", "resolve_prefill", "resolve_prefill_of"]
@@ -45,6 +47,8 @@ def resolve_prefill(
     if prefill == "xla" or (prefill is None and implementation == "xla"):
         return "xla"
     reason = _why_not(dtype, device)
+    if reason is None and (reason := why_no_small_kernels()) is not None and prefill is None:
+        say_once(reason)
     if reason is None:
         return "pallas"
     if prefill is None:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
+from ffjax.said import say_once
 from ffjax.sampling.params import MAX_STOP_TOKENS, SamplingParams
+from pallas_kernels.backends import why_no_small_kernels
 from pallas_kernels.gpu import Gpu
 
 __all__ = [
@@ -136,12 +138,18 @@ class Rows(NamedTuple):
 def drawing_gpu(device: Any, implementation: str | None) -> Gpu | None:
     """The device, where the kernel draws: on a GPU that it knows, if `DRAW_BY_KERNEL` says so.
 
+    None where XLA draws. If that is because this JAX cannot compile the kernel, it is said once.
+
     Args:
         device: a JAX device.
         implementation: what was asked for as that of the steps. Who names "xla" wants XLA all
             along.
     """
-    return Gpu.of(device) if DRAW_BY_KERNEL and implementation != "xla" else None
+    gpu = Gpu.of(device) if DRAW_BY_KERNEL and implementation != "xla" else None
+    if gpu is not None and (reason := why_no_small_kernels()) is not None:
+        say_once(reason)
+        return None
+    return gpu
 
 
 def _edits(params: SamplingParams) -> dict[int, float]:

@@ -20,7 +20,6 @@ __all__ = [
     "MAX_SEQUENCES",
     "SPECULATIONS",
     "Speculation",
-    "check_fused",
     "checked_speculation",
     "live_speculation",
     "loop_for",
@@ -59,27 +58,6 @@ def checked_speculation(
     if speculation not in SPECULATIONS:
         raise ValueError(f"speculation is {names}; got {speculation!r}.")
     return Lookup() if speculation == "lookup" else None
-
-
-def check_fused(model: Transformer, batch: int, slots: int, tokens: int) -> None:
-    """Refuses speculation by fused steps that cannot run on the model's device.
-
-    Args:
-        model: the model.
-        batch: B.
-        slots: S.
-        tokens: T.
-
-    Raises:
-        NotImplementedError: they cannot.
-    """
-    from ffjax.decode import why_not_fused
-
-    if (reason := why_not_fused(model, batch, slots, tokens)) is not None:
-        raise NotImplementedError(
-            f"Speculation runs steps of {tokens} tokens of each sequence. {reason} Or leave "
-            "speculation out."
-        )
 
 
 def _for_batch(asked: Any, batch: int, them: str) -> Any:

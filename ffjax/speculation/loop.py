@@ -18,7 +18,7 @@ from ffjax.reproducible import compiler_options
 from ffjax.requests import Request
 from ffjax.settings import program_settings
 from ffjax.speculation.block import Bounds, Going, plain_block, speculative_block
-from ffjax.speculation.choice import check_fused
+from ffjax.speculation.fused import check_fused
 from ffjax.speculation.lines import Lines
 from ffjax.speculation.source import Source
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from checkpoints.gguf import generation_json, is_gguf, read_header
+from checkpoints.manifest import HF_FILES
+from checkpoints.places import model_path
+from ffjax.hf_tokens import json_object
 from ffjax.sampling.params import SamplingParams
 
 __all__ = ["GENERATION_CONFIG", "default_sampling", "described"]
@@ -26,12 +30,6 @@ def default_sampling(path: str | Path) -> SamplingParams:
     Raises:
         ValueError: the file is damaged, or names what cannot be.
     """
-    # `checkpoints` imports this package, so it can only be imported once that is done.
-    from checkpoints.gguf import generation_json, is_gguf, read_header
-    from checkpoints.manifest import HF_FILES
-    from checkpoints.places import model_path
-    from ffjax.hf_tokens import json_object
-
     directory = model_path(path)
     if is_gguf(directory):
         return SamplingParams.from_generation_config(generation_json(read_header(directory)))

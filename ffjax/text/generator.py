@@ -7,6 +7,7 @@ from collections.abc import Generator as Pieces
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import checkpoints
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
 from ffjax.model import Transformer
@@ -18,7 +19,8 @@ from ffjax.text.batches import TextBatch, texts
 from ffjax.text.completion import Completion
 from ffjax.text.defaults import default_sampling
 from ffjax.text.stream import TextStream
-from ffjax.tokenizer import Tokenizer, load_tokenizer
+from ffjax.text.tokenizers import load_tokenizer
+from ffjax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ffjax.text.session import ChatSession
@@ -98,9 +100,6 @@ class Generator:
                 of that name, or the draft model does not fit.
             NotImplementedError: the tokenizer needs the extra `hf`.
         """
-        # `checkpoints` imports this package, so it can only be imported once that is done.
-        import checkpoints
-
         path = checkpoints.SHIPPED_MODEL if path is None else path
         model = checkpoints.load(path, dtype=dtype, ignore_fields=ignore_fields)
         tokenizer = load_tokenizer(path, model.config)

@@ -125,6 +125,10 @@ class Arithmetic(Writer):
     def _floats(self, name: str, to: Register, *values: Value) -> None:
         self.emit(f"{name}.f32", *(self.read(x, "f32") for x in (to, *values)))
 
+    def neg(self, to: Register, a: Value) -> None:
+        """`neg.f32`: -a."""
+        self._floats("neg", to, a)
+
     def abs(self, to: Register, a: Value) -> None:
         """`abs.f32`: the magnitude."""
         self._floats("abs", to, a)
@@ -132,6 +136,14 @@ class Arithmetic(Writer):
     def ex2(self, to: Register, a: Value) -> None:
         """`ex2.approx.ftz.f32`: 2 to the power a, within 2^-22; denormals are 0."""
         self._floats("ex2.approx.ftz", to, a)
+
+    def rsqrt(self, to: Register, a: Value) -> None:
+        """`rsqrt.approx.ftz.f32`: 1 / the square root of a, within 2^-22.4; denormals are 0."""
+        self._floats("rsqrt.approx.ftz", to, a)
+
+    def sqrt(self, to: Register, a: Value) -> None:
+        """`sqrt.approx.ftz.f32`: the square root of a, within 2^-23; denormals are 0."""
+        self._floats("sqrt.approx.ftz", to, a)
 
     def rcp(self, to: Register, a: Value) -> None:
         """`rcp.approx.ftz.f32`: 1 / a, within an ulp; denormals are 0."""
@@ -170,6 +182,11 @@ class Arithmetic(Writer):
     def shr(self, to: Register, a: Value, by: Value) -> None:
         """`shr`: bits moved down; the sign comes after, if the destination's type has one."""
         self.emit(f"shr.{to.kind}", to.name, self.read(a, to.kind), self.read(by, "u32"))
+
+    def shf_left(self, to: Register, low: Value, high: Value, by: Value) -> None:
+        """`shf.l.wrap.b32`: the upper word of two, moved up; of one word twice, it is turned."""
+        words = (self.read(x, "b32") for x in (to, low, high))
+        self.emit("shf.l.wrap.b32", *words, self.read(by, "u32"))
 
     def lop3(self, to: Register, a: Value, b: Value, c: Value, table: int) -> None:
         """`lop3.b32`: each bit by a table of 8: entry 4a + 2b + c."""

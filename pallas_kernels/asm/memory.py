@@ -42,6 +42,22 @@ class Memory(Writer):
         """`st.relaxed.gpu.global`: to be read by other programs at any time, whole."""
         self._store("st.relaxed.gpu.global", self.address(place, _GLOBAL), value)
 
+    def ld_global(self, to: Register | Sequence[Register], place: Place) -> None:
+        """`ld.global`: what the program, or nobody, writes meanwhile."""
+        self._load("ld.global", to, self.address(place, _GLOBAL))
+
+    def ld_global_s8(self, to: Register, place: Place) -> None:
+        """`ld.global.s8`: a byte into a register of 16 bits, with its sign."""
+        self.emit("ld.global.s8", self.read(to, "u16"), self.address(place, _GLOBAL))
+
+    def st_global(self, place: Place, values: Value | Sequence[Value]) -> None:
+        """`st.global`: to be read by this program, or when the kernel has ended."""
+        self._store("st.global", self.address(place, _GLOBAL), values)
+
+    def st_global_b8(self, place: Place, value: Register) -> None:
+        """`st.global.b8`: the lower byte of a register of 16 bits."""
+        self.emit("st.global.b8", self.address(place, _GLOBAL), self.read(value, "u16"))
+
     def ld_global_nc(self, to: Register | Sequence[Register], place: Place) -> None:
         """`ld.global.nc`: what nobody writes while the kernel runs."""
         self._load("ld.global.nc", to, self.address(place, _GLOBAL))

@@ -23,7 +23,7 @@ __all__ = [
 BYTES = {"pred": 1, "u16": 2, "u32": 4, "s32": 4, "f32": 4, "u64": 8, "s64": 8}
 """The types that registers have, and their bytes."""
 
-CONSTRAINTS = {"u32": "r", "s32": "r", "u64": "l", "s64": "l", "f32": "f"}
+CONSTRAINTS = {"u16": "h", "u32": "r", "s32": "r", "u64": "l", "s64": "l", "f32": "f"}
 """How LLVM calls a type that is bound to a text from outside."""
 
 # Smaller numbers are written as people count, larger ones as bits.

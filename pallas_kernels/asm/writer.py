@@ -236,6 +236,11 @@ class Writer:
         """What is bound, as LLVM wants to know it: "=&r,r,l"."""
         return ",".join(constraint for _, constraint, _ in self._bound)
 
+    @property
+    def result_kinds(self) -> list[str]:
+        """The types of what the text makes."""
+        return [register.kind for register, _, _ in self._bound[: self._results]]
+
     def text(self) -> str:
         """The text for compilers: it changes where the code does, and not with what is said of it.
 

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dims import ceil_div
 from pallas_kernels.draw import ptx
 from pallas_kernels.draw.mass import halves, mass_bits, whole
 from pallas_kernels.draw.plan import DrawPlan
 from pallas_kernels.draw.ptx import SLOTS
+from pallas_kernels.primitives import access
 from pallas_kernels.program import iota
 from pallas_kernels.sync import MAX_POLLS
 
@@ -130,7 +130,7 @@ class Exchange:
     def before(self) -> tuple[Array, Array, Array]:
         """What `leave` said in the launch before; zeros in the first one."""
         at = _OWN * self.part
-        one, other, third = (plgpu.load(self.board.at[self.row, at + i]) for i in range(_OWN))
+        one, other, third = (access.load(self.board.at[self.row, at + i]) for i in range(_OWN))
         return one, other, third
 
     def leave(self, meetings: Array, launches: Array, token: Array) -> None:
@@ -145,7 +145,7 @@ class Exchange:
         """
         for i, number in enumerate((meetings, launches, token)):
             place = jnp.full((1,), self.row), jnp.full((1,), _OWN * self.part + i)
-            plgpu.store(self.board.at[place], jnp.full((1,), number))
+            access.store(self.board.at[place], jnp.full((1,), number))
 
     def _place(self, meeting: Array, part: Array | int) -> Array:
         """Where on the board a part's words of a meeting begin, in bytes."""

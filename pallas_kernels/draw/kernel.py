@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.calls import kernel_call
 from pallas_kernels.draw import ptx
 from pallas_kernels.draw.border import WINNERS, Border, first_places, out_of_reach
 from pallas_kernels.draw.exchange import SLOTS, Best, Exchange, Told, board_shape, in_slots
@@ -42,6 +42,7 @@ from pallas_kernels.draw.penalties import Before, Penalties
 from pallas_kernels.draw.plan import DrawPlan
 from pallas_kernels.draw.threefry import folded, gumbel
 from pallas_kernels.logprobs import ordered
+from pallas_kernels.primitives import access
 from pallas_kernels.program import iota
 
 __all__ = ["KERNEL_NAME", "Drawn", "draw_tokens", "no_board"]
@@ -236,7 +237,7 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
     shared = None if interpret else ptx.reserve(plan.num_warps)
 
     def of_row(name: str, *at: int) -> Array | None:
-        return plgpu.load(refs[name].at[b, *map(jnp.int32, at)]) if name in refs else None
+        return access.load(refs[name].at[b, *map(jnp.int32, at)]) if name in refs else None
 
     # All loads are asked for before the first is waited for.
     likeliest, temperature, from_ = map(of_row, ("likeliest", "temperature", "first"))
@@ -250,16 +251,16 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
     token = part * plan.width + iota((1, plan.width), 1)
     real = token < plan.vocab_size
     where = jnp.full_like(token, b), token
-    logits = plgpu.load(refs["logits"].at[where], mask=real, other=-jnp.inf)
+    logits = access.load(refs["logits"].at[where], mask=real, other=-jnp.inf)
     if "kept" in refs:
         step = jnp.full_like(token, launches), *where
-        plgpu.store(refs["kept"].at[step], ordered(logits), mask=real)
+        access.store(refs["kept"].at[step], ordered(logits), mask=real)
     if penalties is not None:
         logits = penalties.put_on(logits, where, real)
 
     def logit_of(token: Array) -> Array:
         if penalties is None:
-            return plgpu.load(refs["logits"].at[b, token])
+            return access.load(refs["logits"].at[b, token])
         return penalties.one(token)[0]
 
     if penalties is None:
@@ -307,10 +308,10 @@ def _draw(refs: dict[str, Any], plan: DrawPlan, interpret: bool) -> None:
     if penalties is not None:
         penalties.count(token)
     tells = jnp.full((1,), part == 0)
-    plgpu.store(refs["token"].at[jnp.full((1,), b)], jnp.full((1,), chosen.token), mask=tells)
+    access.store(refs["token"].at[jnp.full((1,), b)], jnp.full((1,), chosen.token), mask=tells)
     if penalties is not None:
         logit = jnp.full((1,), chosen.logit)
-        plgpu.store(refs["logit"].at[jnp.full((1,), b)], logit, mask=tells)
+        access.store(refs["logit"].at[jnp.full((1,), b)], logit, mask=tells)
 
 
 def no_board(plan: DrawPlan) -> Array:
@@ -397,13 +398,13 @@ def draw_tokens(
         _draw(dict(zip(names, refs, strict=True)), plan, interpret)
 
     order = list(outputs)
-    out = pl.pallas_call(
+    out = kernel_call(
         kernel,
         grid=(plan.programs,),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
-        input_output_aliases={len(inputs) + i: order.index(name) for i, name in enumerate(given)},
+        aliases={len(inputs) + i: order.index(name) for i, name in enumerate(given)},
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=plan.num_warps, num_stages=1),
+        num_warps=plan.num_warps,
         name=KERNEL_NAME,
     )(*inputs.values(), *given.values())
     made = dict(zip(order, out, strict=True))

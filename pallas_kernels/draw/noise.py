@@ -9,14 +9,15 @@ The logarithm has an error of less than 1.5 units in the last place, which XLA's
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax._src import core
 
+from pallas_kernels.asm import Block, Register, bits_of
 from pallas_kernels.draw.threefry import PARITY, ROTATIONS, TINY
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["noisy"]
 
@@ -36,122 +37,163 @@ _LOG = (
 )
 _TWO_THIRDS = 0x3F2AAAAB  # the bits of 2/3
 _EXPONENT = 0xFF800000
+_NEVER = bits_of(-math.inf)
 
 
-def _f32(x: float | np.float32) -> str:
-    """A literal."""
-    return f"0f{int(np.float32(x).view(np.uint32)):08X}"
+class _Token(NamedTuple):
+    """A token while its noise is made.
+
+    Attributes:
+        may_be: predicate, whether it may be drawn.
+        word: of a hash, or bits of a number.
+        other: likewise.
+        number: float32.
+        sum: float32, of a polynomial.
+        part: float32, of a logarithm.
+    """
+
+    may_be: Register
+    word: Register
+    other: Register
+    number: Register
+    sum: Register
+    part: Register
+
+    @classmethod
+    def of(cls, b: Block) -> _Token:
+        """Declares its registers."""
+        words, floats = b.u32s("word", "other"), b.f32s("number", "sum", "part")
+        return cls(b.pred("may_be"), *words, *floats)
 
 
-def _hash_lines(index: str) -> list[str]:
-    """%x and %y from a counter; the key's words are %k0, %k1 and %k2."""
-    lines = ["mov.b32 %x, %k0;", f"add.u32 %y, {index}, %k1;"]
-    for group in range(5):
-        for by in ROTATIONS[group % 2]:
-            lines += [
-                "add.u32 %x, %x, %y;",
-                f"shf.l.wrap.b32 %y, %y, %y, {by};",
-                "xor.b32 %y, %y, %x;",
-            ]
-        lines += [
-            f"add.u32 %x, %x, %k{(group + 1) % 3};",
-            f"add.u32 %y, %y, %k{(group + 2) % 3};",
-            f"add.u32 %y, %y, {group + 1};",
-        ]
-    return lines
+class _Writer:
+    """Writes what becomes of some tokens, whose instructions alternate."""
+
+    def __init__(self, b: Block, tokens: Sequence[_Token], key: Sequence[Register]):
+        self.b, self.tokens, self.key = b, tokens, key
+
+    def hash(self, indices: Sequence[Register]) -> None:
+        """The words of a hash of each index: Threefry's, of 20 rounds."""
+        b, tokens, key = self.b, self.tokens, self.key
+        for token in tokens:
+            b.mov(token.word, key[0])
+        for token, index in zip(tokens, indices, strict=True):
+            b.add(token.other, index, key[1])
+        for group in range(5):
+            for by in ROTATIONS[group % 2]:
+                for token in tokens:
+                    b.add(token.word, token.word, token.other)
+                for token in tokens:
+                    b.shf_left(token.other, token.other, token.other, by)
+                for token in tokens:
+                    b.xor(token.other, token.other, token.word)
+            for token in tokens:
+                b.add(token.word, token.word, key[(group + 1) % 3])
+            for token in tokens:
+                b.add(token.other, token.other, key[(group + 2) % 3])
+            for token in tokens:
+                b.add(token.other, token.other, group + 1)
+
+    def uniform(self) -> None:
+        """Numbers from 0 to 1 by 23 bits of a hash; 0 is the least normal one."""
+        b, tokens = self.b, self.tokens
+        for token in tokens:
+            b.xor(token.word, token.word, token.other)
+        for token in tokens:
+            b.shr(token.word, token.word, 9)
+        for token in tokens:
+            b.or_(token.word, token.word, bits_of(1.0))
+        for token in tokens:
+            b.mov(token.number, token.word)
+        for token in tokens:
+            b.add(token.number, token.number, -1.0)
+        for token in tokens:
+            b.max(token.number, token.number, float(TINY))
+
+    def minus_log(self) -> None:
+        """A number becomes its logarithm, negative; it is a normal number above 0."""
+        b, tokens = self.b, self.tokens
+        for token in tokens:
+            b.mov(token.word, token.number)
+        b.comment("A multiple of 2^23, so many times ln 2; and what is left of the number, less 1.")
+        for token in tokens:
+            b.sub(token.other, token.word, _TWO_THIRDS)
+        for token in tokens:
+            b.and_(token.other, token.other, _EXPONENT)
+        for token in tokens:
+            b.sub(token.word, token.word, token.other)
+        for token in tokens:
+            b.mov(token.number, token.word)
+        for token in tokens:
+            b.add(token.number, token.number, -1.0)
+        for token in tokens:
+            b.mov(token.sum, _LOG[-1])
+        for factor in _LOG[-2::-1]:
+            for token in tokens:
+                b.fma(token.sum, token.sum, token.number, factor)
+        for token in tokens:
+            b.mul(token.part, token.number, token.number)
+        for token in tokens:
+            b.fma(token.number, token.sum, token.part, token.number)
+        for token in tokens:
+            b.to_float(token.part, token.other.as_("s32"))
+        for token in tokens:
+            b.fma(token.number, token.part, math.log(2) * 2.0**-23, token.number)
+        for token in tokens:
+            b.neg(token.number, token.number)
 
 
-def _log_lines() -> list[str]:
-    """%f becomes its logarithm; it is a normal number above 0."""
-    c = [_f32(x) for x in _LOG]
-    return [
-        "mov.b32 %x, %f;",
-        # %y is a multiple of 2^23, so many times ln 2, and %f is what is left of it, less 1.
-        f"sub.u32 %y, %x, {_TWO_THIRDS};",
-        f"and.b32 %y, %y, {_EXPONENT};",
-        "sub.u32 %x, %x, %y;",
-        "mov.b32 %f, %x;",
-        f"add.f32 %f, %f, {_f32(-1)};",
-        f"mov.b32 %g, {c[-1]};",
-        *(f"fma.rn.f32 %g, %g, %f, {one};" for one in c[-2::-1]),
-        "mul.f32 %h, %f, %f;",
-        "fma.rn.f32 %f, %g, %h, %f;",
-        "cvt.rn.f32.s32 %h, %y;",
-        f"fma.rn.f32 %f, %h, {_f32(math.log(2) * 2.0**-23)}, %f;",
-    ]
+_Each = Sequence[Register]
+"""Of an operand, or a result, a register for each of a thread's tokens."""
 
 
-def _noisy_lines(result: str, logit: str, index: str, temperature: str) -> list[str]:
-    return [
-        *_hash_lines(index),
-        # A number from 0 to 1 by 23 bits; 0 is the least normal one.
-        "xor.b32 %x, %x, %y;",
-        "shr.u32 %x, %x, 9;",
-        "or.b32 %x, %x, 0x3f800000;",
-        "mov.b32 %f, %x;",
-        f"add.f32 %f, %f, {_f32(-1)};",
-        f"max.f32 %f, %f, {_f32(TINY)};",
-        *_log_lines(),
-        "neg.f32 %f, %f;",
-        *_log_lines(),
-        "neg.f32 %f, %f;",
-        f"fma.rn.f32 %f, {temperature}, %f, {logit};",
-        f"selp.b32 {result}, %f, {_f32(-np.inf)}, %p;",
-    ]
+def _write_noisy(
+    b: Block,
+    noisy: _Each,
+    logits: _Each,
+    indices: _Each,
+    first: _Each,
+    second: _Each,
+    temperature: _Each,
+    least: _Each,
+) -> None:
+    b.warps_jump_whole = True  # whole warps do
+    key = b.u32s("key", "key", "key")
+    declared, anyone = [_Token.of(b) for _ in range(_SIDE_BY_SIDE)], b.pred("anyone")
+    b.mov(key[0], first[0])
+    b.mov(key[1], second[0])
+    b.xor(key[2], key[0], key[1])
+    b.xor(key[2], key[2], int(PARITY))
+    for begin in range(0, len(logits), _SIDE_BY_SIDE):
+        these = slice(begin, begin + _SIDE_BY_SIDE)
+        some, out, over = logits[these], noisy[these], b.label("over")
+        tokens = declared[: len(some)]
+        for token, logit in zip(tokens, some, strict=True):
+            b.setp("ge", token.may_be, logit.as_("f32"), least[0].as_("f32"))
+        for result in out:
+            b.mov(result, _NEVER)
+        b.comment("A warp of which none may be drawn goes on to its next ones.")
+        b.mov(anyone, tokens[0].may_be)
+        for token in tokens[1:]:
+            b.or_(anyone, anyone, token.may_be)
+        b.vote_any(anyone, anyone)
+        b.bra_unless(anyone, over)
+        write = _Writer(b, tokens, key)
+        write.hash(indices[these])
+        write.uniform()
+        write.minus_log()
+        write.minus_log()
+        for token, logit in zip(tokens, some, strict=True):
+            scale = temperature[0].as_("f32")
+            b.fma(token.number, scale, token.number, logit.as_("f32"))
+        for token, result in zip(tokens, out, strict=True):
+            b.selp(result, token.number, _NEVER, token.may_be)
+        b.mark(over)
+    b.comment("A label stands before an instruction.")
+    b.mov(key[0], 0)
 
 
-def _text(k: int) -> str:
-    """Operands: k results, k of each: logits, indices, 2 words of the key, temperature, least."""
-
-    def of(argument: int, i: int = 0) -> str:
-        return f"${(1 + argument) * k + i}"
-
-    lines = [
-        f"{{ .reg .pred %p<{_SIDE_BY_SIDE}>, %q; .reg .b32 %k<3>;",
-        f".reg .b32 %x<{_SIDE_BY_SIDE}>, %y<{_SIDE_BY_SIDE}>;",
-        f".reg .f32 %f<{_SIDE_BY_SIDE}>, %g<{_SIDE_BY_SIDE}>, %h<{_SIDE_BY_SIDE}>;",
-        f"mov.b32 %k0, {of(2)}; mov.b32 %k1, {of(3)};",
-        f"xor.b32 %k2, %k0, %k1; xor.b32 %k2, %k2, {PARITY};",
-    ]
-    for first in range(0, k, _SIDE_BY_SIDE):
-        these = range(first, min(k, first + _SIDE_BY_SIDE))
-        lines += [f"setp.ge.f32 %p{i - first}, {of(0, i)}, {of(5)};" for i in these]
-        lines += [f"mov.b32 ${i}, {_f32(-np.inf)};" for i in these]
-        lines.append("mov.pred %q, %p0;")
-        lines += [f"or.pred %q, %q, %p{i - first};" for i in these[1:]]
-        lines.append(f"vote.sync.any.pred %q, %q, 0xffffffff; @!%q bra over{first};")
-        each = [_noisy_lines(f"${i}", of(0, i), of(1, i), of(4)) for i in these]
-        for step in zip(*each, strict=True):
-            lines += [_numbered(line, number) for number, line in enumerate(step)]
-        lines.append(f"over{first}:")
-    # A label stands before an instruction.
-    lines.append("mov.b32 %k0, 0; }")
-    return " ".join(lines)
-
-
-def _numbered(line: str, number: int) -> str:
-    """With the registers of one of the elements side by side."""
-    for register in "xyfghp":
-        line = line.replace(f"%{register}", f"%{register}{number}")
-    return line
-
-
-_noisy_p = core.Primitive("ffjax_draw_noisy")
-
-
-@_noisy_p.def_effectful_abstract_eval
-def _(logits, *args, together):
-    return core.ShapedArray(logits.shape, jnp.int32), {lowered.ORDERED}
-
-
-@lowered.rule(_noisy_p)
-def _(ctx, *args, together):
-    arguments = lowered.values(ctx, args)
-    constraints = ",".join(["=&r"] * together + ["r"] * (together * len(arguments)))
-    result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    # Whole warps jump.
-    text = _text(together)
-    return lowered.assembly([result], text, constraints, arguments, together, by_warps=True)[0]
+_noisy = Operation("ffjax_draw_noisy", _write_noisy)
 
 
 def noisy(
@@ -176,7 +218,8 @@ def noisy(
     """
     arrays = [logits, index, *key, temperature, least]
     arrays = [_bits(jnp.broadcast_to(x, logits.shape)) for x in arrays]
-    return lax.bitcast_convert_type(_noisy_p.bind(*arrays, together=together), jnp.float32)
+    [made] = _noisy(*arrays, results=["int32"], together=together)
+    return lax.bitcast_convert_type(made, jnp.float32)
 
 
 def _bits(x: Array) -> Array:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax._src import core
-from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.asm import Block, Register
+from pallas_kernels.primitives import access
+from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["Before", "Penalties", "by_ptx", "penalized"]
 
@@ -67,43 +67,49 @@ def penalized(
     return jnp.where(counts > 0, logits - (presence + frequency * counts), logits)
 
 
-def _text() -> str:
-    """Operands: a result; the logit, the count, whether the prompt holds it, three penalties."""
-    return " ".join(
-        [
-            "{ .reg .pred %said, %held, %p; .reg .f32 %l, %a, %b, %r, %n;",
-            "mov.b32 %l, $1; mov.b32 %r, $4;",
-            "setp.gt.s32 %said, $2, 0; setp.ne.s32 %held, $3, 0; or.pred %held, %held, %said;",
-            "setp.gt.f32 %p, %l, 0f00000000;",
-            "div.full.f32 %a, %l, %r; mul.rn.f32 %b, %l, %r; selp.f32 %a, %a, %b, %p;",
-            "selp.f32 %l, %a, %l, %held;",
-            "cvt.rn.f32.s32 %n, $2; mov.b32 %b, $6; mul.rn.f32 %n, %b, %n;",
-            "mov.b32 %b, $5; add.rn.f32 %n, %b, %n; sub.rn.f32 %a, %l, %n;",
-            "selp.f32 %l, %a, %l, %said; mov.b32 $0, %l; }",
-        ]
-    )
+def _write_penalized(
+    b: Block,
+    result: Register,
+    logit: Register,
+    count: Register,
+    prompt: Register,
+    repetition: Register,
+    presence: Register,
+    frequency: Register,
+) -> None:
+    said, held, positive = b.preds("said", "held", "positive")
+    number, other, times, cost, some = b.f32s("number", "other", "times", "cost", "some")
+    b.mov(number, logit)
+    b.mov(times, repetition)
+    b.setp("gt", said, count, 0)
+    b.setp("ne", held, prompt, 0)
+    b.or_(held, held, said)
+    b.comment("What the prompt or the answer holds is divided, or multiplied where it is negative.")
+    b.setp("gt", positive, number, 0.0)
+    b.div_full(other, number, times)
+    b.mul_rn(some, number, times)
+    b.selp(other, other, some, positive)
+    b.selp(number, other, number, held)
+    b.comment("Each step is rounded by itself: presence + frequency * count, then the difference.")
+    b.to_float(cost, count)
+    b.mov(some, frequency)
+    b.mul_rn(cost, some, cost)
+    b.mov(some, presence)
+    b.add_rn(cost, some, cost)
+    b.sub_rn(other, number, cost)
+    b.selp(number, other, number, said)
+    b.mov(result, number)
 
 
-_penalized_p = core.Primitive("ffjax_draw_penalized")
-
-
-@_penalized_p.def_abstract_eval
-def _(logits, *_):
-    return core.ShapedArray(logits.shape, jnp.int32)
-
-
-@lowered.rule(_penalized_p)
-def _(ctx, *args):
-    arguments = lowered.values(ctx, args)
-    result = lowered.like(ctx.avals_out[0].shape, lowered.i32())
-    return lowered.assembly([result], _text(), "=r,r,r,r,r,r,r", arguments)[0]
+_penalized = Operation("ffjax_draw_penalized", _write_penalized)
 
 
 def by_ptx(logits: Array, counts: Array, prompt: Array, *penalties: Array) -> Array:
     """The same as `penalized`, of arrays of one dimension or more, in PTX."""
     floats = logits, *(jnp.broadcast_to(x, logits.shape) for x in penalties)
     bits, *rest = (lax.bitcast_convert_type(x, jnp.int32) for x in floats)
-    out = _penalized_p.bind(bits, counts, prompt.astype(jnp.int32), *rest)
+    operands = bits, counts, prompt.astype(jnp.int32), *rest
+    [out] = _penalized(*operands, results=["int32"], early=False)
     return lax.bitcast_convert_type(out, jnp.float32)
 
 
@@ -137,7 +143,7 @@ class Penalties:
         """
         self._refs, self._row = refs, row
         self._formula = penalized if interpret else by_ptx
-        self._kinds = [plgpu.load(refs["penalties"].at[row, jnp.int32(i)]) for i in range(3)]
+        self._kinds = [access.load(refs["penalties"].at[row, jnp.int32(i)]) for i in range(3)]
         repetition, presence, frequency = self._kinds
         self.lowers = (
             ((repetition == 1) | (repetition > _LEAST_REPETITION))
@@ -149,20 +155,20 @@ class Penalties:
         self._fed_count = jnp.int32(0)
         if "fed" not in refs:
             return
-        fed = jnp.where(launches == 0, plgpu.load(refs["fed"].at[row]), drawn)
+        fed = jnp.where(launches == 0, access.load(refs["fed"].at[row]), drawn)
         if "running" in refs:
-            fed = jnp.where(plgpu.load(refs["running"].at[row]), fed, -1)
+            fed = jnp.where(access.load(refs["running"].at[row]), fed, -1)
         self.fed = jnp.where(fed < vocab_size, fed, -1)
         # Its count is written by one program of the row. What the others have of it, they have
         # from before they first meet that one, which writes behind that.
         place = jnp.maximum(self.fed, 0)
-        self._fed_count = plgpu.load(refs["counts"].at[row, place]) + 1
+        self._fed_count = access.load(refs["counts"].at[row, place]) + 1
 
     def _held(self, where: tuple[Array, Array], real: Array | None) -> tuple[Array, Array]:
         """How often the answers hold tokens, and whether the prompts do."""
         nothing = (0, False) if real is not None else (None, None)
         counts, prompt = (
-            plgpu.load(self._refs[name].at[where], mask=real, other=other)
+            access.load(self._refs[name].at[where], mask=real, other=other)
             for name, other in zip(("counts", "prompt"), nothing, strict=True)
         )
         return jnp.where(where[1] == self.fed, self._fed_count, counts), prompt
@@ -180,7 +186,7 @@ class Penalties:
     def one(self, token: Array) -> tuple[Array, Array]:
         """A token's logit with its penalties, and whether any is put on it; scalars."""
         where = jnp.full((1,), self._row), jnp.full((1,), token)
-        raw = plgpu.load(self._refs["logits"].at[where])
+        raw = access.load(self._refs["logits"].at[where])
         counts, prompt = self._held(where, None)
         edited = self._formula(raw, counts, prompt, *self._kinds)
         # A NaN is kept by a maximum of one.
@@ -197,4 +203,4 @@ class Penalties:
             return
         where = jnp.full_like(token, self._row), token
         counts = jnp.full_like(token, self._fed_count)
-        plgpu.store(self._refs["counts"].at[where], counts, mask=token == self.fed)
+        access.store(self._refs["counts"].at[where], counts, mask=token == self.fed)

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax._src import core
 
 from pallas_kernels.asm import TID, Block, Register
+from pallas_kernels.primitives import ORDERED, effectful, made
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
@@ -37,12 +37,9 @@ _LANES = 32
 # Lanes of a warp that hold the same slot.
 _ALIKE = range(_LANES // SLOTS)
 
-_reserve_p = core.Primitive("ffjax_draw_reserve")
-
-
-@_reserve_p.def_effectful_abstract_eval
-def _(x, *, size):
-    return core.ShapedArray(x.shape, jnp.int32), {lowered.ORDERED}
+_reserve_p = effectful(
+    "ffjax_draw_reserve", lambda x, **_: (made(x.shape, jnp.int32), {ORDERED}), results=False
+)
 
 
 @lowered.rule(_reserve_p)

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.calls import kernel_call
 from pallas_kernels.dims import next_power_of_2
 from pallas_kernels.logprobs.order import GREATEST, LEAST, unordered
 from pallas_kernels.logprobs.survey import GROUP, as_numbers, finite_or_0, survey
+from pallas_kernels.primitives import access
 from pallas_kernels.program import iota
 
 __all__ = ["MOST_TOKENS", "likeliest"]
@@ -82,14 +83,14 @@ def _rank(refs: dict, *, vocab: int, best: int) -> None:
         size = refs[name].shape[1]
         at = iota((next_power_of_2(size),), 0)
         where = jnp.full_like(at, row), at
-        return plgpu.load(refs[name].at[where], mask=at < size, other=other), at
+        return access.load(refs[name].at[where], mask=at < size, other=other), at
 
     logits = refs["logits"]
-    token = jnp.full((1,), jnp.maximum(plgpu.load(refs["token"].at[row]), 0))
+    token = jnp.full((1,), jnp.maximum(access.load(refs["token"].at[row]), 0))
     here = jnp.full((1,), row)
-    chosen = plgpu.load(logits.at[here, token])
+    chosen = access.load(logits.at[here, token])
     total = _log_total(load("most", LEAST)[0], load("sums", 0.0)[0])
-    plgpu.store(refs["chosen"].at[here], unordered(as_numbers(chosen)) - total)
+    access.store(refs["chosen"].at[here], unordered(as_numbers(chosen)) - total)
     if not best:
         return
     room = next_power_of_2(best)
@@ -97,11 +98,11 @@ def _rank(refs: dict, *, vocab: int, best: int) -> None:
     ids = jnp.where(groups == GREATEST, vocab, groups * GROUP)[:, None] + iota((room, GROUP), 1)
     real = ids < vocab
     other = LEAST if logits.dtype == jnp.int32 else -jnp.inf
-    held = plgpu.load(logits.at[jnp.full_like(ids, row), ids], mask=real, other=other)
+    held = access.load(logits.at[jnp.full_like(ids, row), ids], mask=real, other=other)
     values, ids = _best(jnp.where(real, as_numbers(held), LEAST), ids, best, room)
     i = iota((room,), 0)
     for name, x in (("ids", ids), ("top", unordered(values) - total)):
-        plgpu.store(refs[name].at[jnp.full_like(i, row), i], x, mask=i < best)
+        access.store(refs[name].at[jnp.full_like(i, row), i], x, mask=i < best)
 
 
 def likeliest(
@@ -130,12 +131,12 @@ def likeliest(
     def kernel(*refs):
         _rank(dict(zip([*inputs, *outputs], refs, strict=True)), vocab=vocab, best=best)
 
-    chosen, *told = pl.pallas_call(
+    chosen, *told = kernel_call(
         kernel,
         grid=(rows,),
         out_shape=list(outputs.values()),
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
+        num_warps=_WARPS,
         name=KERNEL_NAME,
     )(*inputs.values())
     nothing = jnp.zeros((rows, 0), jnp.int32), jnp.zeros((rows, 0), jnp.float32)

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.calls import kernel_call
 
 __all__ = ["room"]
 
@@ -25,11 +25,11 @@ def room(shape: tuple[int, ...], dtype: Any, *, interpret: bool = False) -> Arra
         dtype: its dtype.
         interpret: run on a CPU.
     """
-    return pl.pallas_call(
+    return kernel_call(
         lambda _: None,
         grid=(1,),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        num_warps=1,
         name=KERNEL_NAME,
     )()

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.calls import kernel_call
 from pallas_kernels.dims import ceil_div, next_power_of_2
 from pallas_kernels.logprobs.order import LEAST, ordered, unordered
+from pallas_kernels.primitives import access
 from pallas_kernels.program import iota
 
 __all__ = ["GROUP", "Survey", "as_numbers", "finite_or_0", "survey"]
@@ -58,18 +59,18 @@ def _look(logits, groups, most, sums, *, vocab: int, parts: int, width: int) -> 
     token = part * width + iota(shape, 0) * GROUP + iota(shape, 1)
     real = token < vocab
     other = LEAST if logits.dtype == jnp.int32 else -jnp.inf
-    loaded = plgpu.load(logits.at[jnp.full_like(token, row), token], mask=real, other=other)
+    loaded = access.load(logits.at[jnp.full_like(token, row), token], mask=real, other=other)
     numbers = jnp.where(real, as_numbers(loaded), LEAST)
     best = jnp.max(numbers, axis=1)
     first = iota(best.shape, 0)
     places = jnp.full_like(first, row), part * (width // GROUP) + first
-    plgpu.store(groups.at[places], best)
+    access.store(groups.at[places], best)
     greatest = jnp.max(best)
     each = jnp.exp(unordered(numbers) - finite_or_0(unordered(greatest)))
     total = jnp.sum(jnp.sum(jnp.where(real, each, 0.0), axis=1))
     place = jnp.full((1,), row), jnp.full((1,), part)
-    plgpu.store(most.at[place], jnp.full((1,), greatest))
-    plgpu.store(sums.at[place], jnp.full((1,), total))
+    access.store(most.at[place], jnp.full((1,), greatest))
+    access.store(sums.at[place], jnp.full((1,), total))
 
 
 def survey(logits: Array, *, interpret: bool = False) -> Survey:
@@ -89,7 +90,7 @@ def survey(logits: Array, *, interpret: bool = False) -> Survey:
         _look(*refs, vocab=vocab, parts=parts, width=width)
 
     return Survey(
-        *pl.pallas_call(
+        *kernel_call(
             kernel,
             grid=(rows * parts,),
             out_shape=[
@@ -98,7 +99,7 @@ def survey(logits: Array, *, interpret: bool = False) -> Survey:
                 jax.ShapeDtypeStruct((rows, parts), jnp.float32),
             ],
             interpret=interpret,
-            compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
+            num_warps=_WARPS,
             name=KERNEL_NAME,
         )(logits)
     )

@@ -4,3 +4,8 @@ Mosaic's own lowering takes other kernels than ours: it knows arrays in whole wa
 gathers. So the body is traced as for any backend, and lowered here: each operation on an array
 becomes what every thread does with its elements. The texts of PTX are the same.
 """
+
+__all__ = ["MODULE"]
+
+MODULE = "jax._src.pallas.mosaic_gpu"
+"""What a version of JAX has that has the backend."""

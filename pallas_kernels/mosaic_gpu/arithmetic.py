@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jax._src.lib.mlir.dialects import arith, math
 
-from pallas_kernels.mosaic_gpu.ir import constant, element_type, inline, is_float, width
+from pallas_kernels.asm import Block, Register
+from pallas_kernels.mosaic_gpu.ir import constant, element_type, is_float, width, written
 
 __all__ = ["BINARY", "UNARY", "binary", "bitcast", "convert", "integer_pow"]
 
@@ -40,7 +41,11 @@ def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 @_in_float32
 def _divided(a: Any, b: Any) -> Any:
     # As Triton divides: within 2 units in the last place.
-    return inline([a.type], "div.full.f32 $0, $1, $2;", "=f,f,f", [a, b], effects=False)[0]
+    text = Block()
+    [out] = text.results("f32", early=False)
+    [over, under] = text.operands(over="f32", under="f32")
+    text.div_full(out, over, under)
+    return written(text, [a, b], effects=False)[0]
 
 
 _F, _I = arith.CmpFPredicate, arith.CmpIPredicate
@@ -87,15 +92,21 @@ def binary(name: str, dtype: Any) -> Callable[[Any, Any], Any]:
     return (_UNSIGNED if _is_unsigned(dtype) and name in _UNSIGNED else BINARY)[name]
 
 
-def _approximate(name: str) -> Callable[[Any], Any]:
+def _approximate(instruction: Callable[[Block, Register, Register], None]) -> Callable[[Any], Any]:
+    """What is done to a number by an instruction of `Block`."""
+
     @_in_float32
     def call(a: Any) -> Any:
-        return inline([a.type], f"{name} $0, $1;", "=f,f", [a], effects=False)[0]
+        b = Block()
+        [out] = b.results("f32", early=False)
+        [number] = b.operands(number="f32")
+        instruction(b, out, number)
+        return written(b, [a], effects=False)[0]
 
     return call
 
 
-_exp2 = _approximate("ex2.approx.ftz.f32")
+_exp2 = _approximate(Block.ex2)
 
 
 @_in_float32
@@ -119,8 +130,8 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "not": lambda a: arith.xori(a, constant(a.type, -1 if width(a.type) > 1 else 1)),
     "exp": _exp,
     "exp2": _exp2,
-    "rsqrt": _approximate("rsqrt.approx.ftz.f32"),
-    "sqrt": _approximate("sqrt.approx.ftz.f32"),
+    "rsqrt": _approximate(Block.rsqrt),
+    "sqrt": _approximate(Block.sqrt),
     "cos": math.cos,
     "sin": math.sin,
     "tanh": math.tanh,

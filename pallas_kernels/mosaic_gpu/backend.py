@@ -7,7 +7,7 @@ from typing import Any
 
 from jax._src.lib.mlir.dialects import arith
 
-from pallas_kernels.mosaic_gpu.ir import constant, i32, inline, integer
+from pallas_kernels.mosaic_gpu.ir import constant, f32, i32, inline, integer
 from pallas_kernels.mosaic_gpu.threads import Threads
 from pallas_kernels.mosaic_gpu.values import Pointer, Registers
 
@@ -52,6 +52,14 @@ class MosaicGpu:
         """Takes the threads, and where the ring's shared memory begins: int32."""
         self.arith: Any = _Arithmetic()
         self._threads, self._ring = threads, ring
+
+    def integer(self, bits: int) -> Any:
+        """The type of integers of so many bits."""
+        return integer(bits)
+
+    def float32(self) -> Any:
+        """The type of float32."""
+        return f32()
 
     def values(self, ctx: Any, args: Sequence[Any]) -> list[Any]:
         """What the operands are already."""

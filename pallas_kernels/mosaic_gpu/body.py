@@ -218,21 +218,42 @@ class Body:
         context = SimpleNamespace(
             avals_in=[x.aval for x in eqn.invars], avals_out=[x.aval for x in eqn.outvars]
         )
-        args = [x if isinstance(x, Pointer) else self._plain(x) for x in ins]
+        layout = self._layout_of(ins) if eqn.primitive in lowered.ANYWHERE else None
+        args = [x if isinstance(x, Pointer) else self._held(x, layout) for x in ins]
         outs = lowered.RULES[eqn.primitive](context, *args, **eqn.params)
         return list(outs) if isinstance(outs, list | tuple) else [outs]
 
-    def _plain(self, x: _Numbers) -> Registers:
-        layout = self._threads.plain(x.shape)
+    def _layout_of(self, ins: Sequence[Value]) -> Layout | None:
+        """The first one of those that arrays have, where threads hold as many registers by it."""
+        for x in ins:
+            if isinstance(x, Registers) and x.size > 1:
+                return x.layout if self._is_as_large(x) else None
+        return None
+
+    def _is_as_large(self, x: Registers) -> bool:
+        return x.layout.registers == self._threads.plain(x.shape).registers
+
+    def _held(self, x: _Numbers, layout: Layout | None = None) -> Registers:
+        """An array in a layout; None: in the plain one."""
+        layout = layout or self._threads.plain(x.shape)
         return Registers(x.shape, layout, self._threads.at(x, layout))
 
-    def _flat(self, values: Sequence[Value]) -> list[Any]:
-        return [v for x in values if not isinstance(x, Pointer) for v in self._plain(x).regs]
+    def _flat(
+        self, values: Sequence[Value], layouts: Sequence[Layout | None] | None = None
+    ) -> list[Any]:
+        arrays = [x for x in values if not isinstance(x, Pointer)]
+        wanted = layouts or [None] * len(arrays)
+        return [v for x, at in zip(arrays, wanted, strict=True) for v in self._held(x, at).regs]
 
-    def _unflat(self, flat: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> list[Registers]:
+    def _unflat(
+        self,
+        flat: Sequence[Any],
+        shapes: Sequence[tuple[int, ...]],
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> list[Registers]:
         out, rest = [], list(flat)
-        for shape in shapes:
-            layout = self._threads.plain(shape)
+        for shape, given in zip(shapes, layouts or [None] * len(shapes), strict=True):
+            layout = given or self._threads.plain(shape)
             out.append(Registers(shape, layout, rest[: layout.registers]))
             rest = rest[layout.registers :]
         return out
@@ -250,16 +271,28 @@ class Body:
         if number.type.width == 1:
             number = arith.extui(i32(), number)
 
+        # Where the first branch leaves its results, the others bring theirs.
+        layouts: list[Layout | None] = []
+
+        def run(branch: int) -> list[Any]:
+            results = self.run(branches[branch], operands)
+            if not layouts:
+                layouts.extend(
+                    x.layout if isinstance(x, Registers) and self._is_as_large(x) else None
+                    for x in results
+                )
+            return self._flat(results, layouts)
+
         def choose(first: int) -> list[Any]:
             if first == len(branches) - 1:
-                return self._flat(self.run(branches[first], operands))
+                return run(first)
             # An index beyond the branches is the nearest one's.
             kind = arith.CmpIPredicate.sle if first == 0 else arith.CmpIPredicate.eq
             test = arith.cmpi(kind, number, constant(number.type, first))
             op: Any = scf.IfOp(test, types, has_else=True)
 
             def one() -> None:
-                scf.yield_(self._flat(self.run(branches[first], operands)))
+                scf.yield_(run(first))
 
             def another() -> None:
                 scf.yield_(choose(first + 1))
@@ -268,7 +301,7 @@ class Body:
             self._threads.within(op.else_block, another)
             return list(op.results)
 
-        return self._unflat(choose(0), shapes)
+        return self._unflat(choose(0), shapes, layouts)
 
     def _while(self, eqn: Any, ins: list[Any]) -> list[Any]:
         params = eqn.params

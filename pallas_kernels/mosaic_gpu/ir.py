@@ -10,7 +10,19 @@ import numpy as np
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, llvm
 
-__all__ = ["constant", "element_type", "f32", "i32", "inline", "integer", "is_float", "width"]
+from pallas_kernels.asm import Block
+
+__all__ = [
+    "constant",
+    "element_type",
+    "f32",
+    "i32",
+    "inline",
+    "integer",
+    "is_float",
+    "width",
+    "written",
+]
 
 # What waits for other threads must neither be copied into branches nor moved there by LLVM.
 # JAX before 0.11 cannot say so.
@@ -70,6 +82,19 @@ def constant(element: Any, value: Any) -> Any:
         value = (value + (1 << (element.width - 1))) % (1 << element.width)
         value -= 1 << (element.width - 1)
     return arith.constant(element, ir.IntegerAttr.get(element, value))
+
+
+def written(b: Block, args: Sequence[Any], *, effects: bool = True) -> list[Any]:
+    """A block of inline PTX: one register each for results and operands.
+
+    Args:
+        b: the block, with results of 16 or 32 bits.
+        args: the operands.
+        effects: as of `inline`.
+    """
+    types = {"f32": f32(), "u16": integer(16)}
+    results = [types.get(kind, i32()) for kind in b.result_kinds]
+    return inline(results, b.text(), b.constraints, args, effects=effects)
 
 
 def inline(

@@ -8,14 +8,15 @@ from typing import Any
 
 from jax._src.lib.mlir.dialects import arith
 
+from pallas_kernels.asm import Block
 from pallas_kernels.mosaic_gpu.ir import (
     constant,
     element_type,
     i32,
-    inline,
     integer,
     is_float,
     width,
+    written,
 )
 from pallas_kernels.mosaic_gpu.layout import Layout
 from pallas_kernels.mosaic_gpu.threads import Threads
@@ -127,43 +128,42 @@ class Memory:
 
 
 def _register(kind: Any) -> tuple[str, Any]:
-    """The constraint of a number in PTX, and as what it is bound."""
+    """The type of a number's register in PTX, and as what it is bound."""
     if is_float(kind) and width(kind) == 32:
-        return "f", kind
-    return ("r", integer(32)) if width(kind) == 32 else ("h", integer(16))
-
-
-def _suffix(kind: Any) -> str:
-    return f"b{width(kind)}" if width(kind) > 8 else "s8"
+        return "f32", kind
+    return ("u32", integer(32)) if width(kind) == 32 else ("u16", integer(16))
 
 
 def _load(kind: Any, address: Any, mask: Any, other: Any) -> Any:
-    letter, bound = _register(kind)
-    load = f"ld.global.{_suffix(kind)}"
-    if mask is None:
-        [out] = inline([bound], f"{load} $0, [$1];", f"={letter},l", [address])
-    else:
-        move = f"mov.b{width(bound)}"
-        text = f"{{ .reg .pred %p; setp.ne.b32 %p, $2, 0; {move} $0, $3; @%p {load} $0, [$1]; }}"
-        [out] = inline(
-            [bound],
-            text,
-            f"=&{letter},l,r,{letter}",
-            [address, arith.extui(i32(), mask), _to_bound(other, bound)],
-        )
-    return _from_bound(out, kind)
+    register, bound = _register(kind)
+    b, args, there = Block(), [address], None
+    [out] = b.results(register, early=mask is not None)
+    [place] = b.operands(place="u64")
+    if mask is not None:
+        wanted, instead = b.operands(wanted="u32", instead=register)
+        args += [arith.extui(i32(), mask), _to_bound(other, bound)]
+        there = b.pred("there")
+        b.setp("ne", there, wanted, 0)
+        b.mov(out, instead)
+    with b.when(there):
+        (b.ld_global if width(kind) > 8 else b.ld_global_s8)(out, place)
+    return _from_bound(written(b, args)[0], kind)
 
 
 def _store(address: Any, value: Any, mask: Any) -> None:
-    letter, bound = _register(value.type)
-    store = f"st.global.b{max(8, width(value.type))}"
-    number = _to_bound(value, bound)
-    if mask is None:
-        text, more, constraints = f"{store} [$1], $2; mov.u32 $0, 0;", [], f"=r,l,{letter}"
-    else:
-        text = f"{{ .reg .pred %p; setp.ne.b32 %p, $3, 0; @%p {store} [$1], $2; mov.u32 $0, 0; }}"
-        more, constraints = [arith.extui(i32(), mask)], f"=r,l,{letter},r"
-    inline([i32()], text, constraints, [address, number, *more])
+    register, bound = _register(value.type)
+    b, args, there = Block(), [address, _to_bound(value, bound)], None
+    [nothing] = b.results("u32", early=False)
+    place, number = b.operands(place="u64", number=register)
+    if mask is not None:
+        [wanted] = b.operands(wanted="u32")
+        args.append(arith.extui(i32(), mask))
+        there = b.pred("there")
+        b.setp("ne", there, wanted, 0)
+    with b.when(there):
+        (b.st_global if width(value.type) > 8 else b.st_global_b8)(place, number)
+    b.mov(nothing, 0)
+    written(b, args)
 
 
 def _to_bound(value: Any, bound: Any) -> Any:

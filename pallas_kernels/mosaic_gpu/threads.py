@@ -11,7 +11,8 @@ from typing import Any
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, gpu
 
-from pallas_kernels.mosaic_gpu.ir import constant, i32, inline, integer, is_float, width
+from pallas_kernels.asm import TID, Block
+from pallas_kernels.mosaic_gpu.ir import constant, i32, integer, is_float, width, written
 from pallas_kernels.mosaic_gpu.layout import Layout, bits_of_axes, log2
 from pallas_kernels.mosaic_gpu.values import Lazy, Registers
 
@@ -53,7 +54,10 @@ class Threads:
         self._last_block = 0
         # Whether somebody may still read what lies in shared memory.
         self._in_use = True
-        [self.number] = inline([i32()], "mov.u32 $0, %tid.x;", "=r", [], effects=False)
+        b = Block()
+        [number] = b.results("u32", early=False)
+        b.mov(number, TID)
+        [self.number] = written(b, [], effects=False)
 
     # What a thread knows by its number
 
@@ -159,13 +163,19 @@ class Threads:
                 bit = self._field(place, 1)
             bit = arith.shli(bit, constant(i32(), place)) if place else bit
             lane = bit if lane is None else arith.ori(lane, bit)
-        text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
-        return self._as_word(value, lambda w: inline([i32()], text, "=r,r,r", [w, lane])[0])
+        b = Block()
+        [out] = b.results("u32", early=False)
+        word, number = b.operands(word="u32", lane="u32")
+        b.shfl_idx(out, word, number)
+        return self._as_word(value, lambda w: written(b, [w, lane])[0])
 
     def _exchanged(self, value: Any, distance: int) -> Any:
         """The value of the thread whose number differs in one bit, of the same warp."""
-        text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
-        return self._as_word(value, lambda w: inline([i32()], text, "=r,r", [w])[0])
+        b = Block()
+        [out] = b.results("u32", early=False)
+        [word] = b.operands(word="u32")
+        b.shfl_bfly(out, word, distance)
+        return self._as_word(value, lambda w: written(b, [w])[0])
 
     def _as_word(self, value: Any, change: Callable[[Any], Any]) -> Any:
         return _from_word(change(_to_word(value)), value.type)
@@ -198,16 +208,25 @@ class Threads:
         free = layout.free(self.count)
         mine = self.where_not(free) if free else constant(integer(1), 1)
         mine = arith.extui(i32(), mine)
-        text = (
-            "{ .reg .pred %p; setp.ne.b32 %p, $3, 0; @%p st.shared.b32 [$1], $2; mov.u32 $0, 0; }"
-        )
+        b = Block()
+        [nothing] = b.results("u32", early=False)
+        place, word, wanted = b.operands(place="u32", word="u32", wanted="u32")
+        puts = b.pred("puts")
+        b.setp("ne", puts, wanted, 0)
+        with b.when(puts):
+            b.st_shared(place, word)
+        b.mov(nothing, 0)
         for k, value in enumerate(regs):
             address = self._address(self.element(layout, k))
-            inline([i32()], text, "=r,r,r,r", [address, _to_word(value), mine])
+            written(b, [address, _to_word(value), mine])
         self.meet()
 
     def _get(self, element: Any) -> Any:
-        return inline([i32()], "ld.shared.b32 $0, [$1];", "=r,r", [self._address(element)])[0]
+        b = Block()
+        [word] = b.results("u32", early=False)
+        [place] = b.operands(place="u32")
+        b.ld_shared(word, place)
+        return written(b, [self._address(element)])[0]
 
     def _address(self, element: Any) -> Any:
         return arith.addi(self._scratch, arith.shli(element, constant(i32(), 2)))

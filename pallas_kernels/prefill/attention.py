@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.calls import kernel_call
 from pallas_kernels.dims import ceil_div, next_power_of_2
+from pallas_kernels.primitives import access
 from pallas_kernels.program import iota
 
 __all__ = [
@@ -172,14 +173,13 @@ def attend(
         softcap=softcap,
         interpret=interpret,
     )
-    return pl.pallas_call(
+    return kernel_call(
         kernel,
         grid=(tiles.shape[0], num_heads),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            num_warps=blocks.num_warps, num_stages=blocks.num_stages
-        ),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
         name=KERNEL_NAME,
     )(
         q,
@@ -228,7 +228,7 @@ def _kernel(
     token, element = iota(at, 0), iota(at, 1)
     mine = (token < count) & (element < head_dim)
     where = (start + token, jnp.broadcast_to(head, at), element)
-    q = plgpu.load(q_ref.at[where], mask=mine, other=0.0)
+    q = access.load(q_ref.at[where], mask=mine, other=0.0)
     stop = jnp.minimum(position + count, capacity)  # one past the last key that anybody sees
 
     def load(ref, first, checked):
@@ -237,10 +237,10 @@ def _kernel(
         view = ref.at[layer, row, group, slot, element]
         if checked:
             # What lies beyond may be anything, also NaN.
-            return plgpu.load(view, mask=(slot < stop) & (element < head_dim), other=0.0)
+            return access.load(view, mask=(slot < stop) & (element < head_dim), other=0.0)
         if width != head_dim:
-            return plgpu.load(view, mask=element < head_dim, other=0.0)
-        return plgpu.load(view)
+            return access.load(view, mask=element < head_dim, other=0.0)
+        return access.load(view)
 
     def block(i, state, *, checked):
         top, total, out = state
@@ -283,4 +283,4 @@ def _kernel(
     state = lax.fori_loop(begin, inner, checked, state)
     state = lax.fori_loop(inner, outer, unchecked, state)
     _, total, out = lax.fori_loop(outer, end, checked, state)
-    plgpu.store(out_ref.at[where], (out / total[:, None]).astype(q.dtype), mask=mine)
+    access.store(out_ref.at[where], (out / total[:, None]).astype(q.dtype), mask=mine)

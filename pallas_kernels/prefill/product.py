@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.calls import kernel_call
 from pallas_kernels.dims import WORD_SHIFTS, ceil_div, next_power_of_2
 from pallas_kernels.gpu import Gpu
+from pallas_kernels.primitives import access
 from pallas_kernels.program import iota
 
 __all__ = ["MAX_TOKENS", "Tiling", "can_read", "multiply", "tiling_for"]
@@ -138,14 +139,13 @@ def multiply(
         body = functools.partial(_int4_kernel, offset=offset)
     kernel = functools.partial(body, tiling=tiling, interpret=interpret)
 
-    return pl.pallas_call(
+    return kernel_call(
         kernel,
         grid=grid,
         out_shape=jax.ShapeDtypeStruct((tokens, rows), dtype),
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages
-        ),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
         name=KERNEL_NAME,
     )(x, weight, scale, jnp.asarray(layer, jnp.int32).reshape(1))
 
@@ -163,9 +163,9 @@ def _load(ref, where: tuple, sizes: tuple[int, int], limits: tuple[int, int]) ->
     at = *outer, first + iota(sizes, 0), second + iota(sizes, 1)
     inside = [i for i in (0, 1) if limits[i] % sizes[i]]
     if not inside:
-        return plgpu.load(ref.at[at])
+        return access.load(ref.at[at])
     masks = [at[len(outer) + i] < limits[i] for i in inside]
-    return plgpu.load(ref.at[at], mask=masks[0] & masks[-1], other=0)
+    return access.load(ref.at[at], mask=masks[0] & masks[-1], other=0)
 
 
 def _store(out_ref, sums: Array, row: Array, token: Array) -> None:
@@ -173,7 +173,7 @@ def _store(out_ref, sums: Array, row: Array, token: Array) -> None:
     tokens, rows = out_ref.shape
     at = token + iota(sums.shape, 1), row + iota(sums.shape, 0)
     mask = (at[0] < tokens) & (at[1] < rows)
-    plgpu.store(out_ref.at[at], sums.astype(out_ref.dtype), mask=mask)
+    access.store(out_ref.at[at], sums.astype(out_ref.dtype), mask=mask)
 
 
 def _int8_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, tiling, interpret):
@@ -193,7 +193,7 @@ def _int8_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, tiling, in
     steps = ceil_div(inputs, tiling.depth)
     sums = lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, sums)
     own = row + iota((tiling.rows,), 0)
-    scale = plgpu.load(scale_ref.at[layer, own], mask=own < rows, other=0.0)
+    scale = access.load(scale_ref.at[layer, own], mask=own < rows, other=0.0)
     _store(out_ref, sums * scale[:, None], row, token)
 
 
@@ -233,7 +233,7 @@ def _grouped_int8_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, ti
         own, inside = row + iota(size, 0), column + iota(size, 1)
         there = (own < rows) & (inside < inputs)
         at = scale_ref.at[layer, own, lax.div(inside, jnp.int32(group))]
-        scale = plgpu.load(at, mask=there, other=0.0)
+        scale = access.load(at, mask=there, other=0.0)
         weight = integers.astype(jnp.float32) * scale.astype(jnp.float32)
         size = tiling.tokens, tiling.depth
         x = _load(x_ref, (token, column), size, (tokens, inputs))
@@ -258,11 +258,11 @@ def _int4_kernel(x_ref, weight_ref, scale_ref, layer_ref, out_ref, *, offset, ti
         own, group = row + iota(size, 0), lax.div(column + iota(size, 1), jnp.int32(words_a_group))
         there = (own < rows) & (column + iota(size, 1) < words)
         first = () if offset is None else (jnp.zeros_like(own),)
-        scale = plgpu.load(scale_ref.at[(layer, own, group, *first)], mask=there, other=0.0)
+        scale = access.load(scale_ref.at[(layer, own, group, *first)], mask=there, other=0.0)
         second = None
         if offset is not None:
             at = scale_ref.at[layer, own, group, jnp.ones_like(own)]
-            second = plgpu.load(at, mask=there, other=0.0)
+            second = access.load(at, mask=there, other=0.0)
         for place in range(places):
             bits = lax.shift_right_logical(tile, jnp.int32(WORD_SHIFTS[place])) & 0xF
             weight = _weight(bits, scale, second, offset, interpret)

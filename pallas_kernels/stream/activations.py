@@ -180,7 +180,7 @@ def collect_activations(env: StreamEnv, first: Place) -> Fragments:
     plan, wanted = env.plan, _wanted(env, first)
     attn, down = env.segment(Segment.ATTN_OUT), env.segment(Segment.DOWN)
     # Those of the residual, by what their weights want.
-    kinds: dict[tuple[bool | int, ...], SegmentPlan] = {}
+    kinds: dict[tuple[int, ...], SegmentPlan] = {}
     for one in sorted(plan.segments):
         if one != Segment.DOWN and (plan.chunked or one != Segment.ATTN_OUT):
             kinds.setdefault(plan.segments[one].fragment_kind, plan.segments[one])

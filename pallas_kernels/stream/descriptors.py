@@ -47,14 +47,6 @@ __all__ = [
     "weights_of",
 ]
 
-_WEIGHTS = {
-    Segment.QKV: "w_qkv",
-    Segment.ATTN_OUT: "w_attn_out",
-    Segment.GATE_UP: "w_gate_up",
-    Segment.DOWN: "w_down",
-    Segment.HEAD: "w_head",
-}
-
 
 class Descriptor(NamedTuple):
     """A tile's copies: where its weights lie, and where they go.
@@ -92,12 +84,12 @@ def most_copies(plan: StreamPlan) -> int:
 
 def weights_of(env: StreamEnv) -> list[Any]:
     """The arrays in the order of `Segment`."""
-    return [env[_WEIGHTS[s]] for s in sorted(_WEIGHTS)]
+    return [env[segment.matrix] for segment in sorted(env.plan.segments)]
 
 
 def scales_of(env: StreamEnv, segment: Segment) -> Any:
     """The scales of a quantized matrix."""
-    return env[_WEIGHTS[segment].removeprefix("w_") + "_scale"]
+    return env[f"{segment.matrix}_scale"]
 
 
 def team_of(env: StreamEnv, part: SegmentPlan) -> Array:
@@ -277,7 +269,7 @@ def _scale_words(
     def array_of(segment: Segment) -> Any:
         # Of what has no scales, nothing is copied.
         quantized = env.segment(segment).bits != 16
-        return scales_of(env, segment) if quantized else env[_WEIGHTS[segment]]
+        return scales_of(env, segment) if quantized else env[segment.matrix]
 
     # All tiles of a run have the scales of all its rows, or each those of its own.
     shared = [p.scaled_rows > p.rows for p in parts]

@@ -109,6 +109,11 @@ class Segment(enum.IntEnum):
     HEAD = 4
     EMBED = 5
 
+    @property
+    def matrix(self) -> str:
+        """What its weights are called, as everywhere: a field of `DecodeWeights`."""
+        return self.name.lower()
+
 
 def is_paired(segment: Segment) -> bool:
     """Whether a tile's first and second half of rows lie apart in the matrix."""
@@ -194,10 +199,14 @@ class SegmentPlan:
         return 8 * READ // self.bits
 
     @property
-    def fragment_kind(self) -> tuple[bool | int, ...]:
-        """What its activation fragments depend on, besides the width."""
-        offset = self.grouping is not None and self.grouping.offset is not None
-        return self.bits, self.grain, self.held, self.fine, offset
+    def fragment_kind(self) -> tuple[int, ...]:
+        """What its activation fragments depend on, besides the width.
+
+        With an offset they come with the sums of their groups, so that the groups' size counts.
+        """
+        grouping = self.grouping
+        summed = grouping.size if grouping is not None and grouping.offset is not None else 0
+        return self.bits, self.grain, self.held, self.fine, summed
 
     @property
     def pieces(self) -> int:
@@ -332,10 +341,13 @@ class StreamPlan:
         """Why two tiles do not fit in shared memory, as a sentence; None if they do."""
         if self.slots * (self.slot_bytes + 8) <= self.room:
             return None
+        advice = "Take a tuning with smaller tiles, or implementation='xla'."
+        if self.tuning.smallest:
+            advice = "No tuning has smaller ones: use implementation='xla'."
         return (
             f"A stream has a tile in flight while another is used: two tiles of {self.slot_bytes} "
             f"bytes do not fit in the {max(self.room, 0)} bytes of shared memory that are left for "
-            f"them. Take a tuning with smaller tiles, or implementation='xla'."
+            f"them. {advice}"
         )
 
     @property

@@ -320,7 +320,7 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
     """How each mat-vec is cut and dealt out."""
 
     def segment(out: int, inner: int, kind: Segment) -> SegmentPlan:
-        stored, paired = d.stored(kind.name.lower()), is_paired(kind)
+        stored, paired = d.stored(kind.matrix), is_paired(kind)
         rows = g.rows_of(stored, paired=paired)
         if kind == Segment.GATE_UP:
             rows = g.most_rows(stored, g.reads(stored), rows)

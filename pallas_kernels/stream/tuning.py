@@ -1,10 +1,11 @@
 """What may be chosen freely about a streamed step, and the table of what was measured best.
 
 A choice changes the step's speed, and the order of its sums, and nothing else. `tuned.json`
-holds a row for each device, model shape and batch that was tuned, by `ffjax tune` or by hand.
-Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB, two on their way, 8 more
-asked for into the L2 cache while a program waits, and behind a segment of bfloat16 weights no more
-than one. Where shared memory is too small for that, tiles are smaller: see `planner.fitting`.
+holds a row for each device, model shape, batch and tokens of a step that was tuned, by
+`ffjax tune` or by hand. Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB,
+two on their way, 8 more asked for into the L2 cache while a program waits, and behind a segment of
+bfloat16 weights no more than one. Where shared memory is too small for that, tiles are smaller: see
+`planner.fitting`.
 
 A cache that a step with one tuning was made with goes on with that one: words of the exchange
 that a tuning leaves alone have old tags.
@@ -24,6 +25,7 @@ from pallas_kernels.dims import Dims, next_power_of_2
 __all__ = ["TILE_BYTES", "Tuning", "row_key", "tuning_for"]
 
 TILE_BYTES = (8192, 16384, 32768, 65536)
+_CACHE_TILE_BYTES = (8192, 16384, 32768)
 # The sizes that a step's best tuning depends on; layers and vocabulary only repeat tiles.
 _SIZES = ("model_dim", "ffw_dim", "num_heads", "num_kv_heads", "head_dim")
 
@@ -84,7 +86,7 @@ class Tuning:
             "next_tiles": [None, *range(1, 17)],
             "operand_tiles": list(range(5)),
             "hidden_copies": [1, 2],
-            "cache_tile_bytes": [8 * 1024, 16 * 1024, 32 * 1024],
+            "cache_tile_bytes": list(_CACHE_TILE_BYTES),
             "cache_tiles": list(range(2, 7)),
             "backend": [None, *BACKENDS],
         }.items():
@@ -99,19 +101,27 @@ class Tuning:
                 f"got {self.slots}."
             )
 
+    @property
+    def smallest(self) -> bool:
+        """Whether no tuning has smaller tiles, of weights or of keys and values."""
+        sizes = self.tile_bytes, self.cache_tile_bytes
+        return sizes == (min(TILE_BYTES), min(_CACHE_TILE_BYTES))
+
 
 def row_key(device: str, dims: Dims) -> dict[str, Any]:
     """What a row of the table is found by.
 
     Args:
         device: what the GPU calls itself.
-        dims: the sizes; batches are rounded up to powers of two.
+        dims: the sizes; batches and tokens are rounded up to powers of two.
     """
     sizes = {name: getattr(dims, name) for name in _SIZES}
     bits = list(dataclasses.astuple(dims.weight_bits))
+    several = {"tokens": next_power_of_2(dims.tokens)} if dims.tokens > 1 else {}
     return {
         "device": device,
-        "batch": next_power_of_2(dims.columns),
+        "batch": next_power_of_2(dims.batch),
+        **several,
         **sizes,
         "weight_bits": bits,
     }
@@ -124,14 +134,21 @@ def _table() -> list[dict[str, Any]]:
 
 
 def tuning_for(device: str, dims: Dims) -> Tuning | None:
-    """The tuning of the table's row for this device, shape and batch; None where it has none.
+    """The tuning of the table's row for this device, shape, batch and tokens.
+
+    Several tokens of a sequence without a row of their own take that of as many sequences of one
+    token each, whose products are the same. None where there is neither.
 
     Raises:
         ValueError: the row holds an impossible tuning.
         TypeError: the row holds a tunable that there is not.
     """
-    key = row_key(device, dims)
-    for row in _table():
-        if all(row[name] == value for name, value in key.items()):
-            return Tuning(**row["tuning"])
+    keys = [row_key(device, dims)]
+    if dims.tokens > 1:
+        keys.append(row_key(device, dataclasses.replace(dims, batch=dims.columns, tokens=1)))
+    for key in keys:
+        for row in _table():
+            of_one = "tokens" not in key and "tokens" in row
+            if not of_one and all(row.get(name) == value for name, value in key.items()):
+                return Tuning(**row["tuning"])
     return None

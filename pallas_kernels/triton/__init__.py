@@ -1,1 +1,6 @@
-"""Pallas's Triton backend: what the kernel needs of it, and of JAX's private interface to it."""
+"""Pallas's Triton backend: what the kernels need of it, and of JAX's private interface to it."""
+
+__all__ = ["MODULE"]
+
+MODULE = "jax._src.pallas.triton"
+"""What a version of JAX has that has the backend."""

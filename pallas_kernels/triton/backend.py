@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jax._src import core
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, gpu
 from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 
+from pallas_kernels.primitives import Primitive
 from pallas_kernels.stream.ptx import lowered
 
-__all__ = ["TRITON", "Triton", "register"]
+__all__ = ["TRITON", "Triton", "know_rules"]
+
+# Primitives whose rules Triton knows.
+_known: set[Primitive] = set()
 
 
-def register(primitive: core.Primitive, rule: Any) -> None:
-    """Makes a rule known to Triton."""
-    lowering.register_lowering(primitive)(rule)
+def know_rules() -> None:
+    """Makes the rules of the kernels' operations known to Triton; to be called before a launch."""
+    for primitive, rule in lowered.RULES.items():
+        if primitive not in _known:
+            lowering.register_lowering(primitive)(_for_triton(rule))
+            _known.add(primitive)
+
+
+def _for_triton(rule: lowered.Rule) -> lowered.Rule:
+    @functools.wraps(rule)
+    def lower(*args: Any, **params: Any) -> Any:
+        with lowered.by_backend(TRITON):
+            return rule(*args, **params)
+
+    return lower
 
 
 class Triton:
     """Values are tensors; Triton's compiler says which thread holds what."""
 
     arith: Any = arith
+
+    def integer(self, bits: int) -> ir.Type:
+        """The type of integers of so many bits."""
+        return ir.IntegerType.get_signless(bits)
+
+    def float32(self) -> ir.Type:
+        """The type of float32."""
+        return ir.F32Type.get()
 
     def values(self, ctx: Any, args: Sequence[Any]) -> list[Any]:
         """Tensors of the last operands."""
@@ -43,12 +67,12 @@ class Triton:
 
     def pointer(self, ref: Any) -> Any:
         """Address of an array, 64 bits."""
-        return tt_dialect.ptr_to_int(ir.IntegerType.get_signless(64), ref)
+        return tt_dialect.ptr_to_int(self.integer(64), ref)
 
     def addresses(self, ref: Any, offsets: Any, shape: Sequence[int]) -> Any:
         """64-bit addresses of an array's elements."""
         pointers = lowering._add(self.spread(ref, shape), offsets)
-        return tt_dialect.ptr_to_int(self.like(shape, ir.IntegerType.get_signless(64)), pointers)
+        return tt_dialect.ptr_to_int(self.like(shape, self.integer(64)), pointers)
 
     def assembly(
         self,
@@ -73,7 +97,7 @@ class Triton:
         op: Any = ir.InsertionPoint.current.block.owner
         while op.name != "tt.func":
             op = op.parent
-        one = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 1)
+        one = ir.IntegerAttr.get(self.integer(32), 1)
         op.attributes["nvvm.minctasm"] = one
 
     def ring_base(self, zero: Any, size: int, alignment: int) -> Any:
@@ -83,7 +107,7 @@ class Triton:
             f"add.u32 $0, $0, %s; sub.u32 $0, $0, {size}; "
             f"add.u32 $0, $0, {alignment - 1}; and.b32 $0, $0, {-alignment}; }}"
         )
-        word = self.like((1,), ir.IntegerType.get_signless(32))
+        word = self.like((1,), self.integer(32))
         return lowered.assembly([word], text, "=r,r", [zero])[0]
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-__all__ = ["launch"]
+from pallas_kernels.triton.backend import know_rules
+
+__all__ = ["compiler_params", "launch"]
+
+
+def compiler_params(num_warps: int, num_stages: int) -> Any:
+    """What a `pallas_call` is given to be compiled by Triton, which knows all operations then.
+
+    Args:
+        num_warps: of a program.
+        num_stages: for the compiler, by which it takes shared memory.
+    """
+    know_rules()
+    return plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
 
 
 def launch(
@@ -43,7 +57,7 @@ def launch(
         grid=(programs,),
         out_shape=list(out_shapes),
         input_output_aliases=aliases,
-        compiler_params=plgpu.CompilerParams(num_warps=threads // 32, num_stages=num_stages),
+        compiler_params=compiler_params(threads // 32, num_stages),
         name=name,
     )
     return call(*arrays)

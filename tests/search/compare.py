@@ -21,7 +21,7 @@ from ffjax.quantization import dequantize
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.stream.exchange_layout import exchange_words
 from pallas_kernels.stream.launch import layout_of
-from pallas_kernels.stream.planner import make_stream_plan, why_not_on
+from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.tuning import tuning_for
 from pallas_kernels.support import why_not
 
@@ -143,14 +143,11 @@ def _plan(case: Case, gpu: Gpu | None):
         Refused: there is none.
     """
     dims = case.dims
-    reason = why_not(dims, jnp.bfloat16, gpu)
-    if reason is None:
-        assert gpu is not None
-        tuning = case.tuned or tuning_for(gpu.name, dims)
-        # The step asks without its tuning.
-        if (reason := why_not_on(gpu, dims) or why_not_on(gpu, dims, tuning)) is None:
-            return make_stream_plan(dims, gpu, tuning)
-    raise Refused(reason)
+    tuning = case.tuned or (None if gpu is None else tuning_for(gpu.name, dims))
+    if (reason := why_not(dims, jnp.bfloat16, gpu, tuning=tuning)) is not None:
+        raise Refused(reason)
+    assert gpu is not None
+    return make_stream_plan(dims, gpu, tuning)
 
 
 def check_case(case: Case, step: StepFunction | None = None, gpu: Gpu | None = None) -> str | None:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jax._src import core
 
+from pallas_kernels.primitives import made, pure
 from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["UNIT", "Begin", "begin_words"]
@@ -30,13 +30,7 @@ class Begin(NamedTuple):
     stride: Array
 
 
-_begin_words_p = core.Primitive("ffjax_begin_words")
-_begin_words_p.multiple_results = True
-
-
-@_begin_words_p.def_effectful_abstract_eval
-def _(*args, strides, unit):
-    return [core.ShapedArray(args[-1].shape, jnp.int32)] * 3, set()
+_begin_words_p = pure("ffjax_begin_words", lambda *args, **_: [made(args[-1].shape, jnp.int32)] * 3)
 
 
 @lowered.rule(_begin_words_p)

@@ -1,8 +1,9 @@
 """How the operations of this package become inline PTX, whichever compiler takes the kernel.
 
-An operation is a primitive of JAX with a rule, registered by `rule`: what text it is, and what is
-bound to it. How a compiler holds numbers is the business of its room, `pallas_kernels.triton` or
-`pallas_kernels.mosaic_gpu`, whose `Backend` a rule reaches through the functions below.
+An operation is a primitive of JAX with a rule, kept by `rule`: what text it is, and what is bound
+to it. How a compiler holds numbers is the business of its room, `pallas_kernels.triton` or
+`pallas_kernels.mosaic_gpu`. A room calls the rules for its `Backend`, within `by_backend`, and they
+reach it through the functions below. Nothing here knows which backends there are.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jax._src import core, effects
-from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.pallas import core as pallas_core
+from pallas_kernels.primitives import Primitive
 
 __all__ = [
     "MEET",
-    "ORDERED",
     "REJOIN",
+    "ANYWHERE",
     "RULES",
     "Backend",
     "Rule",
@@ -46,19 +45,12 @@ REJOIN = "bar.warp.sync 0xffffffff;"
 MEET = f"{REJOIN} bar.sync 0;"
 
 
-class _Ordered(effects.Effect):
-    """That of what the kernel does besides computing."""
-
-
-ORDERED = _Ordered()
-"""Nothing with this effect is dropped, merged or moved across another that has it."""
-pallas_core.kernel_local_effects.add_type(_Ordered)
-effects.control_flow_allowed_effects.add_type(_Ordered)
-
 Rule = Callable[..., Sequence[Any] | Any]
-RULES: dict[core.Primitive, Rule] = {}
+RULES: dict[Primitive, Rule] = {}
 """What each operation is lowered by: of a context with `avals_in` and `avals_out`, operands, and
 the primitive's parameters."""
+ANYWHERE: set[core.Primitive] = set()
+"""Those that make nothing, and whose elements may be done by any thread, by several too."""
 
 
 class Backend(Protocol):
@@ -67,11 +59,19 @@ class Backend(Protocol):
     arith: Any
     """Arithmetic on values, by the names of MLIR's dialect `arith`."""
 
+    def integer(self, bits: int) -> Any:
+        """The type of integers of so many bits."""
+        ...
+
+    def float32(self) -> Any:
+        """The type of float32."""
+        ...
+
     def values(self, ctx: Any, args: Sequence[Any]) -> list[Any]:
         """Values of the last operands."""
         ...
 
-    def like(self, shape: Sequence[int], element: ir.Type) -> Any:
+    def like(self, shape: Sequence[int], element: Any) -> Any:
         """The type of arrays of a shape."""
         ...
 
@@ -115,11 +115,9 @@ _backend: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("backe
 
 
 def _now() -> Backend:
-    """The backend that lowers; Triton, which calls the rules by itself, if none says that it is."""
-    if (backend := _backend.get()) is None:
-        from pallas_kernels.triton.backend import TRITON
-
-        return TRITON
+    """The backend that lowers."""
+    backend = _backend.get()
+    assert backend is not None, "Rules are called by a backend's room: see by_backend."
     return backend
 
 
@@ -133,34 +131,29 @@ def by_backend(backend: Backend) -> Iterator[None]:
         _backend.reset(token)
 
 
-def rule(primitive: core.Primitive) -> Callable[[Rule], Rule]:
-    """Registers how an operation is lowered, with every backend that JAX has."""
+def rule(primitive: Primitive) -> Callable[[Rule], Rule]:
+    """Keeps how an operation is lowered, by whichever backend: in `RULES`."""
 
-    def register(function: Rule) -> Rule:
+    def keep(function: Rule) -> Rule:
         RULES[primitive] = function
-        # JAX means to take Triton's away: Mosaic GPU, which looks the rules up, is left then.
-        with contextlib.suppress(ImportError):
-            from pallas_kernels.triton.backend import register as register_with_triton
-
-            register_with_triton(primitive, function)
         return function
 
-    return register
+    return keep
 
 
-def i32() -> ir.Type:
+def i32() -> Any:
     """32-bit integers."""
-    return ir.IntegerType.get_signless(32)
+    return _now().integer(32)
 
 
-def i64() -> ir.Type:
+def i64() -> Any:
     """64-bit integers."""
-    return ir.IntegerType.get_signless(64)
+    return _now().integer(64)
 
 
-def f32() -> ir.Type:
+def f32() -> Any:
     """float32."""
-    return ir.F32Type.get()
+    return _now().float32()
 
 
 class _Arithmetic:
@@ -178,7 +171,7 @@ def values(ctx: Any, args: Sequence[Any]) -> list[Any]:
     return _now().values(ctx, args)
 
 
-def like(shape: Sequence[int], element: ir.Type) -> Any:
+def like(shape: Sequence[int], element: Any) -> Any:
     """The type of arrays of a shape."""
     return _now().like(shape, element)
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jax._src import core, state
 
 from pallas_kernels.asm import Block
+from pallas_kernels.primitives import ORDERED, effectful, made, reads, writes
 from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["Choice", "Operation", "Pointer", "listings"]
@@ -94,6 +94,8 @@ class Operation:
         name: str,
         write: Callable[..., None],
         when_lowered: Callable[..., None] = lambda **_: None,
+        *,
+        anywhere: bool = False,
     ):
         """Makes the primitive, and its rule with every backend.
 
@@ -102,12 +104,14 @@ class Operation:
             write: writes the text: of a `Block`, a register for each result, one for each operand,
                 or a list of them where elements are taken together, and of keywords.
             when_lowered: called before, with the same keywords.
+            anywhere: whether it is the same whichever threads run it for an element, and how many:
+                a backend need then not bring its operands to the threads that texts want them in.
         """
         self._write, self._when_lowered = write, when_lowered
-        self._primitive = core.Primitive(name)
-        self._primitive.multiple_results = True
-        self._primitive.def_effectful_abstract_eval(self._abstract)
+        self._primitive = effectful(name, self._abstract)
         lowered.rule(self._primitive)(self._lower)
+        if anywhere:
+            lowered.ANYWHERE.add(self._primitive)
 
     def __call__(
         self,
@@ -134,7 +138,7 @@ class Operation:
         """
         refs: list[Any] = []
         arrays: list[Any] = []
-        bound, writes = [], []
+        bound, is_written = [], []
 
         def numbered(to: list[Any], some: Sequence[Any]) -> tuple[int, ...]:
             to.extend(some)
@@ -145,7 +149,7 @@ class Operation:
             if isinstance(x, Pointer):
                 choice = Choice((x.ref,), (), x.offsets)
             of, beyond = numbered(refs, choice.refs), numbered(arrays, choice.beyond)
-            writes += [isinstance(x, Pointer) and x.written] * len(of)
+            is_written += [isinstance(x, Pointer) and x.written] * len(of)
             array = None
             if (offsets := choice.offsets) is not None:
                 whole = jnp.int32(offsets) if isinstance(offsets, int) else offsets
@@ -157,17 +161,16 @@ class Operation:
             *refs,
             *arrays,
             bound=tuple(bound),
-            writes=tuple(writes),
+            written=tuple(is_written),
             results=tuple(results),
             early=early,
             together=together,
             **options,
         )
 
-    def _abstract(self, *args: Any, writes: Any, results: Any, **_: Any) -> Any:
-        effects = {state.WriteEffect(i) if w else state.ReadEffect(i) for i, w in enumerate(writes)}
-        made = [core.ShapedArray(args[-1].shape, jnp.dtype(x)) for x in results or ["int32"]]
-        return made, {lowered.ORDERED, *effects}
+    def _abstract(self, *args: Any, written: Any, results: Any, **_: Any) -> Any:
+        effects = {writes(i) if is_written else reads(i) for i, is_written in enumerate(written)}
+        return [made(args[-1].shape, x) for x in results or ["int32"]], {ORDERED, *effects}
 
     def text(
         self,
@@ -199,14 +202,14 @@ class Operation:
         ctx: Any,
         *args: Any,
         bound: Sequence[_Operand],
-        writes: Sequence[bool],
+        written: Sequence[bool],
         results: Sequence[str],
         early: bool,
         together: int | None,
         **options: Any,
     ) -> Any:
         self._when_lowered(**options)
-        refs, count = args[: len(writes)], len(writes)
+        refs, count = args[: len(written)], len(written)
         shape = ctx.avals_in[-1].shape
         values = lowered.values(ctx, args[count:])
         dtypes = [x.dtype.name for x in ctx.avals_in[count:]]

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax._src import core
 
 from pallas_kernels.asm import TID, Block, Register
+from pallas_kernels.primitives import ORDERED, effectful, made
 from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["clear_shared", "read_row", "ring_base", "write_halves", "write_row"]
 
-_ring_base_p = core.Primitive("ffjax_ring_base")
-
-
-@_ring_base_p.def_effectful_abstract_eval
-def _(zero, *, size, alignment):
-    return core.ShapedArray((1,), jnp.int32), {lowered.ORDERED}
+_ring_base_p = effectful(
+    "ffjax_ring_base", lambda *_, **__: (made((1,), jnp.int32), {ORDERED}), results=False
+)
 
 
 @lowered.rule(_ring_base_p)

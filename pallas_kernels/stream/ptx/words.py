@@ -62,7 +62,7 @@ def _write_collect(
         b.and_(test, test, bits % 2**32)
         b.setp("eq", found, test, 0)
         with b.when(found):
-            b.and_(left, left, ~(1 << q))
+            b.and_(left, left, ~(1 << q) % (1 << 32))  # as 32 bits without a sign: q goes to 31
 
     again = b.label("again")
     if size == PIECE and _FEW_PIECES < pieces <= _MANY_PIECES:
@@ -260,7 +260,7 @@ def _write_word(b: Block, address: Register, word: Register, mask: Register) -> 
         b.st_relaxed(address, word)
 
 
-_store_word = Operation("ffjax_store_word", _write_word)
+_store_word = Operation("ffjax_store_word", _write_word, anywhere=True)
 
 
 def store_word(ref: Any, offsets: Array, word: Array, mask: Array, *, interpret: bool) -> None:
@@ -289,7 +289,7 @@ def _write_pair(
         b.st_relaxed(address, pair)
 
 
-_store_pair = Operation("ffjax_store_pair", _write_pair)
+_store_pair = Operation("ffjax_store_pair", _write_pair, anywhere=True)
 
 
 def store_pair(

@@ -1,8 +1,7 @@
 """Compiles the decode step for a GPU on a machine that need not have one.
 
-    python -m pallas_kernels.compile --config llama3.2-1b --gpu h200 --batch 1 --json
-    python -m pallas_kernels.compile --config llama3.2-1b --weights int8 --json
-    python -m pallas_kernels.compile --config llama3.2-1b --backend mosaic_gpu --json
+A step is given by its sizes alone. `python -m pallas_kernels.compile` takes a model's name, too: it
+is `ffjax.commands.compile`.
 
 XLA's CUDA plugin compiles for a GPU that it only knows from a description (`gpus/`), down
 to PTX, without a driver; `ptxas` then says what a kernel costs: registers, spills, shared
@@ -11,9 +10,7 @@ memory. Both come with the extra `ffjax[compile]`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -28,21 +25,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels import compile_worker
-from pallas_kernels.backends import BACKENDS, Backend, default_backend, why_not_backend
+from pallas_kernels.backends import Backend, default_backend
 from pallas_kernels.dims import Dims
 from pallas_kernels.launch import KERNEL_NAME
-from pallas_kernels.stream.planner import why_not_on
+from pallas_kernels.stream import planner
 from pallas_kernels.support import why_not
-from pallas_kernels.targets import target, target_names
+from pallas_kernels.targets import target
 
 __all__ = [
     "CompileError",
     "CompileReport",
-    "add_step_arguments",
-    "command_line",
     "compile_for",
-    "dims_of",
-    "main",
     "why_no_compiler",
 ]
 
@@ -151,11 +144,9 @@ def compile_for(
     """
     wanted = target(gpu)
     backend = backend or default_backend()
-    reason = why_not(dims, "bfloat16", wanted.gpu)
-    if reason is None:
-        reason = why_not_on(wanted.gpu, dims)
-    if reason is None:
-        reason = why_not_backend(backend, wanted.gpu)
+    tuning = planner.tuned(dims, wanted.gpu) if tuned else None
+    tuning = tuning or planner.fitting(dims, wanted.gpu)
+    reason = why_not(dims, "bfloat16", wanted.gpu, tuning=tuning, backend=backend)
     there = all(0 <= layer <= dims.num_layers for layer in hidden_layers)
     if reason is None and not (there and len(set(hidden_layers)) == len(hidden_layers)):
         reason = (
@@ -207,7 +198,7 @@ def _run_worker(folder: pathlib.Path) -> None:
         "--xla_dump_emitter_re=ptx",
     ]
     # The package is found where this file lies, also in a checkout that is not installed.
-    package = str(pathlib.Path(__file__).parent.parent)
+    package = str(pathlib.Path(__file__).parent.parent.parent)
     paths = [package, os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -301,96 +292,3 @@ def _versions() -> dict[str, str]:
         plugin: importlib.metadata.version(plugin),
         "ptxas": release[1] if release else "unknown",
     }
-
-
-def dims_of(asked: argparse.Namespace) -> Dims:
-    """The sizes of a step of a model, its matrices in the formats asked for.
-
-    Raises:
-        FileNotFoundError: there is no model at that path.
-        ValueError: there is no such preset; what is at the path is damaged or not supported; its
-            matrices cannot have that format, or the kernel computes no such model.
-        NotImplementedError: a package that is needed is not installed.
-    """
-    # The kernel knows no model; only this command looks up sizes by a model's name.
-    config = _sizes().chosen_sizes(asked, "compile")
-    sizes = asked.batch, asked.capacity, asked.tokens
-    return importlib.import_module("ffjax.dims").step_dims(config, *sizes)
-
-
-def _sizes() -> Any:
-    """The options of ffjax's own commands that say which model's sizes are meant."""
-    return importlib.import_module("ffjax.commands.sizes")
-
-
-def add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `dims_of` reads: the model's sizes, --batch, --tokens and --capacity."""
-    _sizes().add_size_arguments(parser)
-    parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
-    parser.add_argument("--tokens", type=int, default=1, help="of each sequence (default 1)")
-    parser.add_argument("--capacity", type=int, default=16_384, help="cache slots (default 16384)")
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.compile",
-        description="Compiles the fused decode step for a GPU that need not be here.",
-    )
-    add_step_arguments(parser)
-    parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(target_names())}")
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        help="of Pallas, which compiles the kernel; default: triton where JAX has it",
-    )
-    parser.add_argument(
-        "--hidden-layers",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="LAYER",
-        help="layers whose hidden states the step returns (0: the embedding); default: none",
-    )
-    parser.add_argument("--num-warps", type=int, help="overrides the plan's")
-    parser.add_argument("--num-stages", type=int, help="overrides the plan's")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    asked = command_line().parse_args(arguments)
-    for name in ("batch", "tokens", "capacity"):
-        if getattr(asked, name) < 1:
-            command_line().error(f"--{name} is a positive number, got {getattr(asked, name)}.")
-    try:
-        report = compile_for(
-            asked.gpu,
-            dims_of(asked),
-            num_warps=asked.num_warps,
-            num_stages=asked.num_stages,
-            backend=asked.backend,
-            hidden_layers=asked.hidden_layers,
-        )
-    except (ValueError, OSError, NotImplementedError, CompileError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    names = ["config", "model", "weights", "head", "batch", "tokens", "capacity"]
-    names += [n for n in ("group_size", "scales", "offset") if getattr(asked, n) is not None]
-    names += ["hidden_layers"] if asked.hidden_layers else []
-    asked_for = {name: getattr(asked, name) for name in names}
-    if asked.config is not None:  # a model that is not a preset may be quantized as it is stored
-        asked_for["weights"] = asked.weights or "bfloat16"
-    fields = asked_for | dataclasses.asdict(report)
-    if asked.json:
-        print(json.dumps(fields, indent=2))
-    else:
-        width = max(map(len, fields))
-        for name, value in fields.items():
-            print(f"{name:<{width}}  {value}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

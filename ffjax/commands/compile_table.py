@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from ffjax.commands.compile import command_line, dims_of
 from pallas_kernels import compile as compiler
 from pallas_kernels.compile import CompileError, CompileReport
 from pallas_kernels.targets import target, target_names
@@ -73,7 +74,7 @@ def compile_row(gpu: str, step: Step, capacity: int = 16_384) -> Row:
     options = {**step._asdict(), "capacity": capacity}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     try:
-        dims = compiler.dims_of(compiler.command_line().parse_args(words))
+        dims = dims_of(command_line().parse_args(words))
         return Row(gpu, step, compiler.compile_for(gpu, dims, tuned=True), None)
     except (ValueError, CompileError) as error:
         return Row(gpu, step, None, " ".join(str(error).split()))
@@ -164,7 +165,3 @@ def _parser() -> argparse.ArgumentParser:
         help="compilers side by side; default: %(default)s",
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
