@@ -51,7 +51,7 @@ def test_importing_ffjax_imports_no_jax():
     ],
 )
 def test_no_pallas_is_needed_to(names):
-    """Make a cache, plan a step, size its exchange, say why there is none, compute one by itself."""
+    """Make a cache, plan a step, size its exchange, say why there is none, or what it computes."""
     done = subprocess.run(
         [sys.executable, "-c", f"import {names}, sys; print(*sys.modules)"],
         cwd=ROOT,
