@@ -47,10 +47,11 @@ def test_importing_ffjax_imports_no_jax():
         "ffjax.cache",
         "pallas_kernels.stream.planner, pallas_kernels.stream.exchange_layout",
         "pallas_kernels.support, pallas_kernels.backends, pallas_kernels.targets",
+        "pallas_kernels.spec.step, pallas_kernels.spec.made",
     ],
 )
 def test_no_pallas_is_needed_to(names):
-    """Make a cache, plan a step, size its exchange, say why there is none."""
+    """Make a cache, plan a step, size its exchange, say why there is none, or what it computes."""
     done = subprocess.run(
         [sys.executable, "-c", f"import {names}, sys; print(*sys.modules)"],
         cwd=ROOT,
@@ -160,6 +161,7 @@ _LOADERS = ("ffjax.text", "ffjax.commands", "ffjax.benchmark")
 _SHIMS = {
     "pallas_kernels.compile.__main__": {"ffjax.commands.compile"},
     "pallas_kernels.compile_table.__main__": {"ffjax.commands.compile_table"},
+    "pallas_kernels.spec.__main__": {"ffjax.commands.spec"},
 }
 
 

@@ -21,6 +21,7 @@ from mosaic_edits import edited
 from mosaic_machine import MosaicError, MosaicMachine, run
 from ptx_machine import PtxError
 from quantize_cases import FOR_KERNELS, GROUPED, kernel_config
+from spec_cases import check_buffers
 from step_cases import reference
 from stream_cases import check, machine
 
@@ -31,6 +32,7 @@ from pallas_kernels.mosaic_gpu.backend import MosaicGpu
 from pallas_kernels.mosaic_gpu.threads import Threads
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.layout import ALIGNMENT, SharedLayout
+from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.stream.tuning import Tuning
 
@@ -39,6 +41,7 @@ pytestmark = pytest.mark.once(
     sample=["test_a_step_matches_the_model[one sequence]"],
 )
 
+CAPACITY = 66
 # Each with the sequences' lengths, and the program's warps.
 STEPS: dict[str, tuple[ModelConfig, list[int], int]] = {
     "one sequence": (small_config(num_layers=1), [5], 4),
@@ -51,10 +54,14 @@ STEPS: dict[str, tuple[ModelConfig, list[int], int]] = {
 }
 
 
+def plan_of(config: ModelConfig, batch: int, num_warps: int) -> StreamPlan:
+    tuning = Tuning(backend="mosaic_gpu", num_warps=num_warps)
+    return make_stream_plan(dims_of(config, batch, CAPACITY), machine(1), tuning)
+
+
 def stepped(model: Any, cache: KVCache, tokens: Any, num_warps: int) -> tuple[Any, Any, KVCache]:
     """A step of one program, of tokens `[B]`: logits, token and cache."""
-    dims = dims_of(model.config, cache.batch, cache.capacity)
-    plan = make_stream_plan(dims, machine(1), Tuning(backend="mosaic_gpu", num_warps=num_warps))
+    plan = plan_of(model.config, cache.batch, num_warps)
     layout = SharedLayout.of(plan)
 
     def prepare(of: MosaicMachine) -> None:
@@ -76,11 +83,11 @@ def stepped(model: Any, cache: KVCache, tokens: Any, num_warps: int) -> tuple[An
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_matches_the_model(name):
     config, lengths, num_warps = STEPS[name]
-    model, cache = random_model(config), filled_cache(config, lengths, 66)
+    model, cache = random_model(config), filled_cache(config, lengths, CAPACITY)
     tokens = random_tokens(config, len(lengths))
-    check(
-        config, stepped(model, cache, tokens, num_warps), reference(model, cache, tokens), lengths
-    )
+    got = stepped(model, cache, tokens, num_warps)
+    check(config, got, reference(model, cache, tokens), lengths)
+    check_buffers(plan_of(config, len(lengths), num_warps), model, cache, tokens, got)
 
 
 @pytest.mark.parametrize(

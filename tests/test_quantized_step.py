@@ -24,6 +24,7 @@ from decode_cases import (
 from flax import nnx
 from numerics import assert_close, relative_error
 from quantize_cases import FOR_KERNELS, kernel_config
+from spec_cases import alone, check_buffers, check_specification
 from step_cases import bits, in_float32, newest, reference
 from stream_cases import check, streamed
 
@@ -73,6 +74,9 @@ def test_a_step_matches_the_reference_and_is_closer_to_float32(name, batch):
     cache, tokens = started(model, batch)
     got, want = streamed(model, cache, tokens), reference(model, cache, tokens)
     check(model.config, got, want, LENGTHS[batch])
+    plan = alone(model, cache, tokens)
+    check_buffers(plan, model, cache, tokens, got)
+    check_specification(plan, model, cache, tokens, want)
     assert bits(streamed(model, cache, tokens)) == bits(got)
     exact = reference(dequantize(model, jnp.float32), in_float32(cache), tokens)
     assert_close(got[0], exact.logits, "fused_vs_float32")

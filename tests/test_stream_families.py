@@ -14,6 +14,7 @@ from decode_cases import (
     small_config,
 )
 from numerics import TOLERANCES, assert_close, worst_error
+from spec_cases import alone, check_buffers, check_specification
 from step_cases import newest, reference
 from stream_cases import FAMILIES, WINDOW, check, stream, streamed
 
@@ -40,6 +41,9 @@ def test_a_step_of_every_family_matches_the_model(name):
     cache, tokens = filled_cache(config, WINDOW, 110), random_tokens(config, 3)
     got, want = streamed(model, cache, tokens), reference(model, cache, tokens)
     check(config, got, want, WINDOW)
+    plan = alone(model, cache, tokens)
+    check_buffers(plan, model, cache, tokens, got)
+    check_specification(plan, model, cache, tokens, want)
     # Another step reads what this one has stored.
     again, wanted = streamed(model, got[2], want.token), reference(model, want.cache, want.token)
     assert_close(again[0], wanted.logits, "fused_vs_model")

@@ -13,6 +13,7 @@ from decode_cases import (
     random_tokens,
     small_config,
 )
+from spec_cases import check_buffers
 from step_cases import reference
 from stream_cases import FAMILIES, check, check_several, machine, run_stages, streamed
 from tag_cases import check_tags
@@ -75,6 +76,7 @@ def test_programs_hand_over_all_that_others_need(family, batch, copies):
     got = run_stages(plan, model, cache, tokens)
     check(config, got, reference(model, cache, tokens), lengths)
     check_tags(plan, got[2].counters, lengths)
+    check_buffers(plan, model, cache, tokens, got)
 
 
 @pytest.mark.parametrize("programs", [1, 4])
@@ -107,3 +109,4 @@ def test_programs_hand_over_several_tokens():
     check_several(got, reference(model, cache, tokens), cache, 4)
     assert after.wide_counters is not None
     check_tags(plan, after.wide_counters, lengths)
+    check_buffers(plan, model, cache, tokens, (logits, token, after))

@@ -13,6 +13,7 @@ from decode_cases import QUICK_COMPILE, dims_of, filled_cache, random_model, sma
 from flax import nnx
 from numerics import assert_close
 from quantize_cases import FOR_KERNELS, kernel_config
+from spec_cases import alone, check_buffers
 from step_cases import bits
 from stream_cases import FAMILIES, check_several, env_of, machine
 
@@ -72,6 +73,9 @@ def test_several_tokens_match_the_model(name, tokens):
     every = jnp.full(len(lengths), tokens)
     got, want = (step(model, cache, some, every, fused=fused) for fused in (True, False))
     check_several(got, want, cache, tokens)
+    if tokens < 8:  # a sample: each takes a compilation
+        made = got.logits, got.token, got.cache
+        check_buffers(alone(model, cache, some), model, cache, some, made)
     # Another step reads what this one has stored, of each sequence's first ones alone.
     live = jnp.arange(len(lengths)) % tokens
     after = [n + k for n, k in zip(lengths, live.tolist(), strict=True)]

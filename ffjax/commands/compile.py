@@ -22,7 +22,7 @@ from pallas_kernels.compile import CompileError, compile_for
 from pallas_kernels.dims import Dims
 from pallas_kernels.targets import target_names
 
-__all__ = ["command_line", "dims_of", "main"]
+__all__ = ["add_step_arguments", "command_line", "dims_of", "main"]
 
 
 def dims_of(asked: argparse.Namespace) -> Dims:
@@ -38,17 +38,22 @@ def dims_of(asked: argparse.Namespace) -> Dims:
     return step_dims(config, asked.batch, asked.capacity, asked.tokens)
 
 
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `dims_of` reads: the model's sizes, --batch, --tokens and --capacity."""
+    add_size_arguments(parser)
+    parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
+    parser.add_argument("--tokens", type=int, default=1, help="of each sequence (default 1)")
+    parser.add_argument("--capacity", type=int, default=16_384, help="cache slots (default 16384)")
+
+
 def command_line() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.compile",
         description="Compiles the fused decode step for a GPU that need not be here.",
     )
-    add_size_arguments(parser)
+    add_step_arguments(parser)
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(target_names())}")
-    parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
-    parser.add_argument("--tokens", type=int, default=1, help="of each sequence (default 1)")
-    parser.add_argument("--capacity", type=int, default=16_384, help="cache slots (default 16384)")
     parser.add_argument(
         "--backend",
         choices=BACKENDS,

@@ -8,29 +8,33 @@ be traced to its stage.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.dims import DecodeWeights
+from pallas_kernels.launch import StepState
 from pallas_kernels.stream.activations import collect_activations
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.fragments import no_fragments
 from pallas_kernels.stream.kernel import finish_tiles, is_due, leave_segment
+from pallas_kernels.stream.launch import StepResult, run_stream
 from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment, StreamPlan
 from pallas_kernels.stream.product import Sums, multiply
 from pallas_kernels.stream.ring import start_ring
 from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
 from pallas_kernels.stream.segments.qkv import make_rotations
 from pallas_kernels.stream.segments.residual import add_block, close_block, leave_embed
-from pallas_kernels.stream.state import State
+from pallas_kernels.stream.state import NO_TOKEN, State
 from pallas_kernels.stream.tiles import (
     first_place,
     next_place,
 )
 
-__all__ = ["Stage", "run_stage", "stages_of", "state_shapes"]
+__all__ = ["Stage", "run_stage", "run_stages", "stages_of", "state_shapes"]
 
 
 class Stage(NamedTuple):
@@ -136,3 +140,38 @@ def run_stage(stage: Stage, env: StreamEnv) -> None:
         _, state = lax.fori_loop(jnp.int32(start), jnp.int32(end), tile_step, (first, state))
     for name, value in _carried(state).items():
         env[name][env.program] = value
+
+
+def run_stages(
+    plan: StreamPlan,
+    weights: DecodeWeights,
+    state: StepState,
+    tokens: Array,
+    *,
+    hidden_layers: tuple[int, ...] = (),
+) -> StepResult:
+    """A step of several programs on a CPU: one launch a stage, so that nobody has to wait.
+
+    Args: see `launch.stream_step`.
+    """
+    d = plan.dims
+    carried = {name: jnp.zeros(x.shape, x.dtype) for name, x in state_shapes(plan).items()}
+    # What is read before it is written is no number.
+    for name in ("residual_first", "residual_second"):
+        carried[name] = jnp.full_like(carried[name], jnp.nan)
+    carried["best_logit"] = jnp.full_like(carried["best_logit"], -jnp.inf)
+    carried["best_token"] = jnp.full_like(carried["best_token"], NO_TOKEN)
+    carried["logits"] = jnp.full((d.columns, d.vocab_size), jnp.nan, jnp.float32)
+    carried["token"] = jnp.full((d.columns,), -1, jnp.int32)
+    if hidden_layers:
+        shape = (d.columns, len(hidden_layers), d.model_dim)
+        carried["hidden"] = jnp.full(shape, jnp.nan, jnp.float32)
+    options = {"xla_backend_optimization_level": 0}  # each runs once
+    for stage in stages_of(plan):
+        body = functools.partial(run_stage, stage)
+        how = {"hidden_layers": hidden_layers, "interpret": True}
+        run = functools.partial(run_stream, body, plan, **how)
+        made = jax.jit(run, compiler_options=options)(weights, state, tokens, updated=carried)
+        state = StepState(*(made[name] for name in StepState._fields))
+        carried = {name: made[name] for name in carried}
+    return StepResult(carried["logits"], carried["token"], state, carried.get("hidden"))
