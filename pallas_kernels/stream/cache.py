@@ -47,6 +47,7 @@ def _feed_of(plan: StreamPlan) -> ptx.CacheFeed:
         out=at.products,
         sums=at.sums,
         thread=feeding_thread(plan),
+        by_lane=plan.asks_by_lane,
         sharing=plan.sharing,
     )
 

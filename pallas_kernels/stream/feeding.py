@@ -47,6 +47,7 @@ def feed_of(plan: StreamPlan) -> ptx.Feed:
         total=plan.total_tiles,
         in_flight=min(plan.in_flight, plan.slots),
         thread=feeding_thread(plan),
+        by_lane=plan.asks_by_lane,
         copies=most_copies(plan),
         has_scales=plan.quantized,
         l2_tiles=plan.tuning.l2_tiles,

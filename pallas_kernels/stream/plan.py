@@ -337,6 +337,11 @@ class StreamPlan:
         return self.tuning.backend or default_backend()
 
     @property
+    def asks_by_lane(self) -> bool:
+        """Whether a feeding thread is told by its lane, too: see `ptx.one_thread`."""
+        return self.backend == "mosaic_gpu" and self.quantized and not self.chunked
+
+    @property
     def why_no_room(self) -> str | None:
         """Why two tiles do not fit in shared memory, as a sentence; None if they do."""
         if self.slots * (self.slot_bytes + 8) <= self.room:

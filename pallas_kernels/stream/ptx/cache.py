@@ -59,6 +59,7 @@ class CacheFeed:
         sums: likewise the maximum and the sum of the weights of each of those rows.
         thread: the thread that asks.
         sharing: as of `Feed`: each warp has 8 control words of its own, but for the last two.
+        by_lane: as of `Feed`.
     """
 
     head_dim: int
@@ -84,6 +85,7 @@ class CacheFeed:
     sums: int
     thread: int
     sharing: int
+    by_lane: bool = False
 
     @property
     def bulk(self) -> bool:
@@ -151,7 +153,7 @@ def write_cache_feed(
     b.mov(thread, TID)
     own, lead, idle = ring, None, b.pred("idle")
     if f.bulk:
-        set_whether_another(b, idle, thread, f.thread)
+        set_whether_another(b, idle, thread, f.thread, f.by_lane)
         b.bra_if(idle, asked)
     else:
         b.comment("Each warp that copies has control words of its own.")

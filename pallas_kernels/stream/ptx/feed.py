@@ -129,9 +129,9 @@ def write_feed(
         b.shr(warp, thread, 5)
         b.setp("ne", other, warp, f.thread // 32)
     else:
-        set_whether_another(b, other, thread, f.thread)
+        set_whether_another(b, other, thread, f.thread, f.by_lane)
     b.bra_if(other, fed)
-    set_whether_lead(b, lead, f.thread)
+    set_whether_lead(b, lead, thread, f.thread, f.by_lane)
 
     b.comment("Where the feed has got to, and the next tile's copy descriptor.")
     words = write_next(b, f, ring)

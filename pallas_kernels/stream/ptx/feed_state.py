@@ -42,6 +42,7 @@ class Feed:
             asks for bulk copies, 16.
         matrix_rows: of a layer of the matrix whose tiles come as boxes; 0 where none does. The last
             of a tile's 8 words then says where its box begins: see `descriptors`.
+        by_lane: whether lanes tell ptxas which thread asks: see `one_thread`.
     """
 
     slots: int
@@ -62,6 +63,7 @@ class Feed:
     sharing: int
     scale_unit: int
     matrix_rows: int
+    by_lane: bool = False
 
     @property
     def bulk(self) -> bool:
