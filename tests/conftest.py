@@ -14,6 +14,7 @@ import tempfile
 
 import pytest
 from as_if import take_device_for
+from drawn_cases import covering, numbered
 
 # Each takes some gigabytes.
 _MOST_PROCESSES = 2
@@ -64,6 +65,9 @@ _OLDEST = (8, 0)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--as-if", metavar="GPU", help="take the device for another one: see as_if.py")
+    parser.addoption(
+        "--whole", action="store_true", help="run every case of the tests marked drawn"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -189,8 +193,36 @@ def _names_of(item: pytest.Item) -> set[str]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[_WRONG_MARKS] = _wrong_marks(config, items)
+    if not config.getoption("--whole") and not any("::" in arg for arg in config.args):
+        _leave_the_drawn(config, items)
     if hasattr(config, "workerinput"):
         items.sort(key=_place)  # files, and nothing within them
+
+
+def _leave_the_drawn(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes out the cases of tests marked `drawn` that are not drawn."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("drawn"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = {item for some in cases.values() for item in some if item not in _drawn(some)}
+    if left_out:
+        config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _drawn(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """The cases of one test that run without `--whole`, those of samples among them."""
+    marker = cases[0].get_closest_marker("drawn")
+    assert marker is not None
+    sample, once = set(marker.kwargs.get("sample", ())), cases[0].iter_markers("once")
+    kept = {at for at, item in enumerate(cases) if item.name in sample}
+    if not kept:
+        values = numbered([getattr(item, "callspec").params for item in cases])  # noqa: B009
+        kept = covering(values, 2 if marker.kwargs.get("pairs") else 1)
+    others = {name for mark in once for name in mark.kwargs.get("sample", ())}
+    kept |= {at for at, item in enumerate(cases) if item.name in others}
+    return [cases[at] for at in sorted(kept)]
 
 
 def _place(item: pytest.Item) -> int:
@@ -211,6 +243,13 @@ def _wrong_marks(config: pytest.Config, items: list[pytest.Item]) -> dict[pathli
                 wrong[item.path] = (
                     "once takes the reason why one Python is enough, and a sample of names: "
                     f"pytest.mark.once('why', sample=['test_it']). Here it has {marker}."
+                )
+        for marker in item.iter_markers("drawn"):
+            sampled.setdefault(item.path, set()).update(marker.kwargs.get("sample", ()))
+            if list(map(type, marker.args)) != [str] or marker.kwargs.keys() - {"sample", "pairs"}:
+                wrong[item.path] = (
+                    "drawn takes the reason why few cases are enough, and pairs=True or a sample: "
+                    f"pytest.mark.drawn('why', sample=['test_it[case]']). Here it has {marker}."
                 )
     if any("::" in arg for arg in config.args):
         return wrong  # not all tests of a file are here

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from decode_cases import QUICK_COMPILE, dims_of, kernel_inputs, small_config
 from numerics import assert_close
+from stage_programs import run_any_stage, told
 from step_cases import bits, newest, untouched
 
 from ffjax.cache import KVCache
@@ -24,7 +25,7 @@ from pallas_kernels.stream.exchange import Exchange
 from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
 from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
-from pallas_kernels.stream.stages import run_stage, stages_of, state_shapes
+from pallas_kernels.stream.stages import state_shapes
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = [
@@ -262,10 +263,11 @@ def run_stages(plan: StreamPlan, model, cache: KVCache, tokens):
     carried["best_token"] = jnp.full(carried["best_logit"].shape, 2**31 - 1, jnp.int32)
     carried["logits"] = jnp.full((columns, model.config.vocab_size), jnp.nan, jnp.float32)
     carried["token"] = jnp.full((columns,), -1, jnp.int32)
-    for stage in stages_of(plan):
-        body = functools.partial(run_stage, stage)
-        run = functools.partial(run_stream, body, plan, interpret=True)
-        out = jax.jit(run, compiler_options=QUICK_COMPILE)(weights, state, fed, updated=carried)
+    carried["stage"] = jnp.zeros(5, jnp.int32)
+    run = functools.partial(run_stream, run_any_stage, plan, interpret=True)
+    run = jax.jit(run, compiler_options=QUICK_COMPILE)
+    for stage in told(plan):
+        out = run(weights, state, fed, updated=carried | {"stage": stage})
         state = StepState(*(out[name] for name in StepState._fields))
         carried = {name: out[name] for name in carried}
     return _like(tokens, carried["logits"], carried["token"], cache, state)
