@@ -11,9 +11,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import zlib
 
 import pytest
 from as_if import take_device_for
+from cpu_seconds import CpuSeconds
 from drawn_cases import covering, numbered
 
 # Each takes some gigabytes.
@@ -85,6 +87,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Some tests start a process that needs the same GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["XLA_FLAGS"] = config.stash[_FLAGS_OF_CHILDREN] = _with_flag(_OLDER_EMITTERS)
+    if os.environ.get("FFJAX_TESTS_CPU"):
+        config.pluginmanager.register(CpuSeconds())
     if _runs_tests(config) and not _has_driver():
         os.environ["XLA_FLAGS"] = _with_flag(_QUICK_LLVM)
 
@@ -205,10 +209,11 @@ def _leave_the_drawn(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("drawn"):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left_out = {item for some in cases.values() for item in some if item not in _drawn(some)}
-    if left_out:
-        config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
-        items[:] = [item for item in items if item not in left_out]
+    drawn = {one.nodeid for some in cases.values() for one in _drawn(some)}
+    others = {one.nodeid for some in cases.values() for one in some} - drawn
+    if others:
+        config.hook.pytest_deselected(items=[one for one in items if one.nodeid in others])
+        items[:] = [one for one in items if one.nodeid not in others]
 
 
 def _drawn(cases: list[pytest.Item]) -> list[pytest.Item]:
@@ -219,7 +224,8 @@ def _drawn(cases: list[pytest.Item]) -> list[pytest.Item]:
     kept = {at for at, item in enumerate(cases) if item.name in sample}
     if not kept:
         values = numbered([getattr(item, "callspec").params for item in cases])  # noqa: B009
-        kept = covering(values, 2 if marker.kwargs.get("pairs") else 1)
+        start = zlib.crc32(cases[0].nodeid.encode())  # the same in every process
+        kept = covering(values, 2 if marker.kwargs.get("pairs") else 1, start)
     others = {name for mark in once for name in mark.kwargs.get("sample", ())}
     kept |= {at for at, item in enumerate(cases) if item.name in others}
     return [cases[at] for at in sorted(kept)]

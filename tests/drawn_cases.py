@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -38,24 +39,31 @@ def _key(value: Any) -> Hashable:
     return type(value), value
 
 
-def covering(cases: Sequence[tuple[int, ...]], together: int) -> set[int]:
+def covering(cases: Sequence[tuple[int, ...]], together: int, start: int = 0) -> set[int]:
     """Few of these cases, in which every `together` values of the cases occur together.
 
-    Each next one is the first of those that bring most that is new: the same every time.
+    Each next one brings most that is new, and of those has the values that were taken least.
 
     Args:
         cases: of each case, the number of each parameter's value.
         together: 1 for every value, 2 for every pair of values of two parameters.
+        start: where to begin among equals, so that tests of the same cases draw others.
 
     Returns:
         The places of those taken.
     """
     brings = [_brought(case, together) for case in cases]
-    taken, missing = set(), set().union(*brings)
+    missing, times, taken = set().union(*brings), Counter(), set()
+
+    def worth(at: int) -> tuple[int, int, int]:
+        used = sum(times[value] for value in enumerate(cases[at]))
+        return len(brings[at] & missing), -used, -((at - start) % len(cases))
+
     while missing:
-        best = max(range(len(cases)), key=lambda at: len(brings[at] & missing))
+        best = max(range(len(cases)), key=worth)
         taken.add(best)
         missing -= brings[best]
+        times.update(enumerate(cases[best]))
     return taken
 
 

@@ -220,6 +220,15 @@ def test_numbers_near_the_end_of_float32_are_finite():
     assert np.isfinite(first.rms)
 
 
+@pytest.mark.drawn(
+    "What the others have, one of these has as well.",
+    sample=[
+        "test_every_family_is_observed_as_it_computes[granite]",
+        "test_every_family_is_observed_as_it_computes[gemma3]",
+        "test_every_family_is_observed_as_it_computes[phi3]",
+        "test_every_family_is_observed_as_it_computes[olmo3]",
+    ],
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_observed_as_it_computes(name):
     """The logits that are seen are those of the model itself."""

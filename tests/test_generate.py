@@ -27,7 +27,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_generate_is_step_by_step_argmax_without_a_cache[short]",
-            "test_a_batch_of_different_lengths_equals_each_alone[0.8]",
             "test_no_setting_of_jax_changes_what_is_drawn",
             "test_stream_is_generate[1.0-9]",
             "test_like_requests_compile_once",

@@ -314,6 +314,18 @@ PARTS = {
 }
 
 
+# Of each setting the kind that has the most tiles, and it all of two settings; where threads copy,
+# the machine takes ten times as long.
+SPLITS = [
+    f"test_attention_over_a_split[{name}-{parts}]"
+    for name, setting in SETTINGS.items()
+    for parts in PARTS
+    if name in ("heads of 64", "4 queries of 64")
+    or parts == ("odd" if not setting.bulk else "three, of which one ends inside")
+]
+
+
+@pytest.mark.drawn("Each setting and each kind of split.", sample=SPLITS)
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_attention_over_a_split(name, parts):
@@ -558,6 +570,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.drawn("Each fault, in one of the settings that have it.")
 @pytest.mark.parametrize(("setting", "name", "edit"), FAULTS, ids=lambda x: str(x)[:60])
 def test_a_fault_is_found(setting, name, edit):
     # Memory begins as NaN; copies are late enough to be missed.

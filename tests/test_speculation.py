@@ -45,9 +45,7 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_greedy_tokens_are_those_without_speculation[2-streamed]",
-            "test_drawn_tokens_are_those_without_speculation[2]",
             "test_what_cannot_speculate_is_refused",
-            "test_a_lookup_has_settings",
         ],
     ),
     pytest.mark.filterwarnings("error"),
@@ -59,6 +57,7 @@ def model() -> Transformer:
     return float32_model()
 
 
+@pytest.mark.drawn("Each batch, by either function.")
 @pytest.mark.parametrize("run", [generate, streamed])
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_greedy_tokens_are_those_without_speculation(model, batch, run):
