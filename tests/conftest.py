@@ -29,11 +29,14 @@ _OLDER_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitte
 # that tests start have XLA's own, as users do: commands, examples, and what compiles for a GPU,
 # whose code would be another. `XLA_FLAGS=--xla_backend_optimization_level=3 pytest` has it here.
 _QUICK_LLVM = "--xla_backend_optimization_level=0"
+# By itself XLA cuts a program into up to 32 modules of LLVM's, to compile them side by side. Where
+# every process has a core, that is more work and no less time.
+_ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1"
 _FLAGS_OF_CHILDREN = pytest.StashKey[str]()
 _WRONG_MARKS = pytest.StashKey[dict[pathlib.Path, str]]()
 # Objects more than there were at which Python looks for cycles. Tracing makes and keeps many: at
-# Python's 700, a tenth of its time goes to looking.
-_BETWEEN_COLLECTIONS = 20_000
+# Python's 700, a tenth of its time goes to looking; at 20,000, one part in thirty.
+_BETWEEN_COLLECTIONS = 100_000
 # The files that take longest, the longest ones first. Processes that share the files take them in
 # this order: a long one at the end would have the others wait.
 _LONGEST = [
@@ -91,6 +94,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(CpuSeconds())
     if _runs_tests(config) and not _has_driver():
         os.environ["XLA_FLAGS"] = _with_flag(_QUICK_LLVM)
+        os.environ["XLA_FLAGS"] = _with_flag(_ONE_MODULE)
 
 
 def _with_flag(flag: str) -> str:

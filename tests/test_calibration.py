@@ -30,7 +30,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; what is refused is Python.",
         sample=[
             "test_what_layers_take_is_what_the_model_shows[two ropes, one stretched]",
-            "test_quantize_with_a_text_from_the_command_line",
         ],
     ),
     pytest.mark.filterwarnings("error"),

@@ -30,7 +30,6 @@ pytestmark = [
         sample=[
             "test_a_sound_model_has_a_report_and_exit_code_0",
             "test_a_weight_that_is_not_finite_is_named_and_what_it_does_first",
-            "test_every_family_is_observed_as_it_computes[gemma3]",
             "test_where_jax_starts_no_device_the_rest_is_said",
             "test_the_setting_that_leaves_jax_without_a_device_is_named",
             "test_what_jax_advises_is_not_repeated",

@@ -90,6 +90,7 @@ def test_greedy_tokens_are_those_without_a_draft(model, drafts, name, batch, run
         assert sum(accepted) < batch * made / 4
 
 
+@pytest.mark.drawn("Each draft, and each batch.")
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("name", ["itself", "another"])
 def test_drawn_tokens_are_those_without_a_draft(model, drafts, name, batch):
@@ -113,6 +114,13 @@ def test_a_model_that_drafts_for_itself_is_always_right(model, tokens):
     assert accepted == [4 * (tokens - 1)]
 
 
+@pytest.mark.drawn(
+    "What has all stages has each.",
+    sample=[
+        "test_drafts_are_chosen_as_tokens_are[all]",
+        "test_drafts_are_chosen_as_tokens_are[log-probabilities]",
+    ],
+)
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_drafts_are_chosen_as_tokens_are(model, name):
     how: dict[str, Any] = {"sampling": SAMPLINGS[name], "speculation": Draft(model)}

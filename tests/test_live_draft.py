@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.once(
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
-            "test_a_full_cache_takes_no_draft",
             "test_what_cannot_draft_is_refused",
         ],
     ),

@@ -24,6 +24,7 @@ pytestmark = [
 
 
 # Of a few tokens, of as many that the last group is not full, and the presets' vocabularies.
+@pytest.mark.drawn("Each vocabulary, and each number.")
 @pytest.mark.parametrize("vocab", [41, 8191, 8193, 32000, 128256])
 @pytest.mark.parametrize("best", [1, 5, 20])
 def test_the_likeliest_tokens_are_those_of_a_stable_sort(vocab, best):

@@ -27,7 +27,6 @@ pytestmark = [
         "A sample of shapes shows what a JAX makes of the interpreted kernel.",
         sample=[
             "test_it_leaves_the_references_keys_and_values[gemma3]",
-            "test_it_leaves_the_references_keys_and_values[mixed]",
             "test_chunks_hold_every_token_once",
             "test_who_asks_for_a_prefill_gets_it_or_a_sentence",
             "test_generate_says_which_prefill_ran",
@@ -53,7 +52,6 @@ def small_chunks(monkeypatch):
         "test_it_leaves_the_references_keys_and_values[one query head a key head]",
         "test_it_leaves_the_references_keys_and_values[heads of 24]",
         "test_it_leaves_the_references_keys_and_values[olmo3]",
-        "test_it_leaves_the_references_keys_and_values[granite]",
         "test_it_leaves_the_references_keys_and_values[gemma2]",
         "test_it_leaves_the_references_keys_and_values[gemma3]",
         "test_it_leaves_the_references_keys_and_values[phi3]",
@@ -61,8 +59,6 @@ def small_chunks(monkeypatch):
         "test_it_leaves_the_references_keys_and_values[smollm3]",
         "test_it_leaves_the_references_keys_and_values[mixed]",
         "test_it_leaves_the_references_keys_and_values[of files]",
-        "test_it_leaves_the_references_keys_and_values[of files, otherwise]",
-        "test_it_leaves_the_references_keys_and_values[int8 and a bias]",
     ],
 )
 @pytest.mark.parametrize("name", CONFIGS)

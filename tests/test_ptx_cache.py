@@ -407,6 +407,16 @@ def parts_of(s: Setting) -> list[Part]:
     return parts
 
 
+# These take as long as all others together.
+LARGE = ("8 tokens of 8 queries of 128, 8 warps", "8 tokens of 16 queries of 64, 8 warps")
+NOT_LARGE = [
+    f"test_attention_of_several_tokens_over_a_split[{name}]"
+    for name in SEVERAL
+    if name not in LARGE
+]
+
+
+@pytest.mark.drawn("Fewer queries go the same ways as many.", sample=NOT_LARGE)
 @pytest.mark.parametrize("name", SEVERAL)
 def test_attention_of_several_tokens_over_a_split(name):
     s = SEVERAL[name]

@@ -198,7 +198,15 @@ def test_no_noise_is_made_in_warps_that_have_no_token_to_draw():
 PLACES = np.array([2.0, 1.5, 1.0, 0.3, 0.0, -0.4, -2.5, -np.inf], np.float32)
 
 
-@pytest.mark.drawn("Each launch, of either question.")
+@pytest.mark.drawn(
+    "Launches of one, some and many programs, of either question.",
+    sample=[
+        "test_programs_are_told_what_all_have_found[False-1-8]",
+        "test_programs_are_told_what_all_have_found[True-2-8]",
+        "test_programs_are_told_what_all_have_found[True-4-16]",
+        "test_programs_are_told_what_all_have_found[False-16-4]",
+    ],
+)
 @pytest.mark.parametrize(("parts", "warps"), [(1, 8), (2, 8), (16, 4), (4, 16), (32, 8)])
 @pytest.mark.parametrize("best", [False, True])
 def test_programs_are_told_what_all_have_found(parts, warps, best):

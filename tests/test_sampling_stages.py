@@ -149,6 +149,7 @@ def model() -> Transformer:
     return Transformer(TINY, rngs=nnx.Rngs(1), dtype=jnp.float32)
 
 
+@pytest.mark.drawn("Each edit, in one of the ways.")
 @pytest.mark.parametrize("asked", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("prefill", ["padded", "packed"])
 def test_greedy_answers_follow_the_edited_logits(model, asked, prefill, monkeypatch):

@@ -26,7 +26,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_turns_are_those_of_a_fresh_cache_and_feed_only_what_is_new",
-            "test_a_session_that_is_let_go_frees_its_cache",
             "test_bad_input_is_a_sentence_and_leaves_the_session",
             "test_a_capacity_is_a_number",
         ],
@@ -203,6 +202,14 @@ def test_turns_are_those_of_a_fresh_cache_and_feed_only_what_is_new(talker, monk
     assert common > 60
 
 
+@pytest.mark.drawn(
+    "One token, a block, and more.",
+    sample=[
+        "test_all_but_the_last_token_of_a_reply_is_kept[1]",
+        "test_all_but_the_last_token_of_a_reply_is_kept[8]",
+        "test_all_but_the_last_token_of_a_reply_is_kept[9]",
+    ],
+)
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 10])
 def test_all_but_the_last_token_of_a_reply_is_kept(talker, count):
     """The last one has been chosen; where a block of steps ends with it, nobody has fed it."""

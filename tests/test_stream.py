@@ -34,7 +34,6 @@ pytestmark = [
         sample=[
             "test_a_full_cache_gives_nan_and_keeps_what_it_holds",
             "test_tokens_outside_the_vocabulary_are_clamped",
-            "test_sequences_of_a_batch_do_not_see_each_other",
         ],
     ),
     pytest.mark.filterwarnings("error"),

@@ -36,7 +36,6 @@ pytestmark = [
 @pytest.mark.drawn(
     "What the others have, one of these has as well.",
     sample=[
-        "test_a_step_of_every_family_matches_the_model[granite]",
         "test_a_step_of_every_family_matches_the_model[gemma2]",
         "test_a_step_of_every_family_matches_the_model[gemma3]",
         "test_a_step_of_every_family_matches_the_model[phi3]",

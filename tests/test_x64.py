@@ -18,7 +18,6 @@ pytestmark = [
         "A sample of generations; all steps.",
         sample=[
             "test_a_fused_step_is_the_same_to_the_bit",
-            "test_a_generation_has_the_same_tokens[0.0]",
         ],
     ),
     pytest.mark.filterwarnings("error"),
