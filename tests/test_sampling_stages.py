@@ -23,7 +23,7 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_filters_keep_what_their_definitions_keep[1.0-all three]",
-            "test_draws_follow_the_distribution_of_numpy",
+            "test_draws_follow_the_distribution_of_numpy[asked0]",
             "test_greedy_answers_follow_the_edited_logits[padded-all]",
             "test_parameters_out_of_range_are_refused",
             "test_parameters_are_values",
