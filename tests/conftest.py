@@ -11,9 +11,12 @@ import shutil
 import signal
 import sys
 import tempfile
+import zlib
 
 import pytest
 from as_if import take_device_for
+from cpu_seconds import CpuSeconds
+from drawn_cases import covering, numbered
 
 # Each takes some gigabytes.
 _MOST_PROCESSES = 2
@@ -26,37 +29,45 @@ _OLDER_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitte
 # that tests start have XLA's own, as users do: commands, examples, and what compiles for a GPU,
 # whose code would be another. `XLA_FLAGS=--xla_backend_optimization_level=3 pytest` has it here.
 _QUICK_LLVM = "--xla_backend_optimization_level=0"
+# By itself XLA cuts a program into up to 32 modules of LLVM's, to compile them side by side. Where
+# every process has a core, that is more work and no less time.
+_ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1"
 _FLAGS_OF_CHILDREN = pytest.StashKey[str]()
 _WRONG_MARKS = pytest.StashKey[dict[pathlib.Path, str]]()
 # Objects more than there were at which Python looks for cycles. Tracing makes and keeps many: at
-# Python's 700, a tenth of its time goes to looking.
-_BETWEEN_COLLECTIONS = 20_000
+# Python's 700, a tenth of its time goes to looking; at 20,000, one part in thirty.
+_BETWEEN_COLLECTIONS = 100_000
 # The files that take longest, the longest ones first. Processes that share the files take them in
 # this order: a long one at the end would have the others wait.
 _LONGEST = [
-    "test_pages.py",
     "test_stream_tokens.py",
-    "test_ptx_cache.py",
+    "test_pages.py",
     "test_draft.py",
     "test_speculation.py",
     "test_session.py",
-    "test_stream_stages.py",
-    "test_live.py",
-    "test_live_draft.py",
     "test_stream.py",
+    "test_stream_stages.py",
+    "test_ptx_cache.py",
+    "test_transforms.py",
     "test_stream_families.py",
-    "test_quantize.py",
-    "test_ptx.py",
     "test_handovers.py",
     "test_serve_chat.py",
-    "test_transforms.py",
-    "test_doctor.py",
-    "test_model.py",
-    "test_hf_goldens.py",
-    "test_stream_plan.py",
-    "test_quantized_step.py",
     "test_prefill.py",
-    "test_search.py",
+    "test_doctor.py",
+    "test_quantized_step.py",
+    "test_bench.py",
+    "test_ptx.py",
+    "test_hf_goldens.py",
+    "test_sampling_stages.py",
+    "test_draw_kernel.py",
+    "test_generate.py",
+    "test_model.py",
+    "test_live_draft.py",
+    "test_calibration.py",
+    "test_live.py",
+    "test_x64.py",
+    "test_lowering.py",
+    "test_stream_plan.py",
 ]
 # The oldest NVIDIA GPUs the fused kernel supports.
 _OLDEST = (8, 0)
@@ -64,6 +75,9 @@ _OLDEST = (8, 0)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--as-if", metavar="GPU", help="take the device for another one: see as_if.py")
+    parser.addoption(
+        "--whole", action="store_true", help="run every case of the tests marked drawn"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,8 +95,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Some tests start a process that needs the same GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["XLA_FLAGS"] = config.stash[_FLAGS_OF_CHILDREN] = _with_flag(_OLDER_EMITTERS)
+    if os.environ.get("FFJAX_TESTS_CPU"):
+        config.pluginmanager.register(CpuSeconds())
     if _runs_tests(config) and not _has_driver():
         os.environ["XLA_FLAGS"] = _with_flag(_QUICK_LLVM)
+        os.environ["XLA_FLAGS"] = _with_flag(_ONE_MODULE)
 
 
 def _with_flag(flag: str) -> str:
@@ -189,8 +206,38 @@ def _names_of(item: pytest.Item) -> set[str]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[_WRONG_MARKS] = _wrong_marks(config, items)
+    if not config.getoption("--whole") and not any("::" in arg for arg in config.args):
+        _leave_the_drawn(config, items)
     if hasattr(config, "workerinput"):
         items.sort(key=_place)  # files, and nothing within them
+
+
+def _leave_the_drawn(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes out the cases of tests marked `drawn` that are not drawn."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("drawn"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    drawn = {one.nodeid for some in cases.values() for one in _drawn(some)}
+    others = {one.nodeid for some in cases.values() for one in some} - drawn
+    if others:
+        config.hook.pytest_deselected(items=[one for one in items if one.nodeid in others])
+        items[:] = [one for one in items if one.nodeid not in others]
+
+
+def _drawn(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """The cases of one test that run without `--whole`, those of samples among them."""
+    marker = cases[0].get_closest_marker("drawn")
+    assert marker is not None
+    sample, once = set(marker.kwargs.get("sample", ())), cases[0].iter_markers("once")
+    kept = {at for at, item in enumerate(cases) if item.name in sample}
+    if not kept:
+        values = numbered([getattr(item, "callspec").params for item in cases])  # noqa: B009
+        start = zlib.crc32(cases[0].nodeid.encode())  # the same in every process
+        kept = covering(values, 2 if marker.kwargs.get("pairs") else 1, start)
+    others = {name for mark in once for name in mark.kwargs.get("sample", ())}
+    kept |= {at for at, item in enumerate(cases) if item.name in others}
+    return [cases[at] for at in sorted(kept)]
 
 
 def _place(item: pytest.Item) -> int:
@@ -211,6 +258,13 @@ def _wrong_marks(config: pytest.Config, items: list[pytest.Item]) -> dict[pathli
                 wrong[item.path] = (
                     "once takes the reason why one Python is enough, and a sample of names: "
                     f"pytest.mark.once('why', sample=['test_it']). Here it has {marker}."
+                )
+        for marker in item.iter_markers("drawn"):
+            sampled.setdefault(item.path, set()).update(marker.kwargs.get("sample", ()))
+            if list(map(type, marker.args)) != [str] or marker.kwargs.keys() - {"sample", "pairs"}:
+                wrong[item.path] = (
+                    "drawn takes the reason why few cases are enough, and pairs=True or a sample: "
+                    f"pytest.mark.drawn('why', sample=['test_it[case]']). Here it has {marker}."
                 )
     if any("::" in arg for arg in config.args):
         return wrong  # not all tests of a file are here

@@ -75,6 +75,7 @@ def _poisoned(config: ModelConfig, cache: LayerCaches) -> LayerCaches:
 
 
 # Before, at and beyond every window, and where a ring begins again.
+@pytest.mark.drawn("Each configuration, with one of the batches.")
 @pytest.mark.parametrize(
     "starts",
     [([1], [3], [RING - 2], [25]), ([2, 4, 25], [CAPACITY - STEPS, 0, RING - 1])],

@@ -30,8 +30,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; what is refused is Python.",
         sample=[
             "test_what_layers_take_is_what_the_model_shows[two ropes, one stretched]",
-            "test_products_change_least_of_all",
-            "test_quantize_with_a_text_from_the_command_line",
         ],
     ),
     pytest.mark.filterwarnings("error"),
@@ -72,6 +70,15 @@ def shown_and_computed(model, tokens):
     return shown["residual_out"], shown["hidden"], outs, sums
 
 
+@pytest.mark.drawn(
+    "What the others have, one of these has as well.",
+    sample=[
+        "test_what_layers_take_is_what_the_model_shows[two ropes, one stretched]",
+        "test_what_layers_take_is_what_the_model_shows[every bias]",
+        "test_what_layers_take_is_what_the_model_shows[caps, norms on both sides, GELU]",
+        "test_what_layers_take_is_what_the_model_shows[every scale]",
+    ],
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_layers_take_is_what_the_model_shows(name):
     """Layer after layer by itself, of every structural kind, against the model as a whole."""

@@ -46,7 +46,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_greedy_tokens_are_those_without_a_draft[itself-1-generate]",
-            "test_drawn_tokens_are_those_without_a_draft[itself-2]",
             "test_what_cannot_draft_is_refused",
             "test_a_draft_refuses_what_it_cannot_be",
         ],
@@ -74,6 +73,7 @@ def drafts(model) -> dict[str, Transformer]:
 # Tokens are those that come without
 
 
+@pytest.mark.drawn("Each draft, and each batch.")
 @pytest.mark.parametrize(("batch", "run"), [(1, generate), (2, streamed), (4, generate)])
 @pytest.mark.parametrize("name", ["itself", "quantized", "another"])
 def test_greedy_tokens_are_those_without_a_draft(model, drafts, name, batch, run):
@@ -90,6 +90,7 @@ def test_greedy_tokens_are_those_without_a_draft(model, drafts, name, batch, run
         assert sum(accepted) < batch * made / 4
 
 
+@pytest.mark.drawn("Each draft, and each batch.")
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("name", ["itself", "another"])
 def test_drawn_tokens_are_those_without_a_draft(model, drafts, name, batch):
@@ -113,6 +114,13 @@ def test_a_model_that_drafts_for_itself_is_always_right(model, tokens):
     assert accepted == [4 * (tokens - 1)]
 
 
+@pytest.mark.drawn(
+    "What has all stages has each.",
+    sample=[
+        "test_drafts_are_chosen_as_tokens_are[all]",
+        "test_drafts_are_chosen_as_tokens_are[log-probabilities]",
+    ],
+)
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_drafts_are_chosen_as_tokens_are(model, name):
     how: dict[str, Any] = {"sampling": SAMPLINGS[name], "speculation": Draft(model)}

@@ -47,6 +47,7 @@ def test_its_noise_is_jaxs():
     assert [int(word) for word in folded(words, jnp.uint32(12345))] == later.tolist()
 
 
+@pytest.mark.drawn("Each filter, and each batch.")
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("draws", DRAWS)
 def test_it_takes_the_tokens_that_sampling_of_filtered_logits_takes(draws, batch):

@@ -45,7 +45,6 @@ pytestmark = [
         sample=[
             "test_kl_divergence_of_known_distributions",
             "test_the_command_prints_an_aligned_table",
-            "test_json_is_one_object_with_every_figure",
             "test_bad_input_is_a_sentence_and_code_2",
         ],
     ),

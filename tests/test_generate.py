@@ -27,8 +27,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_generate_is_step_by_step_argmax_without_a_cache[short]",
-            "test_a_batch_of_different_lengths_equals_each_alone[0.8]",
-            "test_no_setting_of_jax_changes_what_is_drawn",
             "test_stream_is_generate[1.0-9]",
             "test_like_requests_compile_once",
             "test_a_stream_that_is_left_holds_no_cache",
@@ -212,6 +210,7 @@ def test_a_request_holds_each_stop_token_once():
         held(range(65), wide)
 
 
+@pytest.mark.drawn("Each number of tokens, greedy or drawn.")
 @pytest.mark.parametrize("count", [1, 2, BLOCK, BLOCK + 1, BLOCK + 2, 3 * BLOCK])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_stream_is_generate(model, count, temperature):

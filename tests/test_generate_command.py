@@ -25,8 +25,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_every_option_is_a_field_of_the_parameters",
-            "test_lines_of_json_have_options_of_their_own",
-            "test_ctrl_c_keeps_what_was_written",
             "test_options_that_cannot_be_are_a_sentence",
         ],
     ),

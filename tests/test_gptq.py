@@ -76,6 +76,7 @@ def loss(weight, integers, scale, format, x) -> float:
     return float(np.square(off @ x.T).sum() / np.square(weight @ x.T).sum())
 
 
+@pytest.mark.drawn("Each format, in one of the orders.")
 @both_orders
 @every_format
 def test_integers_are_those_of_the_paper(format, order):

@@ -34,7 +34,6 @@ pytestmark = pytest.mark.once(
     "The model of the hand-overs is plain Python; a sample compares it with a step.",
     sample=[
         "test_tiles_are_those_of_the_kernel",
-        "test_a_cache_has_the_tags_that_steps_leave[one-0]",
         "test_a_schedule_shows_what_was_wrong",
     ],
 )
@@ -211,6 +210,7 @@ def test_tiles_are_those_of_the_kernel(name):
         assert shares.busy[segment] == theirs
 
 
+@pytest.mark.drawn("Any two of them together.", pairs=True)
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("lengths", [(0, 255, 256), (600, 3, 300), (299, 699, 700)])
@@ -247,6 +247,7 @@ AGED = {
 }
 
 
+@pytest.mark.drawn("A step is the same wherever it begins.")
 @pytest.mark.parametrize("start", [0, 2**31 - 2])
 @pytest.mark.parametrize("name", AGED)
 def test_a_cache_has_the_tags_that_steps_leave(name, start):

@@ -258,6 +258,7 @@ def grow(model, tokens, cache):
     return model(tokens, cache)
 
 
+@pytest.mark.drawn("Each family, in one of the dtypes.")
 @every_dtype
 @every_model
 def test_whole_sequences_match_hugging_face(name, dtype):
@@ -267,6 +268,7 @@ def test_whole_sequences_match_hugging_face(name, dtype):
     assert_close(logits, golden["logits"], f"model_vs_hugging_face_{dtype}")
 
 
+@pytest.mark.drawn("Each family, in one of the dtypes.")
 @every_dtype
 @every_model
 def test_prefill_and_steps_match_hugging_face(name, dtype):

@@ -34,7 +34,17 @@ from ffjax.cli import main
 from ffjax.formats import FLOATING, INT8, Offset, ScaleType, WeightFormats, int4
 from ffjax.quantization import dequantize
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample of formats shows that a JAX takes the arrays.",
+        sample=[
+            "test_matrices_and_logits_are_those_of_the_formats_own_library[packed]",
+            "test_matrices_and_logits_are_those_of_the_formats_own_library[gptq]",
+            "test_matrices_and_logits_are_those_of_the_formats_own_library[awq]",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 LAYOUTS = ("gptq", "gptq_v2", "awq", "packed")
 

@@ -15,7 +15,19 @@ from reference_cases import CONFIGS, oracle_weights, quick_jit, random_model, ra
 import ffjax
 from ffjax.cache import KVCache
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample of configurations shows what a JAX makes of the model.",
+        sample=[
+            "test_embeddings_come_out_as_the_oracle_says[every scale]",
+            "test_a_call_is_embedding_layers_and_head[grouped, tied, stretched rope]",
+            "test_steps_go_on_from_embeddings_in_a_cache",
+            "test_bad_inputs_get_a_sentence",
+            "test_what_takes_no_embeddings_says_what_does",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 BATCH, COUNT, CAPACITY = 2, 7, 9
 NAME = "grouped, tied, stretched rope"
@@ -43,6 +55,15 @@ def embeddings_of(model, count=COUNT) -> Any:
     return np.random.default_rng(5).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.drawn(
+    "What the others have, one of these has as well.",
+    sample=[
+        "test_embeddings_come_out_as_the_oracle_says[grouped, tied, stretched rope]",
+        "test_embeddings_come_out_as_the_oracle_says[every scale]",
+        "test_embeddings_come_out_as_the_oracle_says[norms behind the blocks, projections normed]",
+        "test_embeddings_come_out_as_the_oracle_says[caps, norms on both sides, GELU]",
+    ],
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_embeddings_come_out_as_the_oracle_says(name):
     model = random_model(name, FLOAT32)

@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.once(
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
-            "test_a_full_cache_takes_no_draft",
             "test_what_cannot_draft_is_refused",
         ],
     ),
@@ -130,6 +129,13 @@ def follow(batch: Any, one: Request, row: int = 0, keep: int = 0) -> None:
 # Tokens are those that come without
 
 
+@pytest.mark.drawn(
+    "One that is always right, and one of another size.",
+    sample=[
+        "test_every_request_gets_what_it_gets_without_drafts[itself]",
+        "test_every_request_gets_what_it_gets_without_drafts[another]",
+    ],
+)
 @pytest.mark.parametrize("name", ["itself", "random", "another"])
 def test_every_request_gets_what_it_gets_without_drafts(model, batch, plain, name):
     """Ten of every kind on two rows, some fed in chunks beside those that run."""

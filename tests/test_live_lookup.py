@@ -20,7 +20,6 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_what_cannot_speculate_is_refused",
-            "test_a_sequence_may_fill_the_cache",
         ],
     ),
     pytest.mark.filterwarnings("error"),

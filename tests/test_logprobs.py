@@ -8,10 +8,23 @@ from logprob_cases import check_likeliest, check_log_probs
 from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.logprobs import ordered, unordered
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "Vocabularies are many; a sample shows what a JAX makes of the interpreted kernel.",
+        sample=[
+            "test_the_likeliest_tokens_are_those_of_a_stable_sort[20-41]",
+            "test_the_likeliest_tokens_are_those_of_a_stable_sort[5-8193]",
+            "test_the_kernel_tells_log_probabilities_of_every_row[257-0]",
+            "test_the_kernel_tells_log_probabilities_of_every_row[41-20]",
+            "test_logits_come_back_from_the_numbers_that_they_are_ordered_by",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 
 # Of a few tokens, of as many that the last group is not full, and the presets' vocabularies.
+@pytest.mark.drawn("Each vocabulary, and each number.")
 @pytest.mark.parametrize("vocab", [41, 8191, 8193, 32000, 128256])
 @pytest.mark.parametrize("best", [1, 5, 20])
 def test_the_likeliest_tokens_are_those_of_a_stable_sort(vocab, best):

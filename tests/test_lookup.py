@@ -10,7 +10,17 @@ import pytest
 from ffjax import Lookup
 from ffjax.speculation.accept import kept_tokens
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "A sample of texts shows what a JAX makes of the search.",
+        sample=[
+            "test_drafts_are_those_of_plain_python",
+            "test_drafts_are_kept_up_to_the_first_wrong_one[4]",
+            "test_a_lookup_refuses_numbers_out_of_range",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 
 def draft(text: list[int], least: int, most: int, count: int) -> list[int]:

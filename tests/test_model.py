@@ -102,6 +102,7 @@ def one_layer(model, index, x):
     return x, *(jnp.swapaxes(kept[index], 1, 2) for kept in (k, v))
 
 
+@pytest.mark.drawn("Each configuration, in one of the dtypes; the other tests draw others.")
 @every_dtype
 @every_config
 def test_each_layer_matches_the_oracle(name, dtype):
@@ -121,6 +122,7 @@ def test_each_layer_matches_the_oracle(name, dtype):
             assert_close(got[2][b], want.values, f"model_vs_oracle_{dtype}")
 
 
+@pytest.mark.drawn("Each configuration, in one of the dtypes; the other tests draw others.")
 @every_dtype
 @every_config
 def test_the_whole_model_matches_the_oracle(name, dtype):
@@ -133,6 +135,7 @@ def test_the_whole_model_matches_the_oracle(name, dtype):
         assert_close(logits[b], want, f"model_vs_oracle_{dtype}")
 
 
+@pytest.mark.drawn("Each configuration, in one of the dtypes; the other tests draw others.")
 @every_dtype
 @every_config
 def test_prefill_and_steps_match_an_oracle_without_a_cache(name, dtype):
@@ -157,6 +160,7 @@ def test_prefill_and_steps_match_an_oracle_without_a_cache(name, dtype):
                 assert_close(got[index, b, :, :end].swapaxes(0, 1), kept, tolerance)
 
 
+@pytest.mark.drawn("Each configuration, in one of the dtypes; the other tests draw others.")
 @every_dtype
 @every_config
 def test_a_cache_changes_nothing(name, dtype):

@@ -77,6 +77,10 @@ def check_random(seed: int, reference: Any = evaluated) -> MosaicMachine:
     return check(kernel, arrays, programs.RESULTS, threads, **options)
 
 
+@pytest.mark.once(
+    "They have the operations that the other tests have, in other orders.",
+    sample=[f"test_a_random_kernel[{seed}]" for seed in range(20)],
+)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_kernel(seed):
     check_random(seed)

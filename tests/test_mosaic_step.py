@@ -80,6 +80,14 @@ def stepped(model: Any, cache: KVCache, tokens: Any, num_warps: int) -> tuple[An
     return logits, token, dataclasses.replace(cache, **state)
 
 
+@pytest.mark.drawn(
+    "A batch with an empty sequence, one sequence, and integers.",
+    sample=[
+        "test_a_step_matches_the_model[one sequence]",
+        "test_a_step_matches_the_model[three sequences, an empty one]",
+        "test_a_step_matches_the_model[integers of two]",
+    ],
+)
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_matches_the_model(name):
     config, lengths, num_warps = STEPS[name]

@@ -48,6 +48,7 @@ class Read(NamedTuple):
         return np.concatenate([x[:, None] + np.arange(PIECE) for x in first]).ravel()
 
 
+@pytest.mark.drawn("Each family, with one of the batches.")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", ["llama", *FAMILIES])
 def test_weights_of_norms_are_read_within_their_rows(monkeypatch, family, batch):

@@ -97,6 +97,7 @@ def first_seen(tokens, i, *others):
     return tokens[i] not in [*PROMPT, *tokens[:i], *others]
 
 
+@pytest.mark.drawn("Each place, by one of the functions.")
 @both
 @pytest.mark.parametrize("least", [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK])
 def test_a_step_without_numbers_is_reported_with_what_came_before(run, least):

@@ -27,9 +27,6 @@ pytestmark = [
         "A sample of shapes shows what a JAX makes of the interpreted kernel.",
         sample=[
             "test_it_leaves_the_references_keys_and_values[gemma3]",
-            "test_it_leaves_the_references_keys_and_values[mixed]",
-            "test_weights_of_many_tokens_are_multiplied_out[int4]",
-            "test_two_runs_are_bit_equal",
             "test_chunks_hold_every_token_once",
             "test_who_asks_for_a_prefill_gets_it_or_a_sentence",
             "test_generate_says_which_prefill_ran",
@@ -49,6 +46,21 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(packing, "SMALLEST", 16)
 
 
+@pytest.mark.drawn(
+    "What the others have, one of these has as well.",
+    sample=[
+        "test_it_leaves_the_references_keys_and_values[one query head a key head]",
+        "test_it_leaves_the_references_keys_and_values[heads of 24]",
+        "test_it_leaves_the_references_keys_and_values[olmo3]",
+        "test_it_leaves_the_references_keys_and_values[gemma2]",
+        "test_it_leaves_the_references_keys_and_values[gemma3]",
+        "test_it_leaves_the_references_keys_and_values[phi3]",
+        "test_it_leaves_the_references_keys_and_values[granite_code]",
+        "test_it_leaves_the_references_keys_and_values[smollm3]",
+        "test_it_leaves_the_references_keys_and_values[mixed]",
+        "test_it_leaves_the_references_keys_and_values[of files]",
+    ],
+)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("small_chunks")
 def test_it_leaves_the_references_keys_and_values(name):
@@ -61,6 +73,14 @@ def test_it_rounds_as_the_reference_does(name):
     check(name, "bfloat16", LENGTHS, 64)
 
 
+@pytest.mark.drawn(
+    "Mixed weights have matrices of int8.",
+    sample=[
+        "test_weights_of_many_tokens_are_multiplied_out[int4]",
+        "test_weights_of_many_tokens_are_multiplied_out[mixed]",
+        "test_weights_of_many_tokens_are_multiplied_out[int8 and a bias]",
+    ],
+)
 @pytest.mark.parametrize("name", ["int8", "int4", "mixed", "small groups", "int8 and a bias"])
 def test_weights_of_many_tokens_are_multiplied_out(name, monkeypatch):
     """Integers are read by a kernel of few tokens; of many, by the library's product."""

@@ -53,6 +53,14 @@ def reference(monkeypatch):
     stepwise._programs.cache_clear()
 
 
+@pytest.mark.drawn(
+    "One sequence, two, and four of different lengths.",
+    sample=[
+        "test_it_leaves_what_the_references_prefill_leaves[lengths1]",
+        "test_it_leaves_what_the_references_prefill_leaves[lengths3]",
+        "test_it_leaves_what_the_references_prefill_leaves[lengths6]",
+    ],
+)
 @pytest.mark.parametrize("lengths", [(1,), (8,), (17,), (5, 4), (1, 9), (2, 1, 5), (3, 1, 2, 2)])
 @pytest.mark.usefixtures("reference")
 def test_it_leaves_what_the_references_prefill_leaves(lengths):

@@ -37,7 +37,6 @@ pytestmark = [
     pytest.mark.once(
         "What is timed and how it is printed is arithmetic; a sample runs the programs.",
         sample=[
-            "test_the_timed_prefill_is_checked",
             "test_bad_input_is_a_sentence_and_code_2",
         ],
     ),

@@ -32,9 +32,7 @@ pytestmark = pytest.mark.once(
     sample=[
         "test_warps_wait_for_words_in_any_order",
         "test_an_instruction_does_what_the_manual_says",
-        "test_splits_are_combined_when_all_have_come",
         "test_a_row_is_read",
-        "test_words_are_waited_for_until_all_carry_the_tag",
     ],
 )
 
@@ -559,6 +557,7 @@ BY_WARPS = dataclasses.replace(TWO, bulk=False)
 BOTH = pytest.mark.parametrize("ring", [TWO, BY_WARPS], ids=["bulk", "16 bytes a thread"])
 
 
+@pytest.mark.drawn("A ring comes in one of the orders.")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", RINGS)
 def test_tiles_come_to_their_slots_in_order(name, seed):
@@ -800,6 +799,7 @@ def test_who_waits_for_words_in_vain_says_so_and_takes_nan(pieces, bulk):
     assert (words == TAG).all()
 
 
+@pytest.mark.drawn("A word and a pair, of either ring.")
 @pytest.mark.parametrize("bulk", [True, False])
 @pytest.mark.parametrize("used", [76, 78])
 def test_who_waits_leaves_when_another_has_given_up(used, bulk):

@@ -314,6 +314,18 @@ PARTS = {
 }
 
 
+# Of each setting the kind that has the most tiles, and it all of two settings; where threads copy,
+# the machine takes ten times as long.
+SPLITS = [
+    f"test_attention_over_a_split[{name}-{parts}]"
+    for name, setting in SETTINGS.items()
+    for parts in PARTS
+    if name in ("heads of 64", "4 queries of 64")
+    or parts == ("odd" if not setting.bulk else "three, of which one ends inside")
+]
+
+
+@pytest.mark.drawn("Each setting and each kind of split.", sample=SPLITS)
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_attention_over_a_split(name, parts):
@@ -395,6 +407,16 @@ def parts_of(s: Setting) -> list[Part]:
     return parts
 
 
+# These take as long as all others together.
+LARGE = ("8 tokens of 8 queries of 128, 8 warps", "8 tokens of 16 queries of 64, 8 warps")
+NOT_LARGE = [
+    f"test_attention_of_several_tokens_over_a_split[{name}]"
+    for name in SEVERAL
+    if name not in LARGE
+]
+
+
+@pytest.mark.drawn("Fewer queries go the same ways as many.", sample=NOT_LARGE)
 @pytest.mark.parametrize("name", SEVERAL)
 def test_attention_of_several_tokens_over_a_split(name):
     s = SEVERAL[name]
@@ -558,6 +580,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.drawn("Each fault, in one of the settings that have it.")
 @pytest.mark.parametrize(("setting", "name", "edit"), FAULTS, ids=lambda x: str(x)[:60])
 def test_a_fault_is_found(setting, name, edit):
     # Memory begins as NaN; copies are late enough to be missed.

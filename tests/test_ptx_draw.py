@@ -17,7 +17,15 @@ from pallas_kernels.draw.penalties import by_ptx, penalized
 from pallas_kernels.draw.ptx import SLOTS
 from pallas_kernels.draw.threefry import gumbel, random_bits
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.once(
+        "The machine and the texts are ours; a sample shows that they are traced.",
+        sample=[
+            "test_programs_are_told_what_all_have_found[False-16-4]",
+        ],
+    ),
+    pytest.mark.filterwarnings("error"),
+]
 
 WARPS, TOGETHER = 8, 2
 THREADS = 32 * WARPS
@@ -190,6 +198,15 @@ def test_no_noise_is_made_in_warps_that_have_no_token_to_draw():
 PLACES = np.array([2.0, 1.5, 1.0, 0.3, 0.0, -0.4, -2.5, -np.inf], np.float32)
 
 
+@pytest.mark.drawn(
+    "Launches of one, some and many programs, of either question.",
+    sample=[
+        "test_programs_are_told_what_all_have_found[False-1-8]",
+        "test_programs_are_told_what_all_have_found[True-2-8]",
+        "test_programs_are_told_what_all_have_found[True-4-16]",
+        "test_programs_are_told_what_all_have_found[False-16-4]",
+    ],
+)
 @pytest.mark.parametrize(("parts", "warps"), [(1, 8), (2, 8), (16, 4), (4, 16), (32, 8)])
 @pytest.mark.parametrize("best", [False, True])
 def test_programs_are_told_what_all_have_found(parts, warps, best):

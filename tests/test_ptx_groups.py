@@ -29,6 +29,14 @@ from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, PIECE, PRODUCT, grain_of
 from pallas_kernels.stream.product import integer_tile
 
+pytestmark = pytest.mark.once(
+    "The machine and the texts are ours; a sample shows that they are traced.",
+    sample=[
+        "test_scales_are_loaded_as_many_at_once_as_lie_side_by_side",
+        "test_of_one_sequence_weights_are_read_without_conflicts_of_banks",
+    ],
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile(Planned):

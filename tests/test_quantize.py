@@ -42,7 +42,7 @@ pytestmark = [
             "test_words_hold_what_a_loop_over_nibbles_finds",
             "test_a_word_by_hand",
             "test_int8_is_off_by_half_a_scale_at_most",
-            "test_arrays_are_what_the_configuration_says",
+            "test_arrays_are_what_the_configuration_says[mixed]",
             "test_logits_are_those_of_the_oracle_with_the_weights_by_hand",
             "test_what_cannot_be_quantized_is_a_sentence",
             "test_formats_as_plain_data_and_back",

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.once(
         "Files are read by ours; a sample makes models of them.",
         sample=[
-            "test_a_quantized_model_comes_back_bit_by_bit",
+            "test_a_quantized_model_comes_back_bit_by_bit[bfloat16-mixed]",
             "test_quantize_makes_a_checkpoint_that_everything_reads",
         ],
     ),
@@ -55,6 +55,7 @@ def saved(tmp_path) -> Path:
     return tmp_path / "mixed"
 
 
+@pytest.mark.drawn("Each format, of one of the dtypes.")
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_quantized_model_comes_back_bit_by_bit(formats, dtype, tmp_path):

@@ -24,6 +24,11 @@ def test_a_power_of_two_changes_the_scales_alone(format):
         )
 
 
+@pytest.mark.once(
+    "Numbers are as extreme with any Python.",
+    sample=["test_extreme_weights_are_no_zeros_and_not_infinite[20-1e-36-format1]"],
+)
+@pytest.mark.drawn("Any two of a format, a size and a spread.", pairs=True)
 @pytest.mark.parametrize("format", [INT8, int4(32)])
 @pytest.mark.parametrize("size", [3e38, 1e30, 1e25, 1e-30, 1e-36, 2e-38])
 @pytest.mark.parametrize("spread", [0, 20, 60])

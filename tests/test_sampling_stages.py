@@ -22,10 +22,9 @@ pytestmark = [
     pytest.mark.once(
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
-            "test_filters_keep_what_their_definitions_keep",
-            "test_draws_follow_the_distribution_of_numpy",
+            "test_filters_keep_what_their_definitions_keep[1.0-all three]",
+            "test_draws_follow_the_distribution_of_numpy[asked0]",
             "test_greedy_answers_follow_the_edited_logits[padded-all]",
-            "test_logits_that_are_no_numbers_are_marked_behind_every_stage",
             "test_parameters_out_of_range_are_refused",
             "test_parameters_are_values",
         ],
@@ -56,6 +55,7 @@ FILTERS = {
 }
 
 
+@pytest.mark.drawn("Each filter, and each temperature.")
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
 def test_filters_keep_what_their_definitions_keep(filters, temperature):
@@ -149,6 +149,7 @@ def model() -> Transformer:
     return Transformer(TINY, rngs=nnx.Rngs(1), dtype=jnp.float32)
 
 
+@pytest.mark.drawn("Each edit, in one of the ways.")
 @pytest.mark.parametrize("asked", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("prefill", ["padded", "packed"])
 def test_greedy_answers_follow_the_edited_logits(model, asked, prefill, monkeypatch):

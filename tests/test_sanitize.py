@@ -333,6 +333,22 @@ def test_nothing_is_read_beyond_a_slot_that_is_put_apart(name):
     assert at.sums - at.spare == 32 * (usual.sums - usual.spare)
 
 
+@pytest.mark.drawn(
+    "Each mechanism once.",
+    sample=[
+        "test_a_kernel_put_apart_is_lowered[bfloat16, 3]",
+        "test_a_kernel_put_apart_is_lowered[mixed, 3]",
+        "test_a_kernel_put_apart_is_lowered[gemma2, 3]",
+        "test_a_kernel_put_apart_is_lowered[olmo2, 1]",
+        "test_a_kernel_put_apart_is_lowered[several KV splits, 3]",
+        "test_a_kernel_put_apart_is_lowered[split down projection, boxes, 3]",
+        "test_a_kernel_put_apart_is_lowered[8 tokens, several KV splits, 1]",
+        "test_a_kernel_put_apart_is_lowered[3 tokens, int4, 2]",
+        "test_a_kernel_put_apart_is_lowered[8 tokens, qwen3, 1]",
+        "test_a_kernel_put_apart_is_lowered[as an A100, int4, 3]",
+        "test_a_kernel_put_apart_is_lowered[as an A100, several KV splits, 3]",
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_put_apart_is_lowered(name):
     with put_apart():

@@ -45,9 +45,7 @@ pytestmark = [
         "A sample shows what a JAX makes of the programs; the rest is what they are given.",
         sample=[
             "test_greedy_tokens_are_those_without_speculation[2-streamed]",
-            "test_drawn_tokens_are_those_without_speculation[2]",
             "test_what_cannot_speculate_is_refused",
-            "test_a_lookup_has_settings",
         ],
     ),
     pytest.mark.filterwarnings("error"),
@@ -59,6 +57,7 @@ def model() -> Transformer:
     return float32_model()
 
 
+@pytest.mark.drawn("Each batch, by either function.")
 @pytest.mark.parametrize("run", [generate, streamed])
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_greedy_tokens_are_those_without_speculation(model, batch, run):
@@ -71,6 +70,13 @@ def test_greedy_tokens_are_those_without_speculation(model, batch, run):
     assert plain.tokens_per_step == 1
 
 
+@pytest.mark.drawn(
+    "One sequence, and several.",
+    sample=[
+        "test_drawn_tokens_are_those_without_speculation[1]",
+        "test_drawn_tokens_are_those_without_speculation[4]",
+    ],
+)
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_drawn_tokens_are_those_without_speculation(model, batch):
     seeds = list(range(batch))
@@ -93,6 +99,13 @@ def test_a_text_without_repetition_gets_one_token_a_step(model):
     assert drafted.tokens_per_step == 1
 
 
+@pytest.mark.drawn(
+    "What has all stages has each.",
+    sample=[
+        "test_stages_see_what_they_see_without_speculation[all]",
+        "test_stages_see_what_they_see_without_speculation[log-probabilities]",
+    ],
+)
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_stages_see_what_they_see_without_speculation(model, name):
     _, _, accepted = both(

@@ -89,6 +89,13 @@ STEPS = [("granite", 1), ("gemma2", 2), ("olmo2", 3)]
 LENGTHS = {1: [41], 2: [39, 63, 0], 3: [5]}
 
 
+@pytest.mark.drawn(
+    "Several tokens, and norms on both sides.",
+    sample=[
+        "test_a_fused_step_returns_what_the_reference_does[gemma2-2]",
+        "test_a_fused_step_returns_what_the_reference_does[olmo2-3]",
+    ],
+)
 @pytest.mark.parametrize(("name", "tokens"), STEPS)
 def test_a_fused_step_returns_what_the_reference_does(name, tokens):
     config = small_config(**FAMILIES.get(name, {"num_heads": 4, "num_kv_heads": 2}))

@@ -32,10 +32,7 @@ pytestmark = [
     pytest.mark.once(
         "A sample of shapes shows what a JAX makes of the interpreted kernel.",
         sample=[
-            "test_a_step_matches_the_model[heads of 64, G=1]",
-            "test_a_full_cache_gives_nan_and_keeps_what_it_holds",
             "test_tokens_outside_the_vocabulary_are_clamped",
-            "test_sequences_of_a_batch_do_not_see_each_other",
         ],
     ),
     pytest.mark.filterwarnings("error"),
@@ -45,6 +42,16 @@ pytestmark = [
 ONE_PROGRAM = [name for name in CASES if name != "inputs wider than a tile"]
 
 
+@pytest.mark.drawn(
+    "Each size of heads, and batches of 1, 3 and 8.",
+    sample=[
+        "test_a_step_matches_the_model[one head, tied, stretched rope]",
+        "test_a_step_matches_the_model[heads of 64, G=1]",
+        "test_a_step_matches_the_model[heads of 64, G=8]",
+        "test_a_step_matches_the_model[heads of 128, G=4]",
+        "test_a_step_matches_the_model[heads of 256, G=3]",
+    ],
+)
 @pytest.mark.parametrize("name", ONE_PROGRAM)
 def test_a_step_matches_the_model(name):
     config, capacity, all_lengths = CASES[name]
@@ -97,6 +104,10 @@ def check_tags(model, cache: KVCache, steps: int) -> None:
         assert (words[start + there] & bits == wanted).all()
 
 
+@pytest.mark.drawn(
+    "A batch has words of two halves.",
+    sample=["test_hidden_activations_are_handed_over_twice_where_the_tuning_says_so[lengths1]"],
+)
 @pytest.mark.parametrize("lengths", [[5], [5, 0]])
 def test_hidden_activations_are_handed_over_twice_where_the_tuning_says_so(lengths):
     config = small_config()
@@ -143,6 +154,10 @@ TUNINGS = {
 }
 
 
+@pytest.mark.drawn(
+    "A batch has all that one sequence has.",
+    sample=["test_every_tile_shape_gives_the_same[small, batch of 3]"],
+)
 @pytest.mark.parametrize("name", TUNINGS)
 def test_every_tile_shape_gives_the_same(name):
     tuning, lengths = TUNINGS[name]

@@ -34,6 +34,17 @@ pytestmark = [
 ]
 
 
+@pytest.mark.drawn(
+    "What the others have, one of these has as well.",
+    sample=[
+        "test_a_step_of_every_family_matches_the_model[gemma2]",
+        "test_a_step_of_every_family_matches_the_model[gemma3]",
+        "test_a_step_of_every_family_matches_the_model[phi3]",
+        "test_a_step_of_every_family_matches_the_model[granite_code]",
+        "test_a_step_of_every_family_matches_the_model[smollm3]",
+        "test_a_step_of_every_family_matches_the_model[olmo3]",
+    ],
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_of_every_family_matches_the_model(name):
     config = small_config(**FAMILIES[name])
@@ -62,6 +73,13 @@ FIELDS = {
 }
 
 
+@pytest.mark.drawn(
+    "What is compared elsewhere does not change with the kernel.",
+    sample=[
+        "test_what_is_beyond_llama_matters[gemma3]",
+        "test_what_is_beyond_llama_matters[phi3]",
+    ],
+)
 @pytest.mark.parametrize("name", FIELDS)
 def test_what_is_beyond_llama_matters(name):
     """Left at its default, a family's field moves the logits beyond the tolerance.

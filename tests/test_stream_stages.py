@@ -45,6 +45,14 @@ def test_inputs_wider_than_a_program_are_split():
 SPLIT = {1: (8208, 8), 2: (656, 1)}
 
 
+@pytest.mark.drawn(
+    "What the others have, one of these has as well.",
+    sample=[
+        "test_programs_hand_over_all_that_others_need[gemma3-2-1]",
+        "test_programs_hand_over_all_that_others_need[phi3-1-1]",
+        "test_programs_hand_over_all_that_others_need[llama-1-2]",
+    ],
+)
 @pytest.mark.parametrize(
     ("family", "batch", "copies"),
     [("llama", 1, 2), ("gemma3", 2, 1), ("phi3", 1, 1), ("granite_code", 2, 1)],

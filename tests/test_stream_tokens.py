@@ -29,7 +29,6 @@ pytestmark = [
         "A sample of shapes shows what a JAX makes of the interpreted kernel.",
         sample=[
             "test_several_tokens_match_the_model[gemma3-2]",
-            "test_several_tokens_of_quantized_weights_match_the_model[int4 and its head]",
             "test_a_step_refuses_what_is_not_its_own",
         ],
     ),
@@ -64,6 +63,16 @@ BOTH = [(name, 8) for name in ("mistral", "olmo2", "gemma2", "gemma3")]
 BOTH += [("gemma3", 2), ("mistral", 2), ("qwen2", 3), ("granite", 3), ("qwen3", 4), ("olmo3", 2)]
 
 
+@pytest.mark.drawn(
+    "Each mechanism once, with 2, 3 and 8 tokens; below are 4.",
+    sample=[
+        "test_several_tokens_match_the_model[gemma3-2]",
+        "test_several_tokens_match_the_model[olmo2-8]",
+        "test_several_tokens_match_the_model[gemma2-8]",
+        "test_several_tokens_match_the_model[qwen2-3]",
+        "test_several_tokens_match_the_model[granite-3]",
+    ],
+)
 @pytest.mark.parametrize(("name", "tokens"), BOTH)
 def test_several_tokens_match_the_model(name, tokens):
     config, lengths = small_config(**FAMILIES[name]), LENGTHS[tokens]
@@ -108,6 +117,13 @@ def test_several_tokens_are_what_they_are_one_by_one():
         assert_close(twice.logits, want.logits, "fused_vs_model")
 
 
+@pytest.mark.drawn(
+    "The fewest and the most queries.",
+    sample=[
+        "test_however_many_queries_share_a_head[heads1-8]",
+        "test_however_many_queries_share_a_head[heads3-2]",
+    ],
+)
 @pytest.mark.parametrize(
     ("heads", "tokens"), [((1, 1), 2), ((4, 4), 8), ((12, 2), 8), ((16, 1), 2)]
 )
@@ -119,6 +135,13 @@ def test_however_many_queries_share_a_head(heads, tokens):
     check_several(got, want, cache, tokens)
 
 
+@pytest.mark.drawn(
+    "Mixed weights have matrices of int8.",
+    sample=[
+        "test_several_tokens_of_quantized_weights_match_the_model[int4 and its head]",
+        "test_several_tokens_of_quantized_weights_match_the_model[mixed]",
+    ],
+)
 @pytest.mark.parametrize("name", ["int8", "int4 and its head", "mixed"])
 def test_several_tokens_of_quantized_weights_match_the_model(name):
     model = random_model(kernel_config(FOR_KERNELS[name]))

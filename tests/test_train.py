@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.once(
         "A script for who trains; a sample counts bits.",
         sample=[
-            "test_bits_per_byte_of_one_text_against_an_independent_sum",
+            "test_bits_per_byte_of_one_text_against_an_independent_sum[16]",
         ],
     ),
     pytest.mark.filterwarnings("error"),

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import subprocess
 import sys
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,13 @@ import pytest
 from decode_cases import QUICK_COMPILE, filled_cache, random_model, random_tokens, small_config
 from flax import nnx
 
-from ffjax.decode import Kernel, fused_step
+from ffjax.decode import fused_step
 from pallas_kernels.compile import why_no_compiler
 
 pytestmark = [
     pytest.mark.once(
         "A sample of JAX's transformations shows that a step is asked for its rules.",
         sample=[
-            "test_vmap_is_a_loop[shared-pallas]",
             "test_a_derivative_is_refused_with_a_sentence",
             "test_no_kernel_is_launched_on_arrays_with_an_axis_of_instances",
             "test_remat_pmap_and_shard_map_run_the_step",
@@ -30,7 +28,6 @@ pytestmark = [
 ]
 
 CONFIG = small_config(num_layers=1, model_dim=64, ffw_dim=64)
-every_kernel = pytest.mark.parametrize("kernel", get_args(Kernel))
 needs_compiler = pytest.mark.skipif(
     why_no_compiler() is not None, reason=why_no_compiler() or "it is there"
 )
@@ -42,7 +39,7 @@ def split(seed=0):
 
 
 @functools.cache
-def step_of(kernel):
+def step_of():
     graph, _ = split()
 
     def step(params, cache, tokens):
@@ -52,8 +49,8 @@ def step_of(kernel):
 
 
 @functools.cache
-def alone(kernel):
-    return jax.jit(step_of(kernel), compiler_options=QUICK_COMPILE)
+def alone():
+    return jax.jit(step_of(), compiler_options=QUICK_COMPILE)
 
 
 def instances(count):
@@ -79,36 +76,34 @@ def _without_exchange(out):
     return out._replace(cache=dataclasses.replace(out.cache, counters=jnp.zeros((0,), jnp.int32)))
 
 
-def check(kernel, mapped, args, want, compare=assert_same):
+def check(mapped, args, want, compare=assert_same):
     got = jax.jit(mapped, compiler_options=QUICK_COMPILE)(*args)
     compare(got, stacked(want))
 
 
-@every_kernel
 @pytest.mark.parametrize("weights", ["shared", "own"])
-def test_vmap_is_a_loop(kernel, weights):
+def test_vmap_is_a_loop(weights):
     some = instances(3)
     caches, tokens = stacked([c for c, _ in some]), stacked([t for _, t in some])
     params = [split(i if weights == "own" else 0)[1] for i in range(3)]
-    want = [alone(kernel)(p, *each) for p, each in zip(params, some, strict=True)]
+    want = [alone()(p, *each) for p, each in zip(params, some, strict=True)]
     if weights == "own":
-        check(kernel, jax.vmap(step_of(kernel)), (stacked(params), caches, tokens), want)
+        check(jax.vmap(step_of()), (stacked(params), caches, tokens), want)
     else:
-        check(kernel, jax.vmap(step_of(kernel), (None, 0, 0)), (params[0], caches, tokens), want)
+        check(jax.vmap(step_of(), (None, 0, 0)), (params[0], caches, tokens), want)
 
 
-@every_kernel
-def test_nested_vmap_is_a_nested_loop(kernel):
+def test_nested_vmap_is_a_nested_loop():
     """Each cache with each token, and caches along another axis than the first."""
     some, (_, params) = instances(2), split()
     caches = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *(c for c, _ in some))
     tokens = stacked([t for _, t in some])
-    inner = jax.vmap(step_of(kernel), (None, None, 0))
-    want = [stacked([alone(kernel)(params, c, t) for _, t in some]) for c, _ in some]
+    inner = jax.vmap(step_of(), (None, None, 0))
+    want = [stacked([alone()(params, c, t) for _, t in some]) for c, _ in some]
     # Of two loops XLA makes another program than of one: some CPUs multiply and add at once
     # elsewhere then.
     args = params, caches, tokens
-    check(kernel, jax.vmap(inner, (None, 1, None)), args, want, assert_same_but_exchange)
+    check(jax.vmap(inner, (None, 1, None)), args, want, assert_same_but_exchange)
 
 
 def launches(jaxpr):
@@ -124,18 +119,17 @@ def launches(jaxpr):
                     yield from launches(inner)
 
 
-@every_kernel
-def test_no_kernel_is_launched_on_arrays_with_an_axis_of_instances(kernel):
+def test_no_kernel_is_launched_on_arrays_with_an_axis_of_instances():
     """Interpreted, Pallas's own vmap is right; on a GPU all instances would read the first's."""
     some, (_, params) = instances(2), split()
     caches, tokens = stacked([c for c, _ in some]), stacked([t for _, t in some])
-    mapped = jax.vmap(step_of(kernel), (None, 0, 0))
+    mapped = jax.vmap(step_of(), (None, 0, 0))
 
     def shapes(function, *args):
         [launch] = launches(jax.make_jaxpr(function)(*args).jaxpr)
         return [getattr(v.aval, "shape", None) for v in launch.invars]
 
-    want = shapes(step_of(kernel), params, *some[0])
+    want = shapes(step_of(), params, *some[0])
     assert shapes(mapped, params, caches, tokens) == want
 
 
@@ -153,30 +147,27 @@ def derivatives(step, params, cache, tokens):
     yield lambda: jax.grad(lambda p: jax.vmap(loss)(p).sum())(stacked([params] * 2))
 
 
-@every_kernel
-def test_a_derivative_is_refused_with_a_sentence(kernel):
+def test_a_derivative_is_refused_with_a_sentence():
     [(cache, tokens)], (_, params) = instances(1), split()
-    for ask in derivatives(step_of(kernel), params, cache, tokens):
+    for ask in derivatives(step_of(), params, cache, tokens):
         with pytest.raises(NotImplementedError, match="A fused decode step has no derivative"):
             ask()
 
 
-@every_kernel
-def test_a_step_beside_what_is_differentiated_is_no_derivative(kernel):
+def test_a_step_beside_what_is_differentiated_is_no_derivative():
     [(cache, tokens)], (_, params) = instances(1), split()
 
     def loss(x):
-        return x * jax.lax.stop_gradient(step_of(kernel)(params, cache, tokens).logits[0, 0])
+        return x * jax.lax.stop_gradient(step_of()(params, cache, tokens).logits[0, 0])
 
     slope = jax.jit(jax.grad(loss), compiler_options=QUICK_COMPILE)(2.0)
-    assert slope == alone(kernel)(params, cache, tokens).logits[0, 0]
+    assert slope == alone()(params, cache, tokens).logits[0, 0]
 
 
-@every_kernel
-def test_remat_pmap_and_shard_map_run_the_step(kernel):
+def test_remat_pmap_and_shard_map_run_the_step():
     [(cache, tokens)], (_, params) = instances(1), split()
-    want = alone(kernel)(params, cache, tokens)
-    step, every = step_of(kernel), jax.sharding.PartitionSpec()
+    want = alone()(params, cache, tokens)
+    step, every = step_of(), jax.sharding.PartitionSpec()
     assert_same(
         jax.jit(jax.checkpoint(step), compiler_options=QUICK_COMPILE)(params, cache, tokens), want
     )
@@ -198,37 +189,36 @@ def test_remat_pmap_and_shard_map_run_the_step(kernel):
 _SHARDED = """
 import sys
 sys.path.insert(0, {tests!r})
+from dataclasses import replace
 import jax
 import test_transforms as cases
 [(cache, tokens)], (_, params) = cases.instances(1), cases.split()
-mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.{axes},))
 spec = jax.sharding.PartitionSpec(None, None, None, "x")
-keys = jax.device_put(cache.k, jax.NamedSharding(mesh, spec))
-from dataclasses import replace
-step = cases.alone("pallas")
-with jax.set_mesh(mesh):
-    try:
-        got = step(params, replace(cache, k=keys), tokens)
-    except NotImplementedError as error:
-        print(error)
-    else:
-        cases.assert_same(got, step(params, cache, tokens))
-        print("the same")
+step = cases.alone()
+for axes in ("Explicit", "Auto"):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType[axes],))
+    keys = jax.device_put(cache.k, jax.NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        try:
+            got = step(params, replace(cache, k=keys), tokens)
+        except NotImplementedError as error:
+            print(axes, error)
+        else:
+            cases.assert_same(got, step(params, cache, tokens))
+            print(axes, "the same")
 """
 
 
-@pytest.mark.parametrize(
-    ("axes", "says"), [("Explicit", "A fused decode step runs on one device"), ("Auto", "the same")]
-)
-def test_sharded_inputs_run_or_are_refused(axes, says, monkeypatch, request):
+def test_sharded_inputs_run_or_are_refused(monkeypatch, request):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2", prepend=" ")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    program = _SHARDED.format(tests=str(request.path.parent), axes=axes)
+    program = _SHARDED.format(tests=str(request.path.parent))
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(says)
+    assert done.stdout.startswith("Explicit A fused decode step runs on one device")
+    assert done.stdout.endswith("\nAuto the same\n")
 
 
 # The step as ffjax launches it, compiled for a GPU: XLA's plugin wants a process of its own.
