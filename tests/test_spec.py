@@ -36,7 +36,7 @@ from pallas_kernels.launch import StepState
 from pallas_kernels.spec.bisecting import bisect, compare_layer
 from pallas_kernels.spec.cutting import first_layers
 from pallas_kernels.spec.differences import Difference
-from pallas_kernels.spec.handed import as_plain, as_residual, as_word
+from pallas_kernels.spec.handed import as_bfloat16, as_plain, as_residual, as_word
 from pallas_kernels.spec.inputs import plain_inputs
 from pallas_kernels.spec.running import Run, interpreted
 from pallas_kernels.spec.segments import NAMES
@@ -377,3 +377,9 @@ def test_a_step_is_cut_behind_a_layer_that_there_is():
     for layers in (0, 4):
         with pytest.raises(ValueError, match=f"1 to 3 of them; got {layers}"):
             first_layers(plan, layers)
+
+
+def test_a_gpu_s_compiler_keeps_what_is_rounded_to_bfloat16():
+    """XLA leaves out conversions there and back on a GPU, and keeps this operation."""
+    made = jax.make_jaxpr(as_bfloat16)(jnp.float32(1.0))
+    assert [eqn.primitive.name for eqn in made.jaxpr.eqns] == ["reduce_precision"]

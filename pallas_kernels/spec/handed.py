@@ -46,8 +46,11 @@ def as_plain(plan: StreamPlan, x: Array) -> Array:
 
 
 def as_bfloat16(x: Array) -> Array:
-    """Rounded to bfloat16, half a step to even. Float32."""
-    return x.astype(jnp.bfloat16).astype(jnp.float32)
+    """Rounded to bfloat16, half a step to even. Float32.
+
+    XLA leaves out a conversion there and back on a GPU, and with it the rounding.
+    """
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def sixteen_bits(x: Array) -> Array:
