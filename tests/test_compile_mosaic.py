@@ -1,12 +1,23 @@
 """Steps compile by Mosaic GPU without a GPU, each to one kernel that spills next to nothing."""
 
+import functools
 import json
+import os
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from decode_cases import dims_of, small_config
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ffjax.commands.compile import main
+from ffjax.transforms import launch_whole
 from pallas_kernels.compile import why_no_compiler
-from pallas_kernels.stream.planner import COMPILER_BYTES
+from pallas_kernels.launch import StepState
+from pallas_kernels.stream.exchange_layout import exchange_words
+from pallas_kernels.stream.launch import stream_step
+from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan
 from pallas_kernels.targets import target
 
 needs_compiler = pytest.mark.skipif(
@@ -49,3 +60,35 @@ def test_an_older_gpu_is_left_to_triton(capsys):
     said = capsys.readouterr().err
     assert "compute capability 9.0 and newer, got NVIDIA A100" in said
     assert "of 8.0. Take Triton, which" in said
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    os.environ.get("JAX_PLATFORMS") != "cpu",
+    reason="XLA's CUDA plugin compiles without a GPU where JAX_PLATFORMS=cpu keeps it from one",
+)
+def test_what_instances_of_vmap_update_is_no_slice_of_all():
+    """XLA would fuse slices with the call, and results would not be what the call has updated."""
+    from jax.experimental import topologies
+
+    h200, instances = target("h200"), 3
+    dims = dims_of(small_config(num_layers=2), 3, 64)
+    plan = make_stream_plan(dims, h200.gpu).compiled_by("mosaic_gpu")
+    topology = topologies.get_topology_desc("", "cuda", target_config=h200.config, topology="1x1x1")
+    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
+    there = NamedSharding(mesh, PartitionSpec())
+
+    def stacked(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((instances, *shape), dtype, sharding=there)
+
+    shape = dims.num_layers, dims.batch, dims.num_kv_heads, dims.capacity, dims.head_dim
+    cache = stacked(*shape, dtype=jnp.bfloat16)
+    state = StepState(cache, cache, stacked(dims.batch), stacked(exchange_words(dims)))
+    weights = jax.tree.map(lambda x: stacked(*x.shape, dtype=x.dtype), dims.abstract_weights())
+    step = jax.vmap(functools.partial(launch_whole, functools.partial(stream_step, plan)))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step).trace(weights, state, stacked(dims.columns)).lower().compile()
+    text = compiled.as_text()
+    [call] = [line for line in text.splitlines() if " custom-call(" in line]
+    assert "output_to_operand_aliasing" in call
+    assert "dynamic-slice-fusion" not in text

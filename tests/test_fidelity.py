@@ -22,7 +22,14 @@ from ffjax import fidelity
 from ffjax.cache import KVCache
 from ffjax.cli import main
 from ffjax.config import PRESETS, ModelConfig, preset
-from ffjax.decode import DecodeOutput, Implementation, Kernel, fused_step, reference_step
+from ffjax.decode import (
+    DecodeOutput,
+    Implementation,
+    Kernel,
+    backend_of,
+    fused_step,
+    reference_step,
+)
 from ffjax.fidelity import (
     Candidate,
     Comparison,
@@ -38,6 +45,8 @@ from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.model import Transformer
 from ffjax.quantization import Kind, named_format, quantize, quantized_config
 from ffjax.stdlib_text import Source, is_held_out, read_sources
+from pallas_kernels.backends import why_not_backend
+from pallas_kernels.gpu import Gpu
 
 pytestmark = [
     pytest.mark.once(
@@ -641,6 +650,9 @@ def test_the_interpreted_kernel_is_closer_to_float32_than_the_bfloat16_model(wit
 
 
 def check_on_gpu(model: Transformer, prompts: np.ndarray, batch: int, kernel: Kernel) -> None:
+    backend, gpu = backend_of(kernel), Gpu.of(jax.devices()[0])
+    if backend is not None and (reason := why_not_backend(backend, gpu)) is not None:
+        pytest.skip(reason)  # as with `--as-if a100`
     candidate = fidelity.choose_candidate(model.config, batch, prompts.shape[1] - 1, kernel)
     result = measure(model, prompts, candidate.step, batch=batch)
     print(result)

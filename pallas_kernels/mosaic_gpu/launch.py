@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax._src import core
 from jax._src.lib.mlir.dialects import llvm
 from jax._src.state import discharge
@@ -106,7 +106,12 @@ def launch(
 
     # Derivatives and batching that a caller defines take no refs within: only values go in and out.
     pure = discharge.discharge_state(jax.make_jaxpr(stateful)(*arrays))
-    return core.jaxpr_as_fun(pure)(*arrays)
+    # XLA fuses slices of arrays, and updates of them, with a call between them ("dynamic slice
+    # fusion"), and forgets that the call updates arrays in place: in a `lax.scan` over caches or
+    # models, and under `jax.vmap`, which is one, results kept what they held. Where no operand is a
+    # slice, and no result becomes an update, it fuses nothing.
+    outs = core.jaxpr_as_fun(pure)(*lax.optimization_barrier(arrays))
+    return lax.optimization_barrier(outs)
 
 
 def _trace(
