@@ -108,8 +108,8 @@ def launch(
     pure = discharge.discharge_state(jax.make_jaxpr(stateful)(*arrays))
     # XLA fuses slices of arrays, and updates of them, with a call between them ("dynamic slice
     # fusion"), and forgets that the call updates arrays in place: in a `lax.scan` over caches or
-    # models, and under `jax.vmap`, which is one, results may keep what they held. Where no operand is a
-    # slice, and no result becomes an update, it fuses nothing.
+    # models, and under `jax.vmap`, which is one, results may keep what they held. Where no operand
+    # is a slice, and no result becomes an update, it fuses nothing.
     outs = core.jaxpr_as_fun(pure)(*lax.optimization_barrier(arrays))
     return lax.optimization_barrier(outs)
 
