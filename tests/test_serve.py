@@ -125,7 +125,9 @@ def test_a_stream_is_the_same_text_in_pieces(client):
     for i, prompt in enumerate(("ab", "cd")):
         mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == i]
         assert "".join(choice.text for choice in mine) == text_of(prompt, max_tokens=30)
-        assert [choice.finish_reason for choice in mine[-2:]] == [None, "length"]
+        # However many pieces: on a busy machine all of an answer may come at once.
+        *before, last = [choice.finish_reason for choice in mine]
+        assert (set(before) <= {None}, last) == (True, "length")
     assert len({chunk.id for chunk in chunks}) == 1
     assert all(chunk.usage is None for chunk in chunks)
 
