@@ -34,6 +34,7 @@ NOTICED = (AssertionError, MosaicError, PtxError, ir.MLIRError)
 
 # Quick ones first: that which notices an error is the last one to run.
 CHECKS: list[Callable[[], Any]] = [
+    functools.partial(of_rules.test_branches_leave_an_array_where_the_first_one_has_it, 1, True),
     functools.partial(of_lowering.test_what_many_threads_hold_one_stores, 128),
     functools.partial(of_lowering.test_arrays_of_several_axes_are_indexed, 128),
     functools.partial(of_lowering.test_one_of_two_branches_is_taken, 5, 256),
@@ -152,7 +153,18 @@ EDITS: dict[str, tuple[Any, str, str, str]] = {
     "bytes of an element": (MosaicGpu, "addresses", "ref.item", "2"),
     "offsets without a sign": (MosaicGpu, "addresses", "arith.extsi(wide", "arith.extui(wide"),
     "where the ring begins": (MosaicGpu, "ring_base", "alignment - 1)", "alignment)"),
-    "arrays in any layout": (Body, "_by_rule", "else self._plain(x)", "else self._threads.held(x)"),
+    "arrays in any layout": (
+        Body,
+        "_by_rule",
+        "else self._held(x, layout)",
+        "else self._threads.held(x)",
+    ),
+    "a branch in any layout": (
+        Body,
+        "_cond",
+        "return self._flat(results, layouts)",
+        "return self._flat(results)",
+    ),
     # Numbers
     "a whole number that is a bit": (arithmetic, "convert", "_F.UNE", "_F.OEQ"),
     "a bit that is -1": (arithmetic, "_is_unsigned", '("u", "bool")', '("u",)'),

@@ -224,6 +224,26 @@ def test_words_of_other_layouts_are_stored():
     np.testing.assert_array_equal(got, np.where(sums > 0, sums, -1))
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("taken", [0, 1])
+def test_branches_leave_an_array_where_the_first_one_has_it(taken, first):
+    """Sums of pairs lie with every second thread; the other branch has the plain layout."""
+
+    def kernel(x: Any, which: Any, out: Any) -> None:
+        sums = jnp.sum(access.load(x.at[count(THREADS)]).reshape(THREADS // 2, 2), axis=1)
+        plain = access.load(x.at[count(THREADS // 2)])
+        ways = [lambda: sums, lambda: plain] if first else [lambda: plain, lambda: sums]
+        made = lax.switch(access.load(which.at[count(1)])[0], ways)
+        index = count(THREADS // 2)
+        access.store(out.at[index], made * 2 + index)
+
+    x = np.random.default_rng(1).integers(-9, 10, THREADS).astype(np.int32)
+    arrays = [x, np.array([taken], np.int32)]
+    [got], _ = run(kernel, threads=THREADS, arrays=arrays, out_shapes=[shape(THREADS // 2)])
+    wanted = x.reshape(-1, 2).sum(axis=1) if first == (taken == 0) else x[: THREADS // 2]
+    np.testing.assert_array_equal(got, wanted * 2 + np.arange(THREADS // 2))
+
+
 @pytest.mark.parametrize("threads", [128, 256])
 def test_squares_are_summed_over_a_sequence(threads):
     values = np.random.default_rng(0).standard_normal((8, threads)).astype(np.float32)
