@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def test_what_instances_of_vmap_update_is_no_slice_of_all():
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
     there = NamedSharding(mesh, PartitionSpec())
 
-    def stacked(*shape, dtype=jnp.int32):
+    def stacked(*shape, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct((instances, *shape), dtype, sharding=there)
 
     shape = dims.num_layers, dims.batch, dims.num_kv_heads, dims.capacity, dims.head_dim
@@ -89,6 +90,7 @@ def test_what_instances_of_vmap_update_is_no_slice_of_all():
     with jax.set_mesh(mesh):
         compiled = jax.jit(step).trace(weights, state, stacked(dims.columns)).lower().compile()
     text = compiled.as_text()
+    assert text is not None
     [call] = [line for line in text.splitlines() if " custom-call(" in line]
     assert "output_to_operand_aliasing" in call
     assert "dynamic-slice-fusion" not in text
