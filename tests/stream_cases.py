@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from decode_cases import QUICK_COMPILE, dims_of, kernel_inputs, small_config
 from numerics import assert_close
-from stage_programs import run_any_stage, told
 from step_cases import bits, newest, untouched
 
 from ffjax.cache import KVCache
@@ -20,12 +19,12 @@ from ffjax.decode import DecodeOutput
 from pallas_kernels.dims import Dims, Grouping, WeightBits, WeightGroups
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.launch import StepState
+from pallas_kernels.stream import stages
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.exchange import Exchange
-from pallas_kernels.stream.launch import layout_of, run_stream, stream_step
+from pallas_kernels.stream.launch import layout_of, stream_step
 from pallas_kernels.stream.plan import StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
-from pallas_kernels.stream.stages import state_shapes
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = [
@@ -255,19 +254,5 @@ FAMILIES = {
 def run_stages(plan: StreamPlan, model, cache: KVCache, tokens):
     """A step of several programs: one launch a stage, so that nobody has to wait."""
     weights, state = kernel_inputs(model, cache, plan.dims.tokens)
-    fed, columns = tokens.reshape(-1), plan.dims.columns
-    carried = {name: jnp.zeros(x.shape, x.dtype) for name, x in state_shapes(plan).items()}
-    for name in ("residual_first", "residual_second"):
-        carried[name] = jnp.full_like(carried[name], jnp.nan)
-    carried["best_logit"] = jnp.full_like(carried["best_logit"], -jnp.inf)
-    carried["best_token"] = jnp.full(carried["best_logit"].shape, 2**31 - 1, jnp.int32)
-    carried["logits"] = jnp.full((columns, model.config.vocab_size), jnp.nan, jnp.float32)
-    carried["token"] = jnp.full((columns,), -1, jnp.int32)
-    carried["stage"] = jnp.zeros(5, jnp.int32)
-    run = functools.partial(run_stream, run_any_stage, plan, interpret=True)
-    run = jax.jit(run, compiler_options=QUICK_COMPILE)
-    for stage in told(plan):
-        out = run(weights, state, fed, updated=carried | {"stage": stage})
-        state = StepState(*(out[name] for name in StepState._fields))
-        carried = {name: out[name] for name in carried}
-    return _like(tokens, carried["logits"], carried["token"], cache, state)
+    made = stages.run_stages(plan, weights, state, tokens.reshape(-1))
+    return _like(tokens, made.logits, made.token, cache, made.state)

@@ -29,7 +29,7 @@ from ffjax.cache import KVCache
 from ffjax.decode import DecodeOutput, decode_step, fused_step, reference_step
 from pallas_kernels.stream.launch import run_stream
 from pallas_kernels.stream.planner import make_stream_plan
-from pallas_kernels.stream.stages import run_stage, stages_of, state_shapes
+from pallas_kernels.stream.stages import run_stage, state_shapes, told
 
 pytestmark = [
     pytest.mark.once(
@@ -134,9 +134,9 @@ def test_every_element_is_stored_by_the_program_that_owns_it(lengths):
     names = state_shapes(plan).items()
     carried = {name: jnp.zeros(x.shape, x.dtype) for name, x in names}
     hidden = {"hidden": jnp.full((batch, 1, config.model_dim), jnp.nan, jnp.float32)}
-    body = functools.partial(run_stage, stages_of(plan)[0])
+    carried["stage"] = told(plan)[0]
     how = {"updated": carried | hidden, "hidden_layers": (0,), "interpret": True}
-    out = run_stream(body, plan, weights, state, tokens, **how)
+    out = run_stream(run_stage, plan, weights, state, tokens, **how)
     assert bits(out["hidden"][:, 0]) == bits(model.embedded(tokens[None])[0])
 
 

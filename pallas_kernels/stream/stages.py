@@ -4,6 +4,9 @@ In the kernel a program goes from stage to stage by itself and waits where it mu
 launch a stage, no program ever has to wait: interpreted, programs run one after another, each
 to its end. So a step of several programs can be compared with the model on a CPU, and a fault
 be traced to its stage.
+
+An array tells the launch which stage it is, so that all stages are one compiled program: one
+compiled for each takes four times as long.
 """
 
 from __future__ import annotations
@@ -20,21 +23,19 @@ from pallas_kernels.launch import StepState
 from pallas_kernels.stream.activations import collect_activations
 from pallas_kernels.stream.env import StreamEnv
 from pallas_kernels.stream.fragments import no_fragments
-from pallas_kernels.stream.kernel import finish_tiles, is_due, leave_segment
+from pallas_kernels.stream.kernel import finish_tiles, is_due
 from pallas_kernels.stream.launch import StepResult, run_stream
 from pallas_kernels.stream.plan import LAYER_SEGMENTS, Segment, StreamPlan
 from pallas_kernels.stream.product import Sums, multiply
 from pallas_kernels.stream.ring import start_ring
 from pallas_kernels.stream.segments.attention import attend_parts, combine_parts
+from pallas_kernels.stream.segments.head import leave_head
 from pallas_kernels.stream.segments.qkv import make_rotations
 from pallas_kernels.stream.segments.residual import add_block, close_block, leave_embed
 from pallas_kernels.stream.state import NO_TOKEN, State
-from pallas_kernels.stream.tiles import (
-    first_place,
-    next_place,
-)
+from pallas_kernels.stream.tiles import Place, first_place, next_place
 
-__all__ = ["Stage", "run_stage", "run_stages", "stages_of", "state_shapes"]
+__all__ = ["Stage", "run_stage", "run_stages", "stages_of", "state_shapes", "told"]
 
 
 class Stage(NamedTuple):
@@ -84,22 +85,51 @@ def state_shapes(plan: StreamPlan) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _carried(state: State) -> dict[str, Array]:
-    residual, block = state.residual, state.block
-    return {
-        "residual_first": residual.first,
-        "residual_second": residual.second,
-        "block_first": block.first,
-        "block_second": block.second,
-        "best_logit": state.best_logit,
-        "best_token": state.best_token,
+_WAYS = ("embed", "tiles", "parts", "combine", "close", "add", "head")
+
+
+def told(plan: StreamPlan) -> list[Array]:
+    """What the body is told of each stage of a step in which something happens, in order.
+
+    Returns:
+        Arrays int32 `[5]`: the way, the segment, its layer, its first tile, and the first one
+        behind it.
+    """
+    return [
+        jnp.array([_WAYS.index(way), stage.segment, stage.layer, *_tiles(plan, stage)], jnp.int32)
+        for stage in stages_of(plan)
+        if (way := _way(stage)) is not None
+    ]
+
+
+def _way(stage: Stage) -> str | None:
+    if stage.what != "leave":
+        return stage.what
+    # Nothing follows the tiles of the gate and the up projection.
+    return {Segment.EMBED: "embed", Segment.HEAD: "head"}.get(stage.segment)
+
+
+def _tiles(plan: StreamPlan, stage: Stage) -> tuple[int, int]:
+    if stage.what != "tiles":
+        return 0, 0
+    start = plan.first_tile(stage.segment, stage.layer)
+    return start, start + plan.segments[stage.segment].tiles
+
+
+def run_stage(env: StreamEnv) -> None:
+    """The stage that the array `stage` tells; a body for `launch.run_stream`."""
+    way, segment, layer, start, end = (env["stage"][at] for at in range(5))
+    kept = {name: env[name][env.program] for name in state_shapes(env.plan)}
+    first = first_place(env, segment, layer)
+    ways = {
+        "embed": lambda state: leave_embed(env, state),
+        "tiles": lambda state: _run_tiles(env, first, start, end, state),
+        "parts": lambda state: _behind(attend_parts(env, layer), state),
+        "combine": lambda state: _behind(combine_parts(env, layer), state),
+        "close": lambda state: close_block(env, first, state),
+        "add": lambda state: add_block(env, first, state),
+        "head": lambda state: leave_head(env, first, state),
     }
-
-
-def run_stage(stage: Stage, env: StreamEnv) -> None:
-    """One stage, as every program runs it; a body for `launch.run_stream`."""
-    plan, layer = env.plan, jnp.int32(stage.layer)
-    kept = {name: env[name][env.program] for name in state_shapes(plan)}
     state = State(
         activations=no_fragments(env),
         residual=Sums(kept["residual_first"], kept["residual_second"]),
@@ -107,39 +137,41 @@ def run_stage(stage: Stage, env: StreamEnv) -> None:
         best_logit=kept["best_logit"],
         best_token=kept["best_token"],
     )
-    first = first_place(env, stage.segment, layer)
-    if stage.what == "parts":
-        attend_parts(env, layer)
-    elif stage.what == "combine":
-        combine_parts(env, layer)
-    elif stage.what == "close":
-        state = close_block(env, first, state)
-    elif stage.what == "add":
-        state = add_block(env, first, state)
-    elif stage.segment == Segment.EMBED:
-        state = leave_embed(env, state)
-    elif stage.what == "leave":
-        state = leave_segment(env, first, state)
-    else:
-        state = state._replace(activations=collect_activations(env, first))
-        turn = start_ring(env)
-        rotations = make_rotations(env)
-
-        def tile_step(index, carry):
-            place, state = carry
-            multiply(env, turn, index, place, state.activations)
-
-            def finish():
-                finished = finish_tiles(env, rotations, place, state)
-                return next_place(place, flushed=True), finished
-
-            return lax.cond(is_due(env, place), finish, lambda: (next_place(place), state))
-
-        start = plan.first_tile(stage.segment, stage.layer)
-        end = start + env.segment(stage.segment).tiles
-        _, state = lax.fori_loop(jnp.int32(start), jnp.int32(end), tile_step, (first, state))
-    for name, value in _carried(state).items():
+    residual, block, best_logit, best_token = lax.switch(
+        way, [lambda ways=ways[name]: _kept(ways(state)) for name in _WAYS]
+    )
+    made = (*residual, *block, best_logit, best_token)
+    names = ("residual_first", "residual_second", "block_first", "block_second")
+    for name, value in zip((*names, "best_logit", "best_token"), made, strict=True):
         env[name][env.program] = value
+
+
+def _behind(_: None, state: State) -> State:
+    """The state, which a stage has left as it was."""
+    return state
+
+
+def _kept(state: State) -> tuple[Sums, Sums, Array, Array]:
+    return state.residual, state.block, state.best_logit, state.best_token
+
+
+def _run_tiles(env: StreamEnv, first: Place, start: Array, end: Array, state: State) -> State:
+    """All tiles of a segment, as every program runs them."""
+    state = state._replace(activations=collect_activations(env, first))
+    turn = start_ring(env)
+    rotations = make_rotations(env)
+
+    def tile_step(index, carry):
+        place, state = carry
+        multiply(env, turn, index, place, state.activations)
+
+        def finish():
+            finished = finish_tiles(env, rotations, place, state)
+            return next_place(place, flushed=True), finished
+
+        return lax.cond(is_due(env, place), finish, lambda: (next_place(place), state))
+
+    return lax.fori_loop(start, end, tile_step, (first, state))[1]
 
 
 def run_stages(
@@ -166,12 +198,15 @@ def run_stages(
     if hidden_layers:
         shape = (d.columns, len(hidden_layers), d.model_dim)
         carried["hidden"] = jnp.full(shape, jnp.nan, jnp.float32)
-    options = {"xla_backend_optimization_level": 0}  # each runs once
-    for stage in stages_of(plan):
-        body = functools.partial(run_stage, stage)
-        how = {"hidden_layers": hidden_layers, "interpret": True}
-        run = functools.partial(run_stream, body, plan, **how)
-        made = jax.jit(run, compiler_options=options)(weights, state, tokens, updated=carried)
+    carried["stage"] = jnp.zeros(5, jnp.int32)
+    how = {"hidden_layers": hidden_layers, "interpret": True}
+    run = jax.jit(
+        functools.partial(run_stream, run_stage, plan, **how),
+        # It takes less time to run than to optimise.
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    for stage in told(plan):
+        made = run(weights, state, tokens, updated=carried | {"stage": stage})
         state = StepState(*(made[name] for name in StepState._fields))
         carried = {name: made[name] for name in carried}
     return StepResult(carried["logits"], carried["token"], state, carried.get("hidden"))
