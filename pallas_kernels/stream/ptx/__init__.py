@@ -17,6 +17,7 @@ from pallas_kernels.stream.ptx.giving_up import said_by, say_where
 from pallas_kernels.stream.ptx.group_sums import GroupSums, sum_groups
 from pallas_kernels.stream.ptx.half2 import unpack_half2
 from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
+from pallas_kernels.stream.ptx.join import Joined, join_warps
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
     clear_shared,
@@ -44,6 +45,7 @@ __all__ = [
     "Feed",
     "GroupSums",
     "IntegerTile",
+    "Joined",
     "Lines",
     "TensorMap",
     "anew",
@@ -55,6 +57,7 @@ __all__ = [
     "combine_splits",
     "feed_cache",
     "feed_ring",
+    "join_warps",
     "load_pieces",
     "make_map",
     "multiply_integers",
