@@ -18,7 +18,7 @@ from pallas_kernels.compile import why_no_compiler
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.exchange_layout import exchange_words
 from pallas_kernels.stream.launch import stream_step
-from pallas_kernels.stream.planner import COMPILER_BYTES, make_stream_plan
+from pallas_kernels.stream.planner import make_stream_plan
 from pallas_kernels.targets import target
 
 needs_compiler = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def test_a_step_is_one_kernel_that_fits(capsys, step):
     # 65536 registers a multiprocessor: all programs are resident, one on each.
     assert 32 <= report["registers"] <= min(255, 65_536 // (32 * report["num_warps"]))
     assert report["spill_bytes"] <= FEW.get(step, 0)
-    assert COMPILER_BYTES < report["shared_memory_bytes"] <= gpu.shared_memory
+    assert 0 < report["shared_memory_bytes"] <= gpu.shared_memory
     # No copy of an input or of a result either.
     assert report["temp_bytes"] < 1024
 

@@ -63,6 +63,8 @@ MAX_SPLITS = 64
 MIN_SPLIT = 256
 # Query heads that share a key/value head and are multiplied together.
 LOT = 8
+# Shared memory that the compiler takes for itself where queries are not normed, at most.
+COMPILER_BYTES = 2 * 1024
 # The compiler's own tile of the ring's stand-in, bytes: see `ring`.
 RESERVED_TILE = 32 * 1024
 
@@ -364,6 +366,21 @@ class StreamPlan:
     def paired(self) -> bool:
         """Whether attention has two rows a query, one of even positions and one of odd."""
         return self.dims.queries <= LOT // 2
+
+    @property
+    def compiler_bytes(self) -> int:
+        """Shared memory that the compiler takes for itself, at most.
+
+        It hands rows of queries from thread to thread where these are normed.
+        """
+        if self.dims.features.qk_norm is None:
+            return COMPILER_BYTES
+        return max(COMPILER_BYTES, 4 * self.attended_rows * self.dims.head_dim)
+
+    @property
+    def attended_rows(self) -> int:
+        """Queries of which a warp puts aside what it has made."""
+        return LOT // 2 if self.paired else LOT
 
     @property
     def box(self) -> Box | None:

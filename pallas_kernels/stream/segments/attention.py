@@ -155,21 +155,21 @@ def _joined(env: StreamEnv, first: Array | int, count: Array | None) -> list[_Ma
     at, size, threads = SharedLayout.of(env.plan), env.dims.head_dim, env.plan.threads
     rows, thread = _rows(env), env.iota((threads,), 0)
     width = min(max(2, rows * size // threads), MOST_ELEMENTS)
-    per_row = size // width
+    per_row, put_aside = size // width, env.plan.attended_rows
 
     def turn(number: int) -> _Made:
         place = thread + number * threads
         row, element = lax.div(place, jnp.int32(per_row)), (place & (per_row - 1)) * width
         there, row = row < rows, row & (rows - 1)
-        place = first * LOT + row
+        place = first * put_aside + row
         made = ptx.join_warps(
             env.shared + at.sums + 8 * place,
             env.shared + at.products + place * at.out_pitch + 4 * element,
             count,
             width=width,
             count=env.plan.attention.warps,
-            step=8 * LOT,
-            out_step=LOT * at.out_pitch,
+            step=8 * put_aside,
+            out_step=put_aside * at.out_pitch,
         )
         return _Made(row, element, there, *made)
 
