@@ -124,6 +124,25 @@ def test_every_input_is_waited_for_where_it_was_put(name, batch, bits, size):
             assert (loads[:, 0] % (32 * LOAD) == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("batch", "bits", "warps", "begins"),
+    [
+        (1, 16, 4, lambda w, q, t: 512 * w + 256 * q + 8 * t),
+        (8, 16, 8, lambda w, q, t: 256 * w + 32 * q + 8 * (t % 4)),
+        (1, 4, 4, lambda w, q, t: 512 * w + 128 * (t // 8) + 16 * (t // 4 % 2) + 32 * (t % 4)),
+    ],
+)
+def test_the_examples_of_the_fragment_layout_are_right(batch, bits, warps, begins):
+    every = WeightBits(qkv=bits, attn_out=bits, gate_up=bits, down=bits)
+    plan = make_stream_plan(preset_dims("llama3.2-1b", batch, every), H200)
+    part, threads = plan.segments[Segment.QKV], np.arange(plan.threads)
+    assert (plan.num_warps, part.reads * plan.line(part) * part.grain * warps) == (warps, 2048)
+    first = np.asarray(first_input(plan, part))
+    for q in range(part.reads):
+        start = first + distances(plan, part)[q * (part.held // PIECE)]
+        assert (start == begins(threads // 32, q, threads % 32)).all()
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_nothing_beyond_a_tile_is_multiplied_where_it_may_be_no_number(batch):
     """Of the last part of a split row too, which is shorter than the others."""

@@ -102,7 +102,10 @@ def query_pitch(head_dim: int) -> int:
 
 
 class Segment(enum.IntEnum):
-    """The segments in the order of the stream; those with weights have their array's number."""
+    """The segments. Those with weights have their array's number, in the order of the stream.
+
+    The embedding, with which the stream begins, comes last: it has no weights to multiply.
+    """
 
     QKV = 0
     ATTN_OUT = 1
