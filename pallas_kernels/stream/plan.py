@@ -347,6 +347,17 @@ class StreamPlan:
         return self.backend == "mosaic_gpu" and self.quantized and not self.chunked
 
     @property
+    def indices_anew(self) -> bool:
+        """Whether what follows from indices is computed each time: see `ptx.anew`.
+
+        For compute capability 8, and for Mosaic GPU's steps that norm queries, so much would be
+        kept from layer to layer that there are too few registers for it.
+        """
+        return not self.bulk or (
+            self.backend == "mosaic_gpu" and self.dims.features.qk_norm is not None
+        )
+
+    @property
     def why_no_room(self) -> str | None:
         """Why two tiles do not fit in shared memory, as a sentence; None if they do."""
         if self.slots * (self.slot_bytes + 8) <= self.room:
