@@ -146,12 +146,15 @@ def test_the_plan_leaves_the_compiler_what_it_takes(config, batch, tokens, gpu):
 
 
 @needs_compiler
-def test_the_command_without_json_prints_a_line_a_field():
+def test_the_command_without_json_prints_a_line_a_field(tmp_path):
     command = [sys.executable, "-m", "pallas_kernels.compile", "--config", "python-bytes-3m"]
+    command += ["--keep", str(tmp_path / "kept")]
     checkout = pathlib.Path(compile_module.__file__).parent.parent.parent
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
     assert re.search(r"^kernels +1$", done.stdout, re.MULTILINE)
     assert re.search(r"^gpu +h200$", done.stdout, re.MULTILINE)
+    assert ".entry ffjax_decode_step" in (tmp_path / "kept" / "step.ptx").read_text()
+    assert (tmp_path / "kept" / "step.cubin").read_bytes().startswith(b"\x7fELF")
 
 
 def test_copies_and_fills_count_as_launches(tmp_path):
