@@ -1,4 +1,4 @@
-"""A checkpoint's weights, array by array: written and read without the whole model in memory.
+"""A checkpoint's weights, block by block: written and read without a whole array in memory.
 
 Orbax writes a tree of arrays at once, so all of them exist at once. Here Orbax lays out a tree
 of one-element arrays, and TensorStore, through which Orbax itself reads and writes, gives each
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,20 @@ import numpy as np
 import tensorstore
 
 from checkpoints.atomic import why_not_written
+from checkpoints.blocks import Block, ranges, rows_of_a_chunk
 from checkpoints.host_arrays import empty
-from checkpoints.manifest import CheckpointError, NotWrittenError
+from checkpoints.manifest import NotWrittenError
 from checkpoints.skeleton import nested
 from ffjax.interrupts import interrupts_held_back
 
 __all__ = [
     "forget_where_written",
-    "lay_out",
     "open_arrays",
-    "read_array",
+    "read_blocks",
     "read_opened",
-    "write_array",
+    "write_blocks",
 ]
 
-# Numbers that TensorStore writes at a time, in bytes. A chunk is copied before.
-_CHUNK_BYTES = 64 << 20
 # What may be on its way at a time when an array is read, in bytes.
 _READ_BYTES = 1 << 30
 # Files are mapped into memory and copied from there to their place. Read into memory of its own
@@ -52,8 +51,8 @@ _ARRAY = "/.zarray"
 _OF_WRITING = (ValueError, OSError)
 
 
-def lay_out(directory: Path, shapes: Mapping[str, Any]) -> None:
-    """Makes an Orbax checkpoint whose arrays are still to be written by `write_array`.
+def _lay_out(directory: Path, shapes: Mapping[str, Any]) -> None:
+    """Makes an Orbax checkpoint whose arrays are still to be written.
 
     Args:
         directory: where Orbax makes it.
@@ -114,42 +113,94 @@ def forget_where_written(directory: Path) -> None:
     (directory / "commit_success.txt").unlink(missing_ok=True)
 
 
-def write_array(directory: Path, name: str, array: np.ndarray) -> None:
-    """Gives an array of a checkpoint made by `lay_out` its shape and its numbers.
+def write_blocks(directory: Path, shapes: Mapping[str, Any], blocks: Iterable[Block]) -> None:
+    """Makes an Orbax checkpoint of arrays that come block by block.
 
-    Holds, beside the array, a few chunks of 64 MiB. A Ctrl-C takes effect between chunks.
+    Holds, beside a block, a few chunks of 64 MiB. A Ctrl-C takes effect between chunks.
+
+    Args:
+        directory: where it is made.
+        shapes: shape and dtype of every array by its dotted name.
+        blocks: all rows of every array; those of one array in order.
 
     Raises:
         NotWrittenError: it cannot be written: the disk is full, for example.
     """
+    _lay_out(directory, shapes)
+    stores: dict[str, tensorstore.TensorStore] = {}
+    written = dict.fromkeys(shapes, 0)
+    for block in blocks:
+        name, start, numbers = block
+        del block
+        assert start == written[name], f"Rows {written[name]} of {name} come next, not {start}."
+        try:
+            if name not in stores:
+                stores[name] = _make(directory, name, shapes[name], len(numbers))
+            _write(stores[name], start, numbers)
+        except _OF_WRITING as error:
+            raise NotWrittenError(
+                f"The array {name} cannot be written: {why_not_written(error)}. Is the disk full?"
+            ) from error
+        written[name] = start + len(numbers)
+        if written[name] == shapes[name].shape[0]:
+            del stores[name]
+        del numbers  # before the next is allocated
+    if missing := [name for name, leaf in shapes.items() if written[name] != leaf.shape[0]]:
+        raise AssertionError(f"Rows of {missing} have not come.")
+
+
+def _make(directory: Path, name: str, leaf: Any, rows: int) -> tensorstore.TensorStore:
+    """Gives an array its shape; its numbers are still missing.
+
+    Args:
+        directory: where the arrays lie.
+        name: its dotted name.
+        leaf: its shape and dtype.
+        rows: of its first block.
+    """
     kvstore = _kvstore(directory, name)
-    try:
-        # What Orbax has set stays, but for the shape, and for the compression: it makes bfloat16
-        # weights smaller by a quarter, and takes longer to undo than a disk takes to read them.
-        made_by_orbax = json.loads(tensorstore.KvStore.open(kvstore).result()[".zarray"])
-        rows = _rows_of_a_chunk(array)
-        spec = {
-            "driver": "zarr",
-            "kvstore": kvstore,
-            "store_data_equal_to_fill_value": True,  # as Orbax: what is missing is damage
-            "metadata": {
-                **made_by_orbax,
-                "compressor": None,
-                "shape": array.shape,
-                "chunks": (rows, *array.shape[1:]),
-            },
-        }
+    # What Orbax has set stays, but for the shape, and for the compression: it makes bfloat16
+    # weights smaller by a quarter, and takes longer to undo than a disk takes to read them.
+    made_by_orbax = json.loads(tensorstore.KvStore.open(kvstore).result()[".zarray"])
+    spec = {
+        "driver": "zarr",
+        "kvstore": kvstore,
+        "store_data_equal_to_fill_value": True,  # as Orbax: what is missing is damage
+        "metadata": {
+            **made_by_orbax,
+            "compressor": None,
+            "shape": leaf.shape,
+            "chunks": _chunk(leaf, rows),
+        },
+    }
+    with interrupts_held_back():
+        return tensorstore.open(spec, create=True, delete_existing=True).result()
+
+
+def _chunk(leaf: Any, rows: int) -> tuple[int, ...]:
+    """The shape of an array's chunks. A row that is more than a chunk is cut along its columns."""
+    rows = min(rows, rows_of_a_chunk(leaf.shape, leaf.dtype))
+    if rows > 1 or len(leaf.shape) < 2:
+        return (rows, *leaf.shape[1:])
+    columns, *inner = leaf.shape[1:]
+    most = rows_of_a_chunk((columns, *inner), leaf.dtype)
+    return (1, -(-columns // -(-columns // most)), *inner)  # all of one size, or nearly
+
+
+def _write(store: tensorstore.TensorStore, start: int, numbers: np.ndarray) -> None:
+    """Writes rows, which begin where a chunk does, chunk by chunk."""
+    rows, *columns = (size or 1 for size in store.chunk_layout.write_chunk.shape or ())
+    every = range(0, len(numbers), rows)
+    across = range(0, store.shape[1], columns[0]) if columns else (0,)
+    # One at a time: TensorStore would copy all of them before it has written the first.
+    for first, left in itertools.product(every, across):
+        part = np.s_[first : first + rows]
+        place = np.s_[start + first : min(start + first + rows, start + len(numbers))]
+        if columns:
+            right = min(left + columns[0], store.shape[1])
+            part, place = (part, np.s_[left:right]), (place, np.s_[left:right])
         with interrupts_held_back():
-            store = tensorstore.open(spec, create=True, delete_existing=True).result()
-        for start in range(0, len(array), rows):
-            # One at a time: TensorStore would copy all of them before it has written the first.
-            stop = min(start + rows, len(array))
-            with interrupts_held_back():
-                store[start:stop].write(array[start:stop]).result()
-    except _OF_WRITING as error:
-        raise NotWrittenError(
-            f"The array {name} cannot be written: {why_not_written(error)}. Is the disk full?"
-        ) from error
+            store[place].write(numbers[part]).result()
 
 
 def open_arrays(directory: Path) -> dict[str, tensorstore.TensorStore]:
@@ -170,7 +221,7 @@ def open_arrays(directory: Path) -> dict[str, tensorstore.TensorStore]:
 
 
 def read_opened(store: tensorstore.TensorStore, dtype: Any = None) -> np.ndarray:
-    """The numbers of an array, on the host.
+    """The numbers of an array, or of rows of one (`store[start:stop]`), on the host.
 
     Chunks are read, decompressed and put in place side by side; what is on its way is bounded.
 
@@ -185,6 +236,7 @@ def read_opened(store: tensorstore.TensorStore, dtype: Any = None) -> np.ndarray
         store = tensorstore.cast(store, np.dtype(dtype))
     out = empty(store.shape, store.dtype.numpy_dtype)
     target = tensorstore.array(out)
+    store = store[tensorstore.d[:].translate_to[0]]
     chunk = store.chunk_layout.read_chunk.shape
     rows = (chunk[0] if chunk else None) or len(out)
     chunk_bytes = rows * math.prod(store.shape[1:]) * out.itemsize
@@ -200,19 +252,23 @@ def read_opened(store: tensorstore.TensorStore, dtype: Any = None) -> np.ndarray
     return out
 
 
-def read_array(directory: Path, name: str) -> np.ndarray:
-    """An array of a checkpoint, on the host.
+def read_blocks(
+    name: str, store: tensorstore.TensorStore, dtype: Any = None, *, whole: bool = False
+) -> Iterator[Block]:
+    """The blocks of an array of a checkpoint, each read when it is asked for.
+
+    Args:
+        name: its dotted name.
+        store: the array, as `open_arrays` gives it.
+        dtype: to which it is cast; None: as it is.
+        whole: whether it comes as one block.
 
     Raises:
-        CheckpointError: it cannot be read.
+        ValueError, OSError: as TensorStore says it.
     """
-    try:
-        return read_opened(_open(directory, name).result())
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"The array {name} of the checkpoint at {directory.parent} cannot be read: "
-            f"{why_not_written(error)}. Copy or save it again."
-        ) from error
+    dtype = store.dtype.numpy_dtype if dtype is None else np.dtype(dtype)
+    for start, stop in [(0, store.shape[0])] if whole else ranges(store.shape, dtype):
+        yield Block(name, start, read_opened(store[start:stop], dtype))
 
 
 def _open(directory: Path, name: str) -> tensorstore.Future[tensorstore.TensorStore]:
@@ -228,8 +284,3 @@ def _kvstore(directory: Path, name: str | None = None) -> dict[str, Any]:
     """Where an array lies; or all of them."""
     base = {"driver": "file", "path": f"{directory}/"}
     return {"driver": "ocdbt", "base": base, "path": "" if name is None else f"{name}/"}
-
-
-def _rows_of_a_chunk(array: np.ndarray) -> int:
-    row = math.prod(array.shape[1:]) * array.itemsize
-    return max(1, min(len(array), _CHUNK_BYTES // row))

@@ -30,7 +30,7 @@ from checkpoints.hf_integers import (
     raw,
     scale_type,
 )
-from checkpoints.integers import IntegerMatrix, Integers
+from checkpoints.integers import IntegerMatrix
 from ffjax.formats import int4
 
 __all__ = ["read_awq"]
@@ -61,20 +61,20 @@ def read_awq(settings: Settings, tensors: dict[str, StoredTensor]) -> dict[str, 
             (8 * eighth, inputs),
             weight.nbytes + zeros.nbytes + scales.nbytes,
             int4(size, scale_type(settings, scales), "zero"),
-            functools.partial(_read, settings, weight, zeros, scales, size),
+            functools.partial(_numbers, weight),
+            functools.partial(_scale, settings, zeros, scales, inputs, size),
         )
     return matrices
 
 
-def _read(
-    settings: Settings,
-    weight: StoredTensor,
-    zeros: StoredTensor,
-    scales: StoredTensor,
-    size: int,
-) -> Integers:
-    numbers = np.ascontiguousarray(nibbles(raw(weight), 1, _ORDER).T)
+def _numbers(weight: StoredTensor) -> np.ndarray:
+    return nibbles(raw(weight).T, 0, _ORDER)
+
+
+def _scale(
+    settings: Settings, zeros: StoredTensor, scales: StoredTensor, inputs: int, size: int
+) -> np.ndarray:
     scale = kept_scales(settings, scales).T
     beside = nibbles(raw(zeros), 1, _ORDER).T.astype(scale.dtype)
     pair = np.stack([scale, beside], axis=-1)
-    return Integers(numbers, of_our_groups(pair, numbers.shape[1], size))
+    return of_our_groups(pair, inputs, size)

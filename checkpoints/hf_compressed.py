@@ -35,7 +35,7 @@ from checkpoints.hf_integers import (
     raw,
     scale_type,
 )
-from checkpoints.integers import IntegerMatrix, Integers
+from checkpoints.integers import IntegerMatrix
 from checkpoints.manifest import CheckpointError
 from ffjax.formats import INT8, int4
 
@@ -85,7 +85,8 @@ def read_compressed(
             (out, 8 * eighth),
             sum(part.nbytes for part in parts),
             int4(size, kept, None if symmetric else "zero"),
-            functools.partial(_read, settings, weight, scale, zero, size),
+            functools.partial(_numbers, weight),
+            functools.partial(_scale, settings, weight, scale, zero, size),
         )
     return matrices
 
@@ -107,20 +108,24 @@ def _part(settings: Settings, tensors: dict[str, StoredTensor], name: str) -> St
     return tensors.pop(name)
 
 
-def _read(
+def _numbers(weight: StoredTensor) -> np.ndarray:
+    return nibbles(raw(weight), 1)
+
+
+def _scale(
     settings: Settings,
     weight: StoredTensor,
     scale: StoredTensor,
     zero: StoredTensor | None,
     size: int,
-) -> Integers:
-    numbers, numbers_of_scales = nibbles(raw(weight), 1), kept_scales(settings, scale)
+) -> np.ndarray:
+    out, inputs = weight.shape[0], 8 * weight.shape[1]
+    kept = kept_scales(settings, scale)
     if zero is None:
-        return Integers(numbers, of_our_groups(numbers_of_scales, numbers.shape[1], size))
+        return of_our_groups(kept, inputs, size)
     found = raw(zero)
-    less = found + 8 if zero.dtype == "I8" else nibbles(found, 0)[: len(numbers)]
-    pair = np.stack([numbers_of_scales, less.astype(numbers_of_scales.dtype)], axis=-1)
-    return Integers(numbers, of_our_groups(pair, numbers.shape[1], size))
+    less = found + 8 if zero.dtype == "I8" else nibbles(found, 0)[:out]
+    return of_our_groups(np.stack([kept, less.astype(kept.dtype)], axis=-1), inputs, size)
 
 
 def _rows(
@@ -139,11 +144,11 @@ def _rows(
         for other in ("_zero_point", "_shape"):
             tensors.pop(name + other, None)
         nbytes = weight.nbytes + scale.nbytes
-        read = functools.partial(_read_rows, weight, scale)
-        matrices[name] = MatrixOfTensors(weight.name, "W8", weight.shape, nbytes, INT8, read)
+        read = functools.partial(raw, weight), functools.partial(_scale_of_rows, weight, scale)
+        matrices[name] = MatrixOfTensors(weight.name, "W8", weight.shape, nbytes, INT8, *read)
     return matrices
 
 
-def _read_rows(weight: StoredTensor, scale: StoredTensor) -> Integers:
+def _scale_of_rows(weight: StoredTensor, scale: StoredTensor) -> np.ndarray:
     rows = np.broadcast_to(raw(scale).astype(np.float32).reshape(-1), weight.shape[:1])
-    return Integers(raw(weight), np.ascontiguousarray(rows))
+    return np.ascontiguousarray(rows)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints.arrays import read_array
-from checkpoints.atomic import written_beside
+from checkpoints.arrays import open_arrays, read_blocks
+from checkpoints.atomic import why_not_written, written_beside
 from checkpoints.gguf import is_gguf
 from checkpoints.hf_config import config_to_hf
 from checkpoints.hf_fields import CONFIG
@@ -60,7 +61,8 @@ def export_hf(
     """Writes a checkpoint as a Hugging Face folder, which transformers reads.
 
     Nothing is rounded: converted back, the folder gives the same weights, bit by bit. The
-    host holds one of our arrays at a time. An error or Ctrl-C leaves nothing half-written.
+    host holds a layer of one of our arrays at a time, or some layers. An error or Ctrl-C leaves
+    nothing half-written.
 
     Args:
         checkpoint: a checkpoint of ours.
@@ -172,19 +174,45 @@ def _write_tensors(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     itemsize = np.dtype(dtype).itemsize
-    total = sum(_nbytes(slot, itemsize) for group in shards.values() for slot in group)
-    written, name, array = 0, None, np.empty(0)
+    slots = [slot for group in shards.values() for slot in group]
+    total, written = sum(_nbytes(slot, itemsize) for slot in slots), 0
+    tensors = _read(checkpoint, slots)
     for file, group in shards.items():
         shapes = {slot.theirs: slot.shape for slot in group}
         with TensorWriter(directory / file, dtype, shapes) as writer:
             for slot in group:
-                if slot.ours != name:
-                    del array  # before the next is read
-                    name, array = slot.ours, read_array(checkpoint / WEIGHTS, slot.ours)
-                writer.write(slot.theirs, in_their_order(array[slot.place], slot.order))
+                writer.write(slot.theirs, next(tensors))
                 written += _nbytes(slot, itemsize)
                 if progress is not None:
                     progress(written, total)
+
+
+def _read(checkpoint: Path, slots: list[Slot]) -> Iterator[np.ndarray]:
+    """The tensors of slots, in turn. Those of one array follow each other.
+
+    Raises:
+        CheckpointError: an array cannot be read.
+    """
+    for name, group in itertools.groupby(slots, key=lambda slot: slot.ours):
+        mine = list(group)
+        stacked = isinstance(mine[0].place[0], int)
+        try:
+            array = open_arrays(checkpoint / WEIGHTS)[name]
+            for block in read_blocks(name, array, whole=not stacked):
+                _, start, rows = block
+                del block
+                for slot in mine:
+                    layer, *place = slot.place
+                    if not isinstance(layer, int):
+                        yield in_their_order(rows[slot.place], slot.order)
+                    elif start <= layer < start + len(rows):
+                        yield in_their_order(rows[(layer - start, *place)], slot.order)
+                del rows  # before the next is read
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                f"The array {name} of the checkpoint at {checkpoint} cannot be read: "
+                f"{why_not_written(error)}. Copy or save it again."
+            ) from error
 
 
 def _write_json(file: Path, data: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from checkpoints.hf_files import StoredTensor
 from checkpoints.hf_integers import Settings, raw
+from checkpoints.integers import row_blocks
 from checkpoints.manifest import CheckpointError
 from checkpoints.stored import ALL
 
@@ -66,14 +67,19 @@ class FloatMatrix:
 
     def read_into(self, out: np.ndarray, part: slice = ALL) -> None:
         """Reads it: the products, computed in float32, rounded to the array's dtype."""
-        scale = raw(self.scale).astype(np.float32)
-        if self.square is not None:
-            rows, inputs = self.square
-            scale = scale.repeat(rows, axis=0).repeat(inputs, axis=1)
-            scale = scale[: self.shape[0], : self.shape[1]]
-        else:
-            scale = scale.reshape(-1, 1)
-        out[part] = raw(self.weight).astype(np.float32) * scale
+        weight, scale, out = raw(self.weight), raw(self.scale).astype(np.float32), out[part]
+        if self.square is None:
+            scale = np.broadcast_to(scale.reshape(-1, 1), (len(weight), 1))
+        for rows in row_blocks(*weight.shape):
+            of_rows = scale[rows] if self.square is None else self._of_squares(scale, rows)
+            out[rows] = weight[rows].astype(np.float32) * of_rows
+
+    def _of_squares(self, scale: np.ndarray, rows: slice) -> np.ndarray:
+        """The scale of each number of some rows, of scales of squares."""
+        assert self.square is not None
+        height, inputs = self.square
+        which = np.arange(self.shape[0])[rows] // height
+        return scale[which].repeat(inputs, axis=1)[:, : self.shape[1]]
 
 
 def read_fp8(settings: Settings, tensors: dict[str, StoredTensor]) -> dict:

@@ -32,7 +32,7 @@ from checkpoints.hf_integers import (
     raw,
     scale_type,
 )
-from checkpoints.integers import IntegerMatrix, Integers
+from checkpoints.integers import IntegerMatrix
 from checkpoints.manifest import CheckpointError
 from ffjax.formats import int4
 
@@ -66,7 +66,8 @@ def read_gptq(settings: Settings, tensors: dict[str, StoredTensor]) -> dict[str,
             (out, inputs),
             sum(part.nbytes for part in parts),
             int4(size, scale_type(settings, scales), None if symmetric else "zero"),
-            functools.partial(_read, settings, *parts, size, less_one, symmetric, order),
+            functools.partial(_numbers, weight, order),
+            functools.partial(_scale, settings, zeros, scales, inputs, size, less_one, symmetric),
             order,
         )
     return matrices
@@ -88,23 +89,24 @@ def _order(settings: Settings, index: StoredTensor, inputs: int, groups: int) ->
     return order
 
 
-def _read(
+def _numbers(weight: StoredTensor, order: np.ndarray | None) -> np.ndarray:
+    numbers = nibbles(raw(weight).T, 1)
+    return numbers if order is None else numbers[:, order]
+
+
+def _scale(
     settings: Settings,
-    weight: StoredTensor,
     zeros: StoredTensor,
     scales: StoredTensor,
+    inputs: int,
     size: int,
     less_one: bool,
     symmetric: bool,
-    order: np.ndarray | None,
-) -> Integers:
-    numbers = np.ascontiguousarray(nibbles(raw(weight), 0).T)
-    if order is not None:
-        numbers = numbers[:, order]
+) -> np.ndarray:
     second = nibbles(raw(zeros), 1).T  # [out, groups]
     if less_one:
         second = (second + 1) & 15
-    scale = of_our_groups(kept_scales(settings, scales).T, numbers.shape[1], size)
+    scale = of_our_groups(kept_scales(settings, scales).T, inputs, size)
     if symmetric:
         if (second != 8).any():
             raise CheckpointError(
@@ -112,6 +114,6 @@ def _read(
                 f"{zeros.name} says otherwise. If the model is not symmetric, set sym to false "
                 "there."
             )
-        return Integers(numbers, np.ascontiguousarray(scale))
-    beside = of_our_groups(second.astype(scale.dtype), numbers.shape[1], size)
-    return Integers(numbers, np.stack([scale, beside], axis=-1))
+        return np.ascontiguousarray(scale)
+    beside = of_our_groups(second.astype(scale.dtype), inputs, size)
+    return np.stack([scale, beside], axis=-1)

@@ -199,9 +199,9 @@ def convert_hf(
 ) -> Conversion:
     """Makes a checkpoint of a Hugging Face folder.
 
-    Tensors go from the files to one of our arrays at a time: the host never holds more than
-    the largest of them, and the chunks in which it is written. As with `save`, an error or
-    Ctrl-C leaves nothing half-written at `path`.
+    Tensors go from the files to some layers of one of our arrays at a time: the host holds
+    these, or the embedding, and the chunks in which they are written, however many layers there
+    are. As with `save`, an error or Ctrl-C leaves nothing half-written at `path`.
 
     Args:
         directory: the folder: `config.json`, safetensors in one file or in shards, and the

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints.hf_files import StoredTensor, fill
-from checkpoints.integers import IntegerMatrix, Integers, with_offset
+from checkpoints.integers import IntegerMatrix, with_offset
 from checkpoints.manifest import CheckpointError
 from ffjax.formats import GROUP_SIZES, ScaleType, WeightFormat
 
@@ -110,14 +110,15 @@ def nibbles(words: np.ndarray, axis: int, order: Collection[int] = range(8)) -> 
         axis: 0 or 1, of two.
         order: which of the eight each nibble is, the lowest one first.
     """
-    words = words.view(np.uint32)
-    parts: dict[int, np.ndarray] = {}
-    for nibble, which in enumerate(order):
-        parts[which] = (words >> np.uint32(4 * nibble) & np.uint32(15)).astype(np.uint8)
-    stacked = np.stack([parts[i] for i in range(8)], axis=axis + 1)
+    parts = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(*words.shape, 4)
     shape = list(words.shape)
+    made = np.empty((*shape[: axis + 1], 8, *shape[axis + 1 :]), np.uint8)
+    eights = np.moveaxis(made, axis + 1, -1)
+    for nibble, which in enumerate(order):
+        part = parts[..., nibble // 2]
+        eights[..., which] = part >> 4 if nibble % 2 else part & 15
     shape[axis] *= 8
-    return stacked.reshape(shape)
+    return made.reshape(shape)
 
 
 def scale_type(settings: Settings, tensor: StoredTensor) -> ScaleType:
@@ -207,7 +208,8 @@ class MatrixOfTensors:
         shape: `[out, in]`.
         nbytes: of all its tensors.
         format: how it is stored, as ours.
-        made: reads it.
+        read_numbers: reads its integers, as `IntegerMatrix.numbers`.
+        read_scale: reads its scales, in its own format.
         order: of the inputs as they are read, where that is none of the matrix; such a matrix is
             made whole.
     """
@@ -217,12 +219,17 @@ class MatrixOfTensors:
     shape: tuple[int, ...]
     nbytes: int
     format: WeightFormat
-    made: Callable[[], Integers]
+    read_numbers: Callable[[], np.ndarray]
+    read_scale: Callable[[], np.ndarray]
     order: np.ndarray | None = None
 
-    def read(self, format: WeightFormat) -> Integers:
-        """Its numbers in a format of ours; see `IntegerMatrix`."""
-        return with_offset(self.made(), self.format, format, self.name)
+    def numbers(self) -> np.ndarray:
+        """Its integers; see `IntegerMatrix`."""
+        return self.read_numbers()
+
+    def scale(self, format: WeightFormat) -> np.ndarray:
+        """Its scales in a format of ours; see `IntegerMatrix`."""
+        return with_offset(self.read_scale(), self.format, format, self.name)
 
 
 Reader = Callable[[Settings, dict[str, StoredTensor]], dict[str, IntegerMatrix]]

@@ -15,18 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
-from checkpoints.arrays import lay_out, write_array
+from checkpoints.arrays import write_blocks
 from checkpoints.atomic import written_beside
+from checkpoints.blocks import Block, ranges
 from checkpoints.hf_files import dtype_name, some
 from checkpoints.hf_table import Slot
 from checkpoints.host_arrays import empty
 from checkpoints.integers import Kept
 from checkpoints.manifest import WEIGHTS, CheckpointError, Manifest
 from checkpoints.places import check_free
+from checkpoints.placing import Placing, is_host
 from checkpoints.reordered import Reordered
 from checkpoints.skeleton import array_shapes, nested, skeleton
 from checkpoints.stored import Stored
@@ -40,6 +41,7 @@ __all__ = [
     "check_tensors",
     "load_incoming",
     "rounding_note",
+    "say_rounded",
     "write_incoming",
 ]
 
@@ -162,45 +164,76 @@ class Incoming(abc.ABC):
         counts = self._counted(x for x in self.tensors.values() if not isinstance(x, Kept))
         return {name: count for name, count in counts.items() if name not in held}
 
-    def arrays(
-        self, dtype: Any, progress: Callable[[int], None] | None = None
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """Our arrays, filled from the files by several threads.
+    def blocks(
+        self, dtype: Any, progress: Callable[[int], None] | None = None, *, whole: bool = False
+    ) -> Iterator[Block]:
+        """The blocks of our arrays, each filled from the files by several threads.
 
-        One array exists at a time, as long as the caller keeps no other.
+        One exists at a time, as long as the caller keeps no other. Those of integers and of their
+        scales come in turn, since some files have both in one place.
 
         Args:
             dtype: bfloat16 or float32.
             progress: is told, after each tensor, the bytes that were read.
+            whole: whether each array comes as one block.
         """
+        shapes = array_shapes(self.config, dtype)
         pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
         try:
-            for name, shape in array_shapes(self.config, dtype).items():
-                array = empty(shape.shape, shape.dtype)
-                under_way = [
-                    (tensor, [pool.submit(tensor.read_into, out, part) for part in parts])
-                    for tensor, out, parts in self._pieces(name, array)
-                ]
-                for tensor, reads in under_way:
-                    for read in reads:
-                        read.result()
-                    if progress is not None:
-                        progress(tensor.nbytes)
-                del under_way
-                yield name, array
-                del array  # before the next is allocated
+            for name, leaf in shapes.items():
+                scale = f"{name}_scale"
+                if name.removesuffix("_scale") in shapes.keys() - {name}:
+                    continue  # it has come with its integers
+                names = [name, scale] if scale in shapes else [name]
+                every = [(0, leaf.shape[0])]
+                # Rows that are no layers are those of a tensor, which is read together.
+                stacked = isinstance(self.slots[name][0].place[0], int)
+                parts = ranges(leaf.shape, leaf.dtype) if stacked else every
+                for start, stop in every if whole else parts:
+                    for one in names:
+                        shape, numbers_dtype = shapes[one].shape[1:], shapes[one].dtype
+                        numbers = empty((stop - start, *shape), numbers_dtype)
+                        # Part by part, since what a tensor takes while it is read adds up.
+                        for a, b in (part for part in parts if start <= part[0] < stop):
+                            self._fill(pool, one, a, numbers[a - start : b - start], progress)
+                        yield Block(one, start, numbers)
+                        del numbers  # before the next is allocated
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def _fill(
+        self,
+        pool: ThreadPoolExecutor,
+        name: str,
+        start: int,
+        out: np.ndarray,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        """Reads rows of one of our arrays, from `start` on, into an array of them alone."""
+        under_way = [
+            (tensor, [pool.submit(tensor.read_into, into, part) for part in tensor.parts()])
+            for tensor, into in self._pieces(name, start, out)
+        ]
+        for tensor, reads in under_way:
+            for read in reads:
+                read.result()
+            if progress is not None:
+                progress(tensor.nbytes)
+
     def _pieces(
-        self, name: str, array: np.ndarray
-    ) -> Iterator[tuple[Stored, np.ndarray, list[slice]]]:
-        """Of every tensor of one of our arrays: where it goes, and its parts."""
+        self, name: str, start: int, out: np.ndarray
+    ) -> Iterator[tuple[Stored, np.ndarray]]:
+        """Every tensor of some rows of one of our arrays, and where it goes among them."""
         for slot in self.slots[name]:
+            place = slot.place
+            if isinstance(layer := place[0], int):
+                if not start <= layer < start + len(out):
+                    continue
+                place = (layer - start, *place[1:])
             tensor = self.tensors[slot.theirs]
             if slot.order is not None:
                 tensor = Reordered(tensor, slot.order)
-            yield tensor, array[slot.place], tensor.parts()
+            yield tensor, out[place]
 
 
 def check_tensors(
@@ -253,7 +286,7 @@ def check_tensors(
 def load_incoming(incoming: Incoming, dtype: Any) -> Transformer:
     """Loads a model onto the default device.
 
-    Beside the model on the device, the host holds one of its arrays at a time.
+    Beside the model on the device, the host holds a block or two of its arrays at a time.
 
     Args:
         incoming: the model.
@@ -262,17 +295,22 @@ def load_incoming(incoming: Incoming, dtype: Any) -> Transformer:
     Raises:
         CheckpointError: a file was cut short since it was opened.
     """
-    if rounded := incoming.rounded(dtype):
-        _log.info("%s: %s.", incoming.config.name, rounding_note(rounded, dtype))
+    say_rounded(incoming, dtype)
     model = skeleton(incoming.config, dtype)
     state = nnx.state(model, nnx.Param)
-    weights = {}
-    for name, array in incoming.arrays(dtype):
-        weights[name] = jax.device_put(array)
-        del array
-    nnx.replace_by_pure_dict(state, nested(weights))
+    placing = Placing(array_shapes(incoming.config, dtype))
+    for block in incoming.blocks(dtype, whole=is_host()):
+        placing.put(block)
+        del block  # before the next is read
+    nnx.replace_by_pure_dict(state, nested(placing.arrays))
     nnx.update(model, state)
     return model
+
+
+def say_rounded(incoming: Incoming, dtype: Any) -> None:
+    """Logs how many tensors a dtype cannot hold exactly, if there are any."""
+    if rounded := incoming.rounded(dtype):
+        _log.info("%s: %s.", incoming.config.name, rounding_note(rounded, dtype))
 
 
 def rounding_note(rounded: dict[str, int], dtype: Any) -> str:
@@ -337,10 +375,8 @@ def write_incoming(
     source = incoming.source(dtype, ignored)
     manifest = Manifest(config=incoming.config, dtype=dtype.name, source=source, files={})
     with written_beside(path, lambda: check_free(path, overwrite)) as partial:
-        lay_out(partial / WEIGHTS, array_shapes(incoming.config, dtype))
-        for name, array in incoming.arrays(dtype, count):
-            write_array(partial / WEIGHTS, name, array)
-            del array
+        shapes = array_shapes(incoming.config, dtype)
+        write_blocks(partial / WEIGHTS, shapes, incoming.blocks(dtype, count))
         companions = incoming.keep_companions(partial)
         manifest.write(partial)
     return Conversion(

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from checkpoints.arrays import lay_out, open_arrays, read_opened, write_array
+from checkpoints.arrays import open_arrays, read_blocks, write_blocks
 from checkpoints.atomic import why_not_written, written_beside
+from checkpoints.blocks import Block, blocks_of
 from checkpoints.gguf import is_gguf, write_tokenizer
 from checkpoints.hf_import import keep_companions
 from checkpoints.incoming import load_incoming
@@ -35,12 +34,28 @@ from checkpoints.manifest import (
 )
 from checkpoints.opening import comes_in, open_incoming
 from checkpoints.places import check_free, model_path, real_path
-from checkpoints.skeleton import flat, nested, quantized_arrays, skeleton, weights_of
+from checkpoints.placing import Placing, is_host
+from checkpoints.skeleton import (
+    array_shapes,
+    flat,
+    nested,
+    quantized_arrays,
+    skeleton,
+    weights_of,
+)
 from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 from ffjax.settings import own_settings
 
-__all__ = ["SHIPPED_MODEL", "load", "save", "tokenizer_at", "tokenizer_directory"]
+__all__ = [
+    "SHIPPED_MODEL",
+    "load",
+    "read_checkpoint",
+    "save",
+    "tokenizer_at",
+    "tokenizer_directory",
+    "write_checkpoint",
+]
 
 SHIPPED_MODEL: Path = Path(__file__).parent / "shipped"
 """The trained model that is installed with the package; see MODEL_CARD.md."""
@@ -63,7 +78,7 @@ def save(
     Everything is written beside `path` and renamed to it at the end: an error, a full disk,
     Ctrl-C, SIGTERM or SIGHUP leaves nothing half-written, and a checkpoint that was at `path` as
     it was. What a process leaves that was killed, the next save to `path` removes. The host holds
-    a copy of one array at a time.
+    a copy of a layer of one array at a time, or of some layers.
 
     Args:
         model: the model, its weights all bfloat16 or all float32, but for quantized ones.
@@ -106,13 +121,39 @@ def _save(
 ) -> None:
     weights = weights_of(nnx.state(model, nnx.Param))
     dtype = _dtype_of(weights, model.config)
+    arrays = flat(weights)
+    blocks = (block for name, array in arrays.items() for block in blocks_of(name, array))
     manifest = Manifest(config=model.config, dtype=dtype, source=source, files={})
+    write_checkpoint(manifest, arrays, blocks, path, tokenizer, overwrite=overwrite)
+
+
+def write_checkpoint(
+    manifest: Manifest,
+    shapes: Mapping[str, Any],
+    blocks: Iterable[Block],
+    path: Path,
+    tokenizer: Path | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Makes a checkpoint of a model that comes block by block; see `save`.
+
+    Args:
+        manifest: what is to be said of it; its files are filled in.
+        shapes: shape and dtype of every array by its dotted name.
+        blocks: all blocks of them.
+        path: the checkpoint to make, in full.
+        tokenizer: where the tokenizer's files lie; None: there are none.
+        overwrite: as in `save`.
+
+    Raises:
+        FileExistsError: as `save`.
+        NotWrittenError: as `save`.
+        TypeError: as `save`.
+    """
     manifest.to_json()  # a source that cannot be kept is refused before the weights are written
     with written_beside(path, lambda: check_free(path, overwrite)) as partial:
-        arrays = flat(weights)
-        lay_out(partial / WEIGHTS, arrays)
-        for name, array in arrays.items():
-            write_array(partial / WEIGHTS, name, np.asarray(array))
+        write_blocks(partial / WEIGHTS, shapes, blocks)
         if tokenizer is not None:
             keep_companions(tokenizer, partial)
         manifest.write(partial)
@@ -129,8 +170,9 @@ def load(
     """Loads a model: from a checkpoint, or straight from a Hugging Face folder or a GGUF file.
 
     The weights are restored into the places of a model that was never allocated, on
-    the default device: no second copy of them exists at any time. Beside it the host holds an
-    array that is read, and the one before it as long as it is on its way.
+    the default device: no second copy of them exists at any time. Beside it the host holds some
+    layers of an array that are read, and those before as long as they are on their way; the device
+    holds these twice.
 
     Args:
         path: the directory of a checkpoint, or of a Hugging Face model: `config.json`
@@ -169,19 +211,58 @@ def load(
             f"{path} is neither. Leave them out."
         )
     manifest = Manifest.read(path)
-    manifest.check_files(path)
-    stored = skeleton(manifest.config, manifest.dtype)
-    model = stored if dtype is None else skeleton(manifest.config, dtype)
+    model = skeleton(manifest.config, manifest.dtype if dtype is None else dtype)
     state = nnx.state(model, nnx.Param)
-    wanted = flat(weights_of(nnx.state(stored, nnx.Param)))
     targets = flat(weights_of(state))
-    weights: dict[str, Any] = {}
+    stored = targets if dtype is None else array_shapes(manifest.config, manifest.dtype)
+    placing = Placing(targets)
+    for block in _read(path, manifest, stored, targets, whole=is_host()):
+        placing.put(block)  # on its way to the device while the next is read
+        del block
+    nnx.replace_by_pure_dict(state, nested(placing.arrays))
+    nnx.update(model, state)
+    return model
+
+
+def read_checkpoint(path: Path) -> tuple[Manifest, Iterator[Block]]:
+    """What a checkpoint says of itself, and its arrays, block by block, as they are stored.
+
+    Args:
+        path: the checkpoint, in full.
+
+    Raises:
+        CheckpointError: it is none, or a damaged one. What the numbers show is found when they are
+            read.
+    """
+    manifest = Manifest.read(path)
+    shapes = array_shapes(manifest.config, manifest.dtype)
+    return manifest, _read(path, manifest, shapes, shapes, whole=False)
+
+
+def _read(
+    path: Path,
+    manifest: Manifest,
+    stored: Mapping[str, Any],
+    targets: Mapping[str, Any],
+    *,
+    whole: bool,
+) -> Iterator[Block]:
+    """The arrays of a checkpoint, block by block, cast to the dtypes of others of their shapes.
+
+    Args:
+        path: the checkpoint.
+        manifest: what it says of itself.
+        stored: shape and dtype of every array by its dotted name, as the manifest has them.
+        targets: by dotted name, each with a `dtype`.
+        whole: whether each array comes as one block.
+    """
+    manifest.check_files(path)
     try:
         arrays = open_arrays(path / WEIGHTS)
-        _check_arrays(path, arrays, wanted)
+        _check_arrays(path, arrays, stored)
         for name, array in arrays.items():
-            # On its way to the device while the next is read.
-            weights[name] = jax.device_put(read_opened(array, targets[name].dtype))
+            dtype = targets[name].dtype
+            yield from read_blocks(name, array, dtype, whole=whole)
     except (ValueError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -189,9 +270,6 @@ def load(
             f"The checkpoint at {path} is damaged: its weights cannot be read "
             f"({why_not_written(error)}). Copy or save it again."
         ) from error
-    nnx.replace_by_pure_dict(state, nested(weights))
-    nnx.update(model, state)
-    return model
 
 
 def tokenizer_directory(path: str | Path) -> Path | None:
@@ -251,7 +329,7 @@ def _one(leaf: Any) -> str:
     return "no such array" if leaf is None else f"{leaf.dtype.name}{list(leaf.shape)}"
 
 
-def _check_arrays(path: Path, arrays: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_arrays(path: Path, arrays: dict[str, Any], wanted: Mapping[str, Any]) -> None:
     """Whether the weights are those that the manifest promises, before any is read."""
     stored = {name: _one(array) for name, array in arrays.items()}
     expected = {name: _one(leaf) for name, leaf in wanted.items()}

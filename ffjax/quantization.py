@@ -25,10 +25,10 @@ from ffjax.formats import (
     int4,
 )
 from ffjax.model import Transformer
-from ffjax.rounding import expand, round_matrix
+from ffjax.rounding import all_finite, expand, not_finite, round_matrix
 from ffjax.settings import own_settings
 
-__all__ = ["Kind", "dequantize", "named_format", "quantize", "quantized_config"]
+__all__ = ["Kind", "dequantize", "named_format", "named_formats", "quantize", "quantized_config"]
 
 Kind = Literal["int8", "int4"]
 
@@ -55,6 +55,22 @@ def named_format(
         names = " or ".join(map(repr, get_args(Kind)))
         raise ValueError(f"Weights are quantized to {names}, got {kind!r}.")
     return INT8 if kind == "int8" else int4(group_size, scale_dtype, offset)
+
+
+def named_formats(
+    weights: Kind,
+    group_size: int = DEFAULT_GROUP,
+    head: Kind | None = None,
+    offset: Offset | None = None,
+) -> WeightFormats:
+    """The formats of a model's matrices, by name: what `quantize` takes.
+
+    Raises:
+        ValueError: there is no format of that name, or no group or offset as asked for.
+    """
+    asked = group_size, "bfloat16", offset
+    of_head = None if head is None else named_format(head, *asked)
+    return WeightFormats.of_layers(named_format(weights, *asked), of_head)
 
 
 def quantized_config(config: ModelConfig, formats: WeightFormats) -> ModelConfig:
@@ -139,9 +155,7 @@ def quantize(
             )
         formats = weights
     else:
-        asked = group_size, "bfloat16", offset
-        of_head = None if head is None else named_format(head, *asked)
-        formats = WeightFormats.of_layers(named_format(weights, *asked), of_head)
+        formats = named_formats(weights, group_size, head, offset)
     config = quantized_config(model.config, formats)
     arrays = _arrays(model)
     if formats.head is not None:
@@ -156,11 +170,8 @@ def quantize(
             progress(read, total)
 
     for place in places:
-        if not _all_finite(arrays[place]):
-            raise ValueError(
-                f"Integers stand for finite numbers only, and {place} of {config.name} holds "
-                "others. Is the model damaged?"
-            )
+        if not all_finite(arrays[place]):
+            raise not_finite(f"{place} of {config.name}")
     if calibration is not None:
         arrays |= calibrated_arrays(model, config, calibration, done)
         return _assembled(config, model.dtype, arrays)
@@ -218,11 +229,6 @@ def _assembled(config: ModelConfig, dtype: Any, arrays: dict[str, Array]) -> Tra
         param.set_value(array)
     nnx.update(model, nnx.from_flat_state(flat))
     return model
-
-
-@jax.jit  # one program, that a large array's flags need not exist
-def _all_finite(array: Array) -> Array:
-    return jnp.isfinite(array).all()
 
 
 @functools.partial(jax.jit, static_argnames="format")

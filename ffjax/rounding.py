@@ -15,12 +15,14 @@ from ffjax.formats import WeightFormat
 from ffjax.packing import INPUTS_A_WORD, ZERO, pack, unpack
 
 __all__ = [
+    "all_finite",
     "as_stored",
     "best_scales",
     "expand",
     "grouped_weights",
     "in_groups",
     "nearest",
+    "not_finite",
     "random_matrix",
     "round_matrix",
 ]
@@ -69,6 +71,23 @@ def round_matrix(weight: Array, format: WeightFormat) -> tuple[Array, Array]:
     groups = in_groups(weight.astype(jnp.float32), format)
     scale = best_scales(groups, format)
     return as_stored(nearest(groups, scale, format), scale, format)
+
+
+@jax.jit  # one program, that a large array's flags need not exist
+def all_finite(array: Array) -> Array:
+    """Whether all numbers of an array are finite, bool `[]`: those that can be rounded."""
+    return jnp.isfinite(array).all()
+
+
+def not_finite(what: str) -> ValueError:
+    """The error of a matrix that cannot be rounded.
+
+    Args:
+        what: it is.
+    """
+    return ValueError(
+        f"Integers stand for finite numbers only, and {what} holds others. Is the model damaged?"
+    )
 
 
 def in_groups(weight: Array, format: WeightFormat) -> Array:

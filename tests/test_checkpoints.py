@@ -22,6 +22,8 @@ from flax import nnx
 from jax.core import Tracer
 
 import checkpoints
+from checkpoints import placing
+from checkpoints.arrays import open_arrays
 from ffjax.config import ModelConfig, RopeScaling
 from ffjax.interrupts import interrupts_held_back
 from ffjax.model import Transformer
@@ -270,10 +272,43 @@ def test_reading_takes_no_orbax(saved):
 @pytest.mark.parametrize("most_bytes", [1, 1 << 30])
 def test_an_array_of_many_chunks_comes_back(tmp_path, monkeypatch, most_bytes):
     """Also where only two of them may be on their way."""
-    monkeypatch.setattr("checkpoints.arrays._CHUNK_BYTES", 100)
+    monkeypatch.setattr("checkpoints.blocks._CHUNK_BYTES", 100)
     monkeypatch.setattr("checkpoints.arrays._READ_BYTES", most_bytes)
     checkpoints.save(build(), tmp_path / "model")
     assert_same(checkpoints.load(tmp_path / "model"), build())
+
+
+@pytest.mark.parametrize("asked", [None, jnp.float32])
+def test_an_array_is_put_onto_a_device_block_by_block(tmp_path, monkeypatch, asked):
+    """As where a device has a memory of its own, with chunks that are less than a row."""
+    monkeypatch.setattr("checkpoints.blocks._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("checkpoints.blocks._BLOCK_BYTES", 3000)
+    checkpoints.save(build(), tmp_path / "model")
+    expected = checkpoints.load(tmp_path / "model", dtype=asked)
+    monkeypatch.setattr("checkpoints.store.is_host", lambda: False)
+    put, blocks = placing.Placing.put, []
+
+    def counted(self, block):
+        blocks.append(block.name)
+        put(self, block)
+
+    monkeypatch.setattr(placing.Placing, "put", counted)
+    assert_same(checkpoints.load(tmp_path / "model", dtype=asked), expected)
+    assert blocks.count("layers.qkv") == build().config.num_layers
+    assert blocks.count("layers.attn_norm") == 1
+
+
+def test_plain_orbax_reads_rows_of_several_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoints.blocks._CHUNK_BYTES", 1000)
+    checkpoints.save(build(), tmp_path / "model")
+    array = open_arrays(tmp_path / "model" / "weights")["layers.qkv"]
+    chunk = [size or 0 for size in array.chunk_layout.read_chunk.shape or ()]
+    assert chunk[0] == 1
+    assert 0 < chunk[1] < array.shape[1]
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = nnx.to_pure_dict(nnx.state(build()))
+        restored = checkpointer.restore(tmp_path / "model" / "weights", stored)
+    assert restored["layers"]["qkv"].tobytes() == weights(build())["['layers']['qkv']"].tobytes()
 
 
 def test_compressed_weights_are_read_as_orbax_reads_them():

@@ -1,6 +1,5 @@
 """A Hugging Face folder becomes the model it describes, or a sentence says why not."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -22,7 +21,7 @@ from reference_cases import quick_jit
 from test_checkpoints import assert_same, weights
 
 import checkpoints
-from checkpoints import arrays, hf_files
+from checkpoints import arrays, blocks, hf_files
 from ffjax.cli import main
 
 pytestmark = [
@@ -148,10 +147,15 @@ def test_odd_numbers_come_in_bit_by_bit(tmp_path):
     assert np.asarray(model.layers.mlp_norm[...]).tobytes() == (-zero).tobytes() * 2
 
 
-def test_arrays_of_many_chunks_are_the_same(sharded, tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "_CHUNK_BYTES", 700)
+@pytest.mark.parametrize("block", [1, 3000])
+def test_arrays_of_many_blocks_and_chunks_are_the_same(sharded, tmp_path, monkeypatch, block):
+    monkeypatch.setattr(blocks, "_CHUNK_BYTES", 700)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", block)
     checkpoints.convert_hf(sharded, tmp_path / "ours")
-    assert_same(checkpoints.load(tmp_path / "ours"), checkpoints.load(sharded))
+    whole = checkpoints.load(sharded)
+    assert_same(checkpoints.load(tmp_path / "ours"), whole)
+    monkeypatch.setattr("checkpoints.incoming.is_host", lambda: False)
+    assert_same(checkpoints.load(sharded), whole)
 
 
 def test_a_head_stored_beside_the_embedding_it_is_tied_to(tmp_path):
@@ -401,16 +405,16 @@ def test_nothing_is_replaced_unasked(sharded, tmp_path):
 
 
 def broken_off(monkeypatch, error: BaseException) -> None:
-    """The third array cannot be written any more."""
-    write, count = arrays.write_array, []
+    """The third block cannot be written any more."""
+    write, count = arrays._write, []
 
-    def fails(directory, name, array):
-        count.append(name)
+    def fails(store, start, numbers):
+        count.append(start)
         if len(count) == 3:
             raise error
-        write(directory, name, array)
+        write(store, start, numbers)
 
-    monkeypatch.setattr("checkpoints.incoming.write_array", fails)
+    monkeypatch.setattr("checkpoints.arrays._write", fails)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
@@ -458,7 +462,7 @@ def test_a_file_that_cannot_be_written_is_a_sentence(sharded, tmp_path):
 
 
 def test_ctrl_c_between_chunks_takes_effect(sharded, tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "_CHUNK_BYTES", 700)
+    monkeypatch.setattr(blocks, "_CHUNK_BYTES", 700)
     done = []
 
     def progress(read, total):
@@ -479,41 +483,7 @@ def test_progress_counts_every_byte_once(sharded, tmp_path):
     assert len(told) == len(MODELS["untied_stretched_rope"].weights())
 
 
-# Memory
-
-_WIDE = dataclasses.replace(
-    MODELS["tied"],
-    settings={
-        **MODELS["tied"].settings,
-        "hidden_size": 1024,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "vocab_size": 8192,
-    },
-)
-
-_PEAK = """
-import sys
-import types
-import weakref
-from pathlib import Path
-import checkpoints
-from checkpoints import arrays
-
-arrays._CHUNK_BYTES = 1 << 20
-
-def peak():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-tiny, wide, out = map(Path, sys.argv[1:])
-checkpoints.convert_hf(tiny, out / "a")
-before = peak()
-checkpoints.convert_hf(wide, out / "b")
-print(peak() - before)
-"""
+# Memory: see test_streaming.py as well
 
 
 def test_a_tensor_is_read_in_parts(sharded, tmp_path, monkeypatch):
@@ -535,37 +505,3 @@ def test_an_array_is_gone_before_the_next_is_made(sharded, tmp_path, monkeypatch
     monkeypatch.setattr("checkpoints.incoming.empty", empty)
     checkpoints.convert_hf(sharded, tmp_path / "ours")
     assert len(made) == 9
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_a_conversion_holds_one_array_at_a_time_and_not_the_model(tmp_path):
-    """Peak memory over that of a tiny conversion in the same process."""
-    wide = write_folder(tmp_path / "wide", _WIDE, tensors=_zeros(_WIDE), shards=4)
-    tiny = write_folder(tmp_path / "tiny")
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(tiny), str(wide), str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    grown = int(done.stdout)
-    model = sum(file.stat().st_size for file in wide.glob("*.safetensors"))
-    largest = 12 * 3 * 1024 * 1024 * 2  # qkv, and gate_up too
-    assert model > 2.8 * largest
-    # The array, and what TensorStore and the allocator keep at hand, some 50 MB of it.
-    assert grown < largest + 95_000_000 < 0.8 * model
-
-
-def _zeros(model) -> dict[str, np.ndarray]:
-    """Tensors of the model's shapes: no time is spent on drawing them."""
-    small = {**model.settings, "num_hidden_layers": 1}
-    layer = dataclasses.replace(model, settings=small).weights()
-    tensors = {}
-    for name, array in layer.items():
-        for i in range(model.settings["num_hidden_layers"] if ".layers.0." in name else 1):
-            mine = name.replace(".layers.0.", f".layers.{i}.")
-            tensors[mine] = array.astype(jnp.bfloat16)
-    return tensors

@@ -63,8 +63,8 @@ def write_adapter(
 def numbers(incoming: Incoming, dtype: Any) -> dict[str, np.ndarray]:
     """Every tensor of a model that comes in, by its name."""
     return {
-        slot.theirs: array[slot.place].copy()
-        for name, array in incoming.arrays(np.dtype(dtype))
+        slot.theirs: numbers[slot.place].copy()
+        for name, _, numbers in incoming.blocks(np.dtype(dtype), whole=True)
         for slot in incoming.slots[name]
     }
 
@@ -357,7 +357,7 @@ def test_a_quantized_model(tmp_path):
 
 
 def test_no_number_is_read_before_its_tensor_is(base, tmp_path, monkeypatch):
-    """What is merged is one of our arrays at a time; the matrices of others are on disk."""
+    """What is merged is a block of our arrays at a time; the matrices of others are on disk."""
     reads, read = [], lora_merge.Factors.read
 
     def counted(factors):
@@ -368,5 +368,7 @@ def test_no_number_is_read_before_its_tensor_is(base, tmp_path, monkeypatch):
     adapter = write_adapter(tmp_path / "lora", "every_matrix")
     incoming = merge_adapter(open_incoming(base), adapter, out=tmp_path / "out")
     assert reads == []
-    so_far = {name: len(reads) for name, _ in incoming.arrays(np.dtype(np.float32))}
-    assert sorted({*so_far.values()} - {0}) == [2, 4, 8, 14]
+    monkeypatch.setattr("checkpoints.blocks._BLOCK_BYTES", 1)
+    monkeypatch.setattr("checkpoints.blocks._CHUNK_BYTES", 1)
+    so_far = [len(reads) for _ in incoming.blocks(np.dtype(np.float32))]
+    assert sorted({*so_far} - {0}) == [1, 2, 3, 4, 6, 8, 11, 14]

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_folders import write_folder
+from hf_folders import tensors_of, write_folder
+from hf_models import MODELS
 from quantize_cases import FORMATS, MIXED, model_to_quantize, named_arrays, nbytes
 from reference_cases import random_tokens
 
@@ -151,6 +152,35 @@ def test_quantize_makes_a_checkpoint_that_everything_reads(tmp_path, capsys):
     assert report["quantized"] == "int4 in groups of 128: qkv, attn_out, gate_up, down"
     assert (report["dtype"], report["bits_per_byte"] < 2) == ("bfloat16", True)
     assert main(["generate", "--model", str(out), "--prompt", "x", "--max-new-tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "int8", "head": "int4", "group_size": 64},
+        {"weights": "int4", "head": "int8", "group_size": 32, "offset": "minimum"},
+    ],
+)
+def test_pieces_of_blocks_are_rounded_as_the_model_is(tmp_path, monkeypatch, options):
+    """The head is tied: it is rounded on its way, beside the embedding that stays."""
+    monkeypatch.setattr("checkpoints.blocks._CHUNK_BYTES", 100_000)
+    monkeypatch.setattr("checkpoints.blocks._BLOCK_BYTES", 200_000)
+    monkeypatch.setattr("checkpoints.quantizing._PIECE", 5_000)
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
+    arguments = [one for pair in pairs for one in pair]
+    shipped, out = checkpoints.SHIPPED_MODEL, tmp_path / "small"
+    assert main(["quantize", str(shipped), str(out), *arguments]) == 0
+    kind = options.pop("weights")
+    assert_same(checkpoints.load(out), quantize(checkpoints.load(shipped), kind, **options))
+
+
+def test_a_number_that_is_not_finite_is_a_sentence_and_leaves_nothing(tmp_path, capsys):
+    tensors = tensors_of(MODELS["tied"])
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 3] = np.inf
+    folder = write_folder(tmp_path / "hf", tensors=tensors)
+    assert main(["quantize", str(folder), str(tmp_path / "out"), "--weights", "int8"]) == 2
+    assert "layers.down of hf holds others" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["hf"]
 
 
 def test_group_and_head_reach_the_model_and_a_checkpoint_is_replaced_only_when_asked(

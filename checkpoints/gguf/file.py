@@ -177,8 +177,8 @@ def convert_gguf(
     Matrices of the layers, and a head of its own, whose tensors are all of the types Q4_0 and
     Q4_1, or all of Q8_0, keep their integers and scales. Other quantized tensors are made whole,
     and rounded to `dtype`; `ffjax.quantize` makes them small again. The tokenizer and the chat
-    template become the files of a Hugging Face folder. As with `convert_hf`, the host holds one
-    array at a time, and an error or Ctrl-C leaves nothing half-written at `path`.
+    template become the files of a Hugging Face folder. As with `convert_hf`, the host holds some
+    layers of one array at a time, and an error or Ctrl-C leaves nothing half-written at `path`.
 
     Args:
         file: the GGUF file, in one part.

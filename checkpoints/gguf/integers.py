@@ -14,7 +14,7 @@ import numpy as np
 
 from checkpoints.gguf.tensors import GGUFTensor
 from checkpoints.hf_files import fill
-from checkpoints.integers import Integers, with_offset
+from checkpoints.integers import with_offset
 from ffjax.formats import WeightFormat, int4
 
 __all__ = ["KEPT", "GGUFIntegers"]
@@ -65,8 +65,30 @@ class GGUFIntegers:
         """How it is stored, as ours."""
         return KEPT[self.tensor.dtype]
 
-    def read(self, format: WeightFormat) -> Integers:
-        """Its numbers in a format of ours; see `IntegerMatrix`."""
+    def numbers(self) -> np.ndarray:
+        """Its integers; see `IntegerMatrix`."""
+        stored = self._stored()[..., self._ends :]
+        if self.format.bits == 8:
+            return np.ascontiguousarray(stored).view(np.int8).reshape(self.shape)
+        made = np.empty((*stored.shape[:-1], _INPUTS), np.uint8)
+        made[..., : _INPUTS // 2] = stored & 15
+        made[..., _INPUTS // 2 :] = stored >> 4
+        return made.reshape(self.shape)
+
+    def scale(self, format: WeightFormat) -> np.ndarray:
+        """Its scales in a format of ours; see `IntegerMatrix`."""
+        stored = np.ascontiguousarray(self._stored()[..., : self._ends])
+        scale = stored.view(_HALF).astype(np.float16)
+        scale = scale if self.format.offset else scale[..., 0]
+        return with_offset(scale, self.format, format, self.name)
+
+    @property
+    def _ends(self) -> int:
+        """Bytes of a block before its integers."""
+        return 4 if self.format.offset else 2
+
+    def _stored(self) -> np.ndarray:
+        """Its blocks, uint8 `[out, blocks, bytes]`."""
         tensor = self.tensor
         rows, inputs = tensor.shape
         blocks = inputs // _INPUTS
@@ -78,13 +100,4 @@ class GGUFIntegers:
             half = rows // tensor.heads // 2
             stored = stored.reshape(tensor.heads, half, 2, blocks, -1).swapaxes(1, 2)
             stored = np.ascontiguousarray(stored).reshape(rows, blocks, -1)
-        count = 2 if self.format.offset else 1
-        ends = 2 * count
-        scale = np.ascontiguousarray(stored[..., :ends]).view(_HALF).astype(np.float16)
-        scale = scale if count == 2 else scale[..., 0]
-        if self.format.bits == 8:
-            numbers = np.ascontiguousarray(stored[..., ends:]).view(np.int8)
-        else:
-            numbers = np.concatenate([stored[..., ends:] & 15, stored[..., ends:] >> 4], axis=-1)
-        made = Integers(numbers.reshape(rows, inputs), scale)
-        return with_offset(made, self.format, format, self.name)
+        return stored

@@ -14,17 +14,27 @@ import argparse
 import hashlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ffjax.commands.folders import add_ignore_field, load_model, notes_on_stderr
+from ffjax.commands.folders import (
+    add_ignore_field,
+    check_nothing_ignored,
+    load_model,
+    notes_on_stderr,
+)
 from ffjax.commands.formats import KINDS, OFFSETS
 from ffjax.commands.options import share, whole
 from ffjax.formats import DEFAULT_GROUP, GROUP_SIZES
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from checkpoints.blocks import Block
     from ffjax.calibration import Calibration
     from ffjax.config import ModelConfig
+    from ffjax.formats import WeightFormats
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -105,10 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints what was made on stdout; the progress and the time on stderr."""
     import checkpoints
-    from checkpoints.opening import comes_in, open_incoming
     from checkpoints.places import check_apart, check_free, model_path, real_path
-    from ffjax.commands.progress import byte_bar
-    from ffjax.quantization import quantize
+    from ffjax.commands.progress import byte_bar, peak_host_memory
 
     start = time.perf_counter()
     path, out = model_path(args.model), real_path(args.out)
@@ -122,36 +130,131 @@ def run(args: argparse.Namespace) -> int:
     texts = _read(args)
     check_apart(out, path)
     check_free(out, args.overwrite)
-    if comes_in(path):
-        with notes_on_stderr("quantize", said=True):  # loading says them
-            incoming = open_incoming(path, ignore_fields=args.ignore_field, integers=False)
-        source = incoming.source("bfloat16", args.ignore_field)
-    else:
-        source = checkpoints.Manifest.read(path).source
-    with checkpoints.tokenizer_at(path) as tokenizer:
-        model = load_model(args, path, integers=False)  # to be rounded anew
-        name = model.config.name
-        group = DEFAULT_GROUP if args.group_size is None else args.group_size
-        made_from: dict[str, Any] = {"format": "quantized", "of": {"name": name, "source": source}}
-        calibration = None
+    given = _open(args, path)
+    made_from = {"format": "quantized", "of": {"name": given.config.name, "source": given.source}}
+    with checkpoints.tokenizer_at(path) as tokenizer, byte_bar("quantize") as progress:
         if texts:
-            calibration = _calibration(args, texts, model.config)
-            files = [{"name": Path(n).name, "sha256": _digest(text)} for n, text in texts.items()]
-            made_from = {**made_from, "calibration": {**calibration.to_dict(), "texts": files}}
-        with byte_bar("quantize") as progress:
-            how = {"head": args.head, "offset": args.offset, "progress": progress}
-            model = quantize(model, args.weights, group, calibration=calibration, **how)
-        checkpoints.save(
-            model,
-            out,
-            source=made_from,
-            tokenizer_from=tokenizer,
+            formats = _calibrated(args, given, texts, made_from, tokenizer, progress)
+        else:
+            formats = _streamed(args, given, made_from, tokenizer, progress)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{args.out}: {given.config.name}, {formats}; {size:,} bytes")
+    peak = peak_host_memory()
+    took = f"{time.perf_counter() - start:.1f} s"
+    print(
+        f"quantize took {took}" + (f" and {peak / 1e9:.2f} GB of host memory" if peak else ""),
+        file=sys.stderr,
+    )
+    return 0
+
+
+class _Given(NamedTuple):
+    """The model that there is, its numbers not yet read.
+
+    Attributes:
+        config: its configuration, of whole numbers.
+        dtype: of its weights.
+        source: where they come from, for the manifest.
+        blocks: of its arrays.
+    """
+
+    config: ModelConfig
+    dtype: np.dtype
+    source: dict[str, Any] | None
+    blocks: Iterator[Block]
+
+
+def _open(args: argparse.Namespace, path: Path) -> _Given:
+    """Opens the model; what there is to say of a folder is on stderr.
+
+    Raises:
+        FileNotFoundError: there is nothing at that path.
+        ValueError: it is damaged or not supported; or fields are to be ignored, and it is a
+            checkpoint.
+        NotImplementedError: a package that it needs is not installed.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    from checkpoints.incoming import say_rounded
+    from checkpoints.opening import comes_in, open_incoming
+    from checkpoints.store import read_checkpoint
+
+    if not comes_in(path):
+        if path.exists():
+            check_nothing_ignored(args, str(path))
+        manifest, blocks = read_checkpoint(path)
+        return _Given(manifest.config, np.dtype(manifest.dtype), manifest.source, blocks)
+    dtype = np.dtype(jnp.bfloat16)
+    with notes_on_stderr("quantize"):
+        incoming = open_incoming(path, ignore_fields=args.ignore_field, integers=False)
+        say_rounded(incoming, dtype)
+    source = incoming.source(dtype, args.ignore_field)
+    return _Given(incoming.config, dtype, source, incoming.blocks(dtype))
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """The formats that were asked for, as `ffjax.quantize` takes them."""
+    group = DEFAULT_GROUP if args.group_size is None else args.group_size
+    how = {"group_size": group, "head": args.head, "offset": args.offset}
+    return {"weights": args.weights, **how}
+
+
+def _streamed(
+    args: argparse.Namespace,
+    given: _Given,
+    made_from: dict[str, Any],
+    tokenizer: Path | None,
+    progress: Callable[[int, int], None],
+) -> WeightFormats:
+    """Makes the checkpoint block by block, without a model in memory; returns its formats."""
+    from checkpoints.manifest import Manifest
+    from checkpoints.places import real_path
+    from checkpoints.quantizing import quantized_blocks
+    from checkpoints.skeleton import array_shapes
+    from checkpoints.store import write_checkpoint
+    from ffjax.quantization import named_formats, quantized_config
+    from ffjax.settings import own_settings
+
+    config = quantized_config(given.config, named_formats(**_asked(args)))
+    with own_settings():
+        write_checkpoint(
+            Manifest(config=config, dtype=given.dtype.name, source=made_from, files={}),
+            array_shapes(config, given.dtype),
+            quantized_blocks(given.config, config, given.blocks, given.dtype, progress),
+            real_path(args.out),
+            tokenizer,
             overwrite=args.overwrite,
         )
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{args.out}: {name}, {model.config.weights}; {size:,} bytes")
-    print(f"quantize took {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    return 0
+    return config.weights
+
+
+def _calibrated(
+    args: argparse.Namespace,
+    given: _Given,
+    texts: dict[str, bytes],
+    made_from: dict[str, Any],
+    tokenizer: Path | None,
+    progress: Callable[[int, int], None],
+) -> WeightFormats:
+    """Makes the checkpoint of a model that reads the texts, on the device; returns its formats."""
+    import checkpoints
+    from checkpoints.places import model_path, real_path
+    from ffjax.quantization import quantize
+
+    model = load_model(args, model_path(args.model), said=True, integers=False)
+    calibration = _calibration(args, texts, given.config)
+    files = [{"name": Path(name).name, "sha256": _digest(text)} for name, text in texts.items()]
+    made_from = {**made_from, "calibration": {**calibration.to_dict(), "texts": files}}
+    model = quantize(model, **_asked(args), calibration=calibration, progress=progress)
+    checkpoints.save(
+        model,
+        real_path(args.out),
+        source=made_from,
+        tokenizer_from=tokenizer,
+        overwrite=args.overwrite,
+    )
+    return model.config.weights
 
 
 # What is said of a calibration, by the options' names.
