@@ -21,10 +21,7 @@ MODEL = LAYERS * 5_242_880  # bytes of the layers' matrices in bfloat16
 LARGEST = LAYERS * 2 * 1024 * 512 * 2  # of those gate_up's, the largest array
 
 pytestmark = [
-    pytest.mark.once(
-        "What is held while files are read and written is ours, and TensorStore's.",
-        sample=["test_a_job_holds_less_than_half_of_an_array[convert]"],
-    ),
+    pytest.mark.once("What is held while files are read and written is ours, and TensorStore's."),
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),
 ]
 
