@@ -394,6 +394,15 @@ class StreamPlan:
         """Whether activations are handed over two a word: where a tile has two hidden ones."""
         return not self.chunked and self.segments[Segment.GATE_UP].rows >= 4
 
+    def holds_words(self, part: SegmentPlan) -> bool:
+        """Whether threads hold a segment's activations as the words that they come in.
+
+        Else they hold them as float32 until the fragments are made of them. Of more pieces than
+        these two are more than 255 registers: 70B in int4 with 8 sequences spilled 5.2 KB a thread.
+        To part words twice takes longer than once, where there is room.
+        """
+        return self.half2 and part.pieces > MAX_PIECES and self.product_warps == self.num_warps
+
     @property
     def threads(self) -> int:
         """Threads of a program."""
