@@ -102,13 +102,12 @@ def norm_weights(
     Two bfloat16 a word; 0 beyond the row; of a single sequence, ones where it is not normed.
     """
     plan, d = env.plan, env.dims
-    first, size = first_input(plan, part), d.model_dim
     is_head, before = segment == Segment.HEAD, env.features.pre_norm
     is_normed = is_head
     if before:
         is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
     if env.interpret:
-        refs = _refs(env)
+        refs, first, size = _refs(env), first_input(plan, part), d.model_dim
         elements = [first + x + j for x in distances(plan, part) for j in range(PIECE)]
 
         def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
@@ -124,7 +123,7 @@ def norm_weights(
         words = [packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
     else:
         row = _row(env, part, segment, layer)
-        words = ptx.load_pieces(row.weights, distances(plan, part), row.there)
+        words = ptx.load_pieces(*row.weights, distances(plan, part), row.there)
     if not plan.chunked:  # attention's output is collected elsewhere
         return words, None if before else is_head
     return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed

@@ -404,6 +404,11 @@ class StreamPlan:
         return self.half2 and part.pieces > MAX_PIECES and self.product_warps == self.num_warps
 
     @property
+    def wide(self) -> bool:
+        """Whether rows are so wide that fragments take half of a thread's registers."""
+        return any(map(self.holds_words, self.segments.values()))
+
+    @property
     def threads(self) -> int:
         """Threads of a program."""
         return 32 * self.num_warps

@@ -328,12 +328,22 @@ def _write_pieces(b: Block, *registers: Register, places: tuple[int, ...]) -> No
 _load_pieces = Operation("ffjax_load_pieces", _write_pieces)
 
 
-def load_pieces(row: Choice, places: Sequence[int], there: Array) -> list[Array]:
+def load_pieces(
+    refs: Sequence[Any],
+    beyond: Sequence[Array],
+    offset: Array,
+    places: Sequence[int],
+    there: Array,
+) -> list[Array]:
     """Loads pieces of 8 neighbouring bfloat16 that nobody writes, from one of several arrays.
 
+    Which array is no matter of branches: behind one, what was loaded would be waited for.
+
     Args:
-        row: of bfloat16 arrays, which count as flat; where each thread's first piece begins,
-            multiples of 8 elements.
+        refs: bfloat16 arrays; they count as flat.
+        beyond: bool `[threads]`, one for each array but the first: the last one whose condition
+            holds is read, or the first.
+        offset: int32 `[threads]`, where each thread's first piece begins: multiples of 8 elements.
         places: elements from there to each of its pieces, multiples of 8.
         there: int32 `[threads]`, how many pieces the thread has.
 
@@ -341,4 +351,4 @@ def load_pieces(row: Choice, places: Sequence[int], there: Array) -> list[Array]
         Words of two, int32 `[threads]`, 4 a piece; 0 for those that are not there.
     """
     results = ["int32"] * (4 * len(places))
-    return _load_pieces(row, there, results=results, places=tuple(places))
+    return _load_pieces(Choice(refs, beyond, offset), there, results=results, places=tuple(places))
