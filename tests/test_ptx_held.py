@@ -242,7 +242,10 @@ EDITS: list[tuple[str, tuple[str, str]]] = [
     ("normed, 8", ("fma.rn.f32 sum_2, value, value, sum_2 #3", "")),
     ("normed, 8", ("bar.sync 0", "")),
     # What comes where.
-    ("plain, 16", ("cvt.rn.bf16x2.f32 *, value_2, value_1", "cvt.rn.bf16x2.f32 *, value_1, value_2")),
+    (
+        "plain, 16",
+        ("cvt.rn.bf16x2.f32 *, value_2, value_1", "cvt.rn.bf16x2.f32 *, value_1, value_2"),
+    ),
     ("plain, 4", ("prmt.b32 *, digits, digits, 0x7632 #9", "prmt.b32 *, digits, digits, 0x7633")),
     ("plain, 4", ("fma.rn.f32 rounded, value_5, *, *", "fma.rn.f32 rounded, value_6, *, *")),
 ]

@@ -107,9 +107,7 @@ def pack_held(
             scale = scale_of(ptx.sum_squares(norm.squares, words, norm.warps, form))
         own = jnp.zeros(tags.shape, jnp.float32) if env.plan.quantized else None
         return _filled_up(env, ptx.pack_held(words, tags, form, norm, scale), own)
-    digits, own, squares = ptx.pack_held_digits(
-        words, tags, part.bits, form, norm, held=part.held
-    )
+    digits, own, squares = ptx.pack_held_digits(words, tags, part.bits, form, norm, held=part.held)
     _sum_groups(env, part, digits)
     return _filled_up(env, digits, own if squares is None else own * scale_of(squares))
 
