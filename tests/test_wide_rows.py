@@ -60,8 +60,8 @@ RESIDUALS = (Segment.QKV, Segment.GATE_UP, Segment.HEAD)
 
 def plan_of(bits: str, columns: int, **features: Any) -> StreamPlan:
     dims = dims_of(CONFIG, columns, 64)
-    features = dataclasses.replace(dims.features, **features)
-    dims = dataclasses.replace(dims, weight_bits=FORMATS[bits], features=features)
+    changed = dataclasses.replace(dims.features, **features)
+    dims = dataclasses.replace(dims, weight_bits=FORMATS[bits], features=changed)
     return make_stream_plan(dims, machine(132), Tuning(backend="mosaic_gpu"))
 
 
@@ -145,7 +145,8 @@ def weights_for(dims: Dims, given: Given) -> DecodeWeights:
             arrays[f"{name}_scale"] = scales.view(np.float32 if stored.bits == 8 else jnp.bfloat16)
     arrays["embed"] = np.zeros((dims.vocab_size, dims.model_dim), jnp.bfloat16)
     arrays["inv_freq"] = np.zeros(dims.head_dim // 2, np.float32)
-    return DecodeWeights(**arrays | given.norms)
+    arrays |= given.norms
+    return DecodeWeights(**arrays)
 
 
 def collect_all(env: StreamEnv) -> None:
@@ -159,6 +160,7 @@ def collect_all(env: StreamEnv) -> None:
         fragments = collect_activations(env, first_place(env, segment, layer))
         for i, word in enumerate(fragments.words):
             access.store(env["words"].at[segment, jnp.full_like(threads, i), threads], word)
+        assert fragments.scale is not None
         access.store(env["scales"].at[segment, threads], fragments.scale)
         access.meet()  # of several residuals, each has its squares summed in the same place
         return nothing
@@ -203,7 +205,7 @@ def collected(plan: StreamPlan, given: Given, words: np.ndarray) -> Made:
         segment: Fragments(tuple(made["words"][segment]), made["scales"][segment])
         for segment in plan.segments
     }
-    return Made(fragments, made["squares"])
+    return Made(fragments, np.asarray(made["squares"]))
 
 
 def check_collected(bits: str, columns: int, **features: Any) -> Made:

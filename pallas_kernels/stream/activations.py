@@ -165,6 +165,7 @@ def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Fragment
         inner = jnp.int32(d.model_dim)
     width = jnp.where(wanted.first.real, inner, 0)
     x = collect_inputs(env, part, start, width, wanted.tag, RESIDUAL)
+    assert not isinstance(x, Held), "Rows of few inputs are held as numbers."
     scale = _norm_scale(env, mean_squares(env, x), is_normed)
     by = [weight for word in weights for weight in unpacked(word)]
     if (offset := env.features.norm_offset) != 0:

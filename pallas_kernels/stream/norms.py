@@ -39,7 +39,9 @@ _ONES = 0x3F803F80
 class _Row(NamedTuple):
     """Where the weights of a residual's norm lie, of the inputs that threads wait for."""
 
-    weights: ptx.Choice  # from each thread's first one on
+    refs: list[Any]
+    beyond: list[Array]  # see `ptx.Choice`
+    offset: Array  # of each thread's first one
     there: Array  # int32 `[threads]`, pieces that it has
 
 
@@ -49,15 +51,26 @@ def _refs(env: StreamEnv) -> list[Any]:
     return [env[name] for name in (*before, "final_norm")]
 
 
-def _row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array) -> _Row:
-    first, size = first_input(env.plan, part), env.dims.model_dim
-    is_head, before = segment == Segment.HEAD, env.features.pre_norm
+def _row(
+    env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array, first: Array | None = None
+) -> _Row:
+    """The same of a segment and layer.
+
+    Args:
+        env: the program's view.
+        part: the segment's plan, or that of another whose fragments are alike.
+        segment: int32 scalar.
+        layer: of the norm, int32 scalar.
+        first: `first_input`, if that is known.
+    """
+    first = first_input(env.plan, part) if first is None else first
+    size, is_head, before = env.dims.model_dim, segment == Segment.HEAD, env.features.pre_norm
     # The final norm has one row: where nothing else is normed, that is what is read.
     row = (1 - is_head.astype(jnp.int32)) * layer * size if before else 0
     there = pieces_there(env.plan, part, size - first)
     beyond = [segment != Segment.QKV, is_head] if before else []
     conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]
-    return _Row(ptx.Choice(_refs(env), conditions, row + first), there)
+    return _Row(_refs(env), conditions, row + first, there)
 
 
 def ask_for_norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array) -> None:
@@ -66,10 +79,10 @@ def ask_for_norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: A
     """
     plan = env.plan
     row, column = _row(env, part, segment, layer), column_of(plan)
-    choice, step, pieces = row.weights, next_input(plan, part), part.held // PIECE
+    step, pieces = next_input(plan, part), part.held // PIECE
     reads = range(0, part.reads, COLUMNS)
     ptx.prefetch_pieces(
-        choice._replace(offsets=choice.offsets + column * step),
+        ptx.Choice(row.refs, row.beyond, row.offset + column * step),
         row.there - column * pieces,
         [read * step for read in reads],
         [read * pieces for read in reads],
@@ -91,7 +104,8 @@ def norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array) ->
         more = more if more is None else jnp.where(is_head, more, 0.0)
     address = env.shared + SharedLayout.of(plan).squares
     places = distances(plan, part)
-    return ptx.NormRow(row.weights, there, places, more, address, plan.num_warps)
+    weights = ptx.Choice(row.refs, row.beyond, row.offset)
+    return ptx.NormRow(weights, there, places, more, address, plan.num_warps)
 
 
 def norm_weights(
@@ -102,12 +116,13 @@ def norm_weights(
     Two bfloat16 a word; 0 beyond the row; of a single sequence, ones where it is not normed.
     """
     plan, d = env.plan, env.dims
+    first, size = first_input(plan, part), d.model_dim
     is_head, before = segment == Segment.HEAD, env.features.pre_norm
     is_normed = is_head
     if before:
         is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
     if env.interpret:
-        refs, first, size = _refs(env), first_input(plan, part), d.model_dim
+        refs = _refs(env)
         elements = [first + x + j for x in distances(plan, part) for j in range(PIECE)]
 
         def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
@@ -122,8 +137,9 @@ def norm_weights(
         values = lax.switch(number if before else jnp.int32(0) * segment, ways)
         words = [packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
     else:
-        row = _row(env, part, segment, layer)
-        words = ptx.load_pieces(*row.weights, distances(plan, part), row.there)
+        row = _row(env, part, segment, layer, first)
+        places = distances(plan, part)
+        words = ptx.load_pieces(row.refs, row.beyond, row.offset, places, row.there)
     if not plan.chunked:  # attention's output is collected elsewhere
         return words, None if before else is_head
     return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed

@@ -99,10 +99,11 @@ class _Pieces:
         values = [b.f32("value") for _ in range(PIECE)]
         weights = self._load(q)
         for i, word in enumerate(self.words_of(q)):
-            both = values[2 * i : 2 * i + 2]
-            self._parting.write(*both, word, self._tag if again else None)
-            for value in both if squares else ():
-                squares.add(value)
+            first, second = both = values[2 * i : 2 * i + 2]
+            self._parting.write(first, second, word, self._tag if again else None)
+            if squares is not None:
+                squares.add(first)
+                squares.add(second)
             if scale is not None:
                 for value in both:
                     b.mul_rn(value, value, scale)
@@ -202,14 +203,14 @@ def _find_largest(b: Block, pieces: _Pieces, largest: Register, form: Format) ->
 
     A half's magnitude grows with the activation's.
     """
-    most, kept, both = b.u32("most"), b.u32("magnitudes"), b.f32s("first", "second")
+    most, kept, first, second = *b.u32s("most", "magnitudes"), *b.f32s("first", "second")
     for q in range(len(pieces)):
         for i, word in enumerate(pieces.words_of(q)):
             b.and_(kept if q or i else most, word, _MAGNITUDES)
             if q or i:
                 b.max_nan_halves(most, most, kept)
-    Parting(b, form).write(*both, most)
-    b.max_nan(largest, *both)
+    Parting(b, form).write(first, second, most)
+    b.max_nan(largest, first, second)
 
 
 _pack_digits = Operation("ffjax_pack_held_digits", _write_digits)

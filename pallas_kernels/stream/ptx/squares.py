@@ -92,10 +92,11 @@ def _write_total(
 def _parted(b: Block, words: Sequence[Register], form: Format) -> Iterator[Register]:
     """The activations of words, one by one; the next word's lie in the same registers."""
     parting = Parting(b, form)
-    both = b.f32s("first", "second")
+    first, second = b.f32s("first", "second")
     for word in words:
-        parting.write(*both, word)
-        yield from both
+        parting.write(first, second, word)
+        yield first
+        yield second
 
 
 def _add_up(b: Block, numbers: list[Register]) -> None:
