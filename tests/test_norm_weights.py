@@ -14,6 +14,7 @@ from stream_cases import FAMILIES, H200
 
 from pallas_kernels.dims import WeightBits
 from pallas_kernels.stream import norms
+from pallas_kernels.stream.fragment_layout import first_input, pieces_there
 from pallas_kernels.stream.plan import PIECE, Segment, StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
 
@@ -96,10 +97,11 @@ def test_weights_of_norms_are_read_within_their_rows(monkeypatch, family, batch)
             read.clear()
 
 
+@pytest.mark.parametrize("model_dim", [4352, 5120])
 @pytest.mark.parametrize("bits", [8, 4, 16])
-def test_weights_of_norms_of_wide_rows_are_asked_for_and_loaded(monkeypatch, bits):
+def test_weights_of_norms_of_wide_rows_are_asked_for_and_loaded(monkeypatch, bits, model_dim):
     """Of rows that threads hold as words: lines of the cache first, and then what they hold."""
-    config = small_config(model_dim=4352, ffw_dim=4224, num_layers=LAYERS)
+    config = small_config(model_dim=model_dim, ffw_dim=4224, num_layers=LAYERS)
     formats = WeightBits(qkv=bits, attn_out=bits, gate_up=8 if bits == 16 else bits, head=8)
     plan = make_stream_plan(dataclasses.replace(dims_of(config, 3, 64), weight_bits=formats), H200)
     d, asked = plan.dims, []
@@ -125,8 +127,11 @@ def test_weights_of_norms_of_wide_rows_are_asked_for_and_loaded(monkeypatch, bit
                 list(weights.beyond),
                 weights.offsets,
                 list(loaded.places),
-                loaded.there,
+                pieces_there(plan, part, jnp.int32(d.model_dim) - first_input(plan, part))
+                if loaded.there is None
+                else loaded.there,
             )
+            assert (loaded.there is None) == (d.model_dim == plan.span(segment))
             start = 0 if segment == Segment.HEAD else layer * d.model_dim
             assert lines.array() is pieces.array() is arrays[name]
             assert set(pieces.elements()) == set(range(start, start + d.model_dim))

@@ -37,6 +37,7 @@ class Case:
         held: inputs of a read.
         normed: whether they are the residual.
         more: what is added to the norm's weights; None: nothing.
+        whole: whether all pieces have weights.
     """
 
     bits: int
@@ -44,6 +45,7 @@ class Case:
     held: int
     normed: bool
     more: float | None = None
+    whole: bool = False
 
     @property
     def form(self) -> half2.Format:
@@ -64,6 +66,8 @@ CASES = {
     "normed, 8": Case(8, 18, 16, True),
     "normed, 4": Case(4, 8, 32, True),
     "normed, 4, with ones added": Case(4, 4, 32, True, 1.0),
+    "normed, 4, whole": Case(4, 4, 32, True, whole=True),
+    "normed, 4, whole, with ones added": Case(4, 4, 32, True, 1.0, whole=True),
     "normed, 16": Case(16, 3, 8, True),
     "normed, 16, with ones added": Case(16, 2, 8, True, 1.0),
 }
@@ -74,7 +78,8 @@ def norm_of(case: Case, weights: Any, each: Any) -> ptx.NormRow | None:
         return None
     more = None if case.more is None else jnp.full((THREADS,), case.more)
     row = ptx.Choice([weights], [], each)
-    return ptx.NormRow(row, each, case.places, more, jnp.int32(0), WARPS)
+    there = None if case.whole else each
+    return ptx.NormRow(row, there, case.places, more, jnp.int32(0), WARPS)
 
 
 @functools.cache
@@ -151,12 +156,12 @@ def check_packed(
     memory = machine.view(machine.memory_base, size // 2, np.uint32)
     memory[:] = (weights.view(np.uint32)[1::2] & 0xFFFF0000) | (weights.view(np.uint32)[::2] >> 16)
     thread = np.arange(THREADS)
-    there = np.where(thread % 5, case.pieces, thread % case.pieces)
+    there = np.where((thread % 5 != 0) | case.whole, case.pieces, thread % case.pieces)
     more: list[Any] = [TAG]
     scale = rng.uniform(0.5, 2, THREADS).astype(np.float32)
     before = machine.shared.copy()
     if case.normed:
-        more += [machine.memory_base + 16 * thread, there]
+        more += [machine.memory_base + 16 * thread, *([] if case.whole else [there])]
         more += [] if case.more is None else [np.full(THREADS, case.more, np.float32)]
         more += [scale] if case.bits == 16 else [machine.shared_base + 16]
     with np.errstate(all="ignore"):

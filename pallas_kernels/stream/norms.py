@@ -96,9 +96,11 @@ def norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array) ->
     """
     plan, row = env.plan, _row(env, part, segment, layer)
     there, more = row.there, None
+    if env.features.pre_norm and plan.dims.model_dim == plan.span_of(part):
+        there = None  # every thread has all of its pieces
     if (offset := env.features.norm_offset) != 0:
-        more = jnp.full(there.shape, offset, jnp.float32)
-    if not env.features.pre_norm:
+        more = jnp.full(row.there.shape, offset, jnp.float32)
+    if there is not None and not env.features.pre_norm:
         is_head = segment == Segment.HEAD
         there = jnp.where(is_head, there, 0)
         more = more if more is None else jnp.where(is_head, more, 0.0)

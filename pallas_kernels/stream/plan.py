@@ -436,7 +436,10 @@ class StreamPlan:
 
     def span(self, segment: Segment) -> int:
         """Inputs of a segment's tile, those that are padding included."""
-        part = self.segments[segment]
+        return self.span_of(self.segments[segment])
+
+    def span_of(self, part: SegmentPlan) -> int:
+        """The same of a segment's plan."""
         return part.reads * part.grain * self.product_warps * self.line(part)
 
     @property

@@ -38,7 +38,7 @@ class NormRow:
 
     Attributes:
         weights: where those of its first piece begin, bfloat16.
-        there: int32 `[threads]`, how many pieces have weights; the others' are 1.
+        there: int32 `[threads]`, how many pieces have weights; the others' are 1. None: all have.
         places: elements from the first piece to each.
         more: float32 `[threads]`, which is added to every weight, and to ones; None where nothing
             is.
@@ -47,11 +47,37 @@ class NormRow:
     """
 
     weights: Choice
-    there: Array
+    there: Array | None
     places: Sequence[int]
     more: Array | None
     squares: Array
     warps: int
+
+    @property
+    def operands(self) -> list[Any]:
+        """What a text is given of it."""
+        return [self.weights, *(x for x in (self.there, self.more) if x is not None)]
+
+    @property
+    def text(self) -> _Norm:
+        """What a text knows of it."""
+        guarded, adds = self.there is not None, self.more is not None
+        return _Norm(tuple(self.places), guarded, adds, self.warps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Norm:
+    """What the text knows of a `NormRow`."""
+
+    places: tuple[int, ...]
+    guarded: bool  # whether some pieces may have no weights
+    adds: bool  # whether something is added to them
+    warps: int
+
+    @property
+    def count(self) -> int:
+        """Of the operands."""
+        return 1 + self.guarded + self.adds
 
 
 class _Pieces:
@@ -60,16 +86,17 @@ class _Pieces:
     def __init__(self, b: Block, form: Format, words: Sequence[Register], tag: Register):
         self._b, self._words, self._tag = b, words, tag
         self._parting = Parting(b, form)
-        self._norm: tuple[Register, Register, Register | None] | None = None
-        self._places: Sequence[int] = ()
-        self._of_norm: list[Register] = []
+        self._norm: _Norm | None = None
+        self._address = tag  # these are set by `multiply_by`
+        self._there: Register | None = None  # the first operand behind it, if there are any
+        self._more: Register | None = None  # the last one
+        self._both: list[Register] = []
 
-    def normed(
-        self, address: Register, there: Register, more: Register | None, places: Sequence[int]
-    ) -> None:
+    def multiply_by(self, norm: _Norm, operands: Sequence[Register]) -> None:
         """Has activations multiplied by a norm's weights."""
-        self._norm, self._places = (address, there, more), places
-        self._of_norm = [self._b.f32("weight") for _ in range(2)]
+        self._norm, (self._address, *more) = norm, operands
+        self._there, self._more = (more[0], more[-1]) if more else (None, None)
+        self._both = self._b.f32s("weight", "weight")
 
     def __len__(self) -> int:
         return len(self._words) // _WORDS
@@ -115,50 +142,48 @@ class _Pieces:
         """Words of two of the norm's weights; none where there is no norm."""
         if self._norm is None:
             return []
-        b, (address, there, _) = self._b, self._norm
-        words, is_there = [b.u32("weights") for _ in range(_WORDS)], b.pred("is_there")
-        for word in words:
-            b.mov(word, _ONES)
-        b.setp("gt", is_there, there, q)
+        b, words, is_there = self._b, self._b.u32s(*["weights"] * _WORDS), None
+        if self._norm.guarded:
+            for word in words:
+                b.mov(word, _ONES)
+            assert self._there is not None
+            is_there = b.pred("is_there")
+            b.setp("gt", is_there, self._there, q)
         with b.when(is_there):
-            b.ld_global_nc(words, address + 2 * self._places[q])
+            b.ld_global_nc(words, self._address + 2 * self._norm.places[q])
         return words
 
     def _multiply(self, both: Sequence[Register], word: Register) -> None:
         """Multiplies two activations by the weights of a word."""
         assert self._norm is not None
-        b, more = self._b, self._norm[2]
-        low, high = self._of_norm
+        b, (low, high) = self._b, self._both
         b.shl(low.as_("u32"), word, 16)
         b.and_(high.as_("u32"), word, 0xFFFF0000)
-        for value, weight in zip(both, self._of_norm, strict=True):
-            if more is not None:
-                b.add_rn(weight, weight, more)
+        for value, weight in zip(both, self._both, strict=True):
+            if self._norm.adds:
+                assert self._more is not None
+                b.add_rn(weight, weight, self._more)
             b.mul_rn(value, value, weight)
 
 
 def _given(
-    b: Block, operands: Sequence[Register], form: Format, places: Sequence[int] | None, count: int
+    b: Block, operands: Sequence[Register], form: Format, count: int, norm: _Norm | None
 ) -> tuple[_Pieces, Sequence[Register]]:
     """What the words become, and what other operands there are.
 
     Args:
         b: the text.
-        operands: the words and their tag; with a norm, address, count and what is added, if
-            anything is; others.
+        operands: the words and their tag, with a norm its own, and others.
         form: of the words.
-        places: of a norm's weights; None where there is no norm.
-        count: of the others.
+        count: of them.
+        norm: what activations are multiplied by; None: by nothing.
     """
-    known, others = operands[: len(operands) - count], operands[len(operands) - count :]
-    if places is None:
-        *words, tag = known
-        return _Pieces(b, form, words, tag), others
-    size = _WORDS * len(places)
-    words, (tag, address, there, *more) = known[:size], known[size:]
+    words, (tag, *others) = operands[:count], operands[count:]
     pieces = _Pieces(b, form, words, tag)
-    pieces.normed(address, there, more[0] if more else None, places)
-    return pieces, others
+    if norm is None:
+        return pieces, others
+    pieces.multiply_by(norm, others[: norm.count])
+    return pieces, others[norm.count :]
 
 
 def _write_digits(
@@ -167,8 +192,7 @@ def _write_digits(
     count: int,
     order: tuple[int, ...],
     form: Format,
-    places: tuple[int, ...] | None,
-    warps: int,
+    norm: _Norm | None,
 ) -> None:
     """Results: the words, then the scale; with a norm, the sum of squares.
 
@@ -176,13 +200,13 @@ def _write_digits(
     """
     (*words, scale), given = registers[: count + 1], registers[count + 1 :]
     digits = Digits(b, scale, order, halved=False)
-    if places is None:
-        pieces, _ = _given(b, given, form, places, 0)
+    if norm is None:
+        pieces, _ = _given(b, given, form, count, None)
         _find_largest(b, pieces, digits.largest, form)
     else:
         total, given = given[0], given[1:]
-        pieces, [address] = _given(b, given, form, places, 1)
-        squares = Squares(b, 2 * count, warps)
+        pieces, [address] = _given(b, given, form, count, norm)
+        squares = Squares(b, 2 * count, norm.warps)
         for q in range(len(pieces)):
             for i, value in enumerate(pieces.write(q, again=False, squares=squares)):
                 digits.look_at(value) if q or i else digits.largest_is_first(value)
@@ -216,13 +240,6 @@ def _find_largest(b: Block, pieces: _Pieces, largest: Register, form: Format) ->
 _pack_digits = Operation("ffjax_pack_held_digits", _write_digits)
 
 
-def _operands(words: Sequence[Array], tag: Array, norm: NormRow | None) -> list[Any]:
-    if norm is None:
-        return [*words, tag]
-    more = [] if norm.more is None else [norm.more]
-    return [*words, tag, norm.weights, norm.there, *more]
-
-
 def pack_held_digits(
     words: Sequence[Array],
     tag: Array,
@@ -247,14 +264,13 @@ def pack_held_digits(
         words returns.
     """
     made = _pack_digits(
-        *_operands(words, tag, norm),
-        *([] if norm is None else [norm.squares]),
+        *(*words, tag),
+        *([] if norm is None else [*norm.operands, norm.squares]),
         results=["int32"] * len(words) + ["float32"] * (1 if norm is None else 2),
         count=len(words),
         order=tuple(held_order(bits, False, held)),
         form=form,
-        places=None if norm is None else tuple(norm.places),
-        warps=0 if norm is None else norm.warps,
+        norm=None if norm is None else norm.text,
     )
     if norm is None:
         return made[:-1], made[-1], None
@@ -262,11 +278,11 @@ def pack_held_digits(
 
 
 def _write_halves(
-    b: Block, *registers: Register, count: int, form: Format, places: tuple[int, ...] | None
+    b: Block, *registers: Register, count: int, form: Format, norm: _Norm | None
 ) -> None:
     """Results: the words. Operands: see `_given`; with a norm, its scale."""
     words = registers[:count]
-    pieces, scale = _given(b, registers[count:], form, places, 0 if places is None else 1)
+    pieces, scale = _given(b, registers[count:], form, count, norm)
     for q in range(len(pieces)):
         # Squares may have been summed before.
         values = pieces.write(q, again=True, scale=scale[0] if scale else None)
@@ -294,12 +310,13 @@ def pack_held(
         scale: float32 `[threads]`, with a norm: what they are multiplied by before.
     """
     return _pack_halves(
-        *_operands(words, tag, norm),
+        *(*words, tag),
+        *([] if norm is None else norm.operands),
         *([] if scale is None else [scale]),
         results=["int32"] * len(words),
         count=len(words),
         form=form,
-        places=None if norm is None else tuple(norm.places),
+        norm=None if norm is None else norm.text,
     )
 
 
