@@ -117,14 +117,15 @@ class _Pieces:
 
         Args:
             q: which.
-            again: whether words have been parted before. It is done by another instruction then:
-                what two have in common, ptxas would keep from the first time on, as float32.
+            again: whether words have been parted before. It is done by other instructions then:
+                what two have in common, ptxas would keep from the first time on, activations as
+                float32, and weights that it is told nobody writes.
             scale: what activations are multiplied by before the norm's weights are; None: nothing.
             squares: to which theirs are added, as they come; None: they are not.
         """
         b = self._b
         values = [b.f32("value") for _ in range(PIECE)]
-        weights = self._load(q)
+        weights = self._load(q, again)
         for i, word in enumerate(self.words_of(q)):
             first, second = both = values[2 * i : 2 * i + 2]
             self._parting.write(first, second, word, self._tag if again else None)
@@ -138,11 +139,12 @@ class _Pieces:
                 self._multiply(both, weights[i])
         return values
 
-    def _load(self, q: int) -> list[Register]:
+    def _load(self, q: int, again: bool) -> list[Register]:
         """Words of two of the norm's weights; none where there is no norm."""
         if self._norm is None:
             return []
         b, words, is_there = self._b, self._b.u32s(*["weights"] * _WORDS), None
+        load = b.ld_global if again else b.ld_global_nc
         if self._norm.guarded:
             for word in words:
                 b.mov(word, _ONES)
@@ -150,7 +152,7 @@ class _Pieces:
             is_there = b.pred("is_there")
             b.setp("gt", is_there, self._there, q)
         with b.when(is_there):
-            b.ld_global_nc(words, self._address + 2 * self._norm.places[q])
+            load(words, self._address + 2 * self._norm.places[q])
         return words
 
     def _multiply(self, both: Sequence[Register], word: Register) -> None:
