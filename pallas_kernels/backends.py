@@ -1,4 +1,10 @@
-"""Which of Pallas's backends compiles the kernels."""
+"""Which of Pallas's backends compiles the kernels.
+
+A step's plan says which one: `StreamPlan.backend` is that of its `Tuning`, or else
+`default_backend`. `ffjax.decode.fused_step` overrides it for the implementation that was asked for,
+and `stream.launch` sends the kernel to that backend's room. `support.why_not` asks
+`why_not_backend` before.
+"""
 
 from __future__ import annotations
 

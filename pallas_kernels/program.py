@@ -1,4 +1,4 @@
-"""What a program of either kernel is given, whatever its plan."""
+"""What a program of the decode step is given, whatever its plan: see `stream.env`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Program:
 
     Attributes:
         plan: the step's plan.
-        refs: the arrays by name: weights, cache, scratch, outputs.
+        refs: the arrays by name: weights, cache, exchange, outputs.
         program: this program's number, int32. Read once, at the top of the kernel:
             interpret mode knows it nowhere else.
         lengths: each sequence's live positions before this step, int32 scalars.

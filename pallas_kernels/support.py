@@ -1,4 +1,9 @@
-"""Why a decode step cannot run fused: one function, which sees all there is to see."""
+"""Why a decode step cannot run fused: one function, which sees all there is to see.
+
+A reason stands where what it needs is known: the device, dtype and sizes below; how matrices are
+cut for a tuning and so many programs, in `stream.planner.why_not`; room in shared memory, in
+`StreamPlan.why_no_room`; the backend, in `backends.why_not_backend`.
+"""
 
 from __future__ import annotations
 

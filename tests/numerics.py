@@ -52,6 +52,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "packed_vs_padded_bfloat16": Tolerance(
         2e-2, 1e-1, "the two round attention weights to bfloat16 before and after their sum"
     ),
+    "packed_vs_padded_bfloat16_deep": Tolerance(
+        3e-2, 1e-1, "the same through 8 layers; both are equally far from float32"
+    ),
     "model_vs_hugging_face_float32": Tolerance(
         5e-6, 2e-5, "two float32 implementations, each with its own order of sums"
     ),

@@ -108,8 +108,9 @@ def check(name: str, dtype: str, lengths: tuple[int, ...], capacity: int) -> tup
     got = fed(PackedPrefill, model, prompts, capacity, fill=np.nan)
     want = fed(PaddedPrefill, model, prompts, capacity)
     assert got.cache.lengths.tolist() == list(lengths) == want.cache.lengths.tolist()
+    deep = "_deep" if dtype == "bfloat16" and model.config.num_layers > 4 else ""
     for kept in ("k", "v"):
-        assert_close(got.live(kept), want.live(kept), f"packed_vs_padded_{dtype}")
+        assert_close(got.live(kept), want.live(kept), f"packed_vs_padded_{dtype}{deep}")
         # Nothing is written that nobody asked for.
         written = np.isfinite(np.asarray(getattr(got.cache, kept).astype(jnp.float32)))
         slots = np.arange(capacity) < np.array(lengths)[:, None]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from numerics import assert_close
 from prefill_cases import CONFIGS, check, fed, model_of, prompts_of
 
@@ -36,6 +37,21 @@ def test_it_rounds_as_the_reference_does(name, lengths):
 def test_it_leaves_the_references_keys_and_values(name):
     got, want = check(name, "float32", LONG, 2304)
     assert got.token == want.token
+
+
+@pytest.mark.parametrize("name", ["olmo3", "llama", "gemma3"])
+def test_it_is_as_close_to_float32_as_the_reference(name):
+    model = model_of(name, "bfloat16")
+    prompts = prompts_of(model.config, LONG)
+    graph, params = nnx.split(model)
+    exact = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    kinds = {"packed": PackedPrefill, "padded": PaddedPrefill}
+    found = {name: fed(kind, model, prompts, 2304) for name, kind in kinds.items()}
+    wanted = fed(PaddedPrefill, exact, prompts, 2304)
+    for kept in ("k", "v"):
+        keys = wanted.live(kept)
+        far = {name: np.linalg.norm(x.live(kept) - keys) for name, x in found.items()}
+        assert 0 < far["packed"] <= 1.05 * far["padded"] < 0.02 * np.linalg.norm(keys)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "int4"])

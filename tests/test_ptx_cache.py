@@ -71,10 +71,15 @@ class Setting(NamedTuple):
     abreast: int = 1
     windowed: bool = False
 
+    @property
+    def rows(self) -> int:
+        """Queries that a warp has room for."""
+        return LOT // 2 if self.paired else LOT
+
     def queries(self, part: Part) -> int:
         """Those of a part; of one token all that there is room for."""
         if self.tokens == 1:
-            return LOT // 2 if self.paired else LOT
+            return self.rows
         return min(self.tokens * self.group - part.first_query, LOT * self.lots(part))
 
     def lots(self, part: Part) -> int:
@@ -122,10 +127,10 @@ class Bench:
         sizes = {
             "before": 3 * 128,  # so that no tile begins where chunks are in order
             "tiles": s.stages * tile,
-            "out": s.warps * LOT * (2 * row + 16),
+            "out": s.warps * s.rows * (2 * row + 16),
             "queries": 2 * LOT * s.abreast * pitch,
             "new": 2 * row * s.tokens,
-            "sums": 8 * s.warps * LOT,
+            "sums": 8 * s.warps * s.rows,
             "maps": 16,
             "rows": 4 * WORDS * (1 + len(parts)),
             "barriers": 16 * ((s.stages + 1) // 2),
@@ -213,7 +218,7 @@ class Bench:
                 place = self.machine.view(
                     self.ring + f.queries + at * f.query_pitch, s.head_dim, np.uint16
                 )
-                number %= LOT // 2 if s.paired else rows
+                number %= s.rows if s.paired else rows
                 place[:] = halves(x[number]) if number < len(x) else 0xFFFF
         self.at("new", new.size, np.uint16)[:] = halves(new).ravel()
         row = self.ring + self.rows + 4 * WORDS * (1 + j)
@@ -230,17 +235,17 @@ class Bench:
         def together(x: np.ndarray) -> np.ndarray:
             """Rows of warps, those of the same queries side by side: `[warps, queries, ..]`."""
             if alone:
-                return x.reshape(-1, LOT, *x.shape[1:])
+                return x.reshape(-1, s.rows, *x.shape[1:])
             return (
-                x.reshape(s.abreast, -1, LOT, *x.shape[1:])
+                x.reshape(s.abreast, -1, s.rows, *x.shape[1:])
                 .swapaxes(0, 1)
-                .reshape(-1, rows, *x.shape[1:])
+                .reshape(-1, s.rows * s.abreast, *x.shape[1:])
             )
 
-        sums = together(self.at("sums", 2 * s.warps * LOT, np.float32).reshape(-1, 2))
+        sums = together(self.at("sums", 2 * s.warps * s.rows, np.float32).reshape(-1, 2))
         top, total = sums[:, : len(q)].T
-        out = self.at("out", s.warps * LOT * f.out_pitch // 4, np.float32)
-        out = together(out.reshape(s.warps * LOT, -1))
+        out = self.at("out", s.warps * s.rows * f.out_pitch // 4, np.float32)
+        out = together(out.reshape(s.warps * s.rows, -1))
         out = out[:, : len(q), : s.head_dim].astype(np.float64)
         best = top.max(axis=1)
         weight = np.exp2(top - best[:, None]).T

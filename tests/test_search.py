@@ -56,6 +56,11 @@ def test_everything_is_drawn():
     assert {case.head_dim for case in cases} == {32, 64, 128, 256}
     assert {1, 16} <= {case.heads // case.kv_heads for case in cases}
     assert {bits for case in cases for bits in case.bits} == {4, 8, 16}
+    pairs = {(b, g) for case in cases for b, g in zip(case.bits, case.groups, strict=True)}
+    kinds = {g.partition(" ")[2] for b, g in pairs if b == 4 and g}
+    assert kinds == {f"{x}{y}" for x in ("float16", "bfloat16") for y in ("", " zero", " minimum")}
+    assert {g.split()[0] for b, g in pairs if b == 4 and g} == {"32", "64", "128"}
+    assert any(b == 8 and g for b, g in pairs) and (4, "") in pairs and (8, "") in pairs
     assert {1, 40} <= {case.layers for case in cases}
     assert any(case.tuning for case in cases)
     assert any(case.vocab % 2 for case in cases)

@@ -17,7 +17,9 @@ from ffjax.benchmark.contenders import Contender, implementation
 from ffjax.benchmark.tune import Trial, candidates, refinements, tune
 from ffjax.commands.tune import _line
 from ffjax.config import preset
-from pallas_kernels.dims import WeightBits
+from ffjax.formats import WeightFormats, int4
+from ffjax.quantization import quantized_config
+from pallas_kernels.dims import Grouping, WeightBits, WeightGroups
 from pallas_kernels.gpu import Gpu
 from pallas_kernels.stream import tuning as tuning_module
 from pallas_kernels.stream.plan import Segment
@@ -192,6 +194,11 @@ def test_every_row_of_the_table_can_be_planned():
         names = (field.name for field in dataclasses.fields(WeightBits))
         bits = WeightBits(**dict(zip(names, row["weight_bits"], strict=True)))
         dims = dataclasses.replace(dims, weight_bits=bits)
+        if (groups := row.get("groups")) is not None:
+            kinds = [group and Grouping(size=int(group.split()[0])) for group in groups]
+            names = (field.name for field in dataclasses.fields(WeightGroups))
+            of_row = WeightGroups(**dict(zip(names, kinds, strict=True)))
+            dims = dataclasses.replace(dims, weight_groups=of_row)
         assert row_key(row["device"], dims).items() <= row.items()
         make_stream_plan(dims, H200, Tuning(**row["tuning"]))
 
@@ -207,6 +214,23 @@ def test_a_step_takes_its_own_row_or_the_defaults(monkeypatch):
     assert tuning_for("NVIDIA H200", dataclasses.replace(dims, batch=2)) is None
     assert tuning_for("NVIDIA H200", dataclasses.replace(dims, ffw_dim=64)) is None
     assert tuning_for("NVIDIA H100", dims) is None
+
+
+def test_weights_in_other_groups_take_their_own_row_or_that_of_their_bits(monkeypatch):
+    dims = dims_of(quantized_config(preset("llama3.2-1b"), WeightFormats.of_layers(int4(32))), 1, 9)
+    usual = dims_of(quantized_config(preset("llama3.2-1b"), WeightFormats.of_layers(int4())), 1, 9)
+    own, other = row_key("NVIDIA H200", dims), row_key("NVIDIA H200", usual)
+    assert own["groups"] == ["32"] * 4 + [None] and "groups" not in other
+    own, other = {**own, "tuning": {"slots": 3}}, {**other, "tuning": {"slots": 4}}
+    monkeypatch.setattr(tuning_module, "_table", lambda: [own, other])
+    assert tuning_for("NVIDIA H200", dims) == Tuning(slots=3)
+    assert tuning_for("NVIDIA H200", usual) == Tuning(slots=4)
+    # With zero points they are others.
+    formats = WeightFormats.of_layers(int4(32, offset="zero"))
+    zeros = dims_of(quantized_config(preset("llama3.2-1b"), formats), 1, 9)
+    assert tuning_for("NVIDIA H200", zeros) == Tuning(slots=4)
+    monkeypatch.setattr(tuning_module, "_table", lambda: [own])
+    assert tuning_for("NVIDIA H200", usual) is None
 
 
 def test_several_tokens_take_their_own_row_or_that_of_as_many_sequences(monkeypatch):

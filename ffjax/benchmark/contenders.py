@@ -129,7 +129,9 @@ def keeping_one(contender: Contender) -> Contender:
 
     def step(weights: Any, cache: KVCache, tokens: Array) -> DecodeOutput:
         out = cast(DecodeOutput, contender.step(weights, cache, tokens))
-        return out._replace(cache=dataclasses.replace(out.cache, lengths=cache.lengths + 1))
+        # From the lengths that come out: those that go in would have to be copied first.
+        lengths = out.cache.lengths - (tokens.shape[1] - 1)
+        return out._replace(cache=dataclasses.replace(out.cache, lengths=lengths))
 
     return dataclasses.replace(contender, step=step)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import pathlib
 import sys
 
 from ffjax.commands.sizes import add_size_arguments, chosen_sizes
@@ -69,6 +70,12 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-warps", type=int, help="overrides the plan's")
     parser.add_argument("--num-stages", type=int, help="overrides the plan's")
+    parser.add_argument(
+        "--keep",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="leave step.ptx and step.cubin there; `nvdisasm -c step.cubin` shows the SASS",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -87,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
             num_stages=asked.num_stages,
             backend=asked.backend,
             hidden_layers=asked.hidden_layers,
+            keep=asked.keep,
         )
     except (ValueError, OSError, NotImplementedError, CompileError) as error:
         print(error, file=sys.stderr)

@@ -125,6 +125,7 @@ def compile_for(
     tuned: bool = False,
     backend: Backend | None = None,
     hidden_layers: Sequence[int] = (),
+    keep: pathlib.Path | None = None,
 ) -> CompileReport:
     """Compiles the decode step of these sizes and reports what it became.
 
@@ -136,11 +137,14 @@ def compile_for(
         tuned: with the tuning of the table, as on the device itself; else with the defaults.
         backend: that of Pallas which compiles the kernel; None: see `backends.default_backend`.
         hidden_layers: whose hidden states the step returns, as of `stream_step`.
+        keep: a folder, made where there is none: the kernel's `step.ptx` and `step.cubin` are left
+            there. The CUDA toolkit's `nvdisasm -c` shows the second as SASS.
 
     Raises:
         ValueError: no target has that name, the fused kernel cannot run these sizes, or the
             backend cannot compile it for this target.
         CompileError: the compiler is not installed, or it failed.
+        OSError: nothing can be kept in that folder.
     """
     wanted = target(gpu)
     backend = backend or default_backend()
@@ -185,7 +189,7 @@ def compile_for(
             thunks=thunks,
             shared_memory_bytes=shared_memory,
             versions=_versions(),
-            **_read_ptx(_with_kernel(ptx)),
+            **_read_ptx(_with_kernel(ptx), keep),
             **result,
         )
 
@@ -260,11 +264,15 @@ def _with_kernel(dumped: list[pathlib.Path]) -> pathlib.Path:
     raise CompileError(f"The compiler left no PTX of a kernel called {KERNEL_NAME}.")
 
 
-def _read_ptx(ptx: pathlib.Path) -> dict[str, Any]:
-    """What ptxas says of the decode kernel."""
+def _read_ptx(ptx: pathlib.Path, keep: pathlib.Path | None = None) -> dict[str, Any]:
+    """What ptxas says of the decode kernel; see `compile_for` for what is kept."""
+    cubin = os.devnull
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        ptx, cubin = shutil.copyfile(ptx, keep / "step.ptx"), str(keep / "step.cubin")
     found = re.search(r"^\.target (\w+)", ptx.read_text(encoding="utf-8"), re.MULTILINE)
     arch = found[1] if found else "unknown"
-    command = [_ptxas() or "ptxas", "-v", f"-arch={arch}", "-o", os.devnull, str(ptx)]
+    command = [_ptxas() or "ptxas", "-v", f"-arch={arch}", "-o", cubin, str(ptx)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])

@@ -63,11 +63,10 @@ class StreamEnv(Program):
     def iota(self, shape: tuple[int, ...], axis: int) -> Array:
         """int32 indices along `axis`, which the compiler takes for new ones where it has to.
 
-        See `ptx.anew`: what follows from them is not kept from layer to layer. Compilers for
-        compute capability 8 keep so much that there are too few registers for it.
+        See `ptx.anew`: what follows from them is not kept from layer to layer.
         """
         numbers = iota(shape, axis)
-        return numbers if self.plan.bulk or self.interpret else ptx.anew(numbers)
+        return ptx.anew(numbers) if self.plan.indices_anew and not self.interpret else numbers
 
     def segment(self, segment: Segment) -> SegmentPlan:
         """The plan of a segment."""

@@ -15,6 +15,24 @@ come that way. Of the line that a warp reads at once, each half is dealt out to 
 neighbouring groups of 32 int4 weights each, or one of 64, or one of 32 of int8.
 
 Warps that do not multiply hold zeros.
+
+The words, with where they are set:
+
+    piece    8 neighbouring activations, which a thread waits for at once: `plan.PIECE`
+    read     16 bytes of a row of weights (of fine groups of several sequences, a fourth of a
+             group), which a thread loads at once
+    grain    inputs of a read: `plan.grain_of`
+    held     inputs of a read whose activations the thread itself waits for: `SegmentPlan.held`
+    line     reads of a row that a warp makes side by side: `plan.line_of`
+    reads    reads of each row that a thread makes, one a line: `SegmentPlan.reads`
+
+For example the `qkv` matrix of Llama 3.2 1B, of 2048 inputs, with the default tuning. For read q,
+lane t of warp w waits for some neighbouring inputs, the first of which is
+
+    bfloat16, one sequence    512 w + 256 q + 8 t: 8 of chunk t // 4; 4 warps, 2 reads
+    bfloat16, 8 sequences     256 w + 32 q + 8 (t % 4): 8 of sequence t // 4; 8 warps, 8 reads
+    int4, one sequence        512 w + 128 (t // 8) + 16 (t // 4 % 2) + 32 (t % 4): 16 of chunk
+                              t // 8; 4 warps, 1 read
 """
 
 from __future__ import annotations
@@ -151,15 +169,15 @@ def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
 def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> Array:
     """Where each thread puts aside what it makes of a tile: addresses, int32 `[threads]`.
 
-    Of a single sequence, what is of use is that whose row and column of a product are the same
-    chunk's. A store that the other threads left out would part their warps, and to put them
-    together again takes longer.
+    For a single sequence, only products on the chunk diagonal are used: those whose row and column
+    mean the same chunk. The other threads store theirs to a spare place. If they skipped the store,
+    the threads of a warp would part, and bringing them together again takes longer.
 
     Args:
         plan: the step's.
         part: that of the tile's segment.
         start: address where the tile's products begin: int32 scalar, or int.
-        spare: likewise where what is of no use goes, `SPARE_BYTES` a warp.
+        spare: likewise where unused products go, `SPARE_BYTES` a warp.
     """
     thread = _threads(plan, of_tile=True)
     warp, column = lax.shift_right_logical(thread, 5), column_of(plan, of_tile=True)

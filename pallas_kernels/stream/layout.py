@@ -56,7 +56,7 @@ class SharedLayout:
         slots: of the ring, and behind them what reading a whole span reaches.
         tiles: keys and values.
         products: of tiles of weights, not summed up yet; or what attention's warps have made,
-            `LOT` rows each: the two are never wanted at the same time.
+            `plan.attended_rows` each: the two are never wanted at the same time.
         spare: where threads put what is of no use, `SPARE_BYTES` a warp.
         sums: of those rows, the maximum and the sum of the weights.
         offsets: of a warp's groups, the sums of their activations' digits, where weights have
@@ -114,13 +114,14 @@ class SharedLayout:
         kinds = len(set(plan.dims.features.local_layers)) or 1
         queries = 2 * LOT * cut.abreast * pitches["query_pitch"]
         new = 2 * row * plan.dims.tokens
-        attends = max(cut.warps * LOT * pitches["out_pitch"], queries + new)
+        made = cut.warps * plan.attended_rows
+        attends = max(made * pitches["out_pitch"], queries + new)
         sizes = {
             "slots": plan.slots * plan.slot_bytes + plan.tail_bytes,
             "tiles": cut.tiles * pitches["tile_bytes"],
             "products": max(products, attends),
             "spare": SPARE_BYTES * plan.num_warps if plan.chunked else 0,
-            "sums": cut.warps * LOT * 8,
+            "sums": made * 8,
             "offsets": plan.product_warps * offset_pitch(plan),
             "squares": 0 if plan.chunked else 4 * COLUMNS * plan.num_warps,
             "descriptors": 4 * descriptor_words(plan) * descriptor_rows(plan),

@@ -113,9 +113,17 @@ def norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array) ->
 def norm_weights(
     env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array
 ) -> tuple[list[Array], Array | None]:
-    """A residual's norm's weights of each thread's inputs, and whether it is normed: None if it is.
+    """Norm weights for each thread's inputs, and whether to apply the norm (None: always).
 
-    Two bfloat16 a word; 0 beyond the row; of a single sequence, ones where it is not normed.
+    Args:
+        env: the program's view.
+        part: plan of a segment whose fragments are alike.
+        segment: int32 scalar, which segment the activations are for: it picks the norm.
+        layer: int32 scalar, the norm's.
+
+    Returns:
+        The weights, int32 `[threads]` each: two bfloat16 a word, 0 beyond the row. For a single
+        sequence, ones where the norm is not applied. And a bool scalar, or None.
     """
     plan, d = env.plan, env.dims
     first, size = first_input(plan, part), d.model_dim
@@ -148,14 +156,15 @@ def norm_weights(
 
 
 def unit_of_residual(plan: StreamPlan) -> float:
-    """What the residual is handed over in multiples of."""
+    """The unit of the residual in the exchange: what `collect_inputs` gives, times this, is x."""
     return RESIDUAL.unit if plan.half2 else 1.0
 
 
 def mean_squares(env: StreamEnv, values: list[Array] | Held) -> Array:
     """Mean square of each thread's own sequence: float32 `[threads]`.
 
-    All threads hold the residual. Before the next time, a barrier must stand.
+    The threads together hold the whole residual. Sums of several sequences go through shared
+    memory: a barrier of the program must stand before the next call.
 
     Args:
         env: the program's view.

@@ -63,6 +63,8 @@ MAX_SPLITS = 64
 MIN_SPLIT = 256
 # Query heads that share a key/value head and are multiplied together.
 LOT = 8
+# Shared memory that the compiler takes for itself where queries are not normed, at most.
+COMPILER_BYTES = 2 * 1024
 # The compiler's own tile of the ring's stand-in, bytes: see `ring`.
 RESERVED_TILE = 32 * 1024
 
@@ -100,7 +102,10 @@ def query_pitch(head_dim: int) -> int:
 
 
 class Segment(enum.IntEnum):
-    """The segments in the order of the stream; those with weights have their array's number."""
+    """The segments. Those with weights have their array's number, in the order of the stream.
+
+    The embedding, with which the stream begins, comes last: it has no weights to multiply.
+    """
 
     QKV = 0
     ATTN_OUT = 1
@@ -342,6 +347,17 @@ class StreamPlan:
         return self.backend == "mosaic_gpu" and self.quantized and not self.chunked
 
     @property
+    def indices_anew(self) -> bool:
+        """Whether what follows from indices is computed each time: see `ptx.anew`.
+
+        For compute capability 8, and for Mosaic GPU's steps that norm queries, so much would be
+        kept from layer to layer that there are too few registers for it.
+        """
+        return not self.bulk or (
+            self.backend == "mosaic_gpu" and self.dims.features.qk_norm is not None
+        )
+
+    @property
     def why_no_room(self) -> str | None:
         """Why two tiles do not fit in shared memory, as a sentence; None if they do."""
         if self.slots * (self.slot_bytes + 8) <= self.room:
@@ -364,6 +380,21 @@ class StreamPlan:
     def paired(self) -> bool:
         """Whether attention has two rows a query, one of even positions and one of odd."""
         return self.dims.queries <= LOT // 2
+
+    @property
+    def compiler_bytes(self) -> int:
+        """Shared memory that the compiler takes for itself, at most.
+
+        It hands rows of queries from thread to thread where these are normed.
+        """
+        if self.dims.features.qk_norm is None:
+            return COMPILER_BYTES
+        return max(COMPILER_BYTES, 4 * self.attended_rows * self.dims.head_dim)
+
+    @property
+    def attended_rows(self) -> int:
+        """Queries of which a warp puts aside what it has made."""
+        return LOT // 2 if self.paired else LOT
 
     @property
     def box(self) -> Box | None:

@@ -35,7 +35,6 @@ from pallas_kernels.stream.plan import (
 from pallas_kernels.stream.tuning import Tuning, tuning_for
 
 __all__ = [
-    "COMPILER_BYTES",
     "fitting",
     "make_stream_plan",
     "splits_of",
@@ -49,8 +48,6 @@ DEFAULT = Tuning()
 MOST_BETWEEN = 256
 # What to do where a step cannot be streamed.
 _INSTEAD = "Use implementation='xla'."
-# Shared memory that the compiler takes for itself, at most.
-COMPILER_BYTES = 6 * 1024
 # Bytes of tiles of weights, and of keys and values, that are tried in turn: see `fitting`.
 _SHRINKING = [
     (1 << a, 1 << b) for a, b in ((15, 15), (15, 14), (15, 13), (14, 14), (14, 13), (13, 13))
@@ -476,11 +473,11 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
         aligned = ALIGNMENT * ceil_div(plan.slot_bytes, ALIGNMENT)
         plan = dataclasses.replace(plan, slot_bytes=aligned)
     # What lies beside the slots; of their barriers there is an even number.
-    room = taken * RESERVED_TILE - COMPILER_BYTES - SharedLayout.of(plan).size - 8
+    room = taken * RESERVED_TILE - plan.compiler_bytes - SharedLayout.of(plan).size - 8
     slots = max(2, min(MAX_SLOTS, room // (plan.slot_bytes + 8)))
     plan = dataclasses.replace(plan, slots=min(tuning.slots or slots, slots), room=room)
     # Behind slots of odd sizes, what follows begins at the next multiple of `ALIGNMENT`.
-    while (over := SharedLayout.of(plan).size + COMPILER_BYTES - taken * RESERVED_TILE) > 0:
+    while (over := SharedLayout.of(plan).size + plan.compiler_bytes - taken * RESERVED_TILE) > 0:
         if plan.slots == 2:
             left = min(room, 2 * (plan.slot_bytes + 8) - over)
             return dataclasses.replace(plan, room=left)

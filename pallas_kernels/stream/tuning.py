@@ -20,7 +20,7 @@ from importlib import resources
 from typing import Any
 
 from pallas_kernels.backends import BACKENDS, Backend
-from pallas_kernels.dims import Dims, next_power_of_2
+from pallas_kernels.dims import GROUP, Dims, next_power_of_2
 
 __all__ = ["TILE_BYTES", "Tuning", "row_key", "tuning_for"]
 
@@ -124,7 +124,18 @@ def row_key(device: str, dims: Dims) -> dict[str, Any]:
         **several,
         **sizes,
         "weight_bits": bits,
+        **_groups(dims),
     }
+
+
+def _groups(dims: Dims) -> dict[str, Any]:
+    """The groups of quantized matrices, where some are not of 128 inputs with a scale alone."""
+    stored = [dims.stored(field.name) for field in dataclasses.fields(dims.weight_bits)]
+    groups = [one.groups for one in stored]
+    if all(group is None or (group.size, group.offset) == (GROUP, None) for group in groups):
+        return {}
+    named = [group and f"{group.size} {group.offset or ''}".strip() for group in groups]
+    return {"groups": named}
 
 
 @functools.cache
@@ -137,18 +148,24 @@ def tuning_for(device: str, dims: Dims) -> Tuning | None:
     """The tuning of the table's row for this device, shape, batch and tokens.
 
     Several tokens of a sequence without a row of their own take that of as many sequences of one
-    token each, whose products are the same. None where there is neither.
+    token each, whose products are the same. Weights in other groups than those of 128 without one
+    take that of weights of as many bits. None where there is neither.
 
     Raises:
         ValueError: the row holds an impossible tuning.
         TypeError: the row holds a tunable that there is not.
     """
-    keys = [row_key(device, dims)]
+    sizes = [dims]
     if dims.tokens > 1:
-        keys.append(row_key(device, dataclasses.replace(dims, batch=dims.columns, tokens=1)))
+        sizes.append(dataclasses.replace(dims, batch=dims.columns, tokens=1))
+    keys = []
+    for one in sizes:
+        key = row_key(device, one)
+        keys += [key, {name: value for name, value in key.items() if name != "groups"}]
     for key in keys:
         for row in _table():
-            of_one = "tokens" not in key and "tokens" in row
-            if not of_one and all(row.get(name) == value for name, value in key.items()):
+            # A row with one of these is for what has it alone.
+            others = {name: None for name in ("tokens", "groups") if name not in key}
+            if all(row.get(name) == value for name, value in (key | others).items()):
                 return Tuning(**row["tuning"])
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from decode_cases import small_config
-from quantize_cases import FOR_KERNELS, kernel_config
+from quantize_cases import FOR_KERNELS, GROUPED, kernel_config
 from stream_cases import FAMILIES
 
 from ffjax.config import ModelConfig
@@ -55,6 +55,8 @@ CASES: dict[str, Case] = {
     **_each("int8", kernel_config(FOR_KERNELS["int8 and its head"])),
     **_each("int4", kernel_config(FOR_KERNELS["int4 and its head"])),
     **_each("mixed", kernel_config(FOR_KERNELS["mixed"])),
+    **_each("groups", kernel_config(GROUPED["of files"])),
+    **_each("groups, otherwise", kernel_config(GROUPED["of files, otherwise"])),
     "gemma2, 3": Case(small_config(**FAMILIES["gemma2"]), _THREE),
     "olmo2, 1": Case(small_config(**FAMILIES["olmo2"]), _ONE),
     "qwen3, 3": Case(small_config(**FAMILIES["qwen3"]), _THREE),

@@ -10,7 +10,7 @@ from stream_cases import FAMILIES
 
 from ffjax.config import ModelConfig
 from ffjax.dims import step_dims
-from ffjax.formats import INT8, WeightFormats, int4
+from ffjax.formats import INT8, INT8_GROUP, WeightFormat, WeightFormats, int4
 from pallas_kernels.dims import Dims
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.support import MAX_BATCH
@@ -30,7 +30,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 _LOCAL = {name for name, fields in FAMILIES.items() if "window" in fields}
-_FORMATS = {16: None, 8: INT8, 4: int4()}
+_NO_GROUPS = ("",) * len(MATRICES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class Case:
         window: of local layers, for families that have them.
         tied: whether the head is the embedding.
         bits: of the weights of `MATRICES`.
+        groups: of those in int4, what is not the default, as "32 float16 zero"; of those in int8,
+            whether they have groups.
         lengths: of the sequences before the first step.
         capacity: of the cache.
         step: steps that the cache has seen, perhaps of other sequences.
@@ -62,6 +64,7 @@ class Case:
     window: int | None = None
     tied: bool = False
     bits: tuple[int, ...] = (16,) * len(MATRICES)
+    groups: tuple[str, ...] = _NO_GROUPS
     lengths: tuple[int, ...] = (0,)
     capacity: int = 64
     step: int = 0
@@ -85,7 +88,8 @@ class Case:
         Raises:
             ValueError: there can be no such model.
         """
-        formats = {name: _FORMATS[bits] for name, bits in zip(MATRICES, self.bits, strict=True)}
+        kinds = map(_format, self.bits, self.groups)
+        formats = dict(zip(MATRICES, kinds, strict=True))
         return ModelConfig(
             name="drawn",
             num_layers=self.layers,
@@ -121,6 +125,8 @@ class Case:
             return "mixed"
         name = {16: "bfloat16", 8: "int8", 4: "int4"}
         body = name[layers.pop()]
+        if any(self.groups):
+            return f"{body}, groups"
         return body if name[head] in (body, "bfloat16") else f"{body}, head {name[head]}"
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +137,7 @@ class Case:
     def from_json(cls, data: dict[str, Any]) -> Case:
         """What `to_json` made plain data of, even if lists have taken the place of tuples."""
         made = dict(data)
-        for name in ("bits", "lengths"):
+        for name in ("bits", "groups", "lengths"):
             made[name] = tuple(made[name])
         made["tuning"] = tuple((name, value) for name, value in made["tuning"])
         return cls(**made)
@@ -153,7 +159,40 @@ def draw_case(seed: int, cores: int = 132) -> Case:
             _ = case.config
         except ValueError:
             continue
-        return dataclasses.replace(case, tokens=_tokens(seed, len(case.lengths)))
+        case = dataclasses.replace(case, tokens=_tokens(seed, len(case.lengths)))
+        grouped = dataclasses.replace(case, groups=_groups(seed, case.bits))
+        try:
+            _ = grouped.config
+        except ValueError:  # its rows are no whole groups
+            return case
+        return grouped
+
+
+def _format(bits: int, groups: str) -> WeightFormat | None:
+    """How a matrix is stored."""
+    if bits == 16:
+        return None
+    if not groups:
+        return INT8 if bits == 8 else int4()
+    size, scales, *offset = groups.split()
+    if bits == 8:
+        return WeightFormat(bits=8, group_size=INT8_GROUP, scale_dtype=scales)
+    return int4(int(size), scales, offset[0] if offset else None)
+
+
+def _groups(seed: int, bits: tuple[int, ...]) -> tuple[str, ...]:
+    """Of each matrix, by a draw of their own; often the same of all."""
+    draw = random.Random(seed ^ 0x6A0095)
+    if bits == (16,) * len(bits) or draw.random() < 0.5:
+        return _NO_GROUPS
+
+    def one() -> str:
+        size, scales = draw.choice((32, 32, 64, 128)), draw.choice(("bfloat16", "float16"))
+        return f"{size} {scales} {draw.choice(('', 'zero', 'minimum'))}".strip()
+
+    if draw.random() < 0.5:
+        return (one(),) * len(bits)
+    return tuple(draw.choice(("", one())) for _ in bits)
 
 
 def _tokens(seed: int, batch: int) -> int:

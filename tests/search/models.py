@@ -53,13 +53,26 @@ def _array(config: ModelConfig, name: str, like: Any, seed: Array) -> Array:
     if name.endswith("bias"):
         return (0.3 * values).astype(dtype)
     if name.endswith("_scale"):
-        inner = config.matrices[name.removesuffix("_scale")][1]
-        # The integers' deviation; int4's scales may be negative.
-        size = 42 if dtype == jnp.float32 else 4.6
-        sign = jnp.where(_mixed(shape, seed + 1) & 1 == 0, 1.0, -1.0) if size < 42 else 1.0
-        return ((1 + 0.2 * values) * sign / (size * math.sqrt(inner))).astype(dtype)
+        return _scales(config, name.removesuffix("_scale"), shape, seed).astype(dtype)
     # An embedding much smaller than what a layer adds would hide a residual that is left out.
     return (values if name == "embed" else values / math.sqrt(shape[-1])).astype(dtype)
+
+
+def _scales(config: ModelConfig, matrix: str, shape: tuple[int, ...], seed: Array) -> Array:
+    """Scales by which weights have a row's size, and what stands beside them."""
+    form = config.weights.quantized[matrix]
+    values, inner = _uniform(shape, seed), config.matrices[matrix][1]
+    size = 42 if form.bits == 8 else 4.6  # the integers' deviation
+    scales = (1 + 0.2 * values) / (size * math.sqrt(inner))
+    if form.bits == 8:
+        return scales
+    # Those of int4 may be negative.
+    scales *= jnp.where(_mixed(shape, seed + 1) & 1 == 0, 1.0, -1.0)
+    if form.offset is None:
+        return scales
+    number = (_mixed(shape, seed + 2) & 15).astype(jnp.float32)
+    offset = number if form.offset == "zero" else -scales[..., :1] * number
+    return jnp.where(jnp.arange(2) == 0, scales, offset)
 
 
 def model_of(case: Case) -> tuple[Any, Any]:

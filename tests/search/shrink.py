@@ -58,6 +58,10 @@ def _changes(case: Case) -> Iterator[dict]:
         yield {"layers": layers}
     for vocab in _halves(case, "vocab"):
         yield {"vocab": vocab}
+    if any(case.groups):
+        yield {"groups": ("",) * len(case.groups)}
+        for i in range(len(case.groups)):
+            yield {"groups": (*case.groups[:i], "", *case.groups[i + 1 :])}
     for bits in dict.fromkeys(((16,) * 5, (case.bits[0],) * 5, (*case.bits[:4], 16))):
         yield {"bits": bits}
     for i in range(len(case.bits)):

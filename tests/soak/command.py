@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ffjax.decode import Implementation
+from ffjax.formats import DEFAULT_GROUP, GROUP_SIZES, Offset
 from ffjax.quantization import Kind
 from soak.together import in_processes, in_threads
 from soak.walk import NOT_FINITE, Walk, Walker
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
                 asked.tokens,
                 asked.implementation,
                 asked.together,
+                asked.group_size,
+                asked.offset,
             )
             walker = Walker(walk, walk.model())
             implementation = walker.implementation
@@ -171,6 +174,16 @@ def _parser() -> argparse.ArgumentParser:
         choices=("bfloat16", *get_args(Kind)),
         default="bfloat16",
         help="format of the layers' matrices; default: %(default)s",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=DEFAULT_GROUP,
+        help="inputs that share a scale in int4; default: %(default)s",
+    )
+    parser.add_argument(
+        "--offset", choices=get_args(Offset), help="second number of a group of int4; default: none"
     )
     parser.add_argument(
         "--tokens",

@@ -26,7 +26,7 @@ from ffjax.decode import (
     resolve_implementation_config,
     why_not_fused,
 )
-from ffjax.formats import WeightFormats
+from ffjax.formats import DEFAULT_GROUP, Offset, WeightFormats
 from ffjax.model import Transformer
 from ffjax.quantization import Kind, named_format, quantize, quantized_config
 
@@ -54,6 +54,8 @@ class Walk:
         implementation: of the steps; None: the best that can run.
         together: T. If it is more than 1, a step of T tokens, of which the first is kept, stands
             before each step of one token.
+        group_size: of int4, inputs that share a scale.
+        offset: of int4, the second number of a group.
     """
 
     config: str | None
@@ -62,16 +64,21 @@ class Walk:
     tokens: int
     implementation: Implementation | None = None
     together: int = 1
+    group_size: int = DEFAULT_GROUP
+    offset: Offset | None = None
 
     def model(self) -> Transformer:
         """Loads the model, or makes it."""
         kind = cast(Kind, self.weights) if self.weights in get_args(Kind) else None
         if self.config is None:
             model = checkpoints.load(checkpoints.SHIPPED_MODEL, dtype=jnp.bfloat16)
-            return model if kind is None else quantize(model, kind)
+            if kind is None:
+                return model
+            return quantize(model, kind, self.group_size, offset=self.offset)
         config = preset(self.config)
         if kind is not None:
-            config = quantized_config(config, WeightFormats.of_layers(named_format(kind)))
+            form = named_format(kind, self.group_size, offset=self.offset)
+            config = quantized_config(config, WeightFormats.of_layers(form))
         return random_model(config)
 
 

@@ -1,7 +1,9 @@
 """What Pallas does not offer, in PTX: bulk copies, products in registers, words that are polled.
 
-This is the one place that touches JAX's private interface to Triton. What a program hands to
-others has a plain version for interpret mode; the ring and the products are only used compiled.
+A file has a kind of text: `write_*` functions write it with the assembler (`pallas_kernels.asm`),
+an `Operation` makes a primitive of it, and a function that the kernel calls says what it does.
+`lowered` hands texts to the backend that compiles; no backend is known here. What a program hands
+to others has a plain version for interpret mode; the ring and the products are only used compiled.
 """
 
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
@@ -23,6 +25,7 @@ from pallas_kernels.stream.ptx.held import (
     prefetch_pieces,
 )
 from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
+from pallas_kernels.stream.ptx.join import Joined, join_warps
 from pallas_kernels.stream.ptx.operation import Choice
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
@@ -52,6 +55,7 @@ __all__ = [
     "Feed",
     "GroupSums",
     "IntegerTile",
+    "Joined",
     "Lines",
     "NormRow",
     "TensorMap",
@@ -64,6 +68,7 @@ __all__ = [
     "combine_splits",
     "feed_cache",
     "feed_ring",
+    "join_warps",
     "load_pieces",
     "make_map",
     "multiply_integers",

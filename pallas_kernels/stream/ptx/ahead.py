@@ -19,9 +19,10 @@ def write_ahead(
     fed: Label,
     lead: Register | None = None,
 ) -> None:
-    """Asks for what comes next beyond a full ring into the L2 cache, if there is little such.
+    """Asks for what comes next beyond a full ring into the L2 cache, up to `Feed.l2_tiles` tiles.
 
-    Some bytes of one copy: words that the program looks for next queue behind them.
+    Each time some bytes of one copy, `Feed.l2_bytes`: words that the program looks for next queue
+    behind them.
 
     Args:
         b: the text.

@@ -539,13 +539,13 @@ class _Attend:
         b.comment("Of two threads that have joined the same sums, one puts them aside.")
         one, is_idle, is_first = b.pred("one"), b.pred("is_idle"), b.pred("is_first")
         row, sums_at, idle = self.x, self.y, b.label("idle")
-        b.setp("lt", one, self.group, LOT // 2 if f.paired else LOT)
+        b.setp("lt", one, self.group, f.rows)
         if f.paired:
             self._join_pairs()
         b.setp("ge", is_idle, self.thread, 32 * f.warps)
         b.bra_if(is_idle, idle)
         b.shr(row, self.thread, 5)
-        b.mad_lo(row, row, LOT, self.group)
+        b.mad_lo(row, row, f.rows, self.group)
         b.mad_lo(sums_at, row, 8, self.ring)
         b.setp("eq", is_first, self.column, 0, also=one)
         with b.when(is_first):

@@ -8,7 +8,7 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import TID, Block, Register
-from pallas_kernels.stream.plan import BOX_UNIT
+from pallas_kernels.stream.plan import BOX_UNIT, LOT
 from pallas_kernels.stream.ptx import async_copy
 from pallas_kernels.stream.ptx.address import UNIT
 from pallas_kernels.stream.ptx.boxes import TensorMap
@@ -55,7 +55,7 @@ class CacheFeed:
             stage; from the 7th on, stage and phase of the next one to be used.
         queries: likewise 16 rows for 8 queries: what is left of their bfloat16, behind them.
         new: likewise the new positions' keys, and their values.
-        out: likewise what each warp makes of its positions: 8 rows.
+        out: likewise what each warp makes of its positions: `rows`.
         sums: likewise the maximum and the sum of the weights of each of those rows.
         thread: the thread that asks.
         sharing: as of `Feed`: each warp has 8 control words of its own, but for the last two.
@@ -91,6 +91,11 @@ class CacheFeed:
     def bulk(self) -> bool:
         """Whether bulk copies bring the tiles."""
         return self.sharing == 0
+
+    @property
+    def rows(self) -> int:
+        """Queries that a warp attends for."""
+        return LOT // 2 if self.paired else LOT
 
     @property
     def row_bytes(self) -> int:

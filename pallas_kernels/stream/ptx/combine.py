@@ -1,4 +1,9 @@
-"""Combines what several programs have made of a head's KV splits, as soon as it has come."""
+"""Combines what several programs have made of a head's KV splits, once all of it has come.
+
+Each of an element's `lanes` threads has every `lanes`-th split. A thread adds its own two by two,
+and then the threads add theirs by butterfly shuffles. So the plan alone fixes the order of the
+sums, whichever split comes first.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Tiles on their way to shared memory: asked for, and waited for."""
+"""The ring's feed: the text that asks for a program's next tile, here by bulk copies.
+
+`async_feed` has the same for devices without them, `feed_state` what both keep from one tile to the
+next, `ahead` what is asked for into the L2 cache. `arrival` waits for a tile.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +39,13 @@ def _write_barriers(b: Block, barriers: Register, *, count: int, sharing: int, a
         for i in range(count):
             b.mbarrier_init(barriers + 8 * i, sharing or 1)
     if sharing == 0:
-        b.comment("Bulk copies are made by others, whom a barrier of the program does not tell.")
+        b.comment("Bulk copies come by the async proxy: a barrier of the program does not tell it.")
         b.fence_mbarrier_init()
         b.fence_proxy_async()
 
 
 def _tell_ptxas(alone: bool, **_: Any) -> None:
+    """What no text can say: the backend sees to it."""
     if alone:
         lowered.one_program_a_multiprocessor()
 
@@ -102,16 +107,17 @@ def write_feed(
 ) -> None:
     """Asks for the next tile where a slot is free and few are on their way.
 
-    One thread does, or its whole warp: what is loaded is loaded before it is known whether it is
-    wanted, and nothing but the end is jumped to. Without bulk copies all warps that share the
-    copies come here, each whole.
+    One thread does, or its whole warp. It loads the next tile's copy descriptor before it knows
+    whether the tile may be asked for: so the loads do not wait for the checks. Without bulk copies
+    all warps that share the copies come here, each whole.
 
     Args:
         b: the text.
         feed: where everything lies.
         ring: the ring's address.
         pointer: the first array's.
-        used: tiles that all threads have done with; None: as many as last time.
+        used: tiles that all threads have done with; None: as many as last time, since a program
+            that waits for words uses no tile meanwhile.
         ahead: tiles beyond those that may have been asked for; None: as many as there are slots.
         together: whether the thread's whole warp is here, so that its threads share many copies.
             No thread of a warp leaves another then.
@@ -352,7 +358,8 @@ def _write_ring(
     feed: Feed,
     store: bool,
 ) -> None:
-    # By one thread, instructions for few copies are fewer than for a whole warp.
+    # Only after a tile is the whole warp known to be together. Where tiles come as boxes, copies
+    # are few, and take fewer instructions of one thread.
     together = store and not feed.matrix_rows and feed.bulk
     given = (used, ahead) if store else (None, None)
     write_feed(b, feed, ring, weights, *given, together=together)

@@ -18,10 +18,12 @@ class Feed:
         slot_bytes: bytes of a slot.
         descriptors: where the copy descriptors lie, bytes behind the ring's address.
         barriers: likewise the slots' barriers, 8 bytes each.
-        control: likewise the feed's own 16 words: tiles asked for, copy descriptor, layer,
-            slot and phase of the next, tiles used, and the address of a tensor map; from the 9th
-            on, tiles asked for into the L2 cache, row and layer of the next, and what of it has
-            been: 65536 for each copy, and bytes of the copy after those.
+        control: likewise the feed's own 16 words. Words 0 to 5: tiles asked for; copy descriptor,
+            layer, slot and phase of the next one; tiles used. 6 and 7: the address of a tensor map.
+            8 to 11, for the L2 cache: tiles asked for; copy descriptor and layer of the next one;
+            what of that one was asked for, 65536 for each whole copy, and bytes of the copy after
+            those. 12 to 14, for waits that run out: the record's address and the program's number,
+            see `giving_up`.
         layer_tiles: tiles of a layer.
         layers: how many.
         head_tiles: tiles of the head. All but the last one share a copy descriptor, behind those
@@ -82,7 +84,8 @@ class Next:
 
     Attributes:
         asked: tiles asked for so far: the next one's number.
-        row: the next one's copy descriptor.
+        row: the next one's copy descriptor, by its row in the table. Row 0 is the embedding's,
+            which is empty; a layer's first tile has row 1.
         layer: its layer.
         slot: its slot.
         phase: what its slot's barrier counts round by: 0 in the first round, then 1, 0 and so on.

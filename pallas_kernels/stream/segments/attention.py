@@ -11,7 +11,9 @@ done before any is combined, so that no two programs ever wait for each other.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -40,14 +42,23 @@ MIN_COMBINED = 8
 AHEAD = 2
 # KV splits that a thread combines at most.
 MOST_SPLITS = 8
+# Neighbouring elements of what warps have made that a thread joins at once, at most.
+MOST_ELEMENTS = 4
 
 
 class _Made(NamedTuple):
-    """What a part makes of its positions, float32; rows beyond its queries are of no use."""
+    """What a part makes of its positions; rows beyond its queries are of no use.
 
-    top: Array  # maximum of the scores in base 2, [rows, H], the same in a row
-    total: Array  # sum of the weights, likewise
-    out: Array  # weighted values, [rows, H]
+    All arrays have one shape: `[threads]`, or interpreted `[rows, H / 2]`. Of each there are
+    neighbouring elements of one query.
+    """
+
+    row: Array  # which of the part's queries, or of a lot's: int32
+    element: Array  # the first of the elements, int32
+    there: Array  # bool: other threads have a copy
+    top: Array  # maximum of the query's scores in base 2, float32
+    total: Array  # sum of its weights, float32
+    out: Sequence[Array]  # weighted values of the elements, float32
 
 
 def _rows(env: StreamEnv) -> int:
@@ -133,47 +144,43 @@ def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) ->
     attend_split(env, layer, share, j)
 
 
-def _made_by(env: StreamEnv, warp: Array | int) -> _Made:
-    """What a warp has made of its positions."""
-    at = SharedLayout.of(env.plan)
-    shape = (_rows(env), env.dims.head_dim)
-    row, element = env.iota(shape, 0), env.iota(shape, 1)
-    number = warp * LOT + row
-    sums = env.shared + at.sums + 8 * number
-    place = env.shared + at.products + number * at.out_pitch + 4 * element
-    return _Made(*(ptx.sum_shared(x, 1, 0) for x in (sums, sums + 4, place)))
+def _joined(env: StreamEnv, first: Array | int, count: Array | None) -> list[_Made]:
+    """What warps have made together of the same queries: a turn of the threads each.
+
+    Args:
+        env: the program's view.
+        first: the first of them.
+        count: how many they are; None: all.
+    """
+    at, size, threads = SharedLayout.of(env.plan), env.dims.head_dim, env.plan.threads
+    rows, thread = _rows(env), env.iota((threads,), 0)
+    width = min(max(2, rows * size // threads), MOST_ELEMENTS)
+    per_row, put_aside = size // width, env.plan.attended_rows
+
+    def turn(number: int) -> _Made:
+        place = thread + number * threads
+        row, element = lax.div(place, jnp.int32(per_row)), (place & (per_row - 1)) * width
+        there, row = row < rows, row & (rows - 1)
+        place = first * put_aside + row
+        made = ptx.join_warps(
+            env.shared + at.sums + 8 * place,
+            env.shared + at.products + place * at.out_pitch + 4 * element,
+            count,
+            width=width,
+            count=env.plan.attention.warps,
+            step=8 * put_aside,
+            out_step=put_aside * at.out_pitch,
+        )
+        return _Made(row, element, there, *made)
+
+    return [turn(i) for i in range(ceil_div(rows * per_row, threads))]
 
 
-def _made_of_lot(env: StreamEnv, part: Part, lot: Array) -> _Made:
+def _joined_lot(env: StreamEnv, part: Part, lot: Array) -> list[_Made]:
     """What the warps have made together that attended for the part's `lot`-th queries."""
     cut = env.plan.attention
     each = cut.warps // cut.abreast
-    count = jnp.where(part.lots == 1, jnp.int32(cut.warps), each)
-
-    def join(turn: Array, so_far: _Made) -> _Made:
-        made = _made_by(env, lot * each + turn)
-        top = jnp.maximum(made.top, so_far.top)
-        old, new = jnp.exp2(so_far.top - top), jnp.exp2(made.top - top)
-        total = so_far.total * old + made.total * new
-        return _Made(top, total, so_far.out * old + made.out * new)
-
-    return lax.fori_loop(jnp.int32(1), count, join, _made_by(env, lot * each))
-
-
-def _made_together(env: StreamEnv) -> _Made:
-    """What all warps have made together of the same queries."""
-    shape = (_rows(env), env.dims.head_dim)
-    each = [_made_by(env, warp) for warp in range(env.plan.attention.warps)]
-    access.meet()  # products will be put there, and the next part's queries
-    top = each[0].top
-    for made in each[1:]:
-        top = jnp.maximum(top, made.top)
-    total = out = jnp.zeros(shape, jnp.float32)
-    for made in each:
-        weight = jnp.exp2(made.top - top)
-        total += weight * made.total
-        out += weight * made.out
-    return _Made(top, total, out)
+    return _joined(env, lot * each, jnp.where(part.lots == 1, jnp.int32(cut.warps), each))
 
 
 def _load_tile(env: StreamEnv, layer: Array, part: Part, i: Array) -> tuple[Array, Array]:
@@ -236,9 +243,11 @@ def _interpreted(env: StreamEnv, layer: Array, part: Part) -> _Made:
     tiles = lax.div(part.stop - part.start + (block - 1), jnp.int32(block))
     top, total, out = lax.fori_loop(jnp.int32(0), tiles, step, (top, total, value))
     rows = next_power_of_2(min(env.dims.queries, rows))
-    out = out[:rows]
-    top, total = (jnp.broadcast_to(x[:rows, None], out.shape) for x in (top, total))
-    return _Made(top, total, out)
+    out = out[:rows].reshape(rows, -1, 2)
+    shape = out.shape[:2]
+    top, total = (jnp.broadcast_to(x[:rows, None], shape) for x in (top, total))
+    row, element = env.iota(shape, 0), 2 * env.iota(shape, 1)
+    return _Made(row, element, row >= 0, top, total, [out[:, :, 0], out[:, :, 1]])
 
 
 def _publish_heads(
@@ -247,18 +256,38 @@ def _publish_heads(
     column: Array,
     query: Array,
     element: Array,
-    out: Array,
+    out: Sequence[Array],
     mask: Array,
 ) -> None:
-    """Hands finished heads to the output projection; neighbouring elements lie side by side."""
-    element += query * env.dims.head_dim
-    word = word_in_exchange(env.plan, env.segment(Segment.ATTN_OUT), column, element)
+    """Hands finished heads to the output projection.
+
+    Args:
+        env: the program's view.
+        tag: the layer's.
+        column: int32, any shape: whose a head is.
+        query: int32, the same shape: which of N heads.
+        element: int32, the same shape: the first of `out`'s, a multiple of how many these are.
+        out: float32, the same shape each: up to 4 neighbouring elements, two where words have two.
+        mask: bool, the same shape.
+    """
+    # Up to 4 of them share a load.
+    word = word_in_exchange(
+        env.plan, env.segment(Segment.ATTN_OUT), column, element + query * env.dims.head_dim
+    )
     word += env.exchange.layout.attn
     if not env.plan.half2:
-        env.exchange.publish(word, out, tag, mask)
+        for number, value in enumerate(out):
+            env.exchange.publish(word + number, value, tag, mask)
         return
-    word, mask = (even_and_odd(x)[0] for x in (word, mask.astype(jnp.int32)))
-    env.exchange.publish_half2(word, *even_and_odd(out), PLAIN, tag, mask != 0)
+    for number in range(0, len(out), 2):
+        both = out[number : number + 2]
+        env.exchange.publish_half2(word + number // 2, *both, PLAIN, tag, mask)
+
+
+def _finish_heads(env: StreamEnv, tag: Array, rows: _Rows, made: _Made) -> None:
+    """Hands over heads of one KV split."""
+    out = [values / made.total for values in made.out]
+    _publish_heads(env, tag, rows.column, rows.query, made.element, out, rows.there)
 
 
 def _pair_at(
@@ -270,19 +299,18 @@ def _pair_at(
     return env.exchange.layout.parts + 2 * (row * (d.head_dim + 2) + item)
 
 
-def _hand_over_part(
-    env: StreamEnv, tag: Array, part: Part, rows: _Rows, element: Array, made: _Made
-) -> None:
+def _hand_over_part(env: StreamEnv, tag: Array, part: Part, rows: _Rows, made: _Made) -> None:
     """Hands a KV split's numbers to who combines the head."""
     d = env.dims
+    first = _pair_at(env, rows.column, rows.query, part.split, 0)
 
     def hand_over(values: Array, item: Array | int, mask: Array) -> None:
-        at = _pair_at(env, rows.column, rows.query, part.split, item)
-        env.exchange.publish_pair(at, values, tag, mask)
+        env.exchange.publish_pair(first + 2 * item, values, tag, mask)
 
-    hand_over(made.out, element, rows.there)
-    hand_over(made.total, d.head_dim, rows.there & (element == 0))
-    hand_over(made.top, d.head_dim + 1, rows.there & (element == 0))
+    for number, values in enumerate(made.out):
+        hand_over(values, made.element + number, rows.there)
+    hand_over(made.total, d.head_dim, rows.there & (made.element == 0))
+    hand_over(made.top, d.head_dim + 1, rows.there & (made.element == 0))
 
 
 def attend_parts(env: StreamEnv, layer: Array) -> None:
@@ -292,33 +320,31 @@ def attend_parts(env: StreamEnv, layer: Array) -> None:
     def part_step(j, carry):
         part = part_of(env, layer, share, j)
         if env.interpret:
-            hand_over_made(part, _interpreted(env, layer, part))
+            hand_over_made(part, [_interpreted(env, layer, part)])
             return carry
         _attend(env, layer, share, j, part)
         if abreast == 1:
-            hand_over_made(part, _made_together(env))
+            made = _joined(env, 0, None)
+            access.meet()  # products will be put there, and the next part's queries
+            hand_over_made(part, made)
             return carry
 
         def of_lot(lot: Array, nothing: Array) -> Array:
-            hand_over_made(part, _made_of_lot(env, part, lot), lot)
+            hand_over_made(part, _joined_lot(env, part, lot), lot)
             return nothing
 
         lax.fori_loop(jnp.int32(0), jnp.int32(0) + part.lots, of_lot, jnp.int32(0))
         access.meet()  # products will be put there, and the next part's queries
         return carry
 
-    def hand_over_made(part: Part, made: _Made, lot: Array | int = 0) -> None:
-        row, element = env.iota(made.out.shape, 0), env.iota(made.out.shape, 1)
-        rows = _rows_of(env, part, row if isinstance(lot, int) else lot * LOT + row)
-
-        def finish():
-            out = made.out / made.total
-            _publish_heads(env, tag, rows.column, rows.query, element, out, rows.there)
-
-        def hand_over():
-            _hand_over_part(env, tag, part, rows, element, made)
-
-        lax.cond(part.num_splits == 1, finish, hand_over)
+    def hand_over_made(part: Part, turns: list[_Made], lot: Array | int = 0) -> None:
+        for made in turns:
+            row = made.row if isinstance(lot, int) else lot * LOT + made.row
+            rows = _rows_of(env, part, row)
+            rows = rows._replace(there=rows.there & made.there)
+            finish = functools.partial(_finish_heads, env, tag, rows, made)
+            hand_over = functools.partial(_hand_over_part, env, tag, part, rows, made)
+            lax.cond(part.num_splits == 1, finish, hand_over)
 
     lax.fori_loop(jnp.int32(0), share.parts, part_step, jnp.int32(0))
 
@@ -382,6 +408,23 @@ def combining_threads(
     return lanes, number, lax.div(thread, jnp.int32(32)) * elements + (lane - number * elements)
 
 
+def _publish_combined(
+    env: StreamEnv,
+    tag: Array,
+    column: Array,
+    query: Array,
+    element: Array,
+    out: Array,
+    mask: Array,
+) -> None:
+    """As `_publish_heads` of an array whose neighbours are neighbouring elements."""
+    if not env.plan.half2:
+        _publish_heads(env, tag, column, query, element, [out], mask)
+        return
+    element, mask = (even_and_odd(x)[0] for x in (element, mask.astype(jnp.int32)))
+    _publish_heads(env, tag, column, query, element, even_and_odd(out), mask != 0)
+
+
 def _combine(
     env: StreamEnv,
     tag: Array,
@@ -411,7 +454,7 @@ def _combine(
         step=lanes * 2 * (size + 2),
     )
     mask = (number == 0) & (within < width)
-    _publish_heads(env, tag, column, query, element, out, mask)
+    _publish_combined(env, tag, column, query, element, out, mask)
 
 
 def _combine_interpreted(
@@ -439,4 +482,4 @@ def _combine_interpreted(
     weight = jnp.where(there, jnp.exp2(top - jnp.max(top, axis=0)[None, :]), 0.0)
     out = jnp.sum(jnp.where(there, out * weight, 0.0), axis=0) / jnp.sum(weight * total, axis=0)
     element = first + env.iota(out.shape, 0)
-    _publish_heads(env, tag, column, query, element, out, element >= 0)
+    _publish_combined(env, tag, column, query, element, out, element >= 0)

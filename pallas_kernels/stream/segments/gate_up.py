@@ -17,7 +17,7 @@ __all__ = ["finish_gate_up"]
 
 
 def finish_gate_up(env: StreamEnv, flush: Flush) -> None:
-    """hidden[c] = silu(W_gate @ h) * (W_up @ h) with h = rmsnorm(x[c]); or with GELU."""
+    """hidden[c] = a(W_gate @ h) * (W_up @ h) with h = rmsnorm(x[c]); a: `Features.activation`."""
     half2 = env.plan.half2
     outputs = outputs_of(env, Segment.GATE_UP, every=2 if half2 else 1)
     hidden = _hidden(env, flush, outputs)
