@@ -70,6 +70,12 @@ def _extreme(name: str, quiet: Callable[..., np.ndarray], loud: Callable[..., np
 
     @instruction(name, also="ftz NaN")
     def _(t: Threads) -> None:
+        if t.kind == "f16x2":  # each half by itself
+            halves = (np.ascontiguousarray(t[i])[:, None].view(np.float16) for i in (1, 2))
+            made = (loud if t.has("NaN") else quiet)(*halves)
+            made = np.where(np.isnan(made), np.uint16(0x7FFF).view(np.float16), made)
+            t[0] = made.astype(np.float16).view(np.uint32)[:, 0]
+            return
         if t.kind[0] not in "usf" or (t.has("NaN") and t.kind[0] != "f"):
             raise PtxError(f"There is none of {'.NaN' * t.has('NaN')}.{t.kind}.")
         made = (loud if t.has("NaN") else quiet)(_flushed(t, t[1]), _flushed(t, t[2]))

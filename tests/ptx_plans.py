@@ -33,6 +33,7 @@ class Planned:
             product_warps=self.product_warps,
             chunked=self.chunked,
             bulk=True,
+            wide=False,
             line=lambda part: self.line,
             columns=lambda part: self.columns,
         )

@@ -126,6 +126,16 @@ def test_all_that_a_streamed_step_carries_stays_in_registers(config, batch, form
 
 
 @needs_compiler
+@pytest.mark.parametrize(("formats", "batch"), [(INT8, 8), (int4(), 3)], ids=str)
+def test_little_of_a_step_of_the_widest_rows_is_spilled(formats, batch):
+    """Held as float32 until they are fragments, activations were 3 to 6 KB a thread."""
+    made = quantized_config(preset("llama3.1-70b"), WeightFormats.of_layers(formats, INT8))
+    report = compile_for("h200", dims_of(made, batch, 16_384))
+    assert report.kernels == 1
+    assert report.spill_bytes < 200
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("config", "batch", "tokens", "gpu"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ import pytest
 from decode_cases import dims_of, small_config
 from stream_cases import FAMILIES, H200
 
+from pallas_kernels.dims import WeightBits
 from pallas_kernels.stream import norms
-from pallas_kernels.stream.plan import PIECE, Segment
+from pallas_kernels.stream.fragment_layout import first_input, pieces_there
+from pallas_kernels.stream.plan import PIECE, Segment, StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
 
 pytestmark = pytest.mark.once(
@@ -23,6 +26,8 @@ pytestmark = pytest.mark.once(
 )
 
 LAYERS = 3
+# Elements of a line of the L2 cache.
+LINE = 64
 NORMED = (Segment.QKV, Segment.GATE_UP, Segment.HEAD)
 
 
@@ -48,6 +53,17 @@ class Read(NamedTuple):
         return np.concatenate([x[:, None] + np.arange(PIECE) for x in first]).ravel()
 
 
+def env_of(plan: StreamPlan, arrays: dict[str, np.ndarray]) -> Any:
+    """As much of an environment as norms look at."""
+
+    class Env(types.SimpleNamespace):
+        def __getitem__(self, name):
+            return arrays[name]
+
+    d = plan.dims
+    return Env(plan=plan, dims=d, features=d.features, interpret=False, shared=jnp.int32(0))
+
+
 @pytest.mark.drawn("Each family, with one of the batches.")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", ["llama", *FAMILIES])
@@ -64,15 +80,11 @@ def test_weights_of_norms_are_read_within_their_rows(monkeypatch, family, batch)
     layered, once = np.zeros((LAYERS, d.model_dim)), np.zeros(d.model_dim)
     arrays = {"attn_norm": layered, "mlp_norm": layered.copy(), "final_norm": once}
 
-    class Env(types.SimpleNamespace):
-        def __getitem__(self, name):
-            return arrays[name]
-
-    env = Env(plan=plan, dims=d, features=d.features, interpret=False)
+    env = env_of(plan, arrays)
     for segment in plan.segments:
         part = plan.segments[segment]
         for layer in range(LAYERS):
-            norms.norm_weights(env, part, jnp.int32(segment), jnp.int32(layer))  # type: ignore[arg-type]
+            norms.norm_weights(env, part, jnp.int32(segment), jnp.int32(layer))
             [one] = read
             array, elements = one.array(), one.elements()
             assert 0 <= elements.min() <= elements.max() < array.size, (segment, layer)
@@ -83,3 +95,53 @@ def test_weights_of_norms_are_read_within_their_rows(monkeypatch, family, batch)
                 name = {Segment.QKV: "attn_norm", Segment.GATE_UP: "mlp_norm"}
                 assert array is arrays[name.get(segment, "final_norm")]
             read.clear()
+
+
+@pytest.mark.parametrize("model_dim", [4352, 5120])
+@pytest.mark.parametrize("bits", [8, 4, 16])
+def test_weights_of_norms_of_wide_rows_are_asked_for_and_loaded(monkeypatch, bits, model_dim):
+    """Of rows that threads hold as words: lines of the cache first, and then what they hold."""
+    config = small_config(model_dim=model_dim, ffw_dim=4224, num_layers=LAYERS)
+    formats = WeightBits(qkv=bits, attn_out=bits, gate_up=8 if bits == 16 else bits, head=8)
+    plan = make_stream_plan(dataclasses.replace(dims_of(config, 3, 64), weight_bits=formats), H200)
+    d, asked = plan.dims, []
+
+    def record(row, there, places, counts):
+        asked.append((Read(row.refs, row.beyond, row.offsets, places, there), counts))
+
+    monkeypatch.setattr(norms.ptx, "prefetch_pieces", record)
+    layered, once = np.zeros((LAYERS, d.model_dim)), np.zeros(d.model_dim)
+    arrays = {"attn_norm": layered, "mlp_norm": layered.copy(), "final_norm": once}
+    env = env_of(plan, arrays)
+    for segment, name in zip(NORMED, arrays, strict=True):
+        part = plan.segments[segment]
+        assert plan.holds_words(part)
+        for layer in range(LAYERS):
+            where = part, jnp.int32(segment), jnp.int32(layer)
+            norms.ask_for_norm_row(env, *where)
+            [(lines, counts)] = asked
+            loaded = norms.norm_row(env, *where)
+            weights = loaded.weights
+            pieces = Read(
+                list(weights.refs),
+                list(weights.beyond),
+                weights.offsets,
+                list(loaded.places),
+                pieces_there(plan, part, jnp.int32(d.model_dim) - first_input(plan, part))
+                if loaded.there is None
+                else loaded.there,
+            )
+            assert (loaded.there is None) == (d.model_dim == plan.span(segment))
+            start = 0 if segment == Segment.HEAD else layer * d.model_dim
+            assert lines.array() is pieces.array() is arrays[name]
+            assert set(pieces.elements()) == set(range(start, start + d.model_dim))
+            offset, there = np.asarray(lines.offset), np.asarray(lines.there)
+            first = np.concatenate(
+                [offset[there > n] + x for x, n in zip(lines.places, counts, strict=True)]
+            )
+            assert start <= first.min() <= first.max() < start + d.model_dim
+            want = range(start // LINE, (start + d.model_dim - 1) // LINE + 1)
+            assert set(first // LINE) == set(want)
+            # Nobody asks for much twice: two threads share half a line, at the most.
+            assert len(first) <= 8 * len(want)
+            asked.clear()

@@ -1522,6 +1522,11 @@ HAND = [
     ("max.NaN.f32", f32(2, np.nan), 0x7FFFFFFF),
     ("max.NaN.f32", f32(-3, 2), f32(2)[0]),
     ("min.NaN.f32", f32(-3, 2), f32(-3)[0]),
+    # 1 and -2, 0.5 and 65504; a NaN of one half says nothing of the other.
+    ("max.NaN.f16x2", [0xC0003C00, 0x7BFF3800], 0x7BFF3C00),
+    ("max.NaN.f16x2", [0x7E013C00, 0x38004000], 0x7FFF4000),
+    ("max.NaN.f16x2", [0x3C000001, 0x7C010002], 0x7FFF0002),
+    ("max.f16x2", [0x7E013C00, 0x38004000], 0x38004000),
     ("abs.f32", f32(-1.5), f32(1.5)[0]),
     ("abs.ftz.f32", [0x80000001], 0),
     ("div.rn.f32", f32(1, 3), 0x3EAAAAAB),

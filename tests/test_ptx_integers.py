@@ -284,6 +284,11 @@ BATCHED = [
     Tile(8, 32, 1, False, short=16),
     Tile(4, 8, 2, False, short=GROUP),
     Tile(4, 2, 1, False, 8, 8),
+    # Of wide rows, some reads are loaded at once.
+    Tile(8, 8, 9, False),
+    Tile(8, 16, 10, False, 8, 8, short=16),
+    Tile(4, 16, 5, False),
+    Tile(4, 8, 8, False, short=GROUP),
 ]
 
 
@@ -329,6 +334,8 @@ PRODUCT_EDITS = [
         "sub.u32 scale_place, scale_place",
     ),
     (Tile(4, 32, 1, False), "st.shared.v2.f32 [$3+512]", "st.shared.v2.f32 [$3+128]"),
+    (Tile(8, 8, 9, False), "ld.shared.v4.b32 *, [row+512]", "ld.shared.v4.b32 *, [row+448]"),
+    (Tile(4, 16, 5, False), "ld.shared.v4.b32 *, [other_row+256]", "ld.shared.v4.b32 *, [row+256]"),
     (Tile(4, 4, 2, True, short=3 * GROUP), "@is_some fma.rn.f32", "fma.rn.f32"),
 ]
 

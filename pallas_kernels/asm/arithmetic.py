@@ -122,6 +122,11 @@ class Arithmetic(Writer):
         """`max.NaN.f32`: the larger one, or NaN where one of them is."""
         self._floats("max.NaN", to, a, b)
 
+    def max_nan_halves(self, to: Register, a: Value, b: Value) -> None:
+        """`max.NaN.f16x2`: of two float16 a word, the larger ones, or NaN where one of them is."""
+        words = (self.read(x, "b32") for x in (to, a, b))
+        self.emit("max.NaN.f16x2", *words)
+
     def _floats(self, name: str, to: Register, *values: Value) -> None:
         self.emit(f"{name}.f32", *(self.read(x, "f32") for x in (to, *values)))
 

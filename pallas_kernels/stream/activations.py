@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.stream.env import StreamEnv, select
+from pallas_kernels.stream.exchange import Held
 from pallas_kernels.stream.exchange_order import word_in_exchange
 from pallas_kernels.stream.feeding import fed_otherwise
 from pallas_kernels.stream.fragment_layout import (
@@ -19,9 +20,16 @@ from pallas_kernels.stream.fragment_layout import (
     pieces_there,
     waits,
 )
-from pallas_kernels.stream.fragments import Fragments, pack, unpacked
+from pallas_kernels.stream.fragments import Fragments, pack, pack_held, unpacked
 from pallas_kernels.stream.half2 import PLAIN, RESIDUAL, Format
-from pallas_kernels.stream.norms import mean_squares, norm_weights, unit_of_residual
+from pallas_kernels.stream.norms import (
+    ask_for_norm_row,
+    mean_of,
+    mean_squares,
+    norm_row,
+    norm_weights,
+    unit_of_residual,
+)
 from pallas_kernels.stream.plan import PIECE, Segment, SegmentPlan
 from pallas_kernels.stream.tiles import Place
 
@@ -39,7 +47,7 @@ def collect_inputs(
     tag: Array,
     form: Format,
     before: Array | int = 0,
-) -> list[Array]:
+) -> list[Array] | Held:
     """Waits for a span of activations.
 
     Args:
@@ -52,7 +60,8 @@ def collect_inputs(
         before: activations of a sequence before the span.
 
     Returns:
-        Float32 `[threads]`, 8 a piece; 0 beyond the span and for padding sequences.
+        Float32 `[threads]`, 8 a piece; 0 beyond the span and for padding sequences. Or the words
+        that they came in: see `StreamPlan.holds_words`.
     """
     plan = env.plan
     first = first_input(plan, part)
@@ -64,6 +73,8 @@ def collect_inputs(
     there = pieces_there(plan, part, left)
     offset = start + word_in_exchange(plan, part, own, before + first)
     places = [word_in_exchange(plan, part, 0, place) for place in distances(plan, part)]
+    if plan.holds_words(part) and not env.interpret:
+        return env.exchange.hold_pieces(offset, places, tag, there, half2=form)
     half2 = form if plan.half2 else None
     collect = functools.partial(env.exchange.collect_pieces, offset, places, tag, half2=half2)
     if plan.product_warps == plan.num_warps:
@@ -142,21 +153,20 @@ def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Fragment
     """
     plan, d, at, segment = env.plan, env.dims, env.exchange.layout, wanted.first.segment
     is_attn = segment == Segment.ATTN_OUT
+    if plan.holds_words(part) and not env.interpret:
+        return _of_wide_residual(env, wanted, part)
     # Asked for before the residual is waited for.
     weights, is_normed = norm_weights(env, part, segment, wanted.layer)
     if plan.chunked:  # attention's output may be meant: what is done to it besides is little
         start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_head])
         inner = jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
     else:
-        start = select(segment, [at.x_in, at.x_in, at.x_mid, at.x_in, at.x_head])
+        start = _start_of_residual(env, segment)
         inner = jnp.int32(d.model_dim)
     width = jnp.where(wanted.first.real, inner, 0)
     x = collect_inputs(env, part, start, width, wanted.tag, RESIDUAL)
-    scale = lax.rsqrt(mean_squares(env, x) + d.norm_eps)
-    if is_normed is not None:
-        scale = jnp.where(is_normed, scale, 1.0)
-    if (unit := unit_of_residual(plan)) != 1:
-        scale *= unit
+    assert not isinstance(x, Held), "Rows of few inputs are held as numbers."
+    scale = _norm_scale(env, mean_squares(env, x), is_normed)
     by = [weight for word in weights for weight in unpacked(word)]
     if (offset := env.features.norm_offset) != 0:
         # Ones stay ones.
@@ -169,6 +179,44 @@ def _of_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Fragment
     fragments = pack(env, part, [v * w for v, w in zip(x, by, strict=True)])
     assert fragments.scale is not None
     return fragments._replace(scale=fragments.scale * scale)
+
+
+def _of_wide_residual(env: StreamEnv, wanted: _Wanted, part: SegmentPlan) -> Fragments:
+    """The same of threads that hold words: the norm's weights have no registers to wait in."""
+    d, segment = env.dims, wanted.first.segment
+    ask_for_norm_row(env, part, segment, wanted.layer)
+    width = jnp.where(wanted.first.real, jnp.int32(d.model_dim), 0)
+    start = _start_of_residual(env, segment)
+    x = collect_inputs(env, part, start, width, wanted.tag, RESIDUAL)
+    assert isinstance(x, Held), "Wide rows are held as words."
+    is_normed = None if env.features.pre_norm else segment == Segment.HEAD
+
+    def scale_of(squares: Array) -> Array:
+        return _norm_scale(env, mean_of(env.plan, squares), is_normed)
+
+    return pack_held(env, part, x, norm_row(env, part, segment, wanted.layer), scale_of)
+
+
+def _start_of_residual(env: StreamEnv, segment: Array) -> Array:
+    """Where the residual begins in the exchange, of several sequences."""
+    at = env.exchange.layout
+    return select(segment, [at.x_in, at.x_in, at.x_mid, at.x_in, at.x_head])
+
+
+def _norm_scale(env: StreamEnv, mean: Array, is_normed: Array | None) -> Array:
+    """What a norm multiplies by besides its weights, of what the residual is handed over as.
+
+    Args:
+        env: the program's view.
+        mean: square of each thread's sequence, float32 `[threads]`.
+        is_normed: whether the residual is; None if it always is.
+    """
+    scale = lax.rsqrt(mean + env.dims.norm_eps)
+    if is_normed is not None:
+        scale = jnp.where(is_normed, scale, 1.0)
+    if (unit := unit_of_residual(env.plan)) != 1:
+        scale *= unit
+    return scale
 
 
 def collect_activations(env: StreamEnv, first: Place) -> Fragments:

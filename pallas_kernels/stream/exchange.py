@@ -56,7 +56,7 @@ from pallas_kernels.stream.half2 import HALF2_TAG_BITS, Format, half2_tag, pack_
 from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.sync import MAX_POLLS
 
-__all__ = ["Exchange", "Meanwhile"]
+__all__ = ["Exchange", "Held", "Meanwhile"]
 
 _TAG_BITS = 0xFF
 _NAN = 0x7FC00000
@@ -65,6 +65,20 @@ _NAN = 0x7FC00000
 def _of_pair(tag: Array) -> Array:
     """A pair's tag, int32. It is odd: tags come round, and what nobody has written yet is 0."""
     return 2 * tag + 1
+
+
+class Held(NamedTuple):
+    """Activations as threads hold them of wide rows: the words that they came in.
+
+    Attributes:
+        words: int32 `[threads]` each, two activations, in order.
+        tags: int32 `[threads]`, what they carry, at its places.
+        form: of the words.
+    """
+
+    words: list[Array]
+    tags: Array
+    form: Format
 
 
 class Meanwhile(NamedTuple):
@@ -184,8 +198,8 @@ class Exchange:
         Returns:
             Float32 `[threads]`, 8 a piece; 0 where there is none.
         """
-        size = PIECE // 2 if half2 else PIECE
         if self.interpret:
+            size = PIECE // 2 if half2 else PIECE
             look = functools.partial(self._look_for_half2, half2) if half2 else self._look
             return [
                 value
@@ -193,15 +207,38 @@ class Exchange:
                 for j in range(size)
                 for value in look(offset + place + within_piece(j), tag, q < there)
             ]
-        bits = HALF2_TAG_BITS if half2 else _TAG_BITS
-        tags = jnp.full(offset.shape, half2_tag(tag) if half2 else tag & _TAG_BITS)
+        if half2:
+            words = self.hold_pieces(offset, places, tag, there, half2=half2).words
+            return [value for word in words for value in ptx.unpack_half2(word, half2)]
+        tags = jnp.full(offset.shape, tag & _TAG_BITS)
+        words = self._wait_for_pieces(offset, places, tags, there, PIECE, _TAG_BITS)
+        return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
+
+    def hold_pieces(
+        self, offset: Array, places: Sequence[int], tag: Array, there: Array, *, half2: Format
+    ) -> Held:
+        """Waits for pieces of words of two activations, and leaves them as they are.
+
+        Args: see `collect_pieces`; the kernel is compiled.
+        """
+        tags = jnp.full(offset.shape, half2_tag(tag))
+        size, bits = PIECE // 2, HALF2_TAG_BITS
+        return Held(self._wait_for_pieces(offset, places, tags, there, size, bits), tags, half2)
+
+    def _wait_for_pieces(
+        self,
+        offset: Array,
+        places: Sequence[int],
+        tags: Array,
+        there: Array,
+        size: int,
+        bits: int,
+    ) -> list[Array]:
+        """Words of pieces: see `ptx.collect_words`."""
         assert self.meanwhile is not None
-        words = ptx.collect_words(
+        return ptx.collect_words(
             self.words, offset, places, tags, there, size, bits, MAX_POLLS, *self.meanwhile
         )
-        if half2:
-            return [value for word in words for value in ptx.unpack_half2(word, half2)]
-        return [lax.bitcast_convert_type(word & ~_TAG_BITS, jnp.float32) for word in words]
 
     def _look(self, offsets: Array, tag: Array, mask: Array) -> tuple[Array, ...]:
         """Interpreted: words as they are; NaN where one has another tag."""

@@ -64,19 +64,25 @@ __all__ = [
 ]
 
 
-def _threads(plan: StreamPlan) -> Array:
-    """Each thread's number, int32 `[threads]`; as `StreamEnv.iota`."""
+def _threads(plan: StreamPlan, *, of_tile: bool = False) -> Array:
+    """Each thread's number, int32 `[threads]`; as `StreamEnv.iota`.
+
+    Args:
+        plan: the step's.
+        of_tile: whether what follows is of use for a tile's product: of wide rows there is no
+            register to keep that in from tile to tile.
+    """
     threads = iota((plan.threads,), 0)
-    return threads if plan.bulk else anew(threads)
+    return anew(threads) if not plan.bulk or (of_tile and plan.wide) else threads
 
 
-def _lane(plan: StreamPlan) -> Array:
-    return _threads(plan) & 31
+def _lane(plan: StreamPlan, *, of_tile: bool = False) -> Array:
+    return _threads(plan, of_tile=of_tile) & 31
 
 
-def column_of(plan: StreamPlan) -> Array:
+def column_of(plan: StreamPlan, *, of_tile: bool = False) -> Array:
     """The column that each thread holds inputs of, 0 to 7: int32 `[threads]`."""
-    return lax.shift_right_logical(_lane(plan), 2)
+    return lax.shift_right_logical(_lane(plan, of_tile=of_tile), 2)
 
 
 def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
@@ -85,15 +91,18 @@ def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
     Of one sequence and groups that are fine, before its warp's.
     """
     if part.fine:
-        first = _first(plan, part, None)
+        first = _first(plan, part, None, of_tile=True)
         return first & ~3 if plan.chunked else first
-    column = column_of(plan)
-    return _first(plan, part, column if part.bits == 16 else column & 3)
+    column = column_of(plan, of_tile=True)
+    return _first(plan, part, column if part.bits == 16 else column & 3, of_tile=True)
 
 
-def _first(plan: StreamPlan, part: SegmentPlan, chunk: Array | None) -> Array:
-    warp = lax.shift_right_logical(_threads(plan), 5) & (plan.product_warps - 1)
-    first = warp * (part.reads * plan.line(part)) + (_lane(plan) & 3)
+def _first(
+    plan: StreamPlan, part: SegmentPlan, chunk: Array | None, *, of_tile: bool = False
+) -> Array:
+    threads = _threads(plan, of_tile=of_tile)
+    warp = lax.shift_right_logical(threads, 5) & (plan.product_warps - 1)
+    first = warp * (part.reads * plan.line(part)) + (_lane(plan, of_tile=of_tile) & 3)
     return first + chunk * QUAD if plan.chunked and chunk is not None else first
 
 
@@ -170,8 +179,8 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
         start: address where the tile's products begin: int32 scalar, or int.
         spare: likewise where unused products go, `SPARE_BYTES` a warp.
     """
-    thread = _threads(plan)
-    warp, column = lax.shift_right_logical(thread, 5), column_of(plan)
+    thread = _threads(plan, of_tile=True)
+    warp, column = lax.shift_right_logical(thread, 5), column_of(plan, of_tile=True)
     if not plan.chunked:
         return start + (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
     if part.fine:  # `ptx.chunk_groups` says of which rows a thread's sums are, and of which groups
@@ -213,6 +222,7 @@ def offset_of_use(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) ->
 
     Args: see `place_of_offset`.
     """
-    warp, fourth = lax.shift_right_logical(_threads(plan), 5), _lane(plan) & 3
+    warp = lax.shift_right_logical(_threads(plan, of_tile=True), 5)
+    fourth = _lane(plan, of_tile=True) & 3
     each = 8 if not plan.chunked else 4 * QUAD if part.fine else 4
     return start + warp * size + each * fourth

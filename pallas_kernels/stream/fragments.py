@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ from jax import Array, lax
 
 from pallas_kernels.stream import ptx
 from pallas_kernels.stream.env import StreamEnv
+from pallas_kernels.stream.exchange import Held
 from pallas_kernels.stream.fragment_layout import place_of_offset
 from pallas_kernels.stream.layout import SharedLayout, offset_pitch
 from pallas_kernels.stream.plan import PIECE, PRODUCT, SegmentPlan
 
-__all__ = ["Fragments", "inputs_of", "no_fragments", "pack", "packed", "unpacked"]
+__all__ = ["Fragments", "inputs_of", "no_fragments", "pack", "pack_held", "packed", "unpacked"]
 
 
 class Fragments(NamedTuple):
@@ -67,8 +69,10 @@ def unpacked(word: Array) -> tuple[Array, Array]:
     )
 
 
-def pack(env: StreamEnv, part: SegmentPlan, values: list[Array]) -> Fragments:
+def pack(env: StreamEnv, part: SegmentPlan, values: list[Array] | Held) -> Fragments:
     """Activations as the segment's weights want them."""
+    if isinstance(values, Held):
+        return pack_held(env, part, values)
     scale = jnp.zeros_like(values[0]) if env.plan.quantized else None
     if part.bits == 16:
         words = [packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
@@ -77,6 +81,39 @@ def pack(env: StreamEnv, part: SegmentPlan, values: list[Array]) -> Fragments:
         how = {"halved": halved, "held": part.held, "interpret": env.interpret}
         words, scale = ptx.pack_digits(values, part.bits, **how)
         _sum_groups(env, part, words)
+    return _filled_up(env, words, scale)
+
+
+def pack_held(
+    env: StreamEnv,
+    part: SegmentPlan,
+    held: Held,
+    norm: ptx.NormRow | None = None,
+    scale_of: Callable[[Array], Array] = lambda squares: squares,
+) -> Fragments:
+    """Activations of wide rows, perhaps normed, as the segment's weights want them.
+
+    Args:
+        env: the program's view.
+        part: the segment.
+        held: the activations.
+        norm: the norm's weights; None: there is no norm.
+        scale_of: with a norm, its scale, of the sum of the squares of each thread's sequence.
+    """
+    words, tags, form = held
+    if part.bits == 16:
+        scale = None
+        if norm is not None:
+            scale = scale_of(ptx.sum_squares(norm.squares, words, norm.warps, form))
+        own = jnp.zeros(tags.shape, jnp.float32) if env.plan.quantized else None
+        return _filled_up(env, ptx.pack_held(words, tags, form, norm, scale), own)
+    digits, own, squares = ptx.pack_held_digits(words, tags, part.bits, form, norm, held=part.held)
+    _sum_groups(env, part, digits)
+    return _filled_up(env, digits, own if squares is None else own * scale_of(squares))
+
+
+def _filled_up(env: StreamEnv, words: list[Array], scale: Array | None) -> Fragments:
+    """Fragments of as many words as any segment has."""
     # Pallas lets no plain constant out of a branch.
     rest = [words[0] * 0] * (_most_words(env) - len(words))
     return Fragments((*words, *rest), scale)

@@ -3,23 +3,111 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.stream import access, ptx
 from pallas_kernels.stream.env import StreamEnv
-from pallas_kernels.stream.fragment_layout import distances, first_input, pieces_there
+from pallas_kernels.stream.exchange import Held
+from pallas_kernels.stream.fragment_layout import (
+    column_of,
+    distances,
+    first_input,
+    next_input,
+    pieces_there,
+)
 from pallas_kernels.stream.fragments import packed
 from pallas_kernels.stream.half2 import RESIDUAL
 from pallas_kernels.stream.layout import SharedLayout
 from pallas_kernels.stream.plan import COLUMNS, PIECE, Segment, SegmentPlan, StreamPlan
 
-__all__ = ["mean_squares", "norm_weights", "unit_of_residual"]
+__all__ = [
+    "ask_for_norm_row",
+    "mean_of",
+    "mean_squares",
+    "norm_row",
+    "norm_weights",
+    "unit_of_residual",
+]
 
 # Two bfloat16 of 1.
 _ONES = 0x3F803F80
+
+
+class _Row(NamedTuple):
+    """Where the weights of a residual's norm lie, of the inputs that threads wait for."""
+
+    refs: list[Any]
+    beyond: list[Array]  # see `ptx.Choice`
+    offset: Array  # of each thread's first one
+    there: Array  # int32 `[threads]`, pieces that it has
+
+
+def _refs(env: StreamEnv) -> list[Any]:
+    """The norms' weights: before both blocks, where there are such, and behind all."""
+    before = ["attn_norm", "mlp_norm"] if env.features.pre_norm else []
+    return [env[name] for name in (*before, "final_norm")]
+
+
+def _row(
+    env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array, first: Array | None = None
+) -> _Row:
+    """The same of a segment and layer.
+
+    Args:
+        env: the program's view.
+        part: the segment's plan, or that of another whose fragments are alike.
+        segment: int32 scalar.
+        layer: of the norm, int32 scalar.
+        first: `first_input`, if that is known.
+    """
+    first = first_input(env.plan, part) if first is None else first
+    size, is_head, before = env.dims.model_dim, segment == Segment.HEAD, env.features.pre_norm
+    # The final norm has one row: where nothing else is normed, that is what is read.
+    row = (1 - is_head.astype(jnp.int32)) * layer * size if before else 0
+    there = pieces_there(env.plan, part, size - first)
+    beyond = [segment != Segment.QKV, is_head] if before else []
+    conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]
+    return _Row(_refs(env), conditions, row + first, there)
+
+
+def ask_for_norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array) -> None:
+    """Asks for a residual's norm's weights into the L2 cache. The kernel is compiled, and there are
+    several sequences: the threads of each take every eighth read.
+    """
+    plan = env.plan
+    row, column = _row(env, part, segment, layer), column_of(plan)
+    step, pieces = next_input(plan, part), part.held // PIECE
+    reads = range(0, part.reads, COLUMNS)
+    ptx.prefetch_pieces(
+        ptx.Choice(row.refs, row.beyond, row.offset + column * step),
+        row.there - column * pieces,
+        [read * step for read in reads],
+        [read * pieces for read in reads],
+    )
+
+
+def norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array) -> ptx.NormRow:
+    """A residual's norm's weights, of several sequences, to be loaded when they are wanted.
+
+    They are ones where the residual is not normed. The kernel is compiled.
+    """
+    plan, row = env.plan, _row(env, part, segment, layer)
+    there, more = row.there, None
+    if env.features.pre_norm and plan.dims.model_dim == plan.span_of(part):
+        there = None  # every thread has all of its pieces
+    if (offset := env.features.norm_offset) != 0:
+        more = jnp.full(row.there.shape, offset, jnp.float32)
+    if there is not None and not env.features.pre_norm:
+        is_head = segment == Segment.HEAD
+        there = jnp.where(is_head, there, 0)
+        more = more if more is None else jnp.where(is_head, more, 0.0)
+    address = env.shared + SharedLayout.of(plan).squares
+    places = distances(plan, part)
+    weights = ptx.Choice(row.refs, row.beyond, row.offset)
+    return ptx.NormRow(weights, there, places, more, address, plan.num_warps)
 
 
 def norm_weights(
@@ -43,8 +131,8 @@ def norm_weights(
     is_normed = is_head
     if before:
         is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
-    refs = [env["attn_norm"], env["mlp_norm"], env["final_norm"]] if before else [env["final_norm"]]
     if env.interpret:
+        refs = _refs(env)
         elements = [first + x + j for x in distances(plan, part) for j in range(PIECE)]
 
         def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
@@ -59,12 +147,9 @@ def norm_weights(
         values = lax.switch(number if before else jnp.int32(0) * segment, ways)
         words = [packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
     else:
-        # The final norm has one row: where nothing else is normed, that is what is read.
-        row = (1 - is_head.astype(jnp.int32)) * layer * size if before else 0
-        there = pieces_there(plan, part, size - first)
-        beyond = [segment != Segment.QKV, is_head] if before else []
-        conditions = [jnp.broadcast_to(condition, first.shape) for condition in beyond]
-        words = ptx.load_pieces(refs, conditions, row + first, distances(plan, part), there)
+        row = _row(env, part, segment, layer, first)
+        places = distances(plan, part)
+        words = ptx.load_pieces(row.refs, row.beyond, row.offset, places, row.there)
     if not plan.chunked:  # attention's output is collected elsewhere
         return words, None if before else is_head
     return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed
@@ -75,7 +160,7 @@ def unit_of_residual(plan: StreamPlan) -> float:
     return RESIDUAL.unit if plan.half2 else 1.0
 
 
-def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
+def mean_squares(env: StreamEnv, values: list[Array] | Held) -> Array:
     """Mean square of each thread's own sequence: float32 `[threads]`.
 
     The threads together hold the whole residual. Sums of several sequences go through shared
@@ -83,13 +168,14 @@ def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
 
     Args:
         env: the program's view.
-        values: float32 `[threads]` each, as the residual was handed over.
+        values: float32 `[threads]` each, as the residual was handed over; or it as it came.
     """
     plan = env.plan
-    count = plan.dims.model_dim / unit_of_residual(plan) ** 2
-    if not (env.interpret or plan.chunked):  # few numbers a thread are no faster that way
+    # Few numbers a thread, of one sequence, are no faster that way.
+    if isinstance(values, Held) or not (env.interpret or plan.chunked):
+        some, form = (values.words, values.form) if isinstance(values, Held) else (values, None)
         address = env.shared + SharedLayout.of(plan).squares
-        return ptx.sum_squares(address, values, plan.num_warps) / count
+        return mean_of(plan, ptx.sum_squares(address, some, plan.num_warps, form))
     squares = values[0] * values[0]
     for x in values[1:]:
         squares += x * x
@@ -99,4 +185,9 @@ def mean_squares(env: StreamEnv, values: list[Array]) -> Array:
         cube = (plan.num_warps, COLUMNS, 4)
         each = squares.reshape(cube).sum(axis=2).sum(axis=0)
         total = jnp.broadcast_to(each[None, :, None], cube).reshape(squares.shape)
-    return total / count
+    return mean_of(plan, total)
+
+
+def mean_of(plan: StreamPlan, squares: Array) -> Array:
+    """The mean square of the residual, of the sum of its squares as it was handed over."""
+    return squares / (plan.dims.model_dim / unit_of_residual(plan) ** 2)

@@ -425,6 +425,20 @@ class StreamPlan:
         """Whether activations are handed over two a word: where a tile has two hidden ones."""
         return not self.chunked and self.segments[Segment.GATE_UP].rows >= 4
 
+    def holds_words(self, part: SegmentPlan) -> bool:
+        """Whether threads hold a segment's activations as the words that they come in.
+
+        Else they hold them as float32 until the fragments are made of them. Of more pieces than
+        these two are more than 255 registers: 70B in int4 with 8 sequences spilled 5.2 KB a thread.
+        To part words twice takes longer than once, where there is room.
+        """
+        return self.half2 and part.pieces > MAX_PIECES and self.product_warps == self.num_warps
+
+    @property
+    def wide(self) -> bool:
+        """Whether rows are so wide that fragments take half of a thread's registers."""
+        return any(map(self.holds_words, self.segments.values()))
+
     @property
     def threads(self) -> int:
         """Threads of a program."""
@@ -453,7 +467,10 @@ class StreamPlan:
 
     def span(self, segment: Segment) -> int:
         """Inputs of a segment's tile, those that are padding included."""
-        part = self.segments[segment]
+        return self.span_of(self.segments[segment])
+
+    def span_of(self, part: SegmentPlan) -> int:
+        """The same of a segment's plan."""
         return part.reads * part.grain * self.product_warps * self.line(part)
 
     @property

@@ -18,8 +18,15 @@ from pallas_kernels.stream.ptx.feed import MAP_IN_CONTROL, Feed, feed_ring, star
 from pallas_kernels.stream.ptx.giving_up import said_by, say_where
 from pallas_kernels.stream.ptx.group_sums import GroupSums, sum_groups
 from pallas_kernels.stream.ptx.half2 import unpack_half2
+from pallas_kernels.stream.ptx.held import (
+    NormRow,
+    pack_held,
+    pack_held_digits,
+    prefetch_pieces,
+)
 from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
 from pallas_kernels.stream.ptx.join import Joined, join_warps
+from pallas_kernels.stream.ptx.operation import Choice
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
     clear_shared,
@@ -44,11 +51,13 @@ __all__ = [
     "UNIT",
     "Begin",
     "CacheFeed",
+    "Choice",
     "Feed",
     "GroupSums",
     "IntegerTile",
     "Joined",
     "Lines",
+    "NormRow",
     "TensorMap",
     "anew",
     "attend_split",
@@ -65,6 +74,9 @@ __all__ = [
     "multiply_integers",
     "multiply_tile",
     "pack_digits",
+    "pack_held",
+    "pack_held_digits",
+    "prefetch_pieces",
     "read_row",
     "ring_base",
     "said_by",

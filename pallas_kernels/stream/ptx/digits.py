@@ -18,7 +18,7 @@ from pallas_kernels.asm import LANE, Block, Register
 from pallas_kernels.program import iota
 from pallas_kernels.stream.ptx.operation import Operation
 
-__all__ = ["pack_digits", "packing_order", "unpack_digits"]
+__all__ = ["Digits", "held_order", "pack_digits", "packing_order", "unpack_digits"]
 
 # Of 1024 products by weights of 8 bits, the sum is below 2^31.
 LARGEST = 127 * 128
@@ -44,40 +44,82 @@ def _write_digits(b: Block, *registers: Register, order: tuple[int, ...], halved
     """Results: the words, then the scale. Operands: twice as many values as words."""
     count = 2 * ((len(registers) - 1) // 3)
     words, scale, values = registers[: count // 2], registers[count // 2], registers[-count:]
-    largest, other, inverse = b.f32s("largest", "other", "inverse")
-    digits, rounded, odd = b.u32s(*["digits"] * 4), b.f32("rounded"), b.pred("odd")
-    one, two, three, four = digits
-    # In a register that is used later.
-    lane = one
-    b.abs(largest, values[0])
+    digits = Digits(b, scale, order, halved)
+    digits.largest_is_first(values[0])
     for value in values[1:]:
-        b.abs(other, value)
-        b.max_nan(largest, largest, other)
-    b.mov(lane, LANE)
-    b.and_(lane, lane, 4)
-    b.setp("ne", odd, lane, 0)
-    for step in (1, 2, 4) if halved else (1, 2):
-        b.shfl_bfly(other, largest, step)
-        b.max_nan(largest, largest, other)
-    b.max_nan(largest, largest, _SMALLEST)
-    b.rcp(inverse, largest)
-    b.mul_rn(inverse, inverse, float(LARGEST))
-    b.mul_rn(scale, largest, 1 / LARGEST)
+        digits.look_at(value)
+    digits.write_scale()
     held = len(order)
     for word in range(0, count // 4):
         read, within = divmod(word, held // 4)
-        for i, bits in enumerate(digits):
-            b.fma(rounded, values[read * held + order[4 * within + i]], inverse, _MAGIC)
-            b.mov(bits, rounded)
+        four = [values[read * held + order[4 * within + i]] for i in range(4)]
+        high, low = digits.places(words, word)
+        digits.write_word(high, low, four)
+
+
+class Digits:
+    """The text that makes digits: of the largest magnitude, once that is known, by words."""
+
+    def __init__(self, b: Block, scale: Register, order: Sequence[int], halved: bool):
+        """Declares registers.
+
+        Args:
+            b: the text.
+            scale: is set to the digits' scale.
+            order: of a read's inputs that the thread has, as `packing_order`.
+            halved: as in `pack_digits`.
+        """
+        self._b, self._scale, self._order, self._halved = b, scale, order, halved
+        self.largest, self._other, self._inverse = b.f32s("largest", "other", "inverse")
+        self._digits, self._rounded = b.u32s(*["digits"] * 4), b.f32("rounded")
+        self._odd = b.pred("odd")
+
+    def largest_is_first(self, value: Register) -> None:
+        """Begins with an input."""
+        self._b.abs(self.largest, value)
+
+    def look_at(self, value: Register) -> None:
+        """Goes on with another one."""
+        self._b.abs(self._other, value)
+        self._b.max_nan(self.largest, self.largest, self._other)
+
+    def write_scale(self) -> None:
+        """Makes the scale, when all inputs have been looked at."""
+        b, largest, other = self._b, self.largest, self._other
+        # In a register that is used later.
+        lane = self._digits[0]
+        b.mov(lane, LANE)
+        b.and_(lane, lane, 4)
+        b.setp("ne", self._odd, lane, 0)
+        for step in (1, 2, 4) if self._halved else (1, 2):
+            b.shfl_bfly(other, largest, step)
+            b.max_nan(largest, largest, other)
+        b.max_nan(largest, largest, _SMALLEST)
+        b.rcp(self._inverse, largest)
+        b.mul_rn(self._inverse, self._inverse, float(LARGEST))
+        b.mul_rn(self._scale, largest, 1 / LARGEST)
+
+    def places(self, words: Sequence[Register], word: int) -> tuple[Register, Register]:
+        """Of all results, those of the word-th four inputs: their high digits, and the low ones."""
+        held = len(self._order)
+        read, within = divmod(word, held // 4)
         first = read * (held // 2) + within
-        high, low = words[first], words[first + held // 4]
+        return words[first], words[first + held // 4]
+
+    def write_word(self, high: Register, low: Register, four: Sequence[Register]) -> None:
+        """Makes the digits of four inputs, in the order of their bytes."""
+        b, odd = self._b, self._odd
+        one, two, three, four_th = self._digits
+        for bits, value in zip(self._digits, four, strict=True):
+            b.fma(self._rounded, value, self._inverse, _MAGIC)
+            b.mov(bits, self._rounded)
         b.comment("The second byte of each is its high digit, the first one its low digit + 128.")
         b.prmt(one, one, two, 0x5140)
-        b.prmt(three, three, four, 0x5140)
+        b.prmt(three, three, four_th, 0x5140)
         b.prmt(high, one, three, 0x7632)
         b.prmt(one, one, three, 0x5410)
         b.xor(low, one, 0x80808080)
-        if halved:
+        if self._halved:
             b.comment("Each of a pair gives the other what that wants.")
             b.selp(one, high, low, odd)
             b.shfl_bfly(two, one, 4)
@@ -111,7 +153,7 @@ def pack_digits(
         `packing_order`; halved, one of the two. And the scale, float32 `[threads]`, NaN where some
         value is.
     """
-    order = _held_order(bits, halved, held)
+    order = held_order(bits, halved, held)
     if not interpret:
         results = ["int32"] * (len(values) // 2) + ["float32"]
         options = {"order": tuple(order), "halved": halved}
@@ -131,7 +173,7 @@ def pack_digits(
     return words, largest / LARGEST
 
 
-def _held_order(bits: int, halved: bool, held: int | None) -> list[int]:
+def held_order(bits: int, halved: bool, held: int | None) -> list[int]:
     """The part of `packing_order` that a thread's inputs of a read have."""
     order = packing_order(bits)
     return order[: held or len(order) // (1 + halved)]
@@ -163,7 +205,7 @@ def unpack_digits(
     words: Sequence[Array], scale: Array, bits: int, *, halved: bool, held: int | None = None
 ) -> list[Array]:
     """The inverse of `pack_digits`, for interpret mode: float32 `[threads]`, inputs in order."""
-    order = _held_order(bits, halved, held)
+    order = held_order(bits, halved, held)
     held, values = len(order), []
     for first in range(0, len(words), held // 2):
         some = list(words[first : first + held // 2])

@@ -17,6 +17,9 @@ __all__ = ["IntegerTile", "multiply_integers"]
 
 # Rows of a product.
 _BLOCK = 16
+# Of an operand of more words than these, of several sequences, so many reads of a row are loaded at
+# once: of 70B, all of them had threads keep in memory what they hold from tile to tile.
+_MANY_WORDS, _WIDE_READS = 64, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,15 +283,21 @@ class _Multiply(IntegerText):
             b.shl(self.other_row, self.given.pitch, 3)
             b.add(self.other_row, self.row, self.other_row)
         reads: dict[str, list[list[Register]]] = {}
-        for q in range(t.reads):
-            self._load_in_turn(q, reads)
-        for q in range(t.reads):
-            for name in self.names:
-                self._widen(name, q)
-            self._multiply(q)
-            if t.bits == 4:
-                for i in range(len(self.names)):
-                    self._scale(q, 8 * i * t.scale_bytes, i, values[2 * i : 2 * i + 2])
+        at_once = t.reads if len(self.given.words) <= _MANY_WORDS else _WIDE_READS
+        for start in range(0, t.reads, at_once):
+            some = range(start, min(start + at_once, t.reads))
+            if start:
+                b.comment("Nothing is loaded further ahead: there are no registers for it.")
+                b.bar_warp()
+            for q in some:
+                self._load_in_turn(q, reads)
+            for q in some:
+                for name in self.names:
+                    self._widen(name, q)
+                self._multiply(q)
+                if t.bits == 4:
+                    for i in range(len(self.names)):
+                        self._scale(q, 8 * i * t.scale_bytes, i, values[2 * i : 2 * i + 2])
         self._add_chains()
         if t.bits == 8:
             for i in range(len(self.names)):

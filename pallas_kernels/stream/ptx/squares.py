@@ -2,31 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jax import Array
 
 from pallas_kernels.asm import LANE, TID, Block, Register
+from pallas_kernels.stream.half2 import Format
 from pallas_kernels.stream.plan import QUAD
+from pallas_kernels.stream.ptx.half2 import Parting
 from pallas_kernels.stream.ptx.operation import Operation
 
-__all__ = ["sum_squares"]
+__all__ = ["Squares", "sum_squares"]
 
 # Sums that grow side by side: each addition waits for the one before it.
 _CHAINS = 4
 
 
 def _write_squares(
-    b: Block, total: Register, address: Register, *values: Register, warps: int
+    b: Block,
+    total: Register,
+    address: Register,
+    *values: Register,
+    warps: int,
+    form: Format | None,
 ) -> None:
-    chains, count = min(_CHAINS, len(values)), len(values)
-    sums = [b.f32("sum") for _ in range(max(chains, warps))]
-    for i in range(count):
-        to = sums[i % chains]
-        if i < chains:
-            b.mul_rn(to, values[i], values[i])
+    """Operands: where the warps' sums lie, and numbers; with a format, words of two."""
+    squares = Squares(b, len(values) * (1 if form is None else 2), warps)
+    for value in values if form is None else _parted(b, values, form):
+        squares.add(value)
+    squares.write_total(total, address)
+
+
+class Squares:
+    """The text that sums up squares: registers for it."""
+
+    def __init__(self, b: Block, count: int, warps: int):
+        """Declares registers.
+
+        Args:
+            b: the text.
+            count: numbers of a thread.
+            warps: of the program.
+        """
+        self._b, self._warps, self._chains, self._added = b, warps, min(_CHAINS, count), 0
+        self._sums = [b.f32("sum") for _ in range(max(self._chains, warps))]
+
+    def add(self, value: Register) -> None:
+        """Adds a number's square."""
+        to = self._sums[self._added % self._chains]
+        if self._added < self._chains:
+            self._b.mul_rn(to, value, value)
         else:
-            b.fma(to, values[i], values[i], to)
+            self._b.fma(to, value, value, to)
+        self._added += 1
+
+    def write_total(self, total: Register, address: Register) -> None:
+        """Makes the sum of all of a sequence's, when all numbers have been added."""
+        _write_total(self._b, total, address, self._sums, self._chains, self._warps)
+
+
+def _write_total(
+    b: Block, total: Register, address: Register, sums: list[Register], chains: int, warps: int
+) -> None:
     _add_up(b, sums[:chains])
     b.comment("The four threads of a sequence; then one puts the warp's sum beside the others'.")
     other = b.f32("other")
@@ -52,6 +89,16 @@ def _write_squares(
     b.mov(total, sums[0])
 
 
+def _parted(b: Block, words: Sequence[Register], form: Format) -> Iterator[Register]:
+    """The activations of words, one by one; the next word's lie in the same registers."""
+    parting = Parting(b, form)
+    first, second = b.f32s("first", "second")
+    for word in words:
+        parting.write(first, second, word)
+        yield first
+        yield second
+
+
 def _add_up(b: Block, numbers: list[Register]) -> None:
     """Adds them up, two by two, into the first."""
     apart = 1
@@ -64,7 +111,9 @@ def _add_up(b: Block, numbers: list[Register]) -> None:
 _sum_squares = Operation("ffjax_sum_squares", _write_squares)
 
 
-def sum_squares(address: Array, values: Sequence[Array], warps: int) -> Array:
+def sum_squares(
+    address: Array, values: Sequence[Array], warps: int, form: Format | None = None
+) -> Array:
     """The sum of the squares of each thread's sequence, always in the same order: float32
     `[threads]`.
 
@@ -72,8 +121,10 @@ def sum_squares(address: Array, values: Sequence[Array], warps: int) -> Array:
 
     Args:
         address: int32 scalar, a multiple of 16: 4 bytes a sequence and warp of shared memory.
-        values: float32 `[threads]`. Each 4 neighbouring threads of every warp have the same
-            sequence's.
+        values: float32 `[threads]`; or int32, words of two. Each 4 neighbouring threads of every
+            warp have the same sequence's.
         warps: of the program, 4 or 8.
+        form: of the words' activations, whose squares are summed in multiples of its unit; None
+            where the values are no words.
     """
-    return _sum_squares(address, *values, results=["float32"], warps=warps)[0]
+    return _sum_squares(address, *values, results=["float32"], warps=warps, form=form)[0]
