@@ -117,6 +117,10 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
         jax.jit(lambda: 0)()  # XLA reads its flags once, when it is first used
         os.environ["XLA_FLAGS"] = session.config.stash[_FLAGS_OF_CHILDREN]
+    # JAX imports it when it first interprets a kernel. It adds a setting that programs depend on,
+    # so all that was compiled before would be compiled again.
+    import jax.experimental.pallas.fuser
+
     # What was imported stays; nothing is found by looking through it again and again.
     gc.collect()
     gc.freeze()
@@ -192,10 +196,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _is_elsewhere(item: pytest.Item) -> bool:
     """Whether a test is marked `once`, is not of its sample, and another Python runs it."""
-    marker = item.get_closest_marker("once")
-    if marker is None or os.environ.get("FFJAX_TESTS_ONCE") != "elsewhere":
+    if item.get_closest_marker("once") is None:
         return False
-    return not _names_of(item) & set(marker.kwargs.get("sample", ()))
+    return os.environ.get("FFJAX_TESTS_ONCE") == "elsewhere" and not _is_sampled(item)
+
+
+def _is_sampled(item: pytest.Item) -> bool:
+    """Whether a test is of a sample that every Python runs, though it is marked `once`."""
+    marker = item.get_closest_marker("once")
+    return marker is not None and bool(_names_of(item) & set(marker.kwargs.get("sample", ())))
 
 
 def _names_of(item: pytest.Item) -> set[str]:
@@ -259,6 +268,13 @@ def _wrong_marks(config: pytest.Config, items: list[pytest.Item]) -> dict[pathli
                     "once takes the reason why one Python is enough, and a sample of names: "
                     f"pytest.mark.once('why', sample=['test_it']). Here it has {marker}."
                 )
+        for marker in item.iter_markers("by_numpy"):
+            sampled.setdefault(item.path, set()).update(marker.kwargs.get("but", ()))
+            if marker.args or marker.kwargs.keys() - {"but"}:
+                wrong[item.path] = (
+                    "by_numpy takes the names of tests that Pallas's interpreter runs: "
+                    f"pytest.mark.by_numpy(but=['test_it']). Here it has {marker}."
+                )
         for marker in item.iter_markers("drawn"):
             sampled.setdefault(item.path, set()).update(marker.kwargs.get("sample", ()))
             if list(map(type, marker.args)) != [str] or marker.kwargs.keys() - {"sample", "pairs"}:
@@ -288,16 +304,50 @@ def _leaves_jax_as_it_was():
     assert precision() == before, f"A test left the matmul precision at {precision()}."
 
 
+_traced_by_numpy = False
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(request: pytest.FixtureRequest):
+    """Has numpy run the interpreted kernels of tests marked `by_numpy`, but for samples of `once`.
+
+    What other Pythons run shows what a JAX makes of the kernel, here as there.
+    """
+    global _traced_by_numpy
+    by_numpy = _is_by_numpy(request.node)
+    if by_numpy != _traced_by_numpy:  # what was compiled before is the other one's
+        _traced_by_numpy = by_numpy
+        _forget_programs()
+    if not by_numpy:
+        yield
+        return
+    import numpy_kernel
+
+    with numpy_kernel.by_numpy():
+        yield
+
+
+def _is_by_numpy(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("by_numpy")
+    if marker is None or _is_sampled(item):
+        return False
+    return not _names_of(item) & set(marker.kwargs.get("but", ()))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _frees_its_programs():
     """Compiled programs of a module are of no use to the next, and there are thousands.
 
     Each holds mappings of memory, of which Linux lets a process have 65,530: XLA aborts beyond.
     """
+    yield
+    _forget_programs()
+    gc.collect()
+
+
+def _forget_programs() -> None:
     import jax
 
-    yield
     if (kept := sys.modules.get("ffjax.programs")) is not None:
         kept.forget_programs()  # which JAX's caches do not hold
     jax.clear_caches()
-    gc.collect()

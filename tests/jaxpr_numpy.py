@@ -6,12 +6,15 @@ jaxpr says so: XLA may leave out a number's way to bfloat16 and back.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jax import tree_util
+from jax import lax, tree_util
 from jax._src import core
+from jax.experimental.pallas import Slice
 
 __all__ = ["evaluate"]
 
@@ -54,6 +57,8 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "rem": np.fmod,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "select_n": lambda which, no, yes: np.where(which, yes, no),
+    "sign": np.sign,
+    "floor": np.floor,
     "shift_left": np.left_shift,
     "shift_right_arithmetic": np.right_shift,
     "shift_right_logical": _logical_shift,
@@ -72,52 +77,163 @@ _REDUCTIONS: dict[str, Any] = {
 }
 
 
-def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[np.ndarray]:
+def evaluate(jaxpr: Any, args: Sequence[Any], program: int = 0) -> list[Any]:
     """Evaluates a jaxpr; the arrays that stand for its refs are changed.
 
     Args:
         jaxpr: of a kernel, or of a part of it.
         args: arrays.
+        program: which of the kernel's programs it is.
 
     Returns:
-        Its results.
+        Its results: arrays, or scalars of numpy.
+
+    Raises:
+        IndexError: an element outside an array is read or written, by a lane that is not masked.
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    known: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
-
-    def read(atom: Any) -> Any:
-        if isinstance(atom, core.Literal):
-            aval: Any = atom.aval
-            return np.asarray(atom.val, aval.dtype)
-        return known[atom]
-
     with np.errstate(all="ignore"):
+        return _prepared(jaxpr).run(program, args)
+
+
+_Step = Callable[..., Any]
+
+
+class _Prepared:
+    """A jaxpr as a list of calls, made once: a kernel's loops run them thousands of times.
+
+    Values have numbers. What follows from constants alone is computed here, and a function that is
+    called stands in its caller's list.
+    """
+
+    def __init__(self, jaxpr: Any):
+        self.values: list[Any] = [None]  # of constants; 0 is the program's number
+        self.constant: set[int] = set()
+        self.calls: list[tuple[_Step, list[int], int | list[int]]] = []
+        self.takes = [self._new() for _ in getattr(jaxpr, "jaxpr", jaxpr).invars]
+        self.gives = self._add(jaxpr, self.takes)
+
+    def run(self, program: int, args: Sequence[Any]) -> list[Any]:
+        values = self.values.copy()
+        values[0] = program
+        for at, value in zip(self.takes, args, strict=True):
+            values[at] = value
+        for step, ins, outs in self.calls:
+            made = step(*[values[at] for at in ins])
+            if isinstance(outs, int):
+                values[outs] = made
+            else:
+                for at, value in zip(outs, made, strict=True):
+                    values[at] = value
+        return [values[at] for at in self.gives]
+
+    def _new(self) -> int:
+        self.values.append(None)
+        return len(self.values) - 1
+
+    def _of(self, value: Any) -> int:
+        at = self._new()
+        self.values[at] = value
+        self.constant.add(at)
+        return at
+
+    def _add(self, jaxpr: Any, takes: Sequence[int]) -> list[int]:
+        consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
+        places: dict[Any, int] = dict(zip(jaxpr.invars, takes, strict=True))
+        places |= zip(jaxpr.constvars, map(self._of, map(np.asarray, consts)), strict=True)
+
+        def place(atom: Any) -> int:
+            if isinstance(atom, core.Literal):
+                aval: Any = atom.aval
+                return self._of(np.asarray(atom.val, aval.dtype))
+            return places[atom]
+
         for eqn in jaxpr.eqns:
-            outs = _evaluated(eqn, [read(x) for x in eqn.invars])
-            known.update(zip(eqn.outvars, outs, strict=True))
-    return [read(x) for x in jaxpr.outvars]
+            ins = [place(x) for x in eqn.invars]
+            places |= zip(eqn.outvars, self._call(eqn, ins), strict=True)
+        return [place(x) for x in jaxpr.outvars]
+
+    def _call(self, eqn: Any, ins: list[int]) -> list[int]:
+        """Adds one equation; the places of what it makes."""
+        name, params = eqn.primitive.name, eqn.params
+        if name in ("jit", "pjit", "closed_call"):
+            return self._add(params.get("jaxpr") or params["call_jaxpr"], ins)
+        if name == "ffjax_meet":  # nobody to wait for
+            return []
+        outs = [self._new() for _ in eqn.outvars]
+        if name in ("cond", "while"):
+            step = _chosen(params) if name == "cond" else _looped(params)
+            self.calls.append((step, [0, *ins], outs))
+        elif name in _ACCESSES:
+            self.calls.append((_access(eqn), ins, outs[0]))
+        elif name == "program_id":
+            self.calls.append((eqn.outvars[0].aval.dtype.type, [0], outs[0]))
+        elif self.constant.issuperset(ins):
+            self.values[outs[0]] = _step(eqn)(*(self.values[at] for at in ins))
+            self.constant.add(outs[0])
+        else:
+            self.calls.append((_step(eqn), ins, outs[0]))
+        return outs
 
 
-def _evaluated(eqn: Any, ins: list[Any]) -> list[Any]:
+@functools.cache
+def _kept() -> weakref.WeakKeyDictionary[Any, _Prepared]:
+    return weakref.WeakKeyDictionary()
+
+
+def _prepared(jaxpr: Any) -> _Prepared:
+    key = getattr(jaxpr, "jaxpr", jaxpr)
+    made = _kept().get(key)
+    if made is None:
+        made = _kept()[key] = _Prepared(jaxpr)
+    return made
+
+
+def _chosen(params: Any) -> _Step:
+    branches = params["branches"]
+
+    def step(program: int, which: Any, *ins: Any) -> list[Any]:
+        branch = branches[min(max(int(which), 0), len(branches) - 1)]
+        return _prepared(branch).run(program, ins)
+
+    return step
+
+
+def _looped(params: Any) -> _Step:
+    of_test, of_body = params["cond_nconsts"], params["body_nconsts"]
+
+    def step(program: int, *ins: Any) -> list[Any]:
+        test, body = ins[:of_test], ins[of_test : of_test + of_body]
+        carry: Sequence[Any] = ins[of_test + of_body :]
+        goes_on, turn = _prepared(params["cond_jaxpr"]), _prepared(params["body_jaxpr"])
+        while goes_on.run(program, [*test, *carry])[0]:
+            carry = turn.run(program, [*body, *carry])
+        return list(carry)
+
+    return step
+
+
+# What numpy makes has the dtype that the jaxpr says.
+_PLAIN = {
+    "add", "and", "eq", "ge", "gt", "le", "lt", "max", "min", "mul", "ne", "not", "or",
+    "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sub", "xor",
+}  # fmt: skip
+
+
+def _step(eqn: Any) -> _Step:
+    """What computes an equation of values; a result of a scalar type of numpy's may be a scalar."""
     name, params = eqn.primitive.name, eqn.params
-    if name in ("jit", "pjit", "closed_call"):
-        return evaluate(params.get("jaxpr") or params["call_jaxpr"], ins)
-    if name == "cond":
-        branches = params["branches"]
-        return evaluate(branches[min(max(int(ins[0]), 0), len(branches) - 1)], ins[1:])
-    if name == "while":
-        return _looped(params, ins)
-    if name in ("get", "masked_load", "swap", "masked_swap"):
-        return [_accessed(eqn, ins)]
-    if name == "ffjax_meet":  # nobody to wait for
-        return []
     [aval] = [x.aval for x in eqn.outvars]
-    return [np.asarray(_operation(name, params, aval, ins)).astype(aval.dtype, copy=False)]
+    if name in _PLAIN and (aval.shape or aval.dtype.isbuiltin == 1):
+        return _OPERATIONS[name]
+
+    def step(*ins: Any) -> np.ndarray:
+        made = np.asarray(_operation(name, params, aval, ins))
+        return made if made.dtype == aval.dtype else made.astype(aval.dtype)
+
+    return step
 
 
-def _operation(name: str, params: Any, aval: Any, ins: list[Any]) -> Any:
-    if name == "program_id":
-        return 0
+def _operation(name: str, params: Any, aval: Any, ins: Sequence[Any]) -> Any:
     if name in ("reshape", "squeeze", "expand_dims"):
         return ins[0].reshape(aval.shape)
     if name == "broadcast_in_dim":
@@ -137,6 +253,21 @@ def _operation(name: str, params: Any, aval: Any, ins: list[Any]) -> Any:
         # Sums in the array's own dtype.
         more = {"dtype": ins[0].dtype} if name == "reduce_sum" else {}
         return _REDUCTIONS[name](ins[0], axis=tuple(params["axes"]), **more)
+    if name == "stack":
+        return np.stack(ins, axis=params.get("axis", params.get("dimension", 0)))
+    if name == "concatenate":
+        return np.concatenate(ins, axis=params["dimension"])
+    if name == "transpose":
+        return np.transpose(ins[0], params["permutation"])
+    if name == "rev":
+        return np.flip(ins[0], params["dimensions"])
+    if name == "slice":
+        return ins[0][_sliced(params)]
+    if name == "dot_general":
+        return _product(params, ins)
+    if name == "round":
+        ways = {lax.RoundingMethod.TO_NEAREST_EVEN: np.rint}
+        return ways[params["rounding_method"]](ins[0])
     if name == "integer_pow":
         return ins[0] ** params["y"]
     if name == "convert_element_type":
@@ -148,6 +279,20 @@ def _operation(name: str, params: Any, aval: Any, ins: list[Any]) -> Any:
     return _OPERATIONS[name](*ins)
 
 
+def _sliced(params: Any) -> tuple[slice, ...]:
+    starts, limits, strides = (params[k] for k in ("start_indices", "limit_indices", "strides"))
+    return tuple(map(slice, starts, limits, strides or [1] * len(starts)))
+
+
+def _product(params: Any, ins: Sequence[Any]) -> np.ndarray:
+    """Of two matrices, summed in float32 or, of integers, in int32."""
+    axes, batched = params["dimension_numbers"]
+    if any(batched):
+        raise NotImplementedError("A product of several matrices is not known here.")
+    wide = np.float32 if _is_float(ins[0]) else np.int32
+    return np.tensordot(*(x.astype(wide) for x in ins), axes=axes)
+
+
 def _converted(a: np.ndarray, dtype: Any) -> np.ndarray:
     if _is_float(a) and np.issubdtype(dtype, np.integer):
         info = np.iinfo(dtype)
@@ -157,34 +302,73 @@ def _converted(a: np.ndarray, dtype: Any) -> np.ndarray:
     return a != 0 if np.dtype(dtype).kind == "b" else a.astype(dtype)
 
 
-def _looped(params: Any, ins: list[Any]) -> list[Any]:
-    of_test, of_body = params["cond_nconsts"], params["body_nconsts"]
-    test, body = ins[:of_test], ins[of_test : of_test + of_body]
-    carry = ins[of_test + of_body :]
-    while evaluate(params["cond_jaxpr"], [*test, *carry])[0]:
-        carry = evaluate(params["body_jaxpr"], [*body, *carry])
-    return carry
+_ACCESSES = ("get", "masked_load", "swap", "masked_swap")
 
 
-def _accessed(eqn: Any, ins: list[Any]) -> Any:
-    """What a load loads, or a store stores over."""
+def _access(eqn: Any) -> _Step:
+    """What loads, or stores and has what was there."""
     stores = eqn.primitive.name in ("swap", "masked_swap")
     value = mask = other = None
     if "args_tree" in eqn.params:
-        ref, transforms, third, fourth = eqn.params["args_tree"].unflatten(ins)
+        _, transforms, third, fourth = eqn.params["args_tree"].unflatten(eqn.invars)
         value, mask, other = (third, fourth, None) if stores else (None, third, fourth)
     else:
-        ref, *rest = ins
+        rest = list(eqn.invars[1:])
         value = rest.pop(0) if stores else None
         transforms = tree_util.tree_unflatten(eqn.params["tree"], rest)
     [indexer] = transforms
-    shape = eqn.outvars[0].aval.shape
-    where = np.broadcast_to(True if mask is None else mask, shape)
-    some = tuple(np.broadcast_to(x, shape)[where] for x in indexer.indices)
-    out = np.zeros(shape, ref.dtype)
-    if stores:
-        ref[some] = np.broadcast_to(value, shape)[where]
-    else:
-        out[...] = 0 if other is None else np.asarray(other).astype(ref.dtype)
-        out[where] = ref[some]
-    return out
+    place = {id(atom): at for at, atom in enumerate(eqn.invars)}
+    aval = eqn.outvars[0].aval
+    unread = isinstance(eqn.outvars[0], core.DropVar)
+
+    def of(ins: Any, atom: Any) -> Any:
+        return ins[place[id(atom)]] if id(atom) in place else atom
+
+    def index(ins: Any, atom: Any) -> Any:
+        if not isinstance(atom, Slice):
+            return of(ins, atom)
+        return int(of(ins, atom.start)) + np.arange(int(atom.size)) * int(atom.stride)
+
+    def indices(ins: Any) -> list[Any]:
+        """Arrays that are broadcast to one another's shape."""
+        at = [index(ins, x) for x in indexer.indices]
+        sliced = [isinstance(x, Slice) for x in indexer.indices]
+        if not any(sliced):
+            return at
+        if any(np.ndim(x) for x, whole in zip(at, sliced, strict=True) if not whole):
+            raise NotImplementedError("Arrays of indices beside slices are not known here.")
+        # A slice is an axis of the result.
+        wide = iter(np.ix_(*(x for x, whole in zip(at, sliced, strict=True) if whole)))
+        return [next(wide) if whole else x for x, whole in zip(at, sliced, strict=True)]
+
+    def load(ref: np.ndarray, where: Any, at: list[Any], otherwise: Any) -> Any:
+        if where is not None:
+            at = [np.where(where, x, 0) for x in at]
+        _check(ref, at)
+        loaded = np.broadcast_to(ref[tuple(at)], aval.shape)
+        return loaded if where is None else np.where(where, loaded, otherwise)
+
+    def step(*ins: Any) -> Any:
+        ref = ins[0]
+        at = indices(ins)
+        where = None if mask is None else of(ins, mask)
+        zero = ref.dtype.type(0)
+        if not stores:
+            otherwise = zero if other is None else np.asarray(of(ins, other)).astype(ref.dtype)
+            return load(ref, where, at, otherwise)
+        before = None if unread else load(ref, where, at, zero)
+        stored = of(ins, value)
+        if where is not None and not np.all(where):
+            stored, *at = (np.broadcast_to(x, aval.shape)[where] for x in (stored, *at))
+        _check(ref, at)
+        ref[tuple(at)] = stored
+        return before
+
+    return step
+
+
+def _check(ref: np.ndarray, at: Sequence[Any]) -> None:
+    """Numpy would count from the end."""
+    for index in at:
+        if np.size(index) and np.min(index) < 0:
+            raise IndexError(f"A negative index of an array {list(ref.shape)}.")

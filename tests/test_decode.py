@@ -230,6 +230,7 @@ def test_a_negative_length_that_can_be_seen_is_refused(model, cache, tokens, ste
     "The other step shows it.",
     sample=["test_a_negative_length_that_is_traced_counts_as_zero[reference]"],
 )
+@pytest.mark.by_numpy
 @pytest.mark.parametrize("name", STEPS)
 def test_a_negative_length_that_is_traced_counts_as_zero(model, tokens, name):
     """It writes its own first slot and no other sequence's."""

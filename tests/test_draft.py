@@ -324,6 +324,7 @@ def test_weights_and_prompts_are_no_part_of_a_program(model, drafts):
     assert len(DraftLoop(model, request, dataclasses.replace(speculation, tokens=4))._block) == 1
 
 
+@pytest.mark.by_numpy
 def test_fused_steps_draft(monkeypatch):
     """Interpreted: of two tokens, and of one."""
     config = dataclasses.replace(CONFIG, head_dim=32)

@@ -30,13 +30,16 @@ from pallas_kernels.stream.planner import make_stream_plan, why_not_on
 from pallas_kernels.stream.segments.attention import _rows_of
 from pallas_kernels.stream.tuning import Tuning
 
-pytestmark = pytest.mark.once(
-    "The model of the hand-overs is plain Python; a sample compares it with a step.",
-    sample=[
-        "test_tiles_are_those_of_the_kernel",
-        "test_a_schedule_shows_what_was_wrong",
-    ],
-)
+pytestmark = [
+    pytest.mark.once(
+        "The model of the hand-overs is plain Python; a sample compares it with a step.",
+        sample=[
+            "test_tiles_are_those_of_the_kernel",
+            "test_a_schedule_shows_what_was_wrong",
+        ],
+    ),
+    pytest.mark.by_numpy,
+]
 
 COUNTERS = (0, 84, 2**29, 2**31 - 3, 2**32 // 9)
 NARROW = FOUND["narrow, 8 layers, int8, 2"]

@@ -182,6 +182,7 @@ def upwards(edges: dict[str, set[str]]) -> list[tuple[str, str]]:
     return [(m, name) for m, names in edges.items() for name in names if not allowed(m, name)]
 
 
+@pytest.mark.once("It reads the source.")
 def test_imports_go_one_way():
     edges = graph()
     # Type checkers alone see what `ffjax` imports; names are looked up when they are asked for.
@@ -192,6 +193,7 @@ def test_imports_go_one_way():
     assert {name for name in made_of if _within(name, "ffjax")} == _MODEL
 
 
+@pytest.mark.once("It reads the source.")
 @pytest.mark.parametrize(
     ("module", "name"),
     [
@@ -210,6 +212,7 @@ def test_an_import_that_goes_up_is_noticed(module, name):
     assert upwards({**graph(), module: graph()[module] | {name}}) == [(module, name)]
 
 
+@pytest.mark.once("It reads the source.")
 def test_no_modules_import_each_other():
     assert cycles(graph()) == []
     assert graph()["ffjax.text.tokenizers"] >= {"checkpoints", "ffjax.hf_tokenizer"}

@@ -41,6 +41,7 @@ pytestmark = [
     pytest.mark.once(
         "test_grouped_step.py shows what a JAX makes of the interpreted kernel with integers."
     ),
+    pytest.mark.by_numpy,
     pytest.mark.filterwarnings("error"),
 ]
 

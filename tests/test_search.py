@@ -24,13 +24,16 @@ from pallas_kernels.gpu import INTERPRETER
 from pallas_kernels.stream.launch import layout_of
 from pallas_kernels.stream.planner import make_stream_plan
 
-pytestmark = pytest.mark.once(
-    "What is drawn and searched is plain Python; other tests take the steps.",
-    sample=[
-        "test_a_seed_says_all",
-        "test_the_command_checks_plans",
-    ],
-)
+pytestmark = [
+    pytest.mark.once(
+        "What is drawn and searched is plain Python; other tests take the steps.",
+        sample=[
+            "test_a_seed_says_all",
+            "test_the_command_checks_plans",
+        ],
+    ),
+    pytest.mark.by_numpy,
+]
 
 # Of one program; what a step of it costs is mostly to compile it.
 SMALL = Case(

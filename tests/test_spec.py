@@ -55,6 +55,7 @@ pytestmark = [
         "A sample of shapes shows what a JAX makes of the specification.",
         sample=["test_a_step_is_the_reference_s[gemma3, 3 tokens, no room for one]"],
     ),
+    pytest.mark.by_numpy,
     pytest.mark.filterwarnings("error"),
 ]
 

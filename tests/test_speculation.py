@@ -383,6 +383,7 @@ def test_a_lookup_has_settings(model):
     assert few.tokens_per_step <= 2 < many.tokens_per_step
 
 
+@pytest.mark.by_numpy
 def test_fused_steps_speculate(monkeypatch):
     """Interpreted: steps of one token, and of two."""
     model = random_model(dataclasses.replace(CONFIG, head_dim=32))

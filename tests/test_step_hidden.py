@@ -36,6 +36,7 @@ pytestmark = [
         "A sample of shapes shows what a JAX makes of the interpreted kernel.",
         sample=["test_a_fused_step_returns_what_the_reference_does[gemma2-2]"],
     ),
+    pytest.mark.by_numpy,
     pytest.mark.filterwarnings("error"),
 ]
 

@@ -35,6 +35,7 @@ pytestmark = [
             "test_tokens_outside_the_vocabulary_are_clamped",
         ],
     ),
+    pytest.mark.by_numpy,
     pytest.mark.filterwarnings("error"),
 ]
 

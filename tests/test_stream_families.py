@@ -30,6 +30,7 @@ pytestmark = [
             "test_every_field_of_the_features_is_tried",
         ],
     ),
+    pytest.mark.by_numpy,
     pytest.mark.filterwarnings("error"),
 ]
 

@@ -25,6 +25,7 @@ from pallas_kernels.stream.tuning import Tuning
 
 pytestmark = [
     pytest.mark.once("Stages are parts of the steps that other tests have a sample of."),
+    pytest.mark.by_numpy(but=["test_programs_hand_over_all_that_others_need[llama-1-2]"]),
     pytest.mark.filterwarnings("error"),
 ]
 

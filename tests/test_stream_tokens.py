@@ -32,6 +32,7 @@ pytestmark = [
             "test_a_step_refuses_what_is_not_its_own",
         ],
     ),
+    pytest.mark.by_numpy,
     pytest.mark.filterwarnings("error"),
 ]
 
@@ -79,7 +80,7 @@ def test_several_tokens_match_the_model(name, tokens):
     model = random_model(config)
     cache, some = start(config, lengths, tokens)
     # How many count is always said: without it there would be a program more. Others below lack it.
-    every = jnp.full(len(lengths), tokens)
+    every = jnp.full(len(lengths), tokens, jnp.int32)
     got, want = (step(model, cache, some, every, fused=fused) for fused in (True, False))
     check_several(got, want, cache, tokens)
     if tokens < 8:  # a sample: each takes a compilation
