@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from typing import Any
+from typing import Any, cast
 
 from stream_cases import FAMILIES
 
 from ffjax.config import ModelConfig
 from ffjax.dims import step_dims
-from ffjax.formats import INT8, INT8_GROUP, WeightFormat, WeightFormats, int4
+from ffjax.formats import INT8, INT8_GROUP, Offset, ScaleType, WeightFormat, WeightFormats, int4
 from pallas_kernels.dims import Dims
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.support import MAX_BATCH
@@ -175,9 +175,10 @@ def _format(bits: int, groups: str) -> WeightFormat | None:
     if not groups:
         return INT8 if bits == 8 else int4()
     size, scales, *offset = groups.split()
+    kept = cast(ScaleType, scales)
     if bits == 8:
-        return WeightFormat(bits=8, group_size=INT8_GROUP, scale_dtype=scales)
-    return int4(int(size), scales, offset[0] if offset else None)
+        return WeightFormat(bits=8, group_size=INT8_GROUP, scale_dtype=kept)
+    return int4(int(size), kept, cast(Offset, offset[0]) if offset else None)
 
 
 def _groups(seed: int, bits: tuple[int, ...]) -> tuple[str, ...]:

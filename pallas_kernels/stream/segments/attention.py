@@ -280,8 +280,8 @@ def _publish_heads(
             env.exchange.publish(word + number, value, tag, mask)
         return
     for number in range(0, len(out), 2):
-        both = out[number : number + 2]
-        env.exchange.publish_half2(word + number // 2, *both, PLAIN, tag, mask)
+        first, second = out[number : number + 2]
+        env.exchange.publish_half2(word + number // 2, first, second, PLAIN, tag, mask)
 
 
 def _finish_heads(env: StreamEnv, tag: Array, rows: _Rows, made: _Made) -> None:
