@@ -65,6 +65,7 @@ def test_everything_is_drawn():
     assert {g.split()[0] for b, g in pairs if b == 4 and g} == {"32", "64", "128"}
     assert any(b == 8 and g for b, g in pairs) and (4, "") in pairs and (8, "") in pairs
     assert {1, 40} <= {case.layers for case in cases}
+    assert any(len(case.lengths) > 1 and case.model_dim > 4096 for case in cases)
     assert any(case.tuning for case in cases)
     assert any(case.vocab % 2 for case in cases)
     assert any(length == case.capacity for case in cases for length in case.lengths)
