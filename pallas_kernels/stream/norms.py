@@ -32,9 +32,6 @@ __all__ = [
     "unit_of_residual",
 ]
 
-# Two bfloat16 of 1.
-_ONES = 0x3F803F80
-
 
 class _Row(NamedTuple):
     """Where the weights of a residual's norm lie, of the inputs that threads wait for."""
@@ -152,7 +149,7 @@ def norm_weights(
         words = ptx.load_pieces(row.refs, row.beyond, row.offset, places, row.there)
     if not plan.chunked:  # attention's output is collected elsewhere
         return words, None if before else is_head
-    return [jnp.where(is_normed, word, jnp.int32(_ONES)) for word in words], is_normed
+    return [jnp.where(is_normed, word, jnp.int32(ptx.ONES)) for word in words], is_normed
 
 
 def unit_of_residual(plan: StreamPlan) -> float:

@@ -19,6 +19,7 @@ from pallas_kernels.stream.ptx.giving_up import said_by, say_where
 from pallas_kernels.stream.ptx.group_sums import GroupSums, sum_groups
 from pallas_kernels.stream.ptx.half2 import unpack_half2
 from pallas_kernels.stream.ptx.held import (
+    ONES,
     NormRow,
     pack_held,
     pack_held_digits,
@@ -48,6 +49,7 @@ from pallas_kernels.stream.ptx.words import (
 __all__ = [
     "MAP_BYTES",
     "MAP_IN_CONTROL",
+    "ONES",
     "UNIT",
     "Begin",
     "CacheFeed",

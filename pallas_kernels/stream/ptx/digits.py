@@ -106,16 +106,16 @@ class Digits:
         first = read * (held // 2) + within
         return words[first], words[first + held // 4]
 
-    def write_word(self, high: Register, low: Register, four: Sequence[Register]) -> None:
+    def write_word(self, high: Register, low: Register, inputs: Sequence[Register]) -> None:
         """Makes the digits of four inputs, in the order of their bytes."""
         b, odd = self._b, self._odd
-        one, two, three, four_th = self._digits
-        for bits, value in zip(self._digits, four, strict=True):
+        one, two, three, four = self._digits
+        for bits, value in zip(self._digits, inputs, strict=True):
             b.fma(self._rounded, value, self._inverse, _MAGIC)
             b.mov(bits, self._rounded)
         b.comment("The second byte of each is its high digit, the first one its low digit + 128.")
         b.prmt(one, one, two, 0x5140)
-        b.prmt(three, three, four_th, 0x5140)
+        b.prmt(three, three, four, 0x5140)
         b.prmt(high, one, three, 0x7632)
         b.prmt(one, one, three, 0x5410)
         b.xor(low, one, 0x80808080)

@@ -22,12 +22,12 @@ from pallas_kernels.stream.ptx.half2 import Parting
 from pallas_kernels.stream.ptx.operation import Choice, Operation
 from pallas_kernels.stream.ptx.squares import Squares
 
-__all__ = ["NormRow", "pack_held", "pack_held_digits", "prefetch_pieces"]
+__all__ = ["ONES", "NormRow", "pack_held", "pack_held_digits", "prefetch_pieces"]
 
 # Words of a piece: of two activations, and of two of a norm's weights.
 _WORDS = PIECE // 2
 # Two bfloat16 of 1.
-_ONES = 0x3F803F80
+ONES = 0x3F803F80
 # Of each of two numbers but a tag's bit and the sign.
 _MAGNITUDES = 0x7FFF7FFF & ~HALF2_TAG_BITS
 
@@ -147,7 +147,7 @@ class _Pieces:
         load = b.ld_global if again else b.ld_global_nc
         if self._norm.guarded:
             for word in words:
-                b.mov(word, _ONES)
+                b.mov(word, ONES)
             assert self._there is not None
             is_there = b.pred("is_there")
             b.setp("gt", is_there, self._there, q)

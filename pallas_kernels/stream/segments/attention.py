@@ -119,7 +119,7 @@ def _put_heads(env: StreamEnv, heads: Heads, has_new: Array, lot: Array | int = 
 
 def _attend(env: StreamEnv, layer: Array, share: Share, j: Array, part: Part) -> None:
     """Softmax attention over the part's KV split, by all warps: see `_made_together`."""
-    rows, abreast = LOT // 2 if env.plan.paired else LOT, env.plan.attention.abreast
+    rows, abreast = env.plan.attended_rows, env.plan.attention.abreast
     whose = env, layer, part.sequence, part.head
     start = part.first_query, part.position, part.has_new
 
@@ -196,7 +196,7 @@ def _load_tile(env: StreamEnv, layer: Array, part: Part, i: Array) -> tuple[Arra
 
 def _interpreted(env: StreamEnv, layer: Array, part: Part) -> _Made:
     """The same as plain arrays, of all the part's queries at once."""
-    rows = (LOT // 2 if env.plan.paired else LOT) * env.plan.attention.abreast
+    rows = env.plan.attended_rows * env.plan.attention.abreast
     start = part.first_query, part.position, part.has_new
     heads = collect_heads(env, layer, part.sequence, part.head, *start, rows, part.lots)
     block, cap = env.plan.attention.block, env.features.attn_softcap
