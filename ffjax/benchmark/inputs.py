@@ -18,7 +18,14 @@ from ffjax.config import ModelConfig
 from ffjax.model import Transformer
 from pallas_kernels.dims import ceil_div
 
-__all__ = ["capacity_for", "first_tokens", "random_model", "random_prompts", "started_cache"]
+__all__ = [
+    "capacity_for",
+    "first_tokens",
+    "random_model",
+    "random_prompts",
+    "scale_logits",
+    "started_cache",
+]
 
 # Capacities are multiples of this. XLA cuts a long sum over slots into up to 16 parts of a
 # multiple of 16 each, and copies the whole cache of a layer to pad it where that does not come
@@ -61,6 +68,16 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
         return model
 
     return make()
+
+
+def scale_logits(model: Transformer, factor: float) -> None:
+    """Makes a model's logits `factor` times as large, by its last norm, in place.
+
+    Where logits are capped, that is what they are before the cap.
+    """
+    offset = model.config.norm_offset
+    scaled = (model.final_norm[...].astype(jnp.float32) + offset) * factor - offset
+    model.final_norm[...] = scaled.astype(model.dtype)
 
 
 def started_cache(
