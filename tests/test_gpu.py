@@ -67,7 +67,7 @@ def model(request) -> Iterator[Split]:
     yield from made_on_the_device(preset(request.param))
 
 
-# Larger ones have tests of a few layers, see `test_gpu_large`: several processes share a GPU.
+# Larger ones have tests of a few layers, see `test_gpu_presets`: several processes share a GPU.
 OTHERS = [n for n, c in PRESETS.items() if c.family != "llama" and c.num_params < 3.5e9]
 
 
