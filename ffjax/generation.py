@@ -12,7 +12,7 @@ import jax
 
 from ffjax.broken import NotFiniteError
 from ffjax.decode import Implementation
-from ffjax.loop import BLOCK, NOT_FINITE, Step
+from ffjax.loop import NOT_FINITE, Step
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.requests import Request
@@ -41,8 +41,8 @@ class GenerateOutput:
         logprobs: of each sequence and token; of a sequence that did not ask, an empty list.
         implementation: which one ran the decode steps; see `ffjax.decode_step`.
         prefill: which one ran the prefill; see `ffjax.generate`.
-        steps: decode steps that ran before the last token was here, whole blocks of
-            `ffjax.loop.BLOCK`. After an early end the device runs one block more.
+        steps: decode steps that ran before the last token was here, whole blocks of 1 to 8
+            (`ffjax.blocks`). After an early end the device runs one block more.
         accepted: of each sequence, how many of the tokens that decode steps made came beside the
             first of their step, since the drafts before them were right; None without speculation.
         compile_seconds: spent on compiling, next to nothing once a like request has
@@ -165,9 +165,9 @@ class Replies:
         return taken
 
 
-def blocks_for(request: Request) -> int:
-    """Blocks of decode steps a request may need: its first token comes with the prefill."""
-    return ceil_div(request.max_new_tokens - 1, BLOCK)
+def blocks_for(request: Request, steps: int) -> int:
+    """Blocks of so many decode steps a request may need: its first token comes with the prefill."""
+    return ceil_div(request.max_new_tokens - 1, steps)
 
 
 def generate(
@@ -272,7 +272,7 @@ def generate(
     first = loop.prefill()
     replies = Replies(request)
     # The device has its first steps before the prefill's token is read.
-    rows = loop.rows(blocks_for(request), replies)
+    rows = loop.rows(blocks_for(request, loop.block), replies)
     first = jax.device_get(first).step()
     prefilled = time.perf_counter()
     prefill_seconds = prefilled - start

@@ -5,9 +5,10 @@ requests share it) and the stages by which tokens are chosen (`ffjax.sampling.ro
 lengths, parameters and seeds are arguments. It is compiled with the options of
 `ffjax.reproducible`: the same request gets the same tokens in every process.
 
-A block has a fixed number of steps, so that the device runs it without asking the host, and the
-host orders the next one while it runs. It is the host that looks whether all sequences have ended.
-The device never waits to be looked at; after an early end it runs the block that it has.
+A block has a fixed number of steps (`ffjax.blocks`), so that the device runs it without asking the
+host, and the host orders the next one while it runs. It is the host that looks whether all
+sequences have ended. The device never waits to be looked at; after an early end it runs the block
+that it has.
 
 A token whose logit is not finite comes back as `NOT_FINITE`. That adds no launch to a step: the
 look at one number a sequence is part of the launch that writes the token down.
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ffjax.blocks import BLOCK, block_steps
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from ffjax.decode import (
@@ -78,8 +80,6 @@ __all__ = [
     "slots_for",
 ]
 
-BLOCK = 8
-"""Decode steps that the device is given at a time."""
 NO_TOKEN = -2
 """What stands where a sequence has no token, and where it takes none."""
 AHEAD = 1
@@ -93,8 +93,8 @@ class Made(NamedTuple):
     """What a block of steps, or a prefill, has made; on the device, or of numpy.
 
     Attributes:
-        tokens: int32 `[BLOCK, B]`, of a prefill `[B]`: NOT_FINITE where logits are not finite. Of
-            steps that speculate, `[BLOCK, B, T]`: see `ffjax.speculation.block`.
+        tokens: int32 `[steps, B]`, of a prefill `[B]`: NOT_FINITE where logits are not finite. Of
+            steps that speculate, `[steps, B, T]`: see `ffjax.speculation.block`.
         logprobs: of each; None where nobody asked.
         drafted: bool, whether a draft is there to go on with; None without speculation.
     """
@@ -178,6 +178,7 @@ def decode_block(
     rows: Rows,
     history: History | None,
     *,
+    steps: int,
     stages: Stages,
     implementation: Implementation,
     running: Array | None = None,
@@ -194,6 +195,7 @@ def decode_block(
         index: int32 `[B]`, how many tokens a sequence has got, `token` included.
         rows: how tokens are chosen.
         history: what came before `token`; None where no stage asks.
+        steps: of the block.
         stages: how tokens are chosen.
         implementation: of the steps.
         running: bool `[B]`, whose tokens go into the history; None: all.
@@ -202,7 +204,7 @@ def decode_block(
         Cache, token, index and history to go on from, and what was made.
     """
     model = graphdef.merged(state)
-    indices = index + jnp.arange(BLOCK, dtype=jnp.int32)[:, None]
+    indices = index + jnp.arange(steps, dtype=jnp.int32)[:, None]
     keys = by_kernel = None
     if stages.draws:
         own = sequence_keys(rows.seeds)
@@ -215,7 +217,7 @@ def decode_block(
 
     untold = dataclasses.replace(stages, logprobs=None)
     shape = token.shape[0], model.config.vocab_size
-    kept = None if stages.logprobs is None else _room((BLOCK, *shape), stages.gpu)
+    kept = None if stages.logprobs is None else _room((steps, *shape), stages.gpu)
     mine = kept is not None and not kept_by_kernel(*shape, untold)
 
     def step(carry, each):
@@ -236,7 +238,7 @@ def decode_block(
     first, board = token, empty_board(*shape, stages)
     start = cache, token, history, board, kept
     out, tokens = lax.scan(
-        step, start, (np.arange(BLOCK, dtype=np.int32), indices, keys), length=BLOCK
+        step, start, (np.arange(steps, dtype=np.int32), indices, keys), length=steps
     )
     cache, token, history, _, kept = out
     told = None
@@ -245,7 +247,7 @@ def decode_block(
         kept = kept.reshape(-1, kept.shape[-1])
         found = log_probs(kept, tokens.reshape(-1), stages.logprobs, stages.gpu)
         told = LogProbs(*(x.reshape(*tokens.shape, *x.shape[1:]) for x in found))
-    return cache, token, index + BLOCK, history, Made(tokens, told)
+    return cache, token, index + steps, history, Made(tokens, told)
 
 
 def _room(shape: tuple[int, ...], gpu: Gpu | None) -> Array:
@@ -288,7 +290,7 @@ def _programs(device: Any) -> Programs:
     return Programs(
         jax.jit(
             decode_block,
-            static_argnames=("graphdef", "stages", "implementation"),
+            static_argnames=("graphdef", "steps", "stages", "implementation"),
             donate_argnames=("cache", "history"),
             compiler_options=compiler_options(device),
         )
@@ -337,6 +339,7 @@ class Loop:
     Attributes:
         implementation: which one runs the decode steps.
         step_tokens: T, tokens that a step may take of each sequence.
+        block: decode steps that are ordered at a time.
         compile_seconds: spent on compiling.
         steps: decode steps whose tokens have come back.
     """
@@ -406,6 +409,7 @@ class Loop:
             # A cache has room for one kind of step beside that of one token.
             steps=self.step_tokens in (1, wide),
         )
+        self.block = block_steps(config, request.batch, self._device)
         self._widest = wide if name == "steps" else self.step_tokens
         how = dtype, stages.remembers, self._widest
         begin = _start_shapes if name == "steps" else _started(self._device)
@@ -432,7 +436,7 @@ class Loop:
         return state, self._cache, self._token, self._index, self._rows, self._history
 
     def _compiled_block(self) -> Any:
-        how = {"stages": self._stages, "implementation": self.implementation}
+        how = {"steps": self.block, "stages": self._stages, "implementation": self.implementation}
         known_by = self._parts.kinds, self._like, *how.values()
         args = self._parts.graphdef, *self._block_args()
         return _programs(self._device).get(*args, known_by=known_by, **how)
@@ -517,7 +521,7 @@ class Loop:
         while ordered:
             order()
             made = jax.device_get(ordered.popleft())
-            self.steps += BLOCK
+            self.steps += self.block
             if ends(made):
                 left = 0
             order()  # before the reader is given these, who may take long

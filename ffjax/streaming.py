@@ -37,7 +37,7 @@ class Stream(Iterator[list[int | None]]):
         """Made by `stream`."""
         self._so_far = _SoFar(loop, request)
         # A generator that held the stream would keep its cache until Python looks for circles.
-        self._rows = _run(loop, blocks_for(request), self._so_far)
+        self._rows = _run(loop, blocks_for(request, loop.block), self._so_far)
 
     def __iter__(self) -> Stream:
         """The stream is its own iterator: it can be run through once."""

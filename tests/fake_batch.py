@@ -6,6 +6,7 @@ is said to be in a row's cache is in it.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -77,10 +78,10 @@ class _Fed:
 class _Block:
     def __init__(self, batch: FakeBatch, rows: tuple[int, ...]):
         self._batch, self.rows = batch, rows
-        self._steps = [{row: batch._step(row) for row in rows} for _ in range(BLOCK)]
+        self._steps = [{row: batch._step(row) for row in rows} for _ in range(batch.block)]
 
     def read(self) -> list[dict[int, Chosen]]:
-        self._batch._waits(BLOCK)
+        self._batch._waits(self._batch.block)
         return self._steps
 
 
@@ -90,7 +91,9 @@ class FakeBatch:
     Attributes:
         fail: an error that the next read of a request's raises; None: none does.
         fed: tokens of prompts that were fed.
+        block: steps of a block.
         blocks: blocks of steps that were ordered.
+        fewest: fewest steps between two turns of feeding while rows were running.
         longest: most tokens of prompts fed between two blocks while rows were running.
         entered: rows that were entered, and how many tokens were kept.
     """
@@ -99,8 +102,14 @@ class FakeBatch:
     compile_seconds = 0.0
 
     def __init__(
-        self, rows: int = 8, capacity: int = 512, chunk: int = 64, step_seconds: float = 0.0
+        self,
+        rows: int = 8,
+        capacity: int = 512,
+        chunk: int = 64,
+        step_seconds: float = 0.0,
+        block: int = BLOCK,
     ):
+        self.block = block
         self.rows, self.capacity, self._chunk, self._step_seconds = (
             rows,
             capacity,
@@ -111,7 +120,8 @@ class FakeBatch:
         self._caches: list[list[int]] = [[] for _ in range(rows)]
         self._owner: int | None = None
         self.fail: BaseException | None = None
-        self.fed = self.blocks = self.longest = self._since = 0
+        self.fed = self.blocks = self.longest = self._since = self._steps = 0
+        self.fewest = math.inf
         self.entered: list[tuple[int, int]] = []
 
     def fault(self) -> str | None:
@@ -150,6 +160,8 @@ class FakeBatch:
                 if any(one is not None and one.count for one in self._rows):
                     self._since += count
                     self.longest = max(self.longest, self._since)
+                    self.fewest = min(self.fewest, self._steps or math.inf)
+                self._steps = 0
                 row.fed += count
                 self.fed += count if row.tokens != WARM else 0
                 self._caches[i] = row.tokens[: row.fed]
@@ -162,6 +174,7 @@ class FakeBatch:
         if not rows:
             return None
         self._since = 0
+        self._steps += self.block
         self.blocks += 1
         return _Block(self, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -92,10 +93,11 @@ def test_every_text_is_as_alone_whoever_is_beside_it(start):
     assert {type(event) for reader in readers for event in reader.events} == {Piece, Ended}
 
 
-def test_a_long_prompt_stalls_the_others_no_longer_than_a_chunk(start):
-    batch = FakeBatch(step_seconds=0.0005)
+@pytest.mark.parametrize("block", [8, 2])
+def test_a_long_prompt_stalls_the_others_no_longer_than_a_chunk(start, block):
+    batch = FakeBatch(step_seconds=0.0005, block=block)
     scheduler = start(lambda: batch)
-    first = Reader("hello", max_tokens=200, ignore_eos=True)
+    first = Reader("hello", max_tokens=400, ignore_eos=True)
     scheduler.submit([first.job])
     until(lambda: first.events)
     others = [Reader("y" * 300 + str(i), max_tokens=5) for i in range(5)]
@@ -105,6 +107,7 @@ def test_a_long_prompt_stalls_the_others_no_longer_than_a_chunk(start):
         one.end()
         assert one.text == one.expected
     assert 0 < batch.longest <= 64 + 63  # the last chunk may begin just below the budget
+    assert 8 <= batch.fewest < math.inf  # who runs has so many steps between two chunks
 
 
 def test_a_next_turn_feeds_its_new_tokens_alone(start):

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 
 from ffjax.benchmark.inputs import first_tokens, random_model, scale_logits, started_cache
 from ffjax.benchmark.timing import rewind
+from ffjax.blocks import block_steps
 from ffjax.commands.options import number, whole, wholes
 from ffjax.commands.sizes import add_size_arguments, chosen_sizes
 from ffjax.decode import resolve_implementation_config
 from ffjax.failures import sentence
-from ffjax.loop import BLOCK, decode_block, slots_for
+from ffjax.loop import decode_block, slots_for
 from ffjax.model import Transformer
 from ffjax.parts import Parts
 from ffjax.reproducible import compiler_options
@@ -86,10 +87,11 @@ class Blocks:
             blocks: of a run.
             implementation: of the steps, as `ffjax.generate` takes it.
         """
-        self.steps = BLOCK * blocks
         self._position, self._blocks = position, blocks
         config = model.config
         parts = Parts.of(model)
+        block = block_steps(config, batch, parts.device)
+        self.steps = block * blocks
         capacity = slots_for(position + self.steps)
         with program_settings():
             stages = Stages.of([params] * batch, (), drawing_gpu(parts.device, implementation))
@@ -102,11 +104,11 @@ class Blocks:
             resolved = resolve_implementation_config(
                 config, model.dtype, batch, capacity, implementation
             )
-            block = functools.partial(
-                decode_block, parts.graphdef, stages=stages, implementation=resolved
-            )
+            how = {"steps": block, "stages": stages, "implementation": resolved}
             step = jax.jit(
-                block, donate_argnums=(1, 5), compiler_options=compiler_options(parts.device)
+                functools.partial(decode_block, parts.graphdef, **how),
+                donate_argnums=(1, 5),
+                compiler_options=compiler_options(parts.device),
             )
             self._lowered = step.lower(*self._args())
         self._compiled: Any = None

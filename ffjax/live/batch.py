@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ffjax.blocks import block_steps
 from ffjax.decode import (
     Implementation,
     device_of,
@@ -74,6 +75,7 @@ class LiveBatch:
     Attributes:
         rows: B, how many sequences there may be at a time.
         capacity: tokens that a sequence may have, prompt and answer together.
+        block: decode steps that are ordered at a time; see `ffjax.blocks`.
         implementation: of the steps; see `ffjax.decode_step`.
         prefill_implementation: see `ffjax.generate`.
         compile_seconds: that compiling took.
@@ -137,6 +139,7 @@ class LiveBatch:
         self._model, self._config, self._device = model, model.config, device_of(model)
         self._programs = live_programs(self._device)
         self._slots = slots_for(capacity)
+        self.block = block_steps(self._config, rows, self._device)
         how = implementation, prefill
         self._feeder = self._feeder_of(model, *how)
         self._draft = self._feeder_of(asked.model, *how) if isinstance(asked, Draft) else None
@@ -210,7 +213,8 @@ class LiveBatch:
                 if (stages, drafts) not in self._decoders:
                     told = f"{_told(stages)}{self._of_drafts() if drafts else ''}"
                     self._say(f"compiling a block of steps{told}")
-                    how = {"stages": stages, "implementation": self.implementation}
+                    how: dict[str, Any] = {"steps": self.block, "stages": stages}
+                    how |= {"implementation": self.implementation}
                     programs = self._programs.decode
                     if self._source is not None:
                         programs = self._programs.speculate

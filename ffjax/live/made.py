@@ -109,7 +109,7 @@ class Block(NamedTuple):
 
 
 def _columns(made: Made) -> Iterator[tuple[int, Step]]:
-    """Of tokens `[BLOCK, B, T]`: step by step, the t-th token of each sequence, and t."""
+    """Of tokens `[steps, B, T]`: step by step, the t-th token of each sequence, and t."""
     for i, step in enumerate(made.tokens):
         for t in range(step.shape[1]):
             told = jax.tree.map(lambda a, i=i, t=t: a[i, :, t], made.logprobs)

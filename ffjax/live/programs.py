@@ -137,6 +137,7 @@ def _decode(
     state: LiveState,
     running: Array,
     *,
+    steps: int,
     stages: Stages,
     implementation: Implementation,
 ) -> tuple[LiveState, Made]:
@@ -155,6 +156,7 @@ def _decode(
         state.length,
         state.rows,
         history,
+        steps=steps,
         stages=stages,
         implementation=implementation,
         running=running,
@@ -176,6 +178,7 @@ def _speculate(
     running: Array,
     draft: Any,
     *,
+    steps: int,
     stages: Stages,
     implementation: Implementation,
     source: Source,
@@ -192,6 +195,7 @@ def _speculate(
         state: the batch.
         running: bool `[B]`, which sequences take part.
         draft: the draft model's weights; None without one.
+        steps: of the block.
         stages: how tokens are chosen.
         implementation: of the steps.
         source: where drafts come from.
@@ -211,6 +215,7 @@ def _speculate(
         bounds,
         state.rows,
         draft,
+        steps=steps,
         stages=stages,
         implementation=implementation,
         source=source,
@@ -266,6 +271,6 @@ def live_programs(device: Any) -> LivePrograms:
         feed_packed=kept(_fed_a_parcel(_feed_packed), "gpu", "layout"),
         feed_padded=kept(_fed_a_parcel(_feed_padded), "layout"),
         choose_first=kept(_choose_first, "stages", "normed"),
-        decode=kept(_decode, "stages", "implementation"),
-        speculate=kept(_speculate, "stages", "implementation", "source", "drafts"),
+        decode=kept(_decode, "steps", "stages", "implementation"),
+        speculate=kept(_speculate, "steps", "stages", "implementation", "source", "drafts"),
     )

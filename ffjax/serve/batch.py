@@ -70,6 +70,7 @@ class Batch(Protocol):
 
     rows: int
     capacity: int
+    block: int
 
     def check(self, tokens: Sequence[int], params: SamplingParams) -> object:
         """Refuses a request that cannot be placed; asks nothing of the device."""

@@ -67,7 +67,7 @@ class Scheduler:
             make: makes the batch; called in the scheduler's thread, and again after a failure.
             max_queue: jobs that may wait for a row.
             metrics: counts what happens.
-            chunk: tokens of prompts that are fed between two blocks of steps, about.
+            chunk: tokens of prompts that are fed at a time, about, with 8 steps between.
             keep_caches: whether a prompt goes on with what a row's cache holds.
             on_change: is told each new state, in the scheduler's thread.
             say: takes lines of a log.
@@ -77,6 +77,7 @@ class Scheduler:
         self._max_queue = max_queue
         self._metrics = metrics
         self._chunk = chunk
+        self._steps = BLOCK  # that were ordered behind the last chunk
         self._keep_caches = keep_caches
         self._on_change = on_change
         self._say = say
@@ -353,8 +354,10 @@ class Scheduler:
         """Orders a chunk of prefill, perhaps of several short prompts, and a block of steps."""
         assert self._batch is not None
         ordered: list[tuple[dict[int, Job], Callable[[], _Steps]]] = []
-        left = self._chunk
+        # Where blocks are short, those that run have several of them between two chunks.
+        left = self._chunk if self._steps >= BLOCK or not self._more_to_run() else 0
         while left > 0 and (fed := self._batch.feed()) is not None:
+            self._steps = 0
             left -= max(fed.fed, self._chunk // _LEAST_FED)
             job = self._jobs[fed.row]
             if job is None:
@@ -363,16 +366,21 @@ class Scheduler:
             if fed.done:
                 job.ordered = 1
                 ordered.append(({fed.row: job}, _first(fed)))
-        jobs = [job for job in self._jobs if job is not None and job.ordered]
-        if all(job.is_ordered for job in jobs):
+        if not self._more_to_run():
             return ordered
         block = self._batch.decode()
         if block is not None:
+            self._steps += self._batch.block
             mine = {row: job for row in block.rows if (job := self._jobs[row]) is not None}
             for job in mine.values():
-                job.ordered += BLOCK
+                job.ordered += self._batch.block
             ordered.append((mine, block.read))
         return ordered
+
+    def _more_to_run(self) -> bool:
+        """Whether a job whose prompt has been fed wants more steps than are ordered."""
+        jobs = [job for job in self._jobs if job is not None and job.ordered]
+        return not all(job.is_ordered for job in jobs)
 
     def _read(self, jobs: dict[int, Job], read: Callable[[], _Steps]) -> None:
         """Gives jobs what the device has chosen for them; those that end leave their rows."""

@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from ffjax.cache import KVCache
 from ffjax.decode import Implementation, decode_step
-from ffjax.loop import BLOCK, NO_TOKEN, Made, decode_block
+from ffjax.loop import NO_TOKEN, Made, decode_block
 from ffjax.sampling.choose import Before, Choice, choose, empty_board
 from ffjax.sampling.draw import sequence_keys, step_keys
 from ffjax.sampling.history import History, said
@@ -181,22 +181,23 @@ def plain_block(
     rows: Rows,
     weights: Any,
     *,
+    steps: int,
     stages: Stages,
     implementation: Implementation,
     source: Source,
 ) -> tuple[Going, Made]:
     """Runs a block of plain steps, and looks for a draft behind them.
 
-    Arguments and results are those of `speculative_block`, but tokens are int32 `[BLOCK, B, 1]`.
+    Arguments and results are those of `speculative_block`, but tokens are int32 `[steps, B, 1]`.
     """
-    start, ahead = going.cache.lengths, jnp.arange(BLOCK)
+    start, ahead = going.cache.lengths, jnp.arange(steps)
     number = start - bounds.begins
-    how: Any = {"stages": stages, "implementation": implementation}
+    how: Any = {"steps": steps, "stages": stages, "implementation": implementation}
     how |= {"running": start < bounds.ends}
     cache, _, _, history, made = decode_block(
         graphdef, state, going.cache, going.token, number, rows, going.history, **how
     )
-    lengths = jnp.minimum(start + BLOCK, bounds.ends)
+    lengths = jnp.minimum(start + steps, bounds.ends)
     counted = ahead < (lengths - start)[:, None]
     at = jnp.where(counted, start[:, None] + 1 + ahead, going.known.shape[1])
     every = jnp.arange(len(start))[:, None]
@@ -217,6 +218,7 @@ def speculative_block(
     rows: Rows,
     weights: Any,
     *,
+    steps: int,
     stages: Stages,
     implementation: Implementation,
     source: Source,
@@ -230,12 +232,13 @@ def speculative_block(
         bounds: where they begin and end.
         rows: how tokens are chosen.
         weights: arrays of the source.
+        steps: of the block.
         stages: how tokens are chosen.
         implementation: of the steps.
         source: where drafts come from.
 
     Returns:
-        Where the sequences are then, and what was made: tokens int32 `[BLOCK, B, T]`, NO_TOKEN
+        Where the sequences are then, and what was made: tokens int32 `[steps, B, T]`, NO_TOKEN
         where a step has made less than T; `drafted` tells whether there is a draft to go on with.
     """
     model = graphdef.merged(state)
@@ -248,7 +251,7 @@ def speculative_block(
     keys: Any = None
     if stages.draws:
         own, number = sequence_keys(rows.seeds), start - bounds.begins
-        keys = jax.vmap(lambda ahead: step_keys(own, number + ahead))(jnp.arange(BLOCK * tokens))
+        keys = jax.vmap(lambda ahead: step_keys(own, number + ahead))(jnp.arange(steps * tokens))
     wide_rows = jax.tree.map(lambda a: jnp.repeat(a, tokens, axis=0), rows)
     processors = tuple(_at_each(one, tokens) for one in stages.processors)
     wide_stages = dataclasses.replace(stages, processors=processors)
@@ -318,6 +321,6 @@ def speculative_block(
 
     boards = tuple(empty_board(batch * t, model.config.vocab_size, stages) for t in (1, tokens))
     carry = going.cache, _written(going.known, going), going.history, boards, going.state
-    (cache, known, history, _, held), made = lax.scan(run, carry, None, length=BLOCK)
+    (cache, known, history, _, held), made = lax.scan(run, carry, None, length=steps)
     gone = Going(cache, known, known[every, cache.lengths], history, held)
     return gone, _gone(source, weights, gone, made, bounds)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ffjax.decode import Implementation, is_fused
-from ffjax.loop import AHEAD, BLOCK, Loop, Made, Reader, Step, slots_for
+from ffjax.loop import AHEAD, Loop, Made, Reader, Step, slots_for
 from ffjax.model import Transformer
 from ffjax.prefill.choice import Prefill
 from ffjax.programs import Programs
@@ -32,7 +32,7 @@ def _programs(device: Any) -> tuple[Programs, Programs]:
     def kept(function: Any) -> Programs:
         jitted = jax.jit(
             function,
-            static_argnames=("graphdef", "stages", "implementation", "source"),
+            static_argnames=("graphdef", "steps", "stages", "implementation", "source"),
             donate_argnames=("going",),
             compiler_options=compiler_options(device),
         )
@@ -107,10 +107,10 @@ class SpeculativeLoop(Loop):
         return self._parts.state, going, self._bounds, self._rows, self._weights
 
     def _compiled_block(self) -> Any:
-        how = {"stages": self._stages, "implementation": self.implementation}
+        how = {"steps": self.block, "stages": self._stages, "implementation": self.implementation}
         args = self._parts.graphdef, *self._block_args()
         # A plain block is ordered, if ever, when the first one has told how it went.
-        many = self._request.max_new_tokens - 1 > (1 + AHEAD) * BLOCK
+        many = self._request.max_new_tokens - 1 > (1 + AHEAD) * self.block
         needed = 1 + (many and not self._source.always)
         programs = _programs(self._device)[:needed]
         return [one.get(*args, **how, source=self._source) for one in programs]
@@ -120,7 +120,7 @@ class SpeculativeLoop(Loop):
         self._known, self._bounds = jax.device_put((self._known, self._bounds))
 
     def decode(self) -> Made:
-        """Orders a block of steps; returns the new tokens, int32 `[BLOCK, B, T]`, or T = 1."""
+        """Orders a block of steps; returns the new tokens, int32 `[steps, B, T]`, or T = 1."""
         with jax.default_device(self._device), program_settings():
             going, made = self._block[self._quiet](*self._block_args())
         self._cache, self._known, self._token, self._history, self._held = going

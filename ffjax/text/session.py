@@ -270,7 +270,7 @@ class ChatSession:
                     self._held = prompt[: len(self._held) + fed.fed]
                 if fed.done:
                     break
-            blocks = ceil_div((params.max_tokens or 1) - 1, BLOCK)
+            blocks = ceil_div((params.max_tokens or 1) - 1, batch.block)
             ahead = self._order(batch, min(blocks, 1))
             rows = [fed.read()]
             while True:
