@@ -290,7 +290,7 @@ def test_the_cache_is_right_behind_any_number_of_right_drafts(model, batch, temp
     replies = Replies(request)
     replies.add(jax.device_get(steps.prefill()).step(), steps.fault)
     drafted = []
-    for step in steps.rows(blocks_for(request), replies):
+    for step in steps.rows(blocks_for(request, steps.block), replies):
         replies.add(step, steps.fault)
         drafted.append(step.drafted)
     assert replies.tokens == want

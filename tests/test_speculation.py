@@ -186,7 +186,7 @@ def test_any_number_of_drafts_may_be_right(model, batch, temperature):
     steps, replies = SpeculativeLoop(model, request, source), Replies(request)
     replies.add(jax.device_get(steps.prefill()).step(), steps.fault)
     drafted = []
-    for step in steps.rows(blocks_for(request), replies):
+    for step in steps.rows(blocks_for(request, steps.block), replies):
         replies.add(step, steps.fault)
         drafted.append(step.drafted)
     assert replies.tokens == want
