@@ -70,6 +70,7 @@ def test_a_block_is_three_kernels_and_copies_no_cache(lives):
     block = functools.partial(
         functools.partial(_speculate, drafts=True) if lives else speculative_block,
         graphdef,
+        steps=8,
         stages=Stages(),
         implementation="pallas",
         source=ModelSource(graphdef=drawn, tokens=tokens, implementation="pallas"),

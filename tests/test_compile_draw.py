@@ -105,7 +105,7 @@ def test_log_probabilities_compile_to_two_launches(name):
     assert text is not None and text.count("custom-call(") == 2 and "fusion(" not in text
 
 
-def compiled_block(params: SamplingParams, vocab: int) -> str:
+def compiled_block(params: SamplingParams, vocab: int, steps: int = 8) -> str:
     """A block of steps of one sequence, for an H200: HLO."""
     config, gpu = small_config(vocab_size=vocab), target("h200").gpu
     mesh, place = there("h200")
@@ -119,7 +119,9 @@ def compiled_block(params: SamplingParams, vocab: int) -> str:
     history = jax.eval_shape(lambda: History.empty(1, vocab)) if stages.remembers else None
     args = *jax.eval_shape(abstract), rows_of([params], [[]], words_of(0, 1), stages), history
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
-    block = functools.partial(decode_block, graphdef, stages=stages, implementation="pallas")
+    block = functools.partial(
+        decode_block, graphdef, steps=steps, stages=stages, implementation="pallas"
+    )
     options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     with jax.set_mesh(mesh), mock.patch.object(Gpu, "of", lambda _: gpu), program_settings():
         step = jax.jit(block, donate_argnums=(1, 5), compiler_options=options)
@@ -131,6 +133,13 @@ def compiled_block(params: SamplingParams, vocab: int) -> str:
 def test_no_copy_of_logits_keeps_a_block_of_steps_from_being_a_graph():
     """Logits are kept for their log-probabilities; XLA takes asynchronous copies into no graph."""
     assert "-start" not in compiled_block(SamplingParams(logprobs=2), 4096)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_a_block_copies_no_cache(steps):
+    text = compiled_block(SamplingParams(), 1000, steps)
+    assert re.search(r"bf16\[2,1,1,256,64\]\S* parameter", text)
+    assert not re.findall(r"bf16\[2,1,1,256,64\]\S* copy\(", text)
 
 
 def test_xla_does_nothing_to_logits_that_the_kernel_draws_from():
