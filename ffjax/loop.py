@@ -409,7 +409,7 @@ class Loop:
             # A cache has room for one kind of step beside that of one token.
             steps=self.step_tokens in (1, wide),
         )
-        self.block = block_steps(config, request.batch, self._device)
+        self.block = block_steps(config, request.batch, self._device, self.implementation)
         self._widest = wide if name == "steps" else self.step_tokens
         how = dtype, stages.remembers, self._widest
         begin = _start_shapes if name == "steps" else _started(self._device)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from ffjax.benchmark.inputs import first_tokens, random_model, scale_logits, started_cache
 from ffjax.benchmark.timing import rewind
-from ffjax.blocks import block_steps
+from ffjax.blocks import BLOCK, block_steps
 from ffjax.commands.options import number, whole, wholes
 from ffjax.commands.sizes import add_size_arguments, chosen_sizes
 from ffjax.decode import resolve_implementation_config
@@ -90,9 +90,7 @@ class Blocks:
         self._position, self._blocks = position, blocks
         config = model.config
         parts = Parts.of(model)
-        block = block_steps(config, batch, parts.device)
-        self.steps = block * blocks
-        capacity = slots_for(position + self.steps)
+        capacity = slots_for(position + BLOCK * blocks)
         with program_settings():
             stages = Stages.of([params] * batch, (), drawing_gpu(parts.device, implementation))
             rows = rows_of([params] * batch, [[]] * batch, words_of(0, batch), stages)
@@ -104,6 +102,8 @@ class Blocks:
             resolved = resolve_implementation_config(
                 config, model.dtype, batch, capacity, implementation
             )
+            block = block_steps(config, batch, parts.device, resolved)
+            self.steps = block * blocks
             how = {"steps": block, "stages": stages, "implementation": resolved}
             step = jax.jit(
                 functools.partial(decode_block, parts.graphdef, **how),

@@ -139,7 +139,6 @@ class LiveBatch:
         self._model, self._config, self._device = model, model.config, device_of(model)
         self._programs = live_programs(self._device)
         self._slots = slots_for(capacity)
-        self.block = block_steps(self._config, rows, self._device)
         how = implementation, prefill
         self._feeder = self._feeder_of(model, *how)
         self._draft = self._feeder_of(asked.model, *how) if isinstance(asked, Draft) else None
@@ -159,6 +158,7 @@ class LiveBatch:
         self.implementation: Implementation = resolve_implementation(
             model, self._state.cache, implementation
         )
+        self.block = block_steps(self._config, rows, self._device, self.implementation)
         if self._tokens > 1 and is_fused(self.implementation):
             check_fused(model, rows, self._slots, self._tokens)
         self._say = say
