@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def whole_blocks(count: int, steps: int) -> int:
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("name", [None, "all", "log-probabilities"])
 def test_tokens_are_those_of_longer_blocks(model, name, steps, monkeypatch):
-    how = {} if name is None else {"sampling": SAMPLINGS[name]}
+    how: dict[str, Any] = {} if name is None else {"sampling": SAMPLINGS[name]}
     prompts = [STRAIGHT, CIRCLE]
     want = generate(model, prompts, 2 * BLOCK + 2, **how)
     cut_blocks(monkeypatch, steps)
