@@ -9,8 +9,8 @@ from ptx_mutations import mutated, occurs
 from ptx_text import parse
 
 from pallas_kernels.asm import LANE, TID, AsmError, Block, bits_of
+from pallas_kernels.inline_ptx.operation import listings
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.ptx.operation import listings
 
 
 def run(b: Block, *operands, threads: int = 32) -> list[np.ndarray]:

@@ -17,7 +17,8 @@ from stream_cases import FAMILIES
 import checkpoints
 from ffjax.benchmark.bandwidth import Bandwidth
 from ffjax.cli import main
-from ffjax.doctor import environment, selftest
+from ffjax import environment
+from ffjax.doctor import selftest
 from ffjax.doctor.activations import observe
 from ffjax.doctor.diagnosis import _spread_ids
 from ffjax.doctor.weights import bad_weights

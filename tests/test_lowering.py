@@ -29,10 +29,10 @@ from stream_cases import FAMILIES, H200
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from pallas_kernels.gpu import Gpu
+from pallas_kernels.inline_ptx.lowered import REJOIN
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.planner import make_stream_plan
-from pallas_kernels.stream.ptx.lowered import REJOIN
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.triton import backend
 

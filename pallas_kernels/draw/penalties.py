@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.primitives import access
-from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["Before", "Penalties", "by_ptx", "penalized"]
 

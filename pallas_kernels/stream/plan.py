@@ -37,6 +37,8 @@ __all__ = [
 
 # Columns of a tensor core's block: several sequences are padded to as many.
 COLUMNS = 8
+# So there are at most as many sequences, or tokens of all sequences together.
+MAX_BATCH = COLUMNS
 # Activations that a thread waits for at once.
 PIECE = 8
 # Inputs of one product of tensor cores, of integers.

@@ -1,4 +1,4 @@
-"""How Triton holds arrays: see `pallas_kernels.stream.ptx.lowered`."""
+"""How Triton holds arrays: see `pallas_kernels.inline_ptx.lowered`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jax._src.lib.mlir.dialects import arith, gpu
 from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.primitives import Primitive
-from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["TRITON", "Triton", "know_rules"]
 

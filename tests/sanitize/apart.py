@@ -39,13 +39,13 @@ import jax.numpy as jnp
 from ffjax import decode
 from pallas_kernels.dims import Dims, ceil_div
 from pallas_kernels.gpu import Gpu
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.program import iota
 from pallas_kernels.stream import layout, product
 from pallas_kernels.stream.fragment_layout import place_aside
 from pallas_kernels.stream.layout import ALIGNMENT, SPARE_BYTES
 from pallas_kernels.stream.plan import SegmentPlan, StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
-from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = ["APART", "plan_apart", "put_apart"]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.asm import Block
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.program import iota
 from pallas_kernels.stream import launch, product
 from pallas_kernels.stream.plan import SegmentPlan, StreamPlan
-from pallas_kernels.stream.ptx import cache, lowered
+from pallas_kernels.stream.ptx import cache
 
 __all__ = ["PLANTED", "Planted", "plant"]
 

@@ -8,12 +8,12 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import TID, Block, Register
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.stream.plan import BOX_UNIT, LOT
 from pallas_kernels.stream.ptx import async_copy
 from pallas_kernels.stream.ptx.address import UNIT
 from pallas_kernels.stream.ptx.boxes import TensorMap
 from pallas_kernels.stream.ptx.one_thread import set_whether_another
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.swizzle import Lines
 
 __all__ = ["CacheFeed", "feed_cache", "write_cache_feed"]

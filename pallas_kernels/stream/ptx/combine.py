@@ -12,10 +12,10 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.attend_text import LOWEST
 from pallas_kernels.stream.ptx.feed import Feed, write_feed
 from pallas_kernels.stream.ptx.giving_up import LOST, Wait
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["combine_splits"]
 

@@ -19,8 +19,8 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import TID, Block, Label, Register
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.feed_state import Feed
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["LOST", "Wait", "record_of", "said_by", "say_where"]
 

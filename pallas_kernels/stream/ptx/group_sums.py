@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jax import Array
 
 from pallas_kernels.asm import LANE, TID, Block, Register
-from pallas_kernels.stream.ptx.operation import Operation
+from pallas_kernels.inline_ptx.operation import Operation
 
 __all__ = ["GroupSums", "sum_groups"]
 

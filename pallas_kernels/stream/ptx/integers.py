@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.stream.ptx.chunk_groups import write_chunks
 from pallas_kernels.stream.ptx.groups import write_sequences
-from pallas_kernels.stream.ptx.operation import Operation
 from pallas_kernels.stream.ptx.scales import Given, IntegerText
 
 __all__ = ["IntegerTile", "multiply_integers"]

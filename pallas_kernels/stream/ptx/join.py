@@ -7,8 +7,8 @@ from typing import NamedTuple
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.stream.ptx.attend_text import LOWEST
-from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["Joined", "join_warps"]
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Choice, Operation, Pointer
 from pallas_kernels.stream import access
 from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.stream.ptx.feed import Feed, write_feed
 from pallas_kernels.stream.ptx.giving_up import LOST, Wait
-from pallas_kernels.stream.ptx.operation import Choice, Operation, Pointer
 
 __all__ = ["collect_each", "collect_words", "load_pieces", "store_pair", "store_word"]
 
