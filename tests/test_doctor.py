@@ -15,9 +15,9 @@ from quantize_cases import FOR_KERNELS, kernel_config
 from stream_cases import FAMILIES
 
 import checkpoints
+from ffjax import environment
 from ffjax.benchmark.bandwidth import Bandwidth
 from ffjax.cli import main
-from ffjax import environment
 from ffjax.doctor import selftest
 from ffjax.doctor.activations import observe
 from ffjax.doctor.diagnosis import _spread_ids
