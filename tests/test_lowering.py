@@ -63,7 +63,7 @@ STEPS: dict[str, tuple[ModelConfig, int, int]] = {
 }
 
 # Of what a tuning may leave out, nothing is left out.
-ALL = Tuning(operand_tiles=1, hidden_copies=2)
+ALL = Tuning(collect_tiles=1, hidden_copies=2)
 
 # Jumps that a warp takes as a whole: of a number of warps, or of all but one; and what its threads
 # have voted for.
@@ -118,8 +118,8 @@ LEFT = r"min\.u32 (%%left\w*), \1, %d;"
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 3])
-def test_with_an_operand_so_many_tiles_are_asked_for_as_the_tuning_says(tiles):
-    found = texts(*STEPS["one sequence"], Tuning(operand_tiles=tiles))
+def test_with_activations_so_many_tiles_are_asked_for_as_the_tuning_says(tiles):
+    found = texts(*STEPS["one sequence"], Tuning(collect_tiles=tiles))
     # By whole copies, where looks at words ask for 8 KB.
     assert sum(bool(re.search(LEFT % 65536, text)) for text in found) == tiles
     assert any(re.search(LEFT % 8192, text) for text in found)

@@ -102,7 +102,7 @@ def sum_text(tile: Tile) -> Inline:
 def check_product(
     tile: Tile, edit: Edit = None, sum_edit: Edit = None, order: np.random.Generator | None = None
 ) -> None:
-    """A tile in shared memory times an operand in registers, against float64."""
+    """A tile in shared memory times activations in registers, against float64."""
     rng, plan = np.random.default_rng(0), tile.plan
     weights = as_bfloat16(rng.standard_normal((tile.rows, tile.span), np.float32))
     floats = COLUMNS * tile.product_warps * tile.rows
@@ -150,7 +150,7 @@ IDLE = [Tile(4, 2, True, 4, 8), Tile(2, 3, False, 4, 8)]
 
 
 @pytest.mark.parametrize("tile", [*CHUNKED, *BATCHED, *IDLE], ids=str)
-def test_a_tiles_products_summed_up_are_its_rows_times_the_operand(tile):
+def test_a_tiles_products_summed_up_are_its_rows_times_the_activations(tile):
     check_product(tile)
 
 

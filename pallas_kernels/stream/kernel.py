@@ -163,7 +163,7 @@ def stream_kernel(env: StreamEnv) -> None:
                 lambda: feed_cache(env, following.layer + 1),
                 lambda: None,
             )
-            if (tiles := env.plan.tuning.operand_tiles) > 0:
+            if (tiles := env.plan.tuning.collect_tiles) > 0:
                 lax.cond(leaves_time(following), lambda: feed_more(env, tiles), lambda: None)
             return following, left._replace(activations=activations)
 

@@ -1,4 +1,4 @@
-"""Launches a streamed step: the one `pallas_call`."""
+"""Launches a fused step: the one `pallas_call`."""
 
 from __future__ import annotations
 

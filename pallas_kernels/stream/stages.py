@@ -1,4 +1,4 @@
-"""The streamed step, stage by stage: what one launch does, as a list that can be run in parts.
+"""The fused step, stage by stage: what one launch does, as a list that can be run in parts.
 
 In the kernel a program goes from stage to stage by itself and waits where it must. Run one
 launch a stage, no program ever has to wait: interpreted, programs run one after another, each

@@ -51,7 +51,7 @@ def write_ahead(
     b.bra_if(enough, fed)
 
     b.comment("Where the tile's copies begin: two words of its distance, in units of 16 bytes.")
-    place, low, high, stride, step = b.u32s("route_row", "low", "high", "stride", "step")
+    place, low, high, stride, step = b.u32s("descriptor", "low", "high", "stride", "step")
     source, along = b.u64("source"), b.u64("along")
     b.mad_lo(place, row, f.row_bytes, ring)
     b.ld_shared([low, high, stride, step], place + f.descriptors)
