@@ -189,7 +189,7 @@ def _multiply(
     # Groups that come first in a row: all of its scales come, also those of the inputs that other
     # programs multiply.
     before = place.split * (part.width // size) if part.splits > 1 else 0
-    # Where groups are fine, the four neighbouring reads of a chunk's threads are of one group.
+    # Of fine groups, `multiply_integers` counts on from the warp's first one.
     own = first & ~3 if part.fine else first
     return ptx.multiply_integers(
         slot + part.read_bytes * first,
