@@ -288,7 +288,7 @@ class Machine:
             barrier: address of the mbarrier that waits for it.
             line: of so many bytes chunk x of 16 comes to place x ^ t, where the line lies in the
                 t-th 128 bytes of shared memory.
-            zeros: bytes of zeros that come behind it.
+            zeros: bytes of zeros that come after it.
         """
         sources, row = np.atleast_1d(source), size
         self.places("global", sources, row, 16)

@@ -48,7 +48,7 @@ class Races:
         Args:
             warp: who starts it.
             places: the bytes.
-            fenced: whether a fence must stand behind what was stored there: of bulk copies.
+            fenced: whether a fence must stand after what was stored there: of bulk copies.
         """
         one, places = np.array([warp]), places[None]
         self._overwrite(one, places, np.ones(places.shape, bool))

@@ -165,7 +165,7 @@ REFUSED = {
     "a name that compilers take": lambda b, u, f, p, w: b.u32("r1"),
     "a name of PTX's own": lambda b, u, f, p, w: b.u32("laneid"),
     "a name that PTX does not take": lambda b, u, f, p, w: b.u32("%x"),
-    "results behind operands": lambda b, u, f, p, w: (b.operands(x="u32"), b.results("u32")),
+    "results after operands": lambda b, u, f, p, w: (b.operands(x="u32"), b.results("u32")),
     "a comment that compilers read": lambda b, u, f, p, w: b.comment("of $1"),
 }
 

@@ -193,7 +193,7 @@ def test_the_first_bad_tensor_is_the_one_behind_the_bad_weight(name, index, tens
 
 
 def test_rows_and_elements_of_keys_are_told_apart():
-    # Of values, the second head's 6th element: behind queries and keys.
+    # Of values, the second head's 6th element: after queries and keys.
     row = (CONFIG.num_heads + CONFIG.num_kv_heads) * CONFIG.head_dim + 5
     bad = observe(damaged("layers.qkv", (1, row, 0), np.nan), [1]).first_bad
     assert bad is not None

@@ -1,6 +1,6 @@
 """What a whole step is lowered to: things that the compiler takes for granted, or gets wrong.
 
-The compiler puts barriers, shuffles and products of tensor cores behind the kernel's inline PTX,
+The compiler puts barriers, shuffles and products of tensor cores after the kernel's inline PTX,
 and all of them want whole warps. Threads that waited for words come out of it one by one.
 
 Pallas (JAX 0.11.2) lowers a choice between two plain Python integers to a choice between two bits.
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.once(
 )
 
 # Every text there is, between them: feeds of few and of many copies, early looks, KV splits that
-# are combined, blocks that are normed behind, digits of one sequence and of several.
+# are combined, blocks that are normed after, digits of one sequence and of several.
 STEPS: dict[str, tuple[ModelConfig, int, int]] = {
     "one sequence": (small_config(), 1, 1),
     "several": (small_config(num_layers=3, post_norm=True, pre_norm=False), 3, 1),

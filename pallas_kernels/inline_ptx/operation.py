@@ -62,7 +62,7 @@ class Pointer(NamedTuple):
 class Choice(NamedTuple):
     """Likewise of elements of one of several arrays.
 
-    Which array is no matter of branches: behind one, what was loaded would be waited for.
+    Which array is no matter of branches: after one, what was loaded would be waited for.
 
     Attributes:
         refs: the arrays', which are read.

@@ -14,7 +14,7 @@ gap in the slot, against conflicts of banks.
 
 Where the inputs are split, every row is a piece of its own, or all are one *box*: see `plan.Box`.
 
-Scales of quantized weights come to the tile's slot too, behind its rows, by copies of their own: of
+Scales of quantized weights come to the tile's slot too, after its rows, by copies of their own: of
 all the rows that are dealt out together, so that they begin at whole 16 bytes; of small groups, of
 the tile's own rows, where those do.
 """
@@ -51,7 +51,7 @@ __all__ = [
 class Descriptor(NamedTuple):
     """A tile's copies: where its weights lie, and where they go.
 
-    Int32 scalars, as they stand in the table. Behind them stands the box, see `_box_word`. Of
+    Int32 scalars, as they stand in the table. After them stands the box, see `_box_word`. Of
     scales the same follows; but before `pitch` stands where in the slot the first copy goes, and
     there is no box.
 
@@ -138,7 +138,7 @@ def make_descriptors(env: StreamEnv, table: Array) -> None:
     )
     row = group * outputs
     qkv = parts[Segment.QKV]
-    # Groups of queries, keys and values go on behind the second halves of a head.
+    # Groups of queries, keys and values go on after the second halves of a head.
     head = lax.div(jnp.maximum(group, 0), jnp.int32(d.head_dim // qkv.rows))
     row += of([head * (d.head_dim // 2), *([0] * (len(parts) - 1))])
     # Where a tile of the head would begin, if there were one for each layer before the first.

@@ -30,7 +30,7 @@ MAPS = 3
 class Layout:
     """Where each buffer of the exchange begins in the cache's `counters`, in words.
 
-    Of buffers that a program awaits behind the same tile, the one it awaits first lies first: see
+    Of buffers that a program awaits after the same tile, the one it awaits first lies first: see
     `ptx.giving_up`.
 
     Attributes:

@@ -43,7 +43,7 @@ class _Row(NamedTuple):
 
 
 def _refs(env: StreamEnv) -> list[Any]:
-    """The norms' weights: before both blocks, where there are such, and behind all."""
+    """The norms' weights: before both blocks, where there are such, and after all."""
     before = ["attn_norm", "mlp_norm"] if env.features.pre_norm else []
     return [env[name] for name in (*before, "final_norm")]
 

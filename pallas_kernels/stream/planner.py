@@ -476,7 +476,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
     room = taken * RESERVED_TILE - plan.compiler_bytes - SharedLayout.of(plan).size - 8
     slots = max(2, min(MAX_SLOTS, room // (plan.slot_bytes + 8)))
     plan = dataclasses.replace(plan, slots=min(tuning.slots or slots, slots), room=room)
-    # Behind slots of odd sizes, what follows begins at the next multiple of `ALIGNMENT`.
+    # After slots of odd sizes, what follows begins at the next multiple of `ALIGNMENT`.
     while (over := SharedLayout.of(plan).size + plan.compiler_bytes - taken * RESERVED_TILE) > 0:
         if plan.slots == 2:
             left = min(room, 2 * (plan.slot_bytes + 8) - over)

@@ -303,7 +303,7 @@ def _switch_kind(env: StreamEnv, segment: Array, way: Callable[[list[Segment]], 
 def sum_up(env: StreamEnv, segment: Segment, outputs: Outputs) -> Sums:
     """Sums up the products of the tiles of a flush.
 
-    All threads have put theirs aside: a barrier stands before. Another must stand behind.
+    All threads have put theirs aside: a barrier stands before. Another must stand after.
     """
     plan, part = env.plan, env.segment(segment)
 

@@ -93,7 +93,7 @@ def told(plan: StreamPlan) -> list[Array]:
 
     Returns:
         Arrays int32 `[5]`: the way, the segment, its layer, its first tile, and the first one
-        behind it.
+        after it.
     """
     return [
         jnp.array([_WAYS.index(way), stage.segment, stage.layer, *_tiles(plan, stage)], jnp.int32)

@@ -3,7 +3,7 @@
 A choice changes the step's speed, and the order of its sums, and nothing else. `tuned.json`
 holds a row for each device, model shape, batch and tokens of a step that was tuned, by
 `ffjax tune` or by hand. Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB,
-two on their way, 8 more asked for into the L2 cache while a program waits, and behind a segment of
+two on their way, 8 more asked for into the L2 cache while a program waits, and after a segment of
 bfloat16 weights no more than one. Where shared memory is too small for that, tiles are smaller: see
 `planner.fitting`.
 

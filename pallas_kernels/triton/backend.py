@@ -101,7 +101,7 @@ class Triton:
         op.attributes["nvvm.minctasm"] = one
 
     def ring_base(self, zero: Any, size: int, alignment: int) -> Any:
-        """The last bytes of shared memory, behind what Triton takes for itself."""
+        """The last bytes of shared memory, after what Triton takes for itself."""
         text = (
             "{ .reg .b32 %s; mov.u32 %s, %dynamic_smem_size; mov.u32 $0, global_smem; "
             f"add.u32 $0, $0, %s; sub.u32 $0, $0, {size}; "

@@ -58,7 +58,7 @@ _WARP = 32
 _BOX, _MAP, _MADE = "cp.async.bulk.tensor", "tensormap.cp_fenceproxy", "over:"
 # Copies of 16 bytes a thread, as the ring is fed with them where bulk copies are not to be had.
 _SHARED, _VOTE = ".shared.global.L2::cache_hint", "vote.sync.all.pred %go, %go, 0xffffffff;"
-# Of feeding by a whole warp: what its threads agree on, and the first one's first store behind it.
+# Of feeding by a whole warp: what its threads agree on, and the first one's first store after it.
 _TOGETHER, _STORE = "vote.sync.all.pred %go, %go,", "@%lead st.shared.v4.b32"
 
 
@@ -77,7 +77,7 @@ def plan_apart(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> StreamPlan
 
 
 def _place_apart(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> Any:
-    """As `place_aside`, each thread's spare place behind that of the one before it."""
+    """As `place_aside`, each thread's spare place after that of the one before it."""
     thread = iota((plan.threads,), 0)
     before = thread - jnp.right_shift(thread, 5)  # less the warps, which it adds
     return place_aside(plan, part, start, spare + SPARE_BYTES * before)

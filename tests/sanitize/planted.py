@@ -61,7 +61,7 @@ def _texts(change: Callable[[str], str]) -> Callable[[_Counted], Any]:
 
 
 def _where_cleared(before: str = "", behind: str = "") -> Callable[[_Counted], Any]:
-    """Puts PTX before, or behind, the clearing of shared memory; %offset and %place are free."""
+    """Puts PTX before, or after, the clearing of shared memory; %offset and %place are free."""
 
     def change(text: str) -> str:
         if _CLEARED not in text:

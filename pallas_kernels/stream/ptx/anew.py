@@ -23,7 +23,7 @@ _anew = Operation("ffjax_anew", _write_anew)
 
 
 def anew(x: Array) -> Array:
-    """The same numbers. What is computed from them is computed behind this, each time anew.
+    """The same numbers. What is computed from them is computed after this, each time anew.
 
     Args:
         x: int32, any shape.

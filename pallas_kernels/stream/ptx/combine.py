@@ -136,7 +136,7 @@ def combine_splits(
         ref: int32 array.
         values: int32 `[threads]`, where each thread's first KV split's weighted value lies: even
             numbers.
-        sums: int32 `[threads]`, where the sum of its weights lies, and behind it their maximum:
+        sums: int32 `[threads]`, where the sum of its weights lies, and after it their maximum:
             multiples of 4.
         there: int32 `[threads]`, how many KV splits the thread has.
         tag: int32 scalar.

@@ -88,7 +88,7 @@ class _Pieces:
         self._parting = Parting(b, form)
         self._norm: _Norm | None = None
         self._address = tag  # these are set by `multiply_by`
-        self._there: Register | None = None  # the first operand behind it, if there are any
+        self._there: Register | None = None  # the first operand after it, if there are any
         self._more: Register | None = None  # the last one
         self._both: list[Register] = []
 
