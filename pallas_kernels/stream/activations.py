@@ -212,11 +212,13 @@ def _collect_residual(env: StreamEnv, awaited: _Awaited, part: SegmentPlan) -> F
         awaited: the next segment.
         part: the segment's plan, or that of another whose fragments are alike.
     """
+    segment = awaited.first.segment
+    is_attn = segment == Segment.ATTN_OUT
     if env.plan.holds_words(part) and not env.interpret:
         return _collect_wide_residual(env, awaited, part)
     # The norm's weights are asked for before the residual is polled: they come meanwhile.
-    weights, is_normed = norm_weights(env, part, awaited.first.segment, awaited.layer)
-    start, inner = _buffer_of(env, awaited.first.segment)
+    weights, is_normed = norm_weights(env, part, segment, awaited.layer)
+    start, inner = _buffer_of(env, segment, is_attn)
     width = _inputs_of(awaited, inner)
     x = collect_inputs(env, part, start, width, awaited.tag, RESIDUAL)
     assert not isinstance(x, Held), "Rows of few inputs are held as numbers."
@@ -230,12 +232,11 @@ def _collect_residual(env: StreamEnv, awaited: _Awaited, part: SegmentPlan) -> F
     return fragments._replace(scale=fragments.scale * scale)
 
 
-def _buffer_of(env: StreamEnv, segment: Array) -> tuple[Array, Array]:
+def _buffer_of(env: StreamEnv, segment: Array, is_attn: Array) -> tuple[Array, Array]:
     """Where what `_collect_residual` collects begins, a word of the exchange; its inputs: int32."""
     d, at = env.dims, env.exchange.layout
     if not env.plan.chunked:
         return _start_of_residual(env, segment), jnp.int32(d.model_dim)
-    is_attn = segment == Segment.ATTN_OUT
     start = select(segment, [at.x_in, at.attn, at.x_mid, at.x_in, at.x_head])
     return start, jnp.where(is_attn, jnp.int32(d.attn_dim), jnp.int32(d.model_dim))
 
