@@ -27,7 +27,7 @@ __all__ = ["merge_adapter"]
 _WEIGHTS = "adapter_model.safetensors"
 _TORCH = "adapter_model.bin"
 
-# What peft puts before a module's name, and behind it; and the part that the tensor is.
+# What peft puts before a module's name, and after it; and the part that the tensor is.
 _BEFORE = "base_model.model."
 _A, _B, _WHOLE = "A", "B", "whole"
 _LINEAR = {".lora_A.weight": _A, ".lora_B.weight": _B}

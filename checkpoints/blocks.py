@@ -53,7 +53,7 @@ def is_large(shape: Sequence[int], dtype: Any) -> bool:
 
 
 def ranges(shape: Sequence[int], dtype: Any) -> list[tuple[int, int]]:
-    """The first row of each block of an array, and the one behind its last."""
+    """The first row of each block of an array, and the one after its last."""
     step = rows_of_a_block(shape, dtype)
     return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 

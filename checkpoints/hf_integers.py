@@ -46,7 +46,7 @@ _RAW = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 WEIGHT = ".weight"
-"""What a matrix is called in the table, behind the name of its module."""
+"""What a matrix is called in the table, after the name of its module."""
 QWEIGHT = ".qweight"
 """What GPTQ and AWQ call its integers."""
 _BESIDE = (".qzeros", ".scales")

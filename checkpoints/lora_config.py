@@ -76,7 +76,7 @@ class LoraConfig:
         targets: names of modules or their ends; or one regular expression, or "all-linear".
         excluded: modules that have none, in the same forms.
         layers: the only layers with adapters; None, all.
-        layers_pattern: what the number of a layer stands behind.
+        layers_pattern: what stands before the number of a layer.
     """
 
     where: Path

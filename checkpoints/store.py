@@ -288,7 +288,7 @@ def tokenizer_directory(path: str | Path) -> Path | None:
 def tokenizer_at(path: str | Path) -> Iterator[Path | None]:
     """Where the tokenizer's files of a model lie, as long as the block lasts; None if it has none.
 
-    Those of a GGUF file are written into a directory that is removed behind the block.
+    Those of a GGUF file are written into a directory that is removed after the block.
 
     Args:
         path: as in `tokenizer_directory`, or a GGUF file.

@@ -42,7 +42,7 @@ def main() -> None:
 def trained_prefix(
     model: ffjax.Transformer, prompt: jax.Array, text: jax.Array, vectors: int, steps: int
 ) -> tuple[jax.Array, float]:
-    """Embeddings `[1, vectors, D]` behind which the text follows the prompt, and its loss."""
+    """Embeddings `[1, vectors, D]` after which the text follows the prompt, and its loss."""
     tokens = jnp.concatenate([prompt, text], axis=1)
 
     def loss_of(prefix: jax.Array, model: ffjax.Transformer) -> jax.Array:
@@ -74,7 +74,7 @@ def trained_prefix(
 def decoded(
     model: ffjax.Transformer, prefix: jax.Array, prompt: jax.Array, count: int
 ) -> list[int]:
-    """The greedy tokens behind a prefix of embeddings `[1, P, D]` and a prompt int `[1, T]`."""
+    """The greedy tokens after a prefix of embeddings `[1, P, D]` and a prompt int `[1, T]`."""
 
     @nnx.jit
     def fill(model, cache):

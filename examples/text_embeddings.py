@@ -35,7 +35,7 @@ def main() -> None:
 def embed(model: ffjax.Transformer, texts: list[list[int]]) -> jnp.ndarray:
     """Vectors float32 `[B, D]`, of length 1, of texts that are token ids."""
     longest = max(map(len, texts))
-    # Padding stands behind: what comes before it does not see it.
+    # Padding stands after: what comes before it does not see it.
     tokens = jnp.array([text + [0] * (longest - len(text)) for text in texts])
     lengths = jnp.array([len(text) for text in texts])
     hidden = nnx.jit(lambda model, tokens: model.last_hidden_state(tokens))(model, tokens)

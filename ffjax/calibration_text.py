@@ -22,9 +22,9 @@ def calibration_tokens(
     sequences: int = SEQUENCES,
     length: int = LENGTH,
 ) -> np.ndarray:
-    """Sequences of one length, spread evenly over texts that are put one behind the other.
+    """Sequences of one length, spread evenly over texts that are put one after the other.
 
-    Behind each text stands end-of-text. Each sequence begins with what the tokenizer puts before a
+    After each text stands end-of-text. Each sequence begins with what the tokenizer puts before a
     text (BOS), if anything. They do not overlap, and are fewer where there is too little text; a
     text of less than one sequence is one of its own length.
 

@@ -227,7 +227,7 @@ def _compiled(text: str) -> Template:
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # What is set in it is not seen behind it.
+            # What is set in it is not seen after it.
             return nodes.Scope(body, lineno=line)
 
     def checked(name: Any) -> Any:

@@ -83,9 +83,9 @@ class DecodeOutput(NamedTuple):
     Attributes:
         cache: the cache, one position longer.
         logits: float32 `[B, V]`; of a step of several tokens `[B, T, V]`.
-        token: int32 `[B]`, or `[B, T]`: the greedy choice behind each token, the lowest id of equal
+        token: int32 `[B]`, or `[B, T]`: the greedy choice after each token, the lowest id of equal
             logits. Where a logit is NaN it is that one's, or -1 where the kernel gave up.
-        hidden: float32 `[B, n, D]`, or `[B, T, n, D]`: the residual behind each of the n layers
+        hidden: float32 `[B, n, D]`, or `[B, T, n, D]`: the residual after each of the n layers
             that were asked for, in that order; None if none were. Those of tokens that do not
             count (`live`) are of no use, nor are any where the kernel gave up.
     """
@@ -501,7 +501,7 @@ def reference_step(
     before = cache.lengths
     rows, hidden = tokens.reshape(len(tokens), -1), None
     if layers:
-        last = model.config.num_layers  # behind it stands what logits are made of
+        last = model.config.num_layers  # after it stands what logits are made of
         seen = layers if last in layers else (*layers, last)
         hidden, cache = model.hidden_states(rows, cache, layers=seen)
         logits = model.logits_of(hidden[:, :, seen.index(last)])
@@ -557,7 +557,7 @@ def decode_step(
         tokens: int `[B]`, or `[B, T]`.
         live: int `[B]`, 0 to T; None: all count.
         hidden_layers: n layers whose hidden states are returned too, each once, in any order, as
-            a draft head takes them: l is the residual behind layer l, 1 to L, and 0 the embedding
+            a draft head takes them: l is the residual after layer l, 1 to L, and 0 the embedding
             (see `Transformer.hidden_states`). They are static under jit.
         implementation: "pallas", the fused kernel; "pallas_mosaic_gpu", the same compiled by
             Pallas's Mosaic GPU backend and not by Triton; "xla", the reference; None: "pallas"

@@ -127,7 +127,7 @@ def _no_device(error: BaseException) -> str | None:
     cause = error.__cause__ or error
     if not isinstance(cause, _OF_JAX) or isinstance(cause, _OF_INPUT):
         return None
-    from ffjax.doctor.environment import why_no_device
+    from ffjax.environment import why_no_device
 
     return why_no_device(cause)
 

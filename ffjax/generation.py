@@ -114,7 +114,7 @@ class Replies:
         return self.finish_reasons[row] is not None
 
     def would_finish(self, columns: Sequence[Sequence[int]]) -> bool:
-        """Whether no sequence would take another token behind these, of each sequence."""
+        """Whether no sequence would take another token after these, of each sequence."""
         return all(
             reason is not None
             or len(self.tokens[b]) + len(columns[b]) >= self._request.limits[b]
@@ -207,7 +207,7 @@ def generate(
         sampling: all that may be asked of the choice of tokens, in place of `temperature`: one for
             all prompts or one for each. A `seed` or `max_tokens` in it goes before those here; its
             `stop_token_ids` end a sequence beside `stop_token`.
-        logits_processors: functions of your own, which change logits behind the penalties and
+        logits_processors: functions of your own, which change logits after the penalties and
             before the temperature, in this order. Each takes float32 `[B, V]` and a
             `ffjax.sampling.choose.Before`, and returns logits. They are traced, and a program is
             compiled for each set of functions: do not make them anew for each call.

@@ -28,7 +28,7 @@ from ffjax.rounding import (
 __all__ = ["BLOCK", "Factor", "Order", "factor", "round_calibrated", "shifted"]
 
 BLOCK = 128
-"""Inputs whose errors reach those behind them in one product: the paper's lazy updates."""
+"""Inputs whose errors reach those after them in one product: the paper's lazy updates."""
 
 Order = Literal["stored", "largest"]
 """In which order inputs are rounded: as they are stored, or those first that matter most."""
@@ -204,7 +204,7 @@ def round_calibrated(weight: Array, made: Factor, format: WeightFormat) -> tuple
     out, inputs = weight.shape
     weight, size = weight.astype(jnp.float32), format.group_size or inputs
     blocks = -(-inputs // BLOCK)
-    more = blocks * BLOCK - inputs  # inputs behind the others, whose weights are 0
+    more = blocks * BLOCK - inputs  # inputs after the others, whose weights are 0
     behind = jnp.diag((jnp.arange(blocks * BLOCK) >= inputs).astype(jnp.float32))
     rows = (jnp.pad(made.upper, (0, more)) + behind).reshape(blocks, BLOCK, -1)
     matters = jnp.pad(made.matters, (0, more), constant_values=1).reshape(blocks, BLOCK)

@@ -78,7 +78,7 @@ def widen_heads(model: Transformer, head_dim: int | None = None) -> Transformer:
     old, new = model.config, widened_config(model.config, head_dim)
 
     def wide_rows(rows: Array) -> Array:
-        """`[L, heads * H, ...]` with zeros behind each half of a head."""
+        """`[L, heads * H, ...]` with zeros after each half of a head."""
         layers, _, *rest = rows.shape
         halves = rows.reshape(layers, -1, 2, old.head_dim // 2, *rest)
         room = [(0, 0)] * halves.ndim

@@ -122,7 +122,7 @@ class HFTokenizer:
     def split(self, text: str) -> tuple[list[int], list[int]]:
         """The token ids that `encode` puts before the text (BOS, or none), and the text's own.
 
-        What it puts behind the text is left out. Special tokens that the text itself spells are
+        What it puts after the text is left out. Special tokens that the text itself spells are
         its own.
 
         Raises:
@@ -132,7 +132,7 @@ class HFTokenizer:
         encoding = self._encode(text, special=True)
         added = list(encoding.special_tokens_mask)  # 1 for those that were put around the text
         own = [token for token, extra in zip(encoding.ids, added, strict=True) if not extra]
-        if not own:  # then before and behind are not told apart
+        if not own:  # then before and after are not told apart
             return [], []
         return encoding.ids[: added.index(0)], own
 

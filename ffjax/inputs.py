@@ -78,7 +78,7 @@ def checked_layers(layers: Any, config: ModelConfig, *, some: bool = True) -> tu
         ValueError: there is no such layer, one is named twice, or none is named.
         TypeError: they are no sequence of integers, or traced.
     """
-    rule = f"Hidden states are those behind layers 1 to {config.num_layers} of {config.name}, or 0"
+    rule = f"Hidden states are those after layers 1 to {config.num_layers} of {config.name}, or 0"
     if any(isinstance(layer, Tracer) for layer in jax.tree.leaves(layers)):
         raise TypeError(
             f"{rule}, the embedding: numbers that a program is compiled for; got traced ones. Bind "

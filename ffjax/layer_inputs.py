@@ -1,7 +1,7 @@
 """What a model's matrices are given when it reads: sums over tokens, by the reference's own layers.
 
 Nothing is noted while a model runs. Each function traces one layer with a `Product` of its own,
-that keeps what one matrix is given; what comes behind is not computed.
+that keeps what one matrix is given; what comes after is not computed.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class Made(NamedTuple):
 
     @property
     def repeats(self) -> bool:
-        """Whether a draft of a block was right, or one is there behind it; the arrays are numpy's.
+        """Whether a draft of a block was right, or one is there after it; the arrays are numpy's.
 
         Else nothing seems to repeat, and plain steps cost less.
         """
@@ -161,7 +161,7 @@ class Reader(Protocol):
     """Who takes the tokens of a loop, and knows what ends a sequence."""
 
     def would_finish(self, columns: Sequence[Sequence[int]]) -> bool:
-        """Whether no sequence would take another token behind these, of each sequence."""
+        """Whether no sequence would take another token after these, of each sequence."""
         ...
 
     def has_ended(self, row: int) -> bool:
@@ -444,7 +444,7 @@ class Loop:
     def _send(self) -> None:
         """Sends what every block takes, which would else be sent with each.
 
-        Ordered behind the prefill, which the first token waits for.
+        Ordered after the prefill, which the first token waits for.
         """
         if not self._stages.plain:
             self._rows = jax.device_put(self._rows)

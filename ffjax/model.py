@@ -63,7 +63,7 @@ LAYER_TENSORS = (
 """What `Transformer.observe` sees of each layer, in the order in which it is computed."""
 
 LAST_TENSORS = ("final_norm", "logits")
-"""What it sees behind the last layer."""
+"""What it sees after the last layer."""
 
 
 class LayerAt(NamedTuple):
@@ -204,7 +204,7 @@ class Layers(nnx.Module):
 
     Attributes:
         attn_norm, mlp_norm: `[L, D]`, before each block. Where `config.pre_norm`.
-        attn_post_norm, mlp_post_norm: `[L, D]`, behind each block. Where `config.post_norm`.
+        attn_post_norm, mlp_post_norm: `[L, D]`, after each block. Where `config.post_norm`.
         qkv: `[L, (N + 2K) * H, D]`, rows of queries, then keys, then values.
         qkv_bias: `[L, (N + 2K) * H]`. Where `config.qkv_bias`.
         attn_out_bias: `[L, D]`. Where `config.attn_out_bias`.
@@ -364,7 +364,7 @@ class Transformer(nnx.Module):
             last_only: return only that of each row's last input that counts.
 
         Returns:
-            float32 `[B, T, D]`, behind the final norm (as the `last_hidden_state` of
+            float32 `[B, T, D]`, after the final norm (as the `last_hidden_state` of
             transformers), or `[B, D]` where last_only; with a cache, the pair of it and the new
             cache. A sequence that would outgrow the cache gets NaN.
 
@@ -387,7 +387,7 @@ class Transformer(nnx.Module):
         layers: Sequence[int],
         num_tokens: Array | None = None,
     ) -> Array | tuple[Array, KVCache]:
-        """The residual behind chosen layers, of every token.
+        """The residual after chosen layers, of every token.
 
         A draft head such as EAGLE-3's (arXiv 2503.01840) reads those of a low, a middle and a high
         layer. `ffjax.decode_step(.., hidden_layers=..)` returns the same of the tokens of a step.
@@ -395,7 +395,7 @@ class Transformer(nnx.Module):
         Args:
             inputs: token ids int `[B, T]`, or embeddings `[B, T, D]`: see `last_hidden_state`.
             cache: what came before, or None.
-            layers: n of them, each once, in any order: l is the residual behind layer l, 1 to L;
+            layers: n of them, each once, in any order: l is the residual after layer l, 1 to L;
                 0 the embedding. They are the `hidden_states[l]` of transformers but for l = L,
                 which is before the final norm here.
             num_tokens: int `[B]`, how many of each row's T inputs count; as in a call of the model.
@@ -454,7 +454,7 @@ class Transformer(nnx.Module):
             The summary of each of `LAYER_TENSORS`, its arrays with an axis `[L]` in front, and of
             `LAST_TENSORS`, by name. Queries and keys are those after RoPE, `[B, T, heads, H]`;
             `attended` is what attention makes of the values, `hidden` what the down projection
-            takes, `attention_out` and `ffw_out` what the blocks add, before any norm behind them.
+            takes, `attention_out` and `ffw_out` what the blocks add, before any norm after them.
 
         Raises:
             ValueError: tokens are not `[B, T]`.
@@ -586,7 +586,7 @@ class Transformer(nnx.Module):
         hidden = None
         if hidden_layers:
             behind = jnp.array(hidden_layers, jnp.int32)[:, None]  # [n, 1]
-            # The embedding; what is behind layers takes its place.
+            # The embedding; what is after layers takes its place.
             hidden = jnp.repeat(x[..., None, :], len(hidden_layers), axis=-2)
         carry = (x, state, jnp.int32(0), hidden)
         each = self.stacked_weights(), *self.layer_kinds()

@@ -52,7 +52,7 @@ class Features:
         qk_norm: RMSNorm of queries and keys before RoPE: "head", each by itself; "full", the
             whole projection at once; or None.
         qkv_bias: whether queries, keys and values have a bias.
-        attn_out_bias: whether attention's output has one, behind its projection.
+        attn_out_bias: whether attention's output has one, after its projection.
         mlp_bias: whether the gate, the up and the down projection have one.
         activation: of the gate: "silu" or "gelu_tanh".
         embed_scale: multiplies a token's embedding; as rounded to the weights' dtype.
@@ -120,7 +120,7 @@ class Grouping:
     Attributes:
         size: inputs of a row that share a scale: of int4 32, 64 or 128; of int8 32.
         scales: dtype of the scales, and of what stands beside them: "bfloat16" or "float16".
-        offset: second number of a group, behind its scale: "zero", z; "minimum", m; None: none.
+        offset: second number of a group, after its scale: "zero", z; "minimum", m; None: none.
     """
 
     size: int = GROUP

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from pallas_kernels.backends import Backend, default_backend, why_not_backend
 from pallas_kernels.dims import Dims
 from pallas_kernels.gpu import CAPABILITIES, INTERPRETER, Gpu
+from pallas_kernels.stream.plan import MAX_BATCH
 from pallas_kernels.stream.planner import tuned, why_not_on
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = ["HEAD_DIMS", "MAX_BATCH", "why_not"]
 
-MAX_BATCH = 8
 HEAD_DIMS = (32, 64, 128, 256)
 _MAX_GROUP = 16
 _MAX_MODEL_DIM = 16_384

@@ -19,7 +19,7 @@ from ffjax.sampling.params import SamplingParams
 __all__ = ["EOS", "NAN", "FakeBatch", "expected"]
 
 EOS = 256
-# A prompt that holds this byte gets logits that are not finite behind its second token.
+# A prompt that holds this byte gets logits that are not finite after its second token.
 NAN = 254
 # What the scheduler has a new batch run before there are requests.
 WARM = [0]
@@ -32,7 +32,7 @@ class Chosen(NamedTuple):
 
 
 def _next(context: Sequence[int], params: SamplingParams, count: int) -> int:
-    """The token behind a context: letters, some spaces, now and then the end."""
+    """The token after a context: letters, some spaces, now and then the end."""
     if NAN in context and count == 2:
         return NOT_FINITE
     seed = 0 if params.temperature == 0 else (params.seed or 0) + 1

@@ -48,7 +48,7 @@ class HFModel:
 
     @property
     def is_olmo(self) -> bool:
-        """Whether it is of a family that norms behind the blocks alone, and whole projections."""
+        """Whether it is of a family that norms after the blocks alone, and whole projections."""
         return self.family in ("olmo2", "olmo3")
 
     def weights(self) -> dict[str, np.ndarray]:

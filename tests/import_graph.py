@@ -8,7 +8,18 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["PACKAGES", "ROOT", "Import", "cycles", "graph", "imports_of", "modules", "reached"]
+__all__ = [
+    "PACKAGES",
+    "ROOT",
+    "Import",
+    "cycles",
+    "folders",
+    "graph",
+    "imports_of",
+    "modules",
+    "neighbours",
+    "reached",
+]
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ffjax", "checkpoints", "pallas_kernels")
@@ -122,3 +133,29 @@ def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
     of = {module: reached({module}, edges) for module in edges}
     circles = {tuple(sorted(x for x in of[m] if m in of[x])) for m in edges if m in of[m]}
     return [list(x) for x in sorted(circles)]
+
+
+def folders(edges: dict[str, set[str]]) -> list[str]:
+    """The packages, and the folders within them, by their names."""
+    return sorted({name.rpartition(".")[0] for name in edges} - {""})
+
+
+def neighbours(folder: str, edges: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Which files and folders that lie side by side in a folder import each other.
+
+    What a folder among them imports is what all that lies in it does. A folder's own `__init__` is
+    one of the files in it.
+    """
+
+    def inside(module: str) -> str:
+        name = module.removeprefix(folder).lstrip(".").partition(".")[0]
+        return f"{folder}.{name or '__init__'}"
+
+    def lies_in(module: str) -> bool:
+        return module == folder or module.startswith(f"{folder}.")
+
+    found: dict[str, set[str]] = {inside(module): set() for module in edges if lies_in(module)}
+    for module, names in edges.items():
+        if lies_in(module):
+            found[inside(module)] |= {inside(name) for name in names if lies_in(name)}
+    return {one: others - {one} for one, others in found.items()}

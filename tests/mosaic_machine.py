@@ -23,13 +23,13 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import func
 from ptx_machine import Machine
 
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.mosaic_gpu.backend import MosaicGpu
 from pallas_kernels.mosaic_gpu.body import Body
 from pallas_kernels.mosaic_gpu.ir import i32, integer
 from pallas_kernels.mosaic_gpu.launch import SCRATCH_BYTES, _trace
 from pallas_kernels.mosaic_gpu.threads import Threads
 from pallas_kernels.mosaic_gpu.values import Pointer
-from pallas_kernels.stream.ptx import lowered
 
 __all__ = [
     "MosaicError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 from unittest import mock
 
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.inline_ptx import lowered
 
 __all__ = ["KINDS", "Kind", "dawdling"]
 

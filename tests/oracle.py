@@ -45,8 +45,8 @@ class LayerWeights(NamedTuple):
     down: np.ndarray  # [D, F]
     attn_norm: np.ndarray | None = None  # [D], before attention
     mlp_norm: np.ndarray | None = None  # [D], before the feed-forward block
-    attn_post_norm: np.ndarray | None = None  # [D], behind attention
-    mlp_post_norm: np.ndarray | None = None  # [D], behind the feed-forward block
+    attn_post_norm: np.ndarray | None = None  # [D], after attention
+    mlp_post_norm: np.ndarray | None = None  # [D], after the feed-forward block
     query_bias: np.ndarray | None = None  # [N * H]
     key_bias: np.ndarray | None = None  # [K * H]
     value_bias: np.ndarray | None = None  # [K * H]
@@ -70,7 +70,7 @@ class Weights(NamedTuple):
 class LayerOutput(NamedTuple):
     """What a layer gives for T positions."""
 
-    x: np.ndarray  # [T, D], the residual stream behind it
+    x: np.ndarray  # [T, D], the residual stream after it
     keys: np.ndarray  # [T, K, H], after RoPE
     values: np.ndarray  # [T, K, H]
 

@@ -102,7 +102,7 @@ def _copy(
     if any(not 0 <= s <= n - b for s, n, b in zip(start[:2], whole, box, strict=False)):
         raise PtxError(f"A box begins at {start}, and reaches beyond {whole}.")
     if not 0 <= start[2] < whole[2]:
-        raise PtxError(f"A box begins at {start}, behind {whole}.")
+        raise PtxError(f"A box begins at {start}, beyond {whole}.")
     size, line = piece * box[1], _LINES[fields["swizzle_mode", 0]]
     if fields["swizzle_mode", 0] and size != line:
         raise PtxError(f"Of lines of {line} bytes, a box's rows have {size}.")

@@ -16,8 +16,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from ptx_machine import Machine
 from ptx_mutations import Mutation, mutated, occurs
 
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.triton.launch import compiler_params
 
 __all__ = [

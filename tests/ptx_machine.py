@@ -108,8 +108,9 @@ class Machine:
             the others between two of them.
         spare: addresses of shared memory where threads store what nobody reads, whoever is last.
         poisoned: what the names of registers match that may be loaded from where others write at
-            the same time, since nothing that is found there counts. They get NaN then. None: no
-            register may.
+            the same time, since nothing that is found there counts. They get `poison` then. None:
+            no register may.
+        poison: a byte: one of NaNs, or of large numbers where there can be numbers alone.
     """
 
     shared_base = 0x1400
@@ -149,6 +150,7 @@ class Machine:
         self.is_within_kernel = False
         self.spare = range(0)
         self.poisoned: re.Pattern[str] | None = None
+        self.poison = 0xFF
         # Tensor maps: fields so far, by address; those that are whole; which warps know of which.
         self.drafts: dict[int, dict[tuple[str, int], int]] = {}
         self.maps: dict[int, dict[tuple[str, int], int]] = {}
@@ -218,7 +220,7 @@ class Machine:
     ) -> np.ndarray:
         """Bytes `[n, size]` at addresses `[n]`, for threads `[n]`.
 
-        Where others write at the same time, it is an error; or, if poisoned, all bits are set.
+        Where others write at the same time, it is an error; or, if poisoned, `poison` is there.
         """
         index = self.places(name, at, size, size, met=poisoned)[:, None] + np.arange(size)
         if self._is_spare(name, at).any():
@@ -227,7 +229,9 @@ class Machine:
             if poisoned:
                 data = self.shared[index]
                 wrong = self.races.unknown_writes(threads // WARP, index)
-                data[wrong | (self._awaited[index] > 0)] = 0xFF
+                wrong |= self._awaited[index] > 0
+                data[wrong] = self.poison
+                self.races.remember_reads(threads // WARP, index, ~wrong)
                 return data
             self.races.load(threads // WARP, index)
             if size == 16:
@@ -284,7 +288,7 @@ class Machine:
             barrier: address of the mbarrier that waits for it.
             line: of so many bytes chunk x of 16 comes to place x ^ t, where the line lies in the
                 t-th 128 bytes of shared memory.
-            zeros: bytes of zeros that come behind it.
+            zeros: bytes of zeros that come after it.
         """
         sources, row = np.atleast_1d(source), size
         self.places("global", sources, row, 16)

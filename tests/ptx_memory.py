@@ -95,7 +95,7 @@ def _copy_small(t: Threads) -> None:
     """Copies of a few bytes, or what tells a barrier of a thread's own."""
     if t.has("mbarrier"):
         if not (t.has("arrive") and t.has("noinc")):
-            raise PtxError("The machine counts arrivals behind copies among the barrier's own.")
+            raise PtxError("The machine counts arrivals after copies among the barrier's own.")
         for thread, at in zip(t.threads, t.address(0, "shared"), strict=True):
             t.machine.arrive_behind_copies(int(thread), int(at))
         return

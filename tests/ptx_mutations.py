@@ -8,10 +8,10 @@ A mutation is a pattern of one instruction and what becomes of it:
 
 A register is named by its role: `go` stands for %go and for all that a text declares besides under
 that name, %go_2 and so on; `go_1` and `go_2` for one of them alone. `$3` is what is bound, and `*`
-anything. Operands behind those of the pattern are the instruction's own. A pattern without a guard
+anything. Operands after those of the pattern are the instruction's own. A pattern without a guard
 finds instructions with any, which they keep; a guard that the pattern names is there, and is left
 out where the other side names none. All instructions that are found are changed, or with `#2`
-behind the pattern the second one alone.
+after the pattern the second one alone.
 """
 
 from __future__ import annotations

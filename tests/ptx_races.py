@@ -30,6 +30,11 @@ class Races:
         self._look("reads", warps, places, "written", self.unknown_writes(warps, places))
         self._read[warps[:, None], places] = self.known[warps, warps][:, None]
 
+    def remember_reads(self, warps: np.ndarray, places: np.ndarray, which: np.ndarray) -> None:
+        """Warps `[n]` read bytes `[n, size]`, but only `which` of them are of use."""
+        warps = np.broadcast_to(warps[:, None], places.shape)[which]
+        self._read[warps, places[which]] = self.known[warps, warps]
+
     def store(self, warps: np.ndarray, places: np.ndarray, changed: np.ndarray) -> None:
         """Warps write bytes, some of which it changes: `[n, size]` each."""
         self._overwrite(warps, places, changed)
@@ -43,7 +48,7 @@ class Races:
         Args:
             warp: who starts it.
             places: the bytes.
-            fenced: whether a fence must stand behind what was stored there: of bulk copies.
+            fenced: whether a fence must stand after what was stored there: of bulk copies.
         """
         one, places = np.array([warp]), places[None]
         self._overwrite(one, places, np.ones(places.shape, bool))

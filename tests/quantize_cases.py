@@ -53,7 +53,7 @@ FOR_KERNELS = {
 }
 
 # What files have besides: 16-bit scales of another dtype, smaller groups, offsets, int8 in groups.
-# Each kind once read by the residual's operand, by attention's output and by hidden activations.
+# Each kind is once multiplied by the residual, by attention's output and by hidden activations.
 INT8_GROUPS = WeightFormat(bits=8, group_size=32, scale_dtype="float16")
 GROUPED = {
     "of files": WeightFormats(

@@ -71,7 +71,7 @@ CONFIGS: dict[str, ModelConfig] = {
     ),
     "every bias": _config(qkv_bias=True, attn_out_bias=True, mlp_bias=True, post_norm=True),
     "heads normed": _config(qk_norm="head"),
-    "norms behind the blocks, projections normed": _config(
+    "norms after the blocks, projections normed": _config(
         qk_norm="full", pre_norm=False, post_norm=True
     ),
     "every scale": _config(

@@ -17,7 +17,7 @@ def edited(
     answer: Sequence[int],
     stops: Sequence[int] = (),
 ) -> np.ndarray:
-    """Logits `[V]` behind biases, forbidden tokens and penalties."""
+    """Logits `[V]` after biases, forbidden tokens and penalties."""
     out = np.array(logits, np.float64)
     for token, bias in dict(params.logit_bias).items():
         out[token] += bias

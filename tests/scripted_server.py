@@ -28,7 +28,7 @@ class ScriptedServer:
         go: lets an answer that waits go on.
         status: of the next answers; an error's `message` goes with it.
         message: of an error.
-        breaks: whether the connection ends behind the last piece.
+        breaks: whether the connection ends after the last piece.
         late_error: an error in place of the stream's end.
         finish_reason: of the answers.
         api_key: what requests must show; None: nothing.

@@ -24,7 +24,7 @@ def same_tags(got: np.ndarray, want: np.ndarray, poison: Poison) -> None:
 
 
 def check_tags(plan: StreamPlan, counters: jax.Array, lengths: Sequence[int]) -> None:
-    """The same of a new cache's counters behind its first step, from these lengths on."""
+    """The same of a new cache's counters after its first step, from these lengths on."""
     layout, words = layout_of(plan), counters.shape[0]
     want = aged_counters(plan, layout, 1, words, lengths)
     same_tags(np.asarray(counters), want, poison_of(plan, layout, words))

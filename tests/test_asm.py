@@ -9,8 +9,8 @@ from ptx_mutations import mutated, occurs
 from ptx_text import parse
 
 from pallas_kernels.asm import LANE, TID, AsmError, Block, bits_of
+from pallas_kernels.inline_ptx.operation import listings
 from pallas_kernels.stream import ptx
-from pallas_kernels.stream.ptx.operation import listings
 
 
 def run(b: Block, *operands, threads: int = 32) -> list[np.ndarray]:
@@ -165,7 +165,7 @@ REFUSED = {
     "a name that compilers take": lambda b, u, f, p, w: b.u32("r1"),
     "a name of PTX's own": lambda b, u, f, p, w: b.u32("laneid"),
     "a name that PTX does not take": lambda b, u, f, p, w: b.u32("%x"),
-    "results behind operands": lambda b, u, f, p, w: (b.operands(x="u32"), b.results("u32")),
+    "results after operands": lambda b, u, f, p, w: (b.operands(x="u32"), b.results("u32")),
     "a comment that compilers read": lambda b, u, f, p, w: b.comment("of $1"),
 }
 

@@ -36,7 +36,7 @@ FAMILIES = (
     "biases, the second layer local",
     "every bias",
     "heads normed",
-    "norms behind the blocks, projections normed",
+    "norms after the blocks, projections normed",
     "every scale",
     "caps, norms on both sides, GELU",
     "two ropes, one stretched",

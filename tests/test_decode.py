@@ -257,7 +257,7 @@ def test_a_negative_length_that_is_traced_counts_as_zero(model, tokens, name):
         },
         {"qk_norm": "full", "post_norm": True, "pre_norm": False},
     ],
-    ids=["untied", "tied", "all there is", "norms behind alone"],
+    ids=["untied", "tied", "all there is", "norms after alone"],
 )
 def test_the_kernels_read_the_models_own_buffers(fields):
     model = random_model(small_config(**fields))

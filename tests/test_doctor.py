@@ -15,9 +15,10 @@ from quantize_cases import FOR_KERNELS, kernel_config
 from stream_cases import FAMILIES
 
 import checkpoints
+from ffjax import environment
 from ffjax.benchmark.bandwidth import Bandwidth
 from ffjax.cli import main
-from ffjax.doctor import environment, selftest
+from ffjax.doctor import selftest
 from ffjax.doctor.activations import observe
 from ffjax.doctor.diagnosis import _spread_ids
 from ffjax.doctor.weights import bad_weights
@@ -192,7 +193,7 @@ def test_the_first_bad_tensor_is_the_one_behind_the_bad_weight(name, index, tens
 
 
 def test_rows_and_elements_of_keys_are_told_apart():
-    # Of values, the second head's 6th element: behind queries and keys.
+    # Of values, the second head's 6th element: after queries and keys.
     row = (CONFIG.num_heads + CONFIG.num_kv_heads) * CONFIG.head_dim + 5
     bad = observe(damaged("layers.qkv", (1, row, 0), np.nan), [1]).first_bad
     assert bad is not None

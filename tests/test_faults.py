@@ -14,7 +14,7 @@ from pallas_kernels.stream.ptx.giving_up import record_of
 
 PLAN = PLANS["8B on an H200, 2 sequences"]()
 LAST = PLAN.dims.num_layers - 1
-# What is awaited behind a segment's last tile of a layer, and the layer that it is said to be of.
+# What is awaited after a segment's last tile of a layer, and the layer that it is said to be of.
 AWAITED = [
     (Segment.QKV, 0, "qkv", 0),
     (Segment.QKV, 3, "parts", 3),

@@ -188,7 +188,7 @@ def test_a_program_that_reads_what_it_waits_for_too_late_is_found(buffer):
             step = super().step(number, lengths)
             for events in step.events:
                 waits = [e for e in events if e.items.buffer == buffer and not e.writes]
-                for event in waits:  # behind everything that this program writes in the layer
+                for event in waits:  # after everything that this program writes in the layer
                     events.remove(event)
                     later = [i for i, e in enumerate(events) if e.tag <= event.tag]
                     events.insert(later[-1] + 1, event)

@@ -228,7 +228,7 @@ def build(name: str, dtype: str) -> Transformer:
     if config.qk_norm:
         ours["layers.q_norm"] = stacked("self_attn.q_norm")
         ours["layers.k_norm"] = stacked("self_attn.k_norm")
-    # Behind the attention stands what Llama has before the feed-forward block: its name there
+    # After the attention stands what Llama has before the feed-forward block: its name there
     # says where it stands, and means the one or the other.
     if config.post_norm:
         ours["layers.attn_post_norm"] = stacked("post_attention_layernorm")

@@ -60,7 +60,7 @@ def embeddings_of(model, count=COUNT) -> Any:
     sample=[
         "test_embeddings_come_out_as_the_oracle_says[grouped, tied, stretched rope]",
         "test_embeddings_come_out_as_the_oracle_says[every scale]",
-        "test_embeddings_come_out_as_the_oracle_says[norms behind the blocks, projections normed]",
+        "test_embeddings_come_out_as_the_oracle_says[norms after the blocks, projections normed]",
         "test_embeddings_come_out_as_the_oracle_says[caps, norms on both sides, GELU]",
     ],
 )

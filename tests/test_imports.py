@@ -9,7 +9,18 @@ import subprocess
 import sys
 
 import pytest
-from import_graph import ROOT, Import, cycles, graph, imports_of, module_of, modules, reached
+from import_graph import (
+    ROOT,
+    Import,
+    cycles,
+    folders,
+    graph,
+    imports_of,
+    module_of,
+    modules,
+    neighbours,
+    reached,
+)
 
 import ffjax
 
@@ -218,6 +229,41 @@ def test_no_modules_import_each_other():
     assert graph()["ffjax.text.tokenizers"] >= {"checkpoints", "ffjax.hf_tokenizer"}
     around = {**graph(), "ffjax.config": graph()["ffjax.config"] | {"ffjax.model"}}
     assert cycles(around)
+
+
+# Commands that are run by `python -m`. They lie with what they measure, and parse as `commands` do.
+_COMMANDS = {f"ffjax.benchmark.{name}" for name in ("sampling", "serving", "speculation")}
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Files and folders that lie side by side and import each other, by whatever way round."""
+    below = {module: names for module, names in edges.items() if module not in _COMMANDS}
+    return [circle for folder in folders(below) for circle in cycles(neighbours(folder, below))]
+
+
+@pytest.mark.once("It reads the source.")
+def test_no_folders_import_each_other():
+    edges = graph()
+    assert circles(edges) == []
+    # Nobody imports the commands that are left out.
+    assert not _COMMANDS & {name for names in edges.values() for name in names}
+
+
+@pytest.mark.once("It reads the source.")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        # As the rooms of the backends did while `lowered` lay with the step's texts.
+        ("triton.backend", "stream.ptx.feed"),
+        ("stream.ptx.words", "stream.segments.head"),
+        ("stream.planner", "support"),
+    ],
+)
+def test_folders_that_import_each_other_are_noticed(module, name):
+    module, name = f"pallas_kernels.{module}", f"pallas_kernels.{name}"
+    [circle] = circles({**graph(), module: graph()[module] | {name}})
+    assert any(module == x or module.startswith(f"{x}.") for x in circle)
+    assert any(name == x or name.startswith(f"{x}.") for x in circle)
 
 
 def test_what_is_imported_by_a_name_that_is_computed():

@@ -234,7 +234,7 @@ def test_a_kept_beginning_is_right_behind_any_draft(model, monkeypatch):
         seen.add(tuple(chosen.drafted for chosen in one.got[-TOKENS:]))
         held = one.tokens + one.answer[:-1]
         caches(model, batch, 0, held)
-        # What another row's steps leave of it, before a request comes and behind it.
+        # What another row's steps leave of it, before a request comes and after it.
         batch.decode()
         caches(model, batch, 0, held)
         # As much as there is, or less.
@@ -267,7 +267,7 @@ def test_a_full_cache_takes_no_draft(model, batch):
 
 
 def test_a_text_may_end_in_the_midst_of_accepted_drafts(model, batch):
-    """At each place of a step; the next request goes on behind what is kept."""
+    """At each place of a step; the next request goes on after what is kept."""
     tokens = prompt(12, 8)
     whole = Request(tokens, SamplingParams(temperature=1.0, seed=1), 60)
     follow(live(model, None), whole)

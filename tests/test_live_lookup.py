@@ -85,7 +85,7 @@ def test_every_request_gets_what_it_gets_without_drafts(model, batch, monkeypatc
     drafted = [sum(chosen.drafted for chosen in one.got) for one in requests]
     assert sum(drafted) > 10
     assert not any(one.got[0].drafted for one in requests)
-    # Some blocks had nothing to look up, and plain ones came behind them.
+    # Some blocks had nothing to look up, and plain ones came after them.
     assert True in seen and False in seen
     told = [chosen.logprobs for chosen in requests[3].got]
     assert all(x is not None and len(x.top) == 2 for x in told)

@@ -84,7 +84,7 @@ def test_drafts_are_kept_up_to_the_first_wrong_one(tokens):
     chosen = np.arange(10, 10 + tokens)
     for right in range(tokens):
         drafts = chosen[:-1].copy()
-        drafts[right:] += 1  # those behind a wrong one may be right or not
+        drafts[right:] += 1  # those after a wrong one may be right or not
         for later in (drafts, np.where(np.arange(tokens - 1) > right, chosen[:-1], drafts)):
             for count in range(tokens):
                 for room in (0, 1, right, tokens, 99):

@@ -191,11 +191,11 @@ def test_logits_that_are_not_finite_end_with_code_1(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--position", "0"], "A generation begins behind 1 token or more, got 0."),
+        (["--position", "0"], "A generation begins after 1 token or more, got 0."),
         (["--steps", "12"], "ask for a multiple of 8 steps, got 12."),
         (
             ["--position", "9,292", "--steps", "8"],
-            "8 steps behind 292 tokens and the first new one need 301 positions; tiny was made "
+            "8 steps after 292 tokens and the first new one need 301 positions; tiny was made "
             "for 300.",
         ),
         (["--compare", "xla"], "--loop times whole generations; leave --compare out."),

@@ -1,6 +1,6 @@
 """What a whole step is lowered to: things that the compiler takes for granted, or gets wrong.
 
-The compiler puts barriers, shuffles and products of tensor cores behind the kernel's inline PTX,
+The compiler puts barriers, shuffles and products of tensor cores after the kernel's inline PTX,
 and all of them want whole warps. Threads that waited for words come out of it one by one.
 
 Pallas (JAX 0.11.2) lowers a choice between two plain Python integers to a choice between two bits.
@@ -29,10 +29,10 @@ from stream_cases import FAMILIES, H200
 from ffjax.cache import KVCache
 from ffjax.config import ModelConfig
 from pallas_kernels.gpu import Gpu
+from pallas_kernels.inline_ptx.lowered import REJOIN
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.planner import make_stream_plan
-from pallas_kernels.stream.ptx.lowered import REJOIN
 from pallas_kernels.stream.tuning import Tuning
 from pallas_kernels.triton import backend
 
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.once(
 )
 
 # Every text there is, between them: feeds of few and of many copies, early looks, KV splits that
-# are combined, blocks that are normed behind, digits of one sequence and of several.
+# are combined, blocks that are normed after, digits of one sequence and of several.
 STEPS: dict[str, tuple[ModelConfig, int, int]] = {
     "one sequence": (small_config(), 1, 1),
     "several": (small_config(num_layers=3, post_norm=True, pre_norm=False), 3, 1),
@@ -63,7 +63,7 @@ STEPS: dict[str, tuple[ModelConfig, int, int]] = {
 }
 
 # Of what a tuning may leave out, nothing is left out.
-ALL = Tuning(operand_tiles=1, hidden_copies=2)
+ALL = Tuning(collect_tiles=1, hidden_copies=2)
 
 # Jumps that a warp takes as a whole: of a number of warps, or of all but one; and what its threads
 # have voted for.
@@ -118,8 +118,8 @@ LEFT = r"min\.u32 (%%left\w*), \1, %d;"
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 3])
-def test_with_an_operand_so_many_tiles_are_asked_for_as_the_tuning_says(tiles):
-    found = texts(*STEPS["one sequence"], Tuning(operand_tiles=tiles))
+def test_with_activations_so_many_tiles_are_asked_for_as_the_tuning_says(tiles):
+    found = texts(*STEPS["one sequence"], Tuning(collect_tiles=tiles))
     # By whole copies, where looks at words ask for 8 KB.
     assert sum(bool(re.search(LEFT % 65536, text)) for text in found) == tiles
     assert any(re.search(LEFT % 8192, text) for text in found)

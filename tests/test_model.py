@@ -86,7 +86,7 @@ def empty_cache(model, capacity: int = CAPACITY, fill: float = 0.0) -> KVCache:
 
 @quick_jit
 def one_layer(model, index, x):
-    """Layer `index` over `x` `[B, T, D]`: the stream behind it, keys, values `[B, T, K, H]`."""
+    """Layer `index` over `x` `[B, T, D]`: the stream after it, keys, values `[B, T, K, H]`."""
     batch, count, _ = x.shape
     c = model.config
     weights = {name: stacked[index] for name, stacked in model.stacked_weights().items()}

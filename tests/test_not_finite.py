@@ -175,7 +175,7 @@ def test_a_steps_token_is_marked_whoever_chose_it(step):
     plain, marked = run(params)
     assert plain.tolist() == marked.tolist()
     assert model.head is not None
-    # A token with others before and behind it.
+    # A token with others before and after it.
     model.head[...] = model.head[...].at[57].set(math.nan)
     assert run(nnx.state(model))[1].tolist() == [NOT_FINITE] * 2
 

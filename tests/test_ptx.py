@@ -102,7 +102,7 @@ def sum_text(tile: Tile) -> Inline:
 def check_product(
     tile: Tile, edit: Edit = None, sum_edit: Edit = None, order: np.random.Generator | None = None
 ) -> None:
-    """A tile in shared memory times an operand in registers, against float64."""
+    """A tile in shared memory times activations in registers, against float64."""
     rng, plan = np.random.default_rng(0), tile.plan
     weights = as_bfloat16(rng.standard_normal((tile.rows, tile.span), np.float32))
     floats = COLUMNS * tile.product_warps * tile.rows
@@ -124,7 +124,7 @@ def check_product(
         held = inputs[0 if tile.chunked else column[:, None], at]
         held = np.where(thread[:, None] < 32 * tile.product_warps, held, 0).astype(np.uint16)
         words += list(as_words(held).T)
-    # Products lie behind the tile, and for a while nothing behind them.
+    # Products lie after the tile, and for a while nothing after them.
     products = ring + 2 * weights.size
     spare = products + 4 * floats + 256
     machine.spare = range(spare, ring + size)
@@ -150,7 +150,7 @@ IDLE = [Tile(4, 2, True, 4, 8), Tile(2, 3, False, 4, 8)]
 
 
 @pytest.mark.parametrize("tile", [*CHUNKED, *BATCHED, *IDLE], ids=str)
-def test_a_tiles_products_summed_up_are_its_rows_times_the_operand(tile):
+def test_a_tiles_products_summed_up_are_its_rows_times_the_activations(tile):
     check_product(tile)
 
 
@@ -321,7 +321,7 @@ class Fed:
                     int(rng.integers(2, 9)),
                     ring.scale_size,
                     some,
-                    384,  # behind the weights
+                    384,  # after the weights
                     16 + ring.scale_size,
                 ]
             if copies == BOX:
@@ -563,7 +563,7 @@ BOTH = pytest.mark.parametrize("ring", [TWO, BY_WARPS], ids=["bulk", "16 bytes a
 def test_tiles_come_to_their_slots_in_order(name, seed):
     fed = check_feed(RINGS[name], seed)
     # Some are asked for ahead, of all layers.
-    # Tiles of the head count as layers behind those.
+    # Tiles of the head count as layers after those.
     layers = {fed.ring.order[index][1] for index in fed.ahead}
     inside = {layer for layer in layers if layer < fed.ring.layers}
     assert inside == (set(range(fed.ring.layers)) if fed.feed.l2_tiles else set())
@@ -683,7 +683,7 @@ def check_collect(
     there[fed.feed.thread] = pieces
     if way == "one last":
         there[:] = pieces
-    # The exchange lies behind the weights: each thread's pieces stand apart. What the threads of a
+    # The exchange lies after the weights: each thread's pieces stand apart. What the threads of a
     # warp load at once, 4 words each, lies side by side.
     exchange = m.memory_base + len(m.memory)
     m.memory = np.concatenate([m.memory, np.zeros(4 * words, np.uint8)])

@@ -164,7 +164,7 @@ def check_product(
     order: np.random.Generator | None = None,
     sums_edit: Edit = None,
 ) -> Machine:
-    """A tile in shared memory times an operand in registers, against float64."""
+    """A tile in shared memory times activations in registers, against float64."""
     rng, plan, part = np.random.default_rng(0), tile.plan, tile.part
     weights, data, scales = weights_of(tile, rng)
     floats = tile.columns * tile.product_warps * tile.rows

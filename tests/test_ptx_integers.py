@@ -204,7 +204,7 @@ def weights_of(tile: Tile, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
 
 
 def check_product(tile: Tile, edit: Edit = None, order: np.random.Generator | None = None) -> None:
-    """A tile in shared memory times an operand in registers, against float64."""
+    """A tile in shared memory times activations in registers, against float64."""
     rng, plan = np.random.default_rng(0), tile.plan
     weights, data, scales = weights_of(tile, rng)
     floats = tile.columns * tile.product_warps * tile.rows

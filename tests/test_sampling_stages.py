@@ -406,7 +406,7 @@ def test_generation_config_is_read_as_transformers_reads_it():
 
 
 def test_numbers_as_large_as_they_may_be_reach_the_device(model):
-    """None is refused by numpy behind the checks."""
+    """None is refused by numpy after the checks."""
     params = SamplingParams(
         temperature=3e38,
         top_k=10**300,

@@ -40,7 +40,7 @@ class Reader:
         )
 
     def _tell(self, event: Event) -> None:
-        assert not self.ended.is_set(), "something was told behind the end"
+        assert not self.ended.is_set(), "something was told after the end"
         self.events.append(event)
         if not isinstance(event, Piece):
             self.ended.set()
@@ -185,7 +185,7 @@ def test_stop_tokens_and_lengths_end_a_text(start):
         scheduler.submit([one.job])
     assert stopped.end() == Ended("stop", whole[3])
     assert stopped.job.tokens == whole[: whole.index(whole[3])]
-    # Its last token was fed: the stop token was chosen behind it.
+    # Its last token was fed: the stop token was chosen after it.
     assert stopped.job.held == stopped.job.prompt + stopped.job.tokens
     assert limited.end() == Ended("length", None) and len(limited.job.tokens) == 7
     assert limited.job.held == limited.job.prompt + limited.job.tokens[:-1]

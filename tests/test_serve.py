@@ -30,7 +30,7 @@ def client(running):
 
 
 def text_of(prompt: str | list[int], **params: Any) -> str:
-    """What the batch says behind a prompt, alone."""
+    """What the batch says after a prompt, alone."""
     tokens = TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt
     given: dict[str, Any] = {"max_tokens": 16, "seed": 0} | params
     return TOKENIZER.decode(expected(tokens, SamplingParams(**given)))

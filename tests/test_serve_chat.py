@@ -408,7 +408,7 @@ def test_drafts_that_are_looked_up_change_no_answer(model, tokenizer):
 
 
 def test_a_draft_model_changes_no_answer(model, tokenizer):
-    """Its own: so all drafts are right, also behind what is kept of the turn before."""
+    """Its own: so all drafts are right, also after what is kept of the turn before."""
     how = {"capacity": CAPACITY, "chunk": 128, "ahead": False, "speculation": ffjax.Draft(model)}
     messages, accepted = list(SAID), []
     with serving(

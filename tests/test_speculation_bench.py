@@ -67,7 +67,7 @@ def test_the_table_says_where_tokens_differ(path, prompt, capsys, monkeypatch):
     monkeypatch.setattr(speculation, "generate", changed)
     assert speculation.main(["--model", path, "--prompt-file", prompt, *FEW]) == 1
     said = capsys.readouterr().out
-    assert "17 new tokens behind text.py (30 tokens)" in said
+    assert "17 new tokens after text.py (30 tokens)" in said
     assert "the same |" in said
     [gap] = re.findall(r"other from 5, (\d+\.\d+) apart \|", said)
     assert float(gap) > 0

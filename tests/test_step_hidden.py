@@ -175,7 +175,7 @@ BAD = {
     "no such layer": (
         [3],
         ValueError,
-        "behind layers 1 to 2 of made-up, or 0, the embedding; got 3",
+        "after layers 1 to 2 of made-up, or 0, the embedding; got 3",
     ),
     "a negative one": ([0, -1], ValueError, "the embedding; got -1"),
     "twice": ([1, 1], ValueError, re.escape("each named once; got [1, 1]")),

@@ -11,7 +11,7 @@ from ffjax.tokenizer import ByteTokenizer
 
 
 def _oracle(text: str, strings: list[str]) -> tuple[str, str | None]:
-    """Looks behind every character, as slowly as can be."""
+    """Looks after every character, as slowly as can be."""
     for end in range(1, len(text) + 1):
         found = [string for string in strings if text[:end].endswith(string)]
         if found:
@@ -79,7 +79,7 @@ def test_a_match_before_the_least_number_of_tokens_is_passed_over():
         (1, "x", ";"),
         (2, "x;y", ";"),
         (4, "x;y;", None),
-        # One that began before and ends behind is a match.
+        # One that began before and ends after is a match.
         (3, "x;y", ";"),
     ]:
         writer = Writer(tokenizer, [], SamplingParams(stop=";", min_tokens=least))

@@ -230,7 +230,7 @@ def test_of_equal_logits_the_lowest_token_wins():
     tokens = random_tokens(config, 2)
     _, best, _ = streamed(model, cache, tokens)
     head = model.head_weight.at[jnp.array([2, 99])].set(model.head_weight[best])
-    # Each best row once more, before and behind it.
+    # Each best row once more, before and after it.
     weights, state = kernel_inputs(model, cache)
     head = head.at[jnp.array([100, 1])].set(model.head_weight[best])
     plan = make_stream_plan(dims_of(config, 2, 16), INTERPRETER)

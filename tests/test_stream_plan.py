@@ -505,7 +505,7 @@ def test_a_single_sequence_is_cut_into_chunks():
         ({"l2_tiles": 17}, "l2_tiles is one of 0, 1, .*; got 17"),
         ({"l2_bytes": 2048}, "l2_bytes is one of 4096, 8192, .*; got 2048"),
         ({"next_tiles": 0}, "next_tiles is one of None, 1, .*; got 0"),
-        ({"operand_tiles": 5}, "operand_tiles is one of 0, 1, .*, 4; got 5"),
+        ({"collect_tiles": 5}, "collect_tiles is one of 0, 1, .*, 4; got 5"),
         ({"hidden_copies": 3}, "hidden_copies is one of 1, 2; got 3"),
         ({"slots": 1}, "slots is at least 2, got 1"),
     ],
@@ -550,7 +550,7 @@ def test_behind_a_segment_little_is_asked_for(bits, next_tiles, last):
 
 
 def test_more_is_asked_for_with_operands_of_a_layer_but_attentions():
-    plan = make_stream_plan(preset_dims("llama3.2-1b", 1), H200, Tuning(operand_tiles=1))
+    plan = make_stream_plan(preset_dims("llama3.2-1b", 1), H200, Tuning(collect_tiles=1))
     env = env_of(plan, program=0)
     timely = [s for s in plan.segments if bool(leaves_time(first_place(env, s, 1)))]
     assert timely == [Segment.QKV, Segment.GATE_UP, Segment.DOWN]

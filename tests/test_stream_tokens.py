@@ -236,7 +236,7 @@ def test_every_query_sees_its_window_once(window, tokens, heads, programs, monke
     lengths = sorted({0, 1, *range(max(edge - 9, 0), edge + 2), 256, 511, 512, 695, 700, 703})
     tables = told(monkeypatch, plan, lengths)
     for length, programs in zip(lengths, tables, strict=True):
-        for kind in range(programs.shape[1]):  # local ones behind the others
+        for kind in range(programs.shape[1]):  # local ones after the others
             rows = [row for table in programs[:, kind] for row in table[1 : 1 + table[0, 0]]]
             sees = np.sum([seen_of(row, plan) for row in rows], axis=0)
             length = min(length, 700)  # a full cache's new positions have no slot

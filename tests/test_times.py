@@ -144,7 +144,7 @@ def test_a_slow_reader_is_part_of_a_streams_time(model, device):
 
 
 def test_a_stop_token_is_made_by_a_step_too(model, device):
-    """And none comes of the steps behind it."""
+    """And none comes of the steps after it."""
     out = generate(model, [1, 2], 3 * BLOCK, stop_token=TOKEN)
     assert (out.tokens, out.finish_reasons) == ([[]], ["stop"])
     assert (out.steps, out.decode_seconds) == (0, 0.0)

@@ -56,7 +56,7 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     rings = set()
     for p, t in zip(planned, finer, strict=True):
         ahead = min(p.in_flight, p.slots), t.l2_tiles, t.l2_bytes, p.next_tiles
-        others = t.operand_tiles, t.hidden_copies, p.attention.tiles, p.attention.block
+        others = t.collect_tiles, t.hidden_copies, p.attention.tiles, p.attention.block
         rings.add((p.slots, *ahead, *others))
     assert len(rings) == len(planned)
     slots = [t.slots for t in finer if t.slots is not None]
@@ -67,7 +67,7 @@ def test_candidates_differ_and_can_be_planned(name, batch):
     assert [t.l2_tiles for t in finer if t.l2_tiles != Tuning().l2_tiles] == [0, 2, 4, 16]
     assert [t.l2_bytes for t in finer if t.l2_bytes != Tuning().l2_bytes] == [4096, 32_768]
     assert [t.next_tiles for t in finer if t.next_tiles is not None] == [2, 16]
-    assert [t.operand_tiles for t in finer if t.operand_tiles] == [1, 2]
+    assert [t.collect_tiles for t in finer if t.collect_tiles] == [1, 2]
     assert [t.hidden_copies for t in finer if t.hidden_copies != 1] == [2]
     assert [t.cache_tiles for t in finer if t.cache_tiles != Tuning().cache_tiles] == [3]
     usual = Tuning().cache_tile_bytes
@@ -93,7 +93,7 @@ def test_a_line_says_how_a_plan_keeps_its_tiles():
     options: dict[str, Any] = {
         "in_flight": 3,
         "l2_tiles": 4,
-        "operand_tiles": 1,
+        "collect_tiles": 1,
         "hidden_copies": 2,
     }
     tuning = Tuning(tile_bytes=16384, slots=5, **options)
@@ -101,7 +101,7 @@ def test_a_line_says_how_a_plan_keeps_its_tiles():
     trial = Trial(tuning, plan, tune_module.Timing(1, (1e-3,), 0.0), 0.004, True, None)
     line = _line(trial)
     assert f"tiles of {plan.rows} rows, 5 slots of {plan.slot_bytes} bytes, 3 in flight" in line
-    assert "4 ahead by 8192 bytes, 1 of the next segment, 1 with an operand, 2 copies" in line
+    assert "4 ahead by 8192 bytes, 1 of the next segment, 1 with activations, 2 copies" in line
     assert "4 warps, error 4.0e-03" in line
     assert "WRONG" not in line
     assert "WRONG" in _line(dataclasses.replace(trial, repeats=False))

@@ -2,7 +2,7 @@
 
 Blocks of 32 inputs (ggml-common.h of https://github.com/ggml-org/ggml): Q4_0 is a float16 d and 16
 bytes, of which the low nibbles are the first 16 integers n and the high ones the others; it stands
-for d * (n - 8). Q4_1 has a float16 m behind d, and stands for d * n + m. Q8_0 is a float16 d and 32
+for d * (n - 8). Q4_1 has a float16 m after d, and stands for d * n + m. Q8_0 is a float16 d and 32
 bytes with signs, and stands for d * n.
 """
 

@@ -82,7 +82,7 @@ def generation_json(header: Header) -> dict[str, Any]:
 
 
 def _around(metadata: Metadata, vocabulary: Vocabulary, bos: bool) -> dict[str, Any] | None:
-    """What is put before and behind a text."""
+    """What is put before and after a text."""
     roles = vocabulary.roles
     first = roles["bos_token"] if metadata.flag(f"{START}add_bos_token", bos) else None
     last = roles["eos_token"] if metadata.flag(f"{START}add_eos_token", False) else None

@@ -27,7 +27,7 @@ _ROLES = {
     "mask_token": "mask_token_id",
 }
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# Of Phi 3, whose other special tokens swallow the spaces behind them: no field says so, and
+# Of Phi 3, whose other special tokens swallow the spaces after them: no field says so, and
 # llama.cpp knows it by the model's name.
 _KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 # Special tokens that end a text in every model that has them.
@@ -113,7 +113,7 @@ def added_tokens(vocabulary: Vocabulary, swallow: bool = False) -> list[dict[str
 
     Args:
         vocabulary: the tokens.
-        swallow: whether they take the spaces behind them along, as Phi 3's do.
+        swallow: whether they take the spaces after them along, as Phi 3's do.
     """
     special = {text for text in vocabulary.roles.values() if text is not None}
     return [

@@ -45,7 +45,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopSweep:
-    """What to measure: every batch behind prompts of every length.
+    """What to measure: every batch after prompts of every length.
 
     Attributes:
         config: the model's sizes.
@@ -73,7 +73,7 @@ class LoopSweep:
         check_asked(config, self.batches, self.steps, self.repetitions, self.implementation)
         if not self.positions or min(self.positions) < 1:
             raise ValueError(
-                f"A generation begins behind 1 token or more, got {listed(self.positions)}."
+                f"A generation begins after 1 token or more, got {listed(self.positions)}."
             )
         if self.steps % BLOCK:
             raise ValueError(
@@ -83,7 +83,7 @@ class LoopSweep:
         need = max(self.positions) + self.steps + 1
         if need > config.max_context:
             raise ValueError(
-                f"{self.steps} steps behind {max(self.positions)} tokens and the first new one "
+                f"{self.steps} steps after {max(self.positions)} tokens and the first new one "
                 f"need {need} positions; {config.name} was made for {config.max_context}."
             )
 
@@ -122,7 +122,7 @@ class Way:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopPoint:
-    """Generations of one batch behind prompts of one length, measured.
+    """Generations of one batch after prompts of one length, measured.
 
     Attributes:
         batch: B.

@@ -83,7 +83,7 @@ def as_text(report: PromptReport) -> str:
         f"{rate.size} x {rate.size}, spread {100 * rate.product.spread:.1f}%); the floor is the "
         "time of the prompts' operations at this rate.",
         "First token: from the prefill's call until the token is on the host; request: from the "
-        f"arguments on. A step is a bare decode step behind the prompt, of a loop of "
+        f"arguments on. A step is a bare decode step after the prompt, of a loop of "
         f"{sweep.steps}.",
         *reasons_text(point.reason for point in report.points),
         "The reference is the model itself, called with chunks of up to 512 tokens.",

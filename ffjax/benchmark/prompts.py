@@ -2,7 +2,7 @@
 
 What is timed is what `ffjax.generate` does for one new token: `ffjax.loop.Loop` and its prefill.
 Beside it stand the floor of its multiplications, at the rate of dense products measured in the
-same run, and the bare decode step behind the prompt.
+same run, and the bare decode step after the prompt.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class PromptPoint:
         compile_seconds: of the first request, which is none of the timed ones. What it shares
             with prompts of fewer tokens has been compiled for those.
         reference: seconds of the reference model's prefill, or None.
-        step: the bare step behind the prompts.
+        step: the bare step after the prompts.
         temp_bytes: most bytes for intermediates of one of the prefill's programs.
         peak: of the device's memory; None where it does not say.
         check: whether the numbers are right.

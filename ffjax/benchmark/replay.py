@@ -85,7 +85,7 @@ def replay_loop(
         model: the model.
         request: what is asked for.
         answers: what the model says, of each prompt.
-        chance: of each draft behind right ones to be right, 0 to 1.
+        chance: of each draft after right ones to be right, 0 to 1.
         tokens: T.
         draft: a draft model that runs beside, and whose drafts are not taken; None: there is none.
         implementation: of the decode steps.

@@ -139,7 +139,7 @@ class Report:
 
     @property
     def between(self) -> list[float]:
-        """Seconds a token behind the first, of each answer as a whole."""
+        """Seconds a token after the first, of each answer as a whole."""
         return [
             (a.arrivals[-1] - a.arrivals[0]) / (a.tokens - 1)
             for a in self.answers
@@ -264,7 +264,7 @@ def _share(values: Sequence[float], share: float) -> float:
 
 _FIGURES: dict[str, Callable[[Report], list[float]]] = {
     "to the first token": lambda report: report.first,
-    "a token behind it": lambda report: report.between,
+    "a token after it": lambda report: report.between,
     "between pieces": lambda report: report.gaps,
 }
 

@@ -1,6 +1,6 @@
 """Times a generation with speculation and without, and compares the tokens.
 
-`python -m ffjax.benchmark.speculation` takes the shipped model behind two prompts: Python source
+`python -m ffjax.benchmark.speculation` takes the shipped model after two prompts: Python source
 that it never saw, and half of that said twice. `--model PATH` and `--prompt-file FILE` take others,
 `--draft PATH` or `--draft-weights int4` a draft model beside the lookup. Calls take turns, and the
 first of each compiles. With `--config NAME` weights are random, and `--replay P` says with which
@@ -71,7 +71,7 @@ class Asked:
         new: tokens of an answer.
         temperature: of the choice.
         seed: of the draws.
-        repetitions: calls of each, behind the first.
+        repetitions: calls of each, after the first.
         how: `implementation` and `prefill`.
     """
 
@@ -152,7 +152,7 @@ def _name(speculation: str, tokens: int | None) -> str:
 
 
 def measure(asked: Asked, say: Callable[[str], object] = lambda text: None) -> list[Row]:
-    """Times all ways to generate behind each prompt, in turn.
+    """Times all ways to generate after each prompt, in turn.
 
     Args:
         asked: what is timed.
@@ -263,7 +263,7 @@ def as_text(asked: Asked, machine: Machine, rows: Sequence[Row]) -> str:
         lines.append(f"The draft model: {draft.name}, {draft.weights}.")
     sizes = ", ".join(f"{name} ({len(ids)} tokens)" for name, ids in asked.prompts.items())
     lines.append(
-        f"{asked.new} new tokens behind {sizes}; temperature {asked.temperature:g}. Medians of "
+        f"{asked.new} new tokens after {sizes}; temperature {asked.temperature:g}. Medians of "
         f"{asked.repetitions}."
     )
     return "\n".join([*lines, "", *table(cells)])

@@ -76,7 +76,7 @@ def _distinct(dims: Dims, gpu: Gpu, tunings: Iterable[Tuning]) -> list[Tuning]:
         flying = min(plan.in_flight, plan.slots)
         ring = plan.slots, flying, plan.next_tiles, tuning.l2_tiles, tuning.l2_bytes
         cut = plan.attention
-        others = tuning.operand_tiles, tuning.hidden_copies, cut.tiles, cut.block
+        others = tuning.collect_tiles, tuning.hidden_copies, cut.tiles, cut.block
         plans.setdefault((rows, plan.num_warps, *ring, *others), tuning)
     return list(plans.values())
 
@@ -102,7 +102,7 @@ def refinements(dims: Dims, gpu: Gpu, tuning: Tuning) -> list[Tuning]:
     options += [dataclasses.replace(tuning, l2_tiles=tiles) for tiles in (0, 2, 4, 8, 16)]
     options += [dataclasses.replace(tuning, l2_bytes=size) for size in (4096, 8192, 32_768)]
     options += [dataclasses.replace(tuning, next_tiles=tiles) for tiles in (1, 2, 16)]
-    options += [dataclasses.replace(tuning, operand_tiles=tiles) for tiles in (0, 1, 2)]
+    options += [dataclasses.replace(tuning, collect_tiles=tiles) for tiles in (0, 1, 2)]
     options += [dataclasses.replace(tuning, hidden_copies=copies) for copies in (1, 2)]
     options += [dataclasses.replace(tuning, cache_tiles=tiles) for tiles in (2, 3)]
     options += [dataclasses.replace(tuning, cache_tile_bytes=8192 << i) for i in range(3)]

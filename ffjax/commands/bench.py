@@ -16,7 +16,7 @@ time of a bare decode step. 10-1500 stands for prompts of unequal lengths, one f
 --batch, evenly spread. With --compare xla, the reference model is timed in turn. Wrong is a first
 token or a cache that is not the reference's.
 
-With --loop: the time a token of `ffjax.generate` and `ffjax.stream` behind prompts of --position
+With --loop: the time a token of `ffjax.generate` and `ffjax.stream` after prompts of --position
 tokens, beside that of bare decode steps at the same positions. Wrong are tokens that differ from
 one run to the next, or logits that are not finite.
 """

@@ -83,7 +83,7 @@ def compile_row(gpu: str, step: Step, capacity: int = 16_384) -> Row:
 def markdown(rows: Iterable[Row]) -> str:
     """The table, and below it why a step is XLA's somewhere, each sentence once.
 
-    A cell has the registers of a thread; in brackets behind them the bytes that one spills, if it
+    A cell has the registers of a thread; in brackets after them the bytes that one spills, if it
     does; and how many launches a step is, if it is not one. The last two rows have the bytes of
     shared memory that a program takes at most, and may take.
     """

@@ -47,7 +47,7 @@ def command_line() -> argparse.ArgumentParser:
     which.add_argument(
         "--every-layer",
         action="store_true",
-        help="look into every layer, and not only where the residual behind one differs",
+        help="look into every layer, and not only where the residual after one differs",
     )
     parser.add_argument("--backend", choices=BACKENDS, help="of Pallas, which compiles the kernel")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")

@@ -135,7 +135,7 @@ def _line(trial) -> str:
     shape = (
         f"tiles of {plan.rows} rows, {plan.slots} slots of {plan.slot_bytes} bytes, "
         f"{plan.in_flight} in flight, {tuning.l2_tiles} ahead by {tuning.l2_bytes} bytes, "
-        f"{plan.next_tiles} of the next segment, {tuning.operand_tiles} with an operand, "
+        f"{plan.next_tiles} of the next segment, {tuning.collect_tiles} with activations, "
         f"{tuning.hidden_copies} copies, {plan.num_warps} warps"
     )
     if trial.timing is None:

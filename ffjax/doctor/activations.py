@@ -44,7 +44,7 @@ class BadActivation:
 
     Attributes:
         tensor: its name, of `LAYER_TENSORS` or `LAST_TENSORS`.
-        layer: its layer; None behind the last one.
+        layer: its layer; None after the last one.
         count: values that are not finite.
         size: values in all.
         position: of the first of them, in the text.
@@ -65,7 +65,7 @@ class Largest:
 
     Attributes:
         tensor: its name.
-        layer: where it stands; None behind the last layer.
+        layer: where it stands; None after the last layer.
         position: likewise, in the text.
         channel: likewise; of queries, keys and values head and element.
         magnitude: how large it is; NaN where no value is finite in any layer.

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from ffjax import environment
 from ffjax.benchmark.bandwidth import Bandwidth
 from ffjax.config import ModelConfig
-from ffjax.doctor import environment, selftest
+from ffjax.doctor import selftest
 from ffjax.doctor.activations import Activations, BadActivation, observe
 from ffjax.doctor.choices import choices
 from ffjax.doctor.weights import BadWeights, bad_weights

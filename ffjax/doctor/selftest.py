@@ -33,7 +33,7 @@ MOST_ERROR = 0.1
 """Of the logits' norm. Two right computations in bfloat16 lie up to 0.04 apart, wrong ones 0.5."""
 
 _STEPS = 8
-# Behind the first KV split of attention, so that splits are combined.
+# After the first KV split of attention, so that splits are combined.
 _POSITION = 300
 # Interpreted in seconds.
 _SMALL = ModelConfig(

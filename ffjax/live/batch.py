@@ -62,13 +62,13 @@ class LiveBatch:
     reads them: calls return when the device has its orders, `read` waits. Order the next block
     before reading the last, and the device never waits. It is the owner who looks for a sequence's
     end (a stop token, enough tokens, a full cache), and then releases its row: what the sequence
-    said behind that is for nobody.
+    said after that is for nobody.
 
     A row's cache holds, when n new tokens have been read, the prompt and n - 1 of them. The next
     request in the row may keep as much of that as its own prompt begins with.
 
     What a sequence draws hangs on its own prompt, parameters and seed, not on those beside it. In a
-    batch of another size, or behind a cache that was filled in other pieces, its logits may differ
+    batch of another size, or after a cache that was filled in other pieces, its logits may differ
     in their last bits, and a draw that is as good as even may fall otherwise.
     One thread owns it.
 
@@ -108,7 +108,7 @@ class LiveBatch:
             chunk: most tokens that are fed at a time; for so long the sequences that run wait.
             speculation: "lookup", a `ffjax.Lookup` or a `ffjax.Draft`, of up to 4 rows: steps take
                 drafts of the next tokens, as in `ffjax.generate`. A draft model has a cache of its
-                own of as many positions, and is fed each chunk behind the model. Its weights may be
+                own of as many positions, and is fed each chunk after the model. Its weights may be
                 replaced, too.
             ahead: compile all that any request may need now. False: what a request needs, when it
                 is placed.
@@ -409,7 +409,7 @@ class LiveBatch:
             if ends:
                 self._state, made = self._first(weights, self._state, np.int32(row))
                 made = made.sent()
-            # Behind the choice of the first token, which so does not wait for it.
+            # After the choice of the first token, which so does not wait for it.
             self._feed_draft(drafts, row, prompt, held, held + count, size)
         if ends:
             self._order.popleft()

@@ -105,7 +105,7 @@ class Feeder:
             size: P, for which it is compiled.
 
         Returns:
-            The state behind it.
+            The state after it.
         """
         words, _ = self._sent(row, tokens, first, ends, size)
         return self._programs[size](weights, state, words)

@@ -117,7 +117,7 @@ def _choose_first(
         state: the batch.
         row: int32, which sequence.
         stages: how the token is chosen.
-        normed: whether what was left of the prompt is behind the final norm.
+        normed: whether what was left of the prompt is after the final norm.
     """
     model = graphdef.merged(weights)
 
@@ -187,7 +187,7 @@ def _speculate(
     """Runs a block of steps that speculate, or of plain ones in their place, as `_decode`.
 
     A draft model's steps go over all sequences, too. Of one that does not run they feed the last
-    token again that its cache is to hold behind them, and what is of no use.
+    token again that its cache is to hold after them, and what is of no use.
 
     Args:
         graphdef: the model's structure.

@@ -26,7 +26,7 @@ class DraftState(NamedTuple):
 
     Attributes:
         cache: keys and values of all tokens but the last of those that the model's cache holds.
-            What lies at the last one, or behind it, is of no use: it may be of a wrong draft.
+            What lies at the last one, or after it, is of no use: it may be of a wrong draft.
         last: float32 `[B, D]`, room for what the prefill leaves of a prompt's end; nobody asks.
     """
 

@@ -1,7 +1,7 @@
 """The fast prefill: packed tokens through the reference's layers, with a flash attention.
 
 It differs from the reference in three ways: attention is a flash kernel, products are rounded as
-they are written, and prompts are not padded to one length but stand one behind the other
+they are written, and prompts are not padded to one length but stand one after the other
 (`ffjax.prefill.packing`).
 Products go to cuBLAS, which reads a layer's matrix where it lies in the stack `[L, out, in]`; of a
 matrix that is quantized, one layer's numbers exist at a time. Scores stay within the attention's

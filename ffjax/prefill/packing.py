@@ -1,6 +1,6 @@
 """Cuts prompts into chunks of packed tokens.
 
-The tokens of all prompts stand one behind the other, whatever their lengths, so that a short
+The tokens of all prompts stand one after the other, whatever their lengths, so that a short
 prompt beside a long one costs what its own tokens cost. They are fed in chunks of a few sizes,
 since each size is a program of its own. A chunk may end in the middle of a prompt: the next one
 goes on where it was.

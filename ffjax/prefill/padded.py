@@ -125,7 +125,7 @@ class PaddedPrefill(RequestPrefill):
         self, cache: KVCache, history: History | None
     ) -> tuple[KVCache, History | None, Choice]:
         """Feeds the prompts; returns both with them, and the first new tokens."""
-        after, choice = sum(self._sizes), None  # positions this chunk and those behind it hold
+        after, choice = sum(self._sizes), None  # positions this chunk and those after it hold
         for size in self._sizes:
             tokens = np.zeros((len(self._prompts), size), np.int32)
             counts = np.zeros(len(self._prompts), np.int32)

@@ -31,7 +31,7 @@ from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["StepwisePrefill", "step_tokens"]
 
-# Steps that are compiled one behind the other. Longer prompts may be asked to be fed so, too.
+# Steps that are compiled one after the other. Longer prompts may be asked to be fed so, too.
 _MOST_UNROLLED = 4
 
 

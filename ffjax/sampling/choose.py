@@ -85,7 +85,7 @@ def _told(chosen: Array, token: Array) -> Array:
 
 
 def _edited(logits: Array, rows: Rows, index: Array, stages: Stages) -> Array:
-    """Behind the stages that ask for no history."""
+    """After the stages that ask for no history."""
     if stages.edits:
         logits = edits.biased(logits, rows.edit_ids, rows.edit_values)
     if stages.forbids_stops:
@@ -96,7 +96,7 @@ def _edited(logits: Array, rows: Rows, index: Array, stages: Stages) -> Array:
 def _remembering(
     logits: Array, rows: Rows, history: History, index: Array, stages: Stages
 ) -> Array:
-    """Behind the stages that do."""
+    """After the stages that do."""
     if stages.penalizes:
         logits = edits.penalized(logits, history, rows.penalties)
     for processor in stages.processors:
@@ -106,7 +106,7 @@ def _remembering(
 
 def _draw_plan(batch: int, vocab: int, stages: Stages) -> DrawPlan | None:
     """How the kernel draws; None where XLA does."""
-    # Processors come behind penalties.
+    # Processors come after penalties.
     penalizes = stages.penalizes and not stages.processors
     if stages.gpu is None or not (stages.draws or penalizes):
         return None

@@ -87,7 +87,7 @@ def likeliest_ids(logits: Array, best: int) -> Array:
     if not sizes:
         return lax.top_k(logits, best)[1]
     room = (0, 0), (0, -vocab % sizes[0])
-    # What fills the last group up is behind every logit.
+    # What fills the last group up is after every logit.
     values = [jnp.pad(ordered(logits), room, constant_values=LEAST)]
     # Of each size, from tokens up, what the groups' likeliest are.
     for inner, size in itertools.pairwise([1, *sizes[::-1]]):

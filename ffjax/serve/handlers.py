@@ -101,7 +101,7 @@ class Endpoint:
             job.began = began
         answer = Answer(asked, limits.name, self.texts, self.fingerprint())
         run = _Run(request, asked, jobs, told, answer, self)
-        self.scheduler.submit(jobs)  # what comes behind it is tried: it ends them where it fails
+        self.scheduler.submit(jobs)  # what comes after it is tried: it ends them where it fails
         try:
             with _watched(request.receive, told):
                 if asked.stream:  # what fails before its first token has a status of its own

@@ -121,7 +121,7 @@ class Job:
         if isinstance(self.end, ApiError):  # what is there may be no numbers
             return []
         if isinstance(self.end, Ended) and isinstance(self.end.stop_reason, int):
-            return self.prompt + self.tokens  # behind all of which the stop token was chosen
+            return self.prompt + self.tokens  # after all of which the stop token was chosen
         if self.tokens:  # the last one was chosen, and perhaps never fed
             return self.prompt + self.tokens[:-1]
         return self.prompt[: self.fed]
@@ -129,7 +129,7 @@ class Job:
     def take(self, chosen: Iterable[Chosen], batch: Batch, now: float) -> list[Event]:
         """Takes what the device has chosen.
 
-        What comes behind an end is for nobody.
+        What comes after an end is for nobody.
 
         Args:
             chosen: the next tokens.

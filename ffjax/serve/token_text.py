@@ -34,7 +34,7 @@ class TokenTexts:
                 return "<|endoftext|>", b""
             return bytes([token]).decode("utf-8", "replace"), bytes([token])
         try:
-            # Behind itself it keeps the space that a text's first word may lose.
+            # After itself it keeps the space that a text's first word may lose.
             alone = self._tokenizer.decode([token])
             text = self._tokenizer.decode([token, token])[len(alone) :]
         except ValueError:

@@ -17,7 +17,7 @@ def kept_tokens(chosen: Array, drafts: Array, counts: Array, room: Array) -> Arr
     probability that the model gives it: that of drawing it.
 
     Args:
-        chosen: int32 `[B, T]`, the model's tokens behind the one that was certain and behind each
+        chosen: int32 `[B, T]`, the model's tokens after the one that was certain and after each
             draft.
         drafts: int32 `[B, T - 1]`.
         counts: int32 `[B]`, how many drafts a sequence has.

@@ -2,7 +2,7 @@
 
 A step in which a sequence has a draft takes T tokens of each sequence, any other one token. Which
 of the two it is, is decided on the device, before each step, which costs time: where nothing
-repeats, the host orders blocks of plain steps, and the device looks for a draft behind each. (One
+repeats, the host orders blocks of plain steps, and the device looks for a draft after each. (One
 program with a choice between both would copy the cache: XLA does, of a loop within a branch.) With
 a source that always has drafts there is nothing to decide.
 Sequences move on at their own pace; one that has all its tokens stays where it is.
@@ -37,7 +37,7 @@ class Going(NamedTuple):
 
     Attributes:
         cache: the cache.
-        known: int32 `[B, S]`, the tokens of prompt and answer; what lies behind is anybody's.
+        known: int32 `[B, S]`, the tokens of prompt and answer; what lies after is anybody's.
         token: int32 `[B]`, chosen but not yet fed.
         history: what came before `token`; None where no stage asks.
         state: of the source of drafts.
@@ -165,7 +165,7 @@ def _written(known: Array, going: Going) -> Array:
 
 
 def _gone(source: Source, weights: Any, going: Going, made: Made, bounds: Bounds) -> Made:
-    """What a block returns of what its steps have made: also whether there is a draft behind it."""
+    """What a block returns of what its steps have made: also whether there is a draft after it."""
     if source.always:
         return made._replace(drafted=jnp.ones((), bool))
     cache, known, *_, state = going
@@ -186,7 +186,7 @@ def plain_block(
     implementation: Implementation,
     source: Source,
 ) -> tuple[Going, Made]:
-    """Runs a block of plain steps, and looks for a draft behind them.
+    """Runs a block of plain steps, and looks for a draft after them.
 
     Arguments and results are those of `speculative_block`, but tokens are int32 `[steps, B, 1]`.
     """
@@ -282,7 +282,7 @@ def speculative_block(
         return _Looked(out.cache, made, (boards[0], choice.board))
 
     def choosing(at: Array, history: History | None) -> Choosing:
-        """How the tokens behind position `at` are chosen, of drafts that are not yet fed."""
+        """How the tokens after position `at` are chosen, of drafts that are not yet fed."""
         untold = dataclasses.replace(stages, logprobs=None)
 
         def following(

@@ -28,7 +28,7 @@ __all__ = ["DraftLoop"]
 class DraftLoop(SpeculativeLoop):
     """A `SpeculativeLoop` whose drafts are written by a second model.
 
-    That one has a cache and a prefill of its own. The prefill runs behind the model's, so that the
+    That one has a cache and a prefill of its own. The prefill runs after the model's, so that the
     first token does not wait for it; the first step does.
     """
 

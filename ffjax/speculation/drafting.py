@@ -2,7 +2,7 @@
 
 The draft model has a cache of its own. Say the text has n tokens, the last of them not yet fed to
 the model. The draft model feeds the last two, at positions n - 2 and n - 1, in one step, and has
-the first draft. Each draft but the last is fed in turn, at n and behind, and gives the next one. So
+the first draft. Each draft but the last is fed in turn, at n and after, and gives the next one. So
 T - 1 drafts take T - 1 steps.
 
 Then k tokens are kept, 1 to T: k - 1 drafts, and the token that follows them. The next first step
@@ -103,7 +103,7 @@ class ModelSource:
         """
         assert choosing is not None, "drafts are for a step"
         model = self.graphdef.merged(weights)
-        # Whatever the cache holds behind this is of no use.
+        # Whatever the cache holds after this is of no use.
         start = jnp.maximum(lengths - FIRST_TOKENS, 0)
         at = start[:, None] + jnp.arange(FIRST_TOKENS)
         newest = jnp.take_along_axis(known, at, axis=1, mode="clip")

@@ -25,8 +25,8 @@ class Lookup:
     Attributes:
         min_match: tokens of the shortest run that counts. A wrong draft makes a step slower, a
             right one saves a step. In prose and code, cut into words, 0.5 to 0.7 drafts are right
-            behind a match of 2 words, twice as many behind 3, 0.2 to 0.3 behind one alone.
-        max_match: tokens of the longest run that is told from longer ones. Behind 8 most drafts are
+            after a match of 2 words, twice as many after 3, 0.2 to 0.3 after one alone.
+        max_match: tokens of the longest run that is told from longer ones. After 8 most drafts are
             right, and each token more costs time.
         tokens: T, tokens that a step takes of each sequence, drafts and the one that is certain.
             None: as many as there is room for, 8 for all sequences together.
@@ -89,7 +89,7 @@ class Lookup:
         best = jnp.max(self._scores(known, lengths, bits), axis=1)
         found = best >= 0
         end = jnp.where(found, best & ((1 << bits) - 1), 0)
-        # Behind the match as far as the sequence goes, and from there on round and round.
+        # After the match as far as the sequence goes, and from there on round and round.
         period = jnp.maximum(lengths - 1 - end, 1)
         ahead = jnp.arange(self.tokens - 1) % period[:, None]
         drafts = jnp.take_along_axis(known, end[:, None] + 1 + ahead, axis=1, mode="clip")

@@ -129,7 +129,7 @@ class SpeculativeLoop(Loop):
     def rows(self, blocks: int, reader: Reader) -> Iterator[Step]:
         """Runs up to so many blocks: see `Loop.rows`.
 
-        Where no draft of a block was right, and none is there behind it, nothing seems to repeat:
+        Where no draft of a block was right, and none is there after it, nothing seems to repeat:
         the next block that is ordered has plain steps.
         """
         lines = Lines(self._request.batch, reader)

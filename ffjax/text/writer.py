@@ -30,7 +30,7 @@ class Writer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams):
-        """Starts behind a prompt.
+        """Starts after a prompt.
 
         Args:
             tokenizer: the model's.

@@ -74,7 +74,7 @@ class Arithmetic(Writer):
         self._same("sub.rn", to, a, b)
 
     def mul(self, to: Register, a: Value, b: Value) -> None:
-        """`mul.f32`: a * b of floats; it may be fused with a sum behind."""
+        """`mul.f32`: a * b of floats; it may be fused with a sum after."""
         self._floats("mul", to, a, b)
 
     def mul_rn(self, to: Register, a: Value, b: Value) -> None:

@@ -198,7 +198,7 @@ class Memory(Writer):
         self.emit("fence.mbarrier_init.release.cluster")
 
     def fence_proxy_async(self) -> None:
-        """`fence.proxy.async`: bulk copies come behind the thread's own loads and stores."""
+        """`fence.proxy.async`: bulk copies come after the thread's own loads and stores."""
         self.emit("fence.proxy.async.shared::cta")
 
     # Tensor maps
@@ -210,7 +210,7 @@ class Memory(Writer):
             field: its name.
             kind: "b32" or "b64".
             place: register with the map's address, in 64 bits.
-            values: the number, behind the dimension's if the field has one for each.
+            values: the number, after the dimension's if the field has one for each.
         """
         *dimension, value = values
         numbers = [*(self.read(x, "u32") for x in dimension), self.read(value, kind)]

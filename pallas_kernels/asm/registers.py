@@ -47,7 +47,7 @@ class Register:
     kind: str
 
     def __add__(self, offset: int) -> Address:
-        """The address so many bytes behind the one that it holds."""
+        """The address so many bytes after the one that it holds."""
         return Address(self, offset)
 
     def as_(self, kind: str) -> Register:

@@ -69,7 +69,7 @@ class Writer:
         return made
 
     def operands(self, **kinds: str) -> list[Register]:
-        """Declares what is bound to the text, behind its results: types by name."""
+        """Declares what is bound to the text, after its results: types by name."""
         return [self._bind(kind, "", name) for name, kind in kinds.items()]
 
     def operand_list(self, kind: str, name: str, count: int) -> list[Register]:

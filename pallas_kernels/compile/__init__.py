@@ -154,7 +154,7 @@ def compile_for(
     there = all(0 <= layer <= dims.num_layers for layer in hidden_layers)
     if reason is None and not (there and len(set(hidden_layers)) == len(hidden_layers)):
         reason = (
-            f"Hidden states are those behind layers 1 to {dims.num_layers}, or 0, the embedding, "
+            f"Hidden states are those after layers 1 to {dims.num_layers}, or 0, the embedding, "
             f"each named once; got {', '.join(map(str, hidden_layers))}."
         )
     if reason is not None:

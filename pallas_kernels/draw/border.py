@@ -22,7 +22,7 @@ _NEAREST, _LAST = 0.6, 12.0
 # Looks after which the tokens between which the k-th likeliest lies are taken as equal to it: they
 # lie within a millionth of a temperature.
 _MOST_LOOKS = 16
-# Where a look behind the first one looks, about the place where the border should lie: in widths
+# Where a look after the first one looks, about the place where the border should lie: in widths
 # that an estimate may be wrong by.
 _ABOUT = 1.5, 0.5, -0.5, -1.5
 # That width for the border of `top_p`, in parts of what is not known. Estimates were wrong by up to

@@ -7,7 +7,7 @@ nothing is counted, locked or fenced: a word is there or it is not.
 
 There are two buffers, which the meetings of a row have in turn. A program writes to one again when
 it has all words of the meeting in between. Who told those had read this buffer to the end: a
-program's threads read all of it before a barrier, and tell the next meeting behind that barrier.
+program's threads read all of it before a barrier, and tell the next meeting after that barrier.
 Between launches nothing is read. A row's first meeting of a launch may have the buffer of its last
 one in the launch before, or the other: meetings are numbered from launch to launch, and what counts
 is that all words of a launch are read before the next begins. So one meeting a launch is enough,
@@ -34,7 +34,7 @@ from pallas_kernels.sync import MAX_POLLS
 
 __all__ = ["SLOTS", "Best", "Exchange", "Told", "board_shape", "meeting_tag"]
 
-# What a meeting tells is read before the next one ends, and so may be overwritten behind that.
+# What a meeting tells is read before the next one ends, and so may be overwritten after that.
 _BUFFERS = 2
 # Programs of a row poll lines of their own row: 32 words of 4 bytes.
 _LINE = 32

@@ -77,7 +77,7 @@ class _Row(NamedTuple):
     def narrowed(
         self, border: Border, places: list[Array], told: Told
     ) -> tuple[Border, Array, Array]:
-        """What is known of the border behind a meeting, and which token is ahead of what is left.
+        """What is known of the border after a meeting, and which token is ahead of what is left.
 
         Args:
             border: what was known before.
@@ -206,7 +206,7 @@ def _likeliest(
     logits: Array,
     token: Array,
 ) -> _Chosen:
-    """The likeliest token of a row behind its penalties; of equals the lowest, and a NaN first.
+    """The likeliest token of a row after its penalties; of equals the lowest, and a NaN first.
 
     It is the one from before if that has none, and nothing has become likelier. Else the row's
     programs look for it, which takes a meeting.

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from pallas_kernels.asm import Block, Register, bits_of
 from pallas_kernels.draw.threefry import PARITY, ROTATIONS, TINY
-from pallas_kernels.stream.ptx.operation import Operation
+from pallas_kernels.inline_ptx.operation import Operation
 
 __all__ = ["noisy"]
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.primitives import access
-from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["Before", "Penalties", "by_ptx", "penalized"]
 
@@ -160,7 +160,7 @@ class Penalties:
             fed = jnp.where(access.load(refs["running"].at[row]), fed, -1)
         self.fed = jnp.where(fed < vocab_size, fed, -1)
         # Its count is written by one program of the row. What the others have of it, they have
-        # from before they first meet that one, which writes behind that.
+        # from before they first meet that one, which writes after that.
         place = jnp.maximum(self.fed, 0)
         self._fed_count = access.load(refs["counts"].at[row, place]) + 1
 
@@ -194,7 +194,7 @@ class Penalties:
         return jnp.max(edited), held
 
     def count(self, token: Array) -> None:
-        """Counts the token that was fed, if it is one of these; behind the row's first meeting.
+        """Counts the token that was fed, if it is one of these; after the row's first meeting.
 
         Args:
             token: int32 `[1, W]`, all of this program's.

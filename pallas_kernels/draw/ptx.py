@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.asm import TID, Block, Register
+from pallas_kernels.inline_ptx import lowered
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.primitives import ORDERED, effectful, made
-from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["COUNT_AT", "SLOTS", "TAG_BITS", "TOKEN_BITS", "look", "reserve", "tell", "told"]
 

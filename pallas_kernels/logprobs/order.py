@@ -14,7 +14,7 @@ LEAST, GREATEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 def ordered(logits: Array) -> Array:
     """int32 that are ordered as `lax.top_k` orders float32: -0 is less than 0, NaN is most.
 
-    None is `LEAST`, which is behind every logit.
+    None is `LEAST`, which is after every logit.
     """
     bits = lax.bitcast_convert_type(logits, jnp.int32)
     return jnp.where(logits != logits, GREATEST, jnp.where(bits < 0, bits ^ GREATEST, bits))

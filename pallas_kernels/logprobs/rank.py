@@ -65,7 +65,7 @@ def _log_total(most: Array, sums: Array) -> Array:
     """The logarithm of all exponentials of a row, float32 scalar.
 
     Args:
-        most: int32 `[N]`, as in `Survey`; LEAST behind them.
+        most: int32 `[N]`, as in `Survey`; LEAST after them.
         sums: float32 `[N]`; 0 likewise.
     """
     greatest = finite_or_0(unordered(jnp.max(most)))

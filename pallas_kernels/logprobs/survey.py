@@ -31,7 +31,7 @@ class Survey(NamedTuple):
 
     Attributes:
         groups: int32 `[R, G]`, the greatest number of each group of `GROUP` tokens side by side;
-            LEAST of those behind the vocabulary.
+            LEAST of those beyond the vocabulary.
         most: int32 `[R, parts]`, the greatest of each part.
         sums: float32 `[R, parts]`, of `exp(logit - most)` of a part; of `exp(logit)` if the
             greatest is not finite.

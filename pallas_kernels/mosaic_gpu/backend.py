@@ -1,4 +1,4 @@
-"""How rules of inline PTX meet arrays that threads hold: see `stream.ptx.lowered`."""
+"""How rules of inline PTX meet arrays that threads hold: see `inline_ptx.lowered`."""
 
 from __future__ import annotations
 

@@ -12,13 +12,13 @@ from jax import tree_util
 from jax._src import core
 from jax._src.lib.mlir.dialects import arith, gpu, scf
 
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.mosaic_gpu import arithmetic
 from pallas_kernels.mosaic_gpu.ir import constant, element_type, i32
 from pallas_kernels.mosaic_gpu.layout import Layout, bits_of_axes
 from pallas_kernels.mosaic_gpu.memory import Memory
 from pallas_kernels.mosaic_gpu.threads import Threads
 from pallas_kernels.mosaic_gpu.values import Lazy, Pointer, Registers, Value, uniform
-from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["Body"]
 

@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.mosaic_gpu.backend import MosaicGpu
 from pallas_kernels.mosaic_gpu.body import Body
 from pallas_kernels.mosaic_gpu.ir import i32, integer
 from pallas_kernels.mosaic_gpu.threads import Threads
 from pallas_kernels.mosaic_gpu.values import Pointer
-from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["SCRATCH_BYTES", "launch"]
 

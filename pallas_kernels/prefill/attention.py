@@ -1,6 +1,6 @@
 """Flash attention of new tokens over the key/value cache (Dao, arXiv 2307.08691).
 
-The new tokens of all sequences stand one behind the other, `[P, N, H]`, and are cut into tiles of
+The new tokens of all sequences stand one after the other, `[P, N, H]`, and are cut into tiles of
 tokens of one sequence. A program takes one tile and one query head, goes through the keys that the
 tile sees, in blocks, and keeps a running maximum and sum of each query's scores (Milakov and
 Gimelshein, arXiv 1805.02867). No scores leave it. Keys and values are read where they lie in the

@@ -1,6 +1,6 @@
 """Finds the first layer, segment and buffer in which the kernel is not what the specification says.
 
-Two launches: the whole step, which returns the residual behind each of its layers, to find the
+Two launches: the whole step, which returns the residual after each of its layers, to find the
 layer; then the step's layers up to that one, whose buffers are read and compared one by one. Of the
 last layer, and of the head, the first launch has left all.
 """
@@ -54,7 +54,7 @@ def bisect(
         run: runs the kernel: `running.compiled`, `running.interpreted`, or
             `pallas_kernels.stream.stages.run_stages`.
         every_layer: look into every layer, which compiles and launches a step for each. Without
-            it, only into the first one behind which the residual, or whose keys and values, differ
+            it, only into the first one after which the residual, or whose keys and values, differ
             by more than the rounding of a whole layer: of many hidden activations, one that is a
             little wrong does not show there.
 
@@ -98,7 +98,7 @@ def compare_layer(
     run: Run,
     layer: int,
 ) -> Difference | None:
-    """The first difference within a layer, by a step that ends behind it; None if there is none.
+    """The first difference within a layer, by a step that ends after it; None if there is none.
 
     Args: see `bisect`.
     """
@@ -118,7 +118,7 @@ def _differs(
     layer: int,
     hidden: tuple[Array, Array],
 ) -> Difference | None:
-    """Whether a layer as a whole differs: the residual behind it, or its new keys and values."""
+    """Whether a layer as a whole differs: the residual after it, or its new keys and values."""
     lengths = jnp.maximum(state.lengths, 0)
     room = np.asarray(cache_has_room(plan, lengths))
     if layer == 0:

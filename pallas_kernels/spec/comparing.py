@@ -65,7 +65,7 @@ def compare_last_layer(
         before: the cache before the step.
         tokens: int32 `[B * T]`.
         result: what the kernel has made.
-        hidden: the residual that enters the layer, and the one behind it, as the step returns
+        hidden: the residual that enters the layer, and the one after it, as the step returns
             them: float32 `[C, D]` each. None: known as they were handed over alone.
     """
     number, lengths = ran.dims.num_layers - 1, jnp.maximum(before.lengths, 0)
@@ -102,7 +102,7 @@ def compare_head(
     before: StepState,
     result: StepResult,
 ) -> Iterator[Difference]:
-    """Differences of the head behind all layers: logits, the programs' best ones, the tokens.
+    """Differences of the head after all layers: logits, the programs' best ones, the tokens.
 
     Args: see `compare_last_layer`.
     """
@@ -154,7 +154,7 @@ class _Layer:
         handed: the kernel's buffers.
         want: the specification's.
         room: bool `[C]`, which columns' tokens the cache has room for; others are not compared.
-        owned: the residual before and behind the layer, float32; None where it is not known.
+        owned: the residual before and after the layer, float32; None where it is not known.
     """
 
     plan: StreamPlan
@@ -251,7 +251,7 @@ class _Layer:
         yield from self.buffer(segment, buffer, more=self._of_block(added))
 
     def leaving(self) -> Iterator[Difference]:
-        """The residual behind the layer."""
+        """The residual after the layer."""
         if self.owned is None:
             yield from self.residual("down", "x_out", "ffw_added")
             return

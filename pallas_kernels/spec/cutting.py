@@ -1,7 +1,7 @@
 """A step's first layers alone: what it has handed over in any layer can then be read.
 
 A launch cannot be stopped and looked at: its programs wait for each other. But every buffer is
-written once a layer, so a step that ends behind a layer leaves what all segments of that layer have
+written once a layer, so a step that ends after a layer leaves what all segments of that layer have
 handed over. It runs the same code on the same arrays.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["first_layers", "fresh"]
 
 
 def first_layers(plan: StreamPlan, layers: int) -> StreamPlan:
-    """The plan of a step that ends behind its first `layers` layers; the head follows them.
+    """The plan of a step that ends after its first `layers` layers; the head follows them.
 
     Nothing else of the plan depends on how many there are. It takes the arrays of the whole model.
 
@@ -28,7 +28,7 @@ def first_layers(plan: StreamPlan, layers: int) -> StreamPlan:
     d = plan.dims
     if not 1 <= layers <= d.num_layers:
         raise ValueError(
-            f"A step is cut behind one of its layers, 1 to {d.num_layers} of them; got {layers}."
+            f"A step is cut after one of its layers, 1 to {d.num_layers} of them; got {layers}."
         )
     features = dataclasses.replace(
         d.features,

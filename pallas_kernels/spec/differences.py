@@ -57,7 +57,7 @@ class Difference:
         buffer: one of `segments.NAMES`, or "ffw_copy".
         sequence: b.
         token: of the sequence's T.
-        place: where in the buffer, behind the column.
+        place: where in the buffer, after the column.
         got: what the kernel has; NaN where it wrote nothing.
         want: what the specification has.
         allowed: how far apart they may lie.

@@ -1,6 +1,6 @@
-"""The exchange's buffers read back behind a step, in the specification's shapes.
+"""The exchange's buffers read back after a step, in the specification's shapes.
 
-Every buffer is written once a layer, so what lies there behind a step is that of its last layer. A
+Every buffer is written once a layer, so what lies there after a step is that of its last layer. A
 word says by its tag whether it is: one that was not written, or in another layer, reads as NaN.
 """
 
@@ -38,7 +38,7 @@ def read_exchange(plan: StreamPlan, counters: np.ndarray, step: int) -> dict[str
 
     Args:
         plan: the step's.
-        counters: int32, the cache's, behind the step.
+        counters: int32, the cache's, after the step.
         step: how many steps had been finished before it.
 
     Returns:

@@ -25,9 +25,9 @@ class Step(NamedTuple):
     Attributes:
         layers: each layer's buffers: see `segments.NAMES`.
         head: the head's.
-        k: the cache's keys behind the step, `[L, B, K, S, H]`.
+        k: the cache's keys after the step, `[L, B, K, S, H]`.
         v: likewise its values.
-        lengths: int32 `[B]`, behind the step.
+        lengths: int32 `[B]`, after the step.
     """
 
     layers: list[Buffers]

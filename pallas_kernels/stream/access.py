@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.primitives import ORDERED, effectful, load, store
-from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["load", "meet", "store"]
 

@@ -14,7 +14,7 @@ gap in the slot, against conflicts of banks.
 
 Where the inputs are split, every row is a piece of its own, or all are one *box*: see `plan.Box`.
 
-Scales of quantized weights come to the tile's slot too, behind its rows, by copies of their own: of
+Scales of quantized weights come to the tile's slot too, after its rows, by copies of their own: of
 all the rows that are dealt out together, so that they begin at whole 16 bytes; of small groups, of
 the tile's own rows, where those do.
 """
@@ -22,7 +22,7 @@ the tile's own rows, where those do.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ __all__ = [
 class Descriptor(NamedTuple):
     """A tile's copies: where its weights lie, and where they go.
 
-    Int32 scalars, as they stand in the table. Behind them stands the box, see `_box_word`. Of
+    Int32 scalars, as they stand in the table. After them stands the box, see `_box_word`. Of
     scales the same follows; but before `pitch` stands where in the slot the first copy goes, and
     there is no box.
 
@@ -104,6 +104,83 @@ def busy_tiles(env: StreamEnv, part: SegmentPlan) -> Array:
     return jnp.where(team < part.teams, jnp.maximum(mine, 0) * part.run, 0)
 
 
+class _Table(NamedTuple):
+    """The rows of the table: each is one tile's, and all numbers of it are arrays `[rows]`."""
+
+    entry: Array  # int32, a row's number
+    segments: list[Segment]
+    parts: list[SegmentPlan]  # theirs
+    firsts: list[int]  # the row of each segment's first tile
+    beyond: list[Array]  # bool: whether a row is of the second segment or a later one, and so on
+
+    @classmethod
+    def of_plan(cls, plan: StreamPlan) -> _Table:
+        """Row 0 is the embedding's, which is empty: it counts as the first segment's."""
+        entry = iota((next_power_of_2(descriptor_rows(plan)),), 0)
+        segments = sorted(plan.segments)
+        parts = [plan.segments[s] for s in segments]
+        firsts = [1]
+        for part in parts[:-1]:
+            firsts.append(firsts[-1] + part.tiles)
+        return cls(entry, segments, parts, firsts, [entry >= first for first in firsts[1:]])
+
+    def of(self, values: Sequence[Array | int]) -> Array:
+        """Of each row its segment's value: int32."""
+        return jnp.broadcast_to(pick(self.beyond, values), self.entry.shape)
+
+    def each(self, value: Callable[[SegmentPlan], Array | int]) -> Array:
+        """Likewise, of each segment's plan."""
+        return self.of([value(part) for part in self.parts])
+
+    def each_segment(self, value: Callable[[Segment, SegmentPlan], Array | int]) -> Array:
+        """Likewise, of each segment and its plan."""
+        return self.of([value(s, p) for s, p in zip(self.segments, self.parts, strict=True)])
+
+
+class _Tiles(NamedTuple):
+    """Which part of its matrix each tile is: int32 `[rows]`."""
+
+    number: Array  # of the tile, among this program's of the segment; negative: the embedding's
+    outputs: Array  # rows of the matrix; of two halves that lie apart, those of one
+    row: Array  # the first of them
+    begin_row: Array  # where layer 0's would be: the head's tiles count as layers
+    column: Array  # the first input
+
+
+def _tiles(env: StreamEnv, table: _Table) -> _Tiles:
+    """Which rows and inputs of the matrices this program's tiles have.
+
+    Groups of rows are dealt out to the teams in turn, `run` neighbouring ones at a time.
+    """
+    d, parts = env.dims, table.parts
+    number, of_head = table.entry - table.of(table.firsts), table.beyond[-1]
+    # Two rows are the head's: that of all tiles but the last one, and that of the last one.
+    head = parts[Segment.HEAD]
+    number = jnp.where(of_head & (number > 0), head.tiles - 1, number)
+    team = table.each(lambda p: team_of(env, p))
+    run = table.each(lambda p: p.run)
+    turn = lax.div(number, run)
+    group = (team + turn * table.each(lambda p: p.teams)) * run + number - turn * run
+    outputs = table.each_segment(lambda s, p: p.rows // 2 if is_paired(s) else p.rows)
+    row = group * outputs
+    # A group of queries, keys and values has rows of a head's first half. After the last group of a
+    # head, the next one's rows come after the head's second half.
+    qkv, half_head = parts[Segment.QKV], d.head_dim // 2
+    heads_before = lax.div(jnp.maximum(group, 0), jnp.int32(d.head_dim // qkv.rows))
+    row += table.of([heads_before * half_head, *([0] * (len(parts) - 1))])
+    # The head's tiles count as layers L, L + 1 and so on. Layer 0's would lie L tiles before them.
+    apart = _rows_apart(head)
+    begin_row = jnp.where(of_head, team * outputs - d.num_layers * apart, row)
+    part_of_inputs = env.program - team * table.each(lambda p: p.splits)
+    column = part_of_inputs * table.each(lambda p: p.width)
+    return _Tiles(number, outputs, row, begin_row, column)
+
+
+def _rows_apart(head: SegmentPlan) -> int:
+    """Rows from one of a program's tiles of the head to the next one."""
+    return head.teams * head.rows
+
+
 def make_descriptors(env: StreamEnv, table: Array) -> None:
     """Works out the table's rows of this program.
 
@@ -112,104 +189,88 @@ def make_descriptors(env: StreamEnv, table: Array) -> None:
         table: int32 scalar, where the table begins in shared memory. Interpreted, it is the
             array `descriptors`.
     """
-    plan, d = env.plan, env.dims
-    rows = descriptors_shape(plan)[1]
-    entry = iota((next_power_of_2(rows),), 0)
-    order = sorted(plan.segments)
-    parts = [plan.segments[s] for s in order]
-    firsts = [1]  # row of each segment's first tile
-    for part in parts[:-1]:
-        firsts.append(firsts[-1] + part.tiles)
-    beyond = [entry >= first for first in firsts[1:]]
+    rows = _Table.of_plan(env.plan)
+    words = _words(env, rows, _tiles(env, rows))
+    count = descriptor_rows(env.plan)
+    if env.interpret:
+        for number, word in enumerate(words):
+            place = env["descriptors"].at[env.program, rows.entry, number]
+            access.store(place, word, mask=rows.entry < count)
+        return
+    for first in range(0, len(words), ROW_WORDS):
+        at = table + 4 * (rows.entry * len(words) + first)
+        ptx.write_row(at, words[first : first + ROW_WORDS], rows.entry < count)
+    access.meet()
 
-    def of(values: Sequence[Array | int]) -> Array:
-        return jnp.broadcast_to(pick(beyond, values), entry.shape)
 
-    number, of_head = entry - of(firsts), beyond[-1]
-    head_tiles = parts[Segment.HEAD].tiles
-    number = jnp.where(of_head & (number > 0), head_tiles - 1, number)
-    team = of([team_of(env, part) for part in parts])
-    run = of([part.run for part in parts])
-    turn = lax.div(number, run)
-    group = (team + turn * of([part.teams for part in parts])) * run + number - turn * run
-    # Of a pair's two halves, this is the first one's row.
-    outputs = of(
-        [p.rows // 2 if is_paired(s) else p.rows for s, p in zip(order, parts, strict=True)]
-    )
-    row = group * outputs
-    qkv = parts[Segment.QKV]
-    # Groups of queries, keys and values go on behind the second halves of a head.
-    head = lax.div(jnp.maximum(group, 0), jnp.int32(d.head_dim // qkv.rows))
-    row += of([head * (d.head_dim // 2), *([0] * (len(parts) - 1))])
-    # Where a tile of the head would begin, if there were one for each layer before the first.
-    head_part = parts[Segment.HEAD]
-    apart = head_part.teams * head_part.rows
-    begin_row = jnp.where(of_head, team * outputs - d.num_layers * apart, row)
-    column = (env.program - team * of([part.splits for part in parts])) * of(
-        [p.width for p in parts]
-    )
-    inner = of([_units(p.inner * p.bits) for p in parts])
-    start = begin_row * inner + lax.div(column * of([p.bits for p in parts]), jnp.int32(8 * READ))
+def _words(env: StreamEnv, table: _Table, tiles: _Tiles) -> list[Array]:
+    """What the table says: of weights 8 words, see `Descriptor`; of their scales 8 more."""
+    plan, parts, head = env.plan, table.parts, table.parts[Segment.HEAD]
+    # Where a tile begins, in units of 16 bytes.
+    inner = table.each(lambda p: _units(p.inner * p.bits))
+    start = tiles.begin_row * inner
+    start += lax.div(tiles.column * table.each(lambda p: p.bits), jnp.int32(8 * READ))
     weights = weights_of(env)
-    strides = _strides(weights, _units(apart * head_part.inner * head_part.bits))
-    interpret = env.interpret
+    strides = _strides(weights, _units(_rows_apart(head) * head.inner * head.bits))
     begin = ptx.begin_words(
-        weights[0], weights, strides, beyond, start, unit=READ, interpret=interpret
+        weights[0], weights, strides, table.beyond, start, unit=READ, interpret=env.interpret
     )
-    # Rows of a copy's kind that there are; all groups of a head are whole.
-    out = of([d.qkv_dim, *(p.out for p in parts[1:])])
-    there = jnp.clip(out - row, 0, outputs)
-    width = jnp.minimum(of([p.width for p in parts]), of([p.inner for p in parts]) - column)
-    paired = of([int(is_paired(s)) for s in order]) != 0
-    split = of([int(p.splits > 1) for p in parts]) != 0
-    # Others come in two pieces where there is to be a gap between these.
-    halved = [int(p.gap > 0 and not is_paired(s)) for s, p in zip(order, parts, strict=True)]
-    apart_scales = [p.scale_gap > 0 and not is_paired(s) for s, p in zip(order, parts, strict=True)]
-    second = of(
-        [
-            d.head_dim // 2,
-            parts[Segment.ATTN_OUT].rows // 2,
-            d.ffw_dim,
-            parts[Segment.DOWN].rows // 2,
-            parts[Segment.HEAD].rows // 2,
-        ]
-        if any(halved) or any(apart_scales)
-        else [d.head_dim // 2, 0, d.ffw_dim, 0, 0]
-    )
-    busy = (number >= 0) & (number < of([busy_tiles(env, part) for part in parts]))
+    # How many rows there are, from the first one on, and how many inputs. All groups of a head are
+    # whole.
+    out = table.of([env.dims.qkv_dim, *(p.out for p in parts[1:])])
+    there = jnp.clip(out - tiles.row, 0, tiles.outputs)
+    width = table.each(lambda p: p.width)
+    width = jnp.minimum(width, table.each(lambda p: p.inner) - tiles.column)
+    # How many copies: a copy a row where the inputs are split; two where a tile's halves lie apart
+    # in the matrix, or are to lie apart in the slot; else one.
+    paired = table.each_segment(lambda s, _: int(is_paired(s))) != 0
+    split = table.each(lambda p: int(p.splits > 1)) != 0
+    halved = [_is_halved(s, p.gap) for s, p in zip(table.segments, parts, strict=True)]
+    apart = [_is_halved(s, p.scale_gap) for s, p in zip(table.segments, parts, strict=True)]
+    second = _second_halves(env, table, any(halved) or any(apart))
+    busy = (tiles.number >= 0) & (tiles.number < table.each(lambda p: busy_tiles(env, p)))
     count = jnp.where(split, there, jnp.where(paired, 2, 1))
-    pitch = of(
-        [
-            p.row_bytes * (p.rows // 2 if is_paired(s) or p.gap else 1) + p.gap
-            for s, p in zip(order, parts, strict=True)
-        ]
+    pitch = table.each_segment(
+        lambda s, p: p.row_bytes * (p.rows // 2 if is_paired(s) or p.gap else 1) + p.gap
     )
     of_copy = there
     if any(halved):
-        count = jnp.where(of(halved) != 0, 2, count)
-        of_copy = jnp.where(of(halved) != 0, lax.div(there, jnp.int32(2)), there)
-    words = [
-        *begin,
-        jnp.where(split, inner, second * inner),
-        lax.div(width * of([p.bits for p in parts]), jnp.int32(8)) * jnp.where(split, 1, of_copy),
-        jnp.where(busy & (there > 0), count, 0),
-        pitch,
-    ]
-    words.append(_box_word(plan, split & (words[5] > 0), row, column))
+        is_halved = table.of([int(x) for x in halved]) != 0
+        count = jnp.where(is_halved, 2, count)
+        of_copy = jnp.where(is_halved, lax.div(there, jnp.int32(2)), there)
+    stride = jnp.where(split, inner, second * inner)
+    row_bytes = lax.div(width * table.each(lambda p: p.bits), jnp.int32(8))
+    size = row_bytes * jnp.where(split, 1, of_copy)
+    copies = jnp.where(busy & (there > 0), count, 0)
+    box = _box_word(plan, split & (copies > 0), tiles.row, tiles.column)
+    words = [*begin, stride, size, copies, pitch, box]
     assert len(words) == ROW_WORDS
-    if plan.quantized:
-        if any(apart_scales):
-            halves = lax.div(there, jnp.int32(2))
-            there = jnp.where(of([int(x) for x in apart_scales]) != 0, halves, there)
-        words += _scale_words(env, parts, beyond, begin_row, second, there, words[5])
-    if env.interpret:
-        for number, word in enumerate(words):
-            access.store(env["descriptors"].at[env.program, entry, number], word, mask=entry < rows)
-        return
-    for first in range(0, len(words), ROW_WORDS):
-        at = table + 4 * (entry * len(words) + first)
-        ptx.write_row(at, words[first : first + ROW_WORDS], entry < rows)
-    access.meet()
+    if not plan.quantized:
+        return words
+    if any(apart):
+        halves = lax.div(there, jnp.int32(2))
+        there = jnp.where(table.of([int(x) for x in apart]) != 0, halves, there)
+    return [*words, *_scale_words(env, table, tiles.begin_row, second, there, copies)]
+
+
+def _is_halved(segment: Segment, gap: int) -> bool:
+    """Whether rows that are neighbours come in two halves, for there is a gap in the slot."""
+    return gap > 0 and not is_paired(segment)
+
+
+def _second_halves(env: StreamEnv, table: _Table, neighbours_too: bool) -> Array:
+    """Rows of the matrix from a tile's first half to its second one: int32 `[rows]`.
+
+    Args:
+        env: the program's view.
+        table: the table's rows.
+        neighbours_too: whether halves that are neighbours may come apart.
+    """
+    parts, between = table.parts, {Segment.QKV: env.dims.head_dim // 2}
+    between[Segment.GATE_UP] = env.dims.ffw_dim
+    of_neighbours = [part.rows // 2 if neighbours_too else 0 for part in parts]
+    pairs = zip(table.segments, of_neighbours, strict=True)
+    return table.of([between.get(segment, rows) for segment, rows in pairs])
 
 
 def _box_word(plan: StreamPlan, is_box: Array, row: Array, column: Array) -> Array:
@@ -242,8 +303,7 @@ def _strides(arrays: Sequence[Any], head: int, unit: int = READ) -> list[int]:
 
 def _scale_words(
     env: StreamEnv,
-    parts: list[SegmentPlan],
-    beyond: list[Array],
+    table: _Table,
     row: Array,
     second: Array,
     there: Array,
@@ -253,18 +313,15 @@ def _scale_words(
 
     Args:
         env: the program's view.
-        parts: the segments.
-        beyond: of each row of the table, whether it is one of a later segment.
-        row: the first that a tile has; of the head see `make_descriptors`.
+        table: the table's rows.
+        row: `_Tiles.begin_row`.
         second: rows from a pair's first half to the second.
         there: rows of a copy of weights, where these are not split.
         copies: of weights; 0 for an empty tile.
     """
-    names, whole = sorted(env.plan.segments), env.plan.scale_unit
+    parts, whole = table.parts, env.plan.scale_unit
     unit = jnp.int32(whole)
-
-    def of(values: Sequence[Array | int]) -> Array:
-        return jnp.broadcast_to(pick(beyond, values), row.shape)
+    pairs = list(zip(table.segments, parts, strict=True))
 
     def array_of(segment: Segment) -> Any:
         # Of what has no scales, nothing is copied.
@@ -274,29 +331,28 @@ def _scale_words(
     # All tiles of a run have the scales of all its rows, or each those of its own.
     shared = [p.scaled_rows > p.rows for p in parts]
     each = [p.scaled_rows if more else 1 for p, more in zip(parts, shared, strict=True)]
-    row = row - lax.rem(row, of(each))
-    there = of([p.scaled_rows if more else there for p, more in zip(parts, shared, strict=True)])
-    arrays, sizes = [array_of(segment) for segment in names], of([p.scale_bytes for p in parts])
+    row = row - lax.rem(row, table.of(each))
+    there = table.of(
+        [p.scaled_rows if more else there for p, more in zip(parts, shared, strict=True)]
+    )
+    arrays = [array_of(segment) for segment in table.segments]
+    sizes = table.each(lambda p: p.scale_bytes)
     start, base = lax.div(row * sizes, unit), weights_of(env)[0]
     head = parts[Segment.HEAD]
-    apart = head.teams * head.rows * head.scale_bytes // whole
-    strides, interpret = _strides(arrays, apart, whole), env.interpret
-    begin = ptx.begin_words(base, arrays, strides, beyond, start, unit=whole, interpret=interpret)
+    strides = _strides(arrays, _rows_apart(head) * head.scale_bytes // whole, whole)
+    begin = ptx.begin_words(
+        base, arrays, strides, table.beyond, start, unit=whole, interpret=env.interpret
+    )
     # Whole units: one that holds a scale lies in the array.
     size = lax.div(there * sizes + (whole - 1), unit) * whole
-    most = of(
-        [
-            (1 + (is_paired(s) or p.scale_gap > 0)) * (p.bits != 16)
-            for s, p in zip(names, parts, strict=True)
-        ]
-    )
+    most = table.each_segment(lambda s, p: (1 + (is_paired(s) or p.scale_gap > 0)) * (p.bits != 16))
     # Where weights come in one copy, scales may come in two.
-    if any(p.scale_gap and not (p.gap or is_paired(s)) for s, p in zip(names, parts, strict=True)):
+    if any(p.scale_gap and not (p.gap or is_paired(s)) for s, p in pairs):
         copies = jnp.where(copies > 0, jnp.maximum(copies, most), 0)
     pitch = size
     if any(p.scale_gap for p in parts):
-        pitch = size + of([p.scale_gap for p in parts])
-    place = of([p.weight_bytes for p in parts])
+        pitch = size + table.each(lambda p: p.scale_gap)
+    place = table.each(lambda p: p.weight_bytes)
     stride = lax.div(second * sizes, unit)
     return [*begin, stride, size, jnp.minimum(copies, most), place, pitch]
 

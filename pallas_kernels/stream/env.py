@@ -44,7 +44,7 @@ def select(index: Array, values: list[int]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class StreamEnv(Program):
-    """A program's view of the streamed step.
+    """A program's view of the fused step.
 
     Attributes:
         plan: the step's plan.

@@ -143,7 +143,7 @@ class Exchange:
         """Stores 32-bit values (float32 or int32) whole, each with its tag.
 
         Args:
-            offsets: int32, even numbers: where the values go, the tags behind them.
+            offsets: int32, even numbers: where the values go, the tags after them.
             values: float32 or int32, the same shape.
             tag: int32 scalar.
             mask: bool, the same shape.

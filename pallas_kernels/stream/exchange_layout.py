@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from pallas_kernels.dims import Dims, WeightBits, WeightGroups, ceil_div
-from pallas_kernels.stream.plan import COLUMNS, MAX_PROGRAMS, MAX_SPLITS, READ, line_of
+from pallas_kernels.stream.plan import (
+    COLUMNS,
+    MAX_BATCH,
+    MAX_PROGRAMS,
+    MAX_SPLITS,
+    READ,
+    line_of,
+)
 from pallas_kernels.stream.planner import splits_of
 from pallas_kernels.stream.tuning import TILE_BYTES, Tuning
-from pallas_kernels.support import MAX_BATCH
 
 __all__ = ["MAP_WORDS", "Layout", "exchange_words"]
 
@@ -24,7 +30,7 @@ MAPS = 3
 class Layout:
     """Where each buffer of the exchange begins in the cache's `counters`, in words.
 
-    Of buffers that a program awaits behind the same tile, the one it awaits first lies first: see
+    Of buffers that a program awaits after the same tile, the one it awaits first lies first: see
     `ptx.giving_up`.
 
     Attributes:

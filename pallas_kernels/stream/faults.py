@@ -16,7 +16,7 @@ __all__ = ["Fault", "fault_of"]
 _HANDED = {
     "x_in": ("the residual", "the query, key and value projections"),
     "x_head": ("the residual", "the head"),
-    "x_mid": ("the residual behind attention", "the gate and up projections"),
+    "x_mid": ("the residual after attention", "the gate and up projections"),
     "qkv": ("queries, keys and values", "attention"),
     "attn": ("attention's output", "the output projection"),
     "ffw": ("hidden activations", "the down projection"),
@@ -82,11 +82,11 @@ def fault_of(plan: StreamPlan, record: np.ndarray, layout: Layout) -> Fault | No
 
 
 def _layer_of(plan: StreamPlan, tile: int, buffer: str) -> int:
-    """The layer of what is awaited behind a tile of the stream; L behind the layers."""
+    """The layer of what is awaited after a tile of the stream; L after the layers."""
     if tile < 1:  # the embedding's
         return 0
     layer, within = divmod(tile - 1, plan.layer_tiles)
     before_down = sum(plan.segments[s].tiles for s in LAYER_SEGMENTS if s != Segment.DOWN)
-    # Behind the down projection, the next layer's residual is awaited, or the head's.
+    # After the down projection, the next layer's residual is awaited, or the head's.
     following = within >= before_down and buffer in ("x_in", "x_head")
     return min(layer + following, plan.dims.num_layers)

@@ -1,20 +1,28 @@
 """The layout of activation fragments: which inputs each thread of a program holds.
 
-In a product of tensor cores, the threads of a warp hold 8 columns of activations as 8 groups of 4.
-Each thread *reads* 16 bytes of a row of weights at once, 8, 16 or 32 neighbouring inputs, as often
-as the warps share. A single sequence's columns are chunks, whose lines of 4 reads take turns;
-several sequences are columns themselves, and every column's threads hold the same inputs.
+A product of tensor cores (`mma.m16n8k16`, of integers `mma.m16n8k32`) is 16 rows of weights, A,
+times 8 columns of activations, B. Lane t of a warp holds numbers of column t // 4 of B, of rows
+t // 4 and t // 4 + 8 of A, and of the result these two rows of columns 2 (t % 4) and the next one.
 
-Where a single sequence meets integers, its activations are two digits, and each chunk has two
-columns, one a digit: of the 16 rows of weights that a product takes, 4 are then the same chunk of
-different rows. The threads of both columns wait for half of the inputs each.
+Which inputs a product adds up, and in which order, is free, as long as A and B agree. So each
+thread *reads* 16 bytes of a row of weights at once, 8, 16 or 32 neighbouring inputs, and they go
+into its registers of A as they come. It holds the activations of these same inputs, as B.
 
-Where groups of scales are fine, all that a product adds up for a row must be of one group. So the
-four threads of a column hold a fourth of each group's inputs; `ptx.chunk_groups` has the weights
-come that way. Of the line that a warp reads at once, each half is dealt out to the chunks: two
-neighbouring groups of 32 int4 weights each, or one of 64, or one of 32 of int8.
+- Several sequences are the columns. Every column's threads hold the same inputs.
+- A single sequence would leave 7 columns empty. Its inputs are cut into 8 chunks, which become the
+  columns; A is 8 chunks of each of two rows of weights. So a chunk of weights meets all chunks of
+  activations, and only the product with its own one is of use: the chunk diagonal. The chunks'
+  reads take turns in a row, 4 each, so that a warp reads a whole line of neighbouring bytes.
+- Where a single sequence meets integers, its activations are two digits, and each of 4 chunks has
+  two columns, one a digit: of the 16 rows of A, 4 are then the same chunk of different rows. The
+  threads of both columns wait for half of the inputs each.
+- Where groups of scales are fine, all that a product adds up for a row must be of one group. So the
+  four threads of a column hold a fourth of each group's inputs; `ptx.chunk_groups` has the weights
+  come that way. Of the line that a warp reads at once, each half is dealt out to the chunks: two
+  neighbouring groups of 32 int4 weights each, or one of 64, or one of 32 of int8.
 
-Warps that do not multiply hold zeros.
+A row's inputs are shared out among the warps that multiply, and their sums are added up later
+(`product.sum_up`). Warps that do not multiply hold zeros.
 
 The words, with where they are set:
 
@@ -100,6 +108,11 @@ def first_read(plan: StreamPlan, part: SegmentPlan) -> Array:
 def _first(
     plan: StreamPlan, part: SegmentPlan, chunk: Array | None, *, of_tile: bool = False
 ) -> Array:
+    """Reads of a row that come before each thread's first one: int32 `[threads]`.
+
+    A warp has `part.reads` lines of a row. A line is 4 reads, one for each thread of a column; of a
+    single sequence 4 for each chunk, and `chunk` says which one a thread's is (None: the first).
+    """
     threads = _threads(plan, of_tile=of_tile)
     warp = lax.shift_right_logical(threads, 5) & (plan.product_warps - 1)
     first = warp * (part.reads * plan.line(part)) + (_lane(plan, of_tile=of_tile) & 3)
@@ -111,11 +124,14 @@ def first_input(plan: StreamPlan, part: SegmentPlan) -> Array:
     column = column_of(plan)
     if part.held == part.grain:
         return _first(plan, part, column) * part.grain
-    pair = lax.shift_right_logical(column, 1)
+    # Two columns are both digits of one chunk. The threads of each wait for half of its inputs, and
+    # hand the other column's digit of them over when digits are made (`ptx.pack_digits`).
+    chunk = lax.shift_right_logical(column, 1)
     if part.fine:
-        within = (column & 1) * (2 * COLUMNS) + pair * QUAD  # in units of what a thread waits for
+        # One half of the line, or the other. In it lie 4 threads' inputs of each of 4 chunks.
+        within = (column & 1) * (2 * COLUMNS) + chunk * QUAD
         return first_read(plan, part) * part.grain + within * part.held + (_lane(plan) & 3) * PIECE
-    return _first(plan, part, pair) * part.grain + (column & 1) * part.held
+    return _first(plan, part, chunk) * part.grain + (column & 1) * part.held
 
 
 def multiplies(plan: StreamPlan) -> Array:
@@ -154,10 +170,17 @@ def distances(plan: StreamPlan, part: SegmentPlan) -> list[int]:
 
 
 def pieces_there(plan: StreamPlan, part: SegmentPlan, left: Array) -> Array:
-    """Of so many inputs from each thread's first on, the pieces that it has: int32."""
+    """The pieces that each thread has of a row that may end early: int32 `[threads]`.
+
+    Args:
+        plan: the step's.
+        part: that of the segment.
+        left: int32 `[threads]`, inputs of the row from each thread's first one on.
+    """
     step = next_input(plan, part)
     if part.grain == PIECE:  # a read is a piece
         return jnp.clip(lax.div(left + (step - 1), jnp.int32(step)), 0, part.pieces)
+    # All pieces of whole lines; of the line in which the row ends, those that begin before that.
     left = jnp.maximum(left, 0)
     lines = lax.div(left, jnp.int32(step))
     a_read = part.held // PIECE
@@ -176,28 +199,53 @@ def place_aside(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> 
     Args:
         plan: the step's.
         part: that of the tile's segment.
-        start: address where the tile's products begin: int32 scalar, or int.
+        start: address where the tile's products begin: int32 scalar, or int. They are float32
+            `[warps, rows, 8]` of several sequences, `[warps, chunks, rows]` of one.
         spare: likewise where unused products go, `SPARE_BYTES` a warp.
     """
     thread = _threads(plan, of_tile=True)
     warp, column = lax.shift_right_logical(thread, 5), column_of(plan, of_tile=True)
+    # In a product's result, `row` is a thread's row, and `quarter` says which two columns it has.
+    row, quarter = column, thread & 3
     if not plan.chunked:
-        return start + (warp * part.rows + column) * (4 * COLUMNS) + (thread & 3) * 8
-    if part.fine:  # `ptx.chunk_groups` says of which rows a thread's sums are, and of which groups
-        chunk, half = thread & 3, lax.shift_right_logical(column, 2)
-        product, fours = (column ^ chunk) & 3, max(1, part.rows // 4)
-        rows = part.rows // 2 * half + 2 * (product & (fours - 1))
-        where = start + (warp * plan.columns(part) + chunk) * (4 * part.rows) + 4 * rows
-        return jnp.where(product < fours, where, spare + SPARE_BYTES * warp)
+        return start + (warp * part.rows + row) * (4 * COLUMNS) + quarter * 8
+    if part.fine:
+        return _fine_place_aside(plan, part, start, spare, warp, row, quarter)
     if part.bits == 16:
-        chunk, of_use = column, lax.shift_right_logical(column, 1)
+        # Row g is chunk g; columns 2 q and 2 q + 1 are chunks. On the diagonal, q is g // 2.
+        chunk, of_use = row, lax.shift_right_logical(row, 1)
         where = (warp * plan.columns(part) + chunk) * (4 * part.rows)
-    else:  # each half of the columns has half of the rows
-        chunk = of_use = column & 3
-        half = lax.shift_right_logical(column, 2) * (2 * part.rows)
+    else:
+        # Rows g and g + 4 are chunk g, of different halves of the tile's rows. Columns 2 q and
+        # 2 q + 1 are both digits of chunk q. On the diagonal, q is g % 4.
+        chunk = of_use = row & 3
+        half = lax.shift_right_logical(row, 2) * (2 * part.rows)
         where = (warp * plan.columns(part) + chunk) * (4 * part.rows) + half
     spare = spare + SPARE_BYTES * warp
-    return jnp.where(of_use == (thread & 3), start + where, spare)
+    return jnp.where(of_use == quarter, start + where, spare)
+
+
+def _fine_place_aside(
+    plan: StreamPlan,
+    part: SegmentPlan,
+    start: Any,
+    spare: Any,
+    warp: Array,
+    row: Array,
+    quarter: Array,
+) -> Array:
+    """The same of a single sequence and groups that are fine.
+
+    `ptx.chunk_groups` makes several products, whose chunks come in other orders: in the i-th one,
+    row g is chunk (g ^ i) % 4. So the columns of each thread, those of chunk `quarter`, meet their
+    chunk in the product of number (g ^ quarter) % 4. A product takes two rows of each half of the
+    tile. Where the tile has fewer than four products take, the others' sums are in the first ones'.
+    """
+    chunk, half = quarter, lax.shift_right_logical(row, 2)
+    product, fours = (row ^ chunk) & 3, max(1, part.rows // 4)
+    rows = part.rows // 2 * half + 2 * (product & (fours - 1))
+    where = start + (warp * plan.columns(part) + chunk) * (4 * part.rows) + 4 * rows
+    return jnp.where(product < fours, where, spare + SPARE_BYTES * warp)
 
 
 def place_of_offset(plan: StreamPlan, part: SegmentPlan, start: Any, size: int) -> Array:

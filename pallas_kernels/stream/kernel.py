@@ -113,7 +113,7 @@ def _meet(env: StreamEnv) -> None:
 def tiles_ahead(env: StreamEnv, place: Place) -> Array:
     """Tiles beyond this one that may have been asked for when it has been used: int32 scalar.
 
-    Behind a segment's last one the program waits for words, and others wait for its own: few tiles
+    After a segment's last one the program waits for words, and others wait for its own: few tiles
     may be in their way.
     """
     # Of plain integers, Pallas would choose between bits.
@@ -132,7 +132,7 @@ def leaves_time(first: Place) -> Array:
 def stream_kernel(env: StreamEnv) -> None:
     """One whole decode step, as every program runs it.
 
-    Everything that waits for other programs stands at the end of an iteration, behind the
+    Everything that waits for other programs stands at the end of an iteration, after the
     tile's last use: its slot of the ring has been asked for anew by then.
     """
     # The embedding goes out first: others wait for it.
@@ -163,7 +163,7 @@ def stream_kernel(env: StreamEnv) -> None:
                 lambda: feed_cache(env, following.layer + 1),
                 lambda: None,
             )
-            if (tiles := env.plan.tuning.operand_tiles) > 0:
+            if (tiles := env.plan.tuning.collect_tiles) > 0:
                 lax.cond(leaves_time(following), lambda: feed_more(env, tiles), lambda: None)
             return following, left._replace(activations=activations)
 

@@ -179,7 +179,7 @@ def _kinds(env: StreamEnv) -> list[bool]:
 def _query_word(env: StreamEnv, part: Part, local: bool) -> Array:
     """A part's first query; of several tokens, above it its lots, and where windows begin.
 
-    Token t's window begins t positions behind the first one's; but where the first one's reaches
+    Token t's window begins t positions after the first one's; but where the first one's reaches
     beyond the sequence's beginning, by as many fewer.
     """
     d, window = env.dims, env.features.window

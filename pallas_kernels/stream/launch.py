@@ -1,4 +1,4 @@
-"""Launches a streamed step: the one `pallas_call`."""
+"""Launches a fused step: the one `pallas_call`."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def stream_step(
         weights: the weights, as the model stores them.
         state: the cache; donate it to the surrounding jit, or XLA copies it.
         tokens: int32 `[B * T]`.
-        hidden_layers: the layers behind which the residual is returned, each once: 0 is the
+        hidden_layers: the layers after which the residual is returned, each once: 0 is the
             embedding, L what the final norm is given. Without any, the kernel has nothing of it.
         interpret: run on a CPU with one program.
     """

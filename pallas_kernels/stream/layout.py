@@ -53,7 +53,7 @@ class SharedLayout:
     """Where everything begins, in bytes from the first slot on.
 
     Attributes:
-        slots: of the ring, and behind them what reading a whole span reaches.
+        slots: of the ring, and after them what reading a whole span reaches.
         tiles: keys and values.
         products: of tiles of weights, not summed up yet; or what attention's warps have made,
             `plan.attended_rows` each: the two are never wanted at the same time.

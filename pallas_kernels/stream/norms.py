@@ -1,4 +1,14 @@
-"""What RMSNorm of the residual takes: the norm's weights, and mean squares."""
+"""What RMSNorm of the residual takes: the norm's weights, and mean squares.
+
+Which norm it is follows from the segment whose activations are collected: that of the attention
+block, of the feed-forward block, or of the head. The code is one for all: of the three arrays each
+thread chooses an address (`ptx.Choice`), not a branch.
+
+A thread loads the weights of the inputs that it holds. Of few inputs they are loaded before the
+residual is polled (`norm_weights`), so that they come meanwhile, and wait in registers. Of wide
+rows of several sequences there are no registers for that: they are asked for into the L2 cache
+before (`ask_for_norm_row`), and loaded where they are multiplied (`norm_row`).
+"""
 
 from __future__ import annotations
 
@@ -43,7 +53,7 @@ class _Row(NamedTuple):
 
 
 def _refs(env: StreamEnv) -> list[Any]:
-    """The norms' weights: before both blocks, where there are such, and behind all."""
+    """The norms' weights: before both blocks, where there are such, and after all."""
     before = ["attn_norm", "mlp_norm"] if env.features.pre_norm else []
     return [env[name] for name in (*before, "final_norm")]
 
@@ -51,7 +61,7 @@ def _refs(env: StreamEnv) -> list[Any]:
 def _row(
     env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array, first: Array | None = None
 ) -> _Row:
-    """The same of a segment and layer.
+    """Where the weights of a layer's norm lie, before a segment.
 
     Args:
         env: the program's view.
@@ -71,8 +81,10 @@ def _row(
 
 
 def ask_for_norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array) -> None:
-    """Asks for a residual's norm's weights into the L2 cache. The kernel is compiled, and there are
-    several sequences: the threads of each take every eighth read.
+    """Asks for a norm's weights into the L2 cache.
+
+    For compiled kernels, and several sequences, all of which need the same weights: of the reads of
+    a row, the threads of each column ask for every eighth.
     """
     plan = env.plan
     row, column = _row(env, part, segment, layer), column_of(plan)
@@ -87,9 +99,9 @@ def ask_for_norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: A
 
 
 def norm_row(env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array) -> ptx.NormRow:
-    """A residual's norm's weights, of several sequences, to be loaded when they are wanted.
+    """A norm's weights, to be loaded when they are wanted: for compiled kernels, several sequences.
 
-    They are ones where the residual is not normed. The kernel is compiled.
+    They are ones where the residual is not normed.
     """
     plan, row = env.plan, _row(env, part, segment, layer)
     there, more = row.there, None
@@ -122,27 +134,13 @@ def norm_weights(
         The weights, int32 `[threads]` each: two bfloat16 a word, 0 beyond the row. For a single
         sequence, ones where the norm is not applied. And a bool scalar, or None.
     """
-    plan, d = env.plan, env.dims
-    first, size = first_input(plan, part), d.model_dim
+    plan, first = env.plan, first_input(env.plan, part)
     is_head, before = segment == Segment.HEAD, env.features.pre_norm
     is_normed = is_head
     if before:
         is_normed |= (segment == Segment.QKV) | (segment == Segment.GATE_UP)
     if env.interpret:
-        refs = _refs(env)
-        elements = [first + x + j for x in distances(plan, part) for j in range(PIECE)]
-
-        def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
-            where = [(*index, jnp.minimum(x, size - 1)) for x in elements]
-            return lambda: tuple(
-                access.load(ref.at[at], mask=x < size, other=0.0).astype(jnp.float32)
-                for at, x in zip(where, elements, strict=True)
-            )
-
-        ways = [*(read(ref, layer) for ref in refs[:-1]), read(refs[-1])]
-        number = jnp.where(is_head, 2, jnp.where(segment == Segment.QKV, 0, 1))
-        values = lax.switch(number if before else jnp.int32(0) * segment, ways)
-        words = [packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
+        words = _interpreted(env, part, segment, layer, first)
     else:
         row = _row(env, part, segment, layer, first)
         places = distances(plan, part)
@@ -150,6 +148,28 @@ def norm_weights(
     if not plan.chunked:  # attention's output is collected elsewhere
         return words, None if before else is_head
     return [jnp.where(is_normed, word, jnp.int32(ptx.ONES)) for word in words], is_normed
+
+
+def _interpreted(
+    env: StreamEnv, part: SegmentPlan, segment: Array, layer: Array, first: Array
+) -> list[Array]:
+    """What `ptx.load_pieces` loads, by loads of the norm that it is."""
+    refs, size = _refs(env), env.dims.model_dim
+    elements = [first + x + j for x in distances(env.plan, part) for j in range(PIECE)]
+
+    def read(ref: Any, *index: Array) -> Callable[[], tuple[Array, ...]]:
+        where = [(*index, jnp.minimum(x, size - 1)) for x in elements]
+        return lambda: tuple(
+            access.load(ref.at[at], mask=x < size, other=0.0).astype(jnp.float32)
+            for at, x in zip(where, elements, strict=True)
+        )
+
+    ways = [*(read(ref, layer) for ref in refs[:-1]), read(refs[-1])]
+    is_head = segment == Segment.HEAD
+    number = jnp.where(is_head, 2, jnp.where(segment == Segment.QKV, 0, 1))
+    # A model without norms before its blocks has one way.
+    values = lax.switch(number if env.features.pre_norm else jnp.int32(0) * segment, ways)
+    return [packed(*values[i : i + 2]) for i in range(0, len(values), 2)]
 
 
 def unit_of_residual(plan: StreamPlan) -> float:

@@ -1,4 +1,4 @@
-"""The plan of a streamed step: the tiles, the segments, and each program's share of them.
+"""The plan of a fused step: the tiles, the segments, and each program's share of them.
 
 A *tile* is some rows of a weight matrix by a *span* of their inputs. Its products are those of
 16 x 8 x 16 blocks on tensor cores. A single sequence has one column of activations: its span is
@@ -37,6 +37,8 @@ __all__ = [
 
 # Columns of a tensor core's block: several sequences are padded to as many.
 COLUMNS = 8
+# So there are at most as many sequences, or tokens of all sequences together.
+MAX_BATCH = COLUMNS
 # Activations that a thread waits for at once.
 PIECE = 8
 # Inputs of one product of tensor cores, of integers.
@@ -283,7 +285,7 @@ class AttentionPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamPlan:
-    """Everything about a streamed step that is decided before it is traced.
+    """Everything about a fused step that is decided before it is traced.
 
     Attributes:
         dims: the sizes.
@@ -366,7 +368,7 @@ class StreamPlan:
         if self.tuning.smallest:
             advice = "No tuning has smaller ones: use implementation='xla'."
         return (
-            f"A stream has a tile in flight while another is used: two tiles of {self.slot_bytes} "
+            f"The ring has a tile in flight while another is used: two tiles of {self.slot_bytes} "
             f"bytes do not fit in the {max(self.room, 0)} bytes of shared memory that are left for "
             f"them. {advice}"
         )

@@ -46,7 +46,7 @@ __all__ = [
 DEFAULT = Tuning()
 # Hand-overs after which the tags of queries, keys and values come round: they have 8 bits.
 MOST_BETWEEN = 256
-# What to do where a step cannot be streamed.
+# What to do where a step cannot run fused.
 _INSTEAD = "Use implementation='xla'."
 # Bytes of tiles of weights, and of keys and values, that are tried in turn: see `fitting`.
 _SHRINKING = [
@@ -216,7 +216,7 @@ def why_not(
     *,
     whole: bool = False,
 ) -> str | None:
-    """Why these sizes cannot be streamed, as a sentence; None if they can.
+    """Why no fused step has these sizes, as a sentence; None if one has.
 
     Args:
         dims: the sizes.
@@ -248,7 +248,7 @@ def why_not(
             )
     if (gap := _longest_gap(dims.features.local_layers)) >= MOST_BETWEEN:
         return (
-            "A streamed step tells apart the queries and keys of layers that are less than "
+            "The fused kernel tells apart the queries and keys of layers that are less than "
             f"{MOST_BETWEEN} apart; from one layer of a kind, local or global, to the next one, "
             f"this model has up to {gap}. {_INSTEAD}"
         )
@@ -284,7 +284,7 @@ def _inputs(dims: Dims) -> dict[str, int]:
 
 
 def why_not_on(gpu: Gpu, dims: Dims, tuning: Tuning | None = None) -> str | None:
-    """Why these sizes cannot be streamed on a GPU, as a sentence; None if they can.
+    """Why no fused step of these sizes runs on a GPU, as a sentence; None if one does.
 
     Args:
         gpu: the device.
@@ -307,7 +307,7 @@ def _why_not_planned(dims: Dims, gpu: Gpu, tuning: Tuning) -> str | None:
 def _why_not_there(gpu: Gpu) -> str | None:
     if gpu.cores > MAX_PROGRAMS:
         return (
-            f"The programs of a streamed step hand over what is theirs in at most {MAX_PROGRAMS} "
+            f"The programs of the fused kernel hand over what is theirs in at most {MAX_PROGRAMS} "
             f"places; this GPU has {gpu.cores} multiprocessors, a program each. {_INSTEAD}"
         )
     return None
@@ -423,7 +423,7 @@ def tuned(dims: Dims, gpu: Gpu) -> Tuning | None:
 
 @functools.lru_cache
 def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> StreamPlan:
-    """The plan for a streamed step of these sizes on a GPU.
+    """The plan for a fused step of these sizes on a GPU.
 
     Args:
         dims: the sizes.
@@ -431,7 +431,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
         tuning: what may be chosen freely; None: what `fitting` says.
 
     Raises:
-        ValueError: the sizes cannot be streamed there; see `why_not_on`.
+        ValueError: no fused step of these sizes runs there; see `why_not_on`.
     """
     tuning = tuning or fitting(dims, gpu)
     d, programs = dims, gpu.cores
@@ -476,7 +476,7 @@ def make_stream_plan(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> Stre
     room = taken * RESERVED_TILE - plan.compiler_bytes - SharedLayout.of(plan).size - 8
     slots = max(2, min(MAX_SLOTS, room // (plan.slot_bytes + 8)))
     plan = dataclasses.replace(plan, slots=min(tuning.slots or slots, slots), room=room)
-    # Behind slots of odd sizes, what follows begins at the next multiple of `ALIGNMENT`.
+    # After slots of odd sizes, what follows begins at the next multiple of `ALIGNMENT`.
     while (over := SharedLayout.of(plan).size + plan.compiler_bytes - taken * RESERVED_TILE) > 0:
         if plan.slots == 2:
             left = min(room, 2 * (plan.slot_bytes + 8) - over)

@@ -132,57 +132,90 @@ def multiply(env: StreamEnv, turn: Turn, index: Array, place: Place, fragments: 
         fragments: of its segment.
     """
     wait_for_tile(env, turn)
-    plan = env.plan
 
     def product(kind: list[Segment]) -> Array:
-        segment, part = kind[0], env.segment(kind[0])
-        pitch = _of_segment(env, place.segment, kind, "row_bytes")
-        words = fragments.words[: part.pieces * PIECE // 2]
         if env.interpret:
-            _interpreted(env, index, place, pitch, part, fragments)
+            pitch = _of_segment(env, place.segment, kind, "row_bytes")
+            _interpreted(env, index, place, pitch, env.segment(kind[0]), fragments)
             return index
-        start = products_address(env) + place.flush_index * plan.products_bytes(segment)
-        where = place_aside(plan, part, start, env.shared + SharedLayout.of(plan).spare)
-        first = first_read(plan, part)
-        slot = slot_address(env, turn)
-        pitches = jnp.full((plan.threads,), pitch)
-        threads = 32 * plan.product_warps
-        if part.bits == 16:
-            # Beyond a row lies what may be no number, where other matrices are integers.
-            guarded = plan.quantized and any(plan.is_ragged(s) for s in kind)
-            there = pieces_of_tile(env, place, kind) if guarded else None
-            return ptx.multiply_tile(
-                slot + READ * first,
-                pitches,
-                words,
-                where,
-                there,
-                rows=part.rows,
-                step=READ * plan.line(part),
-                chunked=plan.chunked,
-                threads=threads,
-            )
-        assert fragments.scale is not None
-        scales = slot + part.rows * pitch + part.gap
-        if part.scaled_rows > part.rows:  # they are those of the whole run
-            scales += (place.number & (part.run - 1)) * (part.rows * part.scale_bytes)
-        size = GROUP if part.grouping is None else part.grouping.size
-        # Groups of a row that others have.
-        before = place.split * (part.width // size) if part.splits > 1 else 0
-        own = first & ~3 if part.fine else first
-        return ptx.multiply_integers(
-            slot + part.read_bytes * first,
-            pitches,
-            where,
-            jnp.full((plan.threads,), scales),
-            fragments.scale,
-            lax.div(own * part.grain, jnp.int32(size)) + before,
-            words,
-            integer_tile(plan, part, ragged=any(plan.is_ragged(s) for s in kind)),
-            _offsets(env, part),
-        )
+        return _multiply(env, turn, place, fragments, kind)
 
     _switch_kind(env, place.segment, product)
+
+
+def _multiply(
+    env: StreamEnv, turn: Turn, place: Place, fragments: Fragments, kind: list[Segment]
+) -> Array:
+    """The tile that lies in the turn's slot, times the fragments, by tensor cores.
+
+    Segments of a kind share the code, so what differs between them is selected: the rows' length.
+
+    Args:
+        env: the program's view.
+        turn: the tile's turn.
+        place: the tile's.
+        fragments: of its segment.
+        kind: segments whose tiles are multiplied alike, the tile's among them.
+    """
+    plan, part = env.plan, env.segment(kind[0])
+    pitch = _of_segment(env, place.segment, kind, "row_bytes")
+    start = products_address(env) + place.flush_index * plan.products_bytes(kind[0])
+    where = place_aside(plan, part, start, env.shared + SharedLayout.of(plan).spare)
+    first = first_read(plan, part)
+    slot = slot_address(env, turn)
+    pitches = jnp.full((plan.threads,), pitch)
+    words = fragments.words[: part.pieces * PIECE // 2]
+    # Rows are read a whole span at a time. What lies beyond a shorter one meets activations of 0.
+    ragged = any(plan.is_ragged(s) for s in kind)
+    if part.bits == 16:
+        # 0 times a NaN is one. Other rows of bfloat16 have none; in a slot that held integers, any
+        # bits may lie there, and a thread's pieces beyond the row are left out.
+        guarded = plan.quantized and ragged
+        there = pieces_of_tile(env, place, kind) if guarded else None
+        return ptx.multiply_tile(
+            slot + READ * first,
+            pitches,
+            words,
+            where,
+            there,
+            rows=part.rows,
+            step=READ * plan.line(part),
+            chunked=plan.chunked,
+            threads=32 * plan.product_warps,
+        )
+    assert fragments.scale is not None
+    scales = _scales_of_tile(place, part, slot + part.rows * pitch)
+    size = GROUP if part.grouping is None else part.grouping.size
+    # Groups that come first in a row: all of its scales come, also those of the inputs that other
+    # programs multiply.
+    before = place.split * (part.width // size) if part.splits > 1 else 0
+    # Of fine groups, `multiply_integers` counts on from the warp's first one.
+    own = first & ~3 if part.fine else first
+    return ptx.multiply_integers(
+        slot + part.read_bytes * first,
+        pitches,
+        where,
+        jnp.full((plan.threads,), scales),
+        fragments.scale,
+        lax.div(own * part.grain, jnp.int32(size)) + before,
+        words,
+        integer_tile(plan, part, ragged=ragged),
+        _offsets(env, part),
+    )
+
+
+def _scales_of_tile(place: Place, part: SegmentPlan, end: Array) -> Array:
+    """Where a tile's scales begin in shared memory: int32 scalar.
+
+    Args:
+        place: the tile's.
+        part: its segment's plan.
+        end: where its rows would end if there were no gap between the two halves of them.
+    """
+    scales = end + part.gap
+    if part.scaled_rows > part.rows:  # those of all tiles of a run have come with each of them
+        scales += (place.number & (part.run - 1)) * (part.rows * part.scale_bytes)
+    return scales
 
 
 def integer_tile(plan: StreamPlan, part: SegmentPlan, *, ragged: bool) -> ptx.IntegerTile:
@@ -270,7 +303,7 @@ def _switch_kind(env: StreamEnv, segment: Array, way: Callable[[list[Segment]], 
 def sum_up(env: StreamEnv, segment: Segment, outputs: Outputs) -> Sums:
     """Sums up the products of the tiles of a flush.
 
-    All threads have put theirs aside: a barrier stands before. Another must stand behind.
+    All threads have put theirs aside: a barrier stands before. Another must stand after.
     """
     plan, part = env.plan, env.segment(segment)
 

@@ -137,7 +137,7 @@ def start_ring(env: StreamEnv) -> Turn:
     for row, first in enumerate(firsts):
         place = jnp.full((1,), env.shared + at.control + 4 * ROW_WORDS * row)
         ptx.write_row(place, [first, *[nothing] * (ROW_WORDS - 1)], nothing == 0)
-    # Behind what cleared them.
+    # After what cleared them.
     access.meet()
     control = env.shared + at.control
     ptx.say_where(env.exchange.words, env.exchange.layout.fault, control, env.program)
@@ -158,7 +158,7 @@ def map_at(env: StreamEnv, number: int) -> Array:
 
 
 def tensor_map_of(plan: StreamPlan, box: Box) -> ptx.TensorMap:
-    """What the copies of boxes know of the down projection, all layers one behind the other."""
+    """What the copies of boxes know of the down projection, all layers one after the other."""
     part = plan.segments[Segment.DOWN]
     return ptx.TensorMap(
         pieces=part.splits * box.pieces,

@@ -1,4 +1,4 @@
-"""The streamed step, stage by stage: what one launch does, as a list that can be run in parts.
+"""The fused step, stage by stage: what one launch does, as a list that can be run in parts.
 
 In the kernel a program goes from stage to stage by itself and waits where it must. Run one
 launch a stage, no program ever has to wait: interpreted, programs run one after another, each
@@ -93,7 +93,7 @@ def told(plan: StreamPlan) -> list[Array]:
 
     Returns:
         Arrays int32 `[5]`: the way, the segment, its layer, its first tile, and the first one
-        behind it.
+        after it.
     """
     return [
         jnp.array([_WAYS.index(way), stage.segment, stage.layer, *_tiles(plan, stage)], jnp.int32)

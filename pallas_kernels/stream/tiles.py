@@ -108,7 +108,7 @@ def first_place(env: StreamEnv, segment: Array | int, layer: Array | int) -> Pla
 
 
 def next_place(place: Place, *, flushed: bool = False) -> Place:
-    """The place of the next tile of the same segment, before or behind a flush."""
+    """The place of the next tile of the same segment, before or after a flush."""
     return place._replace(
         number=place.number + 1,
         flush_index=place.flush_index * 0 if flushed else place.flush_index + 1,

@@ -1,9 +1,9 @@
-"""What may be chosen freely about a streamed step, and the table of what was measured best.
+"""What may be chosen freely about a fused step, and the table of what was measured best.
 
 A choice changes the step's speed, and the order of its sums, and nothing else. `tuned.json`
 holds a row for each device, model shape, batch and tokens of a step that was tuned, by
 `ffjax tune` or by hand. Where it has none, the rule is the defaults of `Tuning`: tiles of 32 KiB,
-two on their way, 8 more asked for into the L2 cache while a program waits, and behind a segment of
+two on their way, 8 more asked for into the L2 cache while a program waits, and after a segment of
 bfloat16 weights no more than one. Where shared memory is too small for that, tiles are smaller: see
 `planner.fitting`.
 
@@ -32,7 +32,7 @@ _SIZES = ("model_dim", "ffw_dim", "num_heads", "num_kv_heads", "head_dim")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The tunables of a streamed step.
+    """The tunables of a fused step.
 
     Attributes:
         tile_bytes: bytes of a tile at most, a power of two from 8 KiB to 64 KiB.
@@ -49,10 +49,9 @@ class Tuning:
             used, 1 to 16, or as many as there are slots. What they bring stands before the words
             that the program waits for next. None: 1; as many as there are slots where some weights
             are quantized, since then it is less.
-        operand_tiles: tiles that are asked for when the operand of one of a layer's products, its
-            activations, has come, but for attention's output, 0 to 4: where the ring is full, a
-            copy of a tile each, into the L2 cache. Then memory has nothing to do, and nobody waits
-            for words.
+        collect_tiles: tiles that are asked for when a segment's activations have been collected,
+            attention's output excepted, 0 to 4: where the ring is full, a copy of a tile each, into
+            the L2 cache. Then memory has nothing to do, and nobody waits for words.
         hidden_copies: of the hidden activations, 1 or 2: a program reads one of them.
         cache_tile_bytes: bytes of a tile of keys and values, 8, 16 or 32 KiB.
         cache_tiles: such tiles that shared memory holds, 2 to 6.
@@ -70,7 +69,7 @@ class Tuning:
     l2_tiles: int = 8
     l2_bytes: int = 8 * 1024
     next_tiles: int | None = None
-    operand_tiles: int = 0
+    collect_tiles: int = 0
     hidden_copies: int = 1
     cache_tile_bytes: int = 32 * 1024
     cache_tiles: int = 2
@@ -84,7 +83,7 @@ class Tuning:
             "l2_tiles": list(range(17)),
             "l2_bytes": [4096 << i for i in range(5)],
             "next_tiles": [None, *range(1, 17)],
-            "operand_tiles": list(range(5)),
+            "collect_tiles": list(range(5)),
             "hidden_copies": [1, 2],
             "cache_tile_bytes": list(_CACHE_TILE_BYTES),
             "cache_tiles": list(range(2, 7)),
@@ -92,12 +91,12 @@ class Tuning:
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"A streamed step's {name} is one of {', '.join(map(str, allowed))}; "
+                    f"A fused step's {name} is one of {', '.join(map(str, allowed))}; "
                     f"got {getattr(self, name)!r}."
                 )
         if self.slots is not None and self.slots < 2:
             raise ValueError(
-                "A stream has a tile in flight while another is used: slots is at least 2, "
+                "The ring has a tile in flight while another is used: slots is at least 2, "
                 f"got {self.slots}."
             )
 

@@ -1,4 +1,4 @@
-"""How Triton holds arrays: see `pallas_kernels.stream.ptx.lowered`."""
+"""How Triton holds arrays: see `pallas_kernels.inline_ptx.lowered`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jax._src.lib.mlir.dialects import arith, gpu
 from jax._src.pallas.triton import lowering
 from jax._src.pallas.triton.lowering import tt_dialect
 
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.primitives import Primitive
-from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["TRITON", "Triton", "know_rules"]
 
@@ -101,7 +101,7 @@ class Triton:
         op.attributes["nvvm.minctasm"] = one
 
     def ring_base(self, zero: Any, size: int, alignment: int) -> Any:
-        """The last bytes of shared memory, behind what Triton takes for itself."""
+        """The last bytes of shared memory, after what Triton takes for itself."""
         text = (
             "{ .reg .b32 %s; mov.u32 %s, %dynamic_smem_size; mov.u32 $0, global_smem; "
             f"add.u32 $0, $0, %s; sub.u32 $0, $0, {size}; "

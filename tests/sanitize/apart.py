@@ -10,8 +10,8 @@ whatever is still found is no such pair.
   store that to one spare place (`fragment_layout.place_aside`), which nobody reads: a write after a
   write. Here each thread has a spare place.
 - Rows are read a whole span at a time, beyond a row's end too, and from a slot's last rows on into
-  the next slot, to which a copy may be on its way. What is read there is multiplied by an operand
-  of zero: whichever bytes they are, they are numbers, as `ring.start_ring` sees to, or are left out
+  the next slot, to which a copy may be on its way. What is read there is multiplied by activations
+  of 0: whichever bytes they are, they are numbers, as `ring.start_ring` sees to, or are left out
   (`product.multiply`). Here a slot is so long that nothing beyond it is read. What is left is a
   tile that has come, by a barrier that each thread has seen complete.
 - When the program feeds its ring, all threads of one warp, or of each warp, load the feed's words,
@@ -20,7 +20,7 @@ whatever is still found is no such pair.
   than two bulk copies, a barrier of the warp stands between as well. Here it always does.
 - A tensor map is made in the first slot (`ring.start_ring`) while other warps already multiply what
   lies there: the step's first tile, the embedding's, which is empty. Nothing is copied for it, its
-  operand is zero, and its products are not summed up. Here a barrier of the program stands behind
+  activations are 0, and its products are not summed up. Here a barrier of the program stands after
   the making of the map.
 
 None of them changes what is computed: logits have the same bits.
@@ -39,13 +39,13 @@ import jax.numpy as jnp
 from ffjax import decode
 from pallas_kernels.dims import Dims, ceil_div
 from pallas_kernels.gpu import Gpu
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.program import iota
 from pallas_kernels.stream import layout, product
 from pallas_kernels.stream.fragment_layout import place_aside
 from pallas_kernels.stream.layout import ALIGNMENT, SPARE_BYTES
 from pallas_kernels.stream.plan import SegmentPlan, StreamPlan
 from pallas_kernels.stream.planner import make_stream_plan
-from pallas_kernels.stream.ptx import lowered
 from pallas_kernels.stream.tuning import Tuning
 
 __all__ = ["APART", "plan_apart", "put_apart"]
@@ -58,7 +58,7 @@ _WARP = 32
 _BOX, _MAP, _MADE = "cp.async.bulk.tensor", "tensormap.cp_fenceproxy", "over:"
 # Copies of 16 bytes a thread, as the ring is fed with them where bulk copies are not to be had.
 _SHARED, _VOTE = ".shared.global.L2::cache_hint", "vote.sync.all.pred %go, %go, 0xffffffff;"
-# Of feeding by a whole warp: what its threads agree on, and the first one's first store behind it.
+# Of feeding by a whole warp: what its threads agree on, and the first one's first store after it.
 _TOGETHER, _STORE = "vote.sync.all.pred %go, %go,", "@%lead st.shared.v4.b32"
 
 
@@ -77,7 +77,7 @@ def plan_apart(dims: Dims, gpu: Gpu, tuning: Tuning | None = None) -> StreamPlan
 
 
 def _place_apart(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) -> Any:
-    """As `place_aside`, each thread's spare place behind that of the one before it."""
+    """As `place_aside`, each thread's spare place after that of the one before it."""
     thread = iota((plan.threads,), 0)
     before = thread - jnp.right_shift(thread, 5)  # less the warps, which it adds
     return place_aside(plan, part, start, spare + SPARE_BYTES * before)
@@ -85,10 +85,10 @@ def _place_apart(plan: StreamPlan, part: SegmentPlan, start: Any, spare: Any) ->
 
 @contextlib.contextmanager
 def put_apart() -> Iterator[None]:
-    """Changes all streamed steps that are planned and traced meanwhile, as the module says.
+    """Changes all fused steps that are planned and traced meanwhile, as the module says.
 
     Raises:
-        RuntimeError: no text of a streamed step was changed: they are others than they were.
+        RuntimeError: no text of a fused step was changed: they are others than they were.
     """
     changed, streams = [], []
     original = lowered.assembly

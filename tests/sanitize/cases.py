@@ -35,7 +35,7 @@ class Case:
 
 # Around the edges of a tile of keys; one sequence that is empty.
 _ONE, _THREE = (65,), (65, 0, 129)
-# Behind the first two KV splits, which are 256 positions at least: they are combined.
+# After the first two KV splits, which are 256 positions at least: they are combined.
 _LONG, _LONG_THREE = (700,), (700, 257, 3)
 _HEADS = {"num_heads": 4, "num_kv_heads": 2}
 # Down projections wider than what the threads of a program hold: two programs share a row.

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.asm import Block
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.program import iota
 from pallas_kernels.stream import launch, product
 from pallas_kernels.stream.plan import SegmentPlan, StreamPlan
-from pallas_kernels.stream.ptx import cache, lowered
+from pallas_kernels.stream.ptx import cache
 
 __all__ = ["PLANTED", "Planted", "plant"]
 
@@ -60,7 +61,7 @@ def _texts(change: Callable[[str], str]) -> Callable[[_Counted], Any]:
 
 
 def _where_cleared(before: str = "", behind: str = "") -> Callable[[_Counted], Any]:
-    """Puts PTX before, or behind, the clearing of shared memory; %offset and %place are free."""
+    """Puts PTX before, or after, the clearing of shared memory; %offset and %place are free."""
 
     def change(text: str) -> str:
         if _CLEARED not in text:

@@ -32,7 +32,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
         "--check-bulk-copy": "yes",
         "--check-tensor-ops": "yes",
     },
-    # Buffers lie apart, so that what is read behind one is nobody's. JAX asks the driver for
+    # Buffers lie apart, so that what is read after one is nobody's. JAX asks the driver for
     # things that it may not have: such calls fail, and are no errors.
     "memcheck": {"--padding": "1024", "--report-api-errors": "no"},
     # The compiler does not know of the barriers in the kernel's own shared memory.

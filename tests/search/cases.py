@@ -96,7 +96,7 @@ FOUND: dict[str, Case] = {
         lengths=_TWO,
     ),
     # Found by the search: the last part of a split row in bfloat16 is shorter than the others, and
-    # integers lie behind it.
+    # integers lie after it.
     "seed 91": Case(
         layers=2,
         model_dim=1152,

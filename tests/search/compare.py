@@ -85,7 +85,7 @@ class Ran(NamedTuple):
 
 
 def _positions(case: Case) -> np.ndarray:
-    """Of the first token of each sequence in each step, and behind the last: `[STEPS + 1, B]`."""
+    """Of the first token of each sequence in each step, and after the last: `[STEPS + 1, B]`."""
     grown = np.cumsum(live_of(case), axis=0)
     return np.array(case.lengths) + np.concatenate([np.zeros_like(grown[:1]), grown])
 

@@ -327,7 +327,7 @@ def _tuning(draw: random.Random) -> tuple[tuple[str, Any], ...]:
         "l2_tiles": (0, 4, 16),
         "l2_bytes": (4096, 65536),
         "next_tiles": (1, 2, 16),
-        "operand_tiles": (1, 2, 4),
+        "collect_tiles": (1, 2, 4),
         "hidden_copies": (2,),
         "cache_tile_bytes": (16384,),
         "cache_tiles": (2, 3, 6),

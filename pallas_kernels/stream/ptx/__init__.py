@@ -2,10 +2,12 @@
 
 A file has a kind of text: `write_*` functions write it with the assembler (`pallas_kernels.asm`),
 an `Operation` makes a primitive of it, and a function that the kernel calls says what it does.
-`lowered` hands texts to the backend that compiles; no backend is known here. What a program hands
-to others has a plain version for interpret mode; the ring and the products are only used compiled.
+`pallas_kernels.inline_ptx` hands texts to the backend that compiles; none is known here. What a
+program hands to others has a plain version for interpret mode; the ring and the products are only
+used compiled.
 """
 
+from pallas_kernels.inline_ptx.operation import Choice
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
 from pallas_kernels.stream.ptx.anew import anew
 from pallas_kernels.stream.ptx.arrival import wait_copies
@@ -27,7 +29,6 @@ from pallas_kernels.stream.ptx.held import (
 )
 from pallas_kernels.stream.ptx.integers import IntegerTile, multiply_integers
 from pallas_kernels.stream.ptx.join import Joined, join_warps
-from pallas_kernels.stream.ptx.operation import Choice
 from pallas_kernels.stream.ptx.product import multiply_tile, sum_shared
 from pallas_kernels.stream.ptx.shared import (
     clear_shared,

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.primitives import made, pure
-from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["UNIT", "Begin", "begin_words"]
 

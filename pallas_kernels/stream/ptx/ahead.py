@@ -22,7 +22,7 @@ def write_ahead(
     """Asks for what comes next beyond a full ring into the L2 cache, up to `Feed.l2_tiles` tiles.
 
     Each time some bytes of one copy, `Feed.l2_bytes`: words that the program looks for next queue
-    behind them.
+    after them.
 
     Args:
         b: the text.
@@ -51,7 +51,7 @@ def write_ahead(
     b.bra_if(enough, fed)
 
     b.comment("Where the tile's copies begin: two words of its distance, in units of 16 bytes.")
-    place, low, high, stride, step = b.u32s("route_row", "low", "high", "stride", "step")
+    place, low, high, stride, step = b.u32s("descriptor", "low", "high", "stride", "step")
     source, along = b.u64("source"), b.u64("along")
     b.mad_lo(place, row, f.row_bytes, ring)
     b.ld_shared([low, high, stride, step], place + f.descriptors)
@@ -81,7 +81,7 @@ def write_ahead(
     else:
         async_copy.write_prefetch(b, source, left, f.l2_bytes, asks)
 
-    b.comment("Behind a copy's last bytes comes the next copy, behind the last one the next tile.")
+    b.comment("After a copy's last bytes comes the next copy, after the last one the next tile.")
     is_whole, done = b.pred("is_whole"), b.pred("done")
     b.add(begun, begun, f.l2_bytes)
     b.setp("ge", is_whole, begun, size)

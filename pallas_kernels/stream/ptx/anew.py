@@ -10,7 +10,7 @@ from __future__ import annotations
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
-from pallas_kernels.stream.ptx.operation import Operation
+from pallas_kernels.inline_ptx.operation import Operation
 
 __all__ = ["anew"]
 
@@ -23,7 +23,7 @@ _anew = Operation("ffjax_anew", _write_anew)
 
 
 def anew(x: Array) -> Array:
-    """The same numbers. What is computed from them is computed behind this, each time anew.
+    """The same numbers. What is computed from them is computed after this, each time anew.
 
     Args:
         x: int32, any shape.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
-from pallas_kernels.stream.ptx.operation import Operation
+from pallas_kernels.inline_ptx.operation import Operation
 
 __all__ = ["wait_copies", "write_arrival"]
 

@@ -64,7 +64,7 @@ def write_copies(
     is_done, is_some = b.pred("is_done"), b.pred("is_some")
     copied = b.label("copied")
 
-    b.comment("Thread t has the bytes from unit * t on, and every `threads`-th unit behind them.")
+    b.comment("Thread t has the bytes from unit * t on, and every `threads`-th unit after them.")
     b.mov(own, TID)
     b.mul_lo(own, own, unit)
     b.widen(begin, own.as_("u32"))

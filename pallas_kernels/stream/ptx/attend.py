@@ -6,9 +6,9 @@ from typing import Any
 
 from jax import Array
 
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.attend_text import write_attention
 from pallas_kernels.stream.ptx.cache import CacheFeed
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["attend_split"]
 

@@ -259,13 +259,13 @@ class _Attend:
         b.add(self.at, self.at, f.tiles)
 
     def add_new(self) -> None:
-        """Puts the new position's key and value behind the cached ones in the last tile.
+        """Puts the new position's key and value after the cached ones in the last tile.
 
-        Behind them values are zeros: what lies there else might be no number.
+        After them values are zeros: what lies there else might be no number.
         """
         b, f = self.b, self.f
         old, is_old = b.label("old"), b.pred("is_old")
-        b.comment("New positions come behind the cached ones in the last tile; zeros behind them.")
+        b.comment("New positions come after the cached ones in the last tile; zeros after them.")
         if f.tokens > 1:
             self._add_several(old)
             return
@@ -319,7 +319,7 @@ class _Attend:
         self._clear(b.label("put"), old)
 
     def _clear(self, put: Label, old: Label) -> None:
-        """Zeros for values behind the last position, by all threads; then they meet."""
+        """Zeros for values after the last position, by all threads; then they meet."""
         b, f, width = self.b, self.f, self.lines.width
         zero, at, offset, is_done = self.x, self.y, self.z, b.pred("is_done")
         clear = b.label("clear")
@@ -507,7 +507,7 @@ class _Attend:
                     sums = self.sums[4 * s + n]
                     b.mma_bf16(sums, weights, [words[n] for words in loaded], sums)
 
-    # Behind the last tile
+    # After the last tile
 
     def _join_pairs(self) -> None:
         """Adds what even and odd keys make: a thread then has the sums of both."""

@@ -8,8 +8,8 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import TID, Block, Register
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.stream.plan import BOX_UNIT
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["MAP_BYTES", "TensorMap", "make_map"]
 

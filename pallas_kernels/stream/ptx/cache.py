@@ -8,12 +8,12 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import TID, Block, Register
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.stream.plan import BOX_UNIT, LOT
 from pallas_kernels.stream.ptx import async_copy
 from pallas_kernels.stream.ptx.address import UNIT
 from pallas_kernels.stream.ptx.boxes import TensorMap
 from pallas_kernels.stream.ptx.one_thread import set_whether_another
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.swizzle import Lines
 
 __all__ = ["CacheFeed", "feed_cache", "write_cache_feed"]
@@ -26,7 +26,7 @@ _CONTROL = 32
 class CacheFeed:
     """Where a program's tiles of keys and values lie, and what is made of them.
 
-    A tile holds the keys of `block` positions, and behind them the values, as `Lines` says. Its
+    A tile holds the keys of `block` positions, and after them the values, as `Lines` says. Its
     *part* is a row of 8 words in shared memory: where the part begins in a layer, in units of 16
     bytes; how many cached positions it has; its tiles; how many new positions it has besides; a
     word of no interest here; its first query, and in the upper half how much longer the first
@@ -47,13 +47,13 @@ class CacheFeed:
         windowed: whether each of several tokens has a window of its own.
         paired: whether queries are 4 at most, and their 4 rows are there twice.
         softcap: c, which makes scores c * tanh(score / c), or None. Queries come scaled for it.
-        tiles: where the tiles lie, bytes behind the ring's address.
+        tiles: where the tiles lie, bytes after the ring's address.
         barriers: likewise their barriers, 8 bytes each.
         maps: likewise the addresses of the tensor maps of keys and of values, 8 bytes each: where
             bulk copies bring them.
         control: likewise 8 words: free tiles, the next one's part, number in the part, layer and
             stage; from the 7th on, stage and phase of the next one to be used.
-        queries: likewise 16 rows for 8 queries: what is left of their bfloat16, behind them.
+        queries: likewise 16 rows for 8 queries: what is left of their bfloat16, after them.
         new: likewise the new positions' keys, and their values.
         out: likewise what each warp makes of its positions: `rows`.
         sums: likewise the maximum and the sum of the weights of each of those rows.
@@ -275,7 +275,7 @@ def _write_boxes(
     to: Register,
     barrier: Register,
 ) -> None:
-    """The same by boxes, of whole tiles: what lies behind a sequence's positions is not used."""
+    """The same by boxes, of whole tiles: what lies after a sequence's positions is not used."""
     lines, maps = f.lines, (b.u64("key_map"), b.u64("value_map"))
     some, size, element, line = b.pred("some"), b.u32("bytes"), b.u32("element"), b.u32("line")
     b.setp("gt", some, positions.as_("u32"), 0)

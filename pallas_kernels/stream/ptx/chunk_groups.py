@@ -1,4 +1,4 @@
-"""A tile of integer weights whose groups are fine, times an operand of digits: of one sequence.
+"""A tile of integer weights whose groups are fine, times activations of one sequence.
 
 A product takes 16 rows. Here these are 4 rows of the tile, 4 chunks of each; columns are both
 digits of 4 chunks; and all of it is of one group of each row and chunk, a fourth of whose inputs

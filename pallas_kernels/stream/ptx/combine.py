@@ -12,10 +12,10 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.attend_text import LOWEST
 from pallas_kernels.stream.ptx.feed import Feed, write_feed
 from pallas_kernels.stream.ptx.giving_up import LOST, Wait
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["combine_splits"]
 
@@ -136,7 +136,7 @@ def combine_splits(
         ref: int32 array.
         values: int32 `[threads]`, where each thread's first KV split's weighted value lies: even
             numbers.
-        sums: int32 `[threads]`, where the sum of its weights lies, and behind it their maximum:
+        sums: int32 `[threads]`, where the sum of its weights lies, and after it their maximum:
             multiples of 4.
         there: int32 `[threads]`, how many KV splits the thread has.
         tag: int32 scalar.

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.asm import LANE, Block, Register
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.program import iota
-from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["Digits", "held_order", "pack_digits", "packing_order", "unpack_digits"]
 

@@ -12,7 +12,8 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import LANE, TID, Block, Register
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.inline_ptx import lowered
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.ahead import write_ahead
 from pallas_kernels.stream.ptx.async_feed import write_async_feed
 from pallas_kernels.stream.ptx.feed_state import (
@@ -23,7 +24,6 @@ from pallas_kernels.stream.ptx.feed_state import (
     write_next_slot,
 )
 from pallas_kernels.stream.ptx.one_thread import set_whether_another, set_whether_lead
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["MAP_IN_CONTROL", "Feed", "feed_ring", "start_barriers", "write_feed"]
 

@@ -16,7 +16,7 @@ class Feed:
     Attributes:
         slots: of the ring.
         slot_bytes: bytes of a slot.
-        descriptors: where the copy descriptors lie, bytes behind the ring's address.
+        descriptors: where the copy descriptors lie, bytes after the ring's address.
         barriers: likewise the slots' barriers, 8 bytes each.
         control: likewise the feed's own 16 words. Words 0 to 5: tiles asked for; copy descriptor,
             layer, slot and phase of the next one; tiles used. 6 and 7: the address of a tensor map.
@@ -26,7 +26,7 @@ class Feed:
             see `giving_up`.
         layer_tiles: tiles of a layer.
         layers: how many.
-        head_tiles: tiles of the head. All but the last one share a copy descriptor, behind those
+        head_tiles: tiles of the head. All but the last one share a copy descriptor, after those
             of a layer, as if they were a tile of so many more layers; then comes the last one's.
         total: tiles of the step.
         in_flight: tiles that are asked for and have not come, at most.
@@ -38,7 +38,7 @@ class Feed:
             waits.
         l2_bytes: of a copy, so many at a time, a multiple of 16.
         sharing: threads that copy 16 bytes of a tile each, again and again: the program's first
-            warps, each of which has control words of its own, 16 behind those of the warp before.
+            warps, each of which has control words of its own, 16 after those of the warp before.
             0: one thread asks for bulk copies. See `async_copy`.
         scale_unit: bytes of whose multiples copies of scales are, and begin at; where one thread
             asks for bulk copies, 16.
@@ -130,7 +130,7 @@ def write_next_row(b: Block, f: Feed, row: Register, layer: Register, go: Regist
     to = b.u32("first_row")
     with b.when(go):
         b.add(row, row, 1)
-    b.comment("Behind a layer's last row comes its first again, then the head's two: see `Feed`.")
+    b.comment("After a layer's last row comes its first again, then the head's two: see `Feed`.")
     b.setp("gt", ends, row, tiles, also=go)
     with b.when(ends):
         b.add(layer, layer, 1)
@@ -143,7 +143,7 @@ def write_next_row(b: Block, f: Feed, row: Register, layer: Register, go: Regist
 
 
 def write_next_slot(b: Block, f: Feed, words: Next) -> None:
-    """Begins again with the first slot behind the last one, in another round."""
+    """Begins again with the first slot after the last one, in another round."""
     around = b.pred("around")
     b.setp("eq", around, words.slot, f.slots)
     with b.when(around):

@@ -19,8 +19,8 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import TID, Block, Label, Register
+from pallas_kernels.inline_ptx.operation import Operation, Pointer
 from pallas_kernels.stream.ptx.feed_state import Feed
-from pallas_kernels.stream.ptx.operation import Operation, Pointer
 
 __all__ = ["LOST", "Wait", "record_of", "said_by", "say_where"]
 
@@ -66,7 +66,7 @@ class Wait:
         self._b.bra_if(found, to)
 
     def look_again(self, again: Label) -> None:
-        """Behind a look in vain: looks again, from a label on.
+        """After a look in vain: looks again, from a label on.
 
         Goes on to what follows when it has looked for too long; or to `missing`, where `give_up`
         is, if somebody else has.
@@ -87,7 +87,7 @@ class Wait:
         b.bra_if(left, again)
 
     def give_up(self, word: Register, left: Register) -> None:
-        """Behind `look_again`: says what is missing, and goes on; `missing` stands here.
+        """After `look_again`: says what is missing, and goes on; `missing` stands here.
 
         Args:
             word: address of a word that has not come.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jax import Array
 
 from pallas_kernels.asm import LANE, TID, Block, Register
-from pallas_kernels.stream.ptx.operation import Operation
+from pallas_kernels.inline_ptx.operation import Operation
 
 __all__ = ["GroupSums", "sum_groups"]
 
@@ -28,7 +28,7 @@ class GroupSums:
     Attributes:
         reads: of each row, by a thread.
         by_sixteen: whether sums are stored as 16 times what they are, as the products of int4 are.
-        chunked: whether the operand is that of one sequence.
+        chunked: whether the activations are those of one sequence.
         fine: whether groups are. Of one sequence, a chunk has several groups of each line then.
         threads: that take part, from the first on.
         products: of tensor cores, that a group of one sequence takes where groups are fine.
@@ -133,14 +133,14 @@ _sum_groups = Operation("ffjax_sum_groups", _write_sums)
 
 
 def sum_groups(address: Array, words: Sequence[Array], sums: GroupSums) -> Array:
-    """Stores the sum of the activations of each group, in units of the operand's scale.
+    """Stores the sum of the activations of each group, in units of the activations' scale.
 
     Of a read of one sequence, 4 floats side by side for each of 4 chunks, where groups are fine:
     its groups of the line; else one for each chunk. Of several sequences, 8 floats: one for each.
 
     Args:
         address: int32 `[threads]`, where in shared memory what each thread stores begins.
-        words: int32 `[threads]`, the operand, from `pack_digits`.
+        words: int32 `[threads]`, the activations, from `pack_digits`.
         sums: the rest.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A tile of integer weights whose groups are fine, times an operand of digits of several sequences.
+"""A tile of integer weights whose groups are fine, times activations of several sequences.
 
 A product of tensor cores adds up what the four threads of a column hold. Where these have inputs of
 different groups, whose scales differ, the sums must be kept apart. So threads read a fourth of a

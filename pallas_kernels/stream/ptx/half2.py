@@ -5,8 +5,8 @@ from __future__ import annotations
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.stream.half2 import HALF2_TAG_BITS, Format
-from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["Parting", "unpack_half2"]
 

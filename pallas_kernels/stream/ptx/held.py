@@ -15,11 +15,11 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Choice, Operation
 from pallas_kernels.stream.half2 import HALF2_TAG_BITS, Format
 from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.stream.ptx.digits import Digits, held_order
 from pallas_kernels.stream.ptx.half2 import Parting
-from pallas_kernels.stream.ptx.operation import Choice, Operation
 from pallas_kernels.stream.ptx.squares import Squares
 
 __all__ = ["ONES", "NormRow", "pack_held", "pack_held_digits", "prefetch_pieces"]
@@ -88,7 +88,7 @@ class _Pieces:
         self._parting = Parting(b, form)
         self._norm: _Norm | None = None
         self._address = tag  # these are set by `multiply_by`
-        self._there: Register | None = None  # the first operand behind it, if there are any
+        self._there: Register | None = None  # the first operand after it, if there are any
         self._more: Register | None = None  # the last one
         self._both: list[Register] = []
 

@@ -1,4 +1,4 @@
-"""A tile of integer weights times an operand of digits: see `digits`."""
+"""A tile of integer weights times activations as digits: see `digits`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.stream.ptx.chunk_groups import write_chunks
 from pallas_kernels.stream.ptx.groups import write_sequences
-from pallas_kernels.stream.ptx.operation import Operation
 from pallas_kernels.stream.ptx.scales import Given, IntegerText
 
 __all__ = ["IntegerTile", "multiply_integers"]
 
 # Rows of a product.
 _BLOCK = 16
-# Of an operand of more words than these, of several sequences, so many reads of a row are loaded at
-# once: of 70B, all of them had threads keep in memory what they hold from tile to tile.
+# Where several sequences' activations are more words than these, so many reads of a row are loaded
+# at once: of 70B, all of them had threads keep in memory what they hold from tile to tile.
 _MANY_WORDS, _WIDE_READS = 64, 4
 
 
@@ -33,8 +33,8 @@ class IntegerTile:
         step: bytes from a thread's read to its next one.
         scale_bytes: from a row's scales to the next one's.
         ragged: whether the last of a row's reads may lie beyond it, where anything is.
-        chunked: whether the operand's 8 columns are both digits of 4 chunks of one sequence; else
-            each of 8 sequences has its digits one after the other.
+        chunked: whether the activations' 8 columns are both digits of 4 chunks of one sequence;
+            else each of 8 sequences has its digits one after the other.
         threads: that take part, from the first on.
         group: inputs that share a scale; 0 where a row does.
         scales: dtype of a group's scale, and of what stands beside it.
@@ -114,7 +114,7 @@ class _Multiply(IntegerText):
         b.mark(self.idle)
 
     def _digit(self, q: int, low: int, word: int) -> Register:
-        """A word of the operand; chunked, a thread has one digit alone."""
+        """A word of the activations; chunked, a thread has one digit alone."""
         read = q if self.t.chunked else 2 * q + low
         return self.given.words[read * self.t.words + word]
 
@@ -363,7 +363,7 @@ def multiply_integers(
     """Multiplies a tile of integers in shared memory by digits in registers, on tensor cores.
 
     Sums of a group of int4 weights, or of all a thread's inputs of int8 ones, are exact; then they
-    become float32 and are multiplied by the weights' scales and the operand's. What is stored is
+    become float32 and are multiplied by the weights' scales and the activations'. What is stored is
     what `multiply_tile` stores.
 
     Args:
@@ -372,10 +372,10 @@ def multiply_integers(
         where: int32 `[threads]`, address in shared memory where what the thread stores begins.
             Chunked, what thread t stores is of use where t // 4 % 4 is t % 4.
         scales: int32 `[threads]`, address of the first row's scales; all the same.
-        scale: float32 `[threads]`, the operand's.
+        scale: float32 `[threads]`, the activations'.
         group: int32 `[threads]`, number in the row of the group that each thread's first read is
             of; or where groups are fine, that each warp's is.
-        words: int32 `[threads]`, the operand, from `pack_digits`.
+        words: int32 `[threads]`, the activations, from `pack_digits`.
         tile: the rest.
         offsets: int32 `[threads]`, address of the first of the sums of groups that each thread
             uses, as `sum_groups` has left them; None where groups have no offset.

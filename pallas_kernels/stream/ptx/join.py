@@ -7,8 +7,8 @@ from typing import NamedTuple
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.stream.ptx.attend_text import LOWEST
-from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["Joined", "join_warps"]
 
@@ -76,7 +76,7 @@ def join_warps(
     """Each thread joins some neighbouring elements of a query, of all warps, always in this order.
 
     Args:
-        sums: int32 `[threads]`, where in shared memory the first warp's maximum lies, and behind
+        sums: int32 `[threads]`, where in shared memory the first warp's maximum lies, and after
             it its sum: multiples of 8.
         values: int32 `[threads]`, where the first of its weighted values lies: multiples of
             4 * `width`.

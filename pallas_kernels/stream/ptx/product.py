@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jax import Array
 
 from pallas_kernels.asm import LANE, TID, Block, Register
-from pallas_kernels.stream.ptx.operation import Operation
+from pallas_kernels.inline_ptx.operation import Operation
 
 __all__ = ["multiply_tile", "sum_shared"]
 
@@ -17,7 +17,7 @@ def _write_product(
     address: Register,
     pitch: Register,
     where: Register,
-    *operand: Register,
+    *activations: Register,
     rows: int,
     step: int,
     chunked: bool,
@@ -26,10 +26,10 @@ def _write_product(
 ) -> None:
     """Each thread's part of a tile's products: see `multiply_tile`.
 
-    `operand` are the words, and, where pieces are guarded, how many there are.
+    `activations` are the words, and, where pieces are guarded, how many there are.
     """
     b.warps_jump_whole = True
-    words, there = (operand[:-1], operand[-1]) if guarded else (operand, None)
+    words, there = (activations[:-1], activations[-1]) if guarded else (activations, None)
     pieces = len(words) // 4
     # What is added to the same sums waits: of few rows, sums are several chains.
     sums_count = rows // 2 if chunked else 1
@@ -187,7 +187,7 @@ def multiply_tile(
     chunked: bool,
     threads: int,
 ) -> Array:
-    """Multiplies a tile in shared memory by an operand in registers, on tensor cores.
+    """Multiplies a tile in shared memory by activations in registers, on tensor cores.
 
     Products of bfloat16, sums of float32. All threads of a warp take part, or none. What is summed
     over the inputs of a thread, or of the 4 threads of a column, is stored: chunked, every
@@ -196,14 +196,14 @@ def multiply_tile(
     Args:
         address: int32 `[threads]`, of each thread's first piece of the first row.
         pitch: int32 `[threads]`, bytes from a row to the next; all the same.
-        words: int32 `[threads]`, 4 for each of a thread's pieces: the operand, two bfloat16 a word.
+        words: int32 `[threads]`, 4 for each of a thread's pieces: activations, two bfloat16 a word.
         where: int32 `[threads]`, address in shared memory where what the thread stores begins.
             Chunked, what thread t stores is of use where t % 32 // 8 is t % 4.
         there: int32 `[threads]`, how many of its pieces each thread has, where what lies beyond may
-            be no number; None where it is one, and the operand 0.
+            be no number; None where it is one, and the activations are 0.
         rows: of the tile, a power of two from 2 on.
         step: bytes from a thread's piece to its next one.
-        chunked: whether the operand's 8 columns are chunks of one sequence.
+        chunked: whether the activations' 8 columns are chunks of one sequence.
         threads: that take part, from the first on.
 
     Returns:

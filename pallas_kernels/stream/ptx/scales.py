@@ -1,4 +1,4 @@
-"""What all products of integers share: operands, scales of groups, int4 weights as bytes."""
+"""What all products of integers share: activations, scales of groups, int4 weights as bytes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class IntegerText:
             b.mov(value, 0.0)
 
     def load_own_scale(self, lane: Register) -> None:
-        """The operand's scale, of the column that a lane has inputs of."""
+        """The activations' scale, of the column that a lane has inputs of."""
         self.b.shfl_idx(self.own, self.given.scale, lane)
         if self.t.bits == 4:
             self.b.mul_rn(self.own, self.own, _SIXTEENTH)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.asm import TID, Block, Register
+from pallas_kernels.inline_ptx import lowered
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.primitives import ORDERED, effectful, made
-from pallas_kernels.stream.ptx import lowered
-from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["clear_shared", "read_row", "ring_base", "write_halves", "write_row"]
 

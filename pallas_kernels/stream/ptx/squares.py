@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from jax import Array
 
 from pallas_kernels.asm import LANE, TID, Block, Register
+from pallas_kernels.inline_ptx.operation import Operation
 from pallas_kernels.stream.half2 import Format
 from pallas_kernels.stream.plan import QUAD
 from pallas_kernels.stream.ptx.half2 import Parting
-from pallas_kernels.stream.ptx.operation import Operation
 
 __all__ = ["Squares", "sum_squares"]
 

@@ -1,7 +1,7 @@
 """Where the rows of a tile of keys, or of values, lie in shared memory.
 
 Rows are cut into *lines* of 128 bytes, or shorter rows are such lines. The lines of all rows lie
-one behind the other, first the rows' first ones, then their second ones, and so on. All would
+one after the other, first the rows' first ones, then their second ones, and so on. All would
 begin in the same bank of shared memory. So the 16-byte chunks of a line change places: chunk `x` of
 a line lies at place `x ^ turn`, where the turn counts the 128 bytes of shared memory in which the
 line begins. Chunks of neighbouring rows then lie in different banks. It is what a copy of a box
@@ -37,7 +37,7 @@ class Lines:
     Attributes:
         row_bytes: of a key, a power of two from 64 on.
         block: positions of a tile, a multiple of 8.
-        tiles: where the first tile begins, bytes behind the ring's address: whole banks.
+        tiles: where the first tile begins, bytes after the ring's address: whole banks.
     """
 
     row_bytes: int

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.asm import Block, Register
+from pallas_kernels.inline_ptx.operation import Choice, Operation, Pointer
 from pallas_kernels.stream import access
 from pallas_kernels.stream.plan import PIECE
 from pallas_kernels.stream.ptx.feed import Feed, write_feed
 from pallas_kernels.stream.ptx.giving_up import LOST, Wait
-from pallas_kernels.stream.ptx.operation import Choice, Operation, Pointer
 
 __all__ = ["collect_each", "collect_words", "load_pieces", "store_pair", "store_word"]
 
@@ -118,7 +118,7 @@ def collect_words(
         ref: int32 array.
         offset: int32 `[threads]`, where each thread's first piece begins: multiples of 4.
         places: words from there to each of its pieces, multiples of 4. Of a piece of 8 words the
-            second 4 lie 128 words behind the first: those of a warp's threads lie between.
+            second 4 lie 128 words after the first: those of a warp's threads lie between.
         tag: int32 `[threads]`, all the same, 0 but in `bits`.
         there: int32 `[threads]`, how many pieces the thread has.
         size: words of a piece, 4 or 8.
@@ -301,7 +301,7 @@ def store_pair(
         ref: int32 array.
         offsets: int32, even numbers.
         first: int32, the same shape, stored at the offset.
-        second: int32, the same shape, stored behind it.
+        second: int32, the same shape, stored after it.
         mask: bool, the same shape.
         interpret: whether the kernel is interpreted.
     """
@@ -337,7 +337,7 @@ def load_pieces(
 ) -> list[Array]:
     """Loads pieces of 8 neighbouring bfloat16 that nobody writes, from one of several arrays.
 
-    Which array is no matter of branches: behind one, what was loaded would be waited for.
+    Which array is no matter of branches: after one, what was loaded would be waited for.
 
     Args:
         refs: bfloat16 arrays; they count as flat.

@@ -100,7 +100,7 @@ def _put_heads(env: StreamEnv, heads: Heads, has_new: Array, lot: Array | int = 
     high = heads.queries.astype(jnp.bfloat16)
     low = (heads.queries - high.astype(jnp.float32)).astype(jnp.bfloat16)
     place = env.shared + at.queries + row * at.query_pitch + 2 * element
-    if rows > LOT:  # what the bfloat16 leave lies behind them, lot by lot
+    if rows > LOT:  # what the bfloat16 leave lies after them, lot by lot
         place += (row & ~(LOT - 1)) * at.query_pitch
     if not isinstance(lot, int):
         place += lot * (2 * LOT * at.query_pitch)

@@ -8,6 +8,7 @@ stores their keys in the cache.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -31,6 +32,34 @@ class Heads(NamedTuple):
     queries: Array
     key: Array
     value: Array
+
+
+class _Which(NamedTuple):
+    """What each number `[rows, H]` of a part is of: int32."""
+
+    start: Array  # word of the exchange with which the sequence's `[T, N + 2K, H]` begin, a scalar
+    element: Array  # of a head
+    query: Array  # which of the N query heads
+    token: Array | int  # whose query it is, of the sequence's T new tokens
+    new: Array | int  # whose key and value
+
+
+def _which(
+    env: StreamEnv, sequence: Array, kv_head: Array, first_query: Array, rows: int
+) -> _Which:
+    """Rows are the queries that share a key/value head: G of each token, token by token."""
+    d, shape = env.dims, (rows, env.dims.head_dim)
+    element = env.iota(shape, 1)
+    start = env.exchange.layout.qkv + sequence * (d.tokens * d.qkv_dim)
+    if d.tokens == 1:
+        query = kv_head * d.q_per_kv + jnp.minimum(first_query + env.iota(shape, 0), d.q_per_kv - 1)
+        return _Which(start, element, query, 0, 0)
+    row = env.iota(shape, 0)
+    number = jnp.minimum(first_query + row, d.queries - 1)
+    token = lax.div(number, jnp.int32(d.q_per_kv))
+    new = jnp.minimum(row, d.tokens - 1)
+    query = kv_head * d.q_per_kv + number - token * d.q_per_kv
+    return _Which(start, element, query, token, new)
 
 
 def collect_heads(
@@ -58,99 +87,155 @@ def collect_heads(
         rows: rows of queries.
         lots: how many times 8 of them are waited for, where there are more.
     """
-    d, exchange, tag = env.dims, env.exchange, env.tag(layer)
-    shape = (rows, d.head_dim)
-    element = env.iota(shape, 1)
-    start = exchange.layout.qkv + sequence * (d.tokens * d.qkv_dim)
-    token: Array | int = 0
-    new: Array | int = 0
-    if d.tokens == 1:
-        query = kv_head * d.q_per_kv + jnp.minimum(first_query + env.iota(shape, 0), d.q_per_kv - 1)
-    else:
-        row = env.iota(shape, 0)
-        number = jnp.minimum(first_query + row, d.queries - 1)
-        token = lax.div(number, jnp.int32(d.q_per_kv))
-        new = jnp.minimum(row, d.tokens - 1)
-        query = kv_head * d.q_per_kv + number - token * d.q_per_kv
+    d, tag = env.dims, env.tag(layer)
+    which = _which(env, sequence, kv_head, first_query, rows)
+    shape = which.element.shape
+    everywhere = which.element >= 0
+    asked = everywhere if rows <= LOT else env.iota(shape, 0) < lots * LOT
+    new_there = (everywhere if d.tokens == 1 else env.iota(shape, 0) < d.tokens) & has_new
+    part = _Part(env, layer, kv_head, position, tag, which, new_there)
+    if env.features.qk_norm is None:
+        return part.collect(asked)
+    queries, keys, values = part.collect_normed(everywhere, everywhere & has_new)
+    # Attention multiplies what the cache holds: keys as bfloat16.
+    stored = keys.astype(jnp.bfloat16)
+    _store_keys(env, layer, sequence, kv_head, position, has_new, keys)
+    return Heads(queries * softmax_scale(env), stored.astype(jnp.float32), values)
 
-    def start_of(token: Array | int) -> Array:
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of attention while its queries, keys and values are collected.
+
+    Attributes:
+        env: the program's view.
+        layer: int32 scalar.
+        kv_head: int32 scalar, which of the K heads.
+        position: int32 scalar, the first new position.
+        tag: that words carry.
+        which: what each number is of.
+        new_there: bool `[rows, H]`, which keys and values are waited for.
+    """
+
+    env: StreamEnv
+    layer: Array
+    kv_head: Array
+    position: Array
+    tag: Array
+    which: _Which
+    new_there: Array
+
+    def _start_of(self, token: Array | int) -> Array:
         """Where the exchange has a token's queries, keys and values."""
+        d = self.env.dims
+        start = self.which.start
         return start if d.tokens == 1 else start + token * d.qkv_dim
 
-    everywhere = element >= 0
-    asked = everywhere if rows <= LOT else env.iota(shape, 0) < lots * LOT
+    def _query(self, element: Array, mask: Array) -> tuple[Array, Array]:
+        """Words of the queries, and which are waited for."""
+        which = self.which
+        return self._start_of(which.token) + which.query * self.env.dims.head_dim + element, mask
 
-    def words(head, element, mask, token=new):
-        return start_of(token) + head * d.head_dim + element, mask
+    def _new(self, head: Array, element: Array) -> tuple[Array, Array]:
+        """Likewise of the new keys or values."""
+        start = self._start_of(self.which.new)
+        return start + head * self.env.dims.head_dim + element, self.new_there
 
-    new_there = (everywhere if d.tokens == 1 else env.iota(shape, 0) < d.tokens) & has_new
-    key, value = d.num_heads + kv_head, d.num_heads + d.num_kv_heads + kv_head
-    if env.features.qk_norm is None:
-        queries, k, v = exchange.collect_all(
-            [
-                words(query, element, asked, token),
-                words(key, element, new_there),
-                words(value, element, new_there),
-            ],
-            tag,
-        )
-        return Heads(queries, k, v)
-    half = d.head_dim // 2
-    is_first = element < half
-    partner = jnp.where(is_first, element + half, element - half)
+    def collect(self, asked: Array) -> Heads:
+        """What the projection has rotated already."""
+        d, element = self.env.dims, self.which.element
+        key, value = d.num_heads + self.kv_head, d.num_heads + d.num_kv_heads + self.kv_head
+        wanted = [
+            self._query(element, asked),
+            self._new(key, element),
+            self._new(value, element),
+        ]
+        return Heads(*self.env.exchange.collect_all(wanted, self.tag))
 
-    def rotation(token: Array | int) -> tuple[Array, Array]:
-        cos, sin = _rotation(env, layer, position + token, element)
+    def collect_normed(self, everywhere: Array, has_new: Array) -> Heads:
+        """What is normed and rotated here; queries are not scaled for softmax yet.
+
+        RoPE makes an element of itself and of its partner, half a head away. So that nothing goes
+        from thread to thread, each thread waits for both.
+
+        Args:
+            everywhere: bool `[rows, H]`, all of it true.
+            has_new: bool `[rows, H]`, whether there are keys, the same everywhere.
+        """
+        d, which, element = self.env.dims, self.which, self.which.element
+        key, value = d.num_heads + self.kv_head, d.num_heads + d.num_kv_heads + self.kv_head
+        half = d.head_dim // 2
+        is_first = element < half
+        partner = jnp.where(is_first, element + half, element - half)
+        of_queries = self._rotation(which.token, is_first)
+        of_keys = of_queries if d.tokens == 1 else self._rotation(which.new, is_first)
+        wanted = [
+            self._query(element, everywhere),
+            self._query(partner, everywhere),
+            self._new(key, element),
+            self._new(key, partner),
+            self._new(value, element),
+        ]
+        q, q_other, k, k_other, v = self.env.exchange.collect_all(wanted, self.tag)
+        of_q = _Norm("q_norm", d.num_heads, 0, which.query, which.token, everywhere)
+        queries = self._normed(of_q, q, q_other, partner, of_queries)
+        kv = jnp.broadcast_to(self.kv_head, element.shape)
+        of_k = _Norm("k_norm", d.num_kv_heads, d.num_heads, kv, which.new, has_new)
+        return Heads(queries, self._normed(of_k, k, k_other, partner, of_keys), v)
+
+    def _rotation(self, token: Array | int, is_first: Array) -> tuple[Array, Array]:
+        """What an element is multiplied by, and its partner, when a token's head is rotated."""
+        position = self.position + token
+        cos, sin = _rotation(self.env, self.layer, position, self.which.element)
         return cos, jnp.where(is_first, -sin, sin)
 
-    of_queries = rotation(token)
-    of_keys = of_queries if d.tokens == 1 else rotation(new)
-    q, q_other, k, k_other, v = exchange.collect_all(
-        [
-            words(query, element, everywhere, token),
-            words(query, partner, everywhere, token),
-            words(key, element, new_there),
-            words(key, partner, new_there),
-            words(value, element, new_there),
-        ],
-        tag,
-    )
-
-    def normed(
-        name: str,
+    def _normed(
+        self,
+        norm: _Norm,
         x: Array,
         other: Array,
-        within: Array,
-        heads: int,
-        first_head: int,
-        mask: Array,
-        token: Array | int,
+        partner: Array,
         rotation: tuple[Array, Array],
-    ):
-        """Heads normed and rotated: `[rows, H]`."""
+    ) -> Array:
+        """Queries or keys, normed and rotated: `[rows, H]`.
+
+        Args:
+            norm: theirs.
+            x: as they were projected.
+            other: likewise each element's partner.
+            partner: which element that is.
+            rotation: from `_rotation`.
+        """
+        env, d, element = self.env, self.env.dims, self.which.element
         if env.features.qk_norm == "head":
             squares = jnp.sum(x * x, axis=1)[:, None] / d.head_dim
             at, at_other = element, partner
-        else:
-            squares = _mean_square(env, start_of(0) + first_head * d.head_dim, heads, tag, mask)
+        else:  # of a token's heads all together
+            squares = self._mean_square(norm, 0)
             for t in range(1, d.tokens):
-                at = start_of(t) + first_head * d.head_dim
-                squares = jnp.where(token == t, _mean_square(env, at, heads, tag, mask), squares)
-            at, at_other = (within * d.head_dim + e for e in (element, partner))
+                squares = jnp.where(norm.token == t, self._mean_square(norm, t), squares)
+            at, at_other = (norm.head * d.head_dim + e for e in (element, partner))
         scale = lax.rsqrt(squares + d.norm_eps)
-        x = x * scale * env.norm_weight(name, layer, at)
-        other = other * scale * env.norm_weight(name, layer, at_other)
+        x = x * scale * env.norm_weight(norm.name, self.layer, at)
+        other = other * scale * env.norm_weight(norm.name, self.layer, at_other)
         cos, sin = rotation
         return x * cos + other * sin
 
-    queries = normed("q_norm", q, q_other, query, d.num_heads, 0, everywhere, token, of_queries)
-    kv = jnp.broadcast_to(kv_head, shape)
-    keys = normed(
-        "k_norm", k, k_other, kv, d.num_kv_heads, d.num_heads, everywhere & has_new, new, of_keys
-    )
-    stored = keys.astype(jnp.bfloat16)
-    _store_keys(env, layer, sequence, kv_head, position, has_new, keys)
-    return Heads(queries * softmax_scale(env), stored.astype(jnp.float32), v)
+    def _mean_square(self, norm: _Norm, token: int) -> Array:
+        """Of a token's projection to all heads."""
+        start = self._start_of(token) + norm.first_head * self.env.dims.head_dim
+        return _mean_square(self.env, start, norm.heads, self.tag, norm.mask)
+
+
+class _Norm(NamedTuple):
+    """The norm of a part's queries, or of its keys."""
+
+    name: str  # of its weights
+    heads: int  # that a token has
+    first_head: int  # the first of them among the N + 2K
+    head: Array  # which of them each row is: int32 `[rows, H]`
+    token: Array | int  # whose, likewise
+    mask: Array  # bool `[rows, H]`, whether they are there: the same everywhere
 
 
 def _store_keys(

@@ -106,10 +106,10 @@ def _store_hidden(env: StreamEnv, residual: Sums, place: Array | int) -> None:
 
 
 def _keep_hidden(env: StreamEnv, residual: Sums, is_down: Array, layer: Array) -> None:
-    """Stores the residual behind a layer, if the step is to return it."""
+    """Stores the residual after a layer, if the step is to return it."""
     place = jnp.int32(-1)
-    for number, behind in enumerate(env.hidden_layers):
-        place = jnp.where(is_down & (layer + 1 == behind), jnp.int32(number), place)
+    for number, wanted in enumerate(env.hidden_layers):
+        place = jnp.where(is_down & (layer + 1 == wanted), jnp.int32(number), place)
     lax.cond(place >= 0, lambda: _store_hidden(env, residual, place), lambda: None)
 
 

@@ -1,4 +1,4 @@
-"""How the operations of this package become inline PTX, whichever compiler takes the kernel.
+"""How the kernels' operations become inline PTX, whichever compiler takes the kernel.
 
 An operation is a primitive of JAX with a rule, kept by `rule`: what text it is, and what is bound
 to it. How a compiler holds numbers is the business of its room, `pallas_kernels.triton` or

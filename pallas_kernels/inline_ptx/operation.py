@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.asm import Block
+from pallas_kernels.inline_ptx import lowered
 from pallas_kernels.primitives import ORDERED, effectful, made, reads, writes
-from pallas_kernels.stream.ptx import lowered
 
 __all__ = ["Choice", "Operation", "Pointer", "listings"]
 
@@ -62,7 +62,7 @@ class Pointer(NamedTuple):
 class Choice(NamedTuple):
     """Likewise of elements of one of several arrays.
 
-    Which array is no matter of branches: behind one, what was loaded would be waited for.
+    Which array is no matter of branches: after one, what was loaded would be waited for.
 
     Attributes:
         refs: the arrays', which are read.
