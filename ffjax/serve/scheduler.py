@@ -77,7 +77,7 @@ class Scheduler:
         self._max_queue = max_queue
         self._metrics = metrics
         self._chunk = chunk
-        self._steps = BLOCK  # that were ordered behind the last chunk
+        self._steps = BLOCK  # that were ordered after the last chunk
         self._keep_caches = keep_caches
         self._on_change = on_change
         self._say = say
