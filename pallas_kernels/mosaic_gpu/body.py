@@ -18,7 +18,7 @@ from pallas_kernels.mosaic_gpu.layout import Layout, bits_of_axes
 from pallas_kernels.mosaic_gpu.memory import Memory
 from pallas_kernels.mosaic_gpu.threads import Threads
 from pallas_kernels.mosaic_gpu.values import Lazy, Pointer, Registers, Value, uniform
-from pallas_kernels.stream.ptx import lowered
+from pallas_kernels.stream.ptx import ANEW, lowered
 
 __all__ = ["Body"]
 
@@ -73,6 +73,8 @@ class Body:
 
     def _lower(self, eqn: Any, ins: list[Any]) -> list[Any]:
         name, avals = eqn.primitive.name, [x.aval for x in eqn.outvars]
+        if name == ANEW and isinstance(ins[0], Lazy):
+            return [ins[0].anew(self._threads.number_anew)]
         if eqn.primitive in lowered.RULES:
             return self._by_rule(eqn, ins)
         if name in _CALLS:

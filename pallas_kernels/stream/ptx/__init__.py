@@ -7,7 +7,7 @@ to others has a plain version for interpret mode; the ring and the products are 
 """
 
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
-from pallas_kernels.stream.ptx.anew import anew
+from pallas_kernels.stream.ptx.anew import ANEW, anew
 from pallas_kernels.stream.ptx.arrival import wait_copies
 from pallas_kernels.stream.ptx.attend import attend_split
 from pallas_kernels.stream.ptx.boxes import MAP_BYTES, TensorMap, make_map
@@ -47,6 +47,7 @@ from pallas_kernels.stream.ptx.words import (
 )
 
 __all__ = [
+    "ANEW",
     "MAP_BYTES",
     "MAP_IN_CONTROL",
     "ONES",
