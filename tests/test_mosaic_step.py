@@ -46,6 +46,8 @@ CAPACITY = 66
 STEPS: dict[str, tuple[ModelConfig, list[int], int]] = {
     "one sequence": (small_config(num_layers=1), [5], 4),
     "three sequences, an empty one": (small_config(num_layers=1, post_norm=True), [0, 64, 9], 8),
+    # Indices are made anew, and a wait keeps no addresses.
+    "normed queries": (small_config(num_layers=1, qk_norm="full"), [5], 4),
     "integers": (kernel_config(FOR_KERNELS["mixed"]), [7], 4),
     "integers of two": (kernel_config(FOR_KERNELS["mixed otherwise"]), [3, 30], 4),
     # Each matrix in groups of another kind: what is collected for one is of use to another or not.
@@ -81,10 +83,11 @@ def stepped(model: Any, cache: KVCache, tokens: Any, num_warps: int) -> tuple[An
 
 
 @pytest.mark.drawn(
-    "A batch with an empty sequence, one sequence, and integers.",
+    "A batch with an empty sequence, one sequence, normed queries, and integers.",
     sample=[
         "test_a_step_matches_the_model[one sequence]",
         "test_a_step_matches_the_model[three sequences, an empty one]",
+        "test_a_step_matches_the_model[normed queries]",
         "test_a_step_matches_the_model[integers of two]",
     ],
 )
