@@ -118,7 +118,8 @@ def markdown(rows: Iterable[Row]) -> str:
     at most, and may take.
     """
     found = {(row.step, row.gpu, row.backend): row for row in rows}
-    columns = list(dict.fromkeys((gpu, backend) for _, gpu, backend in found))
+    keys: list[tuple[str, Backend | None]] = [(row.gpu, row.backend) for row in found.values()]
+    columns = list(dict.fromkeys(keys))
     notes: dict[str, int] = {}
     names = [_name(gpu, backend) for gpu, backend in columns]
     lines = [

@@ -318,9 +318,9 @@ class Exchange:
         offsets = [jnp.where(mask, at, -1) for at, mask in wanted]
         size = math.prod(offsets[0].shape)
         together = max(1, size // self.threads)
+        how = pairs, together, MAX_POLLS
         words = ptx.collect_each(
-            *(self.words, offsets, tag, pairs, together, MAX_POLLS, *self.meanwhile),
-            sparing=self.sparing,
+            self.words, offsets, tag, *how, *self.meanwhile, sparing=self.sparing
         )
         if size < self.threads:
             # Of those who have the same element, one might be left behind when others have gone
