@@ -13,7 +13,7 @@ from decode_cases import dims_of
 from ffjax.commands import compile_table
 from ffjax.commands.compile import main
 from ffjax.commands.compile_table import Row, Step, compile_row, markdown
-from ffjax.config import preset
+from ffjax.config import PRESETS, preset
 from ffjax.dims import step_dims
 from ffjax.formats import INT8, WeightFormats, int4
 from ffjax.quantization import quantized_config
@@ -247,8 +247,9 @@ def test_the_table_says_why_a_step_is_left_to_xla(monkeypatch):
 
     two = dataclasses.replace(made, kernels=2, registers=160, spill_bytes=0)
 
-    def compiled(gpu, dims, *, tuned):
+    def compiled(gpu, dims, *, tuned, backend):
         assert tuned
+        assert backend is None
         if dims.weight_bits.qkv == 4:
             raise ValueError("There is no\n room.")
         return made
@@ -263,11 +264,44 @@ def test_the_table_says_why_a_step_is_left_to_xla(monkeypatch):
         "| --- | --- | ---: | ---: | ---: |",
         "| llama3.2-1b | bfloat16 | 1 | 168 (20) | 168 (20) |",
         "| llama3.2-1b | int4 | 1 | 160, 2 launches | XLA (1) |",
+        "| steps that spill |  |  | 1 of 2 | 1 of 1 |",
         "| shared memory, bytes |  |  | 77,824 | 77,824 |",
         "| of |  |  | 232,448 | 101,376 |",
         "",
         "1. There is no room.",
     ]
+
+
+def test_the_table_has_a_column_for_each_backend(monkeypatch, capsys):
+    asked = []
+
+    def compiled(gpu, dims, *, tuned, backend):
+        asked.append((gpu, dims.model_dim, dims.weight_bits.down, dims.weight_bits.head, backend))
+        raise ValueError(f"Not by {backend}.")
+
+    monkeypatch.setattr(compile_module, "why_no_compiler", lambda: None)
+    monkeypatch.setattr(compile_module, "compile_for", compiled)
+    chosen = ["--gpu", "h200", "--config", "gemma2-2b", "--head", "int8", "--jobs", "1"]
+    assert compile_table.main([*chosen, "--backend", "mosaic_gpu", "--backend", "triton"]) == 0
+    formats = (16, 16), (16, 16), (8, 8), (8, 8), (4, 8), (4, 8)
+    assert asked == [
+        ("h200", 2304, weights, head, backend)
+        for weights, head in formats
+        for backend in ("mosaic_gpu", "triton")
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| config | weights | batch | H200, mosaic_gpu | H200, triton |"
+    assert lines[2] == "| gemma2-2b | bfloat16 | 1 | no (1) | no (2) |"
+    assert lines[5] == "| gemma2-2b | int8, int8 head | 8 | no (1) | no (2) |"
+    assert lines[8] == "| steps that spill |  |  | 0 of 0 | 0 of 0 |"
+    assert lines[-2:] == ["1. Not by mosaic_gpu.", "2. Not by triton."]
+
+
+def test_every_preset_may_be_asked_for():
+    every = {step.config for step in compile_table.steps(PRESETS)}
+    assert every == set(PRESETS)
+    assert len(compile_table.steps(PRESETS)) == 6 * len(PRESETS)
+    assert len(compile_table.steps()) == 30  # what docs/gpus.md has
 
 
 def test_a_table_without_a_compiler_names_the_extra(monkeypatch, capsys):

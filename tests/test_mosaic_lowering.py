@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -21,7 +22,7 @@ from mosaic_machine import MosaicError, MosaicMachine, lowered_kernel, run, trac
 from mosaic_programs import put
 
 from pallas_kernels.mosaic_gpu.launch import SCRATCH_BYTES
-from pallas_kernels.stream import access
+from pallas_kernels.stream import access, ptx
 
 THREADS = [32, 128, 256]
 every_count = pytest.mark.parametrize("threads", THREADS)
@@ -537,5 +538,55 @@ def test_inline_assembly_with_effects_is_neither_moved_nor_doubled():
     known = "convergent" in inspect.signature(llvm.inline_asm).parameters
     assert sum("st.shared" in line for line in lines) > 0
     for line in lines:
-        assert ("has_side_effects" in line) == ("%tid.x" not in line)
-        assert ("convergent" in line) == (known and "%tid.x" not in line)
+        computes = "%tid.x" in line or "mad.wide" in line
+        assert ("has_side_effects" in line) != computes
+        assert ("convergent" in line) == (known and not computes)
+
+
+def kernel_of_indices(anew: Callable[[Array], Array], x: Any, out: Any) -> None:
+    """Indices in a loop, in branches, along either axis, summed up, and as places of elements."""
+    row, column = (lax.broadcasted_iota(jnp.int32, (8, 32), axis) for axis in (0, 1))
+    again = anew(anew(lax.iota(jnp.int32, 256)))
+
+    def step(i: Array, total: Array) -> Array:
+        mine = anew(column) * (i + 1) + anew(row)
+        more = lax.cond(i > 1, lambda: jnp.sum(mine, axis=1), lambda: jnp.max(anew(row), axis=1))
+        return total + more
+
+    total = lax.fori_loop(jnp.int32(0), jnp.int32(4), step, jnp.zeros((8,), jnp.int32))
+    put(out, total)
+    put(out, access.load(x.at[255 - again]), room=8)
+    put(out, anew(access.load(x.at[again])), room=264)  # of what no index is known
+
+
+@every_count
+def test_indices_that_are_made_anew_are_the_same(threads):
+    def plain(x: Array) -> Array:
+        return x
+
+    check(
+        functools.partial(kernel_of_indices, ptx.anew),
+        [whole_numbers(256, jnp.int32)],
+        [spec(520)],
+        threads,
+        reference=lambda _, *rest: evaluated(functools.partial(kernel_of_indices, plain), *rest),
+    )
+
+
+def test_of_what_is_made_anew_no_number_is_known_before():
+    """A thread's number is read where it is wanted: LLVM would compute elements before the loop."""
+
+    def kernel(out: Any) -> None:
+        def step(i: Array, total: Array) -> Array:
+            return total + jnp.sum(ptx.anew(lax.iota(jnp.int32, 1024)) * i)
+
+        put(out, jnp.full((1,), lax.fori_loop(jnp.int32(0), jnp.int32(9), step, jnp.int32(0))))
+
+    with lowered_kernel(traced(kernel, [], [spec(1)]), [spec(1)], 128) as function:
+        text = str(function)
+    before, _, loop = text.partition("scf.while")
+    of_loop = [line for line in loop.splitlines() if "%tid.x" in line]
+    # 8 elements a thread follow from one number.
+    assert len(of_loop) == 1
+    assert "has_side_effects" in of_loop[0]
+    assert before.count("%tid.x") == 1

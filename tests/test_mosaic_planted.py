@@ -48,6 +48,7 @@ CHECKS: list[Callable[[], Any]] = [
     functools.partial(
         of_lowering.test_what_follows_from_indices_is_made_where_it_is_wanted, 0, 128
     ),
+    functools.partial(of_lowering.test_indices_that_are_made_anew_are_the_same, 128),
     of_lowering.test_bits_are_compared_and_reduced_as_0_and_1,
     functools.partial(of_lowering.test_numbers_are_converted_and_rounded_to_nearest, jnp.float32),
     *(functools.partial(of_layouts.check_moved, seed) for seed in range(15)),
@@ -151,7 +152,19 @@ EDITS: dict[str, tuple[Any, str, str, str]] = {
         "[i :: len(out)]",
     ),
     "bytes of an element": (MosaicGpu, "addresses", "ref.item", "2"),
-    "offsets without a sign": (MosaicGpu, "addresses", "arith.extsi(wide", "arith.extui(wide"),
+    "offsets without a sign": (
+        MosaicGpu,
+        "addresses",
+        "element_address(ref.base, offset, ref.item)",
+        "arith.addi(ref.base, arith.shli(arith.extui(integer(64), offset), "
+        "constant(integer(64), ref.item.bit_length() - 1)))",
+    ),
+    "an index that another one follows from": (
+        Lazy,
+        "anew",
+        "return self._make(layout)",
+        "return self._make(Layout(layout.places[::-1], layout.register_bits))",
+    ),
     "where the ring begins": (MosaicGpu, "ring_base", "alignment - 1)", "alignment)"),
     "arrays in any layout": (
         Body,

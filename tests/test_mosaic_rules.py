@@ -92,9 +92,10 @@ BODIES: dict[str, tuple[Callable[..., None], int]] = {
 }
 
 
-# Texts that are none of the kernel's: a thread's number, and a store.
+# Texts that are none of the kernel's: a thread's number, elements' addresses, and a store.
 _OF_THE_LOWERING = [
     ["mov.u32", "$0,", "%tid.x;", "}"],
+    *(["mad.wide.s32", "$0,", "$2,", f"{item},", "$1;", "}"] for item in (2, 4)),
     ["st.global.b32", "[$1],", "$2;", "mov.b32", "$0,", "0;", "}"],
 ]
 

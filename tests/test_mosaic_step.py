@@ -54,6 +54,8 @@ STEPS: dict[str, tuple[ModelConfig, list[int], int, int | None]] = {
         8,
         None,
     ),
+    # Indices are made anew, and a wait keeps no addresses.
+    "normed queries": (small_config(num_layers=1, qk_norm="full"), [5], 4, None),
     "integers": (kernel_config(FOR_KERNELS["mixed"]), [7], 4, None),
     "integers of two": (kernel_config(FOR_KERNELS["mixed otherwise"]), [3, 30], 4, None),
     # Each matrix in groups of another kind: what is collected for one is of use to another or not.
@@ -85,10 +87,11 @@ def stepped(plan: StreamPlan, model: Any, cache: KVCache, tokens: Any) -> tuple[
 
 
 @pytest.mark.drawn(
-    "A batch with an empty sequence, one sequence, and integers.",
+    "A batch with an empty sequence, one sequence, normed queries, and integers.",
     sample=[
         "test_a_step_matches_the_model[one sequence]",
         "test_a_step_matches_the_model[three sequences, an empty one]",
+        "test_a_step_matches_the_model[normed queries]",
         "test_a_step_matches_the_model[integers of two]",
     ],
 )

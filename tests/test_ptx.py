@@ -842,11 +842,14 @@ def test_a_program_that_hears_of_a_fault_still_takes_what_is_there():
 
 
 @functools.cache
-def each_text(ring: Ring, arrays: int, together: int, pairs: bool, most: int) -> Inline:
+def each_text(
+    ring: Ring, arrays: int, together: int, pairs: bool, most: int, sparing: bool = False
+) -> Inline:
     def body(exchange: Any, weights: Any) -> None:
         each = [jnp.zeros((ring.threads * together,), jnp.int32)] * arrays
         zero = jnp.int32(0)
-        ptx.collect_each(exchange, each, zero, pairs, together, most, weights, zero, ring.feed)
+        how = pairs, together, most, weights, zero, ring.feed
+        ptx.collect_each(exchange, each, zero, *how, sparing=sparing)
 
     return inline(body, shape(1024), shape(16, jnp.bfloat16))
 
@@ -924,10 +927,11 @@ def test_arrays_are_waited_for_until_all_carry_the_tag(arrays, together, pairs, 
 
 @pytest.mark.parametrize("bulk", [True, False])
 @pytest.mark.parametrize("pairs", [False, True], ids=["words", "pairs"])
-def test_who_waits_for_arrays_in_vain_says_so_and_takes_nan(pairs, bulk):
+@pytest.mark.parametrize("sparing", [False, True])
+def test_who_waits_for_arrays_in_vain_says_so_and_takes_nan(sparing, pairs, bulk):
     waiting = Waiting(bulk=bulk)
     m, fed, missing = waiting.machine, waiting.fed, np.arange(ONE.threads) == 9
-    text = each_text(fed.ring, 2, 1, pairs, 32)
+    text = each_text(fed.ring, 2, 1, pairs, 32, sparing)
     # Of the first array all is there; of the second, one thread's.
     m.view(waiting.exchange, 64, np.uint32)[:] = TAG
     first, second = np.where(missing, 0, -1), np.where(missing, 512, -1)
@@ -936,6 +940,11 @@ def test_who_waits_for_arrays_in_vain_says_so_and_takes_nan(pairs, bulk):
     nothing = 0 if pairs else TAG
     assert waiting.missed == 4 * 512
     np.testing.assert_array_equal(words, [np.where(missing, 0xFFFFFFFF, nothing)] * 2)
+    # What is missing may be of the first array, too.
+    waiting.record[:] = 0
+    text.run(m, np.where(missing, 768, -1), np.where(missing, 0, -1), *others)
+    assert waiting.missed == 4 * 768
+    waiting.record[:] = 0
     # A program that has nothing to wait for goes on.
     words = np.stack(text.run(m, -1, -1, *others))
     assert (words == nothing).all()

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax._src.lib.mlir.dialects import arith
 
-from pallas_kernels.mosaic_gpu.ir import constant, f32, i32, inline, integer
+from pallas_kernels.mosaic_gpu.ir import constant, element_address, f32, i32, inline, integer
 from pallas_kernels.mosaic_gpu.threads import Threads
 from pallas_kernels.mosaic_gpu.values import Pointer, Registers
 
@@ -80,11 +80,7 @@ class MosaicGpu:
 
     def addresses(self, ref: Pointer, offsets: Registers, shape: Sequence[int]) -> Any:
         """64-bit addresses of an array's elements."""
-        wide, size = integer(64), constant(integer(64), ref.item)
-        regs = [
-            arith.addi(ref.base, arith.muli(arith.extsi(wide, offset), size))
-            for offset in offsets.regs
-        ]
+        regs = [element_address(ref.base, offset, ref.item) for offset in offsets.regs]
         return Registers(tuple(shape), offsets.layout, regs)
 
     def assembly(

@@ -13,6 +13,7 @@ from jax._src import core
 from jax._src.lib.mlir.dialects import arith, gpu, scf
 
 from pallas_kernels.inline_ptx import lowered
+from pallas_kernels.inline_ptx.anew import ANEW
 from pallas_kernels.mosaic_gpu import arithmetic
 from pallas_kernels.mosaic_gpu.ir import constant, element_type, i32
 from pallas_kernels.mosaic_gpu.layout import Layout, bits_of_axes
@@ -73,6 +74,8 @@ class Body:
 
     def _lower(self, eqn: Any, ins: list[Any]) -> list[Any]:
         name, avals = eqn.primitive.name, [x.aval for x in eqn.outvars]
+        if name == ANEW and isinstance(ins[0], Lazy):
+            return [ins[0].anew(self._threads.number_anew)]
         if eqn.primitive in lowered.RULES:
             return self._by_rule(eqn, ins)
         if name in _CALLS:

@@ -14,6 +14,7 @@ from pallas_kernels.asm import Block
 
 __all__ = [
     "constant",
+    "element_address",
     "element_type",
     "f32",
     "i32",
@@ -92,9 +93,27 @@ def written(b: Block, args: Sequence[Any], *, effects: bool = True) -> list[Any]
         args: the operands.
         effects: as of `inline`.
     """
-    types = {"f32": f32(), "u16": integer(16)}
+    types = {"f32": f32(), "u16": integer(16), "u64": integer(64)}
     results = [types.get(kind, i32()) for kind in b.result_kinds]
     return inline(results, b.text(), b.constraints, args, effects=effects)
+
+
+def element_address(base: Any, element: Any, item: int) -> Any:
+    """The address of an array's element, 64 bits.
+
+    LLVM sees no sum. It would add the part that does not change from layer to layer to the base,
+    and keep what comes of it, an address for each element of a thread.
+
+    Args:
+        base: the array's address, 64 bits.
+        element: its number, int32.
+        item: bytes of an element.
+    """
+    b = Block()
+    [place] = b.results("u64", early=False)
+    start, number = b.operands(start="u64", number="s32")
+    b.mad_wide(place, number, item, start)
+    return written(b, [base, element], effects=False)[0]
 
 
 def inline(

@@ -11,6 +11,7 @@ from jax._src.lib.mlir.dialects import arith
 from pallas_kernels.asm import Block
 from pallas_kernels.mosaic_gpu.ir import (
     constant,
+    element_address,
     element_type,
     i32,
     integer,
@@ -123,7 +124,7 @@ class Memory:
         if element is None:
             return ref.base
         if width(element.type) == 32:
-            element = arith.extsi(integer(64), element)
+            return element_address(ref.base, element, ref.item)
         return arith.addi(ref.base, arith.muli(element, constant(integer(64), ref.item)))
 
 

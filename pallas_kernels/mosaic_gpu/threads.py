@@ -5,7 +5,8 @@ Within a warp they are shuffled; else they go through shared memory, where all t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
@@ -21,6 +22,14 @@ __all__ = ["Threads"]
 _LANE_BITS = 5
 # A shuffle that fetches for each of so many registers is no longer faster than shared memory.
 _MOST_SHUFFLES = 16
+
+
+def _number(*, anew: bool) -> Any:
+    """A thread's number; anew: the compiler may take no earlier one for it."""
+    b = Block()
+    [number] = b.results("u32", early=False)
+    b.mov(number, TID)
+    return written(b, [], effects=anew)[0]
 
 
 def _tree(combine: Callable[[Any, Any], Any], values: Sequence[Any]) -> Any:
@@ -54,16 +63,23 @@ class Threads:
         self._last_block = 0
         # Whether somebody may still read what lies in shared memory.
         self._in_use = True
-        b = Block()
-        [number] = b.results("u32", early=False)
-        b.mov(number, TID)
-        [self.number] = written(b, [], effects=False)
+        self.number = _number(anew=False)
 
     # What a thread knows by its number
 
     def plain(self, shape: Sequence[int]) -> Layout:
         """Where texts of PTX want the elements of an array."""
         return Layout.plain(shape, self.count)
+
+    @contextlib.contextmanager
+    def number_anew(self) -> Iterator[None]:
+        """Within it, what follows from numbers of threads follows from numbers read anew."""
+        before = self.number
+        self.number = _number(anew=True)
+        try:
+            yield
+        finally:
+            self.number = before
 
     def element(self, layout: Layout, register: int) -> Any:
         """The number of the element in a register of each thread, int32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from pallas_kernels.mosaic_gpu.layout import Layout
@@ -51,6 +52,15 @@ class Lazy:
         out = Lazy(shape, self._make)
         out._made = self._made
         return out
+
+    def anew(self, number_anew: Callable[[], AbstractContextManager[None]]) -> Lazy:
+        """The same elements, of nothing that was made before: see `Threads.number_anew`."""
+
+        def make(layout: Layout) -> list[Any]:
+            with number_anew():
+                return self._make(layout)
+
+        return Lazy(self.shape, make)
 
     def at(self, layout: Layout, blocks: list[int]) -> list[Any]:
         """A thread's values.

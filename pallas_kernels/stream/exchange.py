@@ -100,6 +100,7 @@ class Exchange:
             other: what is not there when it is read will never come, and reads as NaN.
         threads: of a program.
         meanwhile: what to do between two looks at words that are missing.
+        sparing: see `StreamPlan.spares_addresses`.
     """
 
     words: Any
@@ -107,6 +108,7 @@ class Exchange:
     interpret: bool
     threads: int
     meanwhile: Meanwhile | None = None
+    sparing: bool = False
 
     def publish(self, offsets: Array, values: Array, tag: Array, mask: Array) -> None:
         """Stores the upper 24 bits of float32 values, rounded, with their tag.
@@ -316,8 +318,9 @@ class Exchange:
         offsets = [jnp.where(mask, at, -1) for at, mask in wanted]
         size = math.prod(offsets[0].shape)
         together = max(1, size // self.threads)
+        how = pairs, together, MAX_POLLS
         words = ptx.collect_each(
-            self.words, offsets, tag, pairs, together, MAX_POLLS, *self.meanwhile
+            self.words, offsets, tag, *how, *self.meanwhile, sparing=self.sparing
         )
         if size < self.threads:
             # Of those who have the same element, one might be left behind when others have gone

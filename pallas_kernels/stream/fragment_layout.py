@@ -50,10 +50,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.inline_ptx.anew import anew
 from pallas_kernels.program import iota
 from pallas_kernels.stream.layout import SPARE_BYTES
 from pallas_kernels.stream.plan import COLUMNS, PIECE, QUAD, SegmentPlan, StreamPlan
-from pallas_kernels.stream.ptx.anew import anew
 
 __all__ = [
     "column_of",
@@ -77,11 +77,12 @@ def _threads(plan: StreamPlan, *, of_tile: bool = False) -> Array:
 
     Args:
         plan: the step's.
-        of_tile: whether what follows is of use for a tile's product: of wide rows there is no
-            register to keep that in from tile to tile.
+        of_tile: whether what follows is of use for a tile's product. By bulk copies it is kept from
+            tile to tile, unless rows are wide: then there is no register for it.
     """
     threads = iota((plan.threads,), 0)
-    return anew(threads) if not plan.bulk or (of_tile and plan.wide) else threads
+    is_anew = plan.wide if of_tile and plan.bulk else plan.indices_anew
+    return anew(threads) if is_anew else threads
 
 
 def _lane(plan: StreamPlan, *, of_tile: bool = False) -> Array:

@@ -122,7 +122,13 @@ def run_stream(
                 program=pl.program_id(0),
                 lengths=tuple(jnp.maximum(named["lengths"][b], 0) for b in range(d.batch)),
                 step=named["counters"][layout.steps],
-                exchange=Exchange(named["counters"], layout, interpret, plan.threads),
+                exchange=Exchange(
+                    named["counters"],
+                    layout,
+                    interpret,
+                    plan.threads,
+                    sparing=plan.spares_addresses,
+                ),
                 shared=jnp.int32(0),  # see `feeding.with_ring`
                 hidden_layers=hidden_layers,
                 interpret=interpret,

@@ -352,12 +352,23 @@ class StreamPlan:
     def indices_anew(self) -> bool:
         """Whether what follows from indices is computed each time: see `ptx.anew`.
 
-        For compute capability 8, and for Mosaic GPU's steps that norm queries, so much would be
-        kept from layer to layer that there are too few registers for it.
+        For compute capability 8, and for Mosaic GPU's steps that norm queries or have rows of more
+        than 4096 inputs for several sequences, so much would be kept from layer to layer that there
+        are too few registers for it.
         """
-        return not self.bulk or (
-            self.backend == "mosaic_gpu" and self.dims.features.qk_norm is not None
-        )
+        if not self.bulk or self.backend != "mosaic_gpu":
+            return not self.bulk
+        widest = max(part.pieces for part in self.segments.values())
+        return widest > MAX_PIECES or self.dims.features.qk_norm is not None
+
+    @property
+    def spares_addresses(self) -> bool:
+        """Whether a wait for words keeps no address of any: see `ptx.collect_each`.
+
+        Where queries are normed, a thread waits for 20 to 40 words at once. Triton's steps have
+        room for their addresses, and are left as they were measured.
+        """
+        return self.backend == "mosaic_gpu" and self.dims.features.qk_norm is not None
 
     @property
     def why_no_room(self) -> str | None:

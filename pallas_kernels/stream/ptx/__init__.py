@@ -7,9 +7,9 @@ program hands to others has a plain version for interpret mode; the ring and the
 used compiled.
 """
 
+from pallas_kernels.inline_ptx.anew import anew
 from pallas_kernels.inline_ptx.operation import Choice
 from pallas_kernels.stream.ptx.address import UNIT, Begin, begin_words
-from pallas_kernels.stream.ptx.anew import anew
 from pallas_kernels.stream.ptx.arrival import wait_copies
 from pallas_kernels.stream.ptx.attend import attend_split
 from pallas_kernels.stream.ptx.boxes import MAP_BYTES, TensorMap, make_map

@@ -144,7 +144,13 @@ def collect_words(
 
 
 def _write_each(
-    b: Block, *registers: list[Register], arrays: int, pairs: bool, most: int, feed: Feed
+    b: Block,
+    *registers: list[Register],
+    arrays: int,
+    pairs: bool,
+    most: int,
+    feed: Feed,
+    sparing: bool,
 ) -> None:
     """Results: words of each array. Operands: as many offsets, the tag, both arrays, the ring."""
     words = [x for some in registers[:arrays] for x in some]
@@ -184,6 +190,9 @@ def _write_each(
     wait.look_again(again)
     b.mark(wait.missing)
     b.comment("The last one that is missing.")
+    last = b.u32("last") if sparing else None
+    if last is not None:
+        b.mov(last, offsets[0])
     for tagged, offset in zip(tags, offsets, strict=True):
         lacks = b.pred("lacks")
         b.xor(wrong, tagged, tag)
@@ -191,7 +200,12 @@ def _write_each(
             b.and_(wrong, wrong, _TAG)
         b.setp("ne", lacks, wrong, 0)
         with b.when(lacks):
-            b.mad_wide(place, offset, 4, base)
+            if last is None:
+                b.mad_wide(place, offset, 4, base)
+            else:
+                b.mov(last, offset)
+    if last is not None:
+        b.mad_wide(place, last, 4, base)
     wait.give_up(place, left)
     for word in words:
         b.mov(word, LOST)
@@ -211,6 +225,8 @@ def collect_each(
     weights: Any,
     ring: Array,
     feed: Feed,
+    *,
+    sparing: bool = False,
 ) -> list[Array]:
     """Loads words or pairs over and over until all of a thread's carry a tag.
 
@@ -226,6 +242,8 @@ def collect_each(
         weights: as `ref` in `feed_ring`, which is done between two looks.
         ring: int32 scalar, as in `feed_ring`.
         feed: as in `feed_ring`.
+        sparing: whether no more than one address is computed when the program gives up. ptxas else
+            keeps all of them for it, two registers each.
 
     Returns:
         Int32: words, or the first ones of pairs; the tag, or 0, where nothing is waited for; all
@@ -241,6 +259,7 @@ def collect_each(
         together=together,
         most=most,
         feed=feed,
+        sparing=sparing,
     )
 
 

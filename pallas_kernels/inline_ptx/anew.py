@@ -12,14 +12,17 @@ from jax import Array
 from pallas_kernels.asm import Block, Register
 from pallas_kernels.inline_ptx.operation import Operation
 
-__all__ = ["anew"]
+__all__ = ["ANEW", "anew"]
+
+# The operation's name.
+ANEW = "ffjax_anew"
 
 
 def _write_anew(b: Block, same: Register, number: Register) -> None:
     b.mov(same, number)
 
 
-_anew = Operation("ffjax_anew", _write_anew)
+_anew = Operation(ANEW, _write_anew)
 
 
 def anew(x: Array) -> Array:
