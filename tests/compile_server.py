@@ -1,11 +1,11 @@
-"""Compiles many steps for GPUs without an import of JAX for each: `compile_for`'s workers are forks.
+"""Compiles many steps for GPUs without an import of JAX for each: `compile_for` has forked workers.
 
 A step is compiled by a process of its own, as for a user, since XLA reads once where it leaves its
-dumps. What most of them would take longest for is the import of JAX, which one process, started as
+dumps. The import of JAX, which takes most of a small step's time, is that of one process, started as
 
     python tests/compile_server.py
 
-does for all. It reads a line of JSON a worker, and answers with how that ended.
+It reads a line of JSON a worker, forks, and answers with how the worker ended.
 """
 
 from __future__ import annotations
