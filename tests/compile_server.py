@@ -1,7 +1,7 @@
 """Compiles many steps for GPUs without an import of JAX for each: `compile_for` has forked workers.
 
 A step is compiled by a process of its own, as for a user, since XLA reads once where it leaves its
-dumps. The import of JAX, which takes most of a small step's time, is that of one process, started as
+dumps. The import of JAX, which takes most of a small step's time, is done by one process:
 
     python tests/compile_server.py
 
