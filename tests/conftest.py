@@ -309,9 +309,9 @@ _traced_by_numpy = False
 
 @pytest.fixture(autouse=True)
 def _interpreter(request: pytest.FixtureRequest):
-    """Has numpy run the interpreted kernels of tests marked `by_numpy`, but for samples of `once`.
+    """Has numpy run the interpreted kernels of tests marked `by_numpy`, but for those it names.
 
-    What other Pythons run shows what a JAX makes of the kernel, here as there.
+    These show what a JAX makes of the kernel, with other Pythons as well.
     """
     global _traced_by_numpy
     by_numpy = _is_by_numpy(request.node)
@@ -329,7 +329,7 @@ def _interpreter(request: pytest.FixtureRequest):
 
 def _is_by_numpy(item: pytest.Item) -> bool:
     marker = item.get_closest_marker("by_numpy")
-    if marker is None or _is_sampled(item):
+    if marker is None:
         return False
     return not _names_of(item) & set(marker.kwargs.get("but", ()))
 

@@ -86,8 +86,9 @@ class _Barrier:
 
 def _conflicts(at: np.ndarray, threads: np.ndarray) -> int:
     """How many turns reads of 16 bytes take beyond the first, by 8 neighbouring threads each."""
-    group, chunk = np.unique(np.stack([threads // 8, at // 16]), axis=1)
-    of_banks = np.bincount(8 * group + chunk % 8)
+    # Each pair of a group and a chunk of 16 bytes once: addresses have 47 bits.
+    pairs = np.unique(threads.astype(np.int64) // 8 << 43 | at // 16)
+    of_banks = np.bincount(8 * (pairs >> 43) + pairs % 8)
     most = np.pad(of_banks, (0, -len(of_banks) % 8)).reshape(-1, 8).max(axis=1)
     return int(np.maximum(most - 1, 0).sum())
 
@@ -196,8 +197,8 @@ class Machine:
             met: whether a copy may be on its way there.
         """
         data, base = self.space(name)
-        wrong = (at < base) | (at + size > base + len(data))
-        if wrong.any():
+        if len(at) and (at.min() < base or at.max() + size > base + len(data)):
+            wrong = (at < base) | (at + size > base + len(data))
             lacking = hex(int(at[wrong][0]))
             raise PtxError(f"{size} bytes at {lacking} are not all in the {name} memory.")
         if (wrong := at % alignment != 0).any():

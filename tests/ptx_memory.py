@@ -155,15 +155,19 @@ def _(t: Threads) -> None:
         for address, count in zip(at, numbers, strict=True):
             t.machine.start_barrier(int(address), int(count))
         return
-    barriers = [t.machine.barrier(int(address)) for address in at]
     warps, races = (t.threads // WARP).tolist(), t.machine.races
     if waits:
-        passed = [b.has_passed(int(x)) for b, x in zip(barriers, numbers, strict=True)]
-        for warp, barrier, has in zip(warps, barriers, passed, strict=True):
+        # Threads of a warp mostly ask for the same.
+        asked = list(zip(warps, at.tolist(), numbers.tolist(), strict=True))
+        passed = {}
+        for warp, address, parity in dict.fromkeys(asked):
+            barrier = t.machine.barrier(address)
+            has = passed[warp, address, parity] = barrier.has_passed(parity)
             if has:
                 races.learn(warp, barrier.news)
-        t.put(t.operands[0], "pred", np.array(passed))
+        t.put(t.operands[0], "pred", np.array([passed[one] for one in asked]))
         return
+    barriers = [t.machine.barrier(int(address)) for address in at]
     for warp, barrier, number in zip(warps, barriers, numbers, strict=True):
         if arrives:
             barrier.news = races.tell(warp, barrier.news)

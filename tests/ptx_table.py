@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,7 @@ class Threads:
         return base.astype(np.int64) + operand.offset
 
 
+@functools.cache
 def _number(text: str, kind: str) -> Any:
     dtype = np.dtype(DTYPES[kind])
     if text[:2] in ("0f", "0F"):

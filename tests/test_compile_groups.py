@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from compile_server import forking
 from decode_cases import dims_of
 from quantize_cases import GROUPED, INT8_GROUPS, kernel_config
 from test_compile_prefill import memory_of
@@ -10,12 +11,21 @@ from test_compile_prefill import memory_of
 from ffjax.config import preset
 from ffjax.formats import FLOATING, INT8, WeightFormats, int4
 from ffjax.quantization import quantized_config
+from pallas_kernels import compile as compile_module
 from pallas_kernels.compile import compile_for, why_no_compiler
 
 pytestmark = [
     pytest.mark.filterwarnings("error", "ignore:The Pallas Triton backend:DeprecationWarning"),
     pytest.mark.skipif(why_no_compiler() is not None, reason=why_no_compiler() or "it is there"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks():
+    """One process imports JAX for all workers."""
+    with pytest.MonkeyPatch.context() as patch, forking() as run_worker:
+        patch.setattr(compile_module, "_run_worker", run_worker)
+        yield
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compile_server import forking
 from decode_cases import dims_of, small_config
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ffjax.commands.compile import main
 from ffjax.transforms import launch_whole
+from pallas_kernels import compile as compile_module
 from pallas_kernels.compile import why_no_compiler
 from pallas_kernels.launch import StepState
 from pallas_kernels.stream.exchange_layout import exchange_words
@@ -24,6 +26,14 @@ from pallas_kernels.targets import target
 needs_compiler = pytest.mark.skipif(
     why_no_compiler() is not None, reason=why_no_compiler() or "it is there"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks():
+    """One process imports JAX for all workers."""
+    with pytest.MonkeyPatch.context() as patch, forking() as run_worker:
+        patch.setattr(compile_module, "_run_worker", run_worker)
+        yield
 
 
 @needs_compiler

@@ -17,7 +17,9 @@ import ffjax
 from ffjax.hf_tokenizer import HFTokenizer
 from ffjax.live.batch import Block, LiveBatch
 from ffjax.live.feeder import Feeder
+from ffjax.loop import BLOCK
 from ffjax.sampling.params import SamplingParams
+from ffjax.text import session as session_module
 from ffjax.text.generator import Generator
 from ffjax.text.session import ChatSession
 
@@ -37,6 +39,14 @@ USER, SYSTEM = "user", "system"
 PARAMS = SamplingParams(max_tokens=12, temperature=0.3, seed=3)
 # Of caches from scratch: steps take time by their capacity, and two are compiled.
 CAPACITIES = 250, 900
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_caches():
+    """A cache begins with a quarter of its slots: on a CPU most of a step's time goes to them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session_module, "_LEAST_CAPACITY", 256 - BLOCK)
+        yield
 
 
 @pytest.fixture(scope="module")

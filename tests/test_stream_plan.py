@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from typing import Any
@@ -168,6 +169,7 @@ def test_nothing_beyond_a_tile_is_multiplied_where_it_may_be_no_number(batch):
 # Who computes what
 
 
+@functools.cache
 def descriptors_of(plan: StreamPlan) -> np.ndarray:
     """Copy descriptors of every program, of weights that need not exist: `[P, rows, words]`."""
     specs = named_weights(plan.dims.abstract_weights())
@@ -182,29 +184,29 @@ def descriptors_of(plan: StreamPlan) -> np.ndarray:
     return np.asarray(pl.pallas_call(kernel, grid=grid, out_shape=shape, interpret=True)())
 
 
-def row_of(
-    plan: StreamPlan, descriptors: np.ndarray, segment: Segment, program: int, tile: int
-) -> list[int]:
-    """What a tile's descriptor says; of the head as if every tile had a row of its own."""
+def words_of(plan: StreamPlan, segment: Segment, tile: int) -> np.ndarray:
+    """What every program's descriptor of a tile says, `[P, words]`; of the head as if every tile
+    had a row of its own."""
     order = sorted(plan.segments)
     first = 1 + sum(plan.segments[s].tiles for s in order[: order.index(segment)])
+    descriptors = descriptors_of(plan)
     if segment != Segment.HEAD:
-        return descriptors[program, first + tile].tolist()
+        return descriptors[:, first + tile].astype(np.int64)
     last = plan.segments[segment].tiles - 1
-    words = descriptors[program, first + (tile == last)].tolist()
-    for at in range(0, len(words), 8):  # of weights, and of scales
-        words[at] += (plan.dims.num_layers + tile) * words[at + 2]
+    words = descriptors[:, first + (tile == last)].astype(np.int64)
+    for at in range(0, words.shape[1], 8):  # of weights, and of scales
+        words[:, at] += (plan.dims.num_layers + tile) * words[:, at + 2]
     return words
 
 
-def rows_of(plan: StreamPlan, segment: Segment, program: int, tile: int) -> np.ndarray:
-    """The matrix's rows whose products are taken to be those of a tile's rows."""
+def rows_of(plan: StreamPlan, segment: Segment, program: np.ndarray, tile: int) -> np.ndarray:
+    """The matrix's rows whose products are taken to be those of a tile's rows, `[programs, R]`."""
     d, part = plan.dims, plan.segments[segment]
-    row = np.arange(part.rows)
+    program, row = program[:, None], np.arange(part.rows)
     team = program // part.splits
     half, turn = part.rows // 2, tile * part.teams + team
     if segment == Segment.QKV:
-        head, pair = divmod(turn * half + row % half, d.head_dim // 2)
+        head, pair = np.divmod(turn * half + row % half, d.head_dim // 2)
         return head * d.head_dim + pair + row // half * (d.head_dim // 2)
     if segment == Segment.GATE_UP:
         return turn * half + row % half + row // half * d.ffw_dim
@@ -222,44 +224,51 @@ def test_every_weight_is_read_once(name):
     assert not descriptors[:, 0, 5].any()
     for segment, part in plan.segments.items():
         matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
+        apart = part.teams * part.rows if segment == Segment.HEAD else matrix_rows
         seen = []  # where copies begin and end in the matrix, in elements
-        for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
-            row = row_of(plan, descriptors, segment, program, tile)[:8]
-            low, which, layer_stride, stride, size, count, pitch, box = row
-            if not count:
-                continue
-            copies = np.arange(count)
-            start = (low + copies * stride) * part.grain
+        for tile in range(part.tiles):
+            words = words_of(plan, segment, tile)[:, :8]
+            program = np.flatnonzero(words[:, 5])  # of those that have something of it
+            low, which, layer_stride, stride, size, count, pitch, box = words[program].T
+            copies = np.arange(count.max(initial=0))
+            are = copies < count[:, None]  # [programs, copies]
+            start = (low[:, None] + copies * stride[:, None]) * part.grain
             length = 8 * size // part.bits
-            apart = part.teams * part.rows if segment == Segment.HEAD else matrix_rows
-            units = apart * part.inner // part.grain
-            assert (which, layer_stride) == (segment, units)
+            assert (which == segment).all()
+            assert (layer_stride == apart * part.inner // part.grain).all()
             # Bulk copies are of 16 bytes, and lie in the slot.
-            assert size % 16 == pitch % 16 == 0
-            assert (count - 1) * pitch + size <= plan.slot_bytes
+            assert not (size % 16).any() and not (pitch % 16).any()
+            assert ((count - 1) * pitch + size <= plan.slot_bytes).all()
             # They lie where the tile's rows are looked for.
-            width = min(part.width, part.inner - program % part.splits * part.width)
-            places = (pitch - part.gap) * copies
+            split = program % part.splits * part.width
+            width = np.minimum(part.width, part.inner - split)
+            places = (pitch - part.gap)[:, None] * copies
             slot_row, there = places // part.row_bytes, length // width
-            assert (slot_row * part.row_bytes == places).all()
-            assert part.gap == 0 or (slot_row == copies * (part.rows // 2)).all()
-            wanted = rows_of(plan, segment, program, tile)[slot_row[:, None] + np.arange(there)]
+            assert (slot_row * part.row_bytes == places)[are].all()
+            assert part.gap == 0 or (slot_row == copies * (part.rows // 2))[are].all()
             row, column = np.divmod(start, part.inner)
-            assert (wanted == row[:, None] + np.arange(there)).all()
-            assert (column == program % part.splits * part.width).all()
-            seen += zip(start.tolist(), (start + length).tolist(), strict=True)
+            further = np.arange(there.max(initial=0))
+            of_copy = are[:, :, None] & (further < there[:, None, None])
+            held = slot_row[:, :, None] + further
+            assert (held < part.rows)[of_copy].all()
+            rows = rows_of(plan, segment, program, tile)
+            wanted = rows[np.arange(len(program))[:, None, None], held.clip(max=part.rows - 1)]
+            assert (wanted == row[:, :, None] + further)[of_copy].all()
+            assert (column == split[:, None])[are].all()
+            seen.append(np.stack([start, start + length[:, None]], axis=-1)[are])
             # The same as a box.
             if segment != Segment.DOWN or plan.box is None:
-                assert box == 0
+                assert not box.any()
                 continue
-            assert size == pitch == BOX_UNIT * plan.box.units * plan.box.pieces
-            assert count == part.rows
-            piece, rest = divmod(column[0] * part.bits // 8, BOX_UNIT * plan.box.units)
-            assert (box, rest) == (-(1 << 31) | piece << 16 | row[0], 0)
+            assert (size == pitch).all()
+            assert (size == BOX_UNIT * plan.box.units * plan.box.pieces).all()
+            assert (count == part.rows).all()
+            piece, rest = np.divmod(column[:, 0] * part.bits // 8, BOX_UNIT * plan.box.units)
+            assert (box == (-(1 << 31) | piece << 16 | row[:, 0])).all() and not rest.any()
             tensor = tensor_map_of(plan, plan.box)
             assert BOX_UNIT * plan.box.units * tensor.pieces == part.inner * part.bits // 8
             assert feeding.feed_of(plan).matrix_rows == matrix_rows
-        starts, ends = np.sort(np.array(seen), axis=0).T
+        starts, ends = np.sort(np.concatenate(seen), axis=0).T
         assert starts[0] == 0
         assert (starts[1:] == ends[:-1]).all(), segment
         assert ends[-1] == matrix_rows * part.inner
@@ -274,42 +283,48 @@ QUANTIZED = [name for name, plan in PLANS.items() if plan().quantized]
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_scales_of_every_row_come_with_it(name):
     plan = PLANS[name]()
-    descriptors = descriptors_of(plan)
+    unit = plan.scale_unit
     for segment, part in plan.segments.items():
         matrix_rows = 2 * part.out if segment == Segment.GATE_UP else part.out
+        apart = part.teams * part.rows if segment == Segment.HEAD else matrix_rows
         seen, bytes_of_row = [], part.scale_bytes
-        for program, tile in itertools.product(range(plan.programs), range(part.tiles)):
-            row = row_of(plan, descriptors, segment, program, tile)
-            low, which, layer_stride, stride, size, count, place, pitch = row[8:]
-            if part.bits == 16 or not row[5]:
-                assert not count
+        for tile in range(part.tiles):
+            words = words_of(plan, segment, tile)
+            program = np.flatnonzero(words[:, 5])
+            if part.bits == 16 or not program.size:
+                assert not words[:, 13].any()
                 continue
-            apart = part.teams * part.rows if segment == Segment.HEAD else matrix_rows
-            unit = plan.scale_unit
-            units = apart * bytes_of_row // unit
-            assert (which, layer_stride) == (segment, units)
-            # Copies are of whole units, begin at such, and lie in the slot.
-            assert size % unit == place % unit == pitch % unit == 0
-            assert place >= part.weight_bytes
-            assert place + (count - 1) * pitch + size <= plan.slot_bytes
-            # Which byte of the scales lies in each of the slot.
-            held = np.full(plan.slot_bytes, -1)
-            for copy in range(count):
+            assert not np.delete(words, program, axis=0)[:, 13].any()
+            low, which, layer_stride, stride, size, count, place, pitch = words[program, 8:].T
+            assert (which == segment).all()
+            assert (layer_stride == apart * bytes_of_row // unit).all()
+            # Copies are of whole units, begin at such, and lie in the slot behind the weights.
+            assert not np.any([size % unit, place % unit, pitch % unit])
+            assert (place >= part.weight_bytes).all()
+            assert (place + (count - 1) * pitch + size <= plan.slot_bytes).all()
+            # Which byte of the scales lies in each of the slot that is no weight's.
+            held = np.full((len(program), plan.slot_bytes - part.weight_bytes), -1)
+            byte = np.arange(size.max())
+            for copy in range(count.max()):
+                are = copy < count
                 start = unit * (low + copy * stride)
-                assert start + size <= unit * -(-matrix_rows * bytes_of_row // unit)
-                held[place + copy * pitch :][:size] = start + np.arange(size)
+                end = unit * -(-matrix_rows * bytes_of_row // unit)
+                assert (start + size <= end)[are].all()
+                copied = are[:, None] & (byte < size[:, None])
+                there = (place - part.weight_bytes + copy * pitch)[:, None] + byte
+                held[np.nonzero(copied)[0], there[copied]] = (start[:, None] + byte)[copied]
             # They lie where those of the tile's rows are looked for.
             rows = rows_of(plan, segment, program, tile)
             there = rows < matrix_rows
             before = tile % part.run * part.rows if part.scaled_rows > part.rows else 0
-            behind = place + before * bytes_of_row
+            behind = place - part.weight_bytes + before * bytes_of_row
             size_of_all = part.rows * bytes_of_row + part.scale_gap
-            found = held[behind:][:size_of_all]
+            found = np.take_along_axis(held, behind[:, None] + np.arange(size_of_all), axis=1)
             if part.scale_gap:
                 half = part.rows // 2 * bytes_of_row
-                found = np.delete(found, np.arange(half, half + part.scale_gap))
-            found = found.reshape(part.rows, -1)
-            wanted = rows[:, None] * bytes_of_row + np.arange(bytes_of_row)
+                found = np.delete(found, np.arange(half, half + part.scale_gap), axis=1)
+            found = found.reshape(len(program), part.rows, bytes_of_row)
+            wanted = rows[..., None] * bytes_of_row + np.arange(bytes_of_row)
             np.testing.assert_array_equal(found[there], wanted[there])
             seen += rows[there].tolist()
         if part.bits != 16:

@@ -70,6 +70,7 @@ from decode_cases import random_model, small_config
 from ffjax import decode
 from ffjax.prefill.choice import resolve_prefill
 from ffjax.sampling.rows import drawing_gpu
+from numpy_kernel import by_numpy
 from pallas_kernels.gpu import INTERPRETER, Gpu
 from pallas_kernels.stream.launch import stream_step
 from pallas_kernels.stream.planner import make_stream_plan
@@ -89,7 +90,7 @@ model, gpu = random_model(small_config(num_layers=1)), target("h200").gpu
 drawn = ffjax.SamplingParams(temperature=1, top_k=5, repetition_penalty=1.1, logprobs=2)
 with mock.patch.object(Gpu, "of", lambda _: gpu), mock.patch.object(
     decode, "stream_step", interpreted
-):
+), by_numpy():
     assert drawing_gpu(decode.default_device(), None) is None
     how = {"sampling": drawn, "implementation": "pallas_mosaic_gpu"}
     out = ffjax.generate(model, [[1, 2, 3]], 4, **how)
@@ -112,6 +113,8 @@ def run(*scripts: str) -> None:
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            # What is compiled runs once: as in `conftest.py`.
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0",
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
         },
         capture_output=True,

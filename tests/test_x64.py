@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.by_numpy
 def test_a_fused_step_is_the_same_to_the_bit():
     config = small_config(num_layers=1)
     graph, params = nnx.split(random_model(config))

@@ -194,7 +194,8 @@ def compile_for(
         )
 
 
-def _run_worker(folder: pathlib.Path) -> None:
+def _environment(folder: pathlib.Path) -> dict[str, str]:
+    """What a worker's variables are, which leaves its dumps in that folder."""
     flags = [
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_dump_to={folder}",
@@ -204,7 +205,7 @@ def _run_worker(folder: pathlib.Path) -> None:
     # The package is found where this file lies, also in a checkout that is not installed.
     package = str(pathlib.Path(__file__).parent.parent.parent)
     paths = [package, os.environ.get("PYTHONPATH", "")]
-    environment = {
+    return {
         **os.environ,
         "XLA_FLAGS": " ".join(filter(None, flags)),
         "MOSAIC_GPU_DUMP_TO": str(folder / _MOSAIC),
@@ -213,8 +214,13 @@ def _run_worker(folder: pathlib.Path) -> None:
         # A step found in the cache of compiled programs would leave no dump.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
+
+
+def _run_worker(folder: pathlib.Path) -> None:
     command = [sys.executable, "-m", compile_worker.__name__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=_environment(folder), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-20:])
         raise CompileError(f"The decode step did not compile. The compiler's last words:\n{tail}")
