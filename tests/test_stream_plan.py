@@ -735,6 +735,18 @@ def test_tiles_shrink_until_some_fit(gpu):
     assert fitting(dims, H200) == Tuning()
 
 
+def test_tiles_grow_until_two_activations_share_a_word():
+    """Of several sequences, where three such tiles fit; their rows have 5120 inputs."""
+    for name in ("phi4-14b", "mistral-nemo-12b", "mistral-small-24b"):
+        plan = make_stream_plan(preset_dims(name, 8), H200)
+        assert plan.half2 and plan.slots == 3 and plan.tuning.tile_bytes == 65_536
+        assert fitting(preset_dims(name, 1), H200) == Tuning()
+        assert fitting(preset_dims(name, 8), A100).tile_bytes <= 32_768
+    # Two would be there, or the usual ones have two hidden activations.
+    for name in ("qwen3-14b", "llama3.1-8b"):
+        assert fitting(preset_dims(name, 8), H200) == Tuning()
+
+
 def test_without_bulk_copies_no_tile_is_a_box():
     dims = preset_dims("llama3.1-8b", 8, INT4)
     assert make_stream_plan(dims, H200).box is not None

@@ -380,6 +380,14 @@ def _segments(d: Dims, programs: int, g: _Geometry) -> dict[Segment, SegmentPlan
     }
 
 
+def _plan_with_room(dims: Dims, gpu: Gpu, tuning: Tuning) -> StreamPlan | None:
+    """The plan of a tuning; None where shared memory has no room for it."""
+    if _why_not_planned(dims, gpu, tuning) is not None:
+        return None
+    plan = make_stream_plan(dims, gpu, tuning)
+    return plan if plan.why_no_room is None else None
+
+
 @functools.lru_cache
 def fitting(dims: Dims, gpu: Gpu) -> Tuning:
     """The defaults, with tiles so small that shared memory holds some of them.
@@ -390,18 +398,27 @@ def fitting(dims: Dims, gpu: Gpu) -> Tuning:
     shrink first, since each tile of weights is a meeting of a program's warps, until three tiles of
     weights fit; else the largest are taken of which two do.
 
+    Of several sequences, tiles are larger where only those have two hidden activations, which then
+    share a word (`StreamPlan.half2`): bfloat16 rows of more than 4096 inputs. On an H200, 10 layers
+    of Phi 4 took 2012 us with 8 sequences instead of 3092, and 1988 with 3 instead of 3646.
+
     Returns:
         The tuning; the smallest tiles where no choice fits.
     """
     found, planned = None, DEFAULT
     # Without bulk copies a warp that multiplies has to ask for tiles, and does so less often.
     others: dict[str, Any] = {} if gpu.bulk_copies else {"in_flight": 3, "l2_tiles": 0}
+    if dims.columns > 1 and gpu.bulk_copies:
+        larger = Tuning(tile_bytes=2 * DEFAULT.tile_bytes)
+        usual, wide = (_plan_with_room(dims, gpu, tuning) for tuning in (DEFAULT, larger))
+        if wide is not None and wide.half2 and wide.slots > 2 and not (usual and usual.half2):
+            return larger
     for tile_bytes, cache_tile_bytes in _SHRINKING:
         tuning = Tuning(tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes, **others)
         if _why_not_planned(dims, gpu, tuning) is not None:
             continue
-        plan, planned = make_stream_plan(dims, gpu, tuning), tuning
-        if plan.why_no_room is not None:
+        planned = tuning
+        if (plan := _plan_with_room(dims, gpu, tuning)) is None:
             continue
         if plan.slots > 2:
             return tuning
