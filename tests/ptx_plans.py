@@ -34,6 +34,7 @@ class Planned:
             chunked=self.chunked,
             bulk=True,
             wide=False,
+            indices_anew=False,
             line=lambda part: self.line,
             columns=lambda part: self.columns,
         )

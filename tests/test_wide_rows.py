@@ -22,6 +22,7 @@ from mosaic_machine import MosaicError, run
 from ptx_machine import PtxError
 from stream_cases import machine
 
+from pallas_kernels.backends import Backend
 from pallas_kernels.dims import DecodeWeights, Dims, WeightBits
 from pallas_kernels.launch import StepState
 from pallas_kernels.mosaic_gpu import launch as launching
@@ -58,11 +59,13 @@ STEP, LAYER = 5, 1
 RESIDUALS = (Segment.QKV, Segment.GATE_UP, Segment.HEAD)
 
 
-def plan_of(bits: str, columns: int, **features: Any) -> StreamPlan:
+def plan_of(
+    bits: str, columns: int, backend: Backend = "mosaic_gpu", **features: Any
+) -> StreamPlan:
     dims = dims_of(CONFIG, columns, 64)
     changed = dataclasses.replace(dims.features, **features)
     dims = dataclasses.replace(dims, weight_bits=FORMATS[bits], features=changed)
-    return make_stream_plan(dims, machine(132), Tuning(backend="mosaic_gpu"))
+    return make_stream_plan(dims, machine(132), Tuning(backend=backend))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +219,11 @@ def check_collected(bits: str, columns: int, **features: Any) -> Made:
     given = given_for(plan)
     words, numbers = handed_over(plan, given)
     made = collected(plan, given, words)
+    # As numbers, and not as texts that take indices anew.
+    where = plan_of(bits, columns, "triton", **features)
     for segment, part in plan.segments.items():
         wanted = wanted_of(plan, given, numbers[segment], segment)
-        first, column = (np.asarray(x) for x in (first_input(plan, part), column_of(plan)))
+        first, column = (np.asarray(x) for x in (first_input(where, part), column_of(where)))
         apart = np.array(distances(plan, part))[:, None] + np.arange(PIECE)
         element = first + apart.reshape(-1, 1)
         there = (element < part.inner) & (column < columns)
