@@ -352,14 +352,15 @@ class StreamPlan:
     def indices_anew(self) -> bool:
         """Whether what follows from indices is computed each time: see `ptx.anew`.
 
-        For compute capability 8, and for Mosaic GPU's steps that norm queries or have rows of more
-        than 4096 inputs for several sequences, so much would be kept from layer to layer that there
+        For compute capability 8, and for Mosaic GPU's steps that norm queries or have rows of 4096
+        inputs or more for several sequences, so much would be kept from layer to layer that there
         are too few registers for it.
         """
         if not self.bulk or self.backend != "mosaic_gpu":
             return not self.bulk
         widest = max(part.pieces for part in self.segments.values())
-        return widest > MAX_PIECES or self.dims.features.qk_norm is not None
+        wide = widest > MAX_PIECES or (widest == MAX_PIECES and not self.chunked)
+        return wide or self.dims.features.qk_norm is not None
 
     @property
     def spares_addresses(self) -> bool:
