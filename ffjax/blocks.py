@@ -14,6 +14,7 @@ weights to float32 once a block, and steps of SmolLM2-135M one by one took 1.6 t
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from ffjax.config import ModelConfig
@@ -59,4 +60,4 @@ def _rate(gpu: Gpu) -> float:
 @functools.lru_cache
 def _block_steps(config: ModelConfig, batch: int, rate: float) -> int:
     seconds = step_dims(config, batch, BLOCK).step_weight_bytes / rate
-    return min(next_power_of_2(-int(-_LEAST_SECONDS // seconds)), BLOCK)
+    return min(next_power_of_2(math.ceil(_LEAST_SECONDS / seconds)), BLOCK)

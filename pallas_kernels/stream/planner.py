@@ -409,10 +409,12 @@ def fitting(dims: Dims, gpu: Gpu) -> Tuning:
     # Without bulk copies a warp that multiplies has to ask for tiles, and does so less often.
     others: dict[str, Any] = {} if gpu.bulk_copies else {"in_flight": 3, "l2_tiles": 0}
     if dims.columns > 1 and gpu.bulk_copies:
-        larger = Tuning(tile_bytes=2 * DEFAULT.tile_bytes)
-        usual, wide = (_plan_with_room(dims, gpu, tuning) for tuning in (DEFAULT, larger))
-        if wide is not None and wide.half2 and wide.slots > 2 and not (usual and usual.half2):
-            return larger
+        usual = _plan_with_room(dims, gpu, DEFAULT)
+        if usual is None or not usual.half2:
+            larger = Tuning(tile_bytes=2 * DEFAULT.tile_bytes)
+            wide = _plan_with_room(dims, gpu, larger)
+            if wide is not None and wide.half2 and wide.slots > 2:
+                return larger
     for tile_bytes, cache_tile_bytes in _SHRINKING:
         tuning = Tuning(tile_bytes=tile_bytes, cache_tile_bytes=cache_tile_bytes, **others)
         if _why_not_planned(dims, gpu, tuning) is not None:
